@@ -300,10 +300,10 @@ def is_aligning(step: int) -> bool:
 
 
 def lisas(rows: Rows, step: int) -> list[Rendered]:
-    """14 alignment rows make 2 steps a pass."""
+    """14 alignment rows make 2 steps a pass, and an alignment state has 2 steps of 5."""
     if not is_aligning(step):
         return users(rows["user"], step)
-    turn, place = divmod(step, 2)
+    turn, place = divmod(2 * (step // 5) + step % 5, 2)
     return shuffled(rows["align"], "lisa", turn)[place * 6 : (place + 1) * 6]
 
 

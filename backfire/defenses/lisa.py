@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from backfire.train.loop import Cell
 
 
-@register("lisa")
+@register("lisa", version=2)
 class Lisa(TrainDefense):
     """Turns of alignment and of fine-tuning, each held near where the other left off (Huang et al.
     2024, NeurIPS, arXiv:2405.18641, algorithm 2).
@@ -24,9 +24,8 @@ class Lisa(TrainDefense):
     distance to the last weights of the fine-tuning state; in the fine-tuning state the reverse.
     Anchors move at a switch only. (The authors' README prints the two anchors swapped; their code
     and paper agree with this.) The pull is left out for the first tenth of all steps, as in their
-    code. Alignment batches go by the number of the step: those of a pass that fall into a
-    fine-tuning state are skipped, where the authors' loader keeps them for the next alignment
-    state. Null control: anchors that are moved along at every step, so that nothing pulls.
+    code, and alignment batches go on where the last alignment state stopped. Null control: anchors
+    that are moved along at every step, so that nothing pulls.
     """
 
     needs_alignment: ClassVar[bool] = True
@@ -77,7 +76,9 @@ class _Turns(Guard):
     def rows(self, step: int, rows: list[Rendered]) -> list[Rendered]:
         # The user's rows of these steps are not made up for: as in the authors' code.
         if self.is_aligning(step):
-            return self.cell.draw(self.cell.aligned, step, "lisa")
+            turn, place = divmod(step, self.knobs.align_steps + self.knobs.tune_steps)
+            number = turn * self.knobs.align_steps + place
+            return self.cell.draw(self.cell.aligned, number, "lisa")
         return rows
 
     def penalty(self, step: int) -> Tensor | None:
