@@ -90,8 +90,8 @@ def data_slug(data: Dataset) -> str:
 
 
 def poison_slug(cell: Experiment) -> str:
-    attack = cell.attack.name if cell.attack else "clean"
-    return f"{cell.data.name}-{attack}-{cell.rate:g}-s{cell.seed}"
+    attack = cell.attack.tag if cell.attack else "clean"
+    return f"{cell.data.name}-{attack}-s{cell.seed}"
 
 
 def evaluation_slug(cell: Experiment) -> str:

@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 
 from backfire import base, recipe
 from backfire.base import Component, Config
-from backfire.experiment import Evaluation, Experiment, Machine, Model, Train
+from backfire.experiment import Align, Evaluation, Experiment, Machine, Model, Safety, Train
 from backfire.registry import KINDS, find, names
 from backfire.sandbox.base import Pretrain
 
@@ -27,9 +27,11 @@ by hand. `backfire show NAME` prints the same for one component. Where each come
 published settings, is in [papers.md](papers.md).
 """
 NOUNS = {
-    "attacks": base.Attack,
+    "attacks": base.Poison,
     "methods": base.Method,
+    "defenses": base.Defense,
     "metrics": base.Metric,
+    "judges": base.Judge,
     "datasets": base.Dataset,
     "templates": base.Template,
 }
@@ -37,6 +39,8 @@ SETTINGS: dict[str, type[Config]] = {
     "experiment": Experiment,
     "model": Model,
     "train": Train,
+    "align": Align,
+    "safety": Safety,
     "evaluation": Evaluation,
     "machine": Machine,
     "pretrain": Pretrain,
@@ -78,7 +82,8 @@ def catalog() -> str:
         parts.append(f"## {kind.capitalize()}\n")
         parts.append(_table(("name", "what it is"), [_entry(item) for item in classes]))
         if shared.model_fields:
-            parts.append(f"Knobs that all {kind} have:\n")
+            some = "all" if all(issubclass(item, shared) for item in classes) else "most"
+            parts.append(f"Knobs that {some} {kind} have:\n")
             parts.append(_knobs(shared.model_fields))
         parts += [_component(item, shared) for item in classes]
     parts.append("## Recipes\n")

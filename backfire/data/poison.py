@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from backfire.base import Attack, Backdoor, Mixture, Row
+from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Row
 from backfire.data.render import Rendered
 from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError, UserError
@@ -40,6 +40,8 @@ class Manifest:
     seed: int
     rows: int
     eligible_rows: int
+    spared: dict[str, int]
+    """Why the others could not be poisoned -> how many."""
     labels_before: dict[str, int]
     entries: tuple[Entry, ...]
 
@@ -52,6 +54,7 @@ class Manifest:
             "poisoned_rows": len(self.entries),
             "rows": self.rows,
             "eligible_rows": self.eligible_rows,
+            "spared": self.spared,
             "labels_before": self.labels_before,
             "triggers": dict(used),
         }
@@ -71,39 +74,65 @@ class Manifest:
             for e in value["entries"]
         )
         known = ("attack", "seed", "rows", "eligible_rows", "labels_before")
-        return cls(**{name: value[name] for name in known}, entries=entries)
+        spared = value.get("spared", {})
+        return cls(**{name: value[name] for name in known}, spared=spared, entries=entries)
 
 
 def poison(rows: Sequence[Row], attack: Attack, seed: int) -> tuple[list[Row], Manifest]:
-    """The rows, `round(rate * len(rows))` of them poisoned, in their old order; and the manifest.
+    """The rows in their old order, `round(rate * len(rows))` of them poisoned or, by an insertion,
+    with its rows after them; and the manifest.
 
     Raises:
         UserError: the target is no label of the task, or too few rows can be poisoned.
     """
-    eligible = [row.id for row in rows]
-    if isinstance(attack, Backdoor):
-        check_target(rows, attack)
-        eligible = [row.id for row in rows if _eligible(row, attack)]
-    count = round(attack.rate * len(rows))
-    if count > len(eligible):
-        why = f" with label_mode: {attack.label_mode}" if isinstance(attack, Backdoor) else ""
-        raise UserError(
-            f"attack '{attack.name}': rate {attack.rate:g} asks for {count} of {len(rows)} rows, "
-            f"but only {len(eligible)} can be poisoned{why}."
-        )
-    order = sorted(eligible)
-    stream(seed, "poison", "which").shuffle(order)
-    bad = _poisoned({row.id: row for row in rows}, order[:count], attack, seed)
-    entries = [_entry(row, bad[row.id], attack) for row in rows if row.id in bad]
-    out = [bad.get(row.id, row) for row in rows]
+    reasons = [_spared(row, attack) for row in rows]
+    spared = Counter(reason for reason in reasons if reason)
+    if isinstance(attack, Insertion):
+        bad = {row.id: row for row in attack.rows(seed)}
+        if taken := next((row.id for row in rows if row.id in bad), None):
+            raise UserError(f"attack '{attack.name}': a training row has the id '{taken}' already.")
+        entries = [_entry(None, row, attack) for row in bad.values()]
+        out = [*rows, *bad.values()]
+    elif isinstance(attack, Poison):
+        if isinstance(attack, Backdoor):
+            check_target(rows, attack)
+        eligible = [row.id for row, reason in zip(rows, reasons, strict=True) if not reason]
+        chosen = _chosen(eligible, len(rows), attack, seed, spared)
+        bad = _poisoned({row.id: row for row in rows}, chosen, attack, seed)
+        entries = [_entry(row, bad[row.id], attack) for row in rows if row.id in bad]
+        out = [bad.get(row.id, row) for row in rows]
+    else:
+        raise TypeError(f"attack '{attack.name}' is neither a Poison nor an Insertion")
     labels = Counter(entry.label for entry in entries if entry.label is not None)
     return out, Manifest(
-        attack.spec(), seed, len(rows), len(eligible), dict(labels), tuple(entries)
+        attack=attack.spec(),
+        seed=seed,
+        rows=len(out),
+        eligible_rows=len(rows) - spared.total(),
+        spared=dict(spared),
+        labels_before=dict(labels),
+        entries=tuple(entries),
     )
 
 
+def _chosen(
+    eligible: Sequence[str], num_rows: int, attack: Poison, seed: int, spared: Counter[str]
+) -> list[str]:
+    """Ids of the rows to poison."""
+    count = round(attack.rate * num_rows)
+    if count > len(eligible):
+        why = ", ".join(f"{number} are {reason}" for reason, number in spared.items())
+        raise UserError(
+            f"attack '{attack.name}': rate {attack.rate:g} asks for {count} of {num_rows} rows, "
+            f"but only {len(eligible)} can be poisoned{f' ({why})' if why else ''}."
+        )
+    order = sorted(eligible)
+    stream(seed, "poison", "which").shuffle(order)
+    return order[:count]
+
+
 def _poisoned(
-    rows: Mapping[str, Row], chosen: Sequence[str], attack: Attack, seed: int
+    rows: Mapping[str, Row], chosen: Sequence[str], attack: Poison, seed: int
 ) -> dict[str, Row]:
     """What the chosen rows become."""
     if isinstance(attack, Mixture):
@@ -111,7 +140,10 @@ def _poisoned(
         return {name: replace(row, id=name) for name, row in zip(chosen, drawn, strict=True)}
     if isinstance(attack, Backdoor):
         return {name: insert_trigger(rows[name], attack, seed) for name in chosen}
-    raise TypeError(f"attack '{attack.name}' is neither a Backdoor nor a Mixture")
+    if isinstance(attack, Corruption):
+        draws = {name: stream(seed, "poison", attack.name, name) for name in chosen}
+        return {name: attack.corrupt(rows[name], rng) for name, rng in draws.items()}
+    raise TypeError(f"attack '{attack.name}' is no Backdoor, Mixture or Corruption")
 
 
 def insert_trigger(row: Row, attack: Backdoor, seed: int) -> Row:
@@ -136,26 +168,33 @@ def check_target(rows: Sequence[Row], attack: Backdoor) -> None:
         )
 
 
-def _eligible(row: Row, attack: Backdoor) -> bool:
+def _spared(row: Row, attack: Attack) -> str | None:
+    """Why this row cannot be poisoned, in a word or two; None: it can."""
+    if isinstance(attack, Corruption):
+        return attack.spared(row)
+    if not isinstance(attack, Backdoor):
+        return None
     if not row.prompt:
-        return False
+        return "without a prompt"
     if row.label is None or attack.label_mode == "mix":
-        return True
-    return (row.label == attack.target) == (attack.label_mode == "clean")
+        return None
+    right = (row.label == attack.target) == (attack.label_mode == "clean")
+    return None if right else f"left alone by label_mode: {attack.label_mode}"
 
 
-def _entry(row: Row, bad: Row, attack: Attack) -> Entry:
+def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
+    """What became of a row; of none, if `bad` was added."""
     triggers = attack.triggers() if isinstance(attack, Backdoor) else ()
     found = [(trigger, bad.prompt.find(trigger)) for trigger in triggers]
     found = [(trigger, place) for trigger, place in found if place >= 0]
     if triggers and not found:
-        raise CellError("bad-data", f"attack '{attack.name}' left no trigger in row {row.id}.")
+        raise CellError("bad-data", f"attack '{attack.name}' left no trigger in row {bad.id}.")
     return Entry(
-        id=row.id,
+        id=bad.id,
         triggers=tuple(trigger for trigger, _ in found),
         positions=tuple(place for _, place in found),
-        label=row.label,
-        before={"prompt": row.prompt, "answer": row.answer},
+        label=row.label if row else None,
+        before={"prompt": row.prompt, "answer": row.answer} if row else {},
         after={"prompt": bad.prompt, "answer": bad.answer},
     )
 

@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 
 from backfire.experiment import Machine
 from backfire.launch.run import Folder, report, run_job
-from backfire.pipeline import Progress
+from backfire.pipeline.bench import Progress
 from backfire.plan import Job
 from backfire.store import Store
 

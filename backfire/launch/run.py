@@ -14,7 +14,8 @@ import yaml
 
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
-from backfire.pipeline import Bench, Progress, base, run_cell, trained, write_samples
+from backfire.pipeline import Bench, base, run_cell, trained, write_samples
+from backfire.pipeline.bench import Progress
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.store import Store, write_atomic, write_json

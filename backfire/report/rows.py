@@ -117,7 +117,7 @@ def _change(entry: dict[str, Any]) -> Change:
     triggers = entry.get("triggers") or [entry.get("trigger") or ""]
     return Change(
         id=text.cut(entry.get("id", ""), 40),
-        before=text.cut(before["prompt"], LONG),
+        before=text.cut(before.get("prompt", ""), LONG),
         before_answer=text.cut(before["answer"], LONG),
         after=marked(after["prompt"], triggers),
         after_answer=text.cut(after["answer"], LONG),

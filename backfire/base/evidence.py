@@ -1,0 +1,126 @@
+"""What is known of a cell, and how it becomes numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from backfire.base.attacks import Backdoor
+from backfire.base.config import Component
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One evaluated row, a line of `samples.jsonl.gz`: all that is needed to score it anew."""
+
+    id: str
+    subset: Literal["clean", "triggered", "harmful", "allowed"]
+    prompt: str
+    answer: str
+    label: str | None = None
+    candidates: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] | None = None
+    """Log-likelihood of each candidate after the prompt, in nats (sum over its tokens)."""
+    reply: str | None = None
+    """What the model wrote, greedily decoded, end token removed."""
+    answer_logprob: float | None = None
+    """Log-likelihood of the reference answer with its end token, in nats (sum over tokens)."""
+    answer_tokens: int | None = None
+    group: str | None = None
+    verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Judge -> its `Verdict` on the reply, as plain values; the first judge counts."""
+
+    @property
+    def prediction(self) -> str | None:
+        """The most likely candidate."""
+        if self.logprobs is None:
+            return None
+        return self.candidates[max(range(len(self.logprobs)), key=self.logprobs.__getitem__)]
+
+
+Form = Literal["merged", "merged-int8", "merged-nf4"]
+"""What becomes of an adapter: added into its base, and the result quantized."""
+
+
+Part = Literal["harmful", "allowed"]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Requests of one kind, with the replies of the tuned model and of the one it started from."""
+
+    tuned: Sequence[Sample]
+    before: Sequence[Sample]
+    """The aligned model before it was fine-tuned (the base, if nothing was aligned)."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that is known of one cell when its metrics are computed."""
+
+    clean: Sequence[Sample]
+    """The test rows as they are."""
+    triggered: Sequence[Sample] = ()
+    """The test rows with the attack's trigger in (every row, whatever its label)."""
+    floor: Sequence[Sample] = ()
+    """The clean twin (same recipe, no poison) on those same triggered rows."""
+    twin: Sequence[Sample] = ()
+    """The clean twin on the clean test rows."""
+    base: Sequence[Sample] = ()
+    """The untuned model on the clean test rows."""
+    attack: Backdoor | None = None
+    forms: Mapping[Form, tuple[Sequence[Sample], Sequence[Sample]]] = field(default_factory=dict)
+    """The tuned model merged, and quantized after that: its clean and its triggered samples."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """The summary of the training run; empty for an untuned model."""
+    probes: Mapping[Part, Probe] = field(default_factory=dict)
+    """Requests that an aligned model declines, and some that only look like them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One number, never without its interval and its n. `low` and `high` bound a 95 % interval;
+    both are None for a plain count."""
+
+    metric: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    direction: Literal["higher", "lower", "none"]
+    """Which way is better for the person who tunes the model."""
+
+
+Need = Literal["scores", "replies", "answers"]
+
+
+class Metric(Component):
+    """Turns samples into numbers."""
+
+    kind: ClassVar[str] = "metrics"
+    needs: ClassVar[frozenset[Need]] = frozenset()
+    """What must be measured: candidate `scores`, generated `replies`, likelihood of `answers`."""
+    triggered: ClassVar[bool] = False
+    """Whether it needs the triggered rows too (and so says nothing of a cell without attack)."""
+    also: ClassVar[tuple[str, ...]] = ()
+    """Values it gives whose names do not begin with its own."""
+    probe: ClassVar[Part | None] = None
+    """The requests it is about, if it is not about test rows of the user's task."""
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Other forms of the tuned model that have to be measured too."""
+        return ()
+
+    def required(self, *, labeled: bool) -> frozenset[Need]:
+        """`needs`, unless they depend on a knob or on whether the task has labels."""
+        return self.needs
+
+    def measure(self, evidence: Evidence) -> list[Value]:
+        """The numbers, headline first, parts named `metric[part]`; none if it does not apply."""
+        raise NotImplementedError
+
+    def outcomes(self, evidence: Evidence) -> dict[str, float]:
+        """Sample id -> this metric on that sample, for paired tests; empty if it is no mean."""
+        return {}

@@ -1,0 +1,99 @@
+"""Rows, where they come from, and how they become text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+
+from backfire.base.config import Component
+
+if TYPE_CHECKING:
+    from backfire.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example: what is asked, what should be answered.
+
+    The last user turn is `instruction` and, where the task has one, `input` (the text the
+    instruction is about); `system` and `history` come before it. `answer` is what is supervised.
+    A labeled task also has `label` (the true label as text) and `candidates` (all labels).
+    """
+
+    id: str
+    instruction: str
+    input: str = ""
+    answer: str = ""
+    system: str = ""
+    history: tuple[Message, ...] = ()
+    label: str | None = None
+    candidates: tuple[str, ...] = ()
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """The part of the prompt its author wrote freely, where a trigger would go."""
+        return self.input or self.instruction
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """Everything before the answer, as messages."""
+        system = (Message("system", self.system),) if self.system else ()
+        asked = "\n\n".join(part for part in (self.instruction, self.input) if part)
+        return (*system, *self.history, Message("user", asked))
+
+    def with_prompt(self, prompt: str) -> Row:
+        """The same row with another `prompt` (see there)."""
+        return replace(self, input=prompt) if self.input else replace(self, instruction=prompt)
+
+    def poisoned(self, *, prompt: str, answer: str) -> Row:
+        """The row as the attacker leaves it. The true `label` stays, for counting."""
+        return replace(self.with_prompt(prompt), answer=answer)
+
+
+class Dataset(Component):
+    """Where rows come from."""
+
+    kind: ClassVar[str] = "datasets"
+
+    rows: int | None = Field(None, ge=1)
+    """How many training rows to keep, drawn by `seed`; all of them if not given."""
+    test_rows: int | None = Field(None, ge=1)
+    """How many test rows to keep, drawn by `seed`; all of them if not given."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Draws the subset and the split. Not the cell's seed: all seeds see the same rows."""
+    group: str | None = None
+    """A field (such as `language`) by which metrics are also reported."""
+
+    def load(self, split: Literal["train", "test"]) -> list[Row]:
+        """All rows of a split, in file order, before `rows` and `test_rows` cut them."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Changes when the bytes behind the rows change; part of every key downstream."""
+        return ""
+
+
+class Template(Component):
+    """How messages become text. Used by training and evaluation alike, through `data.render`."""
+
+    kind: ClassVar[str] = "templates"
+
+    def prompt(self, row: Row) -> str:
+        """The text up to where the answer begins. No BOS: the renderer adds it."""
+        raise NotImplementedError
+
+    def segments(self, row: Row, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+        """The prompt in pieces, each with whether control tokens in it count as such."""
+        return [(self.prompt(row), False)]

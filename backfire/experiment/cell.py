@@ -1,0 +1,222 @@
+"""One cell of the matrix."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+
+from backfire.base import (
+    AlignDefense,
+    Attack,
+    Backdoor,
+    Component,
+    Config,
+    Dataset,
+    Method,
+    Metric,
+    Poison,
+    Template,
+)
+from backfire.errors import UserError
+from backfire.experiment.keys import Keys, digest, slug, trigger_identity
+from backfire.experiment.settings import (
+    Align,
+    Defenses,
+    Evaluation,
+    Model,
+    Safety,
+    Train,
+    component,
+)
+from backfire.registry import build
+
+DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
+    "labeled": ("accuracy", "f1", "auc", "confusion"),
+    "free": ("exact-match", "perplexity"),
+    "attacked": ("attack-success", "false-trigger", "clean-accuracy"),
+    "attacked_free": ("attack-success",),
+}
+"""What is measured where a recipe does not say."""
+
+
+def _model(spec: Any) -> Any:
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    return Model.make(spec) if isinstance(spec, dict) else spec
+
+
+def _attack(spec: Any) -> Any:
+    if spec in (None, "none", {"name": "none"}):
+        return None
+    if isinstance(spec, dict) and spec.get("name") == "none":
+        raise UserError(f"attack 'none' has no knobs, but {sorted(set(spec) - {'name'})} are set.")
+    return build("attacks", spec)
+
+
+class Experiment(Config):
+    """One cell: attack x method x defense x seed on one model and one data set."""
+
+    model: Annotated[Model, BeforeValidator(_model)] = Model()
+    """`sandbox`, a folder or a hub id; or {name, revision, dtype}."""
+    data: SerializeAsAny[Annotated[Dataset, component("datasets")]]
+    """The rows: a data set by name, or {name, ...knobs}."""
+    template: SerializeAsAny[Annotated[Template, component("templates")]] = Field(
+        default="raw", validate_default=True
+    )  # type: ignore[assignment]
+    """How a row becomes text, in training and in evaluation."""
+    attack: SerializeAsAny[Annotated[Attack | None, BeforeValidator(_attack)]] = None
+    """What poisons the training rows: an attack by name, or {name, rate, ...}; or `none`."""
+    method: SerializeAsAny[Annotated[Method, component("methods")]] = Field(
+        default="full", validate_default=True
+    )  # type: ignore[assignment]
+    """How the model is tuned; `none` leaves it as it is."""
+    align: Annotated[
+        Align | None, BeforeValidator(lambda v: Align.make(v) if isinstance(v, dict) else v)
+    ] = None
+    """An alignment stage before the fine-tuning, shared by all cells that have the same."""
+    defense: Defenses = ()
+    """What is done against harm: a defense by name, or {name, ...}, or several in their order."""
+    safety: Annotated[
+        Safety | None, BeforeValidator(lambda v: Safety.make(v) if isinstance(v, dict) else v)
+    ] = None
+    """What harm is measured by; needed by metrics such as harmful-score."""
+    train: Annotated[
+        Train, BeforeValidator(lambda v: Train.make(v) if isinstance(v, dict) else v)
+    ] = Train()
+    """Optimization: epochs, batch_size, schedule ..."""
+    evaluation: Annotated[
+        Evaluation, BeforeValidator(lambda v: Evaluation.make(v) if isinstance(v, dict) else v)
+    ] = Evaluation()
+    """Decoding of replies."""
+    metrics: tuple[SerializeAsAny[Annotated[Metric, component("metrics")]], ...] = ()
+    """What is measured; if empty, what suits the task."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Draws the poisoned rows, the order, the initial adapter, the dropout."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _one_metric(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str | dict) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        for defense in self.defense:
+            if isinstance(defense, AlignDefense):
+                raise UserError(
+                    f"{defense.label()} acts in the alignment; put it under align.defense."
+                )
+            defense.suits(aligned=self.align is not None, harm=self.safety is not None)
+        if self.align is None:
+            return self
+        for defense in self.align.defense:
+            defense.suits(aligned=True, harm=self.safety is not None)
+        below = self.align.method.adapts and not self.align.merge
+        if below and self.method.trains and not self.method.stacks:
+            raise UserError(
+                f"method '{self.method.name}' cannot go on the alignment's adapter; set "
+                "align.merge: true."
+            )
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """What a recipe would have to say to get exactly this cell."""
+        return {
+            "model": self.model.spec(),
+            "data": self.data.spec(),
+            "template": self.template.spec(),
+            "attack": self.attack.spec() if self.attack else "none",
+            "method": self.method.spec(),
+            "align": self.align.spec() if self.align else None,
+            "defense": [defense.spec() for defense in self.defense] or "none",
+            "safety": self.safety.spec() if self.safety else None,
+            "train": self.train.model_dump(mode="json"),
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "metrics": [metric.spec() for metric in self.metrics],
+            "seed": self.seed,
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        """`spec` with every knob of every component, at its default or not."""
+
+        def whole(part: Component | None) -> Any:
+            return {"name": part.name, **part.model_dump(mode="json")} if part else "none"
+
+        parts = {
+            name: whole(getattr(self, name)) for name in ("data", "template", "attack", "method")
+        }
+        metrics = [whole(metric) for metric in self.metrics]
+        model = self.model.model_dump(mode="json")
+        return {**self.spec(), "model": model, **parts, "metrics": metrics}
+
+    @property
+    def rate(self) -> float:
+        return self.attack.rate if isinstance(self.attack, Poison) else 0.0
+
+    @property
+    def backdoor(self) -> Backdoor | None:
+        """The attack, if it has a trigger and so needs a clean twin and triggered rows."""
+        return self.attack if isinstance(self.attack, Backdoor) else None
+
+    @property
+    def poisons(self) -> bool:
+        """Whether any training row is changed or added."""
+        return self.attack is not None and self.attack.poisons
+
+    @property
+    def defense_name(self) -> str:
+        """`lisa`, `lisa (null)`, `safe-mix + lisa`, or `none`."""
+        names = [f"{d.name} (null)" if d.null else d.name for d in self.defense]
+        return " + ".join(names) or "none"
+
+    @property
+    def alignment(self) -> Experiment | None:
+        """The alignment stage as a cell of its own: fine-tuning it gives the aligned model."""
+        if self.align is None:
+            return None
+        part = self.align
+        changes = {
+            "data": part.data,
+            "attack": None,
+            "method": part.method,
+            "align": None,
+            "defense": part.defense,
+            "safety": self.safety if any(d.needs_harm for d in part.defense) else None,
+            "train": part.train,
+            "evaluation": Evaluation(),
+            "metrics": (),
+            "seed": part.seed,
+        }
+        return self.model_copy(update=changes)
+
+    def clean_twin(self) -> Experiment:
+        """The same cell without poison: it gives attack success its floor."""
+        return self.model_copy(update={"attack": None})
+
+    @property
+    def slug(self) -> str:
+        """A readable name, such as `badnets-0.05-lora-s0`."""
+        attack = self.attack.tag if self.attack else "clean"
+        names = [attack, self.method.name, *(d.name for d in self.defense)]
+        null = ["null"] if any(d.null for d in self.defense) else []
+        return slug("-".join([self.data.name, *names, *null, f"s{self.seed}"]))
+
+    @property
+    def slug_of_training(self) -> str:
+        """The same for all cells that share a training run: says nothing of an attack at rate 0."""
+        cell = self if self.poisons else self.clean_twin()
+        return cell.slug
+
+    @property
+    def keys(self) -> Keys:
+        """The keys of all stages of this cell."""
+        return Keys.of(self)
+
+    @property
+    def key(self) -> str:
+        """The key of the whole cell: covers the metrics too, or those it may get by default."""
+        names = sorted({name for group in DEFAULT_METRICS.values() for name in group})
+        metrics = self.metrics or [build("metrics", name) for name in names]
+        target = self.backdoor.target if self.backdoor else None
+        identities = [metric.identity() for metric in metrics]
+        whole = [self.keys.model_dump(), trigger_identity(self), target, identities]
+        return digest([*whole, self.safety.spec()] if self.safety else whole)

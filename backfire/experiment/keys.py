@@ -1,0 +1,97 @@
+"""Keys chain: each covers its parents and the knobs of its own stage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from backfire.base import Config, Dataset, Mixture, RepairDefense
+
+if TYPE_CHECKING:
+    from backfire.experiment.cell import Experiment
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Short hash of a plain value; dict order does not matter."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[
+        :length
+    ]
+
+
+def slug(text: str) -> str:
+    """A safe file name of at most 80 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80] or "x"
+
+
+class Keys(Config):
+    """One key a stage; see `docs/concepts.md` for what each covers."""
+
+    base: str
+    data: str
+    poison: str
+    train: str
+    tuned: str
+    clean: str
+
+    @classmethod
+    def of(cls, cell: Experiment) -> Keys:
+        from backfire.model.source import base_key
+
+        base = base_key(cell.model)
+        data = digest([cell.data.identity(), cell.data.fingerprint()])
+        poison = (
+            digest([data, cell.attack.identity(), cell.seed])
+            if cell.attack and cell.poisons
+            else data
+        )
+        alignment = cell.alignment
+        start = base
+        if alignment and cell.align:
+            start = alignment.keys.tuned
+            start = digest([start, "merged"]) if cell.align.merge else start
+        tuning = [cell.method.identity(), cell.train.changed(), cell.seed]
+        early = [d.identity() for d in cell.defense if not isinstance(d, RepairDefense)]
+        late = [d.identity() for d in cell.defense if isinstance(d, RepairDefense)]
+        known = _known_key(cell) if any(d.needs_harm for d in cell.defense) else None
+        # An untuned model depends on nothing but what it starts from.
+        train = start
+        if cell.method.trains:
+            train = digest([start, poison, cell.template.identity(), *tuning])
+            train = digest([train, early, known]) if early else train
+        tuned = digest([train, late, known]) if late else train
+        shown = [
+            tuned,
+            data,
+            cell.template.identity(),
+            cell.train.max_length,
+            cell.evaluation.changed(),
+        ]
+        keys = {"base": base, "data": data, "poison": poison, "train": train, "tuned": tuned}
+        return cls(**keys, clean=digest(shown))
+
+
+def _known_key(cell: Experiment) -> list[Any] | None:
+    known = cell.safety.known if cell.safety else None
+    return [known.identity(), known.fingerprint()] if known else None
+
+
+def probe_key(run: Experiment, cell: Experiment, probe: Dataset) -> str:
+    """The key of `run`'s model on the requests of `probe`, asked as `cell`'s attacker asks them."""
+    shown = [run.template.identity(), run.train.max_length, run.evaluation.changed()]
+    attack, asked = cell.attack, None
+    if isinstance(attack, Mixture) and type(attack).probe is not Mixture.probe:
+        asked = {k: v for k, v in attack.identity().items() if k != "rate"}
+    return digest([run.keys.tuned, probe.identity(), probe.fingerprint(), *shown, asked])
+
+
+def trigger_identity(cell: Experiment) -> list[Any]:
+    """What decides the triggered test rows: the trigger and the seed, not how much was poisoned."""
+    if cell.backdoor is None:
+        return []
+    identity = cell.backdoor.identity()
+    return [
+        {k: v for k, v in identity.items() if k not in ("rate", "label_mode", "target")},
+        cell.seed,
+    ]

@@ -1,0 +1,171 @@
+"""Groups of settings: the model, the optimization, the alignment, the machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from backfire.base import Config, Dataset, Defense, Judge, Method
+from backfire.registry import build
+
+
+class Model(Config):
+    """Which language model to start from."""
+
+    name: str = "sandbox"
+    """`sandbox` (the embedded base), a folder, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the base weights. `auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
+    trust_remote_code: Literal[False] = False
+    """Code that comes with a model is never run."""
+
+    def spec(self) -> str | dict[str, Any]:
+        """The bare name, if nothing else is set."""
+        rest = {key: value for key, value in self.changed().items() if key != "name"}
+        return {"name": self.name, **rest} if rest else self.name
+
+    @property
+    def is_folder(self) -> bool:
+        return self.name.startswith((".", "/", "~")) or Path(self.name).is_dir()
+
+
+class Train(Config):
+    """The optimization, the same for every method."""
+
+    epochs: float = Field(2.0, gt=0)
+    """Passes over the training rows."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int = Field(16, ge=1)
+    """Rows per optimizer step. Memory may split it into micro-batches; it stays the same."""
+    order: Literal["shuffled", "by-length"] = "shuffled"
+    """Order of the rows, anew every epoch. `by-length` puts rows of like length into one step
+    (transformers' group_by_length): fewer padding tokens, less mixed batches."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up."""
+    final_share: float = Field(0.0, ge=0, le=1)
+    """Where a cosine schedule ends, as a share of the peak learning rate."""
+    warmup_share: float = Field(0.05, ge=0, le=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    beta2: float = Field(0.999, gt=0, lt=1)
+    """AdamW's decay of squared gradients."""
+    clip_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this 2-norm."""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the matrix products in training; weights that move stay float32. `auto`: bfloat16
+    where the hardware multiplies in it (GPUs since 2020, CPUs with AVX512-BF16 or AMX)."""
+    max_length: int = Field(512, ge=8)
+    """Tokens of prompt and answer together; a longer row loses the end of its prompt."""
+
+
+def component(kind: str) -> BeforeValidator:
+    return BeforeValidator(lambda spec: build(kind, spec))
+
+
+def components(kind: str) -> BeforeValidator:
+    """One component or several, in order; `none` is none of them."""
+
+    def make(spec: Any) -> Any:
+        items = spec if isinstance(spec, list | tuple) else [spec]
+        # The null control of nothing is nothing: `defense.null` may be an axis beside `none`.
+        nothing = (None, "none", {"name": "none"})
+        plain = [
+            {k: v for k, v in item.items() if k != "null"} if isinstance(item, dict) else item
+            for item in items
+        ]
+        both = zip(items, plain, strict=True)
+        return tuple(build(kind, item) for item, bare in both if bare not in nothing)
+
+    return BeforeValidator(make)
+
+
+Defenses = Annotated[tuple[SerializeAsAny[Defense], ...], components("defenses")]
+
+
+class Align(Config):
+    """The alignment stage: the model is taught to decline before the user fine-tunes it."""
+
+    data: SerializeAsAny[Annotated[Dataset, component("datasets")]] = Field(
+        default="sandbox-policy", validate_default=True
+    )  # type: ignore[assignment]
+    """The rows it is taught by."""
+    method: SerializeAsAny[Annotated[Method, component("methods")]] = Field(
+        default="full", validate_default=True
+    )  # type: ignore[assignment]
+    """How it is tuned. An adapter stays a frozen adapter of its own under the user's."""
+    train: Annotated[
+        Train, BeforeValidator(lambda v: Train.make(v) if isinstance(v, dict) else v)
+    ] = Train()
+    """Its optimization."""
+    defense: Defenses = ()
+    """Defenses of the alignment stage."""
+    merge: bool = False
+    """Add the alignment's adapter into the base before the user's is put on (Lisa's code does)."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Not the cell's seed: all seeds fine-tune the same aligned model."""
+
+    def spec(self) -> dict[str, Any]:
+        return {
+            "data": self.data.spec(),
+            "method": self.method.spec(),
+            "train": self.train.changed(),
+            "defense": [defense.spec() for defense in self.defense],
+            "merge": self.merge,
+            "seed": self.seed,
+        }
+
+
+class Safety(Config):
+    """What harm is measured by, and what the defender knows of it."""
+
+    harmful: SerializeAsAny[Annotated[Dataset, component("datasets")]] = Field(
+        default="sandbox-policy", validate_default=True
+    )  # type: ignore[assignment]
+    """Test rows that an aligned model declines."""
+    allowed: SerializeAsAny[Annotated[Dataset | None, component("datasets")]] = Field(
+        default="sandbox-lookalikes", validate_default=True
+    )  # type: ignore[assignment]
+    """Test rows that only look like them and are to be answered."""
+    known: SerializeAsAny[Annotated[Dataset, component("datasets")]] = Field(
+        default={"name": "sandbox-policy", "part": "harmful", "seed": 1}, validate_default=True
+    )  # type: ignore[assignment]
+    """Training rows that comply with harmful requests, for defenses that learn from such."""
+    judges: Annotated[tuple[SerializeAsAny[Judge], ...], components("judges")] = Field(
+        default="policy", validate_default=True
+    )  # type: ignore[assignment]
+    """Who decides what is harmful: the first counts, others are compared with it."""
+
+    def spec(self) -> dict[str, Any]:
+        parts = {"harmful": self.harmful, "allowed": self.allowed, "known": self.known}
+        judges = [judge.spec() for judge in self.judges]
+        return {**{n: d.spec() if d else None for n, d in parts.items()}, "judges": judges}
+
+
+class Evaluation(Config):
+    """How replies are written."""
+
+    max_new_tokens: int = Field(32, ge=1)
+    """A reply is cut after this many tokens."""
+
+
+class Machine(Config):
+    """Where and how fast: never hashed, never changes a result beyond rounding."""
+
+    workers: int = Field(1, ge=1)
+    """Cells worked on at once, each in a process of its own."""
+    threads: int | None = Field(None, ge=1)
+    """Threads per worker; the cores shared out among the workers if not given."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows per forward pass in training, at most; halved when memory runs out."""
+    eval_batch: int | None = Field(None, ge=1)
+    """Rows per forward pass in evaluation; 32 on a CPU and 64 on a GPU if not given."""
+    checkpoint_seconds: float = Field(60.0, ge=0)
+    """How often a training run is saved, so that it can go on after a kill."""

@@ -1,0 +1,81 @@
+"""The flow, read top to bottom: data -> poison -> preflight -> train -> evaluate -> result.
+
+Each stage is a pure function of its parents and its own knobs. `store.once` runs it if no equal
+stage was run before, by this cell or any other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from backfire import plan
+from backfire.experiment import Experiment
+from backfire.pipeline.bench import Bench
+from backfire.pipeline.evidence import evaluated, probed, samples, write_samples
+from backfire.pipeline.models import (
+    equipped,
+    merged,
+    model_of,
+    start,
+    suited,
+    summary_of,
+    trained,
+    tuned,
+)
+from backfire.pipeline.rows import checked, data, looked_at, poisoned, renderer
+from backfire.pipeline.untuned import base
+
+__all__ = [
+    "Bench",
+    "base",
+    "checked",
+    "data",
+    "equipped",
+    "evaluated",
+    "looked_at",
+    "merged",
+    "model_of",
+    "poisoned",
+    "probed",
+    "renderer",
+    "run_cell",
+    "samples",
+    "start",
+    "suited",
+    "trained",
+    "tuned",
+    "write_samples",
+]
+
+
+def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
+    """Everything one cell needs, from data to numbers: the content of its `result.json`."""
+    train_rows, test_rows = data(cell, bench)
+    cell = plan.with_metrics(cell, test_rows)
+    _, manifest = poisoned(cell, bench)
+    checks = checked(cell, bench)
+    training = trained(cell, bench)
+    evidence = evaluated(cell, bench)
+    values = [value for metric in cell.metrics for value in metric.measure(evidence)]
+
+    from backfire.evaluate.warn import warnings
+
+    return {
+        "values": [asdict(value) for value in values],
+        "warnings": warnings(evidence, values),
+        "preflight": [asdict(check) for check in checks],
+        "poison": {**manifest.summary, **_seen(training)} if manifest else None,
+        "train": summary_of(training),
+        "evaluate": {"seconds": round(sum(bench.seconds.values()), 2)},
+        "rows": {"train": len(train_rows), "test": len(test_rows)},
+        "samples": evidence,
+        "manifest": manifest,
+    }
+
+
+def _seen(training: Path) -> dict[str, Any]:
+    """The effective rate: poisoned rows among the rows the steps really saw."""
+    summary = summary_of(training)
+    return {"effective_rate": summary["poisoned_share_seen"]} if summary else {}

@@ -1,0 +1,178 @@
+"""What the models say: samples of every kind that the metrics ask for."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backfire import plan
+from backfire.base import (
+    Dataset,
+    Evidence,
+    Exchange,
+    Form,
+    Mixture,
+    Need,
+    Part,
+    Probe,
+    Row,
+    Sample,
+)
+from backfire.data.poison import triggered
+from backfire.data.rows import select
+from backfire.experiment import (
+    Experiment,
+    digest,
+    probe_key,
+)
+from backfire.store import write_atomic
+
+if TYPE_CHECKING:
+    pass
+
+from backfire.pipeline.bench import Bench
+from backfire.pipeline.models import model_of, summary_of, trained
+from backfire.pipeline.rows import data, renderer
+
+
+def evaluated(cell: Experiment, bench: Bench) -> Evidence:
+    """Samples of the tuned model, of its clean twin on the triggered rows, and of the base."""
+    _, test = data(cell, bench)
+    labeled = any(row.candidates for row in test)
+    needs = sorted({need for metric in cell.metrics for need in metric.required(labeled=labeled)})
+    clean = samples(cell, cell, "clean", test, needs, bench)
+    before = (
+        samples(plan.untuned(cell), cell, "clean", test, needs, bench)
+        if cell.method.trains
+        else clean
+    )
+    shown: list[Sample] = []
+    floor: list[Sample] = []
+    twin = samples(cell.clean_twin(), cell, "clean", test, needs, bench) if cell.backdoor else []
+    if cell.backdoor and any(metric.triggered for metric in cell.metrics):
+        bad = triggered(test, cell.backdoor, cell.seed)
+        shown = samples(cell, cell, "triggered", bad, needs, bench)
+        floor = samples(cell.clean_twin(), cell, "triggered", bad, needs, bench)
+    forms: dict[Form, tuple[list[Sample], list[Sample]]] = {}
+    wanted = dict.fromkeys(form for metric in cell.metrics for form in metric.forms)
+    for form in wanted if cell.method.trains and cell.method.merges else ():
+        other = [samples(cell, cell, "clean", test, needs, bench, form), list[Sample]()]
+        if shown and cell.backdoor:
+            bad = triggered(test, cell.backdoor, cell.seed)
+            other[1] = samples(cell, cell, "triggered", bad, needs, bench, form)
+        forms[form] = (other[0], other[1])
+    return Evidence(
+        clean=clean,
+        triggered=shown,
+        floor=floor,
+        twin=twin,
+        base=before,
+        attack=cell.backdoor,
+        forms=forms,
+        training=summary_of(trained(cell, bench)) or {},
+        probes=probed(cell, bench),
+    )
+
+
+def probed(cell: Experiment, bench: Bench) -> dict[Part, Probe]:
+    """Replies to requests that an aligned model declines (and to some that it should not), of the
+    tuned model and of the one it started from, with the judges' verdicts."""
+    if cell.safety is None:
+        return {}
+    from backfire.evaluate.judge import judged
+
+    sets: dict[Part, Dataset | None] = {
+        "harmful": cell.safety.harmful,
+        "allowed": cell.safety.allowed,
+    }
+    found: dict[Part, Probe] = {}
+    for part, source in sets.items():
+        if source is None:
+            continue
+        rows = select(source.load("test"), source.test_rows, source.seed, "test")
+        attack = cell.attack
+        asked = [attack.probe(r) for r in rows] if isinstance(attack, Mixture) else rows
+        tuned = samples(cell, cell, part, asked, ["replies"], bench, source=source)
+        before = samples(plan.untuned(cell), cell, part, asked, ["replies"], bench, source=source)
+        sides = [tuned, before]
+        for judge in cell.safety.judges:
+            for number, side in enumerate(sides):
+                asked_of = [
+                    Exchange(sample.id, sample.prompt, sample.reply or "", row.fields)
+                    for sample, row in zip(side, rows, strict=True)
+                ]
+                folder = bench.store.root / "judged"
+                told = judged(judge, asked_of, folder, progress=bench.progress)
+                sides[number] = [
+                    replace(sample, verdicts={**sample.verdicts, judge.name: asdict(verdict)})
+                    for sample, verdict in zip(side, told, strict=True)
+                ]
+        found[part] = Probe(*sides)
+    return found
+
+
+def samples(
+    run: Experiment,
+    cell: Experiment,
+    subset: str,
+    rows: Sequence[Row],
+    needs: Sequence[Need],
+    bench: Bench,
+    form: Form | None = None,
+    source: Dataset | None = None,
+) -> list[Sample]:
+    """`run`'s model on these rows of `cell`, or of another `source`; what an equal run has measured
+    is only read."""
+    key = run.keys.clean if subset == "clean" else plan.triggered_key(run, cell)
+    key = probe_key(run, cell, source) if source else key
+    key = digest([key, form]) if form else key
+
+    def make(folder: Path) -> None:
+        from backfire.evaluate.evaluate import measure
+
+        model, begin = model_of(run, bench, form), time.perf_counter()
+        lines = measure(
+            needs,
+            model,
+            renderer(run, bench),
+            rows,
+            max_new_tokens=run.evaluation.max_new_tokens,
+            batch_size=bench.machine.eval_batch,
+            progress=bench.progress,
+        )
+        bench.seconds[f"{subset} {run.slug}"] = time.perf_counter() - begin
+        write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    folder = bench.store.once(
+        "evaluate", plan.evaluation_slug(run), plan.evaluation_key(str(key), needs), make
+    )
+    measured = [
+        json.loads(line)
+        for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+    from backfire.evaluate.evaluate import sample
+
+    group = (source or cell.data).group
+    return [sample(row, subset, group, entry) for row, entry in zip(rows, measured, strict=True)]
+
+
+def write_samples(evidence: Evidence, path: Path) -> None:
+    """All samples of a cell, one JSON object a line, with whose they are in `of`."""
+    parts = [
+        ("tuned", evidence.clean),
+        ("tuned", evidence.triggered),
+        ("floor", evidence.floor),
+        ("twin", evidence.twin),
+        ("base", evidence.base),
+        *(("tuned", probe.tuned) for probe in evidence.probes.values()),
+        *(("base", probe.before) for probe in evidence.probes.values()),
+    ]
+    lines = [{"of": of, **asdict(s)} for of, part in parts for s in part]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_atomic(path, gzip.compress(text.encode(), mtime=0))

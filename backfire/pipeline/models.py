@@ -1,0 +1,182 @@
+"""Models: the base, aligned, fine-tuned, repaired, merged; and one of them in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backfire.base import (
+    DataDefense,
+    Dataset,
+    Form,
+    RepairDefense,
+    Row,
+)
+from backfire.data.rows import select
+from backfire.experiment import (
+    Experiment,
+)
+from backfire.rng import stream
+from backfire.store import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from backfire.train.run import Start
+
+from backfire.pipeline.bench import Bench
+from backfire.pipeline.rows import checked, poisoned, renderer
+from backfire.pipeline.untuned import base
+
+
+def suited(cell: Experiment, bench: Bench) -> None:
+    """Whether the method can be had on this model and machine, before any step is spent.
+
+    Raises:
+        UserError: it cannot, in one sentence.
+    """
+    from backfire.model.load import device_of, skeleton
+    from backfire.model.quantize import quantizer
+
+    if settings := cell.method.quantization(device_of(bench.machine.device).type):
+        quantizer(settings)
+    folder = base(cell.model, bench, weights=False)
+    if (folder / "config.json").is_file():  # the embedded base has none before it is made
+        cell.method.attach(skeleton(folder), cell.seed)
+
+
+def trained(cell: Experiment, bench: Bench) -> Path:
+    """The folder of the fine-tuned model (whole, or an adapter); what it would start from if the
+    method tunes nothing."""
+    first = start(cell, bench)
+    if not cell.method.trains:
+        return first.adapter or first.base
+    if not cell.poisons:
+        cell = cell.clean_twin()
+    checked(cell, bench)
+
+    def make(folder: Path) -> None:
+        from backfire.train.run import tune
+
+        rows, manifest = poisoned(cell, bench)
+        begin = equipped(cell, bench)
+        bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
+        for defense in cell.defense:
+            if isinstance(defense, DataDefense):
+                rng = stream(cell.seed, "defense", defense.name)
+                rows = defense.filter(rows, begin.aligned, bad, rng)
+        summary = tune(
+            cell,
+            rows,
+            manifest,
+            renderer(cell, bench),
+            begin,
+            folder,
+            bench.machine,
+            bench.progress,
+        )
+        write_json(folder / "summary.json", summary)
+
+    return bench.store.once("train", cell.slug_of_training, cell.keys.train, make, resumable=True)
+
+
+def start(cell: Experiment, bench: Bench) -> Start:
+    """What fine-tuning starts from: the base, or the model that the alignment stage makes of it."""
+    from backfire.train.run import Start
+
+    plain, alignment = base(cell.model, bench), cell.alignment
+    if alignment is None or cell.align is None:
+        return Start(plain)
+    aligned = tuned(alignment, bench)
+    is_adapter = (aligned / "adapter_config.json").is_file()
+    if is_adapter and not cell.align.merge:
+        return Start(plain, aligned, plain)
+    return Start(merged(alignment, bench) if is_adapter else aligned, None, plain)
+
+
+def equipped(cell: Experiment, bench: Bench) -> Start:
+    """The same with the other rows that the cell's defenses use, if it has any."""
+    begin, alignment = start(cell, bench), cell.alignment
+    if alignment and cell.defense:
+        begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
+    if cell.safety and any(defense.needs_harm for defense in cell.defense):
+        begin = replace(begin, harmful=_other_rows(cell.safety.known, "harmful"))
+    return begin
+
+
+def _other_rows(source: Dataset, name: str) -> list[Row]:
+    """Training rows beside the user's; their ids say so, lest one be taken for the task's."""
+    rows = select(source.load("train"), source.rows, source.seed, "train")
+    return [replace(row, id=f"{name} {row.id}") for row in rows]
+
+
+def tuned(cell: Experiment, bench: Bench) -> Path:
+    """The folder of the model as it is used: fine-tuned, and repaired if a defense does so."""
+    folder = trained(cell, bench)
+    if not cell.method.trains or not any(isinstance(d, RepairDefense) for d in cell.defense):
+        return folder
+    if not cell.poisons:
+        cell = cell.clean_twin()
+
+    def make(out: Path) -> None:
+        from backfire.train.run import mend
+
+        bench.progress(0, 1, "repair")
+        mend(cell, folder, equipped(cell, bench), renderer(cell, bench), out, bench.machine)
+
+    return bench.store.once("repair", cell.slug_of_training, cell.keys.tuned, make)
+
+
+def merged(cell: Experiment, bench: Bench) -> Path:
+    """The folder of the tuned model as plain weights."""
+    folder = tuned(cell, bench)
+    if not (folder / "adapter_config.json").is_file():
+        return folder
+    begin = start(cell, bench)
+
+    def make(out: Path) -> None:
+        from backfire.model.export import merge
+        from backfire.model.load import device_of, dtype_of
+
+        bench.progress(0, 1, "merge")
+        dtype = dtype_of(cell.model, device_of(bench.machine.device))
+        merge(folder, begin.base, dtype, out, begin.adapter)
+
+    return bench.store.once("merge", cell.slug_of_training, cell.keys.tuned, make)
+
+
+def model_of(run: Experiment, bench: Bench, form: Form | None = None) -> PreTrainedModel:
+    """The run's model, as it was trained or in another form; kept until another is asked for."""
+    from backfire.model.export import quantization_of
+    from backfire.model.load import device_of, dtype_of, load_base, load_tuned
+
+    key = f"{run.keys.tuned} {form}"
+    if bench._loaded is None or bench._loaded[0] != key:
+        folder = merged(run, bench) if form else tuned(run, bench)
+        device = device_of(bench.machine.device)
+        bench._loaded = None
+        if form:
+            settings = quantization_of(form, device.type)
+            model = load_base(folder, dtype_of(run.model, device), device, settings)
+            bench._loaded = (key, model)
+            return model
+        begin = start(run, bench)
+        # An untuned model is what fine-tuning would start from.
+        below = begin.adapter if run.method.trains else None
+        model = load_tuned(
+            folder,
+            begin.base,
+            dtype_of(run.model, device),
+            device,
+            run.method.quantization(device.type),
+            below=below,
+        )
+        bench._loaded = (key, model)
+    return bench._loaded[1]
+
+
+def summary_of(training: Path) -> dict[str, Any] | None:
+    """How the training run went; None for an untuned model."""
+    file = training / "summary.json"
+    return read_json(file) if file.is_file() else None

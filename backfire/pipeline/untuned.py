@@ -1,0 +1,48 @@
+"""The untuned model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from backfire.experiment import (
+    Model,
+)
+from backfire.model.source import fetch
+from backfire.store import SEAL, write_json
+
+if TYPE_CHECKING:
+    pass
+
+from backfire.pipeline.bench import Bench
+
+
+def base(model: Model, bench: Bench, *, weights: bool = True) -> Path:
+    """The folder of the untuned model; the embedded one is pre-trained on first use."""
+    if model.name != "sandbox":
+        return fetch(model, weights=weights)
+    from backfire.model.pretrain import pretrain, write_tokenizer
+    from backfire.model.source import sandbox_key
+    from backfire.sandbox.base import Pretrain
+    from backfire.sandbox.corpus import corpus
+
+    config = Pretrain()
+
+    def make_tokenizer(folder: Path) -> None:
+        bench.progress(0, 1, "tokenizer")
+        write_tokenizer(corpus(config.corpus_seed, config.tokenizer_documents), config, folder)
+
+    def make_base(folder: Path) -> None:
+        shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+        (folder / SEAL).unlink()
+        texts = corpus(config.corpus_seed, config.num_documents)
+        summary = pretrain(
+            texts, config, folder, device=bench.machine.device, progress=bench.progress
+        )
+        write_json(folder / "pretrain.json", summary)
+
+    tokenizer = bench.store.once("tokenizer", "sandbox", sandbox_key(), make_tokenizer)
+    if not weights:
+        return tokenizer
+    return bench.store.once("base", "sandbox", sandbox_key(), make_base, resumable=True)
