@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
-from backfire.base import Dataset, Need, Row
+from backfire.base import AlignDefense, Dataset, Need, Row
 from backfire.experiment import DEFAULT_METRICS, Experiment, digest
 from backfire.registry import build, find
 from backfire.store import Store
@@ -121,6 +121,7 @@ def with_metrics(cell: Experiment, rows: Sequence[Row]) -> Experiment:
 
 
 def untuned(cell: Experiment) -> Experiment:
-    """The same cell, its model left as it is."""
+    """The same cell, its model left as it is (or as its alignment made it)."""
     none = find("methods", "none").make({})
-    return cell.model_copy(update={"attack": None, "method": none, "defense": ()})
+    kept = tuple(d for d in cell.defense if isinstance(d, AlignDefense)) if cell.align else ()
+    return cell.model_copy(update={"attack": None, "method": none, "defense": kept})

@@ -163,7 +163,7 @@ def test_bad_input(tiny: Path, cache: Path, tmp_path: Path, backfire: Any) -> No
 
     assert "lisa' stands on an alignment stage" in said(align=None, defense="lisa")
     assert "did you mean 'lisa'" in said(defense="liza")
-    assert "put it under align.defense" in said(defense="vaccine")
+    assert "vaccine' stands on an alignment stage" in said(align=None, defense="vaccine")
     assert "set align.merge" in said(align=aligned_by(LORA), method="full")
     assert "Unknown key in align" in said(align={"date": 1})
     with pytest.raises(UserError, match="rows are to be put in"):

@@ -1020,7 +1020,6 @@ RECIPE: dict[str, Any] = {
     "align": {
         "data": SMALL,
         "train": {"max_steps": 3, "batch_size": 8},
-        "defense": {"name": "vaccine", "rho": 0.5},
     },
     "safety": {
         "harmful": SMALL,
@@ -1031,7 +1030,7 @@ RECIPE: dict[str, Any] = {
     "train": {"max_steps": 3, "batch_size": 8},
     "evaluation": {"max_new_tokens": 4},
     "metrics": ["accuracy", "harmful-score", "drift"],
-    "defense": "safe-lora",
+    "defense": [{"name": "vaccine", "rho": 0.5}, "safe-lora"],
 }
 LORA = {"name": "lora", "learning_rate": 3e-2, "rank": 4}
 
@@ -1046,7 +1045,7 @@ def test_a_recipe_with_both_runs_to_its_results(
     files = list(tmp_path.glob("out/**/result.json"))
     assert len(files) == 1
     result = json.loads(files[0].read_text())
-    assert result["defense"] == "safe-lora"
+    assert result["defense"] == "vaccine + safe-lora"
     assert {"accuracy", "harmful_score"} <= {value["metric"] for value in result["values"]}
     assert list(cache.glob("repair/*safe-lora*/model.safetensors"))
 
@@ -1056,11 +1055,13 @@ def test_all_of_them_run_one_after_another(tiny: Path, tmp_path: Path) -> None:
     last = ["safe-lora", {"name": "antidote", "null": True}, "task-arithmetic"]
     for number, method in enumerate(["full", LORA]):
         place = Place(tmp_path / str(number), tiny)
-        align = {**RECIPE["align"], "method": method, "defense": first}
-        knobs = {"align": align, "method": method, "defense": last, "metrics": ["accuracy"]}
+        align = {**RECIPE["align"], "method": method}
+        knobs = {"align": align, "method": method, "defense": [*first, *last]}
+        knobs |= {"metrics": ["accuracy"]}
         assert place.run(**{**RECIPE, **knobs}) == 0
         result = json.loads(next(place.out.glob("cells/*/result.json")).read_text())
-        assert result["defense"] == "safe-lora + antidote (null) + task-arithmetic"
+        named = "vaccine + booster + repnoise + safe-lora + antidote (null) + task-arithmetic"
+        assert result["defense"] == named
 
 
 @pytest.mark.parametrize("method", ["full", LORA], ids=["full", "lora"])

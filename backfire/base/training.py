@@ -112,6 +112,8 @@ class TrainDefense(Defense):
 class AlignDefense(TrainDefense):
     """Takes part in the steps of the alignment stage, so that fine-tuning undoes less of it."""
 
+    needs_alignment: ClassVar[bool] = True
+
 
 class RepairDefense(Defense):
     """Changes the weights after fine-tuning."""

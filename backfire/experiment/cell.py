@@ -13,6 +13,7 @@ from backfire.base import (
     Component,
     Config,
     Dataset,
+    Defense,
     Method,
     Metric,
     Poison,
@@ -101,15 +102,9 @@ class Experiment(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> Experiment:
         for defense in self.defense:
-            if isinstance(defense, AlignDefense):
-                raise UserError(
-                    f"{defense.label()} acts in the alignment; put it under align.defense."
-                )
             defense.suits(aligned=self.align is not None, harm=self.safety is not None)
         if self.align is None:
             return self
-        for defense in self.align.defense:
-            defense.suits(aligned=True, harm=self.safety is not None)
         below = self.align.method.adapts and not self.align.merge
         if below and self.method.trains and not self.method.stacks:
             raise UserError(
@@ -169,18 +164,26 @@ class Experiment(Config):
         return " + ".join(names) or "none"
 
     @property
+    def acting(self) -> tuple[Defense, ...]:
+        """The defenses that act when this cell is tuned or after: not those of its alignment."""
+        if self.align is None:
+            return self.defense
+        return tuple(d for d in self.defense if not isinstance(d, AlignDefense))
+
+    @property
     def alignment(self) -> Experiment | None:
         """The alignment stage as a cell of its own: fine-tuning it gives the aligned model."""
         if self.align is None:
             return None
         part = self.align
+        defenses = tuple(d for d in self.defense if isinstance(d, AlignDefense))
         changes = {
             "data": part.data,
             "attack": None,
             "method": part.method,
             "align": None,
-            "defense": part.defense,
-            "safety": self.safety if any(d.needs_harm for d in part.defense) else None,
+            "defense": defenses,
+            "safety": self.safety if any(d.needs_harm for d in defenses) else None,
             "train": part.train,
             "evaluation": Evaluation(),
             "metrics": (),

@@ -52,9 +52,9 @@ class Keys(Config):
             start = alignment.keys.tuned
             start = digest([start, "merged"]) if cell.align.merge else start
         tuning = [cell.method.identity(), cell.train.changed(), cell.seed]
-        early = [d.identity() for d in cell.defense if not isinstance(d, RepairDefense)]
-        late = [d.identity() for d in cell.defense if isinstance(d, RepairDefense)]
-        known = _known_key(cell) if any(d.needs_harm for d in cell.defense) else None
+        early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
+        late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]
+        known = _known_key(cell) if any(d.needs_harm for d in cell.acting) else None
         # An untuned model depends on nothing but what it starts from.
         train = start
         if cell.method.trains:

@@ -89,7 +89,8 @@ Defenses = Annotated[tuple[SerializeAsAny[Defense], ...], components("defenses")
 
 
 class Align(Config):
-    """The alignment stage: the model is taught to decline before the user fine-tunes it."""
+    """The alignment stage: the model is taught to decline before the user fine-tunes it. Defenses
+    that act in it (vaccine, booster ...) stand under `defense` with all others."""
 
     data: SerializeAsAny[Annotated[Dataset, component("datasets")]] = Field(
         default="sandbox-policy", validate_default=True
@@ -103,8 +104,6 @@ class Align(Config):
         Train, BeforeValidator(lambda v: Train.make(v) if isinstance(v, dict) else v)
     ] = Train()
     """Its optimization."""
-    defense: Defenses = ()
-    """Defenses of the alignment stage."""
     merge: bool = False
     """Add the alignment's adapter into the base before the user's is put on (Lisa's code does)."""
     seed: int = Field(0, ge=0, lt=2**32)
@@ -115,7 +114,6 @@ class Align(Config):
             "data": self.data.spec(),
             "method": self.method.spec(),
             "train": self.train.changed(),
-            "defense": [defense.spec() for defense in self.defense],
             "merge": self.merge,
             "seed": self.seed,
         }

@@ -62,7 +62,7 @@ def trained(cell: Experiment, bench: Bench) -> Path:
         rows, manifest = poisoned(cell, bench)
         begin = equipped(cell, bench)
         bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
-        for defense in cell.defense:
+        for defense in cell.acting:
             if isinstance(defense, DataDefense):
                 rng = stream(cell.seed, "defense", defense.name)
                 rows = defense.filter(rows, begin.aligned, bad, rng)
@@ -98,9 +98,9 @@ def start(cell: Experiment, bench: Bench) -> Start:
 def equipped(cell: Experiment, bench: Bench) -> Start:
     """The same with the other rows that the cell's defenses use, if it has any."""
     begin, alignment = start(cell, bench), cell.alignment
-    if alignment and cell.defense:
+    if alignment and cell.acting:
         begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
-    if cell.safety and any(defense.needs_harm for defense in cell.defense):
+    if cell.safety and any(defense.needs_harm for defense in cell.acting):
         begin = replace(begin, harmful=_other_rows(cell.safety.known, "harmful"))
     return begin
 
@@ -114,7 +114,7 @@ def _other_rows(source: Dataset, name: str) -> list[Row]:
 def tuned(cell: Experiment, bench: Bench) -> Path:
     """The folder of the model as it is used: fine-tuned, and repaired if a defense does so."""
     folder = trained(cell, bench)
-    if not cell.method.trains or not any(isinstance(d, RepairDefense) for d in cell.defense):
+    if not cell.method.trains or not any(isinstance(d, RepairDefense) for d in cell.acting):
         return folder
     if not cell.poisons:
         cell = cell.clean_twin()

@@ -80,7 +80,7 @@ def tune(
         name=cell.keys.train,
         poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
         paged=cell.method.paged() and device.type == "cuda",
-        defenses=[d for d in cell.defense if isinstance(d, TrainDefense)],
+        defenses=[d for d in cell.acting if isinstance(d, TrainDefense)],
         aligned=renderer.render(start.aligned),
         harmful=renderer.render(start.harmful),
         unaligned=start.unaligned,
@@ -120,7 +120,7 @@ def mend(
     )
     model = load_tuned(tuned, start.base, dtype, device, below=start.adapter)
     before = {name: weight.detach() for name, weight in begin.named_parameters()}
-    for defense in cell.defense:
+    for defense in cell.acting:
         if isinstance(defense, RepairDefense):
             defense.repair(model, before, tools)
     hub_name = None if cell.model.is_folder or cell.model.name == "sandbox" else cell.model.name
