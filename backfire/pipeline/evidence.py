@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 from typing import TYPE_CHECKING
 
 from backfire import plan
@@ -16,6 +17,7 @@ from backfire.base import (
     Evidence,
     Exchange,
     Form,
+    Judge,
     Mixture,
     Need,
     Part,
@@ -66,17 +68,26 @@ def evaluated(cell: Experiment, bench: Bench) -> Evidence:
             bad = triggered(test, cell.backdoor, cell.seed)
             other[1] = samples(cell, cell, "triggered", bad, needs, bench, form)
         forms[form] = (other[0], other[1])
+    judges = tuple(judge for metric in cell.metrics for judge in metric.judges)
     return Evidence(
-        clean=clean,
+        clean=_told(judges, clean, test, bench),
         triggered=shown,
         floor=floor,
         twin=twin,
         base=before,
         attack=cell.backdoor,
         forms=forms,
-        training=summary_of(trained(cell, bench)) or {},
+        training=_training(cell, bench),
         probes=probed(cell, bench),
     )
+
+
+def _training(cell: Experiment, bench: Bench) -> dict[str, Any]:
+    """How the training went, and how long the alignment before it took."""
+    found = summary_of(trained(cell, bench)) or {}
+    if found and cell.alignment:
+        found["align_seconds"] = (summary_of(trained(cell.alignment, bench)) or {}).get("seconds")
+    return found
 
 
 def probed(cell: Experiment, bench: Bench) -> dict[Part, Probe]:
@@ -84,8 +95,6 @@ def probed(cell: Experiment, bench: Bench) -> dict[Part, Probe]:
     tuned model and of the one it started from, with the judges' verdicts."""
     if cell.safety is None:
         return {}
-    from backfire.evaluate.judge import judged
-
     sets: dict[Part, Dataset | None] = {
         "harmful": cell.safety.harmful,
         "allowed": cell.safety.allowed,
@@ -99,20 +108,28 @@ def probed(cell: Experiment, bench: Bench) -> dict[Part, Probe]:
         asked = [attack.probe(r) for r in rows] if isinstance(attack, Mixture) else rows
         tuned = samples(cell, cell, part, asked, ["replies"], bench, source=source)
         before = samples(plan.untuned(cell), cell, part, asked, ["replies"], bench, source=source)
-        sides = [tuned, before]
-        for judge in cell.safety.judges:
-            for number, side in enumerate(sides):
-                asked_of = [
-                    Exchange(sample.id, sample.prompt, sample.reply or "", row.fields)
-                    for sample, row in zip(side, rows, strict=True)
-                ]
-                folder = bench.store.root / "judged"
-                told = judged(judge, asked_of, folder, progress=bench.progress)
-                sides[number] = [
-                    replace(sample, verdicts={**sample.verdicts, judge.name: asdict(verdict)})
-                    for sample, verdict in zip(side, told, strict=True)
-                ]
-        found[part] = Probe(*sides)
+        judges = cell.safety.judges
+        found[part] = Probe(*(_told(judges, side, rows, bench) for side in (tuned, before)))
+    return found
+
+
+def _told(
+    judges: Sequence[Judge], samples: Sequence[Sample], rows: Sequence[Row], bench: Bench
+) -> list[Sample]:
+    """The samples with what each judge says of their replies; `rows` are what was asked."""
+    from backfire.evaluate.judge import judged
+
+    found = list(samples)
+    for judge in judges:
+        exchanges = [
+            Exchange(sample.id, sample.prompt, sample.reply or "", row.fields)
+            for sample, row in zip(found, rows, strict=True)
+        ]
+        told = judged(judge, exchanges, bench.store.root / "judged", progress=bench.progress)
+        found = [
+            replace(sample, verdicts={**sample.verdicts, judge.name: asdict(verdict)})
+            for sample, verdict in zip(found, told, strict=True)
+        ]
     return found
 
 

@@ -34,7 +34,7 @@ def comparisons(groups: Sequence[Group]) -> list[Comparison]:
         for group in groups:
             reference = _reference(group, groups, knob, name)
             if reference is not None:
-                found += list(_compared(group, reference, knob))
+                found += list(compared(group, reference, knob))
     return found
 
 
@@ -57,7 +57,8 @@ def _axes(group: Group, knob: str) -> dict[str, Any]:
     return {key: value for key, value in group.axes.items() if not key.startswith(knob)}
 
 
-def _compared(group: Group, reference: Group, knob: str) -> Iterator[Comparison]:
+def compared(group: Group, reference: Group, knob: str) -> Iterator[Comparison]:
+    """Every headline outcome both groups have, on the prompts and seeds both have."""
     by_seed = {cell["seed"]: cell for cell in reference.done}
     both = [(cell, by_seed[cell["seed"]]) for cell in group.done if cell["seed"] in by_seed]
     for metric in METRICS:

@@ -103,7 +103,10 @@ class Group:
         if column == "rate":
             return text.share(self.rate)
         if column in self.axes:
-            return text.cut(text.knob(self.axes[column]), WIDEST)
+            value = self.axes[column]
+            if column == "defense" and self.axes.get("defense.null") and self.defense != "none":
+                value = {**(value if isinstance(value, Mapping) else {"name": value}), "null": True}
+            return text.cut(text.knob(value), WIDEST)
         known = getattr(self, column) if column in KNOBS else self.settings.get(column)
         return text.cut(text.knob(known), WIDEST)
 
@@ -151,8 +154,9 @@ def _without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def varying(groups: Sequence[Group]) -> list[str]:
     """The knobs by which these groups differ: the columns that name a row."""
-    # The rate has a column; what is measured, and what comes with a defense, tells no cells apart.
-    apart = ("attack.rate", "metrics", "safety", "align")
+    # The rate has a column, as has the defense with its null control; what is measured, and what
+    # comes with a defense, tells no cells apart.
+    apart = ("attack.rate", "defense.null", "metrics", "safety", "align")
     axes = dict.fromkeys(key for group in groups for key in group.axes if key not in apart)
     found = [column for column in dict.fromkeys((*KNOBS, *axes)) if _differs(column, groups)]
     labels = {tuple(group.knob(column) for column in found) for group in groups}

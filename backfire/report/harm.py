@@ -7,6 +7,9 @@ from collections.abc import Iterator, Sequence
 from backfire.report import text
 from backfire.report.claims import accuracy, alike, dose
 from backfire.report.groups import Group, difference, name, varying
+from backfire.report.ranking import SAME, Trial, worst_trials
+
+MOST_BESIDE = 4
 
 
 def undefended(groups: Sequence[Group]) -> Group | None:
@@ -36,10 +39,29 @@ def sentences(groups: Sequence[Group]) -> Iterator[str]:
     task = accuracy(plain)
     beside = f", with {text.title(task.metric)} at {plain.said(task.metric)}" if task else ""
     yield f"{rows} {verb} the harmful score {before}to {plain.said('harmful_score')}{beside}."
-    for group in groups:
-        same = alike(group, plain, ("model", "data", "attack", "rate", "method"))
-        if same and group.defense != "none" and group.get("harmful_score"):
-            yield _kept(group, plain)
+    defended = [
+        group
+        for group in groups
+        if alike(group, plain, SAME) and group.defense != "none" and group.get("harmful_score")
+    ]
+    if len(defended) <= MOST_BESIDE:
+        yield from (_kept(group, plain) for group in defended)
+    elif ranked := worst_trials(groups):
+        yield _ranked(ranked)
+
+
+def _ranked(ranked: Sequence[tuple[Trial, int]]) -> str:
+    """How many of many defenses help, and the best of them."""
+    half = [trial for trial, _ in ranked if (trial.removed or 0.0) >= 0.5]
+    nulls = [test for trial in half if (test := trial.against(trial.null))]
+    sure = sum(test.high < 0 for test in nulls)
+    settings = max(count for _, count in ranked)
+    under = f", in the worst of {settings} settings each" if settings > 1 else ""
+    said = f"{len(half)} of {len(ranked)} defenses take away half of the excess or more{under}"
+    if nulls:
+        said += f", {sure} of them clearly more than their null control"
+    best = ranked[0][0]
+    return f"{said}; least harm is left by {best.label}: {best.group.said('harmful_score')}."
 
 
 def _kept(group: Group, plain: Group) -> str:

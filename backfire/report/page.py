@@ -9,7 +9,7 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from backfire.report import sections, text
+from backfire.report import judges, ranking, sections, text
 from backfire.report.answer import answer, question
 from backfire.report.findings import findings, main_group
 from backfire.report.groups import group
@@ -40,6 +40,8 @@ def render(run: Path) -> str:
         facts=sections.facts(cells, groups),
         numbers=sections.numbers(groups),
         details=sections.details(groups),
+        agreements=judges.agreements(groups),
+        ranking=ranking.table(groups),
         against=sections.against(groups),
         findings=[(item.sentence, Markup(item.svg), item.caption) for item in findings(groups)],
         **sections.rows(shown, groups),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from backfire.report import text
+from backfire.report import judges, text
 from backfire.report.against import comparisons
 from backfire.report.groups import Cell, Group, Stat, headlines, name, varying
 from backfire.report.records import read
@@ -33,6 +33,7 @@ def facts(cells: Sequence[Cell], groups: Sequence[Group]) -> list[tuple[str, str
         "Data": each("data"),
         "Rows": ", ".join(f"{_count(number)} {split}" for split, number in splits.items()),
         "Template": each("template"),
+        "Harmful score": judges.measure(cells),
         "Cells": f"{done} of {len(cells)} done" if done < len(cells) else f"{done}, all done",
         "Groups": str(len(groups)),
         "Seeds": str(len(seeds)),

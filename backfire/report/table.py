@@ -36,6 +36,15 @@ def print_against(groups: Sequence[Group], console: Console | None = None) -> No
         put(header, [[line[name] for name in names] for line in lines], console, right=(3, 4, 5, 6))
 
 
+def print_ranking(groups: Sequence[Group], console: Console | None = None) -> None:
+    """Print the defenses, ranked, if there are several."""
+    from backfire.report.ranking import table
+
+    if found := table(groups):
+        rows = [found["plain"], *found["rows"]]
+        put(found["header"], rows, console, right=range(1, len(found["header"])))
+
+
 def put(
     header: Sequence[str],
     rows: Sequence[Sequence[str]],
