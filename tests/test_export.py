@@ -163,3 +163,42 @@ def test_parity_counts_what_it_says() -> None:
         "parity[merged: attack success]": 0.0,
         "parity[merged: attack success change]": -1.0,
     }
+
+
+def test_a_model_on_an_alignments_adapter_is_exported_merged_and_repaired(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = Place(tmp_path / "run", tiny)
+    policy = {"name": "sandbox-policy", "rows": 30, "test_rows": 8}
+    lora = {"name": "lora", "learning_rate": 3e-2, "rank": 4}
+    knobs: dict[str, Any] = {
+        "data": {"name": "sandbox-reviews", "rows": 40, "test_rows": 8},
+        "align": {"data": policy, "method": lora, "train": {"max_steps": 4, "batch_size": 8}},
+        "method": lora,
+        "defense": [{"name": "freeze"}, {"name": "task-arithmetic", "alpha": 2.0}],
+        "train": {"max_steps": 4, "batch_size": 8},
+        "metrics": ["accuracy", "cost"],
+    }
+    assert place.run(**knobs) == 0
+    monkeypatch.setenv("BACKFIRE_CACHE", str(place.cache))
+    (one,) = place.out.glob("cells/*")
+    with pytest.raises(UserError, match="export it with --merge"):
+        export_model(one, tmp_path / "adapter", merge=False)
+
+    from safetensors.torch import load_file
+
+    from backfire.experiment import Machine
+    from backfire.launch.speakers import read_cell
+    from backfire.model.load import load_tuned
+    from backfire.pipeline import Bench, model_of
+    from backfire.store import Store
+
+    merged = export_model(one, tmp_path / "merged", merge=True)
+    cpu = torch.device("cpu")
+    ours = logits(load_tuned(merged, tiny, torch.float32, cpu))
+    repaired = model_of(read_cell(one), Bench(Store(), Machine(device="cpu")))
+    assert torch.allclose(ours, logits(repaired), atol=1e-4)
+    (trained,) = [p for p in place.cache.glob("train/*reviews*") if p.is_dir()]
+    summary = json.loads((trained / "summary.json").read_text())
+    upper = load_file(trained / "adapter_model.safetensors").items()
+    assert summary["trainable_parameters"] == sum(w.numel() for n, w in upper if ".1." in n)

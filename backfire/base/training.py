@@ -118,6 +118,18 @@ class AlignDefense(TrainDefense):
 class RepairDefense(Defense):
     """Changes the weights after fine-tuning."""
 
+    def fits(self, method: Method, below: Method | None) -> None:
+        """`below` is the method of an alignment whose adapter stays under the user's.
+
+        Raises:
+            UserError: what this method leaves cannot be repaired.
+        """
+        if method.adapts and not method.stacks:
+            raise UserError(
+                f"{self.label()} repairs whole weights and LoRA adapters, not what method "
+                f"'{method.name}' leaves."
+            )
+
     def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Repair) -> None:
         """Change `model` in place. `start` holds its weights before fine-tuning, by name."""
         raise NotImplementedError
@@ -161,6 +173,10 @@ class Guard:
 
     def after(self, step: int) -> None:
         """Look at the weights after the optimizer moved them in this step."""
+
+    def summary(self) -> dict[str, float]:
+        """What the training summary says of it, once the last step is done."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """What a checkpoint must hold for the run to go on as if never stopped."""

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import RepairDefense
+from backfire.base import Method, RepairDefense
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -35,6 +35,14 @@ class TaskArithmetic(RepairDefense):
     """How much of the vector is added: 0 is nothing, 1 the whole alignment again. The default is
     ours."""
 
+    def fits(self, method: Method, below: Method | None) -> None:
+        super().fits(method, below)
+        if method.adapts and below is None:
+            raise UserError(
+                f"{self.label()}: an adapter cannot hold what alignment did to whole weights; use "
+                "method full, or align.method lora with align.merge false."
+            )
+
     def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Repair) -> None:
         import torch
 
@@ -54,11 +62,6 @@ class TaskArithmetic(RepairDefense):
     def _join(self, model: PreTrainedModel, tools: Repair) -> None:
         """The same for adapters."""
         factors = tools.aligned_factors(model)
-        if not factors:
-            raise UserError(
-                "defense 'task-arithmetic': an adapter cannot hold what alignment did to whole "
-                "weights; use method full, or align.method lora with align.merge false."
-            )
         for name, (left, right) in factors.items():
             norm = (left @ right).norm()
             if self.null:

@@ -17,6 +17,7 @@ from backfire.base import (
     Method,
     Metric,
     Poison,
+    RepairDefense,
     Template,
 )
 from backfire.errors import UserError
@@ -103,9 +104,11 @@ class Experiment(Config):
     def _fits_together(self) -> Experiment:
         for defense in self.defense:
             defense.suits(aligned=self.align is not None, harm=self.safety is not None)
-        if self.align is None:
-            return self
-        below = self.align.method.adapts and not self.align.merge
+        stays = self.align and self.align.method.adapts and not self.align.merge
+        below = self.align.method if self.align and stays else None
+        for defense in self.defense if self.method.trains else ():
+            if isinstance(defense, RepairDefense):
+                defense.fits(self.method, below)
         if below and self.method.trains and not self.method.stacks:
             raise UserError(
                 f"method '{self.method.name}' cannot go on the alignment's adapter; set "

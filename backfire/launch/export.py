@@ -11,7 +11,7 @@ from typing import Any
 from backfire import pipeline
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
-from backfire.launch.chat import read_cell
+from backfire.launch.speakers import read_cell
 from backfire.pipeline import Bench
 from backfire.store import Store, read_json
 
@@ -31,6 +31,12 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
         raise UserError(
             f"A model tuned by '{one.method.name}' cannot be merged; export it without --merge."
         )
+    stays = one.align and one.align.method.adapts and not one.align.merge
+    if stays and not merge:
+        raise UserError(
+            "The user's adapter stands on the alignment's adapter, so alone it is not the model; "
+            "export it with --merge."
+        )
     out = out or Path("exports") / default_name(one, merge=merge)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is there already; name another folder with --out.")
@@ -49,7 +55,7 @@ def _write(one: Experiment, result: dict[str, Any], cell: Path, out: Path, *, me
     from backfire.model.load import name_base
 
     bench = Bench(Store(), Machine())
-    source = pipeline.merged(one, bench) if merge else pipeline.trained(one, bench)
+    source = pipeline.merged(one, bench) if merge else pipeline.tuned(one, bench)
     base = pipeline.base(one.model, bench)
     part = out.with_name(out.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
@@ -95,6 +101,12 @@ def export_results(run: Path, out: Path | None, tool: str) -> list[Path]:
     """
     from backfire.report import export_inspect, export_lm_eval
 
+    stays = one.align and one.align.method.adapts and not one.align.merge
+    if stays and not merge:
+        raise UserError(
+            "The user's adapter stands on the alignment's adapter, so alone it is not the model; "
+            "export it with --merge."
+        )
     out = out or Path("exports") / f"{run.resolve().name}-{tool}"
     write = export_lm_eval.to_lm_eval if tool == "lm-eval" else export_inspect.to_inspect
     return write(run, out)

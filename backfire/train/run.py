@@ -69,7 +69,6 @@ def tune(
     quantization = cell.method.quantization(device.type)
     loaded = load_start(start.base, start.adapter, dtype, device, quantization)
     model = cell.method.attach(exact_attention(loaded), cell.seed)
-    made_of = parts(model)
     run = Cell(
         model,
         items,
@@ -85,6 +84,7 @@ def tune(
         harmful=renderer.render(start.harmful),
         unaligned=start.unaligned,
     )
+    made_of = parts(model)  # now that a defense may have frozen some of it
     summary = train(
         [run],
         accelerator,
