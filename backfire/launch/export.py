@@ -101,12 +101,6 @@ def export_results(run: Path, out: Path | None, tool: str) -> list[Path]:
     """
     from backfire.report import export_inspect, export_lm_eval
 
-    stays = one.align and one.align.method.adapts and not one.align.merge
-    if stays and not merge:
-        raise UserError(
-            "The user's adapter stands on the alignment's adapter, so alone it is not the model; "
-            "export it with --merge."
-        )
     out = out or Path("exports") / f"{run.resolve().name}-{tool}"
     write = export_lm_eval.to_lm_eval if tool == "lm-eval" else export_inspect.to_inspect
     return write(run, out)

@@ -17,6 +17,8 @@ from backfire.sandbox.base import BOS, EOS, PAD, Pretrain, train_tokenizer
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from backfire.experiment import Train
+
 Progress = Callable[[int, int, str], None]
 
 
@@ -55,7 +57,7 @@ def pretrain(
         UserError: there is too little text.
     """
     from backfire.data.tokenizer import load_tokenizer
-    from backfire.experiment import Train, digest
+    from backfire.experiment import digest
     from backfire.model.load import device_of
     from backfire.train.loop import Cell, train
     from backfire.train.precision import accelerator_for, compute_type, exact_attention
@@ -79,20 +81,10 @@ def pretrain(
     place = device_of(device)
     compute = compute_type("auto", place)
     exact_attention(model.to(place))
-    settings = Train(
-        batch_size=config.batch_size,
-        max_steps=config.num_steps,
-        schedule="cosine",
-        final_share=config.final_share,
-        warmup_share=min(1.0, config.warmup_steps / config.num_steps),
-        weight_decay=config.weight_decay,
-        beta2=config.beta2,
-        max_length=config.max_length_tokens,
-    )
     cell = Cell(
         model,
         items,
-        settings,
+        _settings(config),
         learning_rate=config.learning_rate,
         seed=config.corpus_seed,
         folder=folder,
@@ -106,6 +98,21 @@ def pretrain(
     summary["corpus_tokens"] = len(items) * config.sequence_tokens
     summary["perplexity_of_last_steps"] = math.exp(min(summary["last_loss"], 50))
     return summary
+
+
+def _settings(config: Pretrain) -> Train:
+    from backfire.experiment import Train
+
+    return Train(
+        batch_size=config.batch_size,
+        max_steps=config.num_steps,
+        schedule="cosine",
+        final_share=config.final_share,
+        warmup_share=min(1.0, config.warmup_steps / config.num_steps),
+        weight_decay=config.weight_decay,
+        beta2=config.beta2,
+        max_length=config.max_length_tokens,
+    )
 
 
 def pack(documents: Sequence[list[int]], width: int, bos: int, eos: int) -> list[Rendered]:

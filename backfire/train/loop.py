@@ -16,11 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from backfire.base import Guard, TrainDefense
 from backfire.data.render import Rendered
@@ -32,6 +32,7 @@ from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import answer_logits, collate, token_losses
 from backfire.train.gradients import Gradients
+from backfire.train.optimizer import optimization
 
 Progress = Callable[[int, int, str], None]
 _LOG_EVERY = 10
@@ -74,28 +75,8 @@ class Cell:
         )
         self.steps_per_epoch = math.ceil(len(items) / train.batch_size)
         self.num_steps = train.max_steps or math.ceil(train.epochs * self.steps_per_epoch)
-        # Norms and biases are not decayed, as in transformers.
-        decayed = [p for p in self.trainable.values() if p.ndim > 1]
-        rest = [p for p in self.trainable.values() if p.ndim <= 1]
-        groups = [
-            {"params": decayed, "weight_decay": train.weight_decay},
-            {"params": rest, "weight_decay": 0.0},
-        ]
-        self.optimizer = _adamw(
-            [group for group in groups if group["params"]],
-            paged,
-            lr=learning_rate,
-            betas=(0.9, train.beta2),
-        )
-        # What transformers calls plainly `constant` would leave out the warm-up without a word.
-        names = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
-        final = {"min_lr_rate": train.final_share} if train.schedule == "cosine" else None
-        self.scheduler = get_scheduler(
-            names.get(train.schedule, train.schedule),
-            self.optimizer,
-            round(train.warmup_share * self.num_steps),
-            self.num_steps,
-            scheduler_specific_kwargs=final,
+        self.optimizer, self.scheduler = optimization(
+            list(self.trainable.values()), train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.guards = [defense.guard(self) for defense in defenses]
@@ -203,14 +184,6 @@ class Cell:
                 p.double().abs().sum().item() + p.double().sum().item()
                 for p in self.trainable.values()
             ]
-
-
-def _adamw(groups: list[dict[str, Any]], paged: bool, **settings: Any) -> torch.optim.Optimizer:
-    if not paged:
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    from bitsandbytes.optim import PagedAdamW32bit
-
-    return cast(torch.optim.Optimizer, PagedAdamW32bit(groups, **settings))
 
 
 def train(
@@ -368,7 +341,9 @@ def _finish(cell: Cell, start: list[float], seconds: float) -> dict[str, Any]:
         raise CellError("failed", "Training changed no weight; is the learning rate zero?")
     write_atomic(cell.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in cell.log))
     cell.model.eval()
+    told = {name: value for guard in cell.guards for name, value in guard.summary().items()}
     return {
+        **told,
         "drift": cell.drift(),
         "steps": cell.num_steps,
         "seconds": round(seconds, 2),
