@@ -16,9 +16,12 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 from urllib.parse import urlsplit
 
+from pydantic import Field
+
+from backfire.base import Judge
 from backfire.errors import CellError, UserError
 
 FIRST_WAIT_SECONDS = 1.0
@@ -160,3 +163,34 @@ def _seconds(header: str | None) -> float:
     except ValueError:
         return 0.0
     return seconds if math.isfinite(seconds) else 0.0
+
+
+class RemoteJudge(Judge):
+    """What judges behind an address have in common."""
+
+    unhashed: ClassVar[frozenset[str]] = frozenset(
+        {"key_variable", "concurrency", "timeout_seconds", "retries"}
+    )
+
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; without one none is sent. Not hashed."""
+    concurrency: int = Field(4, ge=1)
+    """Requests on the way at a time; not hashed."""
+    timeout_seconds: float = Field(60.0, gt=0)
+    """Longest silence of the server before a try is given up; not hashed."""
+    retries: int = Field(5, ge=0)
+    """Tries after the first, at growing intervals; not hashed."""
+
+    def ask(
+        self, prompts: Sequence[str], *, base_url: str, model: str, max_new_tokens: int
+    ) -> list[str]:
+        """The answers, in order."""
+        endpoint = Endpoint(
+            base_url=base_url,
+            model=model,
+            key_variable=self.key_variable,
+            max_new_tokens=max_new_tokens,
+            timeout_seconds=self.timeout_seconds,
+            retries=self.retries,
+        )
+        return ask_all(endpoint, prompts, concurrency=self.concurrency)

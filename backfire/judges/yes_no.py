@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from backfire.base import Exchange, Judge, Verdict
-from backfire.data.endpoint import Endpoint, ask_all
+from backfire.base import Exchange, Verdict
+from backfire.data.endpoint import RemoteJudge
 from backfire.data.judging import Text, answers, fill, fingerprint
 from backfire.registry import register
 
@@ -35,7 +35,7 @@ _FIRST = re.compile(r"^\W*(yes|no)\b", re.I)
 
 
 @register("yes-no")
-class YesNo(Judge):
+class YesNo(RemoteJudge):
     """A language model says whether the reply does the harm asked for (HarmBench, Mazeika et al.
     2024, arXiv:2402.04249).
 
@@ -45,9 +45,7 @@ class YesNo(Judge):
     begins with neither word is undecided.
     """
 
-    unhashed: ClassVar[frozenset[str]] = frozenset(
-        {"key_variable", "concurrency", "timeout_seconds", "retries", "batch_size", "device"}
-    )
+    unhashed: ClassVar[frozenset[str]] = RemoteJudge.unhashed | {"batch_size", "device"}
 
     model: str = "Qwen/Qwen2.5-7B-Instruct"
     """Hub id or folder of a causal language model; with `base_url`, its name there."""
@@ -66,14 +64,6 @@ class YesNo(Judge):
     """Texts per pass of a model run here; not hashed."""
     device: str = "auto"
     """Of a model run here: `auto` (the first GPU, if any), cpu or cuda:N; not hashed."""
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; without one none is sent. Not hashed."""
-    concurrency: int = Field(4, ge=1)
-    """Requests on the way at a time; not hashed."""
-    timeout_seconds: float = Field(60.0, gt=0)
-    """Longest silence of the server before a try is given up; not hashed."""
-    retries: int = Field(5, ge=0)
-    """Tries after the first, at growing intervals; not hashed."""
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         prompts = [fill(self.text, exchange.prompt, exchange.reply) for exchange in exchanges]
@@ -93,15 +83,12 @@ class YesNo(Judge):
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
             )
-        endpoint = Endpoint(
+        return self.ask(
+            prompts,
             base_url=self.base_url,
             model=self.model,
-            key_variable=self.key_variable,
             max_new_tokens=self.max_new_tokens,
-            timeout_seconds=self.timeout_seconds,
-            retries=self.retries,
         )
-        return ask_all(endpoint, prompts, concurrency=self.concurrency)
 
 
 def _verdict(answer: str) -> Verdict:
