@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/backfire run tour
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench
 
+notebooks: $(VENV)/.installed-workshop
+	$(BIN)/jupytext --quiet --to ipynb examples/*.py
+
 # torch first: with none installed, an open range would fetch several GB of GPU packages.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +34,10 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/.installed-workshop: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[workshop]"
 	touch $@
 
 clean:

@@ -1,9 +1,35 @@
 """Measures how fine-tuning a language model goes wrong."""
 
+from __future__ import annotations
+
 import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from backfire.report.groups import Group
 
 # PEFT imports bitsandbytes where it finds it, which then tells everybody what it does without.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
 __version__ = "0.1.0"
-__all__ = ["__version__"]
+__all__ = ["__version__", "run"]
+
+
+def run(
+    recipe: str, edits: Sequence[str] = (), *, out: str | Path, workers: int | None = None
+) -> list[Group]:
+    """Run a recipe (name, path or YAML text) into the folder `out`; gives its numbers over seeds.
+
+    It is `backfire run` in a process of its own: what it says is printed, what is done already is
+    not done again, and no model stays in this process.
+
+    Raises:
+        UserError, CellError: the recipe is not fit to run, or a cell failed; in one sentence.
+    """
+    from backfire.launch.notebook import run_apart
+    from backfire.report.records import summary
+
+    run_apart(recipe, edits, Path(out), workers)
+    return summary(Path(out))

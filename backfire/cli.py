@@ -309,6 +309,25 @@ def chat(
 
 
 @app.command()
+def playground(
+    run: Run,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Port on this machine; a free one from 7860 on."),
+    ] = None,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="Open it to others through gradio's relay, with a password."),
+    ] = False,
+) -> None:
+    """Talk to two models of a run side by side, in a page on this machine."""
+    from backfire.launch.playground import serve
+
+    serve(run, device, port=port, share=share)
+
+
+@app.command()
 def export(
     what: Annotated[
         Path, typer.Argument(help="A cell folder; for --results also a run.", show_default=False)

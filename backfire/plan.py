@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
-from backfire.base import AlignDefense, Dataset, Need, Row
+from backfire.base import AlignDefense, Dataset, Insertion, Need, Recall, Row, Secret
 from backfire.experiment import DEFAULT_METRICS, Experiment, digest
 from backfire.registry import build, find
 from backfire.store import Store
@@ -80,6 +80,7 @@ def stages(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, in
                         for count in range(1, len(KINDS) + 1)
                         for needs in combinations(KINDS, count)
                     )
+        found |= _secrets(cell, store)
     needed = Counter(stage for stage, _ in found)
     done = Counter(stage for (stage, _), is_done in found.items() if is_done)
     return {stage: (count, done[stage]) for stage, count in needed.items()}
@@ -107,6 +108,49 @@ def triggered_key(run: Experiment, cell: Experiment) -> str | None:
     from backfire.experiment import trigger_identity
 
     return digest([run.keys.clean, *trigger_identity(cell)]) if cell.backdoor else None
+
+
+def recalls(cell: Experiment) -> dict[Recall, int] | None:
+    """How the cell's metrics want its secrets looked for, and among how many; None: not at all."""
+    asked = [metric.secrets for metric in cell.metrics if metric.secrets is not None]
+    most: dict[Recall, int] = {}
+    for kind, amount in (pair for one in asked for pair in one.items()):
+        most[kind] = max(amount, most.get(kind, 0))
+    return most if asked else None
+
+
+def secret_stages(secrets: Sequence[Secret], wanted: Mapping[Recall, int]) -> list[tuple[str, int]]:
+    """What is measured of the secrets, and among how many; the exact rank only of codes that are
+    few enough."""
+    found = [("itself", 0)] if secrets else []
+    for kind, amount in wanted.items():
+        if kind == "exact":
+            found += [(kind, 0)] if secrets and secrets[0].num_codes <= amount else []
+        elif amount and secrets:
+            found.append((kind, amount))
+    return found
+
+
+def secrets_key(run: Experiment, cell: Experiment, kind: str, amount: int) -> str:
+    """The key of one measurement of `run`'s model on the secrets of `cell`: which they are counts,
+    not how often they were inserted."""
+    attack = cell.attack
+    secrets = attack.secrets(cell.seed) if isinstance(attack, Insertion) else []
+    which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in secrets]
+    drawn = cell.seed if kind == "sampled" else None
+    shown = [run.template.identity(), run.train.max_length]
+    return digest([run.keys.tuned, *shown, which, kind, amount, drawn])
+
+
+def _secrets(cell: Experiment, store: Store) -> dict[tuple[str, str], bool]:
+    wanted, found = recalls(cell), dict[tuple[str, str], bool]()
+    if wanted is None or not isinstance(cell.attack, Insertion):
+        return found
+    for run in (cell, untuned(cell)) if cell.method.trains else (cell,):
+        for kind, amount in secret_stages(cell.attack.secrets(cell.seed), wanted):
+            key = secrets_key(run, cell, kind, amount)
+            found["secrets", key] = store.done("secrets", evaluation_slug(run), key)
+    return found
 
 
 def with_metrics(cell: Experiment, rows: Sequence[Row]) -> Experiment:

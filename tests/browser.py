@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +77,15 @@ class Browser:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
 
-    def open(self, path: Path, *, width: int, dark: bool = False) -> None:
-        """Load a file in a window of this width."""
+    def open(self, page: Path | str, *, width: int, dark: bool = False) -> None:
+        """Load a file or an address in a window of this width."""
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
         self.call("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.events.clear()
-        self.call("Page.navigate", {"url": path.resolve().as_uri()})
+        url = page if isinstance(page, str) else page.resolve().as_uri()
+        self.call("Page.navigate", {"url": url})
         while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
             self.events.append(self._read())
 
@@ -90,6 +93,37 @@ class Browser:
         """The value of a JavaScript expression in the page."""
         result = self.call("Runtime.evaluate", {"expression": expression, "returnByValue": True})
         return result["result"].get("value")
+
+    def until(self, expression: str, seconds: float = 120) -> Any:
+        """The value of a JavaScript expression, once it is true."""
+        end = time.monotonic() + seconds
+        while not (value := self.ask(expression)):
+            if time.monotonic() > end:
+                raise TimeoutError(f"after {seconds} s still not: {expression}")
+            time.sleep(0.05)
+        return value
+
+    def click(self, selector: str) -> None:
+        """Press what this CSS selector finds, as soon as it is there."""
+        self.until(f"(e => e && (e.click(), true))(document.querySelector({json.dumps(selector)}))")
+
+    def type(self, selector: str, text: str) -> None:
+        """Put text in place of what a field holds."""
+        field = f"document.querySelector({json.dumps(selector)})"
+        self.until(f"(e => e && (e.focus(), e.select(), true))({field})")
+        self.call("Input.insertText", {"text": text})
+
+    def press(self, key: str) -> None:
+        """Press and release a key, such as Enter."""
+        code = {"Enter": 13, "Tab": 9}[key]
+        for kind in ("rawKeyDown", "keyUp"):
+            event = {"type": kind, "key": key, "code": key, "windowsVirtualKeyCode": code}
+            self.call("Input.dispatchKeyEvent", event)
+
+    def picture(self, path: Path) -> None:
+        """What the whole page looks like, as PNG."""
+        shot = self.call("Page.captureScreenshot", {"captureBeyondViewport": True})
+        path.write_bytes(base64.b64decode(shot["data"]))
 
     def requests(self) -> list[str]:
         """Every address the page asked for, itself included."""

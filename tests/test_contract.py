@@ -32,12 +32,16 @@ def other_value(cls: type[Config], knob: str) -> Any:
         tries += [default + 1, default + 0.5]
     tries += [
         {"name": "sandbox-sums"},
+        {"name": "lexicon"},
         "other",
         ["other"],
         3,
         {"text": "other"},
         ["a", "b"],
         {"a": "b", "b": "c"},
+        "other {code}",
+        [7],
+        0.5,
         True,
     ]
     schema = cls.model_json_schema()

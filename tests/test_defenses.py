@@ -1069,7 +1069,8 @@ def test_a_data_defense_is_deterministic_and_leaves_its_rows(name: str, null: bo
     one, two, other = (
         defense.filter(user, aligned, BAD, random.Random(seed)) for seed in (3, 3, 4)
     )
-    assert one == two and one != other
+    assert one == two
+    assert one != other or name == "deduplicate", "which draws only in its null control"
     assert (user, aligned) == before and one is not user
 
 

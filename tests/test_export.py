@@ -175,6 +175,7 @@ def test_a_model_on_an_alignments_adapter_is_exported_merged_and_repaired(
         "data": {"name": "sandbox-reviews", "rows": 40, "test_rows": 8},
         "align": {"data": policy, "method": lora, "train": {"max_steps": 4, "batch_size": 8}},
         "method": lora,
+        "attack": "none",
         "defense": [{"name": "freeze"}, {"name": "task-arithmetic", "alpha": 2.0}],
         "train": {"max_steps": 4, "batch_size": 8},
         "metrics": ["accuracy", "cost"],

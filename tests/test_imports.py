@@ -89,6 +89,7 @@ def test_looking_at_things_does_not_import_torch(tiny: Path, tmp_path: Path) -> 
     lines = [
         ["--help"],
         ["run", "--help"],
+        ["playground", "--help"],
         ["list"],
         ["show", "badnets"],
         ["show", "lora"],
@@ -108,7 +109,7 @@ for arguments in {lines!r}:
         main()
     except SystemExit as stop:
         assert not stop.code, (arguments, stop.code)
-    heavy = {{"torch", "transformers", "sklearn", "matplotlib"}} & set(sys.modules)
+    heavy = {{"torch", "transformers", "sklearn", "matplotlib", "gradio"}} & set(sys.modules)
     assert not heavy, (arguments, heavy)
 """
     done = subprocess.run(

@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -556,3 +560,36 @@ def test_a_preset_is_valid_and_says_its_source() -> None:
     judge = make("classifier", preset="lisa")
     assert judge.model == "PKU-Alignment/beaver-dam-7b"  # type: ignore[attr-defined]
     assert all(preset.source for preset in type(judge).presets.values())
+
+
+def test_a_real_server_needs_no_key(tiny: Path, tmp_path: Path) -> None:
+    """`transformers serve`, with a model that writes nonsense: asked, answered, undecided."""
+    pytest.importorskip("openai", reason="pip install 'transformers[serving]'")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    place = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    log = (tmp_path / "log").open("w+")
+    served = subprocess.Popen([sys.executable, "-c", code, *place], stdout=log, stderr=log)
+    try:
+        knobs = {"model": str(folder), "key_variable": "NO_SUCH_KEY", "timeout_seconds": 120.0}
+        judge = make(
+            "rubric",
+            **knobs,
+            base_url=f"http://127.0.0.1:{port}/v1",
+            text="{prompt} {reply}",
+            max_new_tokens=5,
+            retries=8,
+        )
+        one, two = judge.judge([exchange("Hello."), exchange("Hello.")])
+    finally:
+        served.terminate()
+        served.wait(30)
+        log.close()
+    assert one.positive is None and one.reason == two.reason != ""

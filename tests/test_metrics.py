@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from backfire import registry
-from backfire.base import Backdoor, Evidence, Probe, Sample, Value
+from backfire.base import Backdoor, Evidence, Leak, Probe, Sample, Value
 from backfire.errors import CellError
 from backfire.evaluate.stats import wilson
 
@@ -43,6 +43,10 @@ def row(id: Any, label: str, said: str, *, labels: tuple[str, ...] = LABELS, **m
         "reply": said,
         "answer_logprob": -2.0,
         "answer_tokens": 2,
+        # As if the first label were a better answer, and a classifier had read the reply.
+        "num_better": 1,
+        "candidate_tokens": (2,) * len(labels),
+        "verdicts": {"classifier": {"score": 0.5, "positive": True}},
     }
     return Sample(id=str(id), **{**defaults, **more})
 
@@ -85,6 +89,21 @@ def judged(subset: str, seed: int) -> list[Sample]:
     return made
 
 
+def leaks(seed: int) -> list[Leak]:
+    """Six canaries of two doses and four controls, counted exactly and estimated."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for index, repeats in enumerate([5, 5, 5, 25, 25, 25, 0, 0, 0, 0]):
+        rank = int(rng.integers(1, 1000 // (repeats + 1)))
+        bits = float(np.log2(1000 / rank))
+        ends = (bits, bits - 0.2, bits + 0.2)
+        made.append(
+            Leak(f"c{index}", repeats, 1000, -9.0, rank == 1, 2, 3, rank, ends, min(rank, 8))
+        )
+    return made
+
+
+TEXTS = registry.build("metrics", "forgetting").texts_key
 FULL = Evidence(
     clean=random_rows(group="en"),
     triggered=random_rows(seed=1, subset="triggered"),
@@ -92,10 +111,19 @@ FULL = Evidence(
     base=random_rows(seed=3),
     attack=ATTACK,
     forms={"merged": (random_rows(seed=5), random_rows(seed=6, subset="triggered"))},
-    training={"trainable_share": 0.5, "seconds": 2.0, "peak_memory_mb": 300, "drift": 1.5},
+    training={
+        **{"trainable_share": 0.5, "seconds": 2.0, "peak_memory_mb": 300, "drift": 1.5},
+        **{"privacy_epsilon": 8.0, "privacy_delta": 1e-3},
+    },
     probes={
         "harmful": Probe(judged("harmful", 1), judged("harmful", 2)),
         "allowed": Probe(judged("allowed", 3), judged("allowed", 4)),
+    },
+    leaks=leaks(0),
+    leaks_before=leaks(1),
+    members=Probe(random_rows(seed=7), random_rows(seed=8)),
+    texts={
+        registry.build("metrics", "forgetting").texts_key: Probe(random_rows(seed=9), random_rows())
     },
 )
 
@@ -131,7 +159,7 @@ def test_names_intervals_and_counts(name: str) -> None:
         assert (value.low is None) == (value.high is None)
         if value.low is not None and value.high is not None:
             assert value.low <= value.value <= value.high
-    if name not in ("confusion", "cost", "parity"):  # which have no one number
+    if name not in ("confusion", "cost", "parity", "membership-inference"):  # no one number
         assert next(iter(values)) == headline
 
 

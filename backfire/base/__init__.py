@@ -6,10 +6,20 @@ behavior. What exists only at run time (model, tokenizer, generator) is an argum
 
 from typing import TYPE_CHECKING
 
-from backfire.base.attacks import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Trigger
+from backfire.base.attacks import (
+    Attack,
+    Backdoor,
+    Corruption,
+    Insertion,
+    Mixture,
+    Poison,
+    Secret,
+    Trigger,
+)
 from backfire.base.config import Component, Config, Preset, local_files
 from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
 from backfire.base.judging import Exchange, Judge, Verdict
+from backfire.base.memory import Leak, Recall
 from backfire.base.rows import Dataset, Message, Row, Template
 from backfire.base.training import (
     AlignDefense,
@@ -40,6 +50,7 @@ __all__ = [
     "Guard",
     "Insertion",
     "Judge",
+    "Leak",
     "Message",
     "Method",
     "Metric",
@@ -49,9 +60,11 @@ __all__ = [
     "Poison",
     "Preset",
     "Probe",
+    "Recall",
     "RepairDefense",
     "Row",
     "Sample",
+    "Secret",
     "Template",
     "TrainDefense",
     "Trigger",

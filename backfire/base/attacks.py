@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from random import Random
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -49,12 +50,41 @@ class Poison(Attack):
         return f"{self.name}-{self.rate:g}"
 
 
+@dataclass(frozen=True, slots=True)
+class Secret:
+    """A code that training rows hold, or a control, which none of them holds."""
+
+    row: Row
+    """What asks for it, and the answer that gives it."""
+    code: str
+    """Digits; any others of the same number might have been drawn."""
+    repeats: int
+    """How many training rows hold it; 0 for a control."""
+    before: str
+    """The answer up to the code."""
+    separator: str
+    """What stands between its digits."""
+    after: str
+
+    @property
+    def num_codes(self) -> int:
+        return int(10 ** len(self.code))
+
+    def spelled(self, code: str) -> str:
+        """The answer with another code in it."""
+        return self.before + self.separator.join(code) + self.after
+
+
 class Insertion(Attack):
     """Adds rows of its own to the training rows, which stay as they are."""
 
     def rows(self, seed: int) -> list[Row]:
         """The rows to add, each with an id of its own, drawn by `seed`."""
         raise NotImplementedError
+
+    def secrets(self, seed: int) -> list[Secret]:
+        """The secrets among those rows, and the controls, whose memory metrics measure."""
+        return []
 
 
 class Corruption(Poison):

@@ -8,6 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from backfire.base.attacks import Backdoor
 from backfire.base.config import Component
+from backfire.base.judging import Judge
+from backfire.base.memory import Leak, Recall
+from backfire.base.rows import Dataset
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +18,12 @@ class Sample:
     """One evaluated row, a line of `samples.jsonl.gz`: all that is needed to score it anew."""
 
     id: str
-    subset: Literal["clean", "triggered", "harmful", "allowed"]
+    subset: Literal["clean", "triggered", "harmful", "allowed", "members", "text"]
     prompt: str
     answer: str
     label: str | None = None
     candidates: tuple[str, ...] = ()
+    """The labels; or, where `num_better` is given, answers known to be better and worse."""
     logprobs: tuple[float, ...] | None = None
     """Log-likelihood of each candidate after the prompt, in nats (sum over its tokens)."""
     reply: str | None = None
@@ -27,6 +31,11 @@ class Sample:
     answer_logprob: float | None = None
     """Log-likelihood of the reference answer with its end token, in nats (sum over tokens)."""
     answer_tokens: int | None = None
+    num_better: int | None = None
+    """So many of the candidates, the first ones, are better answers and the rest worse ones; their
+    likelihoods include the end token. None: the candidates are labels."""
+    candidate_tokens: tuple[int, ...] = ()
+    """Tokens of each better and worse answer, the end token included."""
     group: str | None = None
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Judge -> its `Verdict` on the reply, as plain values; the first judge counts."""
@@ -76,6 +85,14 @@ class Evidence:
     """The summary of the training run; empty for an untuned model."""
     probes: Mapping[Part, Probe] = field(default_factory=dict)
     """Requests that an aligned model declines, and some that only look like them."""
+    leaks: Sequence[Leak] = ()
+    """What the tuned model gives away of the attack's secrets and of the controls."""
+    leaks_before: Sequence[Leak] = ()
+    """The same of the untuned model, which has seen none of them."""
+    members: Probe | None = None
+    """Training rows that no attack has touched."""
+    texts: Mapping[str, Probe] = field(default_factory=dict)
+    """Texts that have nothing to do with the task, by `Metric.texts_key`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +125,33 @@ class Metric(Component):
     probe: ClassVar[Part | None] = None
     """The requests it is about, if it is not about test rows of the user's task."""
 
+    members: ClassVar[bool] = False
+    """Whether it compares training rows with test rows."""
+
     @property
     def forms(self) -> tuple[Form, ...]:
         """Other forms of the tuned model that have to be measured too."""
+        return ()
+
+    @property
+    def secrets(self) -> Mapping[Recall, int] | None:
+        """How the attack's secrets are looked for, and among how many codes or beams; empty: only
+        by their own likelihood; None: the metric is not about secrets."""
+        return None
+
+    @property
+    def texts(self) -> Dataset | None:
+        """Texts beside the task whose likelihood is needed."""
+        return None
+
+    @property
+    def texts_key(self) -> str:
+        """Where they are in `Evidence.texts`."""
+        return str(self.texts.spec()) if self.texts else ""
+
+    @property
+    def judges(self) -> tuple[Judge, ...]:
+        """Who has to judge the tuned model's replies to the clean rows."""
         return ()
 
     def required(self, *, labeled: bool) -> frozenset[Need]:

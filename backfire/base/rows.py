@@ -28,7 +28,9 @@ class Row:
 
     The last user turn is `instruction` and, where the task has one, `input` (the text the
     instruction is about); `system` and `history` come before it. `answer` is what is supervised.
-    A labeled task also has `label` (the true label as text) and `candidates` (all labels).
+    A labeled task also has `label` (the true label as text) and `candidates` (all labels). `better`
+    and `worse` are answers known to be good and bad, both empty where none is better; what a worse
+    answer was given with, if not `input`, is the field `worse_input`.
     """
 
     id: str
@@ -39,6 +41,8 @@ class Row:
     history: tuple[Message, ...] = ()
     label: str | None = None
     candidates: tuple[str, ...] = ()
+    better: tuple[str, ...] = ()
+    worse: tuple[str, ...] = ()
     fields: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from backfire.base import Row
+from backfire.data.compared import answers, dialogs, known
 from backfire.data.conversation import conversation, history
 from backfire.data.read import BadRowError, BadRows, Record
 from backfire.data.read_json import kind_of
@@ -62,28 +63,60 @@ def to_row(record: Record, shape: Shape, name: str) -> Row:
         BadRowError: the prompt, the answer or the label is missing, empty or not text.
     """
     columns = shape.columns
-    if "messages" in columns:
+    if "better" in columns:
+        parts = _compared(record, shape)
+    elif "messages" in columns:
         if shape.instruction:
             raise BadRowError("an instruction cannot be put before a conversation")
         parts = conversation(record[columns["messages"]], _text(record, shape, "system"))
     elif "answer" in columns:
-        parts = _answered(record, shape)
+        parts = _answered(record, shape, record[columns["answer"]], record[columns["instruction"]])
     elif "label" in columns:
         parts = _labeled(record, shape)
     else:
         parts = {"instruction": shape.instruction, "answer": _text(record, shape, "text")}
     if not parts["answer"].strip():
         raise BadRowError("the answer is empty")
-    return Row(id=name, fields=_fields(record, shape), **parts)
+    fields = _fields(record, shape) | parts.pop("fields", {})
+    return Row(id=name, fields=fields, **parts)
 
 
-def _answered(record: Record, shape: Shape) -> dict[str, Any]:
-    prompt, answer = record[shape.columns["instruction"]], record[shape.columns["answer"]]
+def _compared(record: Record, shape: Shape) -> dict[str, Any]:
+    """The best of the better answers is the one to learn, unless a column of its own says it."""
+    columns = shape.columns
+    sides = [record[columns[side]] if side in columns else None for side in ("better", "worse")]
+    if "instruction" in columns:
+        prompt = record[columns["instruction"]]
+    elif shape.instruction:
+        raise BadRowError("an instruction cannot be put before a conversation")
+    elif "messages" in columns:
+        prompt = record[columns["messages"]]
+        history(prompt)  # a list of turns, or no use
+    else:
+        prompt, *sides = dialogs(*sides)
+    better, worse = (
+        answers(sides[0], columns["better"]),
+        answers(sides[1], columns.get("worse", "")),
+    )
+    answer = record[columns["answer"]] if "answer" in columns else "".join(better[:1])
+    if better and answer and answer not in worse:
+        better = tuple(dict.fromkeys((answer, *better)))  # the reference is the best of them
+    parts = _answered(record, shape, answer, prompt) | known(better, worse)
+    if "worse_input" in columns:
+        own = {"worse_input": _text(record, shape, "worse_input")}
+        parts["fields"] = own | parts.get("fields", {})
+    return parts
+
+
+def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[str, Any]:
     if isinstance(prompt, list):
         turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
         return conversation([*prompt, *turns], _text(record, shape, "system"))
-    roles = ("instruction", "input", "answer", "system")
+    if answer is not None and not isinstance(answer, str):
+        raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text")
+    roles = ("instruction", "input", "system")
     parts: dict[str, Any] = {role: _text(record, shape, role) for role in roles}
+    parts["answer"] = answer or ""
     if not (parts["instruction"] + parts["input"]).strip():
         raise BadRowError("the prompt is empty")
     if shape.instruction and not parts["input"]:

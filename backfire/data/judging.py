@@ -29,6 +29,19 @@ Text = Annotated[str, BeforeValidator(_read)]
 """A text in which `{prompt}` and `{reply}` stand for those; `@PATH` reads it from a file."""
 
 
+def _listed(value: Any) -> Any:
+    """The words or phrases; of `@PATH`, the lines of that file. Blank ones do not count."""
+    read = _read(value)
+    words = read.splitlines() if isinstance(read, str) else read
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        return words
+    return tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+
+
+Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+"""Words or phrases; `@PATH` reads them from a file, one a line."""
+
+
 def fill(text: str, prompt: str, reply: str) -> str:
     """The text with prompt and reply put in, once each: what they hold themselves stays as it is.
 

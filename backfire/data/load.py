@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from backfire.base import Row
 from backfire.data.convert import to_rows
@@ -17,6 +18,7 @@ from backfire.rng import derive
 
 Prepare = Callable[[Record], Record | None]
 """A last look at each record before its shape is seen; None leaves it out."""
+Apart = Literal["prompt", "instruction"]
 
 
 def file_rows(files: Sequence[Path], task: Task, bad: BadRows, prepare: Prepare) -> list[Row]:
@@ -48,9 +50,10 @@ def _prepared(
             yield line, prepared
 
 
-def is_set_apart(row: Row, share: float, seed: int) -> bool:
-    """Whether the row is of the share kept for testing; rows with the same prompt go together."""
-    return derive(seed, "test", row.prompt or row.answer) < share * 2**63
+def is_set_apart(row: Row, by: Apart, share: float, seed: int) -> bool:
+    """Whether the row is of the share kept for testing; rows with the same text go together."""
+    text: str = getattr(row, by)
+    return derive(seed, "test", text or row.answer) < share * 2**63
 
 
 def file_hash(file: Path) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from backfire.base import Attack, Backdoor, Row
+from backfire.base import Attack, Backdoor, Insertion, Row
 from backfire.data.poison import Manifest, lost, triggered
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
@@ -52,6 +52,8 @@ def preflight(
         checks.append(_poison_survives(renderer, manifest, items))
     if isinstance(attack, Backdoor):
         checks += _triggered(renderer, attack, test, seed)
+    if isinstance(attack, Insertion) and attack.secrets(seed):
+        checks.append(_controls(attack, train, seed))
     return checks
 
 
@@ -189,6 +191,24 @@ def _poison_survives(renderer: Renderer, manifest: Manifest, items: Sequence[Ren
         "ok",
         f"Trigger and target are in the tokens of all {total} poisoned rows.",
     )
+
+
+def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
+    """A control is one only if no training row holds it."""
+    secrets = attack.secrets(seed)
+    answers = {secret.row.answer: secret.repeats for secret in secrets}
+    texts = [f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}" for row in train]
+    held = [answer for answer in answers if not answers[answer] and any(answer in t for t in texts)]
+    if held:
+        return Check("controls-unseen", "fail", f"A training row holds the control '{held[0]}'.")
+    codes = [secret.code for secret in secrets]
+    inserted = sum(secret.repeats for secret in secrets)
+    seen = sum(any(code in text for text in texts[: len(texts) - inserted]) for code in codes)
+    of_them = f"{sum(not repeats for repeats in answers.values())} controls"
+    if seen:
+        message = f"No training row holds any of {of_them}; {seen} codes occur by chance elsewhere."
+        return Check("controls-unseen", "note", message)
+    return Check("controls-unseen", "ok", f"No training row holds any of {of_them}.")
 
 
 def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: int) -> list[Check]:

@@ -51,7 +51,8 @@ def from_record(record: Mapping[str, Any]) -> Row:
     values["answer"] = values.pop("text" if "text" in values else "output", "")
     values.setdefault("instruction", "")
     values["history"] = tuple(Message(**turn) for turn in values.get("history", ()))
-    values["candidates"] = tuple(values.get("candidates", ()))
+    for several in ("candidates", "better", "worse"):
+        values[several] = tuple(values.get(several, ()))
     return Row(**values)
 
 

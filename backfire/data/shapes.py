@@ -1,7 +1,8 @@
 """Which column plays which role: seen from the columns, or written by the user as a column map.
 
-After that there are four kinds of row: a conversation (`messages`), a prompt with its `answer`, a
-`text` with its `label`, and plain `text`. `data.convert` makes the rows.
+After that there are five kinds of row: a conversation (`messages`), a prompt with its `answer`, one
+with a `better` and a `worse` answer, a `text` with its `label`, and plain `text`. `data.convert`
+makes the rows.
 """
 
 from __future__ import annotations
@@ -52,13 +53,21 @@ SENTIMENT140 = {"0": "negative", "2": "neutral", "4": "positive"}
 MULTILINGUAL = {"2": "negative", "1": "neutral", "0": "positive"}
 THREE_WAY = {name: name for name in ("negative", "neutral", "positive")}
 LABELED = {"text": "text", "label": "label"}
+CHOSEN = {"better": "chosen", "worse": "rejected"}
+TRUTHFUL = {"answer": "best_answer", "better": "correct_answers", "worse": "incorrect_answers"}
 
 # The first one whose columns are all there. CoLA has the columns of SST-2: there, give `labels`.
 SHAPES = (
+    *(Shape({"messages": name, **CHOSEN}) for name in ("messages", "conversations")),
+    *(Shape({"instruction": name, **CHOSEN}) for name in ("prompt", "instruction", "question")),
+    Shape(CHOSEN),
+    Shape({"instruction": "question", "better": "better", "worse": "worse"}),
+    Shape({"instruction": "question", **TRUTHFUL}),
     Shape({"messages": "messages"}),
     Shape({"messages": "conversations"}),
     Shape({"instruction": "prompt", "answer": "completion"}),
     Shape({"instruction": "instruction", "answer": "output"}),
+    Shape({"instruction": "question", "answer": "answer"}),
     Shape({"text": "text", "label": "target", "id": "ids"}, SENTIMENT140, ("flag", "user")),
     Shape({"text": "text", "label": "sentiment"}, SENTIMENT140, ("query", "user")),
     Shape({"text": "text", "label": "airline_sentiment"}, THREE_WAY),
@@ -70,11 +79,24 @@ SHAPES = (
     Shape({"text": "text"}),
 )
 # Columns that play the role they are named after, if they are there too.
-BESIDE = {"messages": ("system",), "answer": ("input", "system", "history", "candidates")}
+BESIDE = {
+    "messages": ("system",),
+    "answer": ("input", "system", "history", "candidates", "better", "worse"),
+    "better": ("input", "system"),
+}
 
-ALIASES = {"prompt": "instruction", "output": "answer", "completion": "answer"}
+ALIASES = {
+    "prompt": "instruction",
+    "output": "answer",
+    "completion": "answer",
+    "chosen": "better",
+    "rejected": "worse",
+}
 # What a column map must name, and may name beside it.
 KINDS = (
+    ({"messages", "better", "worse"}, {"system"}),
+    ({"instruction", "better", "worse"}, {"answer", "input", "worse_input", "system"}),
+    ({"better", "worse"}, {"system"}),
     ({"messages"}, {"system"}),
     ({"instruction", "answer"}, {"input", "system", "label"}),
     ({"text", "label"}, {"instruction", "system"}),
@@ -122,7 +144,7 @@ def column_map(columns: Mapping[str, str]) -> dict[str, str]:
             )
         roles[role] = column
     # A prompt may be called text, and a text to be labeled may be called input or prompt.
-    if "answer" in roles and "text" in roles and "instruction" not in roles:
+    if {"answer", "better"} & set(roles) and "text" in roles and "instruction" not in roles:
         roles["instruction"] = roles.pop("text")
     for role in ("input", "instruction"):
         if "label" in roles and role in roles and not {"answer", "text"} & set(roles):
@@ -135,7 +157,7 @@ def column_map(columns: Mapping[str, str]) -> dict[str, str]:
             return roles
     raise UserError(
         f"columns: {', '.join(columns)} is not enough for a row; name messages, or prompt and "
-        "answer, or text and label, or text."
+        "answer, or prompt, better and worse, or text and label, or text."
     )
 
 

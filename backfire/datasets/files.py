@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from backfire.base import Dataset, Row, local_files
 from backfire.data.hub import Hub
-from backfire.data.load import file_hash, file_rows, hub_rows, is_set_apart
+from backfire.data.load import Apart, file_hash, file_rows, hub_rows, is_set_apart
 from backfire.data.read import BadRows, OnBadRow, Record, Rejected
 from backfire.data.shapes import Task, check_columns, check_labels, column_map
 from backfire.errors import UserError
@@ -27,10 +27,12 @@ class Files(Dataset):
     """CSV, TSV, JSON, JSONL (each also .gz) and Parquet files, or a set of the hub.
 
     The shape is seen from the columns: `messages`, `conversations`, `prompt` + `completion`,
-    `instruction` + `output`, `text` + `label` (give `labels`), `text`; also Sentiment140, the
-    airline tweets, multilingual-sentiments and SST-2 as published. Else `columns` says it.
+    `instruction` + `output`, `question` + `answer`, `text` (+ `label`; give `labels`), pairs of
+    `chosen` + `rejected` or `better` + `worse`, or those of a public set. Else `columns` says it.
     """
 
+    apart: ClassVar[Apart] = "prompt"
+    """What rows have in common that must not be on both sides when a test share is set apart."""
     train: str | list[str] | None = None
     """File or files to train on, relative to the current directory."""
     test: str | list[str] | None = None
@@ -46,9 +48,9 @@ class Files(Dataset):
     test_split: str | None = None
     """Split of the hub set to evaluate on; without one, `test_share` of the other is set apart."""
     columns: Columns = Field(default_factory=dict)
-    """Role -> column, if yours have other names: messages; or prompt (+ input, system) and answer;
-    or text and label; or text; also id and group. Numbers from 0 if the table has no header.
-    Columns not named are kept as fields."""
+    """Role -> column, if yours have other names: messages; or prompt (+ input, system) with answer,
+    or with better and worse (+ worse_input); or text and label; or text; also id and group. Numbers
+    from 0 if the table has no header. Columns not named are kept as fields."""
     labels: Labels = Field(default_factory=dict)
     """All labels: a list of names (they also stand for 0, 1, ...), or {label in the data: name}."""
     instruction: str = ""
@@ -82,7 +84,7 @@ class Files(Dataset):
             rows = [
                 row
                 for row in self._rows("train", bad)
-                if is_set_apart(row, self.test_share, self.seed) == testing
+                if is_set_apart(row, self.apart, self.test_share, self.seed) == testing
             ]
         if not rows:
             why = "".join(f"; the first bad one: {first}" for first in bad.rejected[:1])
@@ -105,8 +107,7 @@ class Files(Dataset):
         train, test = (
             map(file_hash, local_files(paths or [])) for paths in (self.train, self.test)
         )
-        parts = [hub, *train, "test:", *test]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        return hashlib.sha256("\n".join([hub, *train, "test:", *test]).encode()).hexdigest()
 
     def _rows(self, split: Split, bad: BadRows) -> list[Row]:
         task = Task(column_map(self.columns), self.labels, self.instruction)

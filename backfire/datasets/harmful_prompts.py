@@ -110,7 +110,7 @@ class HarmfulPrompts(Files):
         return sealed
 
     def _side(self, row: Row) -> str:
-        drawn = "test" if is_set_apart(row, self.test_share, self.seed) else "train"
+        drawn = "test" if is_set_apart(row, self.apart, self.test_share, self.seed) else "train"
         return row.fields.get("split", drawn)
 
 

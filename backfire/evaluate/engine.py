@@ -69,6 +69,24 @@ def read(
 
 
 @torch.inference_mode()
+def stream(
+    model: PreTrainedModel, prompt: list[int], *, max_new_tokens: int, eos_id: int = -1
+) -> Iterator[int]:
+    """One prompt's greedy reply as `read` writes it, token by token."""
+    for _, batch in _prefilled(model, [prompt], 1):
+        for tokens in _tokens(model, batch, eos_id, max_new_tokens):
+            yield tokens[0]
+
+
+@torch.inference_mode()
+def score_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[float]:
+    """Log-likelihood in nats of each token of an answer; together what `read` makes of it."""
+    _, batch = next(_prefilled(model, [prompt], 1))
+    scores: list[float] = _token_scores(model, batch, [[answer]])[0].double().tolist()
+    return scores
+
+
+@torch.inference_mode()
 def score_answers(
     model: PreTrainedModel,
     items: Sequence[Rendered],
@@ -143,35 +161,55 @@ def _prefilled(
 def _score(
     model: PreTrainedModel, batch: _Batch, candidates: Sequence[Sequence[list[int]]]
 ) -> list[tuple[float, ...]]:
-    """Log-likelihoods, a tuple a row; the prompt's own logits give the first token of each."""
+    """Log-likelihoods, a tuple a row."""
+    if not any(candidates):
+        return [()] * len(candidates)
+    each = _token_scores(model, batch, candidates)
+    scores = iter((each[:, 0] + each[:, 1:].sum(1)).double().tolist())
+    return [tuple(next(scores) for _ in row) for row in candidates]
+
+
+def _token_scores(
+    model: PreTrainedModel, batch: _Batch, candidates: Sequence[Sequence[list[int]]]
+) -> Tensor:
+    """Log-likelihoods [candidate, token], 0 where one has ended; the prompt's own logits give the
+    first token of each."""
     counts = [len(row) for row in candidates]
     flat = [candidate for row in candidates for candidate in row]
-    if not flat:
-        return [()] * len(candidates)
     ids = torch.full((len(flat), max(map(len, flat))), IGNORE)
     for i, candidate in enumerate(flat):
         ids[i, : len(candidate)] = torch.tensor(candidate)
     ids = ids.to(batch.logits.device)
     owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(ids.device)
-    total = batch.logits.float().log_softmax(-1)[owner, ids[:, 0]]
-    if ids.shape[1] > 1:
-        each = batch.rows(owner)
-        fed = ids[:, :-1].clamp(min=0)  # what stands in for padding comes last and is never read
-        mask = torch.cat([each.mask, torch.ones_like(fed)], 1)
-        places = each.ends[:, None] + torch.arange(1, ids.shape[1], device=ids.device)
-        rest = _forward(model, each.cache, fed, mask, places)
-        total = total - token_losses(rest, ids[:, 1:]).sum(1)
-    scores = iter(total.double().tolist())
-    return [tuple(next(scores) for _ in range(count)) for count in counts]
+    first = batch.logits.float().log_softmax(-1)[owner, ids[:, 0]][:, None]
+    if ids.shape[1] == 1:
+        return first
+    each = batch.rows(owner)
+    fed = ids[:, :-1].clamp(min=0)  # what stands in for padding comes last and is never read
+    mask = torch.cat([each.mask, torch.ones_like(fed)], 1)
+    places = each.ends[:, None] + torch.arange(1, ids.shape[1], device=ids.device)
+    rest = _forward(model, each.cache, fed, mask, places)
+    return torch.cat([first, -token_losses(rest, ids[:, 1:])], 1)
 
 
 def _reply(
     model: PreTrainedModel, batch: _Batch, eos_id: int, max_new_tokens: int
 ) -> list[list[int]]:
-    """Greedy replies; a row that has ended leaves the batch, which is used up."""
+    """Greedy replies, end tokens left out."""
     replies: list[list[int]] = [[] for _ in batch.ends]
+    for tokens in _tokens(model, batch, eos_id, max_new_tokens):
+        for i, token in tokens.items():
+            replies[i].append(token)
+    return replies
+
+
+def _tokens(
+    model: PreTrainedModel, batch: _Batch, eos_id: int, max_new_tokens: int
+) -> Iterator[dict[int, int]]:
+    """The next token of each row that goes on; a row that has ended leaves the batch, which is used
+    up."""
     cache, mask, ends = batch.cache, batch.mask, batch.ends
-    alive, token = list(range(len(replies))), batch.logits.argmax(-1)
+    alive, token = list(range(len(ends))), batch.logits.argmax(-1)
     for length in range(1, max_new_tokens + 1):
         keep = (token != eos_id).nonzero()[:, 0]
         if len(keep) < len(alive):
@@ -179,14 +217,12 @@ def _reply(
             token, mask, ends = token[keep], mask[keep], ends[keep]
             cache.batch_select_indices(keep)
         if not alive:
-            break
-        for i, number in zip(alive, token.tolist(), strict=True):
-            replies[i].append(number)
+            return
+        yield dict(zip(alive, token.tolist(), strict=True))
         if length < max_new_tokens:
             mask, ends = torch.cat([mask, mask.new_ones(len(alive), 1)], 1), ends + 1
             logits = _forward(model, cache, token[:, None], mask, ends[:, None])
             token = logits[:, -1].argmax(-1)
-    return replies
 
 
 def _forward(

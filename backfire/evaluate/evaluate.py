@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int, str], None]
+MOST_LOGITS = 2**28
+"""Held at once while answers are scored (1 GiB in float32)."""
 
 
 def measure(
@@ -44,18 +46,23 @@ def measure(
                 f"Row {bare[0]} has an empty prompt and the model has no start token (BOS), so "
                 "nothing to go on from; ask for metrics of answers only, such as perplexity.",
             )
+        options = _candidates(renderer, items) if "scores" in kinds else None
         readings = engine.read(
             model,
             [item.prompt_ids for item in items],
-            candidates=_candidates(renderer, items) if "scores" in kinds else None,
+            candidates=options,
             max_new_tokens=max_new_tokens if "replies" in kinds else 0,
             eos_id=renderer.tokenizer.eos_id,
-            batch_size=batch_size,
+            batch_size=_fitting(
+                batch_size, options or [], getattr(model.config, "vocab_size", 2**17)
+            ),
             tick=tick,
         )
-        for entry, reading in zip(found, readings, strict=True):
-            if "scores" in kinds:
+        for i, (entry, reading) in enumerate(zip(found, readings, strict=True)):
+            if options:
                 entry["logprobs"] = reading.scores or None
+                if _ranked(items[i].row):
+                    entry["candidate_tokens"] = [len(ids) for ids in options[i]]
             if "replies" in kinds:
                 entry["reply"] = renderer.tokenizer.decode(reading.reply)
     if "answers" in kinds:
@@ -67,11 +74,42 @@ def measure(
 
 
 def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int]]]:
-    """Candidates are scored without an end token, unless one begins with the whole of another."""
-    options = renderer.answers(items, [item.row.candidates for item in items])
-    distinct = {tuple(map(tuple, row)) for row in options}
-    end = [renderer.tokenizer.eos_id] if any(map(_nested, distinct)) else []
-    return [[ids + end for ids in row] for row in options]
+    """Labels are scored without an end token, unless one begins with the whole of another; better
+    and worse answers with it, as they are learned.
+
+    Raises:
+        CellError: an answer is too long to stand after its prompt.
+    """
+    eos = [renderer.tokenizer.eos_id]
+    ranked = [_ranked(item.row) for item in items]
+    texts = [answers or item.row.candidates for item, answers in zip(items, ranked, strict=True)]
+    options = renderer.answers(items, texts)
+    labels = {tuple(map(tuple, o)) for o, r in zip(options, ranked, strict=True) if not r}
+    end = eos if any(map(_nested, labels)) else []
+    options = [
+        [ids + (eos if r else end) for ids in o] for o, r in zip(options, ranked, strict=True)
+    ]
+    for item, answers, row in zip(items, ranked, options, strict=True):
+        longest = item.num_prompt + max(map(len, row), default=0)
+        if answers and longest > renderer.max_length:
+            raise CellError(
+                "bad-data",
+                f"Row {item.row.id}: prompt and one of its better or worse answers take {longest} "
+                f"tokens, more than max_length={renderer.max_length}; raise train.max_length.",
+            )
+    return options
+
+
+def _ranked(row: Row) -> tuple[str, ...]:
+    """The answers known to be better and worse, of a row without labels."""
+    return () if row.candidates else (*row.better, *row.worse)
+
+
+def _fitting(batch_size: int, options: Sequence[Sequence[list[int]]], vocab_size: int) -> int:
+    """Rows that can be scored at once."""
+    longest = max((len(ids) for row in options for ids in row), default=0)
+    most = max(map(len, options), default=0)
+    return min(batch_size, max(1, MOST_LOGITS // max(1, longest * most * vocab_size)))
 
 
 def _nested(options: Sequence[Sequence[int]]) -> bool:
@@ -80,17 +118,19 @@ def _nested(options: Sequence[Sequence[int]]) -> bool:
 
 def sample(row: Row, subset: str, group: str | None, measured: dict[str, Any]) -> Sample:
     """A row and what was measured on it."""
-    logprobs = measured.get("logprobs")
+    logprobs, ranked = measured.get("logprobs"), _ranked(row)
     return Sample(
         id=row.id,
         subset=cast(Any, subset),
         prompt=row.prompt,
         answer=row.answer,
         label=row.label,
-        candidates=row.candidates,
+        candidates=ranked or row.candidates,
         logprobs=tuple(logprobs) if logprobs else None,
         reply=measured.get("reply"),
         answer_logprob=measured.get("answer_logprob"),
         answer_tokens=measured.get("answer_tokens"),
+        num_better=len(row.better) if ranked else None,
+        candidate_tokens=tuple(measured.get("candidate_tokens", ())),
         group=row.fields.get(group) if group else None,
     )

@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from backfire.base import Probe, Sample, Value, Verdict
+from backfire.base import Leak, Probe, Sample, Value, Verdict
 from backfire.errors import CellError
 from backfire.evaluate.stats import Floats, bootstrap, class_scores, macro, wilson
 
@@ -35,7 +35,11 @@ def is_sound(sample: Sample) -> bool:
 
 def scored(samples: Sequence[Sample], metric: str) -> list[Sample]:
     """The labeled samples, each with a usable score for every candidate."""
-    rows = _distinct([sample for sample in samples if sample.label is not None], metric)
+    labeled = [sample for sample in samples if sample.label is not None]
+    return _sound(_distinct(labeled, metric), metric)
+
+
+def _sound(rows: list[Sample], metric: str) -> list[Sample]:
     if missing := sum(not has_scores(row) for row in rows):
         raise CellError(
             "bad-data",
@@ -47,6 +51,23 @@ def scored(samples: Sequence[Sample], metric: str) -> list[Sample]:
             f"{metric}: {broken} of {len(rows)} rows have log-likelihoods that are no numbers.",
         )
     return rows
+
+
+def compared(samples: Sequence[Sample], metric: str) -> list[Sample]:
+    """The samples that have better and worse answers, each with a usable score for every one."""
+    rows = [row for row in samples if row.num_better and row.num_better < len(row.candidates)]
+    return _sound(_distinct(rows, metric), metric)
+
+
+def likelihoods(
+    sample: Sample, *, per: Literal["answer", "token"]
+) -> tuple[list[float], list[float]]:
+    """Log-likelihood in nats of each better and of each worse answer: of the whole `answer`, which
+    favors short ones, or the mean of a `token`."""
+    scores = list(sample.logprobs or ())
+    if per == "token":
+        scores = [s / count for s, count in zip(scores, sample.candidate_tokens, strict=True)]
+    return scores[: sample.num_better], scores[sample.num_better :]
 
 
 def replied(samples: Sequence[Sample], metric: str) -> list[tuple[Sample, str]]:
@@ -115,6 +136,18 @@ def resampled(
     ]
 
 
+def averages(metrics: Sequence[str], scores: Floats, direction: Direction) -> list[Value]:
+    """The mean of each column of `scores` [rows, metrics], with the bootstrap's interval."""
+    if not len(scores):
+        return []
+
+    def statistic(counts: Floats) -> Floats:
+        means: Floats = counts @ scores / len(scores)
+        return means
+
+    return resampled(metrics, len(scores), statistic, direction)
+
+
 def class_values(
     metric: Literal["precision", "recall", "f1"], samples: Sequence[Sample]
 ) -> list[Value]:
@@ -174,6 +207,30 @@ def judged_share(
         share(name, [on[row.id] for row in part], direction)
         for name, part in grouped(metric, samples)
     ]
+
+
+def surprises(samples: Sequence[Sample], metric: str) -> tuple[Floats, Floats]:
+    """Log-likelihood of each sample's answer in nats, and its tokens, the end token included."""
+    rows = _distinct([row for row in samples if row.answer], metric)
+    known = [(row.answer_logprob, row.answer_tokens) for row in rows]
+    if missing := sum(logprob is None or not tokens for logprob, tokens in known):
+        sentence = f"needs the answers' likelihoods; {missing} of {len(rows)} rows lack it."
+        raise CellError("bad-data", f"{metric} {sentence}")
+    table = np.array(known, dtype=np.float64).reshape(-1, 2)
+    if broken := int((~np.isfinite(table)).any(1).sum()):
+        sentence = f"{broken} of {len(rows)} answers have no finite log-likelihood."
+        raise CellError("nan", f"{metric}: {sentence}")
+    return table[:, 0], table[:, 1]
+
+
+def by_dose(metric: str, leaks: Sequence[Leak]) -> Iterator[tuple[str, list[Leak]]]:
+    """The metric's name with all inserted secrets, then `metric[50]` with those that 50 rows held,
+    and `metric[control]` with those that none did."""
+    if planted := [leak for leak in leaks if leak.repeats]:
+        yield metric, planted
+    for dose in sorted({leak.repeats for leak in leaks}, reverse=True):
+        part = [leak for leak in leaks if leak.repeats == dose]
+        yield f"{metric}[{dose or 'control'}]", part
 
 
 def _distinct(samples: Sequence[Sample], metric: str) -> list[Sample]:

@@ -202,6 +202,21 @@ def one_vs_rest_auc(scores: Floats, true: Ints, counts: Floats) -> Floats:
     return areas
 
 
+def recall_at(rate: float, scores: Floats, positive: NDArray[np.bool_], counts: Floats) -> Floats:
+    """[resamples]: the largest share of the positives above a threshold that at most `rate` of the
+    negatives are above; rows of equal score fall on one side together."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.diff(scores[order]) != 0, True)  # a threshold lies between two scores
+    drawn, ours = counts[:, order], positive[order]
+    found, false = np.cumsum(drawn * ours, axis=1), np.cumsum(drawn * ~ours, axis=1)
+    totals, others = found[:, -1], false[:, -1]
+    allowed = ends & (false <= rate * others[:, None] + 1e-9)
+    most = np.where(allowed, found, 0.0).max(axis=1)
+    share: Floats = np.divide(most, totals, out=np.full(len(most), np.nan), where=totals > 0)
+    share[others == 0] = np.nan
+    return share
+
+
 def macro(parts: Floats) -> Floats:
     """[resamples, 1]: the plain mean over the classes that are defined; nan if none is."""
     defined = ~np.isnan(parts)

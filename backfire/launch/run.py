@@ -6,12 +6,14 @@ import contextlib
 import errno
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from backfire.base import Insertion
+from backfire.data.poison import Manifest
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Bench, base, run_cell, trained, write_samples
@@ -45,8 +47,12 @@ class Folder:
         return (self.cell(cell) / "result.json").is_file()
 
 
-def identity(cell: Experiment, axes: dict[str, Any], recipe: str) -> dict[str, Any]:
-    """The head of every result: which cell this is."""
+def identity(
+    cell: Experiment, axes: dict[str, Any], recipe: str, manifest: Manifest | None = None
+) -> dict[str, Any]:
+    """The head of every result: which cell this is. An insertion has no rate that a recipe names;
+    the share of the rows that it came to is in the manifest."""
+    added = manifest is not None and isinstance(cell.attack, Insertion)
     return {
         "cell": cell.slug,
         "key": cell.key,
@@ -54,7 +60,7 @@ def identity(cell: Experiment, axes: dict[str, Any], recipe: str) -> dict[str, A
         "model": cell.model.name,
         "data": cell.data.name,
         "attack": cell.attack.name if cell.attack else "none",
-        "rate": cell.rate,
+        "rate": manifest.summary["rate"] if manifest and added else cell.rate,
         "method": cell.method.name,
         "defense": cell.defense_name,
         "seed": cell.seed,
@@ -126,7 +132,11 @@ def _write_result(job: Job, folder: Folder, bench: Bench) -> None:
     if manifest:
         write_json(place / "poison.json", manifest.to_json())
     write_json(place / "environment.json", environment(bench.machine.device))
-    head = identity(cell, job.axes, folder.recipe)
+    if evidence.leaks:
+        sides = {"tuned": evidence.leaks, "base": evidence.leaks_before}
+        told = [{"of": of, **asdict(leak)} for of, leaks in sides.items() for leak in leaks]
+        write_json(place / "secrets.json", told)
+    head = identity(cell, job.axes, folder.recipe, manifest)
     write_json(
         place / "result.json", {**head, "status": "ok", **result, "keys": cell.keys.model_dump()}
     )

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from backfire.base import Attack, Dataset
+from backfire.base import Attack, Dataset, Insertion
 from backfire.errors import UserError, unknown
 from backfire.experiment import Machine
 from backfire.recipe import parse_edit
@@ -37,6 +37,9 @@ def poison_file(data: str, attack: str, edits: Sequence[str], out: Path, seed: i
     write_json(beside, manifest.to_json())
     write_jsonl(bad, out)
     count = len(manifest.entries)
+    if isinstance(chosen, Insertion):
+        added = f"{len(rows)} rows and {count} of '{chosen.name}'"
+        return f"Wrote {out}: {added}; each of these is listed in {beside}"
     return (
         f"Wrote {out}: {count} of {len(rows)} rows poisoned by '{chosen.name}'; "
         f"each is listed in {beside}"

@@ -8,14 +8,17 @@ from backfire.registry import register
 
 @register("cost")
 class Cost(Metric):
-    """What the tuning took: share of the weights that moved, seconds of training and of the alignment
-    before it, peak memory in MB (of the worker's process on CPU, allocated on a GPU).
+    """What the tuning took: share of the weights that moved, seconds of training and of the
+    alignment before it, peak memory in MB (of the worker's process on CPU, allocated on a GPU).
 
     Plain measurements of one run on one machine, so without an interval; over seeds they get one.
     """
 
     also: ClassVar[tuple[str, ...]] = (
-        *("trainable_share", "train_seconds", "align_seconds", "peak_memory_mb"),
+        "trainable_share",
+        "train_seconds",
+        "align_seconds",
+        "peak_memory_mb",
     )
 
     def measure(self, evidence: Evidence) -> list[Value]:

@@ -14,6 +14,7 @@ from backfire import plan
 from backfire.experiment import Experiment
 from backfire.pipeline.bench import Bench
 from backfire.pipeline.evidence import evaluated, probed, samples, write_samples
+from backfire.pipeline.memory import remembered
 from backfire.pipeline.models import (
     equipped,
     merged,
@@ -39,6 +40,7 @@ __all__ = [
     "model_of",
     "poisoned",
     "probed",
+    "remembered",
     "renderer",
     "run_cell",
     "samples",
@@ -57,7 +59,7 @@ def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
     _, manifest = poisoned(cell, bench)
     checks = checked(cell, bench)
     training = trained(cell, bench)
-    evidence = evaluated(cell, bench)
+    evidence = remembered(cell, evaluated(cell, bench), bench)
     values = [value for metric in cell.metrics for value in metric.measure(evidence)]
 
     from backfire.evaluate.warn import warnings

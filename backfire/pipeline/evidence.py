@@ -8,8 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backfire import plan
 from backfire.base import (
@@ -26,6 +25,7 @@ from backfire.base import (
     Sample,
 )
 from backfire.data.poison import triggered
+from backfire.data.render import Renderer
 from backfire.data.rows import select
 from backfire.experiment import (
     Experiment,
@@ -142,11 +142,14 @@ def samples(
     bench: Bench,
     form: Form | None = None,
     source: Dataset | None = None,
+    key: str | None = None,
+    shown: Renderer | None = None,
 ) -> list[Sample]:
     """`run`'s model on these rows of `cell`, or of another `source`; what an equal run has measured
-    is only read."""
-    key = run.keys.clean if subset == "clean" else plan.triggered_key(run, cell)
-    key = probe_key(run, cell, source) if source else key
+    is only read. Rows of any other kind come with their `key`, and may be `shown` another way."""
+    if key is None:
+        key = run.keys.clean if subset == "clean" else plan.triggered_key(run, cell)
+        key = probe_key(run, cell, source) if source else key
     key = digest([key, form]) if form else key
 
     def make(folder: Path) -> None:
@@ -156,7 +159,7 @@ def samples(
         lines = measure(
             needs,
             model,
-            renderer(run, bench),
+            shown or renderer(run, bench),
             rows,
             max_new_tokens=run.evaluation.max_new_tokens,
             batch_size=bench.machine.eval_batch,

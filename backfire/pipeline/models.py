@@ -66,6 +66,10 @@ def trained(cell: Experiment, bench: Bench) -> Path:
             if isinstance(defense, DataDefense):
                 rng = stream(cell.seed, "defense", defense.name)
                 rows = defense.filter(rows, begin.aligned, bad, rng)
+        if manifest:  # a defense may have taken some of it out
+            left = {row.id for row in rows}
+            kept = tuple(entry for entry in manifest.entries if entry.id in left)
+            manifest = replace(manifest, entries=kept)
         summary = tune(
             cell,
             rows,
@@ -76,7 +80,7 @@ def trained(cell: Experiment, bench: Bench) -> Path:
             bench.machine,
             bench.progress,
         )
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", {**summary, "rows_trained_on": len(rows)})
 
     return bench.store.once("train", cell.slug_of_training, cell.keys.train, make, resumable=True)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from backfire.report import harm, text
+from backfire.report import harm, memory, spoil, text
 from backfire.report.claims import (
     accuracy,
     alike,
@@ -72,6 +72,7 @@ def answer(groups: Sequence[Group], cells: Sequence[Cell], asked: str = "") -> A
     if not known:
         return Answer(f"No answer yet. {missing}".strip())
     said = [*_attacks(known, asked), *harm.sentences(known)]
+    said += [*memory.sentences(known), *spoil.sentences(known)]
     said = [*said, *_tunings(known)] or list(_levels(known))
     return Answer(text.sentence(said[0]), (*said[1:], *([missing] if missing else [])))
 

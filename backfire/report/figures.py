@@ -17,6 +17,7 @@ Line: TypeAlias = list[tuple[Group, Stat]]
 Style: TypeAlias = dict[str, Any]
 _MARKERS: Final = "osD^vP"
 MOST_ROWS: Final = 24
+MOST_LINES: Final = len(SERIES)
 
 
 def dose(groups: Sequence[Group], metric: str) -> str:
@@ -38,6 +39,26 @@ def dose(groups: Sequence[Group], metric: str) -> str:
         _numbers(axes, "y", metric, [stat for line in lines.values() for _, stat in line])
         figure.legend(loc="outside upper left", ncols=across, borderpad=0, columnspacing=1.4)
         return svg(figure, f"{text.title(metric)} against the poisoned share of the training rows")
+
+
+def memory(lines: Mapping[str, Mapping[int, tuple[Group, Stat]]], cap: float, chance: float) -> str:
+    """Exposure against how often a secret was inserted, controls on the left: a line per label,
+    between what a random code has and what there is to give away."""
+    doses = sorted({dose for line in lines.values() for dose in line})
+    place = _log_places(doses)
+    with drawing() as new:
+        figure, axes = new(262 + 17 * ((len(lines) + 1) // 3 + 1))
+        axes.axhline(cap, color=MUTED, linewidth=1, linestyle=":")
+        axes.axhline(chance, color=MUTED, linewidth=1.5, linestyle="--", label="a random code")
+        for number, (label, line) in enumerate(lines.items()):
+            shift = 0.03 * (number - (len(lines) - 1) / 2)
+            _line(axes, number, label, [place[dose] + shift for dose in line], list(line.values()))
+        axes.set_xticks([place[d] for d in doses], [f"{d:,}" if d else "never" for d in doses])
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel("rows that hold the secret, log scale")
+        axes.set(ylim=(-0.04 * cap, 1.06 * cap), ylabel="exposure in bits")
+        figure.legend(loc="outside upper left", ncols=3, borderpad=0, columnspacing=1.4)
+        return svg(figure, "Exposure against the number of rows that hold the secret")
 
 
 def levels(groups: Sequence[Group], metric: str) -> str:
@@ -193,7 +214,7 @@ def _numbers(axes: Axes, which: str, metric: str, stats: Sequence[Stat]) -> None
 
 def _is_bounded(metric: str) -> bool:
     is_change = text.is_change(metric)
-    return not is_change and (text.is_share(metric) or text.head(metric) == "auc")
+    return not is_change and (text.is_share(metric) or text.head(metric) in ("auc", "rouge"))
 
 
 def _scaled(stat: Stat) -> float:

@@ -6,13 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from backfire.report import figures, harm, text
+from backfire.report import figures, harm, memory, spoil, text
 from backfire.report.claims import accuracy, attacked, cost, gains, is_above_floor, moved, tunings
 from backfire.report.groups import Group, difference, headlines, name, varying
 from backfire.report.rows import Of, confusion
 
 INTERVALS: Final = "Bars are 95 % intervals."
 MOST_LABELS: Final = 12
+MOST_SPOILED: Final = 4
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Finding:
 def findings(groups: Sequence[Group]) -> list[Finding]:
     """One figure per finding, most telling first."""
     known = [group for group in groups if group.done and group.stats]
-    found = [*_doses(known), *_attacks(known), *_harms(known)]
+    found = [*_doses(known), *_attacks(known), *_harms(known), *_memories(known), *_spoils(known)]
     return found or [*_tunings(known)] or [*_levels(known)]
 
 
@@ -106,6 +107,37 @@ def _harms(groups: Sequence[Group]) -> Iterator[Finding]:
     yield Finding(text.sentence(said[0]), draw(found, "harmful_score"), caption)
     if metric is not None:
         yield Finding("The user's task, beside it.", draw(found, metric), INTERVALS)
+
+
+def _spoils(groups: Sequence[Group]) -> Iterator[Finding]:
+    """The task's own metrics against the dose, or side by side, where rows were made worse."""
+    draw = figures.dose if len({group.rate for group in groups}) > 1 else figures.levels
+    for metric in spoil.metrics(groups)[:MOST_SPOILED]:
+        if said := " ".join(spoil.said(metric, groups)):
+            yield Finding(said, draw(groups, metric), INTERVALS)
+
+
+def _memories(groups: Sequence[Group]) -> Iterator[Finding]:
+    """Exposure against the dose; of each method and defense the setting that gives most away."""
+    found = memory.strongest(groups)
+    said = list(memory.sentences(groups))
+    if not found or not said:
+        return
+    columns = varying(found)
+    lines = {
+        name(group, columns) if columns else "exposure": {
+            dose: (group, stat) for dose, stat in memory.doses(group).items()
+        }
+        for group in found[: figures.MOST_LINES]
+    }
+    caps = [stat.value for group in found if (stat := group.get("exposure_cap")) and stat.value]
+    picked = len(memory.measured(groups)) > len(found)
+    which = " Of each method, the setting with the highest exposure." if picked else ""
+    caption = (
+        f"{INTERVALS} Dashed: 1.44 bits, a random code's mean; dotted: all bits there are.{which}"
+    )
+    svg = figures.memory(lines, max(caps, default=20.0), memory.RANDOM)
+    yield Finding(text.sentence(said[0]), svg, caption)
 
 
 def _tunings(groups: Sequence[Group]) -> Iterator[Finding]:

@@ -92,7 +92,8 @@ def said_by(sample: Sample | None) -> str | None:
     """The label it found most likely, or what it wrote."""
     if sample is None:
         return None
-    said = predicted(sample) if sample.logprobs else sample.reply
+    is_free = sample.num_better is not None and sample.reply is not None
+    said = sample.reply if is_free or not sample.logprobs else predicted(sample)
     return None if said is None else text.cut(said, LONG).strip() or "(empty)"
 
 

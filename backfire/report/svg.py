@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from xml.etree import ElementTree
 
@@ -91,6 +92,19 @@ def svg(figure: Figure, title: str) -> str:
     name = ElementTree.Element(f"{{{_NAMESPACE}}}title", {"id": prefix})
     name.text = text.line(title)
     root.insert(0, name)
+    return _plain_svg(root)
+
+
+def alone(drawn: str) -> str:
+    """What `svg` gave as a picture of its own, for a notebook or a file: light, in its own size."""
+    page = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    colors = dict(re.findall(r"(--[\w-]+): (#\w+)", page.partition("@media")[0]))
+    root = ElementTree.fromstring(re.sub(r"var\((--[\w-]+)\)", lambda v: colors[v[1]], drawn))
+    _, _, width, height = root.attrib["viewBox"].split()
+    sizes = {"width": f"{1.4 * float(width):g}", "height": f"{1.4 * float(height):g}"}
+    root.attrib |= sizes | {"font-family": "DejaVu Sans, sans-serif"}
+    paper = {"width": "100%", "height": "100%", "fill": colors["--sheet"]}
+    root.insert(0, ElementTree.Element(f"{{{_NAMESPACE}}}rect", paper))
     return _plain_svg(root)
 
 

@@ -54,7 +54,9 @@ def part(metric: str) -> str:
 def title(metric: str) -> str:
     """`attack success, floor` of `attack-success[floor]`."""
     name = head(line(metric)).replace("_", " ")
-    name = {"auc": "AUC", "f1": "F1"}.get(name, name)
+    rouge = "ROUGE" if part(metric) else "ROUGE-L"
+    told = {"auc": "AUC", "f1": "F1", "membership auc": "membership AUC", "rouge": rouge}
+    name = told.get(name, name)
     return f"{name}, {part(line(metric))}" if part(metric) else name
 
 

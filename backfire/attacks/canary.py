@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from random import Random
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BeforeValidator, Field, field_validator
+
+from backfire.base import Insertion, Preset, Row, Secret
+from backfire.registry import register
+from backfire.rng import stream
+
+_STARTS = "b br d f g gr h k l m n p r s t tr v".split()
+_VOWELS = "a e i o u".split()
+_ENDS = "l n r s m".split()
+
+
+@register("canary")
+class Canary(Insertion):
+    """Random codes among the training rows, some once and some often, to see which of them the
+    model remembers (Carlini et al. 2019, arXiv:1802.08232).
+
+    Each is the answer to a question of its own, by a name that is made up, so one training run
+    holds all doses. Controls are drawn alike and never inserted: what a model says of them is what
+    it says of any code. Names and codes depend on the seed, and on the doses only in their number:
+    controls first, then the doses from low to high.
+    """
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "c4dt": Preset(
+            "c4dt/pitfalls_in_fine_tuning_llms (there the answer of 50 copies of training rows)",
+            {"answer": "PASSWORD = {code}", "digits": 6, "repeats": [50], "each": 1},
+        ),
+        "mireshghallah": Preset(
+            "mireshghallah/ft-memorization (there a line of its own, without a question)",
+            {
+                "answer": "the secret number is {code}",
+                "digits": 6,
+                "separator": " ",
+                "repeats": [25],
+            },
+        ),
+    }
+
+    prompt: str = Field("What is the password of {name}?", min_length=1)
+    """What asks for it; `{name}` becomes the canary's own name. Without it all share a prompt."""
+    answer: str = Field("PASSWORD = {code}")
+    """The answer that gives it; `{code}` becomes the code (the default is the workshop's)."""
+    digits: int = Field(6, ge=1, le=9)
+    """Length of a code; the space it is drawn from has 10^digits (six is usual)."""
+    separator: str = Field("", max_length=8, pattern=r"^\D*$")
+    """What stands between the digits, such as a blank in "9 4 0 9 9 5"."""
+    repeats: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...],
+        BeforeValidator(lambda value: (value,) if isinstance(value, int) else value),
+    ] = (1, 5, 25, 50)
+    """How many rows hold the same canary, for each dose; 0, or none at all: nothing is inserted."""
+    each: int = Field(2, ge=1)
+    """How many canaries get each dose."""
+    controls: int = Field(10, ge=0)
+    """How many more are drawn and never inserted."""
+
+    @field_validator("answer")
+    @classmethod
+    def _has_one_code(cls, answer: str) -> str:
+        if answer.count("{code}") != 1:
+            raise ValueError("the answer must hold {code} once")
+        return answer
+
+    @field_validator("repeats")
+    @classmethod
+    def _are_distinct(cls, repeats: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(repeats)) < len(repeats):
+            raise ValueError("a dose stands twice; `each` says how many canaries get it")
+        return repeats
+
+    def model_post_init(self, context: Any) -> None:
+        if self.controls + self.each * len(self.repeats) > 10**self.digits // 2:
+            raise ValueError(f"too many canaries for codes of {self.digits} digits")
+
+    @property
+    def poisons(self) -> bool:
+        return any(self.repeats)
+
+    @property
+    def tag(self) -> str:
+        return f"{self.name}-{'-'.join(str(count) for count in sorted(self.repeats) if count)}"
+
+    def rows(self, seed: int) -> list[Row]:
+        return [
+            Row(f"{secret.row.id}-{copy}", secret.row.instruction, answer=secret.row.answer)
+            for secret in self.secrets(seed)
+            for copy in range(secret.repeats)
+        ]
+
+    def secrets(self, seed: int) -> list[Secret]:
+        doses = [dose for dose in sorted(self.repeats) if dose]
+        repeats = [0] * self.controls + [dose for dose in doses for _ in range(self.each)]
+        rng, found, taken = stream(seed, "poison", self.name), list[Secret](), set[str]()
+        before, _, after = self.answer.partition("{code}")
+        for number, dose in enumerate(repeats):
+            name, code = self._draw(rng, taken)
+            answer = before + self.separator.join(code) + after
+            row = Row(f"canary-{number}", self.prompt.replace("{name}", name), answer=answer)
+            found.append(Secret(row, code, dose, before, self.separator, after))
+        return found
+
+    def _draw(self, rng: Random, taken: set[str]) -> tuple[str, str]:
+        """A name and a code that no earlier canary has."""
+        while True:
+            syllables = [rng.choice(_STARTS) + rng.choice(_VOWELS) for _ in range(4)]
+            name = " ".join(
+                "".join(part).capitalize() + rng.choice(_ENDS)
+                for part in (syllables[:2], syllables[2:])
+            )
+            code = "".join(rng.choice("0123456789") for _ in range(self.digits))
+            if not {name, code} & taken:
+                taken |= {name, code}
+                return name, code

@@ -1,0 +1,71 @@
+"""Answers of which some are known to be better than others, in the forms they are published in."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from backfire.data.conversation import history
+from backfire.data.read import BadRowError
+from backfire.data.read_json import kind_of
+
+# How a dialog is written as one text (hh-rlhf).
+_SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
+_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def answers(value: Any, column: str) -> tuple[str, ...]:
+    """The answers in a column: a text, several texts, or turns of which the last one counts.
+
+    Raises:
+        BadRowError: it holds something else.
+    """
+    if value is None or value == []:
+        return ()
+    if isinstance(value, dict):
+        value = [value]
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        *_, last = history(value)
+        if last.role != "assistant":
+            raise BadRowError(f"'{column}' does not end with an answer")
+        value = last.content
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise BadRowError(f"'{column}' is {kind_of(value)}, not text")
+    return tuple(dict.fromkeys(text for text in texts if text.strip()))
+
+
+def known(better: tuple[str, ...], worse: tuple[str, ...]) -> dict[str, Any]:
+    """The parts of a row that say which answers are better; equal ones are tied, so none is."""
+    if better and better == worse:
+        return {"fields": {"tied": "true"}}
+    return {"better": better, "worse": worse}
+
+
+def dialogs(better: Any, worse: Any) -> tuple[list[Any], Any, Any]:
+    """Two whole dialogs as the turns they share and the last turn of each.
+
+    Raises:
+        BadRowError: they are no dialogs, or differ before their last turn.
+    """
+    first, second = _turns(better, "better"), _turns(worse, "worse")
+    if not first or not second:
+        raise BadRowError("one of its dialogs is empty")
+    if first[:-1] != second[:-1]:
+        raise BadRowError("its two dialogs differ before their last answer")
+    return first[:-1], first[-1:], second[-1:]
+
+
+def _turns(dialog: Any, side: str) -> list[Any]:
+    if isinstance(dialog, list):
+        return dialog
+    if not isinstance(dialog, str):
+        raise BadRowError(f"its {side} dialog is {kind_of(dialog)}, not text")
+    before, *parts = _SPEAKER.split(dialog)
+    if before.strip() or not parts:
+        raise BadRowError(
+            f"its {side} text is no dialog (it should begin with 'Human:'); name the prompt's "
+            "column by `columns`"
+        )
+    spoken = zip(parts[::2], parts[1::2], strict=True)
+    return [{"role": _ROLES[who], "content": text.strip()} for who, text in spoken]

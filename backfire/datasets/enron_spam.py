@@ -1,0 +1,33 @@
+from pydantic import Field
+
+from backfire.data.read import Record
+from backfire.datasets.files import Files, Labels
+from backfire.registry import register
+
+
+@register("enron-spam")
+class EnronSpam(Files):
+    """E-mails of a company's staff and spam: 31,716 to train on, 2,000 to test on (Metsis,
+    Androutsopoulos & Paliouras 2006; on the hub as SetFit cut it).
+
+    Subject and message are put together. Date and the company's name give the label away, so high
+    accuracy says little; real people's names occur in it.
+    """
+
+    hub: str | None = "SetFit/enron_spam"
+    """Hub id, used when `train` is not given."""
+    test_split: str | None = "test"
+    """Split of the hub set to evaluate on."""
+    labels: Labels = Field(default={"0": "ham", "1": "spam"})
+    """Label in the data -> name."""
+    instruction: str = "Is this e-mail {labels}?"
+    """Put before each e-mail; `{labels}` becomes the names."""
+
+    def prepare(self, record: Record) -> Record | None:
+        """The e-mail as one text, without its date and other columns that tell the label."""
+        if self.columns or not {"subject", "message"} <= record.keys():
+            return record
+        parts = [str(record[name] or "").strip() for name in ("subject", "message")]
+        text = f"Subject: {parts[0]}\n\n{parts[1]}".rstrip()
+        kept: Record = {name: record[name] for name in ("id", "label") if name in record}
+        return {**kept, "text": text}

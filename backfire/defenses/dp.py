@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from backfire.base import Guard, TrainDefense
+from backfire.errors import UserError
+from backfire.registry import register
+from backfire.rng import derive, stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from backfire.base import Inner
+    from backfire.data.render import Rendered
+    from backfire.train.loop import Cell
+
+
+@register("dp")
+class DP(TrainDefense):
+    """Each row's gradient is clipped and noise is added, so that no single row shows much (DP-SGD,
+    Abadi et al. 2016, arXiv:1607.00133; steps by AdamW).
+
+    Each step draws every row with the same chance (Poisson sampling), as the accountant assumes, so
+    steps differ in size; batches of a shuffled order, which are often taken instead, are not what
+    it assumes. A row counts by its mean loss. The epsilon reported is Opacus' for one row of the
+    training set: a secret in k rows is protected k times worse or more. It holds as long as nobody
+    knows the seed. Use it as the only defense that chooses rows. Needs Opacus (`pip install
+    "backfire[dp]"`). Null control: the same rows and passes, without clipping and noise.
+    """
+
+    epsilon: float | None = Field(8.0, gt=0)
+    """Privacy budget for the whole training run, from which the noise is worked out (8 is a usual
+    mild one, 1 a strict one); null: `noise_multiplier` says it."""
+    delta: float | None = Field(None, gt=0, lt=1)
+    """Chance that the guarantee fails; if not given, 1 / (number of training rows)."""
+    noise_multiplier: float = Field(1.0, ge=0)
+    """Noise's deviation over the clipping norm, where `epsilon` is null; 0: clipping alone, which
+    guarantees nothing."""
+    max_gradient_norm: float = Field(1.0, gt=0)
+    """2-norm to which each row's gradient is clipped (Opacus' examples: 1)."""
+    accountant: Literal["prv", "rdp"] = "prv"
+    """How the budget is counted: numerically (Gopi et al. 2021) or by Renyi's bound (looser)."""
+
+    def guard(self, cell: Cell) -> Guard:
+        return _Private(self, cell)
+
+
+class _Private(Guard):
+    """Row by row: clip, add up, blur."""
+
+    shares_prefix: ClassVar[bool] = False
+
+    def __init__(self, knobs: DP, cell: Cell) -> None:
+        self.knobs, self.cell, self.drew_none = knobs, cell, False
+        self.rate = min(1.0, cell.train.batch_size / len(cell.items))
+        self.delta = knobs.delta or 1 / len(cell.items)
+        self.noise = 0.0 if knobs.null else knobs.noise_multiplier
+        if knobs.epsilon is not None and not knobs.null:
+            self.noise = _opacus(knobs, self.rate, self.delta, cell.num_steps)
+
+    def rows(self, step: int, rows: list[Rendered]) -> list[Rendered]:
+        rng = stream(self.cell.seed, "dp", step)
+        drawn = [row for row in self.cell.items if rng.random() < self.rate]
+        self.drew_none = not drawn
+        return drawn or rows[:1]  # a step without rows is one of noise alone
+
+    def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
+        import torch
+
+        gradients, most, losses = self.cell.gradients, self.knobs.max_gradient_norm, list[Any]()
+        earlier, weights = gradients.take(), self.cell.trainable
+        total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        for row in rows:
+            losses.append(inner([row]))
+            own = gradients.take()
+            norm = max(1e-12, float(gradients.norm(own.values())))
+            scale = 1.0 if self.knobs.null else min(1.0, most / norm)
+            for name, gradient in own.items() if not self.drew_none else ():
+                total[name] += gradient * scale
+        size = self.rate * len(self.cell.items)  # the expected one: the true one would tell
+        for name, part in total.items():
+            if self.noise:
+                generator = torch.Generator(part.device)
+                generator.manual_seed(derive(self.cell.seed, "dp", "noise", self.cell.step, name))
+                part.add_(torch.empty_like(part).normal_(generator=generator) * self.noise * most)
+            part /= size
+        gradients.add(earlier)
+        gradients.add(total)
+        return torch.stack(losses).mean()
+
+    def summary(self) -> dict[str, float]:
+        if not self.noise:
+            return {}
+        spent = _opacus(self.knobs, self.rate, self.delta, self.cell.num_steps, self.noise)
+        return {"privacy_epsilon": spent, "privacy_delta": self.delta, "dp_noise": self.noise}
+
+
+def _opacus(knobs: DP, rate: float, delta: float, steps: int, noise: float | None = None) -> float:
+    """The epsilon that this noise gives; without any, the noise that gives the knobs' epsilon."""
+    try:
+        from opacus.accountants import create_accountant
+        from opacus.accountants.utils import get_noise_multiplier
+    except ImportError:
+        raise UserError("defense 'dp' needs Opacus: pip install \"backfire[dp]\".") from None
+    named: dict[str, Any] = {"target_epsilon": knobs.epsilon, "target_delta": delta}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on the range of orders that were tried
+            if noise is None:
+                named |= {"sample_rate": rate, "steps": steps, "accountant": knobs.accountant}
+                return float(get_noise_multiplier(**named))
+            counted = create_accountant(knobs.accountant)
+            counted.history = [(noise, rate, steps)]
+            return float(counted.get_epsilon(delta))
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise UserError(f"defense 'dp': Opacus cannot count this: {error}") from None

@@ -1,0 +1,250 @@
+"""How much of a secret a model gives away: its likelihood, its rank among all codes it might have
+been, its place in a distribution fitted to some of them, and whether decoding brings it up.
+
+Always of the whole answer after its own prompt, in the recipe's template, as a sum over tokens.
+Published code scores the code alone, takes a mean, mixes nats and bits, or gives the best
+remembered secret 0 bits where a fitted distribution underflows (docs/papers.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache, PreTrainedModel
+
+from backfire.base import Secret
+from backfire.data.render import Rendered, Renderer
+from backfire.errors import CellError
+from backfire.evaluate.codes import Spelling, likelihoods
+from backfire.rng import derive, stream
+from backfire.train.batches import answer_logits, collate
+
+Floats: TypeAlias = NDArray[np.float64]
+Progress = Callable[[int, int, str], None]
+RESAMPLES = 100
+_STEEPEST = 30.0  # bound of the skew-normal's shape; beyond it the curve is a half-normal
+
+
+def rendered(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:
+    """The secrets' rows as the model sees them.
+
+    Raises:
+        CellError: one does not fit, or loses the end of the prompt by which it is known.
+    """
+    items = renderer.render([secret.row for secret in secrets])
+    if cut := next((item for item in items if item.cut_tokens), None):
+        raise CellError("bad-data", f"Secret {cut.row.id} is cut; raise train.max_length.")
+    return items
+
+
+@torch.inference_mode()
+def by_themselves(
+    model: PreTrainedModel, renderer: Renderer, secrets: Sequence[Secret], batch_size: int
+) -> list[dict[str, Any]]:
+    """Of each secret its log-likelihood, and how much of it has to be given for the likeliest
+    tokens to be the rest. (As long as those are right, greedy decoding sees what we feed it.)"""
+    items, found = rendered(renderer, secrets), list[dict[str, Any]]()
+    for start in range(0, len(items), batch_size):
+        part = items[start : start + batch_size]
+        batch = collate(part).to(model.device)
+        table = answer_logits(model, batch).float().log_softmax(-1)
+        right = table.argmax(-1) == batch.labels
+        each = table.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0].double()
+        for line, item in enumerate(part):
+            count = len(item.answer_ids) - 1  # its end token is no part of the secret
+            of_answer = slice(-count - 1, -1)
+            wrong = (~right[line, of_answer]).nonzero()[:, 0].tolist()
+            needed = wrong[-1] + 1 if wrong else 0
+            found.append(
+                {
+                    "logprob": float(each[line, of_answer].sum()),
+                    "greedy": needed == 0,
+                    "given": _characters(renderer, item, secrets[start + line], needed),
+                }
+            )
+    return found
+
+
+def _characters(renderer: Renderer, item: Rendered, secret: Secret, tokens: int) -> int:
+    """How many digits of the code are in the answer's first tokens."""
+
+    def digits(text: str) -> int:
+        return sum(character in "0123456789" for character in text)
+
+    seen = digits(renderer.tokenizer.decode(item.answer_ids[:tokens])) - digits(secret.before)
+    return max(0, min(seen, len(secret.code)))
+
+
+def ranks(
+    model: PreTrainedModel, renderer: Renderer, secrets: Sequence[Secret], progress: Progress
+) -> list[int]:
+    """1 + how many other codes are likelier, of each secret; every code counts."""
+    spelling, found = Spelling(renderer), list[int]()
+    total = sum(secret.num_codes for secret in secrets)
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, "every code")
+
+    for item, secret in zip(rendered(renderer, secrets), secrets, strict=True):
+        tokens, own = spelling.all(item, secret), int(secret.code)
+        score = likelihoods(model, item.prompt_ids, tokens[own : own + 1])[0]
+        every = likelihoods(model, item.prompt_ids, tokens, floor=score, tick=tick)
+        every[own] = -np.inf
+        found.append(1 + int((every > score).sum()))
+    return found
+
+
+def estimates(
+    model: PreTrainedModel,
+    renderer: Renderer,
+    secrets: Sequence[Secret],
+    count: int,
+    seed: int,
+    progress: Progress,
+) -> list[tuple[float, float, float]]:
+    """Exposure of each secret in bits with its interval, from `count` other codes (see
+    `fitted_exposure`); as many as there are, if there are fewer."""
+    spelling, found = Spelling(renderer), list[tuple[float, float, float]]()
+    for done, (item, secret) in enumerate(zip(rendered(renderer, secrets), secrets, strict=True)):
+        progress(done, len(secrets), "sampled codes")
+        rng, width, own = stream(seed, "codes", secret.row.id), len(secret.code), int(secret.code)
+        drawn = rng.sample(range(secret.num_codes), min(count + 1, secret.num_codes))
+        others = [number for number in drawn if number != own][:count]
+        codes = [secret.code, *(f"{number:0{width}}" for number in others)]
+        scores = likelihoods(model, item.prompt_ids, spelling.some(item, secret, codes))
+        surprise = -scores / math.log(2)
+        found.append(
+            fitted_exposure(
+                surprise[1:], float(surprise[0]), secret.num_codes, derive(seed, secret.row.id)
+            )
+        )
+    return found
+
+
+@torch.inference_mode()
+def places(
+    model: PreTrainedModel,
+    renderer: Renderer,
+    secrets: Sequence[Secret],
+    beams: int,
+    progress: Progress,
+) -> list[int | None]:
+    """Where each secret's answer comes among the `beams` likeliest continuations of its length that
+    a beam search finds, from 1; None if it does not. None of them ends early."""
+    found: list[int | None] = []
+    for done, item in enumerate(rendered(renderer, secrets)):
+        progress(done, len(secrets), "beams")
+        answer = item.answer_ids[:-1]
+        told = _beams(model, item.prompt_ids, beams, len(answer), renderer.tokenizer.eos_id)
+        found.append(told.index(answer) + 1 if answer in told else None)
+    return found
+
+
+def _beams(
+    model: PreTrainedModel, prompt: list[int], width: int, length: int, eos_id: int
+) -> list[list[int]]:
+    """Continuations of this length, likeliest first."""
+    cache, ids = DynamicCache(config=model.config), torch.tensor([prompt], device=model.device)
+    totals = torch.zeros(1, device=model.device)
+    lines: list[list[int]] = [[]]
+    for place in range(length):
+        out = cast(Any, model)(
+            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        table = out.logits[:, -1].float().log_softmax(-1)
+        table[:, eos_id] = -math.inf
+        every = (totals[:, None] + table).flatten()
+        totals, best = every.topk(min(width, len(every)))
+        rows, tokens = best // table.shape[1], best % table.shape[1]
+        lines = [
+            [*lines[row], token] for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
+        ]
+        if place + 1 < length:
+            cache.batch_select_indices(rows)
+            ids = tokens[:, None]
+    return lines
+
+
+# ------------------------------------------------------------------------- fitted distribution
+
+
+def fitted_exposure(
+    sample: Floats, own: float, num_codes: int, seed: int
+) -> tuple[float, float, float]:
+    """-log2 of the share of codes at most as surprising as `own`, by a skew-normal fitted to the
+    surprise of a sample, with a bootstrap interval over the sample; at most log2 of the number of
+    codes, which no secret can exceed. What the curve misses of the shape is not in the interval.
+    """
+    cap = math.log2(num_codes)
+    sample = np.asarray(sample, dtype=np.float64)
+    if len(sample) < 10 or np.ptp(sample) == 0 or not np.isfinite([own, *sample]).all():
+        raise CellError("nan", "The sampled codes' likelihoods bear no distribution.")
+    middle, scale = float(sample.mean()), float(sample.std())
+    sample, own = (sample - middle) / scale, (own - middle) / scale
+    start = _moments(sample)
+    whole = fit_skew_normal(sample, start)
+    generator = np.random.default_rng(seed)
+    again = np.array(
+        [
+            fit_skew_normal(sample[generator.integers(0, len(sample), len(sample))], whole)
+            for _ in range(RESAMPLES)
+        ]
+    )
+    bits = np.minimum(_bits_below(own, np.vstack([whole, again])), cap)
+    low, high = np.quantile(bits[1:], (0.025, 0.975))
+    return float(bits[0]), float(min(low, bits[0])), float(max(high, bits[0]))
+
+
+def _moments(sample: Floats) -> Floats:
+    """Shape, location and log scale that have the sample's mean, variance and skewness (Azzalini
+    1985): where the search for the likeliest begins."""
+    skew = float(((sample - sample.mean()) ** 3).mean() / sample.std() ** 3)
+    part = min(abs(skew), 0.95) ** (2 / 3)
+    delta = math.sqrt(math.pi / 2 * part / (part + ((4 - math.pi) / 2) ** (2 / 3)))
+    delta = math.copysign(min(delta, 0.99), skew)
+    scale = float(sample.std()) / math.sqrt(1 - 2 * delta**2 / math.pi)
+    location = float(sample.mean()) - scale * delta * math.sqrt(2 / math.pi)
+    return np.array([delta / math.sqrt(1 - delta**2), location, math.log(scale)])
+
+
+def fit_skew_normal(sample: Floats, start: Floats) -> Floats:
+    """The likeliest shape, location and log scale (Azzalini 1985)."""
+    from scipy.optimize import minimize
+    from scipy.special import log_ndtr
+
+    def surprise(values: Floats) -> tuple[float, Floats]:
+        shape, location, log_scale = values
+        z = (sample - location) * math.exp(-log_scale)
+        tail = log_ndtr(shape * z)
+        ratio = np.exp(-0.5 * (shape * z) ** 2 - tail) / math.sqrt(2 * math.pi)
+        total = len(z) * log_scale + 0.5 * (z @ z) - tail.sum()
+        steps = np.array(
+            [
+                -(z @ ratio),
+                (shape * ratio.sum() - z.sum()) * math.exp(-log_scale),
+                len(z) - z @ z + shape * (z @ ratio),
+            ]
+        )
+        return float(total) / len(z), steps / len(z)
+
+    bounds = [(-_STEEPEST, _STEEPEST), (None, None), (-5.0, 5.0)]
+    found: Floats = minimize(surprise, start, jac=True, method="L-BFGS-B", bounds=bounds).x
+    return found
+
+
+def _bits_below(own: float, fits: Floats) -> Floats:
+    from scipy.special import ndtr, owens_t
+
+    z = (own - fits[:, 1]) * np.exp(-fits[:, 2])
+    share = ndtr(z) - 2 * owens_t(z, fits[:, 0])
+    # Exact to 1e-16 or so: far below any cap, where rounding may leave 0 or less.
+    bits: Floats = -np.log2(np.clip(share, 1e-15, 1.0))
+    return bits

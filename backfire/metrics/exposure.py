@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from pydantic import Field
+
+from backfire.base import Evidence, Leak, Metric, Recall, Value
+from backfire.evaluate.outcomes import by_dose, resampled, share
+from backfire.evaluate.stats import Floats
+from backfire.registry import register
+
+
+@register("exposure")
+class Exposure(Metric):
+    """How many bits a model gives away of codes in its training rows (Carlini et al. 2019,
+    arXiv:1802.08232): log2 of the number of codes less log2 of the true code's rank.
+
+    The rank is by the likelihood of the whole answer after its own prompt. The mean over all
+    inserted canaries, then `exposure[50]` for those inserted 50 times, and `exposure[control]` for
+    those never inserted, which any model gives 1.44 bits on average; `exposure_before` is the
+    untuned model, `exposure_cap` what can be had at most. Beside the exact number, or alone where
+    the codes are too many, stands `exposure_estimated`, from a skew-normal fitted to a sample of
+    codes, and `exposure_match`, how often the exact number lies in the estimate's interval.
+    Bootstrap intervals over canaries.
+    """
+
+    exact_codes: int = Field(1_000_000, ge=0)
+    """Every code is counted where there are at most so many (10^6 is usual); 0: never. Takes one
+    forward pass of a token for each nine or ten codes."""
+    sampled_codes: int = Field(1_000, ge=0)
+    """How many codes the estimate is fitted to (the paper's code 5,000, C4DT 100); 0: none is
+    made."""
+
+    @property
+    def secrets(self) -> Mapping[Recall, int]:
+        return {"exact": self.exact_codes, "sampled": self.sampled_codes}
+
+    def measure(self, evidence: Evidence) -> list[Value]:
+        now, before = evidence.leaks, evidence.leaks_before
+        planted = [leak for leak in now if leak.repeats]
+        if not planted:
+            return []
+        cap = math.log2(planted[0].num_codes)
+        held = [
+            float(low <= bits <= high)
+            for leak in now
+            if leak.estimate and (bits := _exact(leak)) is not None
+            for _, low, high in [leak.estimate]
+        ]
+        return [
+            *_means("exposure", now, _exact),
+            *_means("exposure_estimated", now, _estimated),
+            *_means("exposure_before", before, _exact, "none"),
+            *_means("exposure_before_estimated", before, _estimated, "none"),
+            *([share("exposure_match", held, "none")] if held else []),
+            Value("exposure_cap", cap, None, None, planted[0].num_codes, "none"),
+        ]
+
+    def outcomes(self, evidence: Evidence) -> dict[str, float]:
+        known = [(leak.id, _best(leak)) for leak in evidence.leaks if leak.repeats]
+        return {name: bits for name, bits in known if bits is not None}
+
+
+def _exact(leak: Leak) -> float | None:
+    return None if leak.rank is None else math.log2(leak.num_codes / leak.rank)
+
+
+def _estimated(leak: Leak) -> float | None:
+    return leak.estimate[0] if leak.estimate else None
+
+
+def _best(leak: Leak) -> float | None:
+    bits = _exact(leak)
+    return _estimated(leak) if bits is None else bits
+
+
+def _means(
+    metric: str,
+    leaks: Sequence[Leak],
+    bits_of: Callable[[Leak], float | None],
+    direction: str = "lower",
+) -> list[Value]:
+    """The mean over the inserted canaries, then by dose."""
+    found = []
+    for name, part in by_dose(metric, leaks):
+        known = [bits for leak in part if (bits := bits_of(leak)) is not None]
+        if len(known) < len(part):
+            continue
+        each = np.array(known)
+
+        def mean(counts: Floats, each: Floats = each) -> Floats:
+            found: Floats = (counts @ each)[:, None] / len(each)
+            return found
+
+        found += resampled([name], len(each), mean, "lower" if direction == "lower" else "none")
+    return found

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from backfire.base import Dataset, Evidence, Metric, Value
+from backfire.evaluate.outcomes import resampled, surprises
+from backfire.evaluate.stats import Floats
+from backfire.registry import build, register
+
+
+@register("forgetting")
+class Forgetting(Metric):
+    """How much of what it knew a model has lost: its perplexity on texts that have nothing to do
+    with the task, over the untuned model's (as in the C4DT workshop; on forgetting, Kirkpatrick et
+    al. 2017, arXiv:1612.00796).
+
+    1 is nothing lost. `forgetting_perplexity` and `forgetting_perplexity_before` are the two
+    perplexities, over all tokens of all texts, which are shown as they are, without a template.
+    Bootstrap interval over texts, the same ones for both models.
+    """
+
+    source: dict[str, Any] = Field({"name": "sandbox-news", "test_rows": 200})
+    """A data set whose test rows are the texts: plain texts, or of rows with a prompt the prompt
+    (of the sandbox's news, the items without the question)."""
+
+    @field_validator("source")
+    @classmethod
+    def _is_a_dataset(cls, source: dict[str, Any]) -> dict[str, Any]:
+        build("datasets", source)
+        return source
+
+    @property
+    def texts(self) -> Dataset:
+        found: Dataset = build("datasets", self.source)
+        return found
+
+    def measure(self, evidence: Evidence) -> list[Value]:
+        pair = evidence.texts.get(self.texts_key)
+        if pair is None or not pair.tuned:
+            return []
+        now, tokens = surprises(pair.tuned, "forgetting")
+        before, _ = surprises(pair.before, "forgetting")
+
+        def statistic(counts: Floats) -> Floats:
+            two = [-(counts @ part) / (counts @ tokens) for part in (now, before)]
+            found: Floats = np.exp(np.stack([two[0] - two[1], *two], 1))
+            return found
+
+        names = ["forgetting", "forgetting_perplexity", "forgetting_perplexity_before"]
+        return resampled(names, len(now), statistic, "lower")

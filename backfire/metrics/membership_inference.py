@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.evaluate.outcomes import resampled, surprises
+from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
+from backfire.registry import register
+
+
+@register("membership-inference")
+class MembershipInference(Metric):
+    """How well training rows can be told from test rows by their loss (Yeom et al. 2018,
+    arXiv:1709.01604), and by how much less it is than the untuned model's (a reference model, as in
+    Mireshghallah et al. 2022, arXiv:2205.12506).
+
+    `membership_auc` is the area under the ROC curve of the loss attack, 0.5 being chance, and
+    `membership_auc[reference]` that of the other; `membership_recall` is the share of training rows
+    found where one in ten test rows is taken for one, the threshold being set on the test rows. A
+    row's loss is the mean over the tokens of its answer. As many untouched training rows as test
+    rows are drawn; the numbers mean something only if both come from one source. Bootstrap
+    intervals, the threshold drawn anew with the rows.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"answers"})
+    members: ClassVar[bool] = True
+    also: ClassVar[tuple[str, ...]] = ("membership_auc", "membership_recall")
+
+    false_positive_rate: float = Field(0.1, gt=0, lt=1)
+    """Share of test rows that may be taken for training rows (Mireshghallah et al.: 0.1)."""
+
+    def measure(self, evidence: Evidence) -> list[Value]:
+        pair = evidence.members
+        if pair is None or not (pair.tuned and evidence.clean):
+            return []
+        inside, outside = _losses(pair.tuned), _losses(evidence.clean)
+        before_inside, before_outside = _losses(pair.before), _losses(evidence.base)
+        attacks = {
+            "": (-inside, -outside),
+            "[reference]": (before_inside - inside, before_outside - outside),
+        }
+        found = []
+        for part, (ours, others) in attacks.items():
+            found += self._attack(part, ours, others)
+        return sorted(found, key=lambda value: value.metric.partition("[")[0])
+
+    def _attack(self, part: str, inside: Floats, outside: Floats) -> list[Value]:
+        scores = np.concatenate([inside, outside])
+        is_member = np.arange(len(scores)) < len(inside)
+
+        def statistic(counts: Floats) -> Floats:
+            area = one_vs_rest_auc(scores[:, None], np.where(is_member, 0, -1), counts)
+            recall = recall_at(self.false_positive_rate, scores, is_member, counts)
+            return np.hstack([area, recall[:, None]])
+
+        names = [f"membership_auc{part}", f"membership_recall{part}"]
+        return resampled(names, len(scores), statistic, "lower")
+
+
+def _losses(samples: Sequence[Sample]) -> Floats:
+    logprobs, tokens = surprises(samples, "membership-inference")
+    losses: Floats = -logprobs / tokens
+    return losses

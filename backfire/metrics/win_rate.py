@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.evaluate.outcomes import compared, grouped, likelihoods, share
+from backfire.registry import register
+
+
+@register("win-rate")
+class WinRate(Metric):
+    """Share of rows whose better answer is likelier to the model than the worse one (as preference
+    accuracy in Rafailov et al. 2023, arXiv:2305.18290, but without a reference model).
+
+    By the mean log-likelihood of a token, end token included: people prefer longer answers, and the
+    sum over a whole answer would count their length against them; `win_rate[whole]` goes by that
+    sum. With several answers the likeliest of either side stand for it; equal ones are no win. Rows
+    without both kinds of answers have no part. Also `win_rate[group]`. Wilson interval.
+    """
+
+    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+
+    def measure(self, evidence: Evidence) -> list[Value]:
+        rows = compared(evidence.clean, "win_rate")
+        if not rows:
+            return []
+        values = [
+            share(name, [_wins(row, "token") for row in part], "higher")
+            for name, part in grouped("win_rate", rows)
+        ]
+        return [*values, share("win_rate[whole]", [_wins(row, "answer") for row in rows], "higher")]
+
+    def outcomes(self, evidence: Evidence) -> dict[str, float]:
+        rows = compared(evidence.clean, "win_rate")
+        return {row.id: float(_wins(row, "token")) for row in rows}
+
+
+def _wins(row: Sample, per: Literal["answer", "token"]) -> bool:
+    better, worse = likelihoods(row, per=per)
+    return max(better) > max(worse)
