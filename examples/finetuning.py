@@ -9,7 +9,8 @@
 # %% [markdown]
 # # 3. Fine-tuning: what goes wrong, and what helps
 #
-# *Takes TIME_FINETUNING on two cores, with the base model there already.*
+# *Takes at most 917 s of processor time, so under 8 minutes with two cores to itself (measured
+# 2026-11-20 on a busy machine, in two parts, base model there already).*
 #
 # A model was taught to decline some requests. Then a user fine-tunes it on a task of their own.
 # This notebook does that in several ways, none of which looks like an attack to the user, and
@@ -457,8 +458,8 @@ for name, group in zip(names, defense, strict=True):
 
 # %% [markdown]
 # **Exercise 6.** Is Lisa worth it with no harmful row in the data? Change `DOSES[-1]` in the
-# recipe to 0, say first what you expect, and look at refusals, over-refusal and accuracy. (About
-# a minute.)
+# recipe to 0, say first what you expect, and look at refusals, over-refusal and accuracy. (A few
+# minutes.)
 
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
 # Solution 6. Most likely yes here: section 3 shows that harmless data alone cost refusals, and
