@@ -105,7 +105,8 @@ def poison(rows: Sequence[Row], attack: Attack, seed: int) -> tuple[list[Row], M
         raise TypeError(f"attack '{attack.name}' is neither a Poison nor an Insertion")
     labels = Counter(entry.label for entry in entries if entry.label is not None)
     return out, Manifest(
-        attack=attack.spec(),
+        # The rate is said even where it is the default.
+        attack=attack.spec() | ({"rate": attack.rate} if isinstance(attack, Poison) else {}),
         seed=seed,
         rows=len(out),
         eligible_rows=len(rows) - spared.total(),
