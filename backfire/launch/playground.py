@@ -208,6 +208,7 @@ def open_page(cast: Cast, *, port: int | None, share: bool, password: str | None
     from starlette.middleware import Middleware
 
     gr, blocks = gradio(), page(cast)
+    late = gr.exceptions.ServerFailedToStartError  # after five seconds, on a busy machine
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
         blocks.launch(
@@ -236,7 +237,7 @@ def open_page(cast: Cast, *, port: int | None, share: bool, password: str | None
             quiet=True,
             prevent_thread_lock=True,
         )
-    except OSError as error:
+    except (OSError, late) as error:
         raise UserError(f"The page cannot be served: {clean(error).splitlines()[0]}") from None
     return blocks
 
