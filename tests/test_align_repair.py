@@ -924,7 +924,7 @@ def test_task_arithmetic_adds_the_alignment_again(case: Case) -> None:
     full_names = list(case.plain) if case.kind == "full" else case.matrices()
     if case.kind == "lora":
         with pytest.raises(UserError, match="an adapter cannot hold"):
-            case.repair("task-arithmetic")
+            build("defenses", "task-arithmetic").fits(build("methods", "lora"), None)
         return
     own = {
         n: case.update(n, case.plain) if case.kind != "full" else case.plain[n] for n in full_names
