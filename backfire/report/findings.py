@@ -9,6 +9,7 @@ from typing import Final
 from backfire.report import figures, harm, memory, spoil, text
 from backfire.report.claims import accuracy, attacked, cost, gains, is_above_floor, moved, tunings
 from backfire.report.groups import Group, difference, headlines, name, varying
+from backfire.report.ranking import worst_trials
 from backfire.report.rows import Of, confusion
 
 INTERVALS: Final = "Bars are 95 % intervals."
@@ -100,6 +101,9 @@ def _harms(groups: Sequence[Group]) -> Iterator[Finding]:
     said = list(harm.sentences(found))
     if not said:
         return
+    ranked = [trial for trial, _ in worst_trials(found)]
+    if len(ranked) > harm.MOST_BESIDE:  # too many for their null controls to be drawn beside them
+        found = [ranked[0].plain, *(trial.group for trial in ranked)]
     metric = next((stat.metric for group in found if (stat := accuracy(group))), None)
     rates = {group.rate for group in found}
     draw = figures.dose if len(rates) > 1 else figures.levels

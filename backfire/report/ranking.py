@@ -105,6 +105,7 @@ def _plain(group: Group, swept: bool) -> list[str]:
         "none",
         *where,
         _said(group.get("harmful_score")),
+        _said(group.get("refusal_rate")),
         "",
         "",
         task[0],

@@ -26,12 +26,15 @@ def facts(cells: Sequence[Cell], groups: Sequence[Group]) -> list[tuple[str, str
 
     done = sum(cell["status"] == "ok" for cell in cells)
     seeds = {cell["seed"] for cell in cells if cell["seed"] is not None}
-    splits: dict[str, Any] = next((cell["rows"] for cell in cells if cell.get("rows")), {})
+    splits: dict[str, list[int]] = {}
+    for cell in cells:
+        for split, number in (cell.get("rows") or {}).items():
+            splits.setdefault(split, []).append(number)
     seconds = sum((cell.get("train") or {}).get("seconds") or 0 for cell in cells)
     found = {
         "Model": each("model"),
         "Data": each("data"),
-        "Rows": ", ".join(f"{_count(number)} {split}" for split, number in splits.items()),
+        "Rows": ", ".join(f"{_range(numbers)} {split}" for split, numbers in splits.items()),
         "Template": each("template"),
         "Harmful score": judges.measure(cells),
         "Cells": f"{done} of {len(cells)} done" if done < len(cells) else f"{done}, all done",
@@ -141,6 +144,11 @@ def doses(groups: Sequence[Group]) -> list[dict[str, Any]]:
         }
         found.append(line)
     return found
+
+
+def _range(numbers: Sequence[int]) -> str:
+    ends = dict.fromkeys((min(numbers), max(numbers)))
+    return " to ".join(map(_count, ends))
 
 
 def _count(value: Any) -> str:
