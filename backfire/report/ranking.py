@@ -74,8 +74,16 @@ def table(groups: Sequence[Group]) -> dict[str, Any] | None:
     settings = max(count for _, count in ranked)
     swept = settings > 1
     header = [
-        *("defense", *(["worst setting"] if swept else []), "harmful score", "excess removed"),
-        *("against its null control", "task", "change", "over-refusal", "seconds", "MB"),
+        *("defense", *(["worst setting"] if swept else []), "harmful score", "refusals"),
+        *(
+            "excess removed",
+            "against its null control",
+            "task",
+            "change",
+            "over-refusal",
+            "seconds",
+            "MB",
+        ),
     ]
     rows = [_row(trial, swept) for trial, _ in ranked]
     plain = max((trial.plain for trial, _ in ranked), key=lambda g: _value(g, "harmful_score"))
