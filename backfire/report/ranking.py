@@ -96,6 +96,7 @@ def _row(trial: Trial, swept: bool) -> list[str]:
         text.cut(trial.label, 60),
         *([_setting(group)] if swept else []),
         _said(group.get("harmful_score")),
+        _said(group.get("refusal_rate")),
         _removed(trial),
         _null(trial),
         *_task(group, plain),
