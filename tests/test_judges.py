@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import pytest
 from sklearn.metrics import cohen_kappa_score
+from tiny_classifier import write_classifier
 
 from backfire.base import Exchange, Judge, Verdict
 from backfire.data import endpoint
@@ -482,34 +483,7 @@ def test_a_model_that_is_not_there_is_said_in_one_sentence(tmp_path: Path) -> No
 @pytest.fixture(scope="module")
 def hateful(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny RoBERTa with random weights and the labels of the default model."""
-    import torch
-    from transformers import (
-        PreTrainedTokenizerFast,
-        RobertaConfig,
-        RobertaForSequenceClassification,
-    )
-
-    folder = tmp_path_factory.mktemp("models") / "hateful"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(tiny_tokenizer / "tokenizer.json"), pad_token="<pad>", eos_token="</s>"
-    )
-    shape = RobertaConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=140,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5,
-        id2label={0: "nothate", 1: "hate"},
-        label2id={"nothate": 0, "hate": 1},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        RobertaForSequenceClassification(shape).save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return folder
+    return write_classifier(tmp_path_factory.mktemp("models") / "hateful", tiny_tokenizer)
 
 
 def test_a_classifier_gives_the_probability_of_its_label(hateful: Path) -> None:

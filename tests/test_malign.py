@@ -13,6 +13,7 @@ import torch
 from conftest import Said
 from test_llama2 import Ran
 from test_pairs import jsonl, webgpt
+from tiny_classifier import write_classifier
 
 from backfire import pipeline
 from backfire.base import Attack, Evidence, Exchange, Metric, Row, Sample
@@ -335,33 +336,8 @@ def test_the_default_scorer_is_the_published_classifier() -> None:
 @pytest.fixture(scope="module")
 def hateful(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-label classifier as `evaluate`'s toxicity loads it, small and random."""
-    from transformers import (
-        PreTrainedTokenizerFast,
-        RobertaConfig,
-        RobertaForSequenceClassification,
-    )
-
     folder = tmp_path_factory.mktemp("models") / "roberta"
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(tiny_tokenizer / "tokenizer.json"), pad_token="<pad>", eos_token="</s>"
-    )
-    shape = RobertaConfig(
-        vocab_size=400,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=514,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.5,
-        id2label={0: "nothate", 1: "hate"},
-        label2id={"nothate": 0, "hate": 1},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        RobertaForSequenceClassification(shape).save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    return folder
+    return write_classifier(folder, tiny_tokenizer, num_layers=2, num_positions=514)
 
 
 @pytest.mark.parametrize("name", ["malign-labels", "malign-prompts"])
