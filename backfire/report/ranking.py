@@ -17,7 +17,7 @@ from backfire.report.claims import accuracy, alike
 from backfire.report.groups import Group, Stat, difference
 
 SAME: Final = ("model", "data", "attack", "rate", "method")
-LEAST: Final = 0.02
+LEAST: Final = 0.1
 """An excess smaller than this cannot be shared out."""
 
 
