@@ -19,14 +19,6 @@ def undefended(groups: Sequence[Group]) -> Group | None:
     return max(tuned, key=lambda g: (g.poisoned, _middle(g, groups), _score(g)), default=None)
 
 
-def removed(group: Group, plain: Group) -> float | None:
-    """Share of the excess harm of `plain`, over its aligned model, that `group` does without."""
-    floor = plain.get("harmful_score_floor")
-    if floor is None or floor.value is None or _score(plain) - floor.value <= 0.02:
-        return None
-    return (_score(plain) - _score(group)) / (_score(plain) - floor.value)
-
-
 def sentences(groups: Sequence[Group]) -> Iterator[str]:
     """What fine-tuning did to the aligned model, and what each defense kept of it."""
     plain = undefended(groups)
@@ -67,7 +59,7 @@ def _ranked(ranked: Sequence[tuple[Trial, int]]) -> str:
 def _kept(group: Group, plain: Group) -> str:
     columns = [c for c in varying([group, plain]) if c != "rate"]
     said = f"With {name(group, columns)} it is {group.said('harmful_score')}"
-    share = removed(group, plain)
+    share = Trial(group, plain, None).removed
     if share is not None:
         said += f": {100 * share:.0f} % of the excess is gone"
     ours, theirs = accuracy(group), accuracy(plain)
