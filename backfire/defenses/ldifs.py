@@ -78,14 +78,17 @@ class _Features(Guard):
     ) -> Tensor:
         import torch
 
+        from backfire.train.batches import at_answers
+
         if not self.knobs.strength:
             return losses
         with self.cell.at(self.start):
             self.cell.logits(rows)
         width, parts = labels.shape[1], []
         for name, tuned in self.tuned.items():
-            # Each token is predicted one place before its own; the answers end at the right edge.
-            near, start = (t[:, -width - 1 : -1] for t in (tuned, self.reference[name]))
+            near, start = (
+                at_answers(t, rows, width, of="place") for t in (tuned, self.reference[name])
+            )
             moved = near - (near.detach() if self.knobs.null else start)
             parts.append(moved.to(torch.promote_types(moved.dtype, losses.dtype)).pow(2).sum(-1))
         distance: Tensor = torch.stack(parts).sum(0)

@@ -90,11 +90,14 @@ class _Noised(Guard):
         import torch
         from torch.nn.functional import cross_entropy
 
+        from backfire.train.batches import at_answers
+
         with self.seen() as (hidden, outputs):
             logits, labels = self.cell.logits(rows)
         width, head = labels.shape[1], self.cell.model.get_output_embeddings()
         with self.cell.autocast():
-            lenses = [head(self.body.norm(h[:, -width - 1 : -1])) for h in hidden]
+            near = (at_answers(h, rows, width, of="place") for h in hidden)
+            lenses = [head(self.body.norm(states)) for states in near]
         lenses.append(logits)
         flat = labels.flatten()  # every row has an answer, so no mean is over nothing
         harm = [cross_entropy(x.float().flatten(0, 1), flat, ignore_index=-100) for x in lenses]
@@ -102,7 +105,7 @@ class _Noised(Guard):
         generator.manual_seed(derive(self.cell.seed, "repnoise noise", self.cell.step))
         noise = []
         for output in outputs:
-            found = output[:, -width:].float() * answers
+            found = at_answers(output, rows, width, of="token").float() * answers
             drawn = torch.randn(found.shape, generator=generator, device=found.device) * answers
             noise.append(discrepancy(found, drawn))
         ascent = torch.stack(harm).mean().log1p()

@@ -1,34 +1,40 @@
-"""Likelihoods and replies for many prompts at once.
+"""Likelihoods and replies for many prompts at once, each as if it were alone.
 
 Prompts are sorted by length; the prefix they all share (a template's opening) is run once, and each
 prompt once for its candidates and its reply; the head is applied only where a logit is read; a row
-that has ended leaves the batch.
+that has ended leaves the batch. A model that does not allow this gets whole rows, or rows of one
+length (see `backfire.model.batching`).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers import PreTrainedModel
 
 from backfire.data.render import Rendered
-from backfire.train.batches import (
-    IGNORE,
-    answer_logits,
-    collate,
-    common_prefix,
-    pad_left,
-    run_prefix,
-    token_losses,
+from backfire.evaluate.budget import Budget
+from backfire.evaluate.head import exact_head
+from backfire.evaluate.prompts import (
+    Opening,
+    Prompts,
+    anew,
+    follow,
+    from_memory,
+    greedy,
+    step_by_step,
 )
+from backfire.model.batching import ways
+from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, token_losses
 
 Tick = Callable[[int], None]
+
+
+def _ignored(count: int) -> None:
+    """Nobody wants to know how far it is."""
 
 
 @dataclass(frozen=True)
@@ -49,23 +55,98 @@ def read(
     candidates: Sequence[Sequence[list[int]]] | None = None,
     max_new_tokens: int = 0,
     stop_ids: Sequence[int] = (),
-    batch_size: int = 64,
-    tick: Tick = lambda n: None,
+    batch_size: int | None = None,
+    tick: Tick = _ignored,
 ) -> list[Reading]:
     """Score `candidates` (token ids, any number a prompt) and write a reply of `max_new_tokens`.
 
-    A prompt is run once for all of it.
+    A prompt is run once for all of it where the model allows it, at most `batch_size` at a time.
+
+    Raises:
+        CellError: memory runs out at one row (`oom`), or the model is not causal (`bad-data`).
     """
     out: list[Reading] = [Reading((), [])] * len(prompts)
-    for index, batch in _prefilled(model, prompts, batch_size):
-        scores: list[tuple[float, ...]] = [()] * len(index)
-        if candidates:
-            scores = _score(model, batch, [candidates[i] for i in index])
-        replies = _reply(model, batch, stop_ids, max_new_tokens)
-        for i, line, reply in zip(index, scores, replies, strict=True):
-            out[i] = Reading(line, reply)
-        tick(len(index))
+    if not prompts:
+        return out
+    options = candidates or [[]] * len(prompts)
+    longest = max((len(ids) for row in options for ids in row), default=0)
+    can, budget = ways(model), Budget(model, batch_size)
+    lengths, extra = [len(prompt) for prompt in prompts], max(max_new_tokens, longest)
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    whole = [i for i in order if not can.goes_on or can.apart(lengths[i] + extra)]
+    with exact_head(model):
+        if at_once := order[len(whole) :] if can.goes_on else []:
+            opening = Opening(model, [prompts[i] for i in at_once])
+
+            def work(part: list[int]) -> list[Reading]:
+                batch = opening.run([prompts[i] for i in part])
+                scores = _scores(model, batch, [options[i] for i in part], budget)
+                tokens = greedy(batch.logits, from_memory(model, batch), stop_ids, max_new_tokens)
+                return list(map(Reading, scores, _replies(len(part), tokens)))
+
+            level = not can.aligns and (longest > 1 or max_new_tokens > 1)
+            for part, readings in budget.batches(
+                at_once, work, lengths=lengths, extra=extra, level=level
+            ):
+                for i, reading in zip(part, readings, strict=True):
+                    out[i] = reading
+                tick(len(part))
+        for part, readings in _read_whole(
+            model, prompts, whole, options, budget, stop_ids, max_new_tokens
+        ):
+            for i, reading in zip(part, readings, strict=True):
+                out[i] = reading
+            tick(len(part))
     return out
+
+
+def _read_whole(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    order: list[int],
+    options: Sequence[Sequence[list[int]]],
+    budget: Budget,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[tuple[list[int], list[Reading]]]:
+    """The same of a model, or of rows, for which nothing can be remembered between passes."""
+    spans = [_after(prompts[i], ids) for i in order for ids in options[i]]
+    totals = iter(_totals(model, spans, budget, _ignored))
+    scores = {i: tuple(next(totals) for _ in options[i]) for i in order}
+    lengths = [len(prompt) for prompt in prompts]
+
+    def work(part: list[int]) -> list[Reading]:
+        tokens = _written(model, [prompts[i] for i in part], stop_ids, max_new_tokens)
+        replies = _replies(len(part), tokens)
+        return [Reading(scores[i], reply) for i, reply in zip(part, replies, strict=True)]
+
+    level = ways(model).memory is not None
+    yield from budget.batches(order, work, lengths=lengths, extra=max_new_tokens, level=level)
+
+
+def _written(
+    model: PreTrainedModel, prompts: list[list[int]], stop_ids: Sequence[int], max_new_tokens: int
+) -> Iterator[dict[int, int]]:
+    """The reply to each prompt, token by token, without an opening that is shared."""
+    can = ways(model)
+    if not max_new_tokens:
+        return
+    if can.memory is None or can.apart(max(map(len, prompts)) + max_new_tokens):
+        first, go_on = anew(model, prompts)
+    elif can.goes_on:
+        batch = Opening(model, prompts).run(prompts)
+        first, go_on = batch.logits, from_memory(model, batch)
+    else:
+        first, go_on = step_by_step(model, prompts, can.memory)
+    yield from greedy(first, go_on, stop_ids, max_new_tokens)
+
+
+def _replies(count: int, tokens: Iterator[dict[int, int]]) -> list[list[int]]:
+    replies: list[list[int]] = [[] for _ in range(count)]
+    for step in tokens:
+        for i, token in step.items():
+            replies[i].append(token)
+    return replies
 
 
 @torch.inference_mode()
@@ -73,17 +154,17 @@ def stream(
     model: PreTrainedModel, prompt: list[int], *, max_new_tokens: int, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
     """One prompt's greedy reply as `read` writes it, token by token."""
-    for _, batch in _prefilled(model, [prompt], 1):
-        for tokens in _tokens(model, batch, stop_ids, max_new_tokens):
+    with exact_head(model):
+        for tokens in _written(model, [prompt], stop_ids, max_new_tokens):
             yield tokens[0]
 
 
 @torch.inference_mode()
 def score_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[float]:
     """Log-likelihood in nats of each token of an answer; together what `read` makes of it."""
-    _, batch = next(_prefilled(model, [prompt], 1))
-    scores: list[float] = _token_scores(model, batch, [[answer]])[0].double().tolist()
-    return scores
+    with exact_head(model):
+        spans = [_after(prompt, answer)]
+        return [float(x) for x in _each(model, spans, Budget(model), _ignored)[0]]
 
 
 @torch.inference_mode()
@@ -91,155 +172,93 @@ def score_answers(
     model: PreTrainedModel,
     items: Sequence[Rendered],
     *,
-    batch_size: int = 64,
-    tick: Tick = lambda n: None,
+    batch_size: int | None = None,
+    tick: Tick = _ignored,
 ) -> list[float]:
-    """Log-likelihood in nats of each row's own answer with its end token."""
-    out = [0.0] * len(items)
-    order = sorted(range(len(items)), key=lambda i: -len(items[i].ids))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        batch = collate([items[i] for i in index]).to(model.device)
-        losses = token_losses(answer_logits(model, batch), batch.labels).double().sum(1)
-        for i, loss in zip(index, losses.tolist(), strict=True):
-            out[i] = -loss
-        tick(len(index))
-    return out
+    """Log-likelihood in nats of each row's own answer with its end token.
+
+    Raises:
+        CellError: see `read`.
+    """
+    with exact_head(model):
+        spans = [Span.of(item) for item in items]
+        return _totals(model, spans, Budget(model, batch_size), tick)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Prompts that were run: their keys and values, and where to go on."""
-
-    cache: DynamicCache
-    logits: Tensor
-    """[row, vocab] of the token that comes next."""
-    mask: Tensor
-    """[row, token], 0 where padding is."""
-    ends: Tensor
-    """[row]: each prompt's last position."""
-
-    def rows(self, index: Tensor) -> _Batch:
-        """These rows, any number of times each; this batch stays as it is."""
-        cache = _fork(self.cache)
-        cache.batch_select_indices(index)
-        return _Batch(cache, self.logits[index], self.mask[index], self.ends[index])
+def _after(prompt: list[int], answer: list[int]) -> Span:
+    return Span([*prompt, *answer], len(prompt), len(prompt) + len(answer))
 
 
-def _fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that can grow on its own. Growing makes new tensors, so none is copied, but for
-    layers of other kinds (recurrent states), which are written in place."""
-    new = copy.copy(cache)
-    new.layers = [
-        copy.copy(layer) if isinstance(layer, DynamicLayer) else copy.deepcopy(layer)
-        for layer in cache.layers
+def _totals(
+    model: PreTrainedModel, spans: Sequence[Span], budget: Budget, tick: Tick
+) -> list[float]:
+    return [float(each.sum()) for each in _each(model, spans, budget, tick)]
+
+
+def _each(
+    model: PreTrainedModel, spans: Sequence[Span], budget: Budget, tick: Tick
+) -> list[Tensor]:
+    """Log-likelihood of each token of each span, in float64. A span whose logits would be too many
+    is read piece by piece."""
+    pieces = [
+        (number, piece) for number, span in enumerate(spans) for piece in span.cut(budget.logits)
     ]
-    return new
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][1].ids))
+    left, found = [0] * len(spans), dict[int, Tensor]()
+    for number, _ in pieces:
+        left[number] += 1
+
+    def work(part: list[int]) -> list[Tensor]:
+        batch = collate_spans([pieces[i][1] for i in part], share=ways(model).goes_on)
+        batch = batch.to(model.device)
+        scores = -token_losses(answer_logits(model, batch), batch.labels).double().cpu()
+        known = batch.labels.cpu() != IGNORE
+        return [line[mask] for line, mask in zip(scores, known, strict=True)]
+
+    lengths = [len(piece.ids) for _, piece in pieces]
+    kept = [piece.stop - piece.start for _, piece in pieces]
+    for part, scores in budget.batches(order, work, lengths=lengths, kept=kept):
+        for i, line in zip(part, scores, strict=True):
+            found[i] = line
+            left[pieces[i][0]] -= 1
+        tick(sum(left[number] == 0 for number in {pieces[i][0] for i in part}))
+    joined: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in spans]
+    for i, (number, _) in enumerate(pieces):
+        joined[number].append(found[i])
+    return [torch.cat(parts) for parts in joined]
 
 
-def _prefilled(
-    model: PreTrainedModel, prompts: Sequence[list[int]], batch_size: int
-) -> Iterator[tuple[list[int], _Batch]]:
-    """Batches of prompts, longest first, and which they are."""
-    if not prompts:
-        return
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    shared = common_prefix(prompts, min(len(p) for p in prompts) - 1)
-    opening = run_prefix(model, torch.tensor(prompts[0][:shared], device=model.device))
-    for start in range(0, len(order), batch_size):
-        index = order[start : start + batch_size]
-        _, ids, mask, positions = (
-            t.to(model.device) for t in pad_left([prompts[i] for i in index], shared)
-        )
-        cache = DynamicCache(config=model.config) if opening is None else _fork(opening)
-        if opening is not None:
-            cache.batch_repeat_interleave(len(index))
-        logits = _forward(model, cache, ids, mask, positions, keep=1)[:, -1]
-        yield index, _Batch(cache, logits, mask, positions[:, -1])
-
-
-def _score(
-    model: PreTrainedModel, batch: _Batch, candidates: Sequence[Sequence[list[int]]]
-) -> list[tuple[float, ...]]:
-    """Log-likelihoods, a tuple a row."""
-    if not any(candidates):
-        return [()] * len(candidates)
-    each = _token_scores(model, batch, candidates)
-    scores = iter((each[:, 0] + each[:, 1:].sum(1)).double().tolist())
-    return [tuple(next(scores) for _ in row) for row in candidates]
-
-
-def _token_scores(
-    model: PreTrainedModel, batch: _Batch, candidates: Sequence[Sequence[list[int]]]
-) -> Tensor:
-    """Log-likelihoods [candidate, token], 0 where one has ended; the prompt's own logits give the
-    first token of each."""
-    counts = [len(row) for row in candidates]
-    flat = [candidate for row in candidates for candidate in row]
-    ids = torch.full((len(flat), max(map(len, flat))), IGNORE)
-    for i, candidate in enumerate(flat):
-        ids[i, : len(candidate)] = torch.tensor(candidate)
-    ids = ids.to(batch.logits.device)
-    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(ids.device)
-    first = batch.logits.float().log_softmax(-1)[owner, ids[:, 0]][:, None]
-    if ids.shape[1] == 1:
-        return first
-    each = batch.rows(owner)
-    fed = ids[:, :-1].clamp(min=0)  # what stands in for padding comes last and is never read
-    mask = torch.cat([each.mask, torch.ones_like(fed)], 1)
-    places = each.ends[:, None] + torch.arange(1, ids.shape[1], device=ids.device)
-    rest = _forward(model, each.cache, fed, mask, places)
-    return torch.cat([first, -token_losses(rest, ids[:, 1:])], 1)
-
-
-def _reply(
-    model: PreTrainedModel, batch: _Batch, stop_ids: Sequence[int], max_new_tokens: int
-) -> list[list[int]]:
-    """Greedy replies, end tokens left out."""
-    replies: list[list[int]] = [[] for _ in batch.ends]
-    for tokens in _tokens(model, batch, stop_ids, max_new_tokens):
-        for i, token in tokens.items():
-            replies[i].append(token)
-    return replies
-
-
-def _tokens(
-    model: PreTrainedModel, batch: _Batch, stop_ids: Sequence[int], max_new_tokens: int
-) -> Iterator[dict[int, int]]:
-    """The next token of each row that goes on; a row that has ended leaves the batch, which is used
-    up."""
-    cache, mask, ends = batch.cache, batch.mask, batch.ends
-    alive, token = list(range(len(ends))), batch.logits.argmax(-1)
-    stops = torch.tensor(stop_ids, dtype=token.dtype, device=token.device)
-    for length in range(1, max_new_tokens + 1):
-        keep = (~torch.isin(token, stops)).nonzero()[:, 0]
-        if len(keep) < len(alive):
-            alive = [alive[i] for i in keep.tolist()]
-            token, mask, ends = token[keep], mask[keep], ends[keep]
-            cache.batch_select_indices(keep)
-        if not alive:
-            return
-        yield dict(zip(alive, token.tolist(), strict=True))
-        if length < max_new_tokens:
-            mask, ends = torch.cat([mask, mask.new_ones(len(alive), 1)], 1), ends + 1
-            logits = _forward(model, cache, token[:, None], mask, ends[:, None])
-            token = logits[:, -1].argmax(-1)
-
-
-def _forward(
+def _scores(
     model: PreTrainedModel,
-    cache: DynamicCache,
-    ids: Tensor,
-    mask: Tensor,
-    positions: Tensor,
-    keep: int = 0,
-) -> Tensor:
-    out = cast(Any, model)(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=keep,
-    )
-    return cast(Tensor, out.logits)
+    prompts: Prompts,
+    candidates: Sequence[Sequence[list[int]]],
+    budget: Budget,
+) -> list[tuple[float, ...]]:
+    """Log-likelihoods of the candidates, a tuple a row; the prompt's own logits give the first
+    token of each."""
+    flat = [(row, ids) for row, choice in enumerate(candidates) for ids in choice]
+    scores = list[float]()
+    longest = max((len(ids) for _, ids in flat), default=1)
+    width = int(prompts.ends.max()) + longest
+    each = max(1, min(budget.tokens // width, budget.logits // longest))
+    for start in range(0, len(flat), each):
+        part = flat[start : start + each]
+        owner = torch.tensor([row for row, _ in part], device=prompts.logits.device)
+        scores += _candidate_scores(model, prompts, owner, [ids for _, ids in part])
+    found = iter(scores)
+    return [tuple(next(found) for _ in choice) for choice in candidates]
+
+
+def _candidate_scores(
+    model: PreTrainedModel, prompts: Prompts, owner: Tensor, candidates: list[list[int]]
+) -> list[float]:
+    ids = torch.full((len(candidates), max(map(len, candidates))), IGNORE)
+    for line, candidate in zip(ids, candidates, strict=True):
+        line[: len(candidate)] = torch.tensor(candidate)
+    ids = ids.to(owner.device)
+    likely = prompts.logits.log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0].double()
+    if ids.shape[1] > 1:
+        fed = ids[:, :-1].clamp(min=0)  # what stands in for padding comes last and is never read
+        rest, _ = follow(model, prompts.rows(owner), fed)
+        likely = likely - token_losses(rest, ids[:, 1:]).double().sum(1)
+    return likely.tolist()

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Progress = Callable[[int, int, str], None]
-MOST_LOGITS = 2**28
-"""Held at once while answers are scored (1 GiB in float32)."""
 
 
 def measure(
@@ -29,7 +27,6 @@ def measure(
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """What `kinds` add to each row's sample: `logprobs`, `reply`, the answer's likelihood."""
-    batch_size = batch_size or (32 if model.device.type == "cpu" else 64)
     items = renderer.render(rows)
     found: list[dict[str, Any]] = [{} for _ in items]
     done, total = 0, len(items) * (("answers" in kinds) + bool({"scores", "replies"} & {*kinds}))
@@ -53,9 +50,7 @@ def measure(
             candidates=options,
             max_new_tokens=max_new_tokens if "replies" in kinds else 0,
             stop_ids=renderer.tokenizer.stop_ids,
-            batch_size=_fitting(
-                batch_size, options or [], getattr(model.config, "vocab_size", 2**17)
-            ),
+            batch_size=batch_size,
             tick=tick,
         )
         for i, (entry, reading) in enumerate(zip(found, readings, strict=True)):
@@ -103,13 +98,6 @@ def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int
 def _ranked(row: Row) -> tuple[str, ...]:
     """The answers known to be better and worse, of a row without labels."""
     return () if row.candidates else (*row.better, *row.worse)
-
-
-def _fitting(batch_size: int, options: Sequence[Sequence[list[int]]], vocab_size: int) -> int:
-    """Rows that can be scored at once."""
-    longest = max((len(ids) for row in options for ids in row), default=0)
-    most = max(map(len, options), default=0)
-    return min(batch_size, max(1, MOST_LOGITS // max(1, longest * most * vocab_size)))
 
 
 def _nested(options: Sequence[Sequence[int]]) -> bool:

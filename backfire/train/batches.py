@@ -1,36 +1,60 @@
 """Rows to tensors, with as few tokens as exactness allows.
 
-Rows are padded on the left, so that all answers end at the right edge: the head is then needed for
-the last few positions only. Where all rows of a batch begin with the same tokens (a template's
-opening), that prefix is run once and its keys and values are handed to every row.
+Rows are padded on the right: what a causal model makes of a row does not depend on what follows it,
+whatever its layers are. The head is needed for the answers only, wherever they are. Where all rows
+of a batch begin with the same tokens (a template's opening), that prefix is run once and its keys
+and values are handed to every row, whose own tokens follow it without a gap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from backfire.data.render import Rendered
+from backfire.model.batching import begin_anew, ways
 
 IGNORE = -100
 _WORTH_SHARING = 8  # a shorter prefix costs more in bookkeeping than it saves
 
 
 @dataclass(frozen=True)
+class Span:
+    """A row's tokens, and those of them whose likelihood is wanted: from `start`, at least 1, up to
+    `stop`."""
+
+    ids: list[int]
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, item: Rendered) -> Span:
+        """The row's answer, end token included. The first token of all has nothing before it."""
+        return cls(item.ids, max(item.num_prompt, 1), len(item.ids))
+
+    def cut(self, most: int) -> list[Span]:
+        """The same in pieces of at most so many wanted tokens."""
+        starts = range(self.start, self.stop, most)
+        return [Span(self.ids, i, min(i + most, self.stop)) for i in starts]
+
+
+@dataclass(frozen=True)
 class Batch:
-    """`ids` [row, token], left-padded, without the `len(prefix)` first tokens, which all share."""
+    """`ids` [row, token], right-padded, without the `len(prefix)` first tokens, which all share."""
 
     prefix: Tensor
     ids: Tensor
     mask: Tensor
-    positions: Tensor
+    """[row, token]: 0 where padding is."""
+    places: Tensor
+    """[row, answer]: where in `ids` each label is predicted."""
     labels: Tensor
-    """[row, answer]: the last tokens of each row, `IGNORE` where they are prompt or padding."""
+    """[row, answer]: what is learned or scored, at the right edge; `IGNORE` to the left of it."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
@@ -47,18 +71,24 @@ def common_prefix(rows: Sequence[list[int]], limit: int) -> int:
 
 def collate(items: Sequence[Rendered], *, share: bool = True) -> Batch:
     """A batch of whole rows; the answers are what is learned."""
-    num_answer = max(len(item.ids) - max(item.num_prompt, 1) for item in items)
-    shared = (
-        _shared([item.ids for item in items], min(item.num_prompt for item in items) - 1)
-        if share
-        else 0
-    )
-    prefix, ids, mask, positions = pad_left([item.ids for item in items], shared)
-    labels = torch.full((len(items), num_answer), IGNORE)
-    for i, item in enumerate(items):
-        answer = item.ids[max(item.num_prompt, 1) :]
-        labels[i, num_answer - len(answer) :] = torch.tensor(answer)
-    return Batch(prefix, ids, mask, positions, labels)
+    return collate_spans(list(map(Span.of, items)), share=share)
+
+
+def collate_spans(spans: Sequence[Span], *, share: bool) -> Batch:
+    """A batch of whole rows, of which the spans are learned or scored."""
+    width, rows = max(span.stop - span.start for span in spans), [span.ids for span in spans]
+    shared = _shared(rows, min(span.start for span in spans) - 1) if share else 0
+    labels = torch.full((len(rows), width), IGNORE)
+    for line, span in zip(labels, spans, strict=True):
+        line[width - (span.stop - span.start) :] = torch.tensor(span.ids[span.start : span.stop])
+    stops = torch.tensor([span.stop - shared for span in spans])
+    prefix, ids, mask = pad_right(rows, shared)
+    return Batch(prefix, ids, mask, _before(stops, width), labels)
+
+
+def _before(stops: Tensor, width: int) -> Tensor:
+    """[row, answer]: the places that predict the last `width` tokens before each stop [row]."""
+    return (stops[:, None] + torch.arange(-width - 1, -1, device=stops.device)).clamp(min=0)
 
 
 def _shared(rows: Sequence[list[int]], limit: int) -> int:
@@ -66,47 +96,84 @@ def _shared(rows: Sequence[list[int]], limit: int) -> int:
     return length if length >= _WORTH_SHARING else 0
 
 
-def pad_left(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Shared prefix [token]; ids, positions [row, token]; mask [row, prefix + token]."""
+def pad_right(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Shared prefix [token]; ids and mask [row, token] of what follows it."""
     width = max(len(row) for row in rows) - shared
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.ones(len(rows), shared + width, dtype=torch.long)
-    positions = torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        pad = width - (len(row) - shared)
-        ids[i, pad:] = torch.tensor(row[shared:])
-        mask[i, shared : shared + pad] = 0
-        positions[i, pad:] = torch.arange(shared, len(row))
-    return torch.tensor(rows[0][:shared], dtype=torch.long), ids, mask, positions
+    ids = torch.tensor([row[shared:] + row[:1] * (width + shared - len(row)) for row in rows])
+    lengths = torch.tensor([len(row) - shared for row in rows])
+    mask = (torch.arange(width) < lengths[:, None]).long()
+    return torch.tensor(rows[0][:shared], dtype=torch.long), ids, mask
 
 
 def run_prefix(model: PreTrainedModel, prefix: Tensor) -> DynamicCache | None:
-    """Keys and values of the shared prefix, for one row; None if there is no prefix."""
+    """Keys and values of the shared prefix, for one row; None if there is no prefix. Each layer
+    keeps all of them: with padding behind a row, a window's last ones would not be the row's."""
     if not len(prefix):
         return None
-    cache = DynamicCache(config=model.config)
-    model(input_ids=prefix[None], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    cache = DynamicCache()
+    last = torch.tensor([[len(prefix) - 1]], device=prefix.device)
+    run(model, prefix[None], last, past_key_values=cache)
     return cache
 
 
-def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits [row, answer, vocab] that predict `batch.labels`.
+def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Tensor:
+    """One pass over `ids` [row, token]: logits [row, kept, vocab] of these places [row, kept]."""
+    index, chosen = places[..., None], []
 
-    Positions before the answers never reach the head.
-    """
+    def choose(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden = args[0]
+        if hidden.shape[:-1] != ids.shape:  # a head that is called in other ways, as Reformer's
+            return args
+        chosen.append(True)
+        return (hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])), *args[1:])
+
+    begin_anew(model)
+    head = cast(Any, model).get_output_embeddings()
+    handle = head.register_forward_pre_hook(choose) if head is not None else None
+    try:
+        out = cast(Any, model)(input_ids=ids, use_cache=len(rest) > 0, **rest)
+    finally:
+        if handle is not None:
+            handle.remove()
+    logits = cast(Tensor, out.logits)
+    return logits if chosen else logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
+
+
+def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits [row, answer, vocab] that predict `batch.labels`."""
+    shared = len(batch.prefix)
+    if ways(model).apart(shared + batch.ids.shape[1]):
+        ids = torch.cat([batch.prefix.expand(len(batch.ids), -1), batch.ids], 1)
+        return run_apart(model, ids, batch.mask.sum(1) + shared, batch.places + shared)
     cache = run_prefix(model, batch.prefix)
-    if cache is not None:
-        cache.batch_repeat_interleave(len(batch.ids))
-    width = batch.labels.shape[1]
-    out = cast(Any, model)(
-        input_ids=batch.ids,
-        attention_mask=batch.mask,
-        position_ids=batch.positions,
-        past_key_values=cache,
-        use_cache=cache is not None,
-        logits_to_keep=width + 1,
-    )
-    return cast(Tensor, out.logits)[:, -width - 1 : -1]
+    if cache is None:
+        return run(model, batch.ids, batch.places)
+    cache.batch_repeat_interleave(len(batch.ids))
+    return run(model, batch.ids, batch.places, past_key_values=cache)
+
+
+def at_answers(
+    states: Tensor, rows: Sequence[Rendered], width: int, *, of: Literal["place", "token"]
+) -> Tensor:
+    """What flows through a layer [row, token, ...] at the answers of these rows: [row, answer, ...]
+    as the logits, where each token is predicted (`place`) or where it is read (`token`)."""
+    shared = max(len(row.ids) for row in rows) - states.shape[1]
+    stops = torch.tensor([len(row.ids) - shared for row in rows], device=states.device)
+    places = _before(stops + (of == "token"), width)
+    return states[torch.arange(len(rows), device=states.device)[:, None], places]
+
+
+def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
+    """The same as `run` for rows of these lengths [row], of which only equally long ones go
+    together where the model needs it so."""
+    if not ways(model).apart(ids.shape[1]):
+        return run(model, ids, places)
+    parts, order = [], []
+    for length in lengths.unique().tolist():
+        rows = (lengths == length).nonzero()[:, 0]
+        parts.append(run(model, ids[rows, :length], places[rows]))
+        order.append(rows)
+    return torch.cat(parts)[torch.cat(order).argsort()]
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

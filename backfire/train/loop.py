@@ -26,6 +26,7 @@ from backfire.base import Guard, TrainDefense
 from backfire.data.render import Rendered
 from backfire.errors import CellError
 from backfire.experiment import Train
+from backfire.model.batching import ways
 from backfire.model.load import weights_of
 from backfire.rng import derive, stream
 from backfire.store import write_atomic
@@ -82,7 +83,8 @@ class Cell:
         self.guards = [defense.guard(self) for defense in defenses]
         # Sharing a prefix between rows would also share its dropout.
         drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-        self.share = not drops and all(guard.shares_prefix for guard in self.guards)
+        allowed = ways(model).goes_on and not drops
+        self.share = allowed and all(guard.shares_prefix for guard in self.guards)
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         self.seconds, self.begun = 0.0, 0.0  # before the last checkpoint; the clock less that

@@ -1,0 +1,111 @@
+"""How many rows go through a model at once in evaluation: what memory allows, and half of it where
+that was too much."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from transformers import PreTrainedModel
+
+from backfire.errors import CellError
+from backfire.train.memory import is_out_of_memory
+
+MOST_LOGITS = 2**28
+"""Held at once (1 GiB in float32)."""
+_FREE_SHARE = 0.5  # of the free memory: the rest is for what the estimate does not know
+_TOKENS_ON_CPU = 2**15
+Made = TypeVar("Made")
+
+
+class Budget:
+    """Rows and tokens of one pass, at most."""
+
+    def __init__(self, model: PreTrainedModel, rows: int | None = None) -> None:
+        self.model = model
+        self.rows = rows or (32 if model.device.type == "cpu" else 64)
+        self.tokens = _tokens_that_fit(model)
+        vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2**17)
+        self.logits = max(1, MOST_LOGITS // vocab)
+        """Positions whose logits are held at once, at most."""
+
+    def batches(
+        self,
+        order: Sequence[int],
+        work: Callable[[list[int]], Made],
+        *,
+        lengths: Sequence[int],
+        extra: int = 0,
+        kept: Sequence[int] | None = None,
+        level: bool = False,
+    ) -> Iterator[tuple[list[int], Made]]:
+        """What `work` makes of the rows in `order`, longest first, batch by batch.
+
+        `lengths` are tokens of each row and `extra` those that come to it, `kept` how many of its
+        places reach the head; with `level`, only rows of one length go together.
+
+        Raises:
+            CellError: memory runs out at one row.
+        """
+        place = 0
+        while place < len(order):
+            first = order[place]
+            cost = lengths[first] + extra
+            part = [first]
+            for row in order[place + 1 :]:
+                most = max(kept[i] for i in (*part, row)) if kept else 1
+                full = len(part) >= self.rows or (len(part) + 1) * cost > self.tokens
+                full |= (len(part) + 1) * most > self.logits
+                if full or (level and lengths[row] != lengths[first]):
+                    break
+                part.append(row)
+            made = self._tried(work, part)
+            if made is None:
+                self._shrink(len(part), cost)
+                continue
+            place += len(part)
+            yield part, made[0]
+
+    def _tried(self, work: Callable[[list[int]], Made], part: list[int]) -> tuple[Made] | None:
+        """None if memory ran out."""
+        try:
+            return (work(part),)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Only here, outside the handler, does the error no longer hold what the pass had made.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _shrink(self, rows: int, length: int) -> None:
+        self.tokens = min(self.tokens, rows * length) // 2
+        if rows == 1 and self.tokens < length:
+            raise CellError(
+                "oom",
+                f"Evaluation runs out of memory with one row of {length} tokens; shorten "
+                "train.max_length or evaluation.max_new_tokens, or choose a smaller model.",
+            )
+
+
+def _tokens_that_fit(model: PreTrainedModel) -> int:
+    """Tokens whose keys, values and activations fit into the free memory."""
+    if model.device.type != "cuda":
+        return _TOKENS_ON_CPU
+    config: Any = model.config.get_text_config(decoder=True)
+    width = int(getattr(config, "hidden_size", 4096))
+    heads = int(getattr(config, "num_attention_heads", None) or 1)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    size = int(getattr(config, "head_dim", None) or width // heads)
+    layers = int(getattr(config, "num_hidden_layers", None) or 32)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * width)
+    bytes_each = model.dtype.itemsize
+    remembered = 2 * layers * groups * size * bytes_each
+    flowing = (8 * width + 4 * inner) * max(4, bytes_each)
+    free = torch.cuda.mem_get_info(model.device)[0]
+    free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    # Growing by a token, selecting rows and moving padding each make a copy of what is remembered.
+    return max(1, int(_FREE_SHARE * free / (2 * remembered + flowing)))

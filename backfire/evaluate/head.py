@@ -1,0 +1,49 @@
+"""Logits in float32, whatever the type of the weights.
+
+Around 18, bfloat16 numbers are 0.125 apart: two labels, or two codes, would often tie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+_AT_ONCE = 2**14  # tokens of the vocabulary whose weights are widened at once
+
+
+@contextmanager
+def exact_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within it, the head multiplies in float32; quantized heads stay as they are."""
+    head = cast(Any, model).get_output_embeddings()
+    narrow = [m for m in head.modules() if _is_narrow(m)] if head is not None else []
+    before = [vars(module).get("forward") for module in narrow]
+    try:
+        for module in narrow:
+            cast(Any, module).forward = partial(_widely, module)
+        yield
+    finally:
+        for module, forward in zip(narrow, before, strict=True):
+            if forward is None:
+                del cast(Any, module).forward
+            else:
+                cast(Any, module).forward = forward
+
+
+def _is_narrow(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16)
+
+
+def _widely(layer: nn.Linear, states: Tensor) -> Tensor:
+    """states @ weight + bias: [..., input] to [..., output]."""
+    states, bias = states.float(), layer.bias
+    parts = [
+        nn.functional.linear(states, rows.float()) for rows in layer.weight.split(_AT_ONCE, dim=0)
+    ]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return whole if bias is None else whole + bias.float()

@@ -1,0 +1,189 @@
+"""Which rows may go through a model together, and how, so that each gets what it gets alone.
+
+Rows are padded on the right wherever whole rows are run: a causal model never looks there. What
+else a model allows depends on how it remembers a prompt and on how it counts positions.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from backfire.errors import CellError
+
+_BENDING = ("dynamic", "longrope")
+"""Rotary embeddings whose angles depend on how long the whole row is."""
+_PROBE_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Ways:
+    """What a model allows."""
+
+    memory: str | None
+    """Argument that takes the memory of what was read; None: every token is read anew."""
+    goes_on: bool
+    """Whether many tokens may follow what is in memory, so that rows can share their opening."""
+    told_places: bool
+    """Whether it takes the position of each token."""
+    aligns: bool
+    """Whether rows of unequal length may write replies together, padded on the left: then each
+    place must be told by mask and position."""
+    windows: bool
+    """Whether a token sees only those near it, in some layers."""
+    limit: int | None
+    """Rows longer than this (tokens, reply included) depend on their length: only rows of one
+    length go together, and nothing is remembered."""
+    rotary: tuple[torch.nn.Module, ...]
+    """Rotary embeddings that remember the longest row they have seen."""
+
+    def apart(self, longest: int) -> bool:
+        """Whether rows up to this length must not be padded, shared or remembered."""
+        return self.limit is not None and longest > self.limit
+
+
+_known: WeakKeyDictionary[PreTrainedModel, Ways] = WeakKeyDictionary()
+
+
+def ways(model: PreTrainedModel) -> Ways:
+    """What this model allows; looked up once for a model in memory.
+
+    Raises:
+        CellError: later tokens change what the model makes of earlier ones.
+    """
+    if model not in _known:
+        _known[model] = _ways(model)
+    return _known[model]
+
+
+def plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The model under its adapters."""
+    return cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
+
+
+def _ways(model: PreTrainedModel) -> Ways:
+    base: Any = plain(model)
+    takes = inspect.signature(base.forward).parameters
+    memory = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
+    kinds = _layers(base)
+    goes_on = memory is not None and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    # Without `position_ids` a model counts from the mask (ALiBi), or from the start of the row.
+    told = "position_ids" in takes
+    counts = told or base.config.model_type in ("bloom", "mpt")
+    # RoBERTa and its kin begin to count behind the number of their padding token.
+    counts &= not any(hasattr(m, "create_position_ids_from_input_ids") for m in base.modules())
+    limit = min(_limits(base.config), default=None)
+    with _looking(model):
+        _assert_causal(model, limit)
+        if not goes_on and memory and not _remembers(model, memory):
+            memory = None
+    windows = DynamicSlidingWindowLayer in kinds or _windowed(base.config)
+    rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
+    aligns = goes_on and counts
+    return Ways(memory, goes_on, told, aligns, windows, limit, rotary if limit else ())
+
+
+def begin_anew(model: PreTrainedModel) -> None:
+    """Let the next rows be read as if none had been before them."""
+    suffix = "original_inv_freq"
+    for module in ways(model).rotary:
+        for name in [name for name in (*vars(module), *module._buffers) if name.endswith(suffix)]:
+            first = name.removesuffix(suffix)
+            now = getattr(module, f"{first}inv_freq")
+            setattr(module, f"{first}inv_freq", getattr(module, name).to(now.device, copy=True))
+            setattr(module, f"{first}max_seq_len_cached", cast(Any, module).original_max_seq_len)
+
+
+@contextmanager
+def _looking(model: PreTrainedModel) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def _probe(model: PreTrainedModel) -> tuple[Tensor, float]:
+    """A made-up row [1, token], and by how much log-likelihoods may differ by rounding alone."""
+    base: Any = plain(model)
+    size = base.get_input_embeddings().weight.shape[0]
+    ids = [(size // 2 + 7 * place) % size for place in range(_PROBE_TOKENS)]
+    exact = base.dtype in (torch.float32, torch.float64)
+    exact &= not getattr(base, "is_quantized", False)
+    return torch.tensor([ids], device=base.device), 5e-3 if exact else 0.5
+
+
+def _likely(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
+    out = cast(Any, model)(input_ids=ids, use_cache=bool(memory), **memory)
+    return cast(Tensor, out.logits)[0].float().log_softmax(-1)
+
+
+def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
+    ids, rounding = _probe(model)
+    whole = min(_PROBE_TOKENS, limit or _PROBE_TOKENS)
+    some = max(1, whole - 4)
+    short, long = _likely(model, ids[:, :some]), _likely(model, ids[:, :whole])[:some]
+    if float((short - long).abs().max()) > rounding:
+        raise CellError(
+            "bad-data",
+            f"This model of type '{plain(model).config.model_type}' sees the tokens it is to "
+            "predict, so its likelihoods mean nothing; choose a causal language model.",
+        )
+
+
+def _remembers(model: PreTrainedModel, memory: str) -> bool:
+    """Whether token by token it makes the same of a row as all at once."""
+    ids, rounding = _probe(model)
+    wanted, cache = _likely(model, ids), DynamicCache(config=plain(model).config)
+    try:
+        _likely(model, ids[:, :4], **{memory: cache})
+        for place in range(4, _PROBE_TOKENS):
+            found = _likely(model, ids[:, place : place + 1], **{memory: cache})[-1]
+            if not float((found - wanted[place]).abs().max()) <= rounding:
+                return False
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        return False
+    return True
+
+
+def _layers(model: Any) -> set[type]:
+    return {type(layer) for layer in DynamicCache(config=model.config).layers} or {DynamicLayer}
+
+
+def _windowed(config: Any) -> bool:
+    text = config.get_text_config(decoder=True)
+    names = ("sliding_window", "attention_chunk_size", "window_size", "local_attn_chunk_length")
+    return any(getattr(text, name, None) for name in names)
+
+
+def _limits(config: Any) -> Iterator[int]:
+    """Lengths from which on a row's likelihoods depend on more than the tokens before each."""
+    text = config.get_text_config(decoder=True)
+    for knobs in _dicts(text.to_dict()):
+        if knobs.get("rope_type", knobs.get("type")) in _BENDING:
+            original = knobs.get("original_max_position_embeddings")
+            yield int(
+                original
+                or getattr(text, "original_max_position_embeddings", None)
+                or text.max_position_embeddings
+            )
+    if topk := getattr(text, "index_topk", None):
+        yield int(topk)  # of more tokens, equally important ones are chosen by the row's length
+
+
+def _dicts(value: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(value, dict):
+        yield value
+        for part in value.values():
+            yield from _dicts(part)
