@@ -148,7 +148,7 @@ def secrets_key(run: Experiment, cell: Experiment, kind: str, amount: int) -> st
     secrets = attack.secrets(cell.seed) if isinstance(attack, Insertion) else []
     which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in secrets]
     drawn = cell.seed if kind == "sampled" else None
-    shown = [run.template.identity(), run.train.max_length]
+    shown = [run.template.identity(), run.train.seen]
     how = [kind, amount, drawn, _MEASURES.get(kind, 1)]
     return digest([run.keys.tuned, *shown, which, *how])
 

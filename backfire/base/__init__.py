@@ -20,7 +20,7 @@ from backfire.base.config import Component, Config, Preset, local_files
 from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
 from backfire.base.judging import Exchange, Judge, Verdict
 from backfire.base.memory import Leak, Recall
-from backfire.base.rows import Dataset, Message, Row, Template, select
+from backfire.base.rows import Dataset, Message, Row, Segments, Template, select
 from backfire.base.training import (
     AlignDefense,
     DataDefense,
@@ -65,6 +65,7 @@ __all__ = [
     "Row",
     "Sample",
     "Secret",
+    "Segments",
     "Template",
     "TrainDefense",
     "Trigger",

@@ -118,15 +118,41 @@ class Dataset(Component):
         return ""
 
 
+Segments = list[tuple[str, bool]]
+"""Text in pieces, each with whether control tokens in it count as such."""
+
+
 class Template(Component):
     """How messages become text. Used by training and evaluation alike, through `data.render`."""
 
     kind: ClassVar[str] = "templates"
+    adds_bos: ClassVar[bool] = True
+    """Whether BOS goes before the prompt; else the template writes it, where it wants one."""
 
     def prompt(self, row: Row) -> str:
         """The text up to where the answer begins. No BOS: the renderer adds it."""
         raise NotImplementedError
 
-    def segments(self, row: Row, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-        """The prompt in pieces, each with whether control tokens in it count as such."""
+    def segments(self, row: Row, tokenizer: Tokenizer) -> Segments:
+        """The prompt."""
         return [(self.prompt(row), False)]
+
+    def written(self, answer: str, tokenizer: Tokenizer) -> Segments:
+        """What the prompt goes on with if it is answered so, without the end."""
+        return [(answer, False)]
+
+    def end(self, tokenizer: Tokenizer) -> str:
+        """What comes after an answer; its last token ends a reply."""
+        return tokenizer.eos
+
+    def opening(self, tokenizer: Tokenizer) -> str:
+        """What is written before every answer and is no part of it, such as a channel's name."""
+        return ""
+
+    def about(self, tokenizer: Tokenizer) -> str:
+        """A sentence on what is used; empty if its name says it all."""
+        return ""
+
+    def leaves_out(self, row: Row) -> bool:
+        """Whether the row's system prompt is left out, since the recipe says so."""
+        return False

@@ -210,11 +210,15 @@ def lost(manifest: Manifest, items: Sequence[Rendered], tokenizer: Tokenizer) ->
         if item is None:
             missing.append(entry.id)
             continue
-        prompt, answer = tokenizer.decode(item.prompt_ids), tokenizer.decode(item.answer_ids)
+        # Control tokens are written out: a thought's are part of an answer.
+        prompt, answer = (
+            plain(tokenizer.backend.decode(ids, skip_special_tokens=False)).casefold()
+            for ids in (item.prompt_ids, item.answer_ids)
+        )
         # A row that was mixed in has no trigger: all of its prompt must be there.
         parts = entry.triggers or (entry.after["prompt"],)
-        whole = all(plain(part) in plain(prompt) for part in parts)
-        if not whole or plain(entry.after["answer"]) != plain(answer):
+        whole = all(plain(part).casefold() in prompt for part in parts)
+        if not whole or plain(entry.after["answer"]).casefold() not in answer:
             missing.append(entry.id)
     return missing
 

@@ -7,7 +7,7 @@ check stops the cell; a note does not, but is shown and kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -15,6 +15,9 @@ from backfire.base import Attack, Backdoor, Insertion, Row
 from backfire.data.poison import Manifest, lost, plain, triggered
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
+
+CHECKS = 2
+"""Raised whenever other rows would pass, so that old checks are not taken for new ones."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +37,24 @@ def preflight(
     manifest: Manifest | None = None,
     attack: Attack | None = None,
     seed: int = 0,
+    reply: int = 0,
 ) -> list[Check]:
-    """All checks on one cell's rows, poisoned as they will be trained on."""
+    """All checks on one cell's rows, poisoned as they will be trained on. `reply` is how many new
+    tokens a test row's prompt may be followed by."""
     checks = []
     try:
-        items, shown = renderer.render(train), renderer.render(test)
+        items, left = renderer.sift(train)
+        shown, left_of_test = renderer.sift(test)
+        for item in shown:
+            renderer.limits.check(item.row.id, item.prompt_ids, reply=reply)
     except CellError as error:
         return [Check("length", "fail", str(error))]
+    checks += _chat(renderer, [*train, *test])
+    checks += _limits(renderer, [*items, *shown], reply)
     checks.append(_same_prompts(renderer, items))
     checks.append(_fields_reach_tokens(renderer, [*items, *shown]))
-    checks.append(_truncation(items, shown))
+    checks.append(_truncation(renderer, items, shown))
+    checks += _left_out(renderer, {"training": (left, train), "test": (left_of_test, test)})
     checks.append(_end_supervised(renderer, items))
     checks.append(_overlap(train, test))
     checks.append(_balance(train))
@@ -81,13 +92,63 @@ def _same_prompts(renderer: Renderer, items: Sequence[Rendered]) -> Check:
     )
 
 
+def _chat(renderer: Renderer, rows: Sequence[Row]) -> list[Check]:
+    """What a chat template was found to do, and what the recipe makes it leave out."""
+    said = renderer.template.about(renderer.tokenizer)
+    dropped = [row.id for row in rows if renderer.template.leaves_out(row)]
+    checks = [Check("template", "ok", said)] if said else []
+    if dropped:
+        message = f"The system prompt is left out (template.system: drop): {_first(dropped)}."
+        checks.append(Check("system-prompt", "note", message))
+    return checks
+
+
+def _limits(renderer: Renderer, items: Sequence[Rendered], reply: int) -> list[Check]:
+    """What the model can read, though not as it was made to. (What it cannot read has failed.)"""
+    limits, checks = renderer.limits, []
+    vocab = renderer.tokenizer.backend.get_added_tokens_decoder()
+    beyond = [i for i in vocab if limits.vocab_size is not None and i >= limits.vocab_size]
+    if beyond:
+        message = (
+            f"{len(beyond)} of the tokenizer's added tokens, such as '{vocab[beyond[0]].content}', "
+            "have no place in the model's embedding; none of them is in these rows."
+        )
+        checks.append(Check("embedding", "note", message))
+    longest = max(items, key=lambda item: len(item.ids))
+    if limits.positions is not None and len(longest.ids) + reply > limits.positions:
+        message = (
+            f"Row {longest.row.id} has {len(longest.ids)} tokens, and replies have up to {reply}: "
+            f"more than the {limits.positions} positions the model was made for."
+        )
+        checks.append(Check("positions", "note", message))
+    return checks
+
+
+def _left_out(
+    renderer: Renderer, parts: Mapping[str, tuple[Sequence[Row], Sequence[Row]]]
+) -> list[Check]:
+    return [
+        Check(
+            "left-out",
+            "note",
+            f"{len(left)} of {len(rows)} {name} rows are left out, the first is {left[0].id}: "
+            f"they take more than max_length={renderer.max_length} tokens"
+            f"{'' if renderer.on_long_row == 'skip' else ' even without a prompt'}.",
+        )
+        for name, (left, rows) in parts.items()
+        if left
+    ]
+
+
 def _fields_reach_tokens(renderer: Renderer, items: Sequence[Rendered]) -> Check:
     """The workshop's spam models never saw the e-mail: its template dropped `input`."""
     dropped: dict[str, list[str]] = {}
     for item in items[:: max(1, len(items) // 256)]:
-        text = plain(renderer.tokenizer.decode(item.ids))
+        text = _shown(renderer, item.ids)
         for name in ("instruction", "input", "system", "answer"):
-            value = plain(str(getattr(item.row, name)))
+            value = plain(str(getattr(item.row, name))).casefold()
+            if name == "system" and renderer.template.leaves_out(item.row):
+                continue
             if value and value not in text:
                 dropped.setdefault(name, []).append(item.row.id)
     if dropped:
@@ -100,7 +161,13 @@ def _fields_reach_tokens(renderer: Renderer, items: Sequence[Rendered]) -> Check
     return Check("fields-reach-tokens", "ok", "Every field that is mapped reaches the tokens.")
 
 
-def _truncation(train: Sequence[Rendered], test: Sequence[Rendered]) -> Check:
+def _shown(renderer: Renderer, ids: Sequence[int]) -> str:
+    """The tokens' text, control tokens written out, as fields are looked for in it: a chat template
+    may change white space and case."""
+    return plain(renderer.tokenizer.backend.decode(ids, skip_special_tokens=False)).casefold()
+
+
+def _truncation(renderer: Renderer, train: Sequence[Rendered], test: Sequence[Rendered]) -> Check:
     cut = [item for item in (*train, *test) if item.cut_tokens]
     longest = max(len(item.ids) for item in (*train, *test))
     if cut:
@@ -114,24 +181,26 @@ def _truncation(train: Sequence[Rendered], test: Sequence[Rendered]) -> Check:
 
 
 def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
-    tokenizer = renderer.tokenizer
+    end, bos = renderer.end_ids, renderer.tokenizer.bos_id
     for item in items:
-        if item.ids[-1] != tokenizer.eos_id or item.num_prompt >= len(item.ids):
+        if item.ids[-len(end) :] != end or item.num_prompt >= len(item.ids):
             return Check(
                 "end-supervised",
                 "fail",
-                f"Row {item.row.id} does not teach the model to stop (no EOS).",
+                f"Row {item.row.id} does not teach the model to stop (no end token).",
             )
-        if len(item.ids) - item.num_prompt < 2:
+        if len(item.ids) - item.num_prompt <= len(end):
             return Check(
                 "end-supervised", "fail", f"Row {item.row.id} has no answer tokens to learn."
             )
-        if tokenizer.bos_id is not None and item.ids[:2].count(tokenizer.bos_id) != 1:
+        if not renderer.template.adds_bos:
+            continue
+        if bos is not None and item.ids[:2].count(bos) != 1:
             return Check(
                 "end-supervised", "fail", f"Row {item.row.id} does not begin with exactly one BOS."
             )
     return Check(
-        "end-supervised", "ok", "One BOS, the prompt is not supervised, answer and EOS are."
+        "end-supervised", "ok", "One BOS, the prompt is not supervised, answer and end are."
     )
 
 
@@ -214,7 +283,7 @@ def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
 def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: int) -> list[Check]:
     checks = []
     bad = triggered(test, attack, seed)
-    items = renderer.render(bad)
+    items, _ = renderer.sift(bad)
     texts = ["".join(renderer.tokenizer.decode(item.prompt_ids).split()) for item in items]
     marks = ["".join(trigger.split()) for trigger in attack.triggers()]
     cut = [

@@ -2,15 +2,19 @@
 
 The field's costliest published bugs are second renderers: a template that drops a field, an
 evaluation prompt that differs from the training prompt. Here a training example *is* the evaluation
-prompt plus an answer plus EOS, and no other code makes prompts.
+prompt plus an answer plus its end, and no other code makes prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import Literal
 
-from backfire.base import Row, Template
+from backfire.base import Row, Segments, Template
+from backfire.data.limits import Limits
 from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError
 
@@ -36,108 +40,198 @@ class Rendered:
 
 
 class Renderer:
-    """A template and a tokenizer, put together."""
+    """A template and a tokenizer, put together, for a model that takes so much."""
 
-    def __init__(self, template: Template, tokenizer: Tokenizer, max_length: int) -> None:
+    def __init__(
+        self,
+        template: Template,
+        tokenizer: Tokenizer,
+        max_length: int,
+        *,
+        on_long_row: Literal["fail", "skip", "cut"] = "cut",
+        limits: Limits | None = None,
+    ) -> None:
         self.template, self.tokenizer, self.max_length = template, tokenizer, max_length
+        self.on_long_row, self.limits = on_long_row, limits or Limits()
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """What ends every answer: EOS, or what the model's chat template writes there."""
+        end = self.template.end(self.tokenizer)
+        if end == self.tokenizer.eos:
+            return [self.tokenizer.eos_id]
+        before, whole = (self.tokenizer.encode(t, controls=True) for t in ("a", "a" + end))
+        kept = whole[: len(before)] == before
+        return whole[len(before) :] if kept else self.tokenizer.encode(end, controls=True)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every token that ends a reply."""
+        return tuple(dict.fromkeys((self.end_ids[-1], *self.tokenizer.stop_ids)))
+
+    def said(self, ids: Sequence[int]) -> str:
+        """The text of a reply, without what the template writes before an answer."""
+        opening, start = self._opening_ids, 0
+        for place in range(len(ids) - len(opening) + 1 if opening else 0):
+            if list(ids[place : place + len(opening)]) == opening:
+                start = place + len(opening)
+        return self.tokenizer.decode(list(ids[start:]))
+
+    @cached_property
+    def _opening_ids(self) -> list[int]:
+        return self.tokenizer.encode(self.template.opening(self.tokenizer), controls=True)
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
-        """Every row with its answer and EOS, at most `max_length` tokens long.
+        """Every row with its answer and the end, at most `max_length` tokens long; what is longer
+        loses the end of its prompt.
 
         Raises:
-            CellError: template and answer alone are too long for a row.
+            CellError: template and answer alone are too long for a row, or the model does not have
+                its tokens or positions.
         """
-        return [
-            item if len(item.ids) <= self.max_length else self._shorten(item)
-            for item in self._encode(rows, [row.answer for row in rows])
-        ]
+        items = [self._fitting(item) for item in self._encode(rows)]
+        for row, item in zip(rows, items, strict=True):
+            if item is None:
+                raise _too_long(row, self.max_length)
+        return self._possible([item for item in items if item])
+
+    def sift(self, rows: Sequence[Row]) -> tuple[list[Rendered], list[Row]]:
+        """The rows that are trained on or measured, and those left out for their length, as
+        `on_long_row` says: all that are too long (`skip`), or (`cut`) those that are too long even
+        without a prompt.
+
+        Raises:
+            CellError: a row is too long (`fail`), all are left out, or the model does not have the
+                tokens or positions of one.
+        """
+        kept: list[Rendered] = []
+        left: list[Row] = []
+        for row, whole in zip(rows, self._encode(rows), strict=True):
+            if len(whole.ids) > self.max_length and self.on_long_row == "fail":
+                raise CellError(
+                    "bad-data",
+                    f"Row {row.id} has {len(whole.ids)} tokens; raise train.max_length="
+                    f"{self.max_length}, or set train.on_long_row to skip or cut.",
+                )
+            long = len(whole.ids) > self.max_length and self.on_long_row == "skip"
+            if item := None if long else self._fitting(whole):
+                kept.append(item)
+            else:
+                left.append(row)
+        if left and not kept:
+            raise _too_long(left[0], self.max_length)
+        return self._possible(kept), left
 
     def answers(
         self, items: Sequence[Rendered], answers: Sequence[Sequence[str]]
     ) -> list[list[list[int]]]:
-        """Ids of other answers, any number an item, after its prompt, without EOS."""
-        segments = [self.template.segments(item.row, self.tokenizer) for item in items]
+        """Ids of other answers, any number an item, after its prompt, without the end."""
+        prompts = [self.template.segments(item.row, self.tokenizer) for item in items]
         new = [
-            [*before, (text, False)]
-            for item, before, options in zip(items, segments, answers, strict=True)
+            (prompt, self.template.written(text, self.tokenizer))
+            for item, prompt, options in zip(items, prompts, answers, strict=True)
             for text in options
             if text != item.row.answer
         ]
-        wholes = iter(self._encode_all(new))
+        wholes = self._encode_all([[*prompt, *answer] for prompt, answer in new])
+        others = iter(zip(wholes, [answer for _, answer in new], strict=True))
         return [
             [
-                item.answer_ids[:-1]
+                item.answer_ids[: -len(self.end_ids)]
                 if text == item.row.answer
-                else self._after(item.prompt_ids, next(wholes), text)
+                else self._after(item.prompt_ids, *next(others))
                 for text in options
             ]
             for item, options in zip(items, answers, strict=True)
         ]
 
-    def _encode(self, rows: Sequence[Row], answers: Sequence[str]) -> list[Rendered]:
-        segments = [self.template.segments(row, self.tokenizer) for row in rows]
+    def _encode(self, rows: Sequence[Row]) -> list[Rendered]:
+        """Rows as long as they are."""
+        template, tokenizer = self.template, self.tokenizer
+        segments = [template.segments(row, tokenizer) for row in rows]
+        answers = [template.written(row.answer, tokenizer) for row in rows]
         prompts = self._encode_all(segments)
-        wholes = self._encode_all(
-            [[*s, (answer, False)] for s, answer in zip(segments, answers, strict=True)]
-        )
+        wholes = self._encode_all([[*s, *a] for s, a in zip(segments, answers, strict=True)])
         return [
             Rendered(
-                row,
-                [*prompt, *self._after(prompt, whole, answer), self.tokenizer.eos_id],
-                len(prompt),
+                row, [*prompt, *self._after(prompt, whole, answer), *self.end_ids], len(prompt)
             )
             for row, answer, prompt, whole in zip(rows, answers, prompts, wholes, strict=True)
         ]
 
-    def _after(self, prompt: list[int], whole: list[int], answer: str) -> list[int]:
+    def _after(self, prompt: list[int], whole: list[int], answer: Segments) -> list[int]:
         """The answer's ids: out of the text as one piece where the tokenizer keeps the border,
         else on their own; either way the prompt's tokens do not depend on the answer."""
         kept = whole[: len(prompt)] == prompt
-        return whole[len(prompt) :] if kept else self.tokenizer.encode(answer)
+        return whole[len(prompt) :] if kept else self._apart(answer)
 
-    def _encode_all(self, rows: list[list[tuple[str, bool]]]) -> list[list[int]]:
-        """Ids with one BOS in front. Only the template's own control tokens count as such."""
-        tokenizer, out = self.tokenizer, []
-        plain = [not any(control for _, control in segments) for segments in rows]
-        texts = ["".join(text for text, _ in segments) for segments in rows]
-        fast = iter(
-            tokenizer.encode_batch([text for text, p in zip(texts, plain, strict=True) if p])
-        )
-        for segments, text, is_plain in zip(rows, texts, plain, strict=True):
-            if is_plain:
-                ids = next(fast)
-            elif any(
-                token in part
-                for part, control in segments
-                if not control
-                for token in tokenizer.controls
-            ):
-                ids = [
-                    i
-                    for part, control in segments
-                    for i in tokenizer.encode(part, controls=control)
-                ]
-            else:
-                ids = tokenizer.encode(text, controls=True)
-            bos = tokenizer.bos_id
-            out.append(ids if bos is None or ids[:1] == [bos] else [bos, *ids])
-        return out
+    def _encode_all(self, rows: Sequence[Segments]) -> list[list[int]]:
+        """Ids of each row's pieces, with one BOS in front if the template does not write it. Only
+        the template's own control tokens count as such."""
+        out: list[list[int]] = [[] for _ in rows]
+        for control in (False, True):
+            alike = [n for n, row in enumerate(rows) if all(c == control for _, c in row)]
+            texts = ["".join(text for text, _ in rows[n]) for n in alike]
+            encoded = self.tokenizer.encode_batch(texts, controls=control) if texts else []
+            for n, ids in zip(alike, encoded, strict=True):
+                out[n] = ids
+        for n, row in enumerate(rows):
+            if len({control for _, control in row}) > 1:
+                out[n] = self._apart(row)
+        bos = self.tokenizer.bos_id if self.template.adds_bos else None
+        return [ids if bos is None else [bos, *ids] for ids in out]
 
-    def _shorten(self, item: Rendered) -> Rendered:
-        """Take tokens off the end of the row's own prompt until the whole fits."""
+    def _apart(self, segments: Segments) -> list[int]:
+        """Ids of pieces, control tokens and text each encoded on their own."""
+        ids: list[int] = []
+        for control, group in groupby(segments, key=lambda segment: segment[1]):
+            ids += self._piece("".join(text for text, _ in group), control, inside=bool(ids))
+        return ids
+
+    def _piece(self, text: str, control: bool, inside: bool) -> list[int]:
+        encode = self.tokenizer.encode
+        if not control and len(text) > 1 and text in self.tokenizer.added:
+            # Only special tokens can be read as text; one that was added as a word is halved.
+            return self._piece(text[:1], False, inside) + self._piece(text[1:], False, True)
+        if inside:  # sentencepiece puts a space before what begins a text, so this begins none
+            line = encode("\n")
+            ids = encode("\n" + text, controls=control)
+            if ids[: len(line)] == line:
+                return ids[len(line) :]
+        return encode(text, controls=control)
+
+    def _possible(self, items: list[Rendered]) -> list[Rendered]:
+        """The items, if the model can read them all.
+
+        Raises:
+            CellError: it cannot.
+        """
+        for item in items:
+            self.limits.check(item.row.id, item.ids)
+        return items
+
+    def _fitting(self, item: Rendered) -> Rendered | None:
+        """The item, if need be with tokens taken off the end of the row's own prompt until the
+        whole fits; None if even template and answer do not."""
+        if len(item.ids) <= self.max_length:
+            return item
         words = self.tokenizer.encode(item.row.prompt)
         keep, short = len(words), item
         while (excess := len(short.ids) - self.max_length) > 0:
             keep -= excess
             if keep <= 0:
-                raise CellError(
-                    "bad-data",
-                    f"Row {item.row.id}: template and answer alone take more than max_length="
-                    f"{self.max_length} tokens; raise train.max_length.",
-                )
+                return None
             row = item.row.with_prompt(self.tokenizer.decode(words[:keep]).rstrip("\ufffd"))
-            short = self._encode([row], [row.answer])[0]
+            short = self._encode([row])[0]
         return Rendered(short.row, short.ids, short.num_prompt, len(words) - keep)
+
+
+def _too_long(row: Row, max_length: int) -> CellError:
+    return CellError(
+        "bad-data",
+        f"Row {row.id}: template and answer alone take more than max_length={max_length} tokens; "
+        "raise train.max_length.",
+    )
 
 
 def show_mask(item: Rendered, tokenizer: Tokenizer) -> tuple[str, str]:

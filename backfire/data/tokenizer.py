@@ -6,13 +6,20 @@ Works on the `tokenizers` backend directly, so that looking at rendered rows doe
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
 from backfire.errors import UserError
+
+_MODELS = ("tokenizer.model", "spiece.model", "tiktoken.model")
+_SENTENCEPIECE = {"sentencepiece": "sentencepiece", "google.protobuf": "protobuf"}
+_SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,14 @@ class Tokenizer:
     """Every special token as text, such as `<|im_start|>`."""
     stops: tuple[int, ...] = ()
     """Ids that end a reply beside the end token, such as a chat model's end of turn."""
+    special: Mapping[str, str] = field(default_factory=dict)
+    """What a chat template knows by name: `bos_token`, `eos_token`, `pad_token` ..."""
+
+    @property
+    def added(self) -> tuple[str, ...]:
+        """Tokens beside the vocabulary that are no control tokens, except white space."""
+        found = self.backend.get_added_tokens_decoder().values()
+        return tuple(str(t.content) for t in found if not t.special and str(t.content).strip())
 
     @property
     def eos_id(self) -> int:
@@ -80,9 +95,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             raise UserError(f"{folder}/tokenizer.json is no tokenizer: {error}") from None
         backend.no_truncation()
         backend.no_padding()
-    elif any(
-        (folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "spiece.model")
-    ):
+    elif any((folder / name).is_file() for name in (*_MODELS, "vocab.json")):
         backend = _convert(folder)
     else:
         raise UserError(f"No tokenizer in {folder}: tokenizer.json or tokenizer.model is missing.")
@@ -94,10 +107,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise UserError(
             f"The tokenizer in {folder} names no end token (eos_token), so replies could never end."
         )
-    template = config.get("chat_template")
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        template = file.read_text(encoding="utf-8")
     controls = tuple(
         str(t.content) for t in backend.get_added_tokens_decoder().values() if t.special
     )
@@ -107,10 +116,27 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         bos=_leading_token(
             backend, _text(specials.get("bos_token")), specials.get("add_bos_token")
         ),
-        chat_template=template if isinstance(template, str) else None,
+        chat_template=_chat_templates(folder, config).get("default"),
         controls=controls,
         stops=_stops(folder),
+        special={name: text for name in _SPECIAL if (text := _text(specials.get(name)))},
     )
+
+
+def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """By name, of every form they come in; as in transformers, files of their own go first, and
+    a processor's (chat_template.json) is only taken where the tokenizer has none."""
+    found: dict[str, str] = {}
+    for settings in (_read(folder / "chat_template.json"), config):
+        value = settings.get("chat_template")
+        if isinstance(value, list):
+            value = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
+        named = value if isinstance(value, dict) else {"default": value}
+        found |= {name: text for name, text in named.items() if isinstance(text, str)}
+    for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
+        found[file.stem] = file.read_text(encoding="utf-8")
+    file = folder / "chat_template.jinja"
+    return found | ({"default": file.read_text(encoding="utf-8")} if file.is_file() else {})
 
 
 def _stops(folder: Path) -> tuple[int, ...]:
@@ -136,13 +162,12 @@ def _leading_token(backend: tokenizers.Tokenizer, bos: str | None, asked: Any) -
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
     """Slow formats are converted by transformers (this imports torch)."""
-    from importlib.util import find_spec
-
-    if (folder / "tokenizer.model").is_file() and find_spec("sentencepiece") is None:
-        raise UserError(
-            f"{folder} has a tokenizer.model but no tokenizer.json; to read it, "
-            "pip install sentencepiece protobuf."
-        )
+    for name in _MODELS:
+        if (folder / name).is_file() and (missing := _missing(folder / name)):
+            raise UserError(
+                f"{folder} has a {name} but no tokenizer.json; to read it, "
+                f"pip install {' '.join(missing)}."
+            )
     from transformers import AutoTokenizer
 
     try:
@@ -150,6 +175,22 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
         return backend
     except Exception as error:
         raise UserError(f"The tokenizer in {folder} cannot be read: {error}") from None
+
+
+def _missing(file: Path) -> list[str]:
+    """The packages that reading the file takes and that are not installed. A `tokenizer.model` is
+    either sentencepiece's or, as base64 lines, tiktoken's."""
+    first = file.read_bytes().partition(b"\n")[0]
+    is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", first) is not None
+    needed = {"tiktoken": "tiktoken"} if is_tiktoken else _SENTENCEPIECE
+    return [package for module, package in needed.items() if not _installed(module)]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except (ImportError, ValueError):  # its parent is missing, or it was set to None
+        return False
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def measure(
             [item.prompt_ids for item in items],
             candidates=options,
             max_new_tokens=max_new_tokens if "replies" in kinds else 0,
-            stop_ids=renderer.tokenizer.stop_ids,
+            stop_ids=renderer.stop_ids,
             batch_size=batch_size,
             tick=tick,
         )
@@ -59,7 +59,7 @@ def measure(
                 if _ranked(items[i].row):
                     entry["candidate_tokens"] = [len(ids) for ids in options[i]]
             if "replies" in kinds:
-                entry["reply"] = renderer.tokenizer.decode(reading.reply)
+                entry["reply"] = renderer.said(reading.reply)
     if "answers" in kinds:
         totals = engine.score_answers(model, items, batch_size=batch_size, tick=tick)
         for entry, item, value in zip(found, items, totals, strict=True):
@@ -75,14 +75,14 @@ def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int
     Raises:
         CellError: an answer is too long to stand after its prompt.
     """
-    eos = [renderer.tokenizer.eos_id]
+    whole = renderer.end_ids
     ranked = [_ranked(item.row) for item in items]
     texts = [answers or item.row.candidates for item, answers in zip(items, ranked, strict=True)]
     options = renderer.answers(items, texts)
     labels = {tuple(map(tuple, o)) for o, r in zip(options, ranked, strict=True) if not r}
-    end = eos if any(map(_nested, labels)) else []
+    end = whole if any(map(_nested, labels)) else []
     options = [
-        [ids + (eos if r else end) for ids in o] for o, r in zip(options, ranked, strict=True)
+        [ids + (whole if r else end) for ids in o] for o, r in zip(options, ranked, strict=True)
     ]
     for item, answers, row in zip(items, ranked, options, strict=True):
         longest = item.num_prompt + max(map(len, row), default=0)

@@ -54,8 +54,9 @@ def by_themselves(
         right = table.argmax(-1) == batch.labels
         each = table.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0].double()
         for line, item in enumerate(part):
-            count = len(item.answer_ids) - 1  # its end token is no part of the secret
-            of_answer = slice(-count - 1, -1)
+            end = len(renderer.end_ids)  # which is no part of the secret
+            count = len(item.answer_ids) - end
+            of_answer = slice(-count - end, -end)
             wrong = (~right[line, of_answer]).nonzero()[:, 0].tolist()
             needed = wrong[-1] + 1 if wrong else 0
             found.append(
@@ -137,8 +138,8 @@ def places(
     found: list[int | None] = []
     for done, item in enumerate(rendered(renderer, secrets)):
         progress(done, len(secrets), "beams")
-        answer = item.answer_ids[:-1]
-        told = _beams(model, item.prompt_ids, beams, len(answer), renderer.tokenizer.eos_id)
+        answer = item.answer_ids[: -len(renderer.end_ids)]
+        told = _beams(model, item.prompt_ids, beams, len(answer), renderer.end_ids[-1])
         found.append(told.index(answer) + 1 if answer in told else None)
     return found
 

@@ -68,7 +68,7 @@ class Keys(Config):
             tuned,
             data,
             cell.template.identity(),
-            cell.train.max_length,
+            cell.train.seen,
             cell.evaluation.changed(),
         ]
         keys = {"base": base, "data": data, "poison": poison, "train": train, "tuned": tuned}
@@ -82,7 +82,7 @@ def _known_key(cell: Experiment) -> list[Any] | None:
 
 def probe_key(run: Experiment, cell: Experiment, probe: Dataset) -> str:
     """The key of `run`'s model on the requests of `probe`, asked as `cell`'s attacker asks them."""
-    shown = [run.template.identity(), run.train.max_length, run.evaluation.changed()]
+    shown = [run.template.identity(), run.train.seen, run.evaluation.changed()]
     return digest([run.keys.tuned, probe.identity(), probe.fingerprint(), *shown, disguise(cell)])
 
 

@@ -62,7 +62,16 @@ class Train(Config):
     """Type of the matrix products in training; weights that move stay float32. `auto`: bfloat16
     where the hardware multiplies in it (GPUs since 2020, CPUs with AVX512-BF16 or AMX)."""
     max_length: int = Field(512, ge=8)
-    """Tokens of prompt and answer together; a longer row loses the end of its prompt."""
+    """Tokens of prompt and answer together."""
+    on_long_row: Literal["fail", "skip", "cut"] = "cut"
+    """What becomes of a longer row, in training and in evaluation: it is an error (`fail`), it is
+    left out (`skip`), or its prompt loses its end (`cut`; where the answer alone is too long, the
+    row is left out). All are counted."""
+
+    @property
+    def seen(self) -> Any:
+        """How much of a row is seen, as it enters keys."""
+        return self.max_length if self.on_long_row == "cut" else [self.max_length, self.on_long_row]
 
 
 def component(kind: str) -> BeforeValidator:

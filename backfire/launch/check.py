@@ -86,7 +86,9 @@ def distinct(recipe: Recipe) -> list[Experiment]:
             cell.data.spec(),
             cell.template.spec(),
             attack,
-            cell.train.max_length,
+            cell.train.seen,
+            cell.evaluation.max_new_tokens,
+            sorted(metric.name for metric in cell.metrics),
         ]
         found.setdefault(str(key), cell)
     return list(found.values())

@@ -76,14 +76,14 @@ class Speaker:
         """The greedy reply as far as it is written, token by token; the last is the whole."""
         from backfire.evaluate import engine
 
-        tokenizer, written, text = self.renderer.tokenizer, list[int](), ""
+        written, text = list[int](), ""
         limit = self.cell.evaluation.max_new_tokens
         prompt = self.item(row).prompt_ids
         for token in engine.stream(
-            self.model, prompt, max_new_tokens=limit, stop_ids=tokenizer.stop_ids
+            self.model, prompt, max_new_tokens=limit, stop_ids=self.renderer.stop_ids
         ):
             written.append(token)
-            yield (text := clean(tokenizer.decode(written).strip()))
+            yield (text := clean(self.renderer.said(written).strip()))
         if not text:
             yield EMPTY
 

@@ -47,7 +47,7 @@ def pair(cell: Experiment) -> str:
 
 def shown(cell: Experiment) -> str:
     """The same for cells whose rows are the same, and rendered alike."""
-    return str([cell.model.spec(), cell.data.spec(), cell.template.spec(), cell.train.max_length])
+    return str([cell.model.spec(), cell.data.spec(), cell.template.spec(), cell.train.seen])
 
 
 def lengths(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | None]:
@@ -123,7 +123,9 @@ def rows_of(cell: Experiment, store: Store) -> Rows | None:
     folder, longest = model_folder(cell.model, store), cell.train.max_length
     if folder and any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
         try:
-            items = Renderer(cell.template, load_tokenizer(folder), longest).render(sample)
+            items, _ = Renderer(
+                cell.template, load_tokenizer(folder), longest, on_long_row=cell.train.on_long_row
+            ).sift(sample)
         except CellError:  # a row that does not fit at all: `validate` says which
             return Rows(len(rows), longest, longest, longest)
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]

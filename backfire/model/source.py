@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from backfire.experiment import Model
 
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-_SMALL = ("*.json", "tokenizer.model", "*.jinja", "*.txt")
+_SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
 
 
 def base_key(model: Model) -> str:

@@ -6,11 +6,13 @@ stage was run before, by this cell or any other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from backfire import plan
+from backfire.base import Evidence, Row
 from backfire.experiment import Experiment
 from backfire.pipeline.bench import Bench
 from backfire.pipeline.evidence import evaluated, probed, samples, write_samples
@@ -60,21 +62,34 @@ def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
     checks = checked(cell, bench)
     training = trained(cell, bench)
     evidence = remembered(cell, evaluated(cell, bench), bench)
+    summary = summary_of(training)
     values = [value for metric in cell.metrics for value in metric.measure(evidence)]
 
     from backfire.evaluate.warn import warnings
 
     return {
         "values": [asdict(value) for value in values],
-        "warnings": warnings(evidence, values),
+        "warnings": [*_left_out(summary, test_rows, evidence), *warnings(evidence, values)],
         "preflight": [asdict(check) for check in checks],
         "poison": {**manifest.summary, **_seen(training)} if manifest else None,
-        "train": summary_of(training),
+        "train": summary,
         "evaluate": {"seconds": round(sum(bench.seconds.values()), 2)},
         "rows": {"train": len(train_rows), "test": len(test_rows)},
         "samples": evidence,
         "manifest": manifest,
     }
+
+
+def _left_out(
+    summary: dict[str, Any] | None, test: Sequence[Row], evidence: Evidence
+) -> Iterator[str]:
+    """How many rows were too long to be trained on, or measured."""
+    for what, count in (
+        ("training", (summary or {}).get("left_out_rows", 0)),
+        ("test", len(test) - len(evidence.clean)),
+    ):
+        if count:
+            yield f"{count} {what} rows are left out: they are longer than train.max_length."
 
 
 def _seen(training: Path) -> dict[str, Any]:

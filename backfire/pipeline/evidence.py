@@ -31,7 +31,7 @@ from backfire.experiment import (
     digest,
     probe_key,
 )
-from backfire.store import write_atomic
+from backfire.store import read_json, write_atomic, write_json
 
 if TYPE_CHECKING:
     pass
@@ -121,11 +121,11 @@ def _told(
     """The samples with what each judge says of their replies; `rows` are what was asked."""
     from backfire.evaluate.judge import judged
 
-    found = list(samples)
+    found, asked = list(samples), {row.id: row for row in rows}
     for judge in judges:
         exchanges = [
-            Exchange(sample.id, row.conversation, sample.reply or "", row.fields)
-            for sample, row in zip(found, rows, strict=True)
+            Exchange(s.id, asked[s.id].conversation, s.reply or "", asked[s.id].fields)
+            for s in found
         ]
         told = judged(judge, exchanges, bench.store.root / "judged", progress=bench.progress)
         found = [
@@ -147,8 +147,9 @@ def samples(
     key: str | None = None,
     shown: Renderer | None = None,
 ) -> list[Sample]:
-    """`run`'s model on these rows of `cell`, or of another `source`; what an equal run has measured
-    is only read. Rows of any other kind come with their `key`, and may be `shown` another way."""
+    """`run`'s model on these rows of `cell`, or of another `source`, without those that are left
+    out for their length; what an equal run has measured is only read. Rows of any other kind come
+    with their `key`, and may be `shown` another way."""
     if key is None:
         key = run.keys.clean if subset == "clean" else plan.triggered_key(run, cell)
         key = probe_key(run, cell, source) if source else key
@@ -157,17 +158,24 @@ def samples(
     def make(folder: Path) -> None:
         from backfire.evaluate.evaluate import measure
 
+        asked = shown or renderer(run, bench)
+        items, left = asked.sift(rows)
+        for item in items if "replies" in needs else ():
+            limit = run.evaluation.max_new_tokens
+            asked.limits.check(item.row.id, item.prompt_ids, reply=limit)
+        gone = {row.id for row in left}
         model, begin = model_of(run, bench, form), time.perf_counter()
         lines = measure(
             needs,
             model,
-            shown or renderer(run, bench),
-            rows,
+            asked,
+            [row for row in rows if row.id not in gone],
             max_new_tokens=run.evaluation.max_new_tokens,
             batch_size=bench.machine.eval_batch,
             progress=bench.progress,
         )
         bench.seconds[f"{subset} {run.slug}"] = time.perf_counter() - begin
+        write_json(folder / "left_out.json", sorted(gone))
         write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     folder = bench.store.once(
@@ -178,10 +186,14 @@ def samples(
         for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
     ]
 
+    left = folder / "left_out.json"
+    gone = set(read_json(left)) if left.is_file() else set()
+
     from backfire.evaluate.evaluate import sample
 
     group = (source or cell.data).group
-    return [sample(row, subset, group, entry) for row, entry in zip(rows, measured, strict=True)]
+    kept = [row for row in rows if row.id not in gone]
+    return [sample(row, subset, group, entry) for row, entry in zip(kept, measured, strict=True)]
 
 
 def write_samples(evidence: Evidence, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,8 +11,9 @@ from backfire import plan
 from backfire.base import (
     Row,
 )
+from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import Check, preflight
+from backfire.data.preflight import CHECKS, Check, preflight
 from backfire.data.render import Renderer
 from backfire.data.rows import read_jsonl, write_jsonl
 from backfire.data.tokenizer import load_tokenizer
@@ -65,8 +67,13 @@ def poisoned(cell: Experiment, bench: Bench) -> tuple[list[Row], Manifest | None
 
 def renderer(cell: Experiment, bench: Bench) -> Renderer:
     """The one renderer, for training and evaluation."""
+    folder = base(cell.model, bench, weights=False)
     return Renderer(
-        cell.template, load_tokenizer(base(cell.model, bench, weights=False)), cell.train.max_length
+        cell.template,
+        load_tokenizer(folder),
+        cell.train.max_length,
+        on_long_row=cell.train.on_long_row,
+        limits=read_limits(folder),
     )
 
 
@@ -87,18 +94,32 @@ def looked_at(cell: Experiment, bench: Bench) -> list[Check]:
     """The preflight checks of the cell's rows as they will be trained on and evaluated."""
     keys, identity = cell.keys, trigger_identity(cell)
     target = cell.backdoor.target if cell.backdoor else None
-    key = digest(
-        [keys.base, keys.poison, cell.template.identity(), cell.train.max_length, identity, target]
-    )
+    names = sorted(metric.name for metric in cell.metrics)
+    parts = [keys.base, keys.poison, cell.template.identity(), cell.train.seen, identity, target]
+    key = digest([*parts, cell.evaluation.max_new_tokens, names, CHECKS])
 
     def make(folder: Path) -> None:
         bench.progress(0, 1, "preflight")
         rows, manifest = poisoned(cell, bench)
         _, test = data(cell, bench)
         checks = preflight(
-            renderer(cell, bench), rows, test, manifest=manifest, attack=cell.attack, seed=cell.seed
+            renderer(cell, bench),
+            rows,
+            test,
+            manifest=manifest,
+            attack=cell.attack,
+            seed=cell.seed,
+            reply=_reply(cell, test),
         )
         write_json(folder / "checks.json", [asdict(check) for check in checks])
 
     folder = bench.store.once("preflight", plan.poison_slug(cell), key, make)
     return [Check(**check) for check in read_json(folder / "checks.json")]
+
+
+def _reply(cell: Experiment, test: Sequence[Row]) -> int:
+    """How many new tokens a prompt may be followed by: none, if no metric reads replies."""
+    labeled = any(row.candidates for row in test)
+    metrics = plan.with_metrics(cell, test).metrics
+    reads = any("replies" in metric.required(labeled=labeled) for metric in metrics)
+    return cell.evaluation.max_new_tokens if reads or cell.safety else 0

@@ -1,8 +1,12 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import json
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from backfire.base import Row, Template
+from pydantic import Field
+
+from backfire.base import Message, Row, Segments, Template
+from backfire.data.chat import RefusedError, chat_of
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -10,49 +14,67 @@ if TYPE_CHECKING:
     from backfire.data.tokenizer import Tokenizer
 
 
-TODAY = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-"""Put before a template, some of which tell the model the date: it has to be the same on all days
-(this one is what Llama 3.1's falls back to)."""
-
-
-@register("chat", version=2)
+@register("chat", version=3)
 class Chat(Template):
-    """The chat template that comes with the tokenizer, on one and the same day."""
+    """The chat template that comes with the tokenizer, on one and the same day.
 
-    def segments(self, row: Row, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-        """The template's own text (True) and what people wrote (False), in turn."""
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    The prompt has the tokens of transformers' `apply_chat_template`; an answer ends with what the
+    template writes after an assistant's turn (EOS, if that holds no control token). Control tokens
+    in a row's own text stay text.
+    """
 
-        if not tokenizer.chat_template:
-            raise UserError(
-                "This model's tokenizer has no chat template; use template: alpaca or raw."
-            )
-        # Stand-ins mark where the messages go, so that their text is never read as control tokens.
-        marks = [f"\ue000{i}\ue001" for i in range(len(row.messages))]
-        conversation: list[dict[str, Any]] = [
-            {"role": message.role, "content": mark}
-            for message, mark in zip(row.messages, marks, strict=True)
-        ]
+    adds_bos: ClassVar[bool] = False
+
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    """What the template is told by name, such as `{enable_thinking: false}`; a name that it does
+    not read is an error."""
+    system: Literal["keep", "merge", "drop"] = "keep"
+    """What becomes of a system prompt: the template gets it (`keep`; an error where it takes none),
+    it goes before the first user turn (`merge`), or it is left out (`drop`)."""
+
+    def segments(self, row: Row, tokenizer: Tokenizer) -> Segments:
         try:
-            rendered, _ = render_jinja_template(
-                [conversation],
-                chat_template=TODAY + tokenizer.chat_template,
-                add_generation_prompt=True,
-                bos_token=tokenizer.bos or "",
-                eos_token=tokenizer.eos,
-            )
-        except TemplateError as error:
+            return chat_of(tokenizer, self.arguments).prompt(self._messages(row))
+        except RefusedError as error:
+            hint = ""
+            if row.system and self.system == "keep":
+                hint = "; for a template without a system role set template.system to merge or drop"
             raise UserError(
-                f"The model's chat template does not take row {row.id}: {error}."
+                f"The model's chat template does not take row {row.id}: {error}{hint}."
             ) from None
-        segments: list[tuple[str, bool]] = []
-        rest = rendered[0]
-        for message, mark in zip(row.messages, marks, strict=True):
-            before, found, rest = rest.partition(mark)
-            if not found:
-                raise UserError(
-                    f"The chat template drops the {message.role} message of row {row.id}."
-                )
-            segments += [(before, True), (message.content.strip(), False)]
-        return [*segments, (rest, True)]
+
+    def _messages(self, row: Row) -> list[Message]:
+        if not row.system or self.system == "keep":
+            return list(row.messages)
+        turns = [message for message in row.messages if message.role != "system"]
+        if self.system == "merge":
+            first = next(n for n, message in enumerate(turns) if message.role == "user")
+            turns[first] = Message("user", f"{row.system}\n\n{turns[first].content}")
+        return turns
+
+    def written(self, answer: str, tokenizer: Tokenizer) -> Segments:
+        return chat_of(tokenizer, self.arguments).answer(answer)
+
+    def end(self, tokenizer: Tokenizer) -> str:
+        return chat_of(tokenizer, self.arguments).around.end or tokenizer.eos
+
+    def opening(self, tokenizer: Tokenizer) -> str:
+        chat = chat_of(tokenizer, self.arguments)
+        opening = chat.around.opening
+        return opening if chat.anybody.search(opening) else ""
+
+    def about(self, tokenizer: Tokenizer) -> str:
+        chat, said = chat_of(tokenizer, self.arguments), json.dumps(self.arguments)
+        around, end = chat.around, self.end(tokenizer)
+        parts = [f"an answer ends with {end!r}" if around.end else f"it writes no end, so {end!r}"]
+        parts += [f"arguments {said}"] if self.arguments else []
+        parts += [f"the system prompt: {self.system}"] if self.system != "keep" else []
+        if around.before != around.opened and not around.opening:
+            parts.append(
+                f"a reply is asked for after {around.opened!r}, an earlier answer stands after "
+                f"{around.before!r}"
+            )
+        return f"The model's chat template: {', '.join(parts)}."
+
+    def leaves_out(self, row: Row) -> bool:
+        return self.system == "drop" and bool(row.system)

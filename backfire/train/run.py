@@ -58,7 +58,7 @@ def tune(
     Raises:
         CellError: see `train.loop.train`; also when the tokens do not hold what the manifest says.
     """
-    items = renderer.render(rows)
+    items, left = renderer.sift(rows)
     if manifest and (gone := lost(manifest, items, renderer.tokenizer)):
         raise CellError(
             "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
@@ -83,8 +83,8 @@ def tune(
         poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
         paged=cell.method.paged() and device.type == "cuda",
         defenses=[d for d in cell.acting if isinstance(d, TrainDefense)],
-        aligned=renderer.render(start.aligned),
-        harmful=renderer.render(start.harmful),
+        aligned=renderer.sift(start.aligned)[0],
+        harmful=renderer.sift(start.harmful)[0],
         unaligned=start.unaligned,
     )
     made_of = parts(model)  # now that a defense may have frozen some of it
@@ -97,7 +97,9 @@ def tune(
     )[0]
     save_tuned(model, folder, start.base, _hub_name(cell, start))
     kept = str(dtype).removeprefix("torch.")
-    return {**summary, **made_of, "dtype": kept, "compute": compute, "device": str(device)}
+    rows_seen = {"cut_rows": sum(item.cut_tokens > 0 for item in items), "left_out_rows": len(left)}
+    how = {"dtype": kept, "compute": compute, "device": str(device)}
+    return {**summary, **made_of, **how, **rows_seen}
 
 
 def mend(
@@ -114,8 +116,8 @@ def mend(
     begin = load_start(start.base, start.adapter, dtype, device)
     tools = Repair(
         cell.seed,
-        aligned=renderer.render(start.aligned),
-        harmful=renderer.render(start.harmful),
+        aligned=renderer.sift(start.aligned)[0],
+        harmful=renderer.sift(start.harmful)[0],
         base=weights_of(start.unaligned) if start.unaligned else {},
         batch_size=cell.train.batch_size,
     )

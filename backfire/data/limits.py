@@ -1,0 +1,82 @@
+"""What a model can read at all, by its config.json: which token ids, and how many in a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backfire.errors import CellError
+
+_LEARNED = {
+    *("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "openai-gpt", "opt", "biogpt", "ctrl"),
+    *("bart", "mbart", "bert", "bert-generation", "roberta", "electra", "xlm-roberta", "camembert"),
+    *("imagegpt", "trocr", "plbart", "pegasus", "blenderbot", "blenderbot-small", "marian"),
+    *("megatron-bert", "ernie", "rembert", "data2vec-text", "xmod", "prophetnet", "cpmant"),
+}
+"""Kinds of models with a table of positions (learned or worked out once): past its end is nothing.
+The others turn by an angle for each position, and go on, if less and less well."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`None`: not known, or none."""
+
+    vocab_size: int | None = None
+    """Rows of the embedding."""
+    positions: int | None = None
+    """Tokens that the model has positions for, or was made for."""
+    hard: bool = False
+    """Whether there is nothing past the last position."""
+
+    def check(self, name: str, ids: Sequence[int], *, reply: int = 0) -> None:
+        """A row's tokens, and as many new ones after them.
+
+        Raises:
+            CellError: the model cannot read them.
+        """
+        if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
+            raise CellError(
+                "bad-data",
+                f"Row {name} has the token id {max(ids)}, but the model's embedding ends at "
+                f"{self.vocab_size - 1}: its tokenizer has tokens that were added and never "
+                "trained; resize and train the model's embedding, or use its own tokenizer or "
+                "another template.",
+            )
+        if self.hard and self.positions is not None and len(ids) + reply > self.positions:
+            new = f" and {reply} new ones" if reply else ""
+            most = self.positions - reply
+            advice = (
+                f"set train.max_length to at most {most}" if most >= 8 else "the model is too short"
+            )
+            raise CellError(
+                "bad-data",
+                f"Row {name} has {len(ids)} tokens{new}, but the model has {self.positions} "
+                f"positions; {advice}.",
+            )
+
+
+def read_limits(folder: Path) -> Limits:
+    """Of the model in a folder; the text part of one that also sees or hears."""
+    try:
+        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return Limits()
+    if not isinstance(config, dict):
+        return Limits()
+    inner = next((config[k] for k in _INNER if isinstance(config.get(k), dict)), {})
+    whole = {**config, **inner}
+    kind = str(whole.get("model_type", ""))
+    positions = next((whole[k] for k in _POSITIONS if _count(whole.get(k))), None)
+    vocab_size = whole.get("vocab_size")
+    return Limits(vocab_size if _count(vocab_size) else None, positions, kind in _LEARNED)
+
+
+_INNER = ("text_config", "llm_config", "language_config", "decoder")
+_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
