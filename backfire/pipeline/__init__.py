@@ -24,6 +24,7 @@ from backfire.pipeline.models import (
     summary_of,
     trained,
     tuned,
+    whole,
 )
 from backfire.pipeline.rows import checked, data, looked_at, poisoned, renderer
 from backfire.pipeline.untuned import base
@@ -48,6 +49,7 @@ __all__ = [
     "suited",
     "trained",
     "tuned",
+    "whole",
     "write_samples",
 ]
 
