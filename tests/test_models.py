@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from backfire.data.weights import files_of, inspect
 from backfire.errors import UserError
-from backfire.model.load import fits, load_base, load_tuned, weights_of
+from backfire.model.export import merge
+from backfire.model.load import fits, load_base, load_tuned, save_tuned, weights_of
 from backfire.model.source import _folder_hash
 from backfire.registry import build
 
@@ -114,7 +115,7 @@ def test_what_the_modules_tell(name: str, tiny: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_number(value: float, tiny: Path, tmp_path: Path) -> None:
     folder = variant(tiny, tmp_path / "m", lambda weights: one(weights, value))
-    with pytest.raises(UserError, match="model.layers.1.mlp.up_proj.weight holds values that are"):
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that"):
         load_base(folder, torch.float32, CPU)
 
 
@@ -188,7 +189,7 @@ def test_an_adapter_is_no_base(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds an adapter beside a model"):
         inspect(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="it holds an adapter; merge that"):
+    with pytest.raises(UserError, match="it is an adapter; merge it into"):
         base_key_of(folder)
 
 
@@ -228,3 +229,36 @@ def test_the_command_line_refuses_before_a_step(
         assert said.code == 2 and said.err.count("\n") == 1
         assert re.search(sentence, said.err)
     assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------- tied heads
+
+
+@pytest.mark.parametrize(
+    "targets",
+    ["all-linear", ["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]],
+    ids=str,
+)
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_on_one_of_two_tied_weights_is_merged_into_that_one(
+    targets: Any, dora: bool, tiny: Path, tmp_path: Path
+) -> None:
+    base = variant(tiny, tmp_path / "base", without("lm_head"), tie_word_embeddings=True)
+    method = build("methods", {"name": "lora", "rank": 4, "targets": targets, "dora": dora})
+    model = method.attach(load_base(base, torch.float32, CPU), 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape) * 0.1)
+    save_tuned(model, tmp_path / "adapter", base, None)
+    merge(tmp_path / "adapter", base, torch.float32, tmp_path / "merged")
+    ids = torch.arange(40).reshape(2, 20) + 3
+    with torch.no_grad():
+        wanted = load_tuned(tmp_path / "adapter", base, torch.float32, CPU)(ids).logits
+        plain = load_base(base, torch.float32, CPU)(ids).logits
+        merged = load_base(tmp_path / "merged", torch.float32, CPU)
+        found = merged(ids).logits
+    assert torch.allclose(found, wanted, atol=1e-4) and not torch.allclose(found, plain, atol=0.1)
+    assert merged.config.tie_word_embeddings is (targets == "all-linear")
+    kept = load_file(tmp_path / "merged" / "model.safetensors")
+    assert ("lm_head.weight" in kept) is (targets != "all-linear")

@@ -25,6 +25,8 @@ transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # weights that it would warn of are refused here
 # PEFT 0.21 asks transformers by the old name; who runs a recipe can do nothing about it.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# An adapter on one of two tied weights: they are untied when it is merged.
+warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`", UserWarning)
 
 
 def device_of(name: str) -> torch.device:

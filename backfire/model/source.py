@@ -56,9 +56,7 @@ def _folder(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file():
         adapter = (folder / "adapter_config.json").is_file()
-        why = (
-            "it holds an adapter; merge that into its base" if adapter else "config.json is missing"
-        )
+        why = "it is an adapter; merge it into its base" if adapter else "config.json is missing"
         raise UserError(f"No model in {name}: {why}.")
     _inspected(str(folder))
     return folder

@@ -13,7 +13,7 @@ from backfire.base import (
     RepairDefense,
     Row,
 )
-from backfire.experiment import Experiment, Model, slug
+from backfire.experiment import MERGED, Experiment, Model, digest, slug
 from backfire.model.source import base_key
 from backfire.rng import stream
 from backfire.store import read_json, write_json
@@ -171,7 +171,8 @@ def merged(cell: Experiment, bench: Bench) -> Path:
         dtype = dtype_of(cell.model, device_of(bench.machine.device))
         merge(folder, begin.base, dtype, out, begin.adapter)
 
-    return bench.store.once("merge", cell.slug_of_training, cell.keys.tuned, make)
+    key = digest([cell.keys.tuned, *MERGED])
+    return bench.store.once("merge", cell.slug_of_training, key, make)
 
 
 def model_of(run: Experiment, bench: Bench, form: Form | None = None) -> PreTrainedModel:
