@@ -282,7 +282,7 @@ def test_what_is_wrong_is_one_sentence(
     Path("r.yaml").write_text(RECIPE.format(model=tiny, method="full"))
     Path("odd").mkdir()
     Path("odd/config.json").write_text('{"model_type": "no-such-model"}')
-    Path("odd/model.safetensors").write_bytes(b"")
+    Path("odd/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     said = backfire("doctor", *arguments)
     assert said.code == 2 and sentence in said.err
     assert said.err.count("\n") == 1 and "Traceback" not in said.err

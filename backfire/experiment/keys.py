@@ -25,6 +25,10 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80] or "x"
 
 
+MERGED = ("merged", 2)
+"""How adapters are merged, and its version."""
+
+
 class Keys(Config):
     """One key a stage; see `docs/concepts.md` for what each covers."""
 
@@ -50,7 +54,7 @@ class Keys(Config):
         start = base
         if alignment and cell.align:
             start = alignment.keys.tuned
-            start = digest([start, "merged"]) if cell.align.merge else start
+            start = digest([start, *MERGED]) if cell.align.merge else start
         tuning = [cell.method.identity(), cell.train.changed(), cell.seed]
         early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
         late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]

@@ -102,6 +102,8 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
     """
     for cell in distinct(recipe):
         pipeline.checked(cell, Bench(store))
+    for model in {str(cell.model.spec()): cell.model for cell in recipe.cells}.values():
+        pipeline.whole(model, Bench(store))
     # `full` suits every model, so that a recipe without adapters need not wait for torch here.
     adapting = {
         str([cell.model.spec(), cell.method.spec()]): cell

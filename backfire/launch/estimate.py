@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.launch.workload import Rows, Weights
 
@@ -77,11 +76,7 @@ def size(cell: Experiment, folder: Path | None) -> Size:
         if cell.model.name == "sandbox" or folder is None:
             base = _new_model(Pretrain(), Pretrain().vocab_size, 0, 1)
         else:
-            try:
-                base = skeleton(folder)
-            except Exception as error:  # unknown architectures fail in many ways
-                why = str(error).strip().partition("\n")[0]
-                raise UserError(f"{folder}/config.json is not understood: {why}") from None
+            base = skeleton(folder)
         head, config = base.get_output_embeddings(), base.config.get_text_config()
         layers = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         linear, parameters = sum(m.weight.numel() for m in layers), base.num_parameters()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -39,17 +40,46 @@ def merge(
     Raises:
         UserError: this kind of adapter cannot be merged.
     """
-    model = load_tuned(tuned, base, dtype, torch.device("cpu"), below=below)
+    model: Any = load_tuned(tuned, base, dtype, torch.device("cpu"), below=below)
     if hasattr(model, "peft_config"):
+        kind = next(iter(model.peft_config.values())).peft_type.value
+        was_tied = _untie(model.get_base_model())
         try:
-            model = cast(PreTrainedModel, cast(Any, model).merge_and_unload())
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+                model = model.merge_and_unload()
         except AttributeError:
-            kind = next(iter(cast(Any, model).peft_config.values())).peft_type.value
             raise UserError(
                 f"An adapter of kind {kind} is no change of weights, so it cannot be merged into "
                 "them; export it as it is."
             ) from None
+        if was_tied:
+            _tie_again(model)
     save_tuned(model, out, base, None)
+
+
+def _untie(model: PreTrainedModel) -> bool:
+    """Let head and embedding be two weights, if they are one: an adapter on either of them leaves
+    the other as it is, so that merged into both it would be another model."""
+    head, words = (
+        getattr(layer, "base_layer", layer)  # within the adapter's layer, if it has one
+        for layer in (model.get_output_embeddings(), model.get_input_embeddings())
+    )
+    if head is None or head.weight is not words.weight:
+        return False
+    head.weight = torch.nn.Parameter(words.weight.detach().clone())
+    return True
+
+
+def _tie_again(model: PreTrainedModel) -> None:
+    """One weight for head and embedding, if merging changed neither; else the configuration is to
+    say that they are two."""
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
+    same = torch.equal(head.weight, words.weight)
+    if same:
+        head.weight = words.weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = same
 
 
 def copy_model(tuned: Path, base: Path, out: Path) -> None:

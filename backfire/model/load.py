@@ -6,12 +6,14 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
+from backfire.data.weights import complete, files_of, stored, tensors
 from backfire.errors import UserError
 from backfire.model.quantize import assert_quantized, quantizer
 from backfire.store import read_json, write_json
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
     from backfire.experiment import Model
 
 transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()  # weights that it would warn of are refused here
 # PEFT 0.21 asks transformers by the old name; who runs a recipe can do nothing about it.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+# An adapter on one of two tied weights: they are untied when it is merged.
+warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`", UserWarning)
 
 
 def device_of(name: str) -> torch.device:
@@ -57,7 +62,7 @@ def dtype_of(model: Model, device: torch.device) -> torch.dtype:
 
 def load_base(
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["auto"],
     device: torch.device,
     quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
@@ -68,34 +73,102 @@ def load_base(
     """
     extra = {"quantization_config": quantizer(quantization)} if quantization else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
-            device_map={"": str(device)} if quantization else None,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            device_map={"": str(device)},  # straight to where it is used
             **extra,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(
-            f"The model in {folder} cannot be loaded: {str(error).strip().splitlines()[0]}"
-        ) from None
+        raise UserError(f"The model in {folder} cannot be loaded: {_first(error)}") from None
     except Exception as error:  # safetensors raises its own kind for a torn file
         raise UserError(
             f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
+    complete(f"The model in {folder}", info)
+    _one_head(model, f"The model in {folder}")
+    _finite(model, f"The model in {folder}")
     if quantization:
         assert_quantized(model, quantization)
-        return cast(PreTrainedModel, model.eval())
-    return cast(PreTrainedModel, model.to(device).eval())
+    return cast(PreTrainedModel, model.eval())
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _one_head(model: PreTrainedModel, what: str) -> None:
+    """Raises:
+    UserError: weights that should be one, such as head and embedding, were found to differ."""
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    if apart := sorted(set(tied) - set(model.all_tied_weights_keys)):
+        raise UserError(_two_heads(what, apart[0], tied[apart[0]]))
+
+
+def _two_heads(what: str, one: str, other: str) -> str:
+    return (
+        f"{what} holds two different weights for {one} and {other}, but by its config.json they "
+        "are one (tie_word_embeddings), so which of them counts depends on the program; correct it."
+    )
+
+
+def _finite(model: PreTrainedModel, what: str) -> None:
+    """Raises:
+    UserError: a weight is not a number or infinite."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel():
+            low, high = weight.detach().aminmax()
+            if not (torch.isfinite(low) & torch.isfinite(high)):
+                raise UserError(f"{what} is broken: {name} holds values that are no finite number.")
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model's modules without its weights, to see whether a method suits it."""
-    with torch.device("meta"):
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    """The model's modules without its weights, to see whether a method suits it.
+
+    Raises:
+        UserError: there is no causal language model of this kind.
+    """
+    try:
+        with torch.device("meta"):
+            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+            model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
+    except Exception as error:  # unknown architectures fail in many ways
+        raise UserError(f"{folder}/config.json is not understood: {_first(error)}") from None
+    both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if both_ways and not (config.is_decoder or getattr(config, "causal", False)):
+        raise UserError(
+            f"The model in {folder} is no causal language model: a {config.model_type} reads "
+            "forward and backward unless its config.json says is_decoder."
+        )
+    return model
+
+
+def fits(folder: Path) -> None:
+    """Whether the weights in a folder are just those that the model needs, by their headers.
+
+    Raises:
+        UserError: some are missing, left over or of another shape, or tied ones differ.
+    """
+    model, weights = skeleton(folder), stored(files_of(folder))
+    empty = {name: torch.empty(one.shape, device="meta") for name, one in weights.items()}
+    settings: dict[str, Any] = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True}
+    try:
+        loaded, info = type(model).from_pretrained(
+            None, config=model.config, state_dict=empty, output_loading_info=True, **settings
+        )
+    except Exception as error:  # weights that cannot be brought into the shape of the modules
+        raise UserError(f"The model in {folder} cannot be loaded: {_first(error)}") from None
+    complete(f"The model in {folder}", info)
+    for one, other in loaded.all_tied_weights_keys.items():
+        if one in weights and other in weights:
+            held = dict(tensors(folder, (one, other)))
+            if not torch.equal(held[one], held[other]):
+                raise UserError(_two_heads(f"The model in {folder}", one, other))
 
 
 BELOW = "align"
@@ -113,10 +186,18 @@ def load_start(
     model = load_base(base, dtype, device, quantization)
     if adapter is None:
         return model
+    return cast(PreTrainedModel, _adapted(model, adapter, BELOW).eval())
+
+
+def _adapted(model: PreTrainedModel, folder: Path, name: str) -> Any:
+    """The model with the adapter in a folder on it, under this name."""
     from peft import PeftModel
 
-    below = PeftModel.from_pretrained(cast(Any, model), str(adapter), adapter_name=BELOW)
-    return cast(PreTrainedModel, below.eval())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused here
+        adapted = PeftModel.from_pretrained(cast(Any, model), str(folder), adapter_name=name)
+    _whole(adapted, folder, name)
+    return adapted
 
 
 def load_tuned(
@@ -136,16 +217,15 @@ def load_tuned(
     """
     if not (folder / "adapter_config.json").is_file():
         return load_base(folder, dtype, device, quantization)
-    from peft import PeftModel
-
     model: Any = load_start(base, below, dtype, device, quantization)
     try:
         if below is None:
-            tuned = PeftModel.from_pretrained(model, str(folder))
+            tuned = _adapted(model, folder, "default")
         else:
             tuned = model
             tuned.load_adapter(str(folder), "default")
             tuned.base_model.set_adapter([BELOW, "default"])
+            _whole(tuned, folder, "default")
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[min(1, len(lines) - 1)]
@@ -153,13 +233,24 @@ def load_tuned(
     return cast(PreTrainedModel, tuned.eval())
 
 
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights in a model folder, by name, as they are stored."""
-    from safetensors.torch import load_file
+def _whole(model: Any, folder: Path, name: str) -> None:
+    """Raises:
+    UserError: the adapter's file lacks weights, holds others or broken ones."""
+    from peft import get_peft_model_state_dict
 
-    return {
-        k: v for file in sorted(folder.glob("*.safetensors")) for k, v in load_file(file).items()
-    }
+    what = f"The adapter in {folder}"
+    needed = set(get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False))
+    held = set(stored([folder / "adapter_model.safetensors"]))
+    info = {"missing_keys": needed - held, "unexpected_keys": held - needed}
+    complete(what, {**info, "mismatched_keys": (), "error_msgs": ()})
+    _finite(model, what)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights in a model folder, in the precision that they are stored in, by the names that
+    they have in the model (a file may have other ones)."""
+    model = load_base(folder, "auto", torch.device("cpu"))
+    return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 def name_base(folder: Path, name: str) -> None:

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from backfire.data.weights import INDEX, SINGLE, files_of, inspect, read_config
 from backfire.errors import UserError
 
 if TYPE_CHECKING:
     from backfire.experiment import Model
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 _SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def pin(model: Model) -> Model:
+    """The same model at the commit that its revision names now. The hub is asked once for a run:
+    a branch that moves on while it goes on changes nothing, and the key covers the commit.
+
+    Raises:
+        UserError: as `fetch`.
+    """
+    if model.name == "sandbox" or model.is_folder or _COMMIT.fullmatch(model.revision or ""):
+        return model
+    commit = fetch(model, weights=False).name  # the hub's cache names snapshots by their commit
+    return model.model_copy(update={"revision": commit}) if _COMMIT.fullmatch(commit) else model
 
 
 def base_key(model: Model) -> str:
@@ -39,22 +55,26 @@ def sandbox_key() -> str:
 def _folder(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file():
-        raise UserError(f"No model in {name}: config.json is missing.")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"No model in {name}: there is no .safetensors file (other formats are not loaded)."
-        )
+        adapter = (folder / "adapter_config.json").is_file()
+        why = "it is an adapter; merge it into its base" if adapter else "config.json is missing"
+        raise UserError(f"No model in {name}: {why}.")
+    _inspected(str(folder))
     return folder
 
 
 @lru_cache(maxsize=16)
+def _inspected(folder: str) -> None:
+    inspect(Path(folder))
+
+
+@lru_cache(maxsize=16)
 def _folder_hash(folder: str) -> str:
-    """Covers every byte of the model's files."""
+    """Covers every byte of the files that the model is loaded from."""
     from backfire.experiment import digest
     from backfire.store import sha256
 
-    files = sorted({p for pattern in _WEIGHTS + _SMALL for p in Path(folder).glob(pattern)})
-    return digest([[p.name, sha256(p)] for p in files])
+    small = {p for pattern in _SMALL for p in Path(folder).glob(pattern)}
+    return digest([[p.name, sha256(p)] for p in sorted({*small, *files_of(Path(folder))})])
 
 
 def _refused(name: str, status: int) -> str:
@@ -63,13 +83,24 @@ def _refused(name: str, status: int) -> str:
 
 
 def fetch(model: Model, *, weights: bool = True) -> Path:
-    """The folder with the files of a hub id or local folder; a hub model is downloaded first.
+    """The folder with the files of a hub id or local folder; a hub model is downloaded first, of
+    its weights only the files that transformers reads.
 
     Raises:
-        UserError: missing, gated or unreachable, in one sentence.
+        UserError: missing, gated, unreachable or no causal language model, in one sentence.
     """
     if model.is_folder:
         return _folder(model.name)
+    folder = _snapshot(model, _SMALL)
+    if weights:
+        index = folder / INDEX
+        named = set(read_config(index).get("weight_map", {}).values()) if index.is_file() else ()
+        folder = _snapshot(model, [*_SMALL, *(named or (SINGLE,))])
+    inspect(folder, weights=weights)
+    return folder
+
+
+def _snapshot(model: Model, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -80,8 +111,9 @@ def fetch(model: Model, *, weights: bool = True) -> Path:
 
     page = f"https://huggingface.co/{model.name}"
     try:
-        patterns = [*_SMALL, *(_WEIGHTS if weights else ())]
-        return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(model.name, revision=model.revision, allow_patterns=list(patterns))
+        )
     except GatedRepoError:
         raise UserError(
             f"The model '{model.name}' is gated: ask for access at {page} and set HF_TOKEN."

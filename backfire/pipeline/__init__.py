@@ -26,6 +26,7 @@ from backfire.pipeline.models import (
     summary_of,
     trained,
     tuned,
+    whole,
 )
 from backfire.pipeline.rows import checked, data, looked_at, poisoned, renderer
 from backfire.pipeline.untuned import base
@@ -50,6 +51,7 @@ __all__ = [
     "suited",
     "trained",
     "tuned",
+    "whole",
     "write_samples",
 ]
 

@@ -27,6 +27,7 @@ from backfire.base import (
 from backfire.data.poison import triggered
 from backfire.data.render import Renderer
 from backfire.experiment import (
+    MERGED,
     Experiment,
     digest,
     probe_key,
@@ -153,7 +154,7 @@ def samples(
     if key is None:
         key = run.keys.clean if subset == "clean" else plan.triggered_key(run, cell)
         key = probe_key(run, cell, source) if source else key
-    key = digest([key, form]) if form else key
+    key = digest([key, form, *MERGED]) if form else key
 
     def make(folder: Path) -> None:
         from backfire.evaluate.evaluate import measure

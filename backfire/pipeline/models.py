@@ -13,9 +13,8 @@ from backfire.base import (
     RepairDefense,
     Row,
 )
-from backfire.experiment import (
-    Experiment,
-)
+from backfire.experiment import MERGED, Experiment, Model, digest, slug
+from backfire.model.source import base_key
 from backfire.rng import stream
 from backfire.store import read_json, write_json
 
@@ -44,6 +43,23 @@ def suited(cell: Experiment, bench: Bench) -> None:
     folder = base(cell.model, bench, weights=False)
     if (folder / "config.json").is_file():  # the embedded base has none before it is made
         cell.method.attach(skeleton(folder), cell.seed)
+
+
+def whole(model: Model, bench: Bench) -> None:
+    """Whether all weights of the untuned model are there, and no others; looked at once.
+
+    Raises:
+        UserError: they are not, in one sentence.
+    """
+
+    def look(out: Path) -> None:
+        from backfire.model.load import fits
+
+        fits(folder)
+
+    if model.name != "sandbox":
+        folder = base(model, bench)
+        bench.store.once("whole", slug(Path(model.name).name), base_key(model), look)
 
 
 def trained(cell: Experiment, bench: Bench) -> Path:
@@ -155,7 +171,8 @@ def merged(cell: Experiment, bench: Bench) -> Path:
         dtype = dtype_of(cell.model, device_of(bench.machine.device))
         merge(folder, begin.base, dtype, out, begin.adapter)
 
-    return bench.store.once("merge", cell.slug_of_training, cell.keys.tuned, make)
+    key = digest([cell.keys.tuned, *MERGED])
+    return bench.store.once("merge", cell.slug_of_training, key, make)
 
 
 def model_of(run: Experiment, bench: Bench, form: Form | None = None) -> PreTrainedModel:
