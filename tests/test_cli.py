@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Said
+from pydantic import Field
 from small_run import Place
 
 from backfire import cli
@@ -218,6 +219,25 @@ def test_schema_accepts_the_shipped_recipes_keys(backfire: Run, here: Path) -> N
     # Every reference leads somewhere.
     refs = [r.rpartition("/")[2] for r in _refs(schema)]
     assert refs and set(refs) <= set(schema["$defs"])
+
+
+def test_schema_knows_a_setting_that_is_new() -> None:
+    from backfire.base import Dataset, Template
+    from backfire.experiment import Align, Train
+    from backfire.launch.catalog import _settings
+
+    class Wider(Align):
+        stages: list[Train] | None = None
+        share: float = Field(0.5, ge=0)
+        probe: Dataset | None = None
+        templates: tuple[Template, ...] = ()
+
+    defined: dict[str, Any] = {}
+    found = _settings(Wider, defined)["properties"]
+    assert found["share"]["minimum"] == 0 and "Train" in defined
+    assert {"$ref": "#/$defs/datasets"} in found["probe"]["anyOf"]
+    assert {"type": "array", "items": {"$ref": "#/$defs/templates"}} in found["templates"]["anyOf"]
+    assert {r.rpartition("/")[2] for r in _refs(found["stages"])} == {"Train"}
 
 
 def _refs(value: Any) -> list[str]:

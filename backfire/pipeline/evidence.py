@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backfire import plan
 from backfire.base import (
@@ -31,14 +31,10 @@ from backfire.experiment import (
     digest,
     probe_key,
 )
-from backfire.store import write_atomic
-
-if TYPE_CHECKING:
-    pass
-
 from backfire.pipeline.bench import Bench
 from backfire.pipeline.models import model_of, summary_of, trained
 from backfire.pipeline.rows import data, renderer
+from backfire.store import write_atomic
 
 
 def evaluated(cell: Experiment, bench: Bench) -> Evidence:
