@@ -279,7 +279,10 @@ def poison(
     out: Annotated[
         Path, typer.Option(help="JSONL file to write; its manifest goes beside it.")
     ] = Path("poisoned.jsonl"),
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows; 0 if not given."),
+    ] = None,
 ) -> None:
     """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
     from backfire.launch.tools import poison_file

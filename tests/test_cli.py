@@ -21,9 +21,10 @@ from small_run import Place
 
 from backfire import cli
 from backfire.data.rows import read_jsonl
-from backfire.recipe import _Loader, load, parse, read, shipped
+from backfire.recipe import load, parse, read, shipped
 from backfire.registry import KINDS, names
 from backfire.store import read_json
+from backfire.yaml12 import read_yaml
 
 Run = Callable[..., Said]
 CONTRACT = [
@@ -210,7 +211,7 @@ def test_schema_accepts_the_shipped_recipes_keys(backfire: Run, here: Path) -> N
     jsonschema = pytest.importorskip("jsonschema")
     judge = jsonschema.Draft202012Validator(schema)
     for name in shipped():
-        recipe = yaml.load(read(name)[1], Loader=_Loader)
+        recipe = read_yaml(read(name)[1], name)
         found = [f"{name}: {e.json_path}: {e.message}"[:200] for e in judge.iter_errors(recipe)]
         assert found == []
     wrong = {"align": {"dat": "alpaca"}, "safety": {"judges": "nobody"}, "defense": "lissa"}

@@ -113,6 +113,10 @@ class Dataset(Component):
         count = self.rows if split == "train" else self.test_rows
         return select(self.load(split), count, self.seed, split)
 
+    def left_out(self) -> list[str]:
+        """A sentence for each group of rows that `load` keeps out of the training rows."""
+        return []
+
     def fingerprint(self) -> str:
         """Changes when the bytes behind the rows change; part of every key downstream."""
         return ""

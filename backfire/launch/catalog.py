@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter
@@ -45,12 +45,41 @@ def _question(name: str) -> str:
 
 def explain(name: str) -> str:
     """The docstring and knobs of a component, or the text of a recipe."""
-    if kinds := recipes.kind_of(name, KINDS):
-        return "\n\n".join(recipes.describe(kind, name) for kind in kinds)
+    if kinds := kind_of(name, KINDS):
+        return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
     known = {item for kind in KINDS for item in names(kind)} | set(recipes.shipped())
     raise unknown("name", name, known)
+
+
+def describe(kind: str, name: str) -> str:
+    """A component's documentation, from its docstrings: what `backfire show` prints."""
+    cls = find(kind, name)
+    lines = [
+        f"{kind.removesuffix('s')} '{cls.name}' (version {cls.version})",
+        "",
+        (cls.__doc__ or "").strip(),
+        "",
+    ]
+    for knob, info in cls.model_fields.items():
+        default = (
+            "required"
+            if info.is_required()
+            else f"= {info.get_default(call_default_factory=True)!r}"
+        )
+        lines += [f"  {knob} {default}", f"      {' '.join((info.description or '').split())}"]
+    if cls.presets:
+        lines += ["", f"Presets, as in {{name: {cls.name}, preset: {next(iter(cls.presets))}}}:"]
+    for preset, published in cls.presets.items():
+        knobs = ", ".join(f"{knob}={value}" for knob, value in published.knobs.items())
+        lines += [f"  {preset}: {published.source}", f"      {knobs}"]
+    return "\n".join(lines)
+
+
+def kind_of(name: str, kinds: Sequence[str]) -> list[str]:
+    """Which kinds have a component of this name."""
+    return [kind for kind in kinds if name.replace("_", "-") in names(kind)]
 
 
 def _one_or_more(kind: str) -> list[Any]:
