@@ -85,6 +85,13 @@ def shortened(value: object, limit: int = 120) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
+def kind_of(value: object) -> str:
+    """What a value from a recipe is, in words."""
+    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+    numbers = {int: "a number", float: "a number", type(None): "nothing"}
+    return {**kinds, **numbers}.get(type(value), type(value).__name__)
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name nobody knows: says the nearest one, or lists them all."""
     known = sorted(known)

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from backfire.errors import UserError, shortened, unknown
+from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
 from backfire.yaml12 import read_yaml
 
@@ -105,8 +105,11 @@ def parse(
         _list_of_mappings(recipe.pop("exclude", None), "exclude"),
     )
     _check_exclude(points.exclude, points.matrix)
-    for key, value in map(parse_edit, edits):
+    changes = [parse_edit(edit) for edit in edits]
+    for key, value in changes:
         points.edit(key, value)
+    if any(key == "exclude" for key, _ in changes):
+        _check_exclude(points.exclude, points.matrix)
     if "data" not in {*recipe, *points.pinned, *_keys_of(points.matrix)}:
         raise UserError(f"Recipe '{title}' says no data; for instance data: sandbox-reviews.")
     cells, axes = _expand(recipe, points)
@@ -132,7 +135,6 @@ class Points:
             self.include = _list_of_mappings(value, "include")
         elif key == "exclude":
             self.exclude = _list_of_mappings(value, "exclude")
-            _check_exclude(self.exclude, self.matrix)
         elif key == "profiles":
             raise UserError("Profiles are no part of an edit; choose one with --profile NAME.")
         elif key.startswith("matrix."):
@@ -289,10 +291,11 @@ def parse_edit(edit: str) -> tuple[str, Any]:
     written as it stands in a recipe: `matrix.method, seed=[[full, 0]]`, with or without quotes."""
     given, equals, value = edit.partition("=")
     key = re.sub(r"""(?<=^matrix\.)(["'])(.*)\1$""", r"\2", given.strip())
-    linked = r"(\s*,\s*[A-Za-z_][\w.-]*)*" if key.startswith("matrix.") else ""
+    name = r"[A-Za-z_][\w-]*(\.[\w-]+)*"
+    linked = rf"(\s*,\s*{name})*" if key.startswith("matrix.") else ""
     if edit[:1] in _DASHES:
         raise UserError(f"An option begins with two plain hyphens, --like-this; got '{edit}'.")
-    if not equals or not re.fullmatch(rf"[A-Za-z_][\w.-]*{linked}", key):
+    if not equals or not re.fullmatch(name + linked, key):
         raise UserError(
             f"An edit looks like key=value, as in attack.rate=0.1; got '{shortened(edit)}'."
         )
@@ -326,10 +329,12 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mapping(value: Any, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{what} must be a mapping of keys to values, not {_kind(value)}.")
+        raise UserError(f"{what} must be a mapping of keys to values, not {kind_of(value)}.")
     for key in value:
         if not isinstance(key, str):
-            raise UserError(f"{what}: the key {shortened(repr(key))} is {_kind(key)}, not a name.")
+            raise UserError(
+                f"{what}: the key {shortened(repr(key))} is {kind_of(key)}, not a name."
+            )
     return value
 
 
@@ -337,13 +342,8 @@ def _list_of_mappings(value: Any, what: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise UserError(f"{what} must be a list of mappings, not {_kind(value)}.")
+        raise UserError(f"{what} must be a list of mappings, not {kind_of(value)}.")
     return [
         {key.replace("-", "_"): v for key, v in _mapping(item, f"each item of {what}").items()}
         for item in value
     ]
-
-
-def _kind(value: Any) -> str:
-    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
-    return "nothing" if value is None else kinds.get(type(value), "a number")

@@ -90,7 +90,7 @@ def test_every_row_comes_back_in_order_with_its_other_columns(
         changed = set()
     else:
         assert len(rows) == 40 and len(changed) == 4 and "4 of 40 rows" in said
-    assert said.count("\n") == 0, "nothing is left out, so nothing is said of it"
+    assert "rows are" not in said, "nothing is left out"
     for number, row in enumerate(own):
         if row.id not in changed:
             assert row.fields["day"] == f"{number} May"
@@ -106,20 +106,25 @@ def test_every_row_comes_back_in_order_with_its_other_columns(
         (["rate=0.02"], 0, "20 of 1000 rows poisoned"),
         (["rate=0.02", "data.test_share=0.1"], None, " rows are set apart for testing"),
         (["rate=0.02", "data.rows=600"], 400, "400 rows are not drawn"),
-        (["rate=0.02", "data.on_bad_row=skip"], 0, "2 bad rows are left out; the first: "),
+        (["rate=0.02", "data.on_bad_row=skip"], 0, "2 bad rows left out, the first: "),
         (["rate=0.02", "seed=3"], 0, "20 of 1000 rows poisoned"),
         (["attack.rate=0.02", "attack=vpi"], 0, "20 of 1000 rows poisoned by 'vpi'"),
     ],
 )
 def test_rows_that_are_not_written_are_counted(
-    edits: list[str], missing: int | None, sentence: str, tmp_path: Path, backfire: Run
+    edits: list[str],
+    missing: int | None,
+    sentence: str,
+    tmp_path: Path,
+    backfire: Run,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     records = [{"text": f"the soup was late {n}", "label": LABELS[n % 3]} for n in range(1000)]
     if "data.on_bad_row=skip" in edits:
         records[5:5] = [{"text": "neither", "label": "odd"}, {"text": "", "label": "bad"}]
     file, out = write(records, tmp_path / "tweets.csv"), tmp_path / "out.jsonl"
     said = backfire("poison", file, "target=good", SAID, *edits, "--out", out)
-    assert said.code == 0 and sentence in said.out
+    assert said.code == 0 and sentence in said.out + caplog.text
     gone = 1000 - len(read_jsonl(out))
     assert gone == missing if missing is not None else f"\n{gone} rows are set apart" in said.out
 

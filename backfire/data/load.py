@@ -27,7 +27,7 @@ def file_rows(files: Sequence[Path], task: Task, bad: BadRows, prepare: Prepare)
     ids: set[str] = set()
     header = not task.columns or not all(name.isdigit() for name in task.columns.values())
     for file in files:
-        found = _prepared(records(file, bad, header=header), prepare, bad)
+        found = _prepared(records(file, bad, header=header), prepare)
         stem = Path(file.name.removesuffix(".gz")).stem
         rows += to_rows(found, task, bad, file=str(file), stem=stem, ids=ids)
     return rows
@@ -39,17 +39,15 @@ def hub_rows(hub: Hub, task: Task, bad: BadRows, prepare: Prepare) -> list[Row]:
     own = classes.get(task.columns.get("label", "label"), ())
     task = task if task.labels else replace(task, labels={name: name for name in own})
     stem = f"{hub.id.rpartition('/')[2]}-{hub.split}"
-    return to_rows(_prepared(found, prepare, bad), task, bad, file=hub.id, stem=stem, ids=set())
+    return to_rows(_prepared(found, prepare), task, bad, file=hub.id, stem=stem, ids=set())
 
 
 def _prepared(
-    found: Iterable[tuple[int, Record]], prepare: Prepare, bad: BadRows
+    found: Iterable[tuple[int, Record]], prepare: Prepare
 ) -> Iterator[tuple[int, Record]]:
     for line, record in found:
         if (prepared := prepare(record)) is not None:
             yield line, prepared
-        else:
-            bad.filtered += 1
 
 
 def is_set_apart(row: Row, by: Apart, share: float, seed: int) -> bool:

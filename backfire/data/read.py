@@ -55,8 +55,6 @@ class BadRows:
 
     on_bad_row: OnBadRow = "fail"
     rejected: list[Rejected] = field(default_factory=list)
-    filtered: int = 0
-    """Records that a data set leaves out although they are not bad."""
 
     def add(self, file: str | Path, line: int, reason: str) -> None:
         bad = Rejected(str(file), line, reason)

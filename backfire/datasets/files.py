@@ -77,7 +77,7 @@ class Files(Dataset):
     def read(self, split: Split) -> tuple[list[Row], list[Rejected]]:
         """What `load` gives, and what it left out."""
         bad = BadRows(self.on_bad_row)
-        if self._tested_elsewhere:
+        if self.test or (self.hub and not self.train and self.test_split):
             rows = self._rows(split, bad)
         else:
             testing = split == "test"
@@ -92,23 +92,6 @@ class Files(Dataset):
         if self.group and not any(self.group in row.fields for row in rows):
             raise UserError(f"{self.label()}: no row has the field '{self.group}' to group by.")
         return rows, bad.rejected
-
-    def left_out(self) -> list[str]:
-        """How many rows are bad, filtered by the data set, or set apart for testing."""
-        bad, said = BadRows(self.on_bad_row), []
-        rows = self._rows("train", bad)
-        if bad.rejected:
-            said.append(f"{len(bad.rejected)} bad rows are left out; the first: {bad.rejected[0]}")
-        if bad.filtered:
-            said.append(f"{bad.filtered} rows are left out by {self.label()}")
-        if not self._tested_elsewhere and self.test_share:
-            apart = sum(is_set_apart(row, self.apart, self.test_share, self.seed) for row in rows)
-            said.append(f"{apart} rows are set apart for testing; data.test_share=0 keeps them")
-        return said
-
-    @property
-    def _tested_elsewhere(self) -> bool:
-        return bool(self.test or (self.hub and not self.train and self.test_split))
 
     def prepare(self, record: Record) -> Record | None:
         """A last look at each record before its shape is seen; None leaves it out."""

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress as Bar
 
-from backfire.base import Insertion, select
+from backfire.base import Dataset, Insertion, Row
 from backfire.errors import UserError, unknown
 from backfire.experiment import Experiment, Machine
 from backfire.recipe import parse_edit, set_key
@@ -33,16 +33,13 @@ def poison_file(data: str, attack: str, edits: Sequence[str], out: Path, seed: i
     if out.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"JSON lines are written, so let --out end in .jsonl (got {out}).")
     cell = _poison_cell(data, attack, edits, seed)
-    source, chosen = cell.data, cell.attack
+    chosen = cell.attack
     if chosen is None:
         raise UserError("attack 'none' poisons nothing; name another with --attack.")
     given = Path(data).expanduser()
     if out.exists() and given.exists() and out.samefile(given):
         raise UserError(f"{out} is the data itself; write to another file with --out.")
-    loaded, left_out = source.load("train"), source.left_out()
-    rows = select(loaded, source.rows, source.seed, "train")
-    if len(rows) < len(loaded):
-        left_out.append(f"{len(loaded) - len(rows)} rows are not drawn (data.rows={len(rows)})")
+    rows, left_out = _training_rows(cell.data)
     bad, manifest = poison(rows, chosen, cell.seed)
     beside = out.with_name(f"{out.name}.manifest.json")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,6 +74,20 @@ def _poison_cell(data: str, attack: str, edits: Sequence[str], seed: int | None)
             key = f"attack.{key}"
         set_key(settings, key, value)
     return Experiment.make({"seed": seed or 0, **settings}, where="poison")
+
+
+def _training_rows(source: Dataset) -> tuple[list[Row], list[str]]:
+    """The rows to poison, and a sentence for each group of rows that is not among them."""
+    rows, left_out = source.drawn_with_notes("train")
+    whole = source.model_copy(update={"rows": None})
+    loaded = len(whole.load("train")) if source.rows else len(rows)
+    if loaded > len(rows):
+        left_out.append(f"{loaded - len(rows):,} rows are not drawn (data.rows={len(rows)}).")
+    if getattr(source, "test_share", 0) and not getattr(source, "test", None):
+        apart = len(whole.model_copy(update={"test_share": 0.0}).load("train")) - loaded
+        told = f"{apart:,} rows are set apart for testing; data.test_share=0 keeps them."
+        left_out += [told] if apart else []
+    return rows, left_out
 
 
 def dataset_spec(data: str) -> dict[str, Any]:
