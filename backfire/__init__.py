@@ -18,7 +18,7 @@ __all__ = ["__version__", "run"]
 
 
 def run(
-    recipe: str, edits: Sequence[str] = (), *, out: str | Path, workers: int | None = None
+    recipe: str, edits: str | Sequence[str] = (), *, out: str | Path, workers: int | None = None
 ) -> list[Group]:
     """Run a recipe (name, path or YAML text) into the folder `out`; gives its numbers over seeds.
 

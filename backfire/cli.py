@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from backfire.errors import CellError, UserError
+from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -50,18 +50,26 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
+    except Exception as error:
+        _fail_or_raise(error)
+
+
+def _fail_or_raise(error: Exception) -> None:
+    """One sentence for what the machine says; a fault of ours is raised again."""
+    kind, sentence = exit_class(error)
+    if kind in ("disk-full", "oom"):
+        _fail(f"{sentence} {EXIT_CLASSES[kind]}")
+    if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}.")
-    except Exception as error:
-        if hasattr(error, "format_message"):  # a usage error of the command-line parser
-            if message := error.format_message():
-                _fail(message)
-            sys.exit(2)  # no verb was given: the help was printed
-        raise
+    if hasattr(error, "format_message"):  # a usage error of the command-line parser
+        if message := error.format_message():
+            _fail(message)
+        sys.exit(2)  # no verb was given: the help was printed
+    raise error
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
     from backfire.report.text import clean
 
     print(f"backfire: {clean(sentence)}", file=sys.stderr)  # noqa: T201
@@ -271,7 +279,10 @@ def poison(
     out: Annotated[
         Path, typer.Option(help="JSONL file to write; its manifest goes beside it.")
     ] = Path("poisoned.jsonl"),
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows.")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows; 0 if not given."),
+    ] = None,
 ) -> None:
     """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
     from backfire.launch.tools import poison_file

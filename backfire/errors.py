@@ -3,7 +3,29 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import errno
+import re
+from collections.abc import Iterable, Iterator
+
+EXIT_CLASSES = {
+    "nan": "Lower method.learning_rate or raise train.warmup_share.",
+    "oom": "Set --micro-batch 1, shorten train.max_length, or choose a smaller model.",
+    "bad-data": "Correct the row the sentence names, or the setting.",
+    "disk-full": "Free some space and run the same command again; what is done stays done.",
+    "killed": "Run the same command again; if it is killed again, memory is the likely reason.",
+    "failed": "Correct what the sentence names and run the same command again.",
+}
+"""How a cell that is not `ok` ended, as `error.json` names it -> what to do next."""
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL_TEXT = re.compile(
+    r"no space left on device|disk quota exceeded|\b(?:os error|errno) (?:28|122)\b"
+    r"|file write failed|pytorchstreamwriter failed writing"
+    r"|inline_container.*unexpected pos|\d+ requested and \d+ written",
+    re.IGNORECASE,
+)
+"""What libraries say that write from C++ or Rust and raise no OSError: torch's archive finds itself
+at an unexpected place, numpy counts what was written."""
 
 
 class UserError(Exception):
@@ -11,20 +33,69 @@ class UserError(Exception):
 
 
 class CellError(Exception):
-    """One cell cannot go on; the others can.
-
-    `kind` is the exit class written to `error.json`: one of
-    `nan`, `bad-data`, `oom`, `timeout`, `killed`, `disk-full`, `interrupted`, `failed`.
-    """
+    """One cell cannot go on; the others can. `kind` is one of `EXIT_CLASSES`."""
 
     def __init__(self, kind: str, sentence: str) -> None:
         super().__init__(sentence)
         self.kind = kind
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether this error, or one that led to it, says that a disk or a quota is full."""
+    return any(
+        (isinstance(one, OSError) and one.errno in _DISK_FULL)
+        # What we say ourselves may quote a user's row.
+        or (not isinstance(one, UserError | CellError) and _DISK_FULL_TEXT.search(str(one)))
+        for one in _chain(error)
+    )
+
+
+def exit_class(error: BaseException) -> tuple[str, str]:
+    """The exit class of whatever stopped a cell, and a sentence. `failed` is all that is left."""
+    if is_disk_full(error):
+        return "disk-full", "The disk is full."
+    if isinstance(error, CellError):
+        return error.kind, str(error)
+    if isinstance(error, UserError):
+        return "bad-data", str(error)
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return "oom", "The machine ran out of memory."
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
+        return "oom", "The GPU ran out of memory."
+    return "failed", f"{type(error).__name__}: {error}"
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and all that it was raised from or while handling."""
+    todo, seen = [error], set[int]()
+    while todo:
+        one = todo.pop()
+        if id(one) not in seen:
+            seen.add(id(one))
+            yield one
+            todo += [other for other in (one.__cause__, one.__context__) if other is not None]
+
+
+def shortened(value: object, limit: int = 120) -> str:
+    """The value's text on one line, cut in the middle where it is longer than `limit`."""
+    text = " ".join(str(value).split())
+    if len(text) <= limit:
+        return text
+    half = (limit - 5) // 2
+    return f"{text[:half]} ... {text[-half:]}"
+
+
+def kind_of(value: object) -> str:
+    """What a value from a recipe is, in words."""
+    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+    numbers = {int: "a number", float: "a number", type(None): "nothing"}
+    return {**kinds, **numbers}.get(type(value), type(value).__name__)
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name nobody knows: says the nearest one, or lists them all."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none yet'}."
-    return UserError(f"Unknown {what} '{name}'; {hint}")
+    listed = shortened(", ".join(known), 600) or "none yet"
+    hint = f"did you mean '{shortened(near[0])}'?" if near else f"known: {listed}."
+    return UserError(f"Unknown {what} '{shortened(name)}'; {hint}")

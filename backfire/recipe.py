@@ -10,20 +10,19 @@ import copy
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from backfire.errors import UserError, unknown
+from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
-from backfire.registry import find, names
+from backfire.yaml12 import read_yaml
 
 _SETTINGS = tuple(Experiment.model_fields)
 _KEYS = (*_SETTINGS, "matrix", "include", "exclude", "profiles")
 _MAX_CELLS = 10_000
+_DASHES = ("-", "\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2212")
 _NAMED = {
     "model": "",
     "data": "datasets",
@@ -91,50 +90,112 @@ def parse(
     title: str, text: str, *, profile: str | None = None, edits: Sequence[str] = ()
 ) -> Recipe:
     """The same, of a recipe's text."""
-    recipe = _mapping(_yaml(text, title), title)
+    recipe = _mapping(read_yaml(text, title), title)
     for key in recipe:
         if key not in _KEYS:
-            raise unknown(f"key in recipe '{title}':", str(key), _KEYS)
+            raise unknown(f"key in recipe '{title}':", key, _KEYS)
     profiles = _mapping(recipe.pop("profiles", None) or {}, "profiles")
     if profile is not None:
         if profile not in profiles:
             raise unknown(f"profile of recipe '{title}':", profile, profiles)
         recipe = _merge(recipe, _mapping(profiles[profile], f"profile '{profile}'"))
-    matrix = _mapping(recipe.pop("matrix", None) or {}, "matrix")
-    matrix = {", ".join(_split_axis(axis)): values for axis, values in matrix.items()}
-    include = _list_of_mappings(recipe.pop("include", None), "include")
-    exclude = _list_of_mappings(recipe.pop("exclude", None), "exclude")
-    varied = {key for axis in matrix for key in _split_axis(axis)}
-    for key in itertools.chain.from_iterable(exclude):
-        if key not in varied:
-            raise unknown("axis in exclude:", key, varied)
-    pinned: dict[str, Any] = {}
-    for edit in edits:
-        key, value = parse_edit(edit)
-        if key.startswith("matrix."):
-            matrix[key.removeprefix("matrix.")] = value
-        elif key in matrix and isinstance(value, list):
-            matrix[key] = value
-        else:
-            matrix.pop(key, None)
-            pinned[key] = value
-    if "data" not in {*recipe, *pinned, *(key for axis in matrix for key in _split_axis(axis))}:
+    points = Points(
+        _matrix(recipe.pop("matrix", None)),
+        _list_of_mappings(recipe.pop("include", None), "include"),
+        _list_of_mappings(recipe.pop("exclude", None), "exclude"),
+    )
+    _check_exclude(points.exclude, points.matrix)
+    changes = [parse_edit(edit) for edit in edits]
+    for key, value in changes:
+        points.edit(key, value)
+    if any(key == "exclude" for key, _ in changes):
+        _check_exclude(points.exclude, points.matrix)
+    if "data" not in {*recipe, *points.pinned, *_keys_of(points.matrix)}:
         raise UserError(f"Recipe '{title}' says no data; for instance data: sandbox-reviews.")
-    cells, axes = _expand(recipe, matrix, include, exclude, pinned)
+    cells, axes = _expand(recipe, points)
     return Recipe(title, text, cells, axes)
 
 
+@dataclass
+class Points:
+    """Which cells there are: the axes, what is added and taken away, and what edits fix."""
+
+    matrix: dict[str, Any]
+    include: list[dict[str, Any]]
+    exclude: list[dict[str, Any]]
+    pinned: dict[str, Any] = field(default_factory=dict)
+    """Set by an edit to one value: wins over all else."""
+
+    def edit(self, key: str, value: Any) -> None:
+        """One edit of the command line; a later one wins over an earlier one."""
+        if key == "matrix":
+            self.matrix = _matrix(value)
+            self.pinned = {k: v for k, v in self.pinned.items() if k not in _keys_of(self.matrix)}
+        elif key == "include":
+            self.include = _list_of_mappings(value, "include")
+        elif key == "exclude":
+            self.exclude = _list_of_mappings(value, "exclude")
+        elif key == "profiles":
+            raise UserError("Profiles are no part of an edit; choose one with --profile NAME.")
+        elif key.startswith("matrix."):
+            self._set_axis(_axis(key.removeprefix("matrix.")), value)
+        elif isinstance(value, list) and key in _keys_of(self.matrix):
+            self._set_axis(key, value)
+        else:
+            self.matrix.pop(key, None)
+            self.pinned[key] = value
+
+    def _set_axis(self, axis: str, values: Any) -> None:
+        if values is None:
+            if axis not in self.matrix:
+                raise unknown("axis to remove:", axis, self.matrix)
+            del self.matrix[axis]
+            return
+        self.matrix = _once_each({**self.matrix, axis: values})
+        for key in _split_axis(axis):
+            self.pinned.pop(key, None)
+
+
+def _matrix(value: Any) -> dict[str, Any]:
+    """The axes under their names; none sets what another one sets too."""
+    matrix: dict[str, Any] = {}
+    for given, values in _mapping({} if value is None else value, "matrix").items():
+        axis = _axis(given)
+        if axis in matrix:
+            raise UserError(f"matrix: the axis '{axis}' stands twice.")
+        matrix[axis] = values
+    return _once_each(matrix)
+
+
+def _once_each(matrix: dict[str, Any]) -> dict[str, Any]:
+    for axis, other in itertools.combinations(matrix, 2):
+        if both := {*_split_axis(axis)} & {*_split_axis(other)}:
+            key, linked = min(both), axis if "," in axis else other
+            raise UserError(
+                f"matrix: '{key}' is set by two axes, '{axis}' and '{other}'; change or remove one "
+                f'of them, as in "matrix.{linked}=null".'
+            )
+    return matrix
+
+
+def _keys_of(matrix: Mapping[str, Any]) -> set[str]:
+    return {key for axis in matrix for key in _split_axis(axis)}
+
+
+def _check_exclude(rules: list[dict[str, Any]], matrix: Mapping[str, Any]) -> None:
+    for key in itertools.chain.from_iterable(rules):
+        if key not in _keys_of(matrix):
+            raise unknown("axis in exclude:", key, _keys_of(matrix))
+
+
 def _expand(
-    recipe: dict[str, Any],
-    matrix: dict[str, Any],
-    include: list[dict[str, Any]],
-    exclude: list[dict[str, Any]],
-    pinned: dict[str, Any],
+    recipe: dict[str, Any], points: Points
 ) -> tuple[tuple[Experiment, ...], tuple[dict[str, Any], ...]]:
     """Every combination of the axes, less `exclude`, plus `include`; equal cells once.
 
     What is `pinned` by an edit wins in all of them, also inside a component that an axis chose.
     """
+    matrix, include, pinned = points.matrix, points.include, points.pinned
     size = 1
     found: dict[str, tuple[Experiment, dict[str, Any]]] = {}
     choices = []
@@ -145,17 +206,17 @@ def _expand(
         choices.append([_choice(axis, value) for value in values])
     if size > _MAX_CELLS:
         raise UserError(f"The matrix has {size} cells; at most {_MAX_CELLS} are allowed.")
-    points = [
+    combinations = (
         {k: v for part in combination for k, v in part.items()}
         for combination in itertools.product(*choices)
-    ]
-    points = [point for point in points if not any(_matches(point, rule) for rule in exclude)]
-    varied = {key for axis in matrix for key in _split_axis(axis)}
-    for point in [*points, *include]:
+    )
+    kept = [c for c in combinations if not any(_matches(c, rule) for rule in points.exclude)]
+    varied = _keys_of(matrix)
+    for point in [*kept, *include]:
         settings, values = copy.deepcopy(recipe), {**point, **pinned}
         # Whole components first, so that `attack.rate` lands in the attack that `attack` chose.
         for key in sorted(values, key=lambda k: (k.count("."), k)):
-            _set(settings, key, copy.deepcopy(values[key]))
+            set_key(settings, key, copy.deepcopy(values[key]))
         cell = Experiment.make(settings, where="recipe")
         shown = {
             k: v for k, v in point.items() if k not in pinned and (k in varied or point in include)
@@ -173,13 +234,18 @@ def _choice(axis: str, value: Any) -> dict[str, Any]:
         return {keys[0]: value}
     if not isinstance(value, list) or len(value) != len(keys):
         raise UserError(
-            f"matrix: {axis} links {len(keys)} keys; a value is a list of as many, not {value!r}."
+            f"matrix: {axis} links {len(keys)} keys; a value is a list of as many, "
+            f"not {shortened(repr(value))}."
         )
     return dict(zip(keys, value, strict=True))
 
 
+def _axis(given: str) -> str:
+    return ", ".join(_split_axis(given))
+
+
 def _split_axis(axis: str) -> list[str]:
-    return [key.strip().replace("-", "_") for key in str(axis).split(",")]
+    return [key.strip().replace("-", "_") for key in axis.split(",")]
 
 
 def _matches(point: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
@@ -192,7 +258,7 @@ def _matches(point: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
     )
 
 
-def _set(settings: dict[str, Any], key: str, value: Any) -> None:
+def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
     """Set `a.b.c`; a component given by its bare name becomes {name: ...} to take a knob."""
     head, *rest = key.replace("-", "_").split(".")
     if head not in _SETTINGS:
@@ -210,21 +276,36 @@ def _set(settings: dict[str, Any], key: str, value: Any) -> None:
     if place is None:
         place = {}
     if not isinstance(place, dict):
-        raise UserError(f"{key} cannot be set: {head} is {place!r}.")
+        raise UserError(f"{key} cannot be set: {head} is {shortened(repr(place))}.")
     settings[head] = place
     for part in rest[:-1]:
         nested = place.setdefault(part, {})
         if not isinstance(nested, dict):
-            raise UserError(f"{key} cannot be set: {part} is {nested!r}.")
+            raise UserError(f"{key} cannot be set: {part} is {shortened(repr(nested))}.")
         place = nested
     place[rest[-1]] = value
 
 
 def parse_edit(edit: str) -> tuple[str, Any]:
-    key, equals, value = edit.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_][\w.-]*", key.strip()):
-        raise UserError(f"An edit looks like key=value, as in attack.rate=0.1; got '{edit}'.")
-    return key.strip().replace("-", "_"), _yaml(value, f"value of {key}")
+    """Key and value of `key=value`, where the value is YAML. An axis that links several keys is
+    written as it stands in a recipe: `matrix.method, seed=[[full, 0]]`, with or without quotes."""
+    given, equals, value = edit.partition("=")
+    key = re.sub(r"""(?<=^matrix\.)(["'])(.*)\1$""", r"\2", given.strip())
+    name = r"[A-Za-z_][\w-]*(\.[\w-]+)*"
+    linked = rf"(\s*,\s*{name})*" if key.startswith("matrix.") else ""
+    if edit[:1] in _DASHES:
+        raise UserError(f"An option begins with two plain hyphens, --like-this; got '{edit}'.")
+    if not equals or not re.fullmatch(name + linked, key):
+        raise UserError(
+            f"An edit looks like key=value, as in attack.rate=0.1; got '{shortened(edit)}'."
+        )
+    try:
+        return key.replace("-", "_"), read_yaml(value, f"value of {key}")
+    except UserError as error:
+        # The shell ends an argument at a blank.
+        cut = value.lstrip()[:1] in ("[", "{") and not value.rstrip().endswith(("]", "}"))
+        hint = f" It is cut off; put quotes around the whole edit: '{key}=[...]'." if cut else ""
+        raise UserError(f"{error}{hint}") from None
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,50 +327,14 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{what}{where}: not valid YAML: {problem}.") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what}: not valid YAML: {str(error).splitlines()[0]}.") from None
-    except (AttributeError, LookupError):  # PyYAML's own, for such as `!!bool maybe`
-        raise UserError(f"{what}: not valid YAML: a value is not what its tag says.") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe, refuses duplicate keys, and reads 1e-3 as a number (YAML 1.1 wants 1.0e-3)."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
-            if key in seen and key != "<<":
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{key}' stands twice", key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        number = super().construct_yaml_int(node)
-        if abs(number) >= 2**63:  # beyond 4,300 digits Python would not even print it
-            raise ValueError(f"the number on line {node.start_mark.line + 1} is too large")
-        return number
-
-
-_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
 def _mapping(value: Any, what: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise UserError(f"{what} must be a mapping of keys to values.")
+    if not isinstance(value, dict):
+        raise UserError(f"{what} must be a mapping of keys to values, not {kind_of(value)}.")
+    for key in value:
+        if not isinstance(key, str):
+            raise UserError(
+                f"{what}: the key {shortened(repr(key))} is {kind_of(key)}, not a name."
+            )
     return value
 
 
@@ -297,37 +342,8 @@ def _list_of_mappings(value: Any, what: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise UserError(f"{what} must be a list of mappings.")
+        raise UserError(f"{what} must be a list of mappings, not {kind_of(value)}.")
     return [
         {key.replace("-", "_"): v for key, v in _mapping(item, f"each item of {what}").items()}
         for item in value
     ]
-
-
-def describe(kind: str, name: str) -> str:
-    """A component's documentation, from its docstrings: what `backfire show` prints."""
-    cls = find(kind, name)
-    lines = [
-        f"{kind.removesuffix('s')} '{cls.name}' (version {cls.version})",
-        "",
-        (cls.__doc__ or "").strip(),
-        "",
-    ]
-    for knob, info in cls.model_fields.items():
-        default = (
-            "required"
-            if info.is_required()
-            else f"= {info.get_default(call_default_factory=True)!r}"
-        )
-        lines += [f"  {knob} {default}", f"      {' '.join((info.description or '').split())}"]
-    if cls.presets:
-        lines += ["", f"Presets, as in {{name: {cls.name}, preset: {next(iter(cls.presets))}}}:"]
-    for preset, published in cls.presets.items():
-        knobs = ", ".join(f"{knob}={value}" for knob, value in published.knobs.items())
-        lines += [f"  {preset}: {published.source}", f"      {knobs}"]
-    return "\n".join(lines)
-
-
-def kind_of(name: str, kinds: Sequence[str]) -> list[str]:
-    """Which kinds have a component of this name."""
-    return [kind for kind in kinds if name.replace("_", "-") in names(kind)]

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from backfire.errors import UserError, unknown
+from backfire.errors import UserError, shortened, unknown
 
 if TYPE_CHECKING:
     from backfire.base import Component
@@ -63,9 +63,10 @@ def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
     knobs = dict(spec)
     name = knobs.pop("name", None)
     if not isinstance(name, str):
+        known = next((key for key in knobs if key in names(kind)), names(kind)[0])
         raise UserError(
-            f"A {kind.removesuffix('s')} needs a name, as in {{name: {names(kind)[0]}}}; "
-            f"got {dict(spec)}."
+            f"A {kind.removesuffix('s')} needs a name, as in {{name: {known}}}; "
+            f"got {shortened(dict(spec))}."
         )
     cls = find(kind, name)
     return cls.make(_with_preset(cls, knobs))

@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import yaml
 from conftest import Said
+from pydantic import Field
 from small_run import Place
 
 from backfire import cli
 from backfire.data.rows import read_jsonl
-from backfire.recipe import _Loader, load, parse, read, shipped
+from backfire.recipe import load, parse, read, shipped
 from backfire.registry import KINDS, names
 from backfire.store import read_json
+from backfire.yaml12 import read_yaml
 
 Run = Callable[..., Said]
 CONTRACT = [
@@ -209,7 +211,7 @@ def test_schema_accepts_the_shipped_recipes_keys(backfire: Run, here: Path) -> N
     jsonschema = pytest.importorskip("jsonschema")
     judge = jsonschema.Draft202012Validator(schema)
     for name in shipped():
-        recipe = yaml.load(read(name)[1], Loader=_Loader)
+        recipe = read_yaml(read(name)[1], name)
         found = [f"{name}: {e.json_path}: {e.message}"[:200] for e in judge.iter_errors(recipe)]
         assert found == []
     wrong = {"align": {"dat": "alpaca"}, "safety": {"judges": "nobody"}, "defense": "lissa"}
@@ -218,6 +220,25 @@ def test_schema_accepts_the_shipped_recipes_keys(backfire: Run, here: Path) -> N
     # Every reference leads somewhere.
     refs = [r.rpartition("/")[2] for r in _refs(schema)]
     assert refs and set(refs) <= set(schema["$defs"])
+
+
+def test_schema_knows_a_setting_that_is_new() -> None:
+    from backfire.base import Dataset, Template
+    from backfire.experiment import Align, Train
+    from backfire.launch.catalog import _settings
+
+    class Wider(Align):
+        stages: list[Train] | None = None
+        share: float = Field(0.5, ge=0)
+        probe: Dataset | None = None
+        templates: tuple[Template, ...] = ()
+
+    defined: dict[str, Any] = {}
+    found = _settings(Wider, defined)["properties"]
+    assert found["share"]["minimum"] == 0 and "Train" in defined
+    assert {"$ref": "#/$defs/datasets"} in found["probe"]["anyOf"]
+    assert {"type": "array", "items": {"$ref": "#/$defs/templates"}} in found["templates"]["anyOf"]
+    assert {r.rpartition("/")[2] for r in _refs(found["stages"])} == {"Train"}
 
 
 def _refs(value: Any) -> list[str]:

@@ -17,7 +17,18 @@ from backfire.registry import KINDS
 ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("errors", "rng", "registry", "base", "store", "sandbox", "data", "experiment", "recipe"),
+    *(
+        "errors",
+        "yaml12",
+        "rng",
+        "registry",
+        "base",
+        "store",
+        "sandbox",
+        "data",
+        "experiment",
+        "recipe",
+    ),
     *("model", "train", "evaluate", "plan", "pipeline", "report", "launch", "cli"),
 )
 # Two functions reach upward on purpose, when they are called: keys need a model's files hashed, and

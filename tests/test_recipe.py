@@ -17,6 +17,7 @@ from backfire.experiment import Evaluation, Experiment, Machine, Train, slug
 from backfire.launch.run import Folder
 from backfire.recipe import load, parse, read, shipped
 from backfire.store import Store
+from backfire.yaml12 import read_yaml
 
 BASIC = """# Does it?
 data: {name: sandbox-reviews, rows: 100}
@@ -162,6 +163,87 @@ def test_an_edit_reaches_into_a_component_that_an_axis_or_include_chose() -> Non
     assert {c.rate for c in cells(text, "attack.rate=0.01")} == {0.01}
 
 
+LINKED = """data: sandbox-reviews
+matrix: {"method, train.epochs": [[full, 2], [lora, 4]], seed: [0, 1]}
+include: [{seed: 9}]
+exclude: [{seed: 1}]
+"""
+
+
+@pytest.mark.parametrize(
+    ("edits", "found"),
+    [
+        ([], {("full", 2, 0), ("lora", 4, 0), ("full", 2, 9)}),
+        (["include=[]"], {("full", 2, 0), ("lora", 4, 0)}),
+        (
+            ["exclude=[]", "include=null"],
+            {("full", 2, 0), ("full", 2, 1), ("lora", 4, 0), ("lora", 4, 1)},
+        ),
+        (["matrix={}"], {("full", 2, 0), ("full", 2, 9)}),
+        (["matrix={seed: [5, 6], method: [lora]}", "include=[]"], {("lora", 2, 5), ("lora", 2, 6)}),
+        (["matrix.seed=null"], {("full", 2, 0), ("lora", 4, 0), ("full", 2, 9)}),
+        (["matrix.method, train.epochs=[[ia3, 1]]", "include=[]"], {("ia3", 1, 0)}),
+        (['matrix."method,train.epochs"=[[ia3, 1]]', "include=[]"], {("ia3", 1, 0)}),
+        (
+            ["matrix.method, train.epochs=null", "matrix.method=[lora, ia3]", "include=[]"],
+            {("lora", 2, 0), ("ia3", 2, 0)},
+        ),
+        (
+            ["exclude=[{method: lora}]", "include=[{method: none, seed: 4}]"],
+            {("full", 2, 0), ("full", 2, 1), ("none", 2, 4)},
+        ),
+        (["include=[]", "seed=7"], {("full", 2, 7), ("lora", 4, 7)}),
+        (["include=[]", "seed=7", "matrix={seed: [3]}"], {("full", 2, 3)}),
+        (["include=[]", "matrix.seed=[3]", "seed=7"], {("full", 2, 7), ("lora", 4, 7)}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_whole_axes_are_replaced_removed_and_added(
+    edits: list[str], found: set[tuple[str, float, int]]
+) -> None:
+    got = [(c.method.name, c.train.epochs, c.seed) for c in cells(LINKED, *edits)]
+    assert set(got) == found and len(got) == len(found)
+
+
+def test_an_axis_of_components_is_set_by_an_edit() -> None:
+    text = "data: sandbox-reviews\nalign: {}\nmethod: lora\n"
+    found = cells(text, "matrix.defense=[none, {name: lisa, rho: 0.5}]")
+    assert [c.defense_name for c in found] == ["none", "lisa"]
+    assert [d.spec() for c in found for d in c.defense] == [{"name": "lisa", "rho": 0.5}]
+
+
+# --------------------------------------------------------------------------------- YAML as meant
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"), ("Yes", "Yes"), ("on", "on"), ("OFF", "OFF"), ("y", "y"),
+        ("true", True), ("False", False), ("null", None), ("~", None), ("", None),
+        ("010", "010"), ("0", 0), ("-7", -7), ("1_000", "1_000"), ("0x1F", 31), ("0b1", "0b1"),
+        ("1:30", "1:30"), ("2024-05-01", "2024-05-01"), ("=", "="), ("1.2.3", "1.2.3"),
+        ("1e-4", 1e-4), ("1E5", 1e5), ("2.5e+3", 2500.0), (".5", 0.5), ("5.", 5.0), ("1e", "1e"),
+    ],
+)  # fmt: skip
+def test_plain_values_are_read_as_they_are_meant(text: str, value: Any) -> None:
+    found = read_yaml(text, "x")
+    assert (found, type(found)) == (value, type(value))
+    assert read_yaml(f"a: {text}", "x") == {"a": value}
+
+
+def test_labels_and_numbers_that_yaml_1_1_would_change() -> None:
+    labels = "{No: bad, Yes: good, on: good, 010: bad, 1:30: bad, 2024-05-01: good}"
+    cell = one(f"data: {{name: files, train: x.csv, labels: {labels}}}", "data.train=null")
+    assert list(cell.data.labels) == ["No", "Yes", "on", "010", "1:30", "2024-05-01"]  # type: ignore[attr-defined]
+    text = "data: sandbox-reviews\nattack: {name: badnets, target: No}\ntrain: {epochs: 1_0}\n"
+    cell = one(text, "train.batch_size=010", "method={name: lora, learning_rate: 1e-4}")
+    assert cell.attack and cell.attack.target == "No"  # type: ignore[attr-defined]
+    assert (cell.train.epochs, cell.train.batch_size) == (10.0, 10)
+    assert cell.method.learning_rate == 1e-4
+    aligned = one("data: sandbox-reviews", "align.merge=yes", "method=lora").align
+    assert aligned and aligned.merge is True
+
+
 # ----------------------------------------------------------------------------------------- errors
 
 
@@ -186,7 +268,34 @@ REFUSED = [
     (f"{DATA}matrix: {{seed: 0}}", "matrix: seed must be a list of values"),
     (f"{DATA}matrix: {{seed: []}}", "matrix: seed must be a list of values"),
     (f"{DATA}matrix: {{'seed, method': [0]}}", "matrix: seed, method links 2 keys"),
-    (f"{DATA}matrix: [seed]", "matrix must be a mapping"),
+    (f"{DATA}matrix: [seed]", "matrix must be a mapping of keys to values, not a list"),
+    (f"{DATA}matrix: {{true: [1]}}", "matrix: the key True is true or false, not a name"),
+    (
+        f"{DATA}matrix: {{'seed,method': [[0, full]], seed: [1]}}",
+        "matrix: 'seed' is set by two axes",
+    ),
+    (f"{DATA}matrix: {{attack.label-mode: [mix], attack.label_mode: [mix]}}", "matrix: the axis"),
+    (
+        f"{DATA}train: [epochs: 2]",
+        "recipe: train: settings are needed, as in {setting: value} (got",
+    ),
+    (f"{DATA}attack: [badnets, vpi]", "recipe: attack: one attack is needed, by its name or as"),
+    (f"{DATA}metrics: 3", "recipe: metrics.0: one metric is needed, by its name or as {name:"),
+    (f"{DATA}defense: {{lisa: {{rho: 1}}}}", "A defense needs a name, as in {name: lisa}; got"),
+    (f"{DATA}seed: true", "recipe: seed: a number is needed (got True)"),
+    (
+        f"{DATA}attack: {{name: badnets, rate: yes}}",
+        "attack 'badnets': rate: Input should be a valid",
+    ),
+    (f"{DATA}attack: {{name: badnets, rate: true}}", "attack 'badnets': rate: a number is needed"),
+    (f"{DATA}train:\n\tepochs: 1", "r, line 3: not valid YAML: found character '\\t' that cannot"),
+    (f"{DATA}template: @x", "r, line 2: not valid YAML: found character '@' that cannot start any"),
+    (f"{DATA}---\n{DATA}", "r, line 2: not valid YAML: but found another document; leave out"),
+    (f"{DATA}defense: {'x' * 9000}", "Unknown defense 'xxx"),
+    (
+        f"{DATA}seed: {{{', '.join(f'k{n}: {n}' for n in range(3000))}}}",
+        "recipe: seed: Input should",
+    ),
     (f"{DATA}matrix: {{attack.rate: [1]}}", "attack.rate is set, but the recipe has no attack"),
     (f"{SEEDS}exclude: {{seed: 0}}", "exclude must be a list"),
     (f"{SEEDS}exclude: [{{sed: 0}}]", "Unknown axis in exclude: 'sed'; did you mean 'seed'?"),
@@ -213,6 +322,27 @@ REFUSED_EDITS = [
     (DATA, ["seed.x=3", "seed=1"], "seed.x cannot be set: seed is 1"),
     (DATA, ["seed=["], "value of seed, line 1: not valid YAML"),
     (DATA, ["matrix.seed=3"], "matrix: seed must be a list"),
+    (DATA, ["matrix=3"], "matrix must be a mapping of keys to values, not a number"),
+    (DATA, ["matrix.=[3]"], "An edit looks like key=value"),
+    (DATA, ["matrix.a b=[3]"], "An edit looks like key=value"),
+    (DATA, ["matrix.sed=[3]"], "Unknown setting 'sed'; did you mean 'seed'?"),
+    (SEEDS, ["matrix.sede=null"], "Unknown axis to remove: 'sede'; did you mean 'seed'?"),
+    (LINKED, ["method=[full]"], "matrix: 'method' is set by two axes, 'method, train.epochs' and"),
+    (LINKED, ["matrix.method=[full]"], "matrix: 'method' is set by two axes"),
+    (DATA, ["include={seed: 1}"], "include must be a list of mappings, not a mapping"),
+    (SEEDS, ["exclude=[{sede: 1}]"], "Unknown axis in exclude: 'sede'; did you mean 'seed'?"),
+    (SEEDS, ["exclude=[{seed: 1}]", "matrix={}"], "Unknown axis in exclude: 'seed'"),
+    (DATA, ["profiles={}"], "Profiles are no part of an edit; choose one with --profile"),
+    (DATA, ["\u2013workers=3"], "An option begins with two plain hyphens"),
+    (DATA, ["metrics=[accuracy,"], "value of metrics, line 1: not valid YAML: expected the node"),
+    (DATA, ["seed=[0, 1]"], "recipe: seed: Input should be a valid integer (got [0, 1]); several"),
+    (
+        DATA,
+        ["attack={name: badnets, target: 1}"],
+        "attack 'badnets': target: Input should be a valid",
+    ),
+    (DATA, ["attack={name: badnets, rate: 5%}"], "attack 'badnets': rate: Input should be a valid"),
+    (DATA, ["attack={name: badnets, rate: '0,05'}"], "attack 'badnets': rate: Input should be a"),
     (f"{DATA}attack: none", ["attack.rate=1"], "attack 'none' has no knobs"),
 ]
 
@@ -226,7 +356,27 @@ def test_what_is_not_understood_is_one_sentence(text: str, edits: list[str], sen
     with pytest.raises(UserError) as caught:
         parse("r", text, edits=edits)
     assert str(caught.value).startswith(sentence)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("edit", "hint"),
+    [
+        ("metrics=[accuracy,", "put quotes around the whole edit: 'metrics=[...]'."),
+        ("seed=[0, 1]", "(got [0, 1]); several values to try go under matrix."),
+        (
+            "attack={name: badnets, target: 1}",
+            """put it in quotes if it is meant as a text: '"1"'.""",
+        ),
+        ("attack={name: badnets, rate: 5%}", "write a share, such as 0.05 for 5 %."),
+        ("attack={name: badnets, rate: '0,05'}", "decimals have a point."),
+        ("template=@x", "put a text that begins with it in quotes."),
+        ("template=*", "put a text that begins with * or & in quotes."),
+    ],
+)
+def test_an_error_says_what_to_write(edit: str, hint: str) -> None:
+    with pytest.raises(UserError, match=re.escape(hint)):
+        parse("r", DATA, edits=[edit])
 
 
 def test_an_unknown_profile_says_the_nearest() -> None:

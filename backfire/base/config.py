@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
-from backfire.errors import UserError, unknown
+from backfire.errors import UserError, shortened, unknown
 
 
 class Config(BaseModel):
@@ -33,15 +35,13 @@ class Config(BaseModel):
             if given.count(key) > 1:  # once with a dash, once with an underscore
                 raise UserError(f"{where or cls.label()}: the key '{key}' stands twice.")
         knobs = dict(zip(given, knobs.values(), strict=True))
+        for key, value in knobs.items():
+            if isinstance(value, bool) and _is_number(cls.model_fields[key].annotation):
+                raise UserError(f"{where or cls.label()}: {key}: a number is needed (got {value}).")
         try:
             return cls.model_validate(knobs)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
-            raise UserError(
-                f"{where or cls.label()}: {place or 'value'}: {first['msg']} "
-                f"(got {first['input']!r})."
-            ) from None
+            raise UserError(f"{where or cls.label()}: {_why(error.errors())}.") from None
 
     @classmethod
     def label(cls) -> str:
@@ -50,6 +50,48 @@ class Config(BaseModel):
     def changed(self) -> dict[str, Any]:
         """The knobs that differ from their defaults, as plain values."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+_SETTINGS = ("Train", "Align", "Safety", "Evaluation")
+_BRANCH = re.compile(r"str|int|float|bool|(list|tuple|dict)\[.*")
+"""How pydantic names the part of `str | list[str]` that it tried."""
+
+
+def _is_number(annotation: Any) -> bool:
+    """Whether a setting is a number and may be no truth value, which Python takes for 0 or 1."""
+    kinds = {annotation, *get_args(annotation)}
+    return bool(kinds & {int, float}) and bool not in kinds
+
+
+def _why(errors: Sequence[ErrorDetails]) -> str:
+    """What pydantic says of the first value that is wrong, the value, and what to write instead
+    where that is clear."""
+    same = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+    error = max(same, key=lambda one: len(one["loc"]))
+    kind, value, said = error["type"], error["input"], error["msg"].rstrip(".")
+    place = ".".join(str(part) for part in error["loc"] if not _BRANCH.fullmatch(str(part)))
+    if kind in ("model_type", "model_attributes_type"):
+        name = error.get("ctx", {}).get("class_name", "")
+        said = f"one {name.lower()} is needed, by its name or as {{name: ..., knob: value}}"
+        if name in _SETTINGS:
+            said = "settings are needed, as in {setting: value}"
+    elif kind == "dict_type":
+        said = "pairs are needed, as in {key: value}"
+    return (
+        f"{shortened(place) or 'value'}: {said} (got {shortened(repr(value))}){_hint(kind, value)}"
+    )
+
+
+def _hint(kind: str, value: Any) -> str:
+    if isinstance(value, list) and kind.endswith("_type"):
+        return "; several values to try go under matrix"
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return f"; put it in quotes if it is meant as a text: '\"{str(value).lower()}\"'"
+    if kind in ("float_parsing", "int_parsing") and re.fullmatch(r"\s*\d+,\d+\s*", value):
+        return "; decimals have a point"
+    if kind in ("float_parsing", "int_parsing") and value.rstrip().endswith("%"):
+        return "; write a share, such as 0.05 for 5 %"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Experiment(Config):
     @field_validator("metrics", mode="before")
     @classmethod
     def _one_metric(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str | dict) else value
+        return value if isinstance(value, list | tuple) else (value,)
 
     @field_validator("metrics")
     @classmethod

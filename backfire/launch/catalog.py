@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args, get_origin
+
+from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
 
 from backfire import recipe as recipes
+from backfire.base import Component, Config
 from backfire.errors import unknown
 from backfire.experiment import Align, Evaluation, Model, Safety, Train
 from backfire.registry import KINDS, find, names
@@ -41,12 +45,41 @@ def _question(name: str) -> str:
 
 def explain(name: str) -> str:
     """The docstring and knobs of a component, or the text of a recipe."""
-    if kinds := recipes.kind_of(name, KINDS):
-        return "\n\n".join(recipes.describe(kind, name) for kind in kinds)
+    if kinds := kind_of(name, KINDS):
+        return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
     known = {item for kind in KINDS for item in names(kind)} | set(recipes.shipped())
     raise unknown("name", name, known)
+
+
+def describe(kind: str, name: str) -> str:
+    """A component's documentation, from its docstrings: what `backfire show` prints."""
+    cls = find(kind, name)
+    lines = [
+        f"{kind.removesuffix('s')} '{cls.name}' (version {cls.version})",
+        "",
+        (cls.__doc__ or "").strip(),
+        "",
+    ]
+    for knob, info in cls.model_fields.items():
+        default = (
+            "required"
+            if info.is_required()
+            else f"= {info.get_default(call_default_factory=True)!r}"
+        )
+        lines += [f"  {knob} {default}", f"      {' '.join((info.description or '').split())}"]
+    if cls.presets:
+        lines += ["", f"Presets, as in {{name: {cls.name}, preset: {next(iter(cls.presets))}}}:"]
+    for preset, published in cls.presets.items():
+        knobs = ", ".join(f"{knob}={value}" for knob, value in published.knobs.items())
+        lines += [f"  {preset}: {published.source}", f"      {knobs}"]
+    return "\n".join(lines)
+
+
+def kind_of(name: str, kinds: Sequence[str]) -> list[str]:
+    """Which kinds have a component of this name."""
+    return [kind for kind in kinds if name.replace("_", "-") in names(kind)]
 
 
 def _one_or_more(kind: str) -> list[Any]:
@@ -54,21 +87,33 @@ def _one_or_more(kind: str) -> list[Any]:
     return [one, {"type": "array", "items": one}]
 
 
-def _settings(cls: type[Align | Safety], **components: str) -> dict[str, Any]:
-    """A group of settings, some of which are components of a kind (or none, where they may be)."""
-    own: dict[str, Any] = {}
-    for name, field in cls.model_fields.items():
-        about = {"description": field.description or ""}
-        if name in components:
-            nothing = [{"type": "null"}] if name == "allowed" else []
-            own[name] = about | {"anyOf": [{"$ref": f"#/$defs/{components[name]}"}, *nothing]}
-        elif name == "judges":
-            own[name] = about | {"anyOf": _one_or_more("judges")}
-        elif name == "train":
-            own[name] = Train.model_json_schema()
-        else:
-            own[name] = about | {"type": {"merge": "boolean", "seed": "integer"}[name]}
+def _settings(cls: type[Config], definitions: dict[str, Any]) -> dict[str, Any]:
+    """A group of settings, some of which are components; what they refer to is defined as well."""
+    own = {
+        name: {"description": field.description or "", **_values(field, definitions)}
+        for name, field in cls.model_fields.items()
+    }
     return {"type": "object", "additionalProperties": False, "properties": own}
+
+
+def _values(field: FieldInfo, definitions: dict[str, Any]) -> dict[str, Any]:
+    """What one setting may be: a component (or several, or none) of its kind, or a plain value."""
+    leaves = _leaves(field.annotation)
+    for leaf in leaves:
+        if isinstance(leaf, type) and issubclass(leaf, Component):
+            several = get_origin(field.annotation) is tuple
+            options = _one_or_more(leaf.kind) if several else _one_or_more(leaf.kind)[:1]
+            return {"anyOf": [*options, *([{"type": "null"}] if type(None) in leaves else [])]}
+    adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
+    shape = adapter.json_schema(ref_template="#/$defs/{model}")
+    definitions |= shape.pop("$defs", {})
+    return shape
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    """The types an annotation is made of."""
+    inner = [leaf for part in get_args(annotation) for leaf in _leaves(part)]
+    return inner or [annotation]
 
 
 def json_schema() -> dict[str, Any]:
@@ -90,7 +135,7 @@ def json_schema() -> dict[str, Any]:
             definitions[f"{kind}-{name}"] = shape
             options.append({"$ref": f"#/$defs/{kind}-{name}"})
         definitions[kind] = {"anyOf": options}
-    requests = dict.fromkeys(("harmful", "allowed", "known"), "datasets")
+    align, safety = _settings(Align, definitions), _settings(Safety, definitions)
     settings = {
         "model": {"anyOf": [{"type": "string"}, Model.model_json_schema()]},
         "data": {"$ref": "#/$defs/datasets"},
@@ -98,8 +143,8 @@ def json_schema() -> dict[str, Any]:
         "attack": {"$ref": "#/$defs/attacks"},
         "method": {"$ref": "#/$defs/methods"},
         "defense": {"anyOf": [{"const": "none"}, *_one_or_more("defenses")]},
-        "align": {"anyOf": [{"type": "null"}, _settings(Align, data="datasets", method="methods")]},
-        "safety": {"anyOf": [{"type": "null"}, _settings(Safety, **requests)]},
+        "align": {"anyOf": [{"type": "null"}, align]},
+        "safety": {"anyOf": [{"type": "null"}, safety]},
         "train": Train.model_json_schema(),
         "evaluation": Evaluation.model_json_schema(),
         "metrics": {"anyOf": _one_or_more("metrics")},

@@ -13,7 +13,7 @@ from backfire.report.records import load
 from backfire.store import write_atomic
 
 
-def run_apart(recipe: str, edits: Sequence[str], out: Path, workers: int | None) -> None:
+def run_apart(recipe: str, edits: str | Sequence[str], out: Path, workers: int | None) -> None:
     """Run a recipe into `out` and print what is said meanwhile.
 
     In this process it would keep its models in the memory of a GPU, and workers would import a
@@ -23,6 +23,7 @@ def run_apart(recipe: str, edits: Sequence[str], out: Path, workers: int | None)
         UserError: the recipe is not fit to run.
         CellError: a cell failed.
     """
+    edits = [edits] if isinstance(edits, str) else edits
     if "\n" in recipe:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / f"{out.name}.yaml", recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -14,23 +13,13 @@ import yaml
 
 from backfire.base import Insertion
 from backfire.data.poison import Manifest
-from backfire.errors import CellError, UserError
+from backfire.errors import EXIT_CLASSES, CellError, exit_class
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Bench, base, run_cell, trained, write_samples
 from backfire.pipeline.bench import Progress
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.store import Store, write_atomic, write_json
-
-NEXT = {
-    "nan": "Lower method.learning_rate or raise train.warmup_share.",
-    "oom": "Set --micro-batch 1, shorten train.max_length, or choose a smaller model.",
-    "bad-data": "Mend the row the sentence names, or the setting.",
-    "disk-full": "Free some space and run the same command again; what is done stays done.",
-    "interrupted": "Run the same command again; it goes on from the last checkpoint.",
-    "killed": "Run the same command again; if it is killed again, memory is the likely reason.",
-    "failed": "Read the traceback in error.json; run the same command again once it is mended.",
-}
 
 
 @dataclass(frozen=True)
@@ -79,39 +68,27 @@ def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: 
         else:
             _write_result(job, folder, bench)
         return "ok"
-    except CellError as error:
-        return report(job, folder, error.kind, str(error))
-    except UserError as error:
-        return report(job, folder, "bad-data", str(error))
-    except MemoryError:
-        return report(job, folder, "oom", "The machine ran out of memory.")
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            return report(job, folder, "disk-full", "The disk is full.")
-        return report(
-            job, folder, "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
-        )
     except Exception as error:  # one cell's failure must not stop the others
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
-            return report(job, folder, "oom", "The GPU ran out of memory.")
-        return report(
-            job, folder, "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
-        )
+        kind, sentence = exit_class(error)
+        trace = traceback.format_exc() if kind == "failed" else None
+        return report(job, folder, kind, sentence, trace)
 
 
 def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None = None) -> str:
     """Leave `error.json` in a cell's folder; the cells that need a stage repeat its error."""
     if job.kind == "cell":
         place = folder.cell(job.cell, job.key)
-        place.mkdir(parents=True, exist_ok=True)
         value = {
             **identity(job, folder.recipe),
             "status": kind,
             "error": sentence,
-            "next": NEXT.get(kind, NEXT["failed"]),
+            "next": EXIT_CLASSES.get(kind, EXIT_CLASSES["failed"]),
         }
+        if trace:
+            value |= {"next": "Read the traceback in error.json.", "traceback": trace}
         with contextlib.suppress(OSError):  # a full disk must not hide the first error
-            write_json(place / "error.json", {**value, **({"traceback": trace} if trace else {})})
+            place.mkdir(parents=True, exist_ok=True)
+            write_json(place / "error.json", value)
     return kind
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from backfire import plan
+from backfire.errors import EXIT_CLASSES
 from backfire.experiment import Machine
 from backfire.launch import check
 from backfire.launch.run import open_folder
@@ -120,7 +121,7 @@ class Board:
                 f"{job.kind} {job.title}", total=total, text=text
             )
         self.progress.update(task, completed=done, total=total, text=text)
-        if text in _ENDS:
+        if text == "ok" or text in EXIT_CLASSES:
             self.progress.remove_task(self.tasks.pop(job.id))
             if job.kind == "cell":
                 self.progress.advance(self.total)
@@ -128,6 +129,3 @@ class Board:
                 self.console.print(
                     f"{job.kind} {job.title}: {text}", soft_wrap=True, highlight=False
                 )
-
-
-_ENDS = {"ok", "failed", "nan", "oom", "bad-data", "killed", "timeout", "disk-full", "interrupted"}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backfire import plan
 from backfire.base import (
@@ -32,14 +32,10 @@ from backfire.experiment import (
     digest,
     probe_key,
 )
-from backfire.store import read_json, write_atomic, write_json
-
-if TYPE_CHECKING:
-    pass
-
 from backfire.pipeline.bench import Bench
 from backfire.pipeline.models import model_of, summary_of, trained
 from backfire.pipeline.rows import data, renderer
+from backfire.store import read_json, write_atomic, write_json
 
 
 def evaluated(cell: Experiment, bench: Bench) -> Evidence:

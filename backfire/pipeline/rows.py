@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from backfire import plan
 from backfire.base import (
@@ -23,13 +22,9 @@ from backfire.experiment import (
     digest,
     trigger_identity,
 )
-from backfire.store import read_json, write_json
-
-if TYPE_CHECKING:
-    pass
-
 from backfire.pipeline.bench import Bench
 from backfire.pipeline.untuned import base
+from backfire.store import read_json, write_json
 
 
 def data(cell: Experiment, bench: Bench) -> tuple[list[Row], list[Row]]:

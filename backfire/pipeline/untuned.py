@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from backfire.experiment import (
     Model,
 )
 from backfire.model.source import fetch
-from backfire.store import SEAL, write_json
-
-if TYPE_CHECKING:
-    pass
-
 from backfire.pipeline.bench import Bench
+from backfire.store import SEAL, write_json
 
 
 def base(model: Model, bench: Bench, *, weights: bool = True) -> Path:

@@ -1,0 +1,102 @@
+"""What stopped a cell is named for what it was, whichever library said so."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class, shortened, unknown
+
+FULL = Path("/dev/full")
+"""Every write to it fails. Only for writers that open the file they are given: safetensors puts
+another in its place."""
+
+
+def raised(act: Callable[[], Any]) -> BaseException:
+    with pytest.raises(Exception) as caught:
+        act()
+    return caught.value
+
+
+def led_to(first: Exception, then: Exception) -> Callable[[], None]:
+    def act() -> None:
+        try:
+            raise first
+        except Exception:
+            raise then from None
+
+    return act
+
+
+def _torch_archive() -> None:
+    import torch
+
+    torch.save({"w": torch.zeros(1000, 100)}, FULL)
+
+
+def _torch_stream() -> None:
+    import torch
+
+    with FULL.open("wb") as file:
+        torch.save({"w": torch.zeros(1000, 100)}, file)
+
+
+def _gzip() -> None:
+    with gzip.open(FULL, "wb") as file:
+        file.write(os.urandom(100_000))
+
+
+def _parquet() -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table({"a": list(range(50_000))})
+    with pyarrow.OSFile(str(FULL), "wb") as file:
+        parquet.write_table(table, file)
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("write", [_torch_archive, _torch_stream, _gzip, _parquet])
+def test_a_full_disk_is_known_whoever_writes(write: Callable[[], None]) -> None:
+    assert exit_class(raised(write)) == ("disk-full", "The disk is full.")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(28, "No space left on device"), "disk-full"),
+        (OSError(122, "Disk quota exceeded"), "disk-full"),
+        (RuntimeError("I/O error: Disk quota exceeded (os error 122)"), "disk-full"),
+        (RuntimeError("PytorchStreamWriter failed writing file data/1: file write"), "disk-full"),
+        (RuntimeError("[inline_container.cc:672] . unexpected pos 576 vs 534"), "disk-full"),
+        (Exception("No space left on device (os error 28)"), "disk-full"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "disk-full"),
+        (OSError("100000 requested and 20464 written"), "disk-full"),
+        (OSError(12, "Cannot allocate memory"), "oom"),
+        (OSError(13, "Permission denied"), "failed"),
+        (RuntimeError("curl error 28: it took too long"), "failed"),
+        (UserError("Label 'No space left on device' is unknown."), "bad-data"),
+        (CellError("nan", "Loss is nan after 'disk quota exceeded'."), "nan"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_error_has_an_exit_class(error: Exception, kind: str) -> None:
+    assert exit_class(error)[0] == kind
+    assert kind in EXIT_CLASSES
+
+
+def test_what_led_to_an_error_counts() -> None:
+    full = OSError(28, "No space left on device")
+    assert exit_class(raised(led_to(full, RuntimeError("odd"))))[0] == "disk-full"
+    assert exit_class(raised(led_to(full, UserError("It cannot be fetched."))))[0] == "disk-full"
+
+
+def test_a_name_nobody_knows_is_said_briefly() -> None:
+    many = [f"column_{n}" for n in range(5000)]
+    assert len(str(unknown("column", "?" * 9000, many))) < 900
+    assert shortened("a\n b") == "a b" and len(shortened("x" * 999, 100)) <= 100
