@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from backfire.errors import UserError
+from backfire.model.batching import ways
 from backfire.model.quantize import assert_quantized, quantizer
 from backfire.store import read_json, write_json
 
@@ -65,6 +66,7 @@ def load_base(
 
     Raises:
         UserError: the folder holds no model that can be loaded, in one sentence.
+        CellError: the model is not causal.
     """
     extra = {"quantization_config": quantizer(quantization)} if quantization else {}
     try:
@@ -87,8 +89,10 @@ def load_base(
         ) from None
     if quantization:
         assert_quantized(model, quantization)
-        return cast(PreTrainedModel, model.eval())
-    return cast(PreTrainedModel, model.to(device).eval())
+    else:
+        model.to(device)
+    ways(model.eval())  # it runs a few tokens: before anybody listens
+    return cast(PreTrainedModel, model)
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
