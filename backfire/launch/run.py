@@ -24,7 +24,8 @@ from backfire.store import Store, write_atomic, write_json
 
 NEXT = {
     "nan": "Lower method.learning_rate or raise train.warmup_share.",
-    "oom": "Set --micro-batch 1, shorten train.max_length, or choose a smaller model.",
+    "oom": "Set --micro-batch 1 (training) or --eval-batch 1 (evaluation), shorten "
+    "train.max_length, or choose a smaller model.",
     "bad-data": "Mend the row the sentence names, or the setting.",
     "disk-full": "Free some space and run the same command again; what is done stays done.",
     "interrupted": "Run the same command again; it goes on from the last checkpoint.",
