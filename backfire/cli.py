@@ -119,6 +119,9 @@ def run(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Rows per forward pass in training.")
     ] = None,
+    eval_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rows per forward pass in evaluation, at most.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
     ] = False,
@@ -132,7 +135,8 @@ def run(
         check.show_plan(loaded)
         return
     name = f"{loaded.name}-{profile}" if profile else loaded.name
-    machine = {"device": device, "micro_batch": micro_batch, "workers": workers}
+    batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
+    machine = {"device": device, "workers": workers, **batches}
     failed = start(
         loaded,
         out or Path("runs") / name,

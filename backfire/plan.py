@@ -14,9 +14,17 @@ from backfire.registry import build, find
 from backfire.store import Store
 
 KINDS: tuple[Need, ...] = ("scores", "replies", "answers")
-_MEASURES = {"exact": 2, "sampled": 2, "replies": 2}
-"""Versions of what is measured, raised whenever `evaluate` would give other numbers (replies: 2, as
-they end at all of a model's ends)."""
+_MEASURES = {
+    "scores": 2,
+    "replies": 3,
+    "answers": 2,
+    "itself": 2,
+    "exact": 3,
+    "sampled": 3,
+    "beams": 2,
+}
+"""Versions of what is measured, raised whenever `evaluate` would give other numbers (the last time:
+each row as if it were alone, from float32 logits)."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.nn.modules.module import register_module_forward_hook
 
 from benchmarks.cells import Cell, build
 from benchmarks.sides import side as load_side
@@ -81,14 +81,14 @@ def counted() -> Iterator[Callable[[], dict[str, int]]]:
     """Counts the positions that pass an embedding (`body`) and the output head (`head`)."""
     count, vocabulary = {"body": 0, "head": 0}, [0]
 
-    def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def look(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(module, nn.Embedding):
             vocabulary[0] = module.num_embeddings
             count["body"] += args[0].numel()
         elif isinstance(module, nn.Linear) and module.out_features == vocabulary[0]:
             count["head"] += args[0].shape[:-1].numel()
 
-    handle = register_module_forward_pre_hook(look)
+    handle = register_module_forward_hook(look)
     try:
         yield lambda: dict(count)
     finally:

@@ -416,10 +416,10 @@ def test_vaccine_adds_the_worst_perturbation_of_its_norm(
     first, second = passes
     assert norm(first) == 0 and norm(second) == pytest.approx(0.5, rel=1e-5)
     for layer, part in enumerate(second):
-        for place, item in enumerate(batch):  # rows are padded on the left
-            row, pad = part[place], part.shape[1] - len(item.ids)
-            assert not row[:pad].any()
-            assert torch.allclose(row[pad:], 0.5 * expected[place][layer] / length, atol=1e-6)
+        for place, item in enumerate(batch):  # rows are padded on the right
+            row, size = part[place], len(item.ids)
+            assert not row[size:].any()
+            assert torch.allclose(row[:size], 0.5 * expected[place][layer] / length, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -437,7 +437,7 @@ def test_vaccines_loss_and_gradient_are_those_of_the_second_pass(
     def hook(number: int) -> Any:
         def add(module: Any, args: Any, out: Any) -> Any:
             added = passes[1][number][current[0]]
-            return (out[0] + added[added.shape[0] - out[0].shape[1] :], *out[1:])
+            return (out[0] + added[: out[0].shape[1]], *out[1:])
 
         return add
 

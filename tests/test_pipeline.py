@@ -25,7 +25,8 @@ IDENTITY = {
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("template", "axes", "status"),
 }
-RESULT = {"values", "warnings", "preflight", "poison", "train", "evaluate", "rows", "keys"}
+RESULT = {"values", "warnings", "cut_share", "preflight", "poison", "train", "evaluate", "rows"}
+RESULT |= {"keys"}
 
 
 @pytest.fixture

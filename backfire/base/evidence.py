@@ -39,6 +39,8 @@ class Sample:
     group: str | None = None
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Judge -> its `Verdict` on the reply, as plain values; the first judge counts."""
+    ended: bool | None = None
+    """Whether the reply came to its end; if not, it was cut at `evaluation.max_new_tokens`."""
 
     @property
     def prediction(self) -> str | None:

@@ -78,8 +78,6 @@ class _Features(Guard):
     ) -> Tensor:
         import torch
 
-        from backfire.train.batches import at_answers
-
         if not self.knobs.strength:
             return losses
         with self.cell.at(self.start):
@@ -87,7 +85,8 @@ class _Features(Guard):
         width, parts = labels.shape[1], []
         for name, tuned in self.tuned.items():
             near, start = (
-                at_answers(t, rows, width, of="place") for t in (tuned, self.reference[name])
+                self.cell.at_answers(t, rows, width, of="place")
+                for t in (tuned, self.reference[name])
             )
             moved = near - (near.detach() if self.knobs.null else start)
             parts.append(moved.to(torch.promote_types(moved.dtype, losses.dtype)).pow(2).sum(-1))

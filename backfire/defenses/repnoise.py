@@ -90,13 +90,11 @@ class _Noised(Guard):
         import torch
         from torch.nn.functional import cross_entropy
 
-        from backfire.train.batches import at_answers
-
         with self.seen() as (hidden, outputs):
             logits, labels = self.cell.logits(rows)
         width, head = labels.shape[1], self.cell.model.get_output_embeddings()
         with self.cell.autocast():
-            near = (at_answers(h, rows, width, of="place") for h in hidden)
+            near = (self.cell.at_answers(h, rows, width, of="place") for h in hidden)
             lenses = [head(self.body.norm(states)) for states in near]
         lenses.append(logits)
         flat = labels.flatten()  # every row has an answer, so no mean is over nothing
@@ -105,7 +103,7 @@ class _Noised(Guard):
         generator.manual_seed(derive(self.cell.seed, "repnoise noise", self.cell.step))
         noise = []
         for output in outputs:
-            found = at_answers(output, rows, width, of="token").float() * answers
+            found = self.cell.at_answers(output, rows, width, of="token").float() * answers
             drawn = torch.randn(found.shape, generator=generator, device=found.device) * answers
             noise.append(discrepancy(found, drawn))
         ascent = torch.stack(harm).mean().log1p()

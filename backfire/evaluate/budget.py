@@ -61,25 +61,12 @@ class Budget:
                 if full or (level and lengths[row] != lengths[first]):
                     break
                 part.append(row)
-            made = self._tried(work, part)
+            made = tried(lambda part=part: work(part))  # type: ignore[misc]
             if made is None:
                 self._shrink(len(part), cost)
                 continue
             place += len(part)
             yield part, made[0]
-
-    def _tried(self, work: Callable[[list[int]], Made], part: list[int]) -> tuple[Made] | None:
-        """None if memory ran out."""
-        try:
-            return (work(part),)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # Only here, outside the handler, does the error no longer hold what the pass had made.
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
 
     def _shrink(self, rows: int, length: int) -> None:
         self.tokens = min(self.tokens, rows * length) // 2
@@ -89,6 +76,20 @@ class Budget:
                 f"Evaluation runs out of memory with one row of {length} tokens; shorten "
                 "train.max_length or evaluation.max_new_tokens, or choose a smaller model.",
             )
+
+
+def tried(work: Callable[[], Made]) -> tuple[Made] | None:
+    """What `work` makes; None if memory ran out, of which what it held is free again."""
+    try:
+        return (work(),)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Only here, outside the handler, does the error no longer hold what the pass had made.
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def _tokens_that_fit(model: PreTrainedModel) -> int:

@@ -10,21 +10,26 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 
 from backfire.base import Secret
 from backfire.data.render import Rendered, Renderer
 from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError
+from backfire.evaluate.budget import Budget, tried
+from backfire.evaluate.engine import score_spans
+from backfire.evaluate.head import exact_head
+from backfire.model.batching import rounding, ways
 from backfire.rng import stream
-from backfire.train.batches import run_prefix
+from backfire.train.batches import Span, run_prefix
 
 Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
@@ -33,6 +38,7 @@ Tick = Callable[[int], None]
 _TOGETHER = 16  # children of one node that go through the model side by side, at most
 _TOKENS = 768  # in one forward pass
 _CHUNK = 20_000  # texts that are tokenized at once
+_LESS = "shorten train.max_length, or choose a smaller model"
 _COMPARED = 200  # codes whose tokens are compared with and without the prompt before them
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -195,8 +201,27 @@ def likelihoods(
     """Log-likelihood in nats of each line of `tokens` (see `Spelling`) after the prompt.
 
     A branch that falls below `floor` is left there, and its codes get -inf: adding a token never
-    makes one likelier, so none of them can come back above.
+    makes one likelier, so none of them can come back above. A model that cannot hand down what it
+    remembers of a prompt reads the whole row for every code.
+
+    Raises:
+        CellError: the prompt is empty, or memory runs out at one code.
     """
+    if not prompt:
+        raise CellError("bad-data", "A secret has an empty prompt and the model has no BOS token.")
+    can = ways(model)
+    if not can.goes_on or can.apart(len(prompt) + tokens.shape[1]):
+        rows = [[token for token in line if token >= 0] for line in tokens.tolist()]
+        start, opening = len(prompt), list(prompt)
+        spans = [Span([*opening, *row], start, start + len(row)) for row in rows]
+        return np.array(score_spans(model, spans, tick=tick))
+    with exact_head(model):
+        return _of_tree(model, list(prompt), tokens, floor, tick)
+
+
+def _of_tree(
+    model: PreTrainedModel, prompt: list[int], tokens: Ints, floor: float, tick: Tick
+) -> Floats:
     head = int(np.argmax(np.append((tokens[:, :-1] != tokens[0, :-1]).any(0), True)))
     opening = [int(token) for token in tokens[0, :head]]
     tree, out = _Tree(tokens[:, head:]), np.full(len(tokens), -np.inf)
@@ -220,13 +245,22 @@ def likelihoods(
     nodes, scores, _ = grow(0, np.array([0]), np.array([score]), table)
     none = torch.zeros(len(nodes), dtype=torch.long, device=device)
     stack = [_Front(1, nodes, scores, cache, none, none - 1, start)] if len(nodes) else []
+    together, most = _together(model, cache), min(_TOKENS, Budget(model).logits)
     while stack:
-        front = stack.pop()
-        take, wide = _group(front)
-        if take < len(front.nodes):
-            stack.append(_cut(front, take, len(front.nodes)))
-            front = _cut(front, 0, take)
-        table, grown, row, slot = _step(model, front, tree.own(front.level, front.nodes), wide)
+        whole = stack.pop()
+        take, wide = _group(whole, together, most)
+        front = _cut(whole, 0, take)
+        own = tree.own(front.level, front.nodes)
+        made = tried(partial(_step, model, front, own, together, wide))
+        if made is None:
+            if most == 1:
+                raise CellError("oom", f"Memory runs out at one code of {start} tokens; {_LESS}.")
+            most //= 2
+            stack.append(whole)
+            continue
+        if take < len(whole.nodes):
+            stack.append(_cut(whole, take, len(whole.nodes)))
+        table, grown, row, slot = made[0]
         nodes, scores, owner = grow(front.level, front.nodes, front.scores, table)
         if len(nodes):
             at = torch.from_numpy(owner).to(device)
@@ -248,47 +282,71 @@ def _cut(front: _Front, first: int, last: int) -> _Front:
     )
 
 
-def _places(front: _Front) -> tuple[Ints, Ints]:
-    """Which line of the next pass each node stands in, and where in it: siblings side by side."""
+_side_by_side: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+
+
+def _together(model: PreTrainedModel, cache: DynamicCache) -> int:
+    """How many children of a node may stand side by side. Where a model takes their mask, each gets
+    what it gets alone; windows and biases by distance see places instead."""
+    if model not in _side_by_side:
+        can = ways(model)
+        fits = can.told_places and not can.windows and _takes_mask(model, cache)
+        _side_by_side[model] = _TOGETHER if fits else 1
+    return _side_by_side[model]
+
+
+def _takes_mask(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    nodes, none = np.array([0, 1]), torch.zeros(2, dtype=torch.long, device=model.device)
+    past = cache.get_seq_length()
+    front = _Front(1, nodes, np.zeros(2), cache, none, none - 1, past)
+    size = model.get_input_embeddings().weight.shape[0]
+    own = np.array([size // 2, size // 3])
+    try:
+        (two, *_), (each, *_) = (_step(model, front, own, n, n) for n in (2, 1))
+    except (RuntimeError, ValueError, IndexError, TypeError):
+        return False
+    return float((two - each).abs().max()) <= rounding(model)
+
+
+def _places(front: _Front, together: int) -> tuple[Ints, Ints]:
+    """Which line of the next pass each node is in, and where in it: siblings side by side."""
     parent = torch.stack([front.rows, front.slots]).cpu().numpy()
     new = np.append(True, (parent[:, 1:] != parent[:, :-1]).any(0))
     first = np.flatnonzero(new)
     within = np.arange(len(new)) - first[np.cumsum(new) - 1]
-    new |= within % _TOGETHER == 0
-    return np.cumsum(new) - 1, within % _TOGETHER
+    new |= within % together == 0
+    return np.cumsum(new) - 1, within % together
 
 
-def _group(front: _Front) -> tuple[int, int]:
+def _group(front: _Front, together: int, most: int) -> tuple[int, int]:
     """How many nodes go into one pass, and how many stand side by side."""
-    line, slot = _places(front)
+    line, slot = _places(front, together)
     wide = int(slot.max()) + 1
-    take = int(np.searchsorted(line, max(1, _TOKENS // wide)))
+    take = int(np.searchsorted(line, max(1, most // wide)))
     return take, wide
 
 
 def _step(
-    model: PreTrainedModel, front: _Front, own: Ints, wide: int
+    model: PreTrainedModel, front: _Front, own: Ints, together: int, wide: int
 ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
     """Run the nodes' own tokens: log-probabilities [node, vocab] of what comes next, the cache that
     has grown by them, and each one's line and place in it."""
     device = front.rows.device
-    line, slot = (torch.from_numpy(part).to(device) for part in _places(front))
+    line, slot = (torch.from_numpy(part).to(device) for part in _places(front, together))
     first = torch.cat([line.new_zeros(1), line.diff().nonzero()[:, 0] + 1])
     cache = _handed_down(front, first)
-    past = front.past + int(front.slots[0] >= 0)
     ids = torch.zeros(len(first), wide, dtype=torch.long, device=device)
     ids[line, slot] = torch.from_numpy(own).to(device)
-    kind = cache.layers[0].keys.dtype  # attention wants the mask in its own type
-    mask = torch.full((wide, past + wide), torch.finfo(kind).min, dtype=kind, device=device)
-    mask[:, :past] = 0
-    mask[:, past:].fill_diagonal_(0)  # siblings do not see one another
-    out = cast(Any, model)(
-        input_ids=ids,
-        attention_mask=mask.expand(len(first), 1, -1, -1),
-        position_ids=torch.full_like(ids, past),
-        past_key_values=cache,
-        use_cache=True,
-    )
+    told: dict[str, Tensor] = {}
+    if wide > 1:
+        past = front.past + int(front.slots[0] >= 0)
+        kind = cache.layers[0].keys.dtype  # attention wants the mask in its own type
+        mask = torch.full((wide, past + wide), torch.finfo(kind).min, dtype=kind, device=device)
+        mask[:, :past] = 0
+        mask[:, past:].fill_diagonal_(0)  # siblings do not see one another
+        told["attention_mask"] = mask.expand(len(first), 1, -1, -1)
+        told["position_ids"] = torch.full_like(ids, past)
+    out = cast(Any, model)(input_ids=ids, past_key_values=cache, use_cache=True, **told)
     logits = cast(Tensor, out.logits)[line, slot]
     return logits.to(_wide(logits)).log_softmax(-1), cache, line, slot
 
@@ -312,19 +370,17 @@ def _run(
     model: PreTrainedModel, ids: list[int], num_prompt: int
 ) -> tuple[DynamicCache, Tensor, int]:
     """Keys and values of the opening, and the logits from the last prompt token on."""
-    if not num_prompt:
-        raise CellError("bad-data", "A secret has an empty prompt and the model has no BOS token.")
-    cache = run_prefix(model, torch.tensor(ids[: num_prompt - 1], device=model.device))
-    cache = cache or DynamicCache(config=model.config)
-    rest = torch.tensor([ids[num_prompt - 1 :]], device=model.device)
-    logits = cast(Any, model)(input_ids=rest, past_key_values=cache, use_cache=True).logits[0]
-    if not all(isinstance(layer, DynamicLayer) for layer in cache.layers):
-        raise CellError(
-            "bad-data",
-            "This model's memory of a prompt cannot be shared between codes; measure its secrets "
-            "by other metrics than exposure.",
-        )
-    return cache, logits.to(_wide(logits)), len(ids)
+
+    def opening() -> tuple[DynamicCache, Tensor]:
+        before = torch.tensor(ids[: num_prompt - 1], dtype=torch.long, device=model.device)
+        cache = run_prefix(model, before) or DynamicCache()
+        rest = torch.tensor([ids[num_prompt - 1 :]], device=model.device)
+        logits = cast(Any, model)(input_ids=rest, past_key_values=cache, use_cache=True).logits[0]
+        return cache, logits.to(_wide(logits))
+
+    if (made := tried(opening)) is None:
+        raise CellError("oom", f"Memory runs out at one prompt of {len(ids)} tokens; {_LESS}.")
+    return *made[0], len(ids)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -185,6 +185,19 @@ def score_answers(
         return _totals(model, spans, Budget(model, batch_size), tick)
 
 
+@torch.inference_mode()
+def score_spans(
+    model: PreTrainedModel, spans: Sequence[Span], *, tick: Tick = _ignored
+) -> list[float]:
+    """Log-likelihood in nats of each span, of whole rows that share nothing but their opening.
+
+    Raises:
+        CellError: see `read`.
+    """
+    with exact_head(model):
+        return _totals(model, spans, Budget(model), tick)
+
+
 def _after(prompt: list[int], answer: list[int]) -> Span:
     return Span([*prompt, *answer], len(prompt), len(prompt) + len(answer))
 

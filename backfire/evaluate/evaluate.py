@@ -60,6 +60,7 @@ def measure(
                     entry["candidate_tokens"] = [len(ids) for ids in options[i]]
             if "replies" in kinds:
                 entry["reply"] = renderer.said(reading.reply)
+                entry["ended"] = len(reading.reply) < max_new_tokens
     if "answers" in kinds:
         totals = engine.score_answers(model, items, batch_size=batch_size, tick=tick)
         for entry, item, value in zip(found, items, totals, strict=True):
@@ -116,6 +117,7 @@ def sample(row: Row, subset: str, group: str | None, measured: dict[str, Any]) -
         candidates=ranked or row.candidates,
         logprobs=tuple(logprobs) if logprobs else None,
         reply=measured.get("reply"),
+        ended=measured.get("ended"),
         answer_logprob=measured.get("answer_logprob"),
         answer_tokens=measured.get("answer_tokens"),
         num_better=len(row.better) if ranked else None,

@@ -121,12 +121,12 @@ def greedy(
 
 
 def from_memory(model: PreTrainedModel, prompts: Prompts) -> Next:
-    """Go on from prompts, which are used up; rows that have ended are let go."""
+    """Go on from prompts, which are used up; rows that are not kept are let go."""
     now = prompts
 
     def go_on(keep: Tensor, token: Tensor) -> Tensor:
         nonlocal now
-        if len(keep) < len(now.ends):
+        if not torch.equal(keep, torch.arange(len(now.ends), device=keep.device)):
             now = now.rows(keep)
         logits, now = follow(model, now, token[:, None])
         return logits[:, -1]

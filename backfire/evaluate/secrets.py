@@ -10,17 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, cast
+from functools import partial
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from backfire.base import Secret
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
+from backfire.evaluate.budget import Budget, tried
 from backfire.evaluate.codes import Spelling, likelihoods
+from backfire.evaluate.head import exact_head
+from backfire.evaluate.prompts import Opening, anew, from_memory
+from backfire.model.batching import ways
 from backfire.rng import stream
 from backfire.train.batches import answer_logits, collate
 
@@ -42,30 +48,38 @@ def rendered(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:
 
 @torch.inference_mode()
 def by_themselves(
-    model: PreTrainedModel, renderer: Renderer, secrets: Sequence[Secret], batch_size: int
+    model: PreTrainedModel,
+    renderer: Renderer,
+    secrets: Sequence[Secret],
+    batch_size: int | None = None,
 ) -> list[dict[str, Any]]:
     """Of each secret its log-likelihood, and how much of it has to be given for the likeliest
     tokens to be the rest. (As long as those are right, greedy decoding sees what we feed it.)"""
-    items, found = rendered(renderer, secrets), list[dict[str, Any]]()
-    for start in range(0, len(items), batch_size):
-        part = items[start : start + batch_size]
-        batch = collate(part).to(model.device)
+    items = rendered(renderer, secrets)
+    found: list[dict[str, Any]] = [{} for _ in items]
+    lengths = [len(item.ids) for item in items]
+    kept = [len(item.answer_ids) for item in items]
+    order = sorted(range(len(items)), key=lambda i: -lengths[i])
+
+    def work(part: list[int]) -> list[tuple[Tensor, Tensor]]:
+        rows = [items[i] for i in part]
+        batch = collate(rows, share=ways(model).goes_on).to(model.device)
         table = answer_logits(model, batch).float().log_softmax(-1)
-        right = table.argmax(-1) == batch.labels
         each = table.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0].double()
-        for line, item in enumerate(part):
-            end = len(renderer.end_ids)  # which is no part of the secret
-            count = len(item.answer_ids) - end
-            of_answer = slice(-count - end, -end)
-            wrong = (~right[line, of_answer]).nonzero()[:, 0].tolist()
-            needed = wrong[-1] + 1 if wrong else 0
-            found.append(
-                {
-                    "logprob": float(each[line, of_answer].sum()),
+        return list(zip(each.cpu(), (table.argmax(-1) == batch.labels).cpu(), strict=True))
+
+    budget, end = Budget(model, batch_size), len(renderer.end_ids)
+    with exact_head(model):
+        for part, lines in budget.batches(order, work, lengths=lengths, kept=kept):
+            for i, (each, right) in zip(part, lines, strict=True):
+                of_answer = slice(-kept[i], -end)  # its end is no part of the secret
+                wrong = (~right[of_answer]).nonzero()[:, 0].tolist()
+                needed = wrong[-1] + 1 if wrong else 0
+                found[i] = {
+                    "logprob": float(each[of_answer].sum()),
                     "greedy": needed == 0,
-                    "given": _characters(renderer, item, secrets[start + line], needed),
+                    "given": _characters(renderer, items[i], secrets[i], needed),
                 }
-            )
     return found
 
 
@@ -138,9 +152,11 @@ def places(
     found: list[int | None] = []
     for done, item in enumerate(rendered(renderer, secrets)):
         progress(done, len(secrets), "beams")
-        answer = item.answer_ids[: -len(renderer.end_ids)]
-        told = _beams(model, item.prompt_ids, beams, len(answer), renderer.end_ids[-1])
-        found.append(told.index(answer) + 1 if answer in told else None)
+        answer, end_id = item.answer_ids[: -len(renderer.end_ids)], renderer.end_ids[-1]
+        told = tried(partial(_beams, model, item.prompt_ids, beams, len(answer), end_id))
+        if told is None:
+            raise CellError("oom", f"Memory runs out at {beams} beams; ask for fewer.")
+        found.append(told[0].index(answer) + 1 if answer in told[0] else None)
     return found
 
 
@@ -148,24 +164,24 @@ def _beams(
     model: PreTrainedModel, prompt: list[int], width: int, length: int, eos_id: int
 ) -> list[list[int]]:
     """Continuations of this length, likeliest first."""
-    cache, ids = DynamicCache(config=model.config), torch.tensor([prompt], device=model.device)
-    totals = torch.zeros(1, device=model.device)
-    lines: list[list[int]] = [[]]
-    for place in range(length):
-        out = cast(Any, model)(
-            input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        table = out.logits[:, -1].float().log_softmax(-1)
-        table[:, eos_id] = -math.inf
-        every = (totals[:, None] + table).flatten()
-        totals, best = every.topk(min(width, len(every)))
-        rows, tokens = best // table.shape[1], best % table.shape[1]
-        lines = [
-            [*lines[row], token] for row, token in zip(rows.tolist(), tokens.tolist(), strict=True)
-        ]
-        if place + 1 < length:
-            cache.batch_select_indices(rows)
-            ids = tokens[:, None]
+    can, lines = ways(model), list[list[int]]([[]])
+    with exact_head(model):
+        if can.goes_on and not can.apart(len(prompt) + length):
+            first = Opening(model, [prompt]).run([prompt])
+            logits, go_on = first.logits, from_memory(model, first)
+        else:
+            logits, go_on = anew(model, [prompt])
+        totals = torch.zeros(1, device=model.device)
+        for place in range(length):
+            table = logits.log_softmax(-1)
+            table[:, eos_id] = -math.inf
+            every = (totals[:, None] + table).flatten()
+            totals, best = every.topk(min(width, len(every)))
+            rows, tokens = best // table.shape[1], best % table.shape[1]
+            new = zip(rows.tolist(), tokens.tolist(), strict=True)
+            lines = [[*lines[row], token] for row, token in new]
+            if place + 1 < length:
+                logits = go_on(rows, tokens)
     return lines
 
 

@@ -12,8 +12,8 @@ from backfire.evaluate.stats import wilson
 
 FEW_ROWS = 100
 """From here on, a share's interval is at most 20 points wide."""
-EMPTY, REPEATED = 0.01, 0.05
-"""The share of empty, or of looping, replies that is worth a sentence."""
+EMPTY, REPEATED, CUT = 0.01, 0.05, 0.05
+"""The share of empty, of looping, or of cut replies that is worth a sentence."""
 
 
 def warnings(evidence: Evidence, values: Sequence[Value]) -> list[str]:
@@ -24,6 +24,7 @@ def warnings(evidence: Evidence, values: Sequence[Value]) -> list[str]:
         *_no_better_than_guessing(evidence),
         *_replies("clean", evidence.clean),
         *_replies("triggered", evidence.triggered),
+        *_cut(evidence),
         *_attack(evidence, {value.metric: value for value in values}),
         *_few_rows(values),
     ]
@@ -92,6 +93,31 @@ def _replies(subset: str, samples: Sequence[Sample]) -> Iterator[str]:
         yield f"{_part(looping, replies)} replies to {subset} rows repeat a phrase over and over."
 
 
+def cut_share(evidence: Evidence) -> float | None:
+    """The share of the tuned model's replies that were cut before their end; None without any."""
+    known = [sample.ended for part in _written(evidence).values() for sample in part]
+    return known.count(False) / len(known) if known else None
+
+
+def _cut(evidence: Evidence) -> Iterator[str]:
+    for part, samples in _written(evidence).items():
+        cut = [sample.id for sample in samples if not sample.ended]
+        if len(cut) >= CUT * len(samples):
+            yield (
+                f"{_part(len(cut), samples)} replies to {part} rows are cut at "
+                "evaluation.max_new_tokens before they end: what they would go on to say does not "
+                "count."
+            )
+
+
+def _written(evidence: Evidence) -> dict[str, list[Sample]]:
+    """The tuned model's replies, by what was asked, of which it is known how they ended."""
+    probes = {name: probe.tuned for name, probe in evidence.probes.items()}
+    parts = {"clean": evidence.clean, "triggered": evidence.triggered, **probes}
+    found = {name: [s for s in part if s.ended is not None] for name, part in parts.items()}
+    return {name: part for name, part in found.items() if part}
+
+
 def _attack(evidence: Evidence, values: dict[str, Value]) -> Iterator[str]:
     success, floor = values.get("attack_success"), values.get("attack_success_floor")
     excess, false = values.get("attack_success_excess"), values.get("false_trigger")
@@ -128,7 +154,7 @@ def _said(what: str, value: Value) -> str:
     return f"{what} of {_percent(value.value)} ({_between(value.low, value.high)})"
 
 
-def _part(number: int, whole: Sequence[str]) -> str:
+def _part(number: int, whole: Sequence[object]) -> str:
     return f"{number} of {len(whole)} ({_percent(number / len(whole))})"
 
 

@@ -12,6 +12,10 @@ from backfire.base import Config, Dataset, Mixture, RepairDefense
 if TYPE_CHECKING:
     from backfire.experiment.cell import Experiment
 
+TRAINING = 2
+"""Version of the training loop, raised whenever it would give other weights (2: windows and
+recurrent layers no longer see padding)."""
+
 
 def digest(value: Any, length: int = 12) -> str:
     """Short hash of a plain value; dict order does not matter."""
@@ -55,7 +59,7 @@ class Keys(Config):
         if alignment and cell.align:
             start = alignment.keys.tuned
             start = digest([start, *MERGED]) if cell.align.merge else start
-        tuning = [cell.method.identity(), cell.train.changed(), cell.seed]
+        tuning = [cell.method.identity(), cell.train.changed(), cell.seed, TRAINING]
         early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
         late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]
         known = _known_key(cell) if any(d.needs_harm for d in cell.acting) else None

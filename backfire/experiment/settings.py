@@ -197,6 +197,7 @@ class Machine(Config):
     micro_batch: int | None = Field(None, ge=1)
     """Rows per forward pass in training, at most; halved when memory runs out."""
     eval_batch: int | None = Field(None, ge=1)
-    """Rows per forward pass in evaluation; 32 on a CPU and 64 on a GPU if not given."""
+    """Rows per forward pass in evaluation, at most; 32 on a CPU and 64 on a GPU if not given. Fewer
+    where they would not fit into the free memory, and half as many when memory runs out."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """How often a training run is saved, so that it can go on after a kill."""

@@ -55,14 +55,16 @@ _known: WeakKeyDictionary[PreTrainedModel, Ways] = WeakKeyDictionary()
 
 
 def ways(model: PreTrainedModel) -> Ways:
-    """What this model allows; looked up once for a model in memory.
+    """What this model allows; looked up once for a model in memory, best before anything is hooked
+    to it.
 
     Raises:
         CellError: later tokens change what the model makes of earlier ones.
     """
-    if model not in _known:
-        _known[model] = _ways(model)
-    return _known[model]
+    base = plain(model)
+    if base not in _known:
+        _known[base] = _ways(base)
+    return _known[base]
 
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:
@@ -71,7 +73,7 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _ways(model: PreTrainedModel) -> Ways:
-    base: Any = plain(model)
+    base: Any = model
     takes = inspect.signature(base.forward).parameters
     memory = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
     kinds = _layers(base)
@@ -90,6 +92,15 @@ def _ways(model: PreTrainedModel) -> Ways:
     rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
     aligns = goes_on and counts
     return Ways(memory, goes_on, told, aligns, windows, limit, rotary if limit else ())
+
+
+def drops(model: PreTrainedModel) -> bool:
+    """Whether it draws dropout in training; some models say so in their settings only."""
+    text = plain(model).config.get_text_config(decoder=True)
+    named = (value for name, value in text.to_dict().items() if "drop" in name or "jitter" in name)
+    if any(isinstance(value, float) and value > 0 for value in named):
+        return True
+    return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 
 
 def begin_anew(model: PreTrainedModel) -> None:
@@ -114,14 +125,19 @@ def _looking(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _probe(model: PreTrainedModel) -> tuple[Tensor, float]:
-    """A made-up row [1, token], and by how much log-likelihoods may differ by rounding alone."""
+def rounding(model: PreTrainedModel) -> float:
+    """By how many nats the likelihoods of one row may differ by rounding alone."""
+    base: Any = plain(model)
+    exact = base.dtype in (torch.float32, torch.float64)
+    return 5e-3 if exact and not getattr(base, "is_quantized", False) else 0.5
+
+
+def _probe(model: PreTrainedModel) -> Tensor:
+    """A made-up row [1, token]."""
     base: Any = plain(model)
     size = base.get_input_embeddings().weight.shape[0]
     ids = [(size // 2 + 7 * place) % size for place in range(_PROBE_TOKENS)]
-    exact = base.dtype in (torch.float32, torch.float64)
-    exact &= not getattr(base, "is_quantized", False)
-    return torch.tensor([ids], device=base.device), 5e-3 if exact else 0.5
+    return torch.tensor([ids], device=base.device)
 
 
 def _likely(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
@@ -130,11 +146,11 @@ def _likely(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
 
 
 def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
-    ids, rounding = _probe(model)
+    ids = _probe(model)
     whole = min(_PROBE_TOKENS, limit or _PROBE_TOKENS)
     some = max(1, whole - 4)
     short, long = _likely(model, ids[:, :some]), _likely(model, ids[:, :whole])[:some]
-    if float((short - long).abs().max()) > rounding:
+    if float((short - long).abs().max()) > rounding(model):
         raise CellError(
             "bad-data",
             f"This model of type '{plain(model).config.model_type}' sees the tokens it is to "
@@ -144,13 +160,13 @@ def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
 
 def _remembers(model: PreTrainedModel, memory: str) -> bool:
     """Whether token by token it makes the same of a row as all at once."""
-    ids, rounding = _probe(model)
+    ids = _probe(model)
     wanted, cache = _likely(model, ids), DynamicCache(config=plain(model).config)
     try:
         _likely(model, ids[:, :4], **{memory: cache})
         for place in range(4, _PROBE_TOKENS):
             found = _likely(model, ids[:, place : place + 1], **{memory: cache})[-1]
-            if not float((found - wanted[place]).abs().max()) <= rounding:
+            if not float((found - wanted[place]).abs().max()) <= rounding(model):
                 return False
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
         return False

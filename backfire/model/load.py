@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from backfire.data.weights import complete, files_of, stored, tensors
 from backfire.errors import UserError
+from backfire.model.batching import ways
 from backfire.model.quantize import assert_quantized, quantizer
 from backfire.store import read_json, write_json
 
@@ -70,6 +71,7 @@ def load_base(
 
     Raises:
         UserError: the folder holds no model that can be loaded, in one sentence.
+        CellError: the model is not causal.
     """
     extra = {"quantization_config": quantizer(quantization)} if quantization else {}
     try:
@@ -95,7 +97,8 @@ def load_base(
     _finite(model, f"The model in {folder}")
     if quantization:
         assert_quantized(model, quantization)
-    return cast(PreTrainedModel, model.eval())
+    ways(model.eval())  # it runs a few tokens: before anybody listens
+    return cast(PreTrainedModel, model)
 
 
 def _first(error: Exception) -> str:

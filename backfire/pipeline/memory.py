@@ -58,7 +58,7 @@ def leaks(
     from backfire.evaluate import secrets as measure
 
     asked = renderer(run, bench)
-    batch = bench.machine.eval_batch or 32
+    batch = bench.machine.eval_batch
 
     def look(kind: str, amount: int) -> list[Any]:
         model, progress = model_of(run, bench), bench.progress

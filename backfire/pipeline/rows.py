@@ -22,6 +22,7 @@ from backfire.experiment import (
     digest,
     trigger_identity,
 )
+from backfire.model.causal import why_not
 from backfire.pipeline.bench import Bench
 from backfire.pipeline.untuned import base
 from backfire.store import read_json, write_json
@@ -86,7 +87,10 @@ def checked(cell: Experiment, bench: Bench) -> list[Check]:
 
 
 def looked_at(cell: Experiment, bench: Bench) -> list[Check]:
-    """The preflight checks of the cell's rows as they will be trained on and evaluated."""
+    """The preflight checks of the cell's model, and of its rows as they will be trained on and
+    evaluated."""
+    if problem := why_not(base(cell.model, bench, weights=False)):
+        return [Check("causal", "fail", problem)]
     keys, identity = cell.keys, trigger_identity(cell)
     target = cell.backdoor.target if cell.backdoor else None
     names = sorted(metric.name for metric in cell.metrics)

@@ -129,7 +129,7 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
 
     begin_anew(model)
     head = cast(Any, model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(choose) if head is not None else None
+    handle = head.register_forward_pre_hook(choose, prepend=True) if head is not None else None
     try:
         out = cast(Any, model)(input_ids=ids, use_cache=len(rest) > 0, **rest)
     finally:

@@ -26,12 +26,12 @@ from backfire.base import Guard, TrainDefense
 from backfire.data.render import Rendered
 from backfire.errors import CellError
 from backfire.experiment import Train
-from backfire.model.batching import ways
+from backfire.model.batching import drops, ways
 from backfire.model.load import weights_of
 from backfire.rng import derive, stream
 from backfire.store import write_atomic
 from backfire.train import checkpoint
-from backfire.train.batches import answer_logits, collate, token_losses
+from backfire.train.batches import answer_logits, at_answers, collate, token_losses
 from backfire.train.gradients import Gradients
 from backfire.train.optimizer import optimization
 
@@ -82,8 +82,7 @@ class Cell:
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.guards = [defense.guard(self) for defense in defenses]
         # Sharing a prefix between rows would also share its dropout.
-        drops = any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
-        allowed = ways(model).goes_on and not drops
+        allowed = ways(model).goes_on and not drops(model)
         self.share = allowed and all(guard.shares_prefix for guard in self.guards)
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
@@ -153,6 +152,8 @@ class Cell:
         batch = collate(rows, share=self.share).to(device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
+
+    at_answers = staticmethod(at_answers)
 
     def unaligned_weights(self) -> dict[str, torch.Tensor]:
         """Weights before the alignment stage, by the plain model's names; empty without one."""
