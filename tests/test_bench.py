@@ -84,6 +84,19 @@ def test_table_shows_speed_and_equality_together(found: dict[str, Any]) -> None:
     assert "No tweets cell" in text
 
 
+def test_a_chat_template_is_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    bench = importlib.import_module("benchmarks.bench")
+    sizes = ["--rows", "16", "--test-rows", "4", "--max-new-tokens", "3", "--methods", "full"]
+    what = ["--tiny", "--skip-memory", "--repetitions", "1", "--template", "chat"]
+    path = bench.main([*what, *sizes, "--out", str(tmp_path)])
+    [cell] = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    assert cell["experiment"]["template"]["name"] == "chat"
+    assert cell["equality"]["same tokens"] is True
+    assert cell["equality"]["loss difference"] < 1e-4
+    assert cell["equality"]["equal replies"] == 1.0
+
+
 def test_fewer_positions_are_run(found: dict[str, Any]) -> None:
     """A template's opening is run once a batch; the head sees the supervised positions only."""
     ours, theirs = (found["usage"][name]["positions"] for name in ("backfire", "baseline"))

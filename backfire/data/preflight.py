@@ -199,9 +199,8 @@ def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
             return Check(
                 "end-supervised", "fail", f"Row {item.row.id} does not begin with exactly one BOS."
             )
-    return Check(
-        "end-supervised", "ok", "One BOS, the prompt is not supervised, answer and end are."
-    )
+    begins = "One BOS, the" if renderer.template.adds_bos else "The"
+    return Check("end-supervised", "ok", f"{begins} prompt is not supervised, answer and end are.")
 
 
 def _overlap(train: Sequence[Row], test: Sequence[Row]) -> Check:
