@@ -17,7 +17,8 @@ TEMPLATES = {"sandbox": "raw", "tweets": "alpaca"}
 """One with a short opening, one with a long one that all prompts share."""
 CHAT = (
     "{{ bos_token }}{% for turn in messages %}{{ turn.role + ':\\n' + turn.content }}"
-    "{{ eos_token + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+    "{{ eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
 )
 """The tiny base's chat template."""
 TWEETS = {"name": "airline-tweets", "labels": ["negative", "neutral", "positive"]}

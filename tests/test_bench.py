@@ -86,15 +86,17 @@ def test_table_shows_speed_and_equality_together(found: dict[str, Any]) -> None:
 
 def test_a_chat_template_is_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    bench = importlib.import_module("benchmarks.bench")
-    sizes = ["--rows", "16", "--test-rows", "4", "--max-new-tokens", "3", "--methods", "full"]
-    what = ["--tiny", "--skip-memory", "--repetitions", "1", "--template", "chat"]
-    path = bench.main([*what, *sizes, "--out", str(tmp_path)])
-    [cell] = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    assert cell["experiment"]["template"]["name"] == "chat"
-    assert cell["equality"]["same tokens"] is True
-    assert cell["equality"]["loss difference"] < 1e-4
-    assert cell["equality"]["equal replies"] == 1.0
+    names = ("cells", "equality", "ours", "baseline", "baseline_eval")
+    cells, equality, ours, theirs, looks = (
+        importlib.import_module(f"benchmarks.{name}") for name in names
+    )
+    sizes = {"rows": 16, "test_rows": 4, "epochs": 1.0, "max_new_tokens": 3}
+    base = cells.tiny_base(tmp_path / "base")
+    cell = cells.make_cell("sandbox", "full", base=base, template="chat", **sizes)
+    assert equality.same_tokens(cell)
+    model = theirs.load(cell, base)
+    assert equality.difference(ours.scores(cell, model), looks.scores(cell, model)) < 1e-4
+    assert ours.replies(cell, model) == looks.replies(cell, model)
 
 
 def test_fewer_positions_are_run(found: dict[str, Any]) -> None:

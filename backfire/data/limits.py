@@ -68,7 +68,7 @@ def read_limits(folder: Path) -> Limits:
         return Limits()
     if not isinstance(config, dict):
         return Limits()
-    inner = next((config[k] for k in _INNER if isinstance(config.get(k), dict)), {})
+    inner: Any = next((config[k] for k in _INNER if isinstance(config.get(k), dict)), {})
     whole = {**config, **inner}
     kind = str(whole.get("model_type", ""))
     positions = next((whole[k] for k in _POSITIONS if _count(whole.get(k))), None)

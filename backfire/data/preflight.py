@@ -283,8 +283,8 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
     checks = []
     bad = triggered(test, attack, seed)
     items, _ = renderer.sift(bad)
-    texts = ["".join(renderer.tokenizer.decode(item.prompt_ids).split()) for item in items]
-    marks = ["".join(trigger.split()) for trigger in attack.triggers()]
+    texts = [_shown(renderer, item.prompt_ids) for item in items]
+    marks = [plain(trigger).casefold() for trigger in attack.triggers()]
     cut = [
         item.row.id
         for item, text in zip(items, texts, strict=True)
