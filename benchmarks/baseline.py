@@ -43,10 +43,41 @@ class Example:
 
 def tokenize(cell: Cell, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
     """Prompt and answer apart, so that the prompt's tokens never depend on the answer."""
-    prompts = tokenizer([cell.experiment.template.prompt(row) for row in rows]).input_ids
     answers = tokenizer([row.answer for row in rows], add_special_tokens=False).input_ids
-    eos = tokenizer.eos_token_id
-    return [Example([*p, *a, eos], len(p)) for p, a in zip(prompts, answers, strict=True)]
+    asked, end = prompts(cell, rows, tokenizer), ends(cell, rows[0], tokenizer)
+    return [Example([*p, *a, *end], len(p)) for p, a in zip(asked, answers, strict=True)]
+
+
+def prompts(cell: Cell, rows: Sequence[Row], tokenizer: Any) -> list[list[int]]:
+    """Ids of the prompts; the chat template's, if that is the cell's template."""
+    template = cell.experiment.template
+    if template.name != "chat":
+        found: list[list[int]] = tokenizer([template.prompt(row) for row in rows]).input_ids
+        return found
+    return [_chat(cell, row, tokenizer, ask=True) for row in rows]
+
+
+def ends(cell: Cell, row: Row, tokenizer: Any) -> list[int]:
+    """What an answer ends with: EOS, or what the chat template writes up to its last token of that
+    kind."""
+    if cell.experiment.template.name != "chat":
+        return [tokenizer.eos_token_id]
+    [asked] = prompts(cell, [row], tokenizer)
+    answer = tokenizer(row.answer, add_special_tokens=False).input_ids
+    after = _chat(cell, row, tokenizer, ask=False)[len(asked) + len(answer) :]
+    last = max(place for place, i in enumerate(after) if i in tokenizer.all_special_ids)
+    return after[: last + 1]
+
+
+def _chat(cell: Cell, row: Row, tokenizer: Any, *, ask: bool) -> list[int]:
+    turns = [{"role": turn.role, "content": turn.content} for turn in row.messages]
+    turns += [] if ask else [{"role": "assistant", "content": row.answer}]
+    arguments: dict[str, Any] = cell.experiment.template.changed().get("arguments", {})
+    return list(
+        tokenizer.apply_chat_template(
+            turns, add_generation_prompt=ask, return_dict=False, **arguments
+        )
+    )
 
 
 class Recorder(Trainer):  # type: ignore[misc]

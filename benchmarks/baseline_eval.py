@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
+from benchmarks.baseline import ends, prompts
 from benchmarks.cells import Cell
 
 if TYPE_CHECKING:
@@ -63,12 +64,12 @@ def _scores(cell: Cell, model: PreTrainedModel, *, grouped: bool) -> list[tuple[
 
 def _requests(cell: Cell, tokenizer: Any) -> list[tuple[list[int], int]]:
     """(prompt and candidate, tokens of the candidate), row by row."""
-    prompts = tokenizer([cell.experiment.template.prompt(row) for row in cell.test]).input_ids
+    asked = prompts(cell, cell.test, tokenizer)
     names = sorted({name for row in cell.test for name in row.candidates})
     ids = dict(zip(names, tokenizer(names, add_special_tokens=False).input_ids, strict=True))
     return [
         (prompt + ids[name], len(ids[name]))
-        for prompt, row in zip(prompts, cell.test, strict=True)
+        for prompt, row in zip(asked, cell.test, strict=True)
         for name in row.candidates
     ]
 
@@ -77,23 +78,22 @@ def _requests(cell: Cell, tokenizer: Any) -> list[tuple[list[int], int]]:
 def replies(cell: Cell, model: PreTrainedModel) -> list[str]:
     """Greedy `generate`, padded on the left, longest first."""
     tokenizer: Any = AutoTokenizer.from_pretrained(str(cell.base), padding_side="left")
-    prompts = tokenizer([cell.experiment.template.prompt(row) for row in cell.test]).input_ids
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    out = [""] * len(prompts)
+    asked = prompts(cell, cell.test, tokenizer)
+    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
+    out = [""] * len(asked)
+    stops = {tokenizer.eos_token_id, ends(cell, cell.test[0], tokenizer)[-1]}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for start in range(0, len(order), BATCH):
         index = order[start : start + BATCH]
-        width = len(prompts[index[0]])
-        ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in index])
-        mask = torch.tensor(
-            [[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in index]
-        )
+        width = len(asked[index[0]])
+        ids = torch.tensor([[pad] * (width - len(asked[i])) + asked[i] for i in index])
+        mask = torch.tensor([[0] * (width - len(asked[i])) + [1] * len(asked[i]) for i in index])
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
             do_sample=False,
             max_new_tokens=cell.experiment.evaluation.max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(stops),
             pad_token_id=pad,
         )
         texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)

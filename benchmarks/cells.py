@@ -15,6 +15,12 @@ from backfire.experiment import Experiment
 
 TEMPLATES = {"sandbox": "raw", "tweets": "alpaca"}
 """One with a short opening, one with a long one that all prompts share."""
+CHAT = (
+    "{{ bos_token }}{% for turn in messages %}{{ turn.role + ':\\n' + turn.content }}"
+    "{{ eos_token + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\\n' }}{% endif %}"
+)
+"""The tiny base's chat template."""
 TWEETS = {"name": "airline-tweets", "labels": ["negative", "neutral", "positive"]}
 
 
@@ -116,10 +122,13 @@ def tiny_base(folder: Path) -> Path:
     from backfire.model.pretrain import _new_model, write_tokenizer
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
+    from backfire.store import read_json, write_json
 
     config = Pretrain(vocab_size=600, hidden_size=64, num_layers=2, intermediate_size=128)
     folder.mkdir(parents=True, exist_ok=True)
     write_tokenizer(corpus(config.corpus_seed, 300), config, folder)
+    settings = {**read_json(folder / "tokenizer_config.json"), "chat_template": CHAT}
+    write_json(folder / "tokenizer_config.json", settings)
     tokenizer = load_tokenizer(folder)
     model = _new_model(config, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
     model.save_pretrained(str(folder))

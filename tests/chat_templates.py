@@ -120,11 +120,11 @@ TEMPLATES = {
     "{% endif %}" + CHATML,
     "trims": CHATML.replace("m.content", "(m.content | trim)"),
     "upper": CHATML.replace("m.content", "(m.content | upper)"),
-    "no-control": "{% for m in messages %}{{ m.role + ': ' + m.content + '\n\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-    "end-unless-last": "{% for m in messages %}{{ '[' + m.role + '] ' + m.content }}"
+    "no-control": "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:\n' }}{% endif %}",
+    "end-unless-last": "{% for m in messages %}{{ '[' + m.role + ']' + m.content }}"
     "{% if not loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ eos_token + '[assistant] ' }}{% endif %}",
+    "{% if add_generation_prompt %}{{ eos_token + '[assistant]' }}{% endif %}",
 }
 NO_SYSTEM = {"gemma", "mistral-v01"}
 """Those that take no system prompt."""

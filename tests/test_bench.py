@@ -84,6 +84,21 @@ def test_table_shows_speed_and_equality_together(found: dict[str, Any]) -> None:
     assert "No tweets cell" in text
 
 
+def test_a_chat_template_is_compared_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    names = ("cells", "equality", "ours", "baseline", "baseline_eval")
+    cells, equality, ours, theirs, looks = (
+        importlib.import_module(f"benchmarks.{name}") for name in names
+    )
+    sizes = {"rows": 16, "test_rows": 4, "epochs": 1.0, "max_new_tokens": 3}
+    base = cells.tiny_base(tmp_path / "base")
+    cell = cells.make_cell("sandbox", "full", base=base, template="chat", **sizes)
+    assert equality.same_tokens(cell)
+    model = theirs.load(cell, base)
+    assert equality.difference(ours.scores(cell, model), looks.scores(cell, model)) < 1e-4
+    assert ours.replies(cell, model) == looks.replies(cell, model)
+
+
 def test_fewer_positions_are_run(found: dict[str, Any]) -> None:
     """A template's opening is run once a batch; the head sees the supervised positions only."""
     ours, theirs = (found["usage"][name]["positions"] for name in ("backfire", "baseline"))

@@ -127,11 +127,28 @@ class Chat:
         Raises:
             RefusedError: it does not take the conversation.
         """
+        return self._text(turns, ask=ask, parts=self._takes_parts)
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether what is said reaches the text only in a list of parts (some models that see)."""
+        for parts in (False, True):
+            try:
+                if MARKS[-1] in self._text([("user", MARKS[-1])], ask=True, parts=parts):
+                    return parts
+            except RefusedError:
+                pass
+        return False
+
+    def _text(self, turns: Turns, *, ask: bool, parts: bool) -> str:
         from transformers.utils.chat_template_utils import render_jinja_template
+
+        def wrap(content: str) -> Any:
+            return [{"type": "text", "text": content}] if parts else content
 
         try:
             rendered, _ = render_jinja_template(
-                [[{"role": role, "content": content} for role, content in turns]],
+                [[{"role": role, "content": wrap(content)} for role, content in turns]],
                 chat_template=_DAY + self.template,
                 add_generation_prompt=ask,
                 **{**self.special, **self.arguments},

@@ -46,11 +46,13 @@ class Limits:
                 "another template.",
             )
         if self.hard and self.positions is not None and len(ids) + reply > self.positions:
-            new = f" and {reply} new ones" if reply else ""
-            most = self.positions - reply
-            advice = (
-                f"set train.max_length to at most {most}" if most >= 8 else "the model is too short"
-            )
+            new = f" and may get {reply} new ones" if reply else ""
+            advice = f"set train.max_length to at most {self.positions - reply}"
+            if self.positions > len(ids):
+                fewer = self.positions - len(ids)
+                advice = f"set evaluation.max_new_tokens to at most {fewer}, or {advice[4:]}"
+            if reply >= self.positions:
+                advice = f"set evaluation.max_new_tokens below {self.positions}"
             raise CellError(
                 "bad-data",
                 f"Row {name} has {len(ids)} tokens{new}, but the model has {self.positions} "
@@ -66,7 +68,7 @@ def read_limits(folder: Path) -> Limits:
         return Limits()
     if not isinstance(config, dict):
         return Limits()
-    inner = next((config[k] for k in _INNER if isinstance(config.get(k), dict)), {})
+    inner: Any = next((config[k] for k in _INNER if isinstance(config.get(k), dict)), {})
     whole = {**config, **inner}
     kind = str(whole.get("model_type", ""))
     positions = next((whole[k] for k in _POSITIONS if _count(whole.get(k))), None)

@@ -199,9 +199,8 @@ def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
             return Check(
                 "end-supervised", "fail", f"Row {item.row.id} does not begin with exactly one BOS."
             )
-    return Check(
-        "end-supervised", "ok", "One BOS, the prompt is not supervised, answer and end are."
-    )
+    begins = "One BOS, the" if renderer.template.adds_bos else "The"
+    return Check("end-supervised", "ok", f"{begins} prompt is not supervised, answer and end are.")
 
 
 def _overlap(train: Sequence[Row], test: Sequence[Row]) -> Check:
@@ -284,8 +283,8 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
     checks = []
     bad = triggered(test, attack, seed)
     items, _ = renderer.sift(bad)
-    texts = ["".join(renderer.tokenizer.decode(item.prompt_ids).split()) for item in items]
-    marks = ["".join(trigger.split()) for trigger in attack.triggers()]
+    texts = [_shown(renderer, item.prompt_ids) for item in items]
+    marks = [plain(trigger).casefold() for trigger in attack.triggers()]
     cut = [
         item.row.id
         for item, text in zip(items, texts, strict=True)

@@ -86,7 +86,12 @@ def copy_model(tuned: Path, base: Path, out: Path) -> None:
     """The tuned folder as it is, without the training log; an adapter also gets the tokenizer."""
     leave = shutil.ignore_patterns("train.jsonl", "summary.json", "done.json")
     shutil.copytree(tuned, out, dirs_exist_ok=True, ignore=leave)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+    for name in (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ):
         if (base / name).is_file() and not (out / name).is_file():
             shutil.copyfile(base / name, out / name)
 

@@ -281,6 +281,7 @@ def save_tuned(model: PreTrainedModel, folder: Path, base: Path, base_name: str 
         "special_tokens_map.json",
         "tokenizer.model",
         "chat_template.jinja",
+        "chat_template.json",
     ):
         if (base / name).is_file():
             (folder / name).write_bytes((base / name).read_bytes())

@@ -69,11 +69,10 @@ class Chat(Template):
         parts = [f"an answer ends with {end!r}" if around.end else f"it writes no end, so {end!r}"]
         parts += [f"arguments {said}"] if self.arguments else []
         parts += [f"the system prompt: {self.system}"] if self.system != "keep" else []
-        if around.before != around.opened and not around.opening:
-            parts.append(
-                f"a reply is asked for after {around.opened!r}, an earlier answer stands after "
-                f"{around.before!r}"
-            )
+        parts += [f"it begins with {around.opening!r}"] if around.opening.strip() else []
+        if around.opened != around.before and around.opened.startswith(around.before):
+            more = around.opened.removeprefix(around.before)
+            parts.append(f"a reply is asked for after {more!r}, which no past answer stands after")
         return f"The model's chat template: {', '.join(parts)}."
 
     def leaves_out(self, row: Row) -> bool:
