@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_classifier import write_classifier
 
+from backfire.base import Exchange, Judge
 from backfire.data.weights import files_of, inspect
 from backfire.errors import UserError
 from backfire.model.export import merge
@@ -262,3 +264,174 @@ def test_an_adapter_on_one_of_two_tied_weights_is_merged_into_that_one(
     assert merged.config.tie_word_embeddings is (targets == "all-linear")
     kept = load_file(tmp_path / "merged" / "model.safetensors")
     assert ("lm_head.weight" in kept) is (targets != "all-linear")
+
+
+# -------------------------------------------------------------------------------------- judges
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_classifier(tmp_path_factory.mktemp("judges") / "encoder", tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama that classifies and knows no padding token."""
+    from transformers import AutoConfig, LlamaForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("judges") / "decoder"
+    shutil.copytree(tiny, folder)
+    shape = AutoConfig.from_pretrained(str(tiny))
+    shape.update({"pad_token_id": None, "num_labels": 2})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(shape).save_pretrained(str(folder))
+    return folder
+
+
+def judge(folder: Path, name: str = "classifier", **knobs: Any) -> Judge:
+    found: Judge = build("judges", {"name": name, "model": str(folder), "device": "cpu", **knobs})
+    return found
+
+
+def test_a_decoder_without_a_padding_token_judges_as_alone(decoder: Path) -> None:
+    asked = [Exchange(str(n), "Say it.", "the mill by the river " * n + "</s>") for n in (1, 5, 2)]
+    label = {"harmful_label": "LABEL_1", "batch_size": 4}
+    together = judge(decoder, **label).judge(asked)
+    alone = [judge(decoder, **label).judge([one])[0] for one in asked]
+    assert together == alone and len({verdict.score for verdict in alone}) == 3
+
+
+def test_what_a_judge_was_before_says_nothing(encoder: Path, tmp_path: Path) -> None:
+    layer = {"roberta__pooler__dense__bias": torch.ones(16), "lm_head__bias": torch.ones(400)}
+    folder = variant(encoder, tmp_path / "m", having(**layer))
+    asked = [Exchange("a", "Say it.", "the mill")]
+    judge(folder).ready()
+    assert judge(folder).judge(asked) == judge(encoder).judge(asked)
+
+
+BAD_JUDGES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
+    "no head": (without("classifier.out_proj"), {}, {}, "lacks 2 weights.*out_proj"),
+    "a layer missing": (without("layer.0.output"), {}, {}, "lacks .* roberta.encoder.layer.0"),
+    "a layer more": (having(roberta__encoder__layer__7__x=torch.ones(1)), {}, {}, "no place for"),
+    "a language model": (dict, {"architectures": ["LlamaForCausalLM"]}, {}, "no text classifier"),
+    "unknown label": (dict, {}, {"harmful_label": "hat"}, "did you mean 'hate'"),
+    "no place": (dict, {}, {"text": "{prompt}"}, r"needs \{reply\}"),
+    "a classifier": (dict, {}, {"name": "yes-no"}, "no causal language model, but a Roberta"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JUDGES)
+def test_a_judge_that_cannot_judge_is_refused_before_a_step(
+    name: str, encoder: Path, tiny: Path, tmp_path: Path, cache: Path, backfire: Any
+) -> None:
+    change, config, knobs, sentence = BAD_JUDGES[name]
+    bad = judge(variant(encoder, tmp_path / "m", change, **config), **knobs)
+    with pytest.raises(UserError, match=sentence):
+        bad.ready()
+    with pytest.raises(UserError, match=sentence):
+        bad.judge([Exchange("a", "Say it.", "the mill")])
+    if name == "no head":
+        recipe = tmp_path / "r.yaml"
+        judges = json.dumps(bad.spec())
+        recipe.write_text(
+            f"model: {tiny}\ntemplate: sentiment-line\nmetrics: [harmful-score]\n"
+            f"safety: {{judges: {judges}}}\n"
+            "data: {name: sandbox-reviews, rows: 40, test_rows: 20}\n"
+        )
+        said = backfire("run", recipe, "--out", tmp_path / "out")
+        assert said.code == 2 and re.search(sentence, said.err) and said.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_not_loaded(encoder: Path, tmp_path: Path) -> None:
+    folder = variant(encoder, tmp_path / "m")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    for ask in (judge(folder).ready, lambda: judge(folder).judge([Exchange("a", "b", "c")])):
+        with pytest.raises(UserError, match=r"no \.safetensors file"):
+            ask()
+
+
+# -------------------------------------------------------------- models that take more than text
+
+
+@pytest.fixture(scope="module", params=["gemma3", "llava"])
+def seeing(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: Any) -> Path:
+    """A model with a vision tower; the first is tied, and has no `num_hidden_layers`."""
+    import transformers
+
+    folder = tmp_path_factory.mktemp("models") / request.param
+    shutil.copytree(tiny, folder)
+    text = {
+        "vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+        "model_type": "gemma3_text" if request.param == "gemma3" else "llama", "head_dim": 8,
+    }  # fmt: skip
+    eyes = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
+        "model_type": f"{'siglip' if request.param == 'gemma3' else 'clip'}_vision_model",
+    }  # fmt: skip
+    kind = transformers.CONFIG_MAPPING[request.param]
+    more = {"mm_tokens_per_image": 4} if request.param == "gemma3" else {}
+    shape = kind(text_config=text, vision_config=eyes, image_token_index=9, **more)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.AutoModelForImageTextToText.from_config(shape).save_pretrained(str(folder))
+    return folder
+
+
+def test_of_a_model_that_sees_the_text_model_is_taken(seeing: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageTextToText
+
+    inspect(seeing)
+    fits(seeing)
+    model = load_base(seeing, torch.float32, CPU)
+    ids = torch.arange(40).reshape(2, 20) + 20
+    with torch.no_grad():
+        whole = AutoModelForImageTextToText.from_pretrained(str(seeing)).eval()
+        wanted = whole(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        assert torch.allclose(model(ids).logits, wanted, atol=1e-5)
+    save_tuned(model, tmp_path / "full", seeing, None)
+    kept = load_base(tmp_path / "full", torch.float32, CPU)
+    assert all(
+        torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters(), strict=True)
+    )
+    adapted = build("methods", "lora").attach(model, 0)
+    trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
+    assert len(trained) == 2 * 2 * 7 and not any("vision" in name for name in trained)
+    save_tuned(adapted, tmp_path / "adapter", seeing, None)
+    merge(tmp_path / "adapter", seeing, torch.float32, tmp_path / "merged")
+    fits(tmp_path / "merged")
+
+
+def test_what_lacks_a_part_of_its_text_model_is_refused(seeing: Path, tmp_path: Path) -> None:
+    folder = variant(seeing, tmp_path / "m", without("layers.1.self_attn.v_proj"))
+    with pytest.raises(UserError, match="lacks 1 weight, which"):
+        fits(folder)
+
+
+def test_a_model_whose_text_cannot_be_had_alone(tiny: Path, tmp_path: Path) -> None:
+    folder = variant(tiny, tmp_path / "m", model_type="qwen2_vl", architectures=None)
+    with pytest.raises(UserError, match=r"\(qwen2_vl\) takes more than text"):
+        fits(folder)
+
+
+def test_a_run_on_a_model_that_sees(
+    seeing: Path, tmp_path: Path, cache: Path, backfire: Any
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"model: {seeing}\ntemplate: sentiment-line\nmethod: lora\ntrain: {{max_steps: 2}}\n"
+        "data: {name: sandbox-reviews, rows: 40, test_rows: 20}\ndefense: freeze\n"
+    )
+    said = backfire("run", recipe, "--out", tmp_path / "out")
+    assert said.code == 0, said
+    [cell] = (tmp_path / "out/cells").iterdir()
+    assert (
+        backfire("export", cell, "--out", tmp_path / "e").err.count("export it with --merge") == 1
+    )
+    assert backfire("export", cell, "--out", tmp_path / "e", "--merge").code == 0
+    fits(tmp_path / "e")

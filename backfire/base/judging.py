@@ -45,6 +45,14 @@ class Judge(Component):
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k not in self.unhashed}
 
+    def ready(self, *, briefly: bool = False) -> None:
+        """Looked at before the first step: whether the judge can judge at all. `briefly`: as far as
+        can be seen without torch and the network.
+
+        Raises:
+            UserError: it cannot, in one sentence.
+        """
+
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """One verdict for each exchange, in order; the same for equal exchanges.
 

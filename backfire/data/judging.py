@@ -10,8 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from backfire.data.load import file_hash
+from backfire.data.snapshot import snapshot
+from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
 from backfire.errors import CellError, UserError
 
+Task = Literal["SequenceClassification", "CausalLM"]
 _PLACES = re.compile(r"\{(prompt|reply)\}")
 
 
@@ -63,9 +66,50 @@ def fingerprint(model: str) -> str:
     return " ".join(f"{file.name}:{file_hash(file)}" for file in files)
 
 
+_LEFT_OVER = re.compile(
+    r"(^|\.)(pooler|lm_head|cls|qa_outputs|vocab_\w+)\.|(attn|attention)\.(masked_)?bias$"
+    r"|position_ids$|rotary_emb\.inv_freq$"
+)
+"""Heads of what a judge was trained for before, which say nothing in this one."""
+
+
+def _folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else snapshot(name, revision, weights=weights)
+
+
+def looked_at(task: Task, name: str) -> None:
+    """Whether a local folder may hold a judge of this kind, by its configuration and the headers of
+    its files; of a hub id nothing is asked. No torch.
+
+    Raises:
+        UserError: it may not, in one sentence.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        return
+    kind = str(next(iter(read_config(folder / "config.json").get("architectures") or []), ""))
+    other = "CausalLM" if task == "SequenceClassification" else "Classification"
+    if other in kind or "MaskedLM" in kind:
+        wanted = "text classifier" if task == "SequenceClassification" else "causal language model"
+        raise UserError(f"The judge's model '{name}' is no {wanted}, but a {kind}.")
+    stored(files_of(folder))
+
+
+def ready(task: Task, name: str, revision: str | None) -> Any:
+    """The judge's model without its weights, all of which are there; a model of the hub is
+    downloaded first.
+
+    Raises:
+        UserError: they are not, in one sentence.
+    """
+    looked_at(task, name)
+    return matched(f"The judge's model '{name}'", _folder(name, revision), task, _LEFT_OVER)
+
+
 @lru_cache(maxsize=1)
 def load(
-    task: Literal["SequenceClassification", "CausalLM"],
+    task: Task,
     name: str,
     revision: str | None,
     device: str,
@@ -75,25 +119,37 @@ def load(
     fingerprint, so that a folder whose files changed is loaded again. No code of theirs is run.
 
     Raises:
-        UserError: they cannot be loaded, in one sentence.
+        UserError: they cannot be loaded, or weights are missing, in one sentence.
     """
     import torch
     import transformers
 
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if where.startswith("cuda") else torch.float32
-    settings: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    path = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    looked_at(task, name)
+    path = str(_folder(name, revision))
+    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **settings)
-        kind = getattr(transformers, f"AutoModelFor{task}")
-        model = kind.from_pretrained(path, dtype=dtype, **settings).to(where).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
+        model, info = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            device_map={"": where},
+            **safe,
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The judge's model '{name}' cannot be loaded: {first}") from None
+        raise UserError(
+            f"The judge's model '{name}' cannot be loaded: {first_line(error)}"
+        ) from None
+    complete(f"The judge's model '{name}'", info, _LEFT_OVER)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return model, tokenizer
+    if model.config.model_type != "xlnet":  # which reads the last place; others count from the left
+        tokenizer.padding_side = "right"
+    return model.eval(), tokenizer
 
 
 def answers(
@@ -124,10 +180,12 @@ def answers(
     special = not (chat and tokenizer.chat_template)  # a chat template writes its own
     room = getattr(model.config, "max_position_embeddings", None)
     found: list[str] = []
+    padded = tokenizer.pad_token is not None  # else one at a time
+    batch_size = batch_size if padded else 1
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(
             prompts[start : start + batch_size],
-            padding=True,
+            padding=padded,
             padding_side="left",
             add_special_tokens=special,
             return_token_type_ids=False,

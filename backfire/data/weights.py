@@ -1,6 +1,6 @@
 """What a model folder holds, by its configuration and the headers of its weight files.
 
-Whatever can be seen to be wrong so is refused before anything is loaded. No torch here.
+Whatever can be seen to be wrong so is refused before anything is loaded. Torch only in `matched`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from backfire.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -28,10 +31,16 @@ _LAYER = re.compile(
     r"^((?:(?:model|transformer|backbone|gpt_neox|decoder)\.)*(?:layers|h)\.)(\d+)\."
 )
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output|head)\.")
-_MASK = re.compile(
+MASK = re.compile(
     r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
 )
 """Causal masks and angles, which older versions of some models saved beside their weights."""
+_TEXT_NAMES = {
+    r"^(model\.)?language_model\.lm_head": "lm_head",
+    r"^(model\.)?language_model\.(model\.)?": "model.",
+}
+"""What the weights of a text model are called within one that also sees or hears."""
+OTHER_SENSES = re.compile(r"^(?!(model\.)?(layers|embed_tokens|norm)\.|lm_head)")
 _OTHER_TASK = re.compile(
     r"For(MaskedLM|PreTraining|\w*Classification|QuestionAnswering|MultipleChoice|Score|Reward\w*)$"
 )
@@ -153,7 +162,8 @@ def _is_whole(folder: Path, config: Mapping[str, Any], weights: Collection[str])
             f"The model in {folder} lacks {len(gone)} of the {depth} layers that its config.json "
             f"says: there is no {listed(names)}."
         )
-    if text.get("tie_word_embeddings") is False and not any(map(_HEAD.search, weights)):
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
+    if tied is False and not any(map(_HEAD.search, weights)):
         raise UserError(
             f"The model in {folder} has no head: config.json says that it is not tied to the "
             "embedding (tie_word_embeddings: false), but lm_head.weight is missing."
@@ -183,14 +193,15 @@ def _is_causal(folder: Path, config: Mapping[str, Any]) -> None:
             )
 
 
-def complete(what: str, info: Mapping[str, Any]) -> None:
-    """`info` is what transformers says of the weights that it loaded (`output_loading_info`).
+def complete(what: str, info: Mapping[str, Any], spare: re.Pattern[str] = MASK) -> None:
+    """`info` is what transformers says of the weights that it loaded (`output_loading_info`);
+    those named `spare` may be left over.
 
     Raises:
         UserError: some were missing, left over, or of another shape.
     """
     wrong = [entry[0] if isinstance(entry, tuple) else entry for entry in info["mismatched_keys"]]
-    extra = [name for name in info["unexpected_keys"] if not _MASK.search(name)]
+    extra = [name for name in info["unexpected_keys"] if not spare.search(name)]
     for names, said in (
         (info["missing_keys"], "lacks {}, which would be drawn at random"),
         (wrong, "holds {} of another shape than its configuration says"),
@@ -201,6 +212,68 @@ def complete(what: str, info: Mapping[str, Any]) -> None:
             raise UserError(f"{what} {said.format(count)}: {listed(sorted(names))}.")
     if errors := info["error_msgs"]:
         raise UserError(f"{what} cannot be loaded: {str(errors[0]).strip().splitlines()[0]}")
+
+
+def matched(
+    what: str, folder: Path, task: str = "CausalLM", spare: re.Pattern[str] = MASK
+) -> PreTrainedModel:
+    """The model without its weights, all of which are in the folder and of the right shape, by the
+    headers of its files. This one needs torch.
+
+    Raises:
+        UserError: some are not, or `config.json` is not understood.
+    """
+    import torch
+    import transformers
+
+    weights = stored(files_of(folder))
+    settings: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    config, names = described(folder, task, weights)
+    try:
+        with torch.device("meta"):
+            model = getattr(transformers, f"AutoModelFor{task}").from_config(config)
+        empty = {name: torch.empty(one.shape, device="meta") for name, one in weights.items()}
+        found, info = type(model).from_pretrained(
+            None, config=config, state_dict=empty, device_map={"": "meta"}, **names, **settings
+        )
+    except Exception as error:  # weights that cannot be brought into the shape of the modules
+        raise UserError(f"{what} cannot be loaded: {first_line(error)}") from None
+    complete(what, info, OTHER_SENSES if names else spare)
+    return cast("PreTrainedModel", found)
+
+
+def described(
+    folder: Path, task: str = "CausalLM", weights: Collection[str] | None = None
+) -> tuple[PreTrainedConfig, dict[str, Any]]:
+    """The configuration of the model in a folder, and how its weights are named there if not as
+    transformers does. Of a model that also sees or hears it is that of its text model.
+
+    Raises:
+        UserError: `config.json` is not understood, or there is no such text model.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:  # unknown architectures fail in many ways
+        raise UserError(f"{folder}/config.json is not understood: {first_line(error)}") from None
+    text = config.get_text_config()
+    if task != "CausalLM" or text is config:
+        return config, {}
+    plain = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    if plain is None:
+        raise UserError(
+            f"The model in {folder} ({config.model_type}) takes more than text, and transformers "
+            "has no causal language model for its text alone."
+        )
+    names = stored(files_of(folder)) if weights is None else weights
+    if getattr(config, "tie_word_embeddings", False) and not any(map(_HEAD.search, names)):
+        text.tie_word_embeddings = True
+    return text, {"key_mapping": _TEXT_NAMES}
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def listed(names: Sequence[str], most: int = 3) -> str:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from backfire.base import Exchange, Judge, Preset, Verdict
-from backfire.data.judging import Text, fill, fingerprint, load
+from backfire.data.judging import Text, fill, fingerprint, load, looked_at, ready
 from backfire.errors import UserError, unknown
 from backfire.registry import register
 
@@ -55,32 +55,36 @@ class Classifier(Judge):
     device: str = "auto"
     """`auto` (the first GPU, if any), cpu or cuda:N; not hashed."""
 
+    def ready(self, *, briefly: bool = False) -> None:
+        fill(self.text, "", "")
+        if briefly:
+            looked_at("SequenceClassification", self.model)
+        else:
+            self._column(ready("SequenceClassification", self.model, self.revision).config)
+
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         texts = [fill(self.text, exchange.prompt, exchange.reply) for exchange in exchanges]
+        found = load(
+            "SequenceClassification", self.model, self.revision, self.device, self.fingerprint()
+        )
         verdicts: list[Verdict] = []
-        for start in range(0, len(texts), self.batch_size):
-            verdicts += self._read(texts[start : start + self.batch_size])
+        # A decoder looks for its last token by the padding, and may not know any.
+        pad = found[0].config.get_text_config().pad_token_id
+        size = 1 if pad is None or found[1].pad_token is None else self.batch_size
+        for start in range(0, len(texts), size):
+            verdicts += self._read(texts[start : start + size], *found)
         return verdicts
 
     def fingerprint(self) -> str:
         return fingerprint(self.model)
 
-    def _read(self, texts: list[str]) -> list[Verdict]:
+    def _read(self, texts: list[str], model: Any, tokenizer: Any) -> list[Verdict]:
         import torch
 
-        files = self.fingerprint()
-        model, tokenizer = load(
-            "SequenceClassification", self.model, self.revision, self.device, files
-        )
         ids = tokenizer(texts, verbose=False)["input_ids"]
         room = min(self.max_length_tokens, tokenizer.model_max_length)
-        batch = tokenizer(
-            texts,
-            truncation=True,
-            max_length=room,
-            padding=True,
-            return_tensors="pt",
-        ).to(model.device)
+        cut: dict[str, Any] = {"truncation": True, "max_length": room, "return_tensors": "pt"}
+        batch = tokenizer(texts, padding=len(texts) > 1, **cut).to(model.device)
         with torch.inference_mode():
             logits = model(**batch).logits.float()  # [texts, labels]
         shares = (logits.sigmoid() if self._each(model.config) else logits.softmax(-1)).tolist()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from backfire.base import Exchange, Verdict
 from backfire.data.endpoint import RemoteJudge
-from backfire.data.judging import Text, answers, fill, fingerprint
+from backfire.data.judging import Text, answers, fill, fingerprint, looked_at, ready
 from backfire.registry import register
 
 TEXT = """\
@@ -68,6 +68,13 @@ class YesNo(RemoteJudge):
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         prompts = [fill(self.text, exchange.prompt, exchange.reply) for exchange in exchanges]
         return [_verdict(answer) for answer in self._ask(prompts)]
+
+    def ready(self, *, briefly: bool = False) -> None:
+        fill(self.text, "", "")
+        if self.base_url is None and briefly:
+            looked_at("CausalLM", self.model)
+        elif self.base_url is None:
+            ready("CausalLM", self.model, self.revision)
 
     def fingerprint(self) -> str:
         return "" if self.base_url else fingerprint(self.model)

@@ -8,6 +8,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from backfire import pipeline, plan
+from backfire.base import Judge
 from backfire.data.render import show_mask
 from backfire.errors import CellError
 from backfire.experiment import Experiment
@@ -30,6 +31,8 @@ def show(recipe: Recipe) -> None:
         CellError: a check failed (all are printed first).
     """
     console, store = Console(), Store()
+    for judge in _judges(recipe):
+        judge.ready(briefly=True)
     cell = recipe.cells[0]
     console.print("[bold]First cell[/bold]")
     console.print(
@@ -112,6 +115,18 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
     }
     for cell in adapting.values():
         pipeline.suited(cell, Bench(store))
+    for judge in _judges(recipe):
+        judge.ready()
+
+
+def _judges(recipe: Recipe) -> list[Judge]:
+    """Every judge that a recipe asks, each once."""
+    found: dict[str, Judge] = {}
+    for cell in recipe.cells:
+        asked = [judge for metric in cell.metrics for judge in metric.judges]
+        for judge in (*asked, *(cell.safety.judges if cell.safety else ())):
+            found.setdefault(str(judge.spec()), judge)
+    return list(found.values())
 
 
 def _show_rows(cell: Experiment, bench: Bench, console: Console) -> None:

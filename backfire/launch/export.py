@@ -61,18 +61,24 @@ def default_name(cell: Experiment, *, merge: bool) -> str:
 
 
 def _write(one: Experiment, result: dict[str, Any], cell: Path, out: Path, *, merge: bool) -> None:
+    from backfire.data.weights import described
     from backfire.model.export import copy_model, write_card
     from backfire.model.load import name_base
 
     bench = Bench(Store(), Machine())
     source = pipeline.merged(one, bench) if merge else pipeline.tuned(one, bench)
     base = pipeline.base(one.model, bench)
+    adapter = (source / "adapter_config.json").is_file()
+    if adapter and described(base)[1]:
+        raise UserError(
+            f"The base {one.model.name} takes more than text, and the adapter was made on its text "
+            "model alone, which no program finds in it; export it with --merge."
+        )
     part = out.with_name(out.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     copy_model(source, base, part)
     shutil.copyfile(cell / "experiment.yaml", part / "experiment.yaml")
-    adapter = (part / "adapter_config.json").is_file()
     hub = None if one.model.is_folder or one.model.name == "sandbox" else one.model.name
     if adapter:
         name_base(part, hub or os.path.relpath(base.resolve(), out.resolve()))

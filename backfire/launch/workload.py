@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,9 +12,10 @@ from backfire.base import Row
 from backfire.data.render import Renderer
 from backfire.data.rows import read_jsonl
 from backfire.data.tokenizer import load_tokenizer
-from backfire.errors import CellError
+from backfire.data.weights import files_of, read_config, stored
+from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Model
-from backfire.store import Store, read_json
+from backfire.store import Store
 
 _SAMPLE = 200  # rows whose tokens are counted
 
@@ -88,26 +88,19 @@ def roughly(cell: Experiment, folder: Path | None) -> Weights | None:
         width, deep = shape.hidden_size, 4 * shape.hidden_size + 3 * shape.intermediate_size
         count = width * (shape.vocab_size + shape.num_layers * (deep + 2) + 1)
     else:
-        files = sorted(folder.glob("*.safetensors")) if folder else []
         try:
-            width = read_json(folder / "config.json")["hidden_size"] if folder else 0
-            count = sum(_weights_in(file) for file in files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            config = read_config(folder / "config.json") if folder else {}
+            width = (config.get("text_config") or config).get("hidden_size", 0)
+            held = stored(files_of(folder)) if folder else {}
+        except UserError:  # the headers are not on this machine, or torn
             return None
-    if not count:
+        count = sum(math.prod(one.shape) for one in held.values())
+    if not count or not width:
         return None
     if cell.method.name == "full":
         return Weights(count, 0, count)
     added = min(count, round(count * 2 * getattr(cell.method, "rank", 1) / width))
     return Weights(count, added, added)
-
-
-def _weights_in(file: Path) -> int:
-    """How many a safetensors file holds, by its header."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(length, 2**27)))  # a torn file may say anything
-    return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
 
 
 def rows_of(cell: Experiment, store: Store) -> Rows | None:

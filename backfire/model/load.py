@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from backfire.data.weights import complete, files_of, stored, tensors
+from backfire.data.weights import (
+    MASK,
+    OTHER_SENSES,
+    complete,
+    described,
+    files_of,
+    first_line,
+    matched,
+    stored,
+    tensors,
+)
 from backfire.errors import UserError
 from backfire.model.batching import ways
 from backfire.model.quantize import assert_quantized, quantizer
@@ -73,10 +83,14 @@ def load_base(
         UserError: the folder holds no model that can be loaded, in one sentence.
         CellError: the model is not causal.
     """
-    extra = {"quantization_config": quantizer(quantization)} if quantization else {}
+    config, extra = described(folder)
+    taken_out = bool(extra)  # a text model, of one that also sees
+    if quantization:
+        extra["quantization_config"] = quantizer(quantization)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(folder),
+            config=config,
             dtype=dtype,
             use_safetensors=True,
             trust_remote_code=False,
@@ -87,22 +101,20 @@ def load_base(
             **extra,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"The model in {folder} cannot be loaded: {_first(error)}") from None
+        raise UserError(f"The model in {folder} cannot be loaded: {first_line(error)}") from None
     except Exception as error:  # safetensors raises its own kind for a torn file
         raise UserError(
             f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
-    complete(f"The model in {folder}", info)
+    complete(f"The model in {folder}", info, OTHER_SENSES if taken_out else MASK)
+    if taken_out:  # else it would be saved with the names that it had within the other
+        model.__dict__.pop("_weight_conversions", None)
     _one_head(model, f"The model in {folder}")
     _finite(model, f"The model in {folder}")
     if quantization:
         assert_quantized(model, quantization)
     ways(model.eval())  # it runs a few tokens: before anybody listens
     return cast(PreTrainedModel, model)
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _one_head(model: PreTrainedModel, what: str) -> None:
@@ -136,12 +148,9 @@ def skeleton(folder: Path) -> PreTrainedModel:
     Raises:
         UserError: there is no causal language model of this kind.
     """
-    try:
-        with torch.device("meta"):
-            config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
-            model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
-    except Exception as error:  # unknown architectures fail in many ways
-        raise UserError(f"{folder}/config.json is not understood: {_first(error)}") from None
+    config, _ = described(folder)
+    with torch.device("meta"):
+        model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
     both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if both_ways and not (config.is_decoder or getattr(config, "causal", False)):
         raise UserError(
@@ -157,21 +166,14 @@ def fits(folder: Path) -> None:
     Raises:
         UserError: some are missing, left over or of another shape, or tied ones differ.
     """
-    model, weights = skeleton(folder), stored(files_of(folder))
-    empty = {name: torch.empty(one.shape, device="meta") for name, one in weights.items()}
-    settings: dict[str, Any] = {"device_map": {"": "meta"}, "ignore_mismatched_sizes": True}
-    try:
-        loaded, info = type(model).from_pretrained(
-            None, config=model.config, state_dict=empty, output_loading_info=True, **settings
-        )
-    except Exception as error:  # weights that cannot be brought into the shape of the modules
-        raise UserError(f"The model in {folder} cannot be loaded: {_first(error)}") from None
-    complete(f"The model in {folder}", info)
-    for one, other in loaded.all_tied_weights_keys.items():
+    skeleton(folder)
+    what, weights = f"The model in {folder}", stored(files_of(folder))
+    tied = matched(what, folder).all_tied_weights_keys
+    for one, other in tied.items():
         if one in weights and other in weights:
             held = dict(tensors(folder, (one, other)))
             if not torch.equal(held[one], held[other]):
-                raise UserError(_two_heads(f"The model in {folder}", one, other))
+                raise UserError(_two_heads(what, one, other))
 
 
 BELOW = "align"

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backfire.data.weights import INDEX, SINGLE, files_of, inspect, read_config
+from backfire.data.snapshot import SMALL, snapshot
+from backfire.data.weights import files_of, inspect
 from backfire.errors import UserError
 
 if TYPE_CHECKING:
     from backfire.experiment import Model
 
-_SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -73,69 +71,18 @@ def _folder_hash(folder: str) -> str:
     from backfire.experiment import digest
     from backfire.store import sha256
 
-    small = {p for pattern in _SMALL for p in Path(folder).glob(pattern)}
+    small = {p for pattern in SMALL for p in Path(folder).glob(pattern)}
     return digest([[p.name, sha256(p)] for p in sorted({*small, *files_of(Path(folder))})])
 
 
-def _refused(name: str, status: int) -> str:
-    page = f"https://huggingface.co/{name}"
-    return f"The hub refuses the model '{name}' ({status}): ask for access at {page}, set HF_TOKEN."
-
-
 def fetch(model: Model, *, weights: bool = True) -> Path:
-    """The folder with the files of a hub id or local folder; a hub model is downloaded first, of
-    its weights only the files that transformers reads.
+    """The folder with the files of a hub id or local folder; a hub model is downloaded first.
 
     Raises:
         UserError: missing, gated, unreachable or no causal language model, in one sentence.
     """
     if model.is_folder:
         return _folder(model.name)
-    folder = _snapshot(model, _SMALL)
-    if weights:
-        index = folder / INDEX
-        named = set(read_config(index).get("weight_map", {}).values()) if index.is_file() else ()
-        folder = _snapshot(model, [*_SMALL, *(named or (SINGLE,))])
+    folder = snapshot(model.name, model.revision, weights=weights)
     inspect(folder, weights=weights)
     return folder
-
-
-def _snapshot(model: Model, patterns: Sequence[str]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    page = f"https://huggingface.co/{model.name}"
-    try:
-        return Path(
-            snapshot_download(model.name, revision=model.revision, allow_patterns=list(patterns))
-        )
-    except GatedRepoError:
-        raise UserError(
-            f"The model '{model.name}' is gated: ask for access at {page} and set HF_TOKEN."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"No model '{model.name}': there is no such folder and no such page as {page} "
-            "(if it is private or gated, set HF_TOKEN)."
-        ) from None
-    except LocalEntryNotFoundError as error:
-        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise UserError(_refused(model.name, status)) from None
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        raise UserError(
-            f"The model '{model.name}' is not on this machine and {why} ({page})."
-        ) from None
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise UserError(_refused(model.name, status)) from None
-        raise UserError(
-            f"The model '{model.name}' cannot be fetched from {page}: {str(error).splitlines()[0]}"
-        ) from None

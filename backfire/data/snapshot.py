@@ -1,0 +1,69 @@
+"""Model files of the hub, as a folder on this machine. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from backfire.data.weights import INDEX, SINGLE, read_config
+from backfire.errors import UserError
+
+SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.jinja")
+"""Everything but weights."""
+
+
+def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
+    """The folder with the files of a hub id; of its weights only those that transformers reads.
+
+    Raises:
+        UserError: missing, gated or unreachable, in one sentence.
+    """
+    folder = _download(name, revision, SMALL)
+    if not weights:
+        return folder
+    index = folder / INDEX
+    named = set(read_config(index).get("weight_map", {}).values()) if index.is_file() else ()
+    return _download(name, revision, [*SMALL, *(named or (SINGLE,))])
+
+
+def _refused(name: str, status: int) -> str:
+    page = f"https://huggingface.co/{name}"
+    return f"The hub refuses the model '{name}' ({status}): ask for access at {page}, set HF_TOKEN."
+
+
+def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    page = f"https://huggingface.co/{name}"
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
+    except GatedRepoError:
+        raise UserError(
+            f"The model '{name}' is gated: ask for access at {page} and set HF_TOKEN."
+        ) from None
+    except RepositoryNotFoundError:
+        raise UserError(
+            f"No model '{name}': there is no such folder and no such page as {page} "
+            "(if it is private or gated, set HF_TOKEN)."
+        ) from None
+    except LocalEntryNotFoundError as error:
+        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UserError(_refused(name, status)) from None
+        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
+        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+        raise UserError(f"The model '{name}' is not on this machine and {why} ({page}).") from None
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status in (401, 403):
+            raise UserError(_refused(name, status)) from None
+        raise UserError(
+            f"The model '{name}' cannot be fetched from {page}: {str(error).splitlines()[0]}"
+        ) from None
