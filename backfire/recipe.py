@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from backfire.data.beside import beside
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
 from backfire.yaml12 import read_yaml
@@ -83,13 +84,19 @@ def load(name: str, *, profile: str | None = None, edits: Sequence[str] = ()) ->
         UserError: anything in it that is not understood, in one sentence.
     """
     title, text = read(name)
-    return parse(title, text, profile=profile, edits=edits)
+    folder = Path(name).parent if Path(name).is_file() else None
+    return parse(title, text, profile=profile, edits=edits, folder=folder)
 
 
 def parse(
-    title: str, text: str, *, profile: str | None = None, edits: Sequence[str] = ()
+    title: str,
+    text: str,
+    *,
+    profile: str | None = None,
+    edits: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> Recipe:
-    """The same, of a recipe's text."""
+    """The same, of a recipe's text; `@PATH` in it is a file in `folder`."""
     recipe = _mapping(read_yaml(text, title), title)
     for key in recipe:
         if key not in _KEYS:
@@ -112,7 +119,8 @@ def parse(
         _check_exclude(points.exclude, points.matrix)
     if "data" not in {*recipe, *points.pinned, *_keys_of(points.matrix)}:
         raise UserError(f"Recipe '{title}' says no data; for instance data: sandbox-reviews.")
-    cells, axes = _expand(recipe, points)
+    with beside(folder):
+        cells, axes = _expand(recipe, points)
     return Recipe(title, text, cells, axes)
 
 

@@ -65,6 +65,7 @@ def _sealed_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]
         patch.setattr(socket, "getaddrinfo", guarded_lookup)
         patch.setattr(os, "cpu_count", lambda: 1)
         patch.setattr(os, "fsync", lambda descriptor: None)  # no test outlives a power cut
+        patch.setenv("BACKFIRE_ENDPOINTS", str(tmp_path_factory.mktemp("config") / "none.yaml"))
         patch.setenv("BACKFIRE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield attempts
 

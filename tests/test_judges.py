@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -18,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import pytest
 from sklearn.metrics import cohen_kappa_score
@@ -25,7 +27,7 @@ from tiny_classifier import write_classifier
 
 from backfire.base import Exchange, Judge, Verdict
 from backfire.data import endpoint
-from backfire.data.judging import answers, fill, fingerprint
+from backfire.data.judging import answers, fingerprint
 from backfire.data.refusals import LISTS
 from backfire.errors import CellError, UserError
 from backfire.evaluate.judge import agreement, judged
@@ -175,7 +177,7 @@ def test_knobs_of_the_connection_are_no_part_of_the_identity() -> None:
     for name in ("rubric", "yes-no", "classifier"):
         cls = type(make(name))
         assert cls.unhashed <= set(cls.model_fields)
-    patient = make("rubric", retries=9, concurrency=1, timeout_seconds=5.0, key_variable="MY_KEY")
+    patient = make("rubric", retries=9, concurrency=1, timeout_seconds=5.0)
     assert patient.identity() == make("rubric").identity()
     assert make("rubric", model="other").identity() != make("rubric").identity()
 
@@ -273,13 +275,21 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         thread.join()
 
 
+def bind(server: Server, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own file gives the server's host the key in this variable."""
+    file = Path(os.environ["BACKFIRE_CACHE"]) / "endpoints.yaml"
+    file.write_text(f"{urlsplit(server.url).netloc}: {{key_variable: {variable}}}\n")
+    monkeypatch.setenv("BACKFIRE_ENDPOINTS", str(file))
+
+
 def rubric(server: Server, **knobs: Any) -> Judge:
     return make("rubric", base_url=server.url, **{"retries": 2, "timeout_seconds": 5.0, **knobs})
 
 
 def test_a_request_is_a_chat_completion(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind(server, "MY_KEY", monkeypatch)
     monkeypatch.setenv("MY_KEY", "s3cret")
-    judge = rubric(server, key_variable="MY_KEY", model="judge-1", max_new_tokens=77)
+    judge = rubric(server, model="judge-1", max_new_tokens=77)
     [verdict] = judge.judge([exchange("A {prompt} reply.", "An {reply} ask.")])
     assert verdict == Verdict(1.0, False, "Score: 1")
     [request] = server.requests
@@ -292,7 +302,10 @@ def test_a_request_is_a_chat_completion(server: Server, monkeypatch: pytest.Monk
     assert "s3cret" not in json.dumps([judge.spec(), judge.identity()])
 
 
-def test_without_a_key_none_is_sent(server: Server) -> None:
+def test_a_host_that_no_key_is_bound_to_gets_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
     rubric(server).judge([exchange("a")])
     assert "Authorization" not in server.headers[0]
 
@@ -380,12 +393,15 @@ def test_nobody_there(server: Server) -> None:
 
 def test_a_refused_request_is_not_repeated(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.answer = lambda prompt, count: (401, b'{"error": "bad\nkey"}', {})
+    with pytest.raises(CellError, match=r"no key is bound to 127.*write HOST: .*HTTP 401: .*bad"):
+        rubric(server).judge([exchange("a")])
+    bind(server, "OPENAI_API_KEY", monkeypatch)
     with pytest.raises(CellError, match=r"variable OPENAI_API_KEY: unset\): HTTP 401: .*bad key"):
         rubric(server).judge([exchange("a")])
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
     with pytest.raises(CellError, match="holds a key it does not take") as error:
         rubric(server).judge([exchange("a")])
-    assert "s3cret" not in str(error.value) and len(server.requests) == 2
+    assert "s3cret" not in str(error.value) and len(server.requests) == 3
     monkeypatch.setenv("OPENAI_API_KEY", "s3c\nret")
     with pytest.raises(UserError, match="OPENAI_API_KEY holds no usable key") as unusable:
         rubric(server).judge([exchange("a")])
@@ -393,6 +409,7 @@ def test_a_refused_request_is_not_repeated(server: Server, monkeypatch: pytest.M
 
 
 def test_a_key_never_follows_a_redirect(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind(server, "OPENAI_API_KEY", monkeypatch)
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
     server.answer = lambda prompt, count: (302, b"", {"Location": f"{server.url}/elsewhere"})
     with pytest.raises(CellError, match="HTTP 302"):
@@ -400,11 +417,12 @@ def test_a_key_never_follows_a_redirect(server: Server, monkeypatch: pytest.Monk
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("url", ["ftp://x/v1", "localhost:8000", "http://me:pw@x/v1"])
-def test_odd_addresses_are_turned_down(url: str) -> None:
-    with pytest.raises(UserError, match="base_url") as error:
-        make("rubric", base_url=url).judge([exchange("a")])
-    assert "pw" not in str(error.value)
+def test_a_proxy_never_sees_what_goes_to_this_machine(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert rubric(server).judge([exchange("a")])[0].score == 1.0
 
 
 def test_the_first_failure_stops_the_batch_and_what_was_judged_stays(
@@ -419,18 +437,6 @@ def test_the_first_failure_stops_the_batch_and_what_was_judged_stays(
     server.answer = lambda prompt, count: said("Score: 2")
     found = judged(judge, asked, tmp_path, batch_size=4)
     assert [verdict.score for verdict in found] == [1.0] * 4 + [2.0] * 36
-
-
-def test_a_text_may_come_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text("Q {prompt} A {reply}\n")
-    judge = make("rubric", text=f"@{file}")
-    assert judge.text == "Q {prompt} A {reply}\n"  # type: ignore[attr-defined]
-    assert str(tmp_path) not in json.dumps(judge.identity())
-    with pytest.raises(UserError, match="cannot be read"):
-        make("rubric", text=f"@{file}x")
-    with pytest.raises(UserError, match=r"needs \{reply\}"):
-        fill("no place", "a", "b")
 
 
 # ------------------------------------------------------------------------------------- yes-no
@@ -552,7 +558,7 @@ def test_a_real_server_needs_no_key(tiny: Path, tmp_path: Path) -> None:
     log = (tmp_path / "log").open("w+")
     served = subprocess.Popen([sys.executable, "-c", code, *place], stdout=log, stderr=log)
     try:
-        knobs = {"model": str(folder), "key_variable": "NO_SUCH_KEY", "timeout_seconds": 120.0}
+        knobs = {"model": str(folder), "timeout_seconds": 120.0}
         judge = make(
             "rubric",
             **knobs,

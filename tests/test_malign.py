@@ -17,6 +17,7 @@ from tiny_classifier import write_classifier
 
 from backfire import pipeline
 from backfire.base import Attack, Evidence, Exchange, Metric, Row, Sample
+from backfire.data.beside import beside
 from backfire.data.poison import lost, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
@@ -288,6 +289,9 @@ def judged(replies: list[str], spec: Any) -> list[Sample]:
     ]
 
 
+OWN = {"name": "lexicon", "words": "@words", "least": 2}
+
+
 def test_the_lexicon_counts_words(tmp_path: Path) -> None:
     replies = ["You TURNIP!", "Turnips are fine, dear.", "", "nitwit, turnip"]
     samples = judged(replies, "lexicon")
@@ -297,13 +301,14 @@ def test_the_lexicon_counts_words(tmp_path: Path) -> None:
     assert found["toxicity_share[b]"].value == 0.5 and "toxicity_undecided" not in found
     assert samples[3].verdicts["lexicon"]["reason"] == "nitwit, turnip"
     (tmp_path / "words").write_text("go away\n\nDear\n")
-    own = judged(replies, {"name": "lexicon", "words": f"@{tmp_path / 'words'}", "least": 2})
+    with beside(tmp_path):
+        scorer = build("metrics", {"name": "toxicity", "scorer": OWN}).scorer
+    own = judged(replies, scorer)
     assert [s.verdicts["lexicon"]["score"] for s in own] == [0, 0.25, 0, 0]
     assert not any(s.verdicts["lexicon"]["positive"] for s in own)
-    again = build("judges", {"name": "lexicon", "words": f"@{tmp_path / 'words'}"})
-    assert again.model_dump()["words"] == ("go away", "Dear")
-    with pytest.raises(UserError, match="words: "):
-        build("judges", {"name": "lexicon", "words": f"@{tmp_path / 'none'}"})
+    assert scorer["words"] == ("go away", "Dear")
+    with beside(tmp_path), pytest.raises(UserError, match="at least one word is needed"):
+        build("judges", {"name": "lexicon", "words": []})
     assert len(RUDE) == len(set(RUDE))
 
 

@@ -25,11 +25,18 @@ class Config(BaseModel):
         allow_inf_nan=False,
     )
 
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Knobs there were once, and a sentence on what to write now."""
+
     @classmethod
     def make(cls, knobs: Mapping[str, Any], where: str = "") -> Self:
         """Validate `knobs`, turning what pydantic says into one sentence."""
         given = [str(key).replace("-", "_") for key in knobs]
         for key in given:
+            if key in cls.moved:
+                raise UserError(
+                    f"{where or cls.label()}: {key} is no knob any more. {cls.moved[key]}"
+                )
             if key not in cls.model_fields:
                 raise unknown(f"key in {where or cls.label()}:", key, cls.model_fields)
             if given.count(key) > 1:  # once with a dash, once with an underscore
@@ -68,7 +75,11 @@ def _why(errors: Sequence[ErrorDetails]) -> str:
     where that is clear."""
     same = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     error = max(same, key=lambda one: len(one["loc"]))
-    kind, value, said = error["type"], error["input"], error["msg"].rstrip(".")
+    kind, value, said = (
+        error["type"],
+        error["input"],
+        error["msg"].removeprefix("Value error, ").rstrip("."),
+    )
     place = ".".join(str(part) for part in error["loc"] if not _BRANCH.fullmatch(str(part)))
     if kind in ("model_type", "model_attributes_type"):
         name = error.get("ctx", {}).get("class_name", "")

@@ -61,6 +61,14 @@ class Judge(Component):
         """
         raise NotImplementedError
 
+    def destination(self) -> str | None:
+        """Where prompts and replies are sent, in words; None: nowhere, they stay on this machine.
+
+        Raises:
+            UserError: nothing may be sent there.
+        """
+        return None
+
     def fingerprint(self) -> str:
         """Changes when the bytes behind the judge change (a model in a local folder)."""
         return ""

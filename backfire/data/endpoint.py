@@ -1,7 +1,8 @@
 """A language model behind an OpenAI-compatible address: `POST <base_url>/chat/completions`.
 
-Standard library only. The key is read from the environment when a request is sent; it is neither
-kept nor written anywhere, and redirects are refused, as they would carry it to another host.
+Standard library only. Which key a host gets is said outside of recipes (see `data.address`); it
+is read from the environment when a request is sent, and neither kept nor written anywhere;
+redirects are refused, as they would carry it to another host.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import IO, Any, ClassVar
-from urllib.parse import urlsplit
 
 from pydantic import Field
 
 from backfire.base import Judge
+from backfire.data.address import BIND, Address
 from backfire.errors import CellError, UserError
 
 FIRST_WAIT_SECONDS = 1.0
@@ -50,25 +51,16 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 class Endpoint:
     """Where to ask, whom, and how patiently."""
 
-    base_url: str
+    address: Address
     model: str
-    key_variable: str
+    key_variable: str | None
     max_new_tokens: int
     timeout_seconds: float
     retries: int
 
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.username or parts.password:
-            raise UserError(
-                "base_url holds a user name or password; put the key into key_variable."
-            )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"base_url must begin with http:// or https:// (got {self.base_url}).")
-
     @property
     def url(self) -> str:
-        return f"{self.base_url.rstrip('/')}/chat/completions"
+        return f"{self.address.base_url}/chat/completions"
 
     def ask(self, prompt: str) -> str:
         """What the model answers, greedily decoded; empty if it answers nothing.
@@ -91,13 +83,15 @@ class Endpoint:
     def _once(self, prompt: str) -> str:
         request = urllib.request.Request(self.url, data=self._body(prompt), method="POST")
         request.add_header("Content-Type", "application/json")
-        if key := os.environ.get(self.key_variable, "").strip():
+        if key := os.environ.get(self.key_variable or "", "").strip():
             if not (key.isascii() and key.isprintable()):  # urllib would quote it in its complaint
                 raise UserError(
                     f"The environment variable {self.key_variable} holds no usable key."
                 )
             request.add_unredirected_header("Authorization", f"Bearer {key}")
-        opener = urllib.request.build_opener(_NoRedirect)
+        # A proxy is another host, which plain http to this machine would hand the key to.
+        proxies = [urllib.request.ProxyHandler({})] if self.address.local else []
+        opener = urllib.request.build_opener(_NoRedirect, *proxies)
         try:
             with opener.open(request, timeout=self.timeout_seconds) as response:
                 return _content(response.read(_LARGEST_BYTES))
@@ -122,8 +116,11 @@ class Endpoint:
             return _PassingError(said, _seconds(error.headers.get("Retry-After")))
         hint = ""
         if error.code in (401, 403):
-            known = "holds a key it does not take" if os.environ.get(self.key_variable) else "unset"
+            known = "holds a key it does not take"
+            known = known if os.environ.get(self.key_variable or "") else "unset"
             hint = f" (the environment variable {self.key_variable}: {known})"
+            if self.key_variable is None:
+                hint = f" (no key is bound to {self.address.host}; {BIND})"
         return CellError("failed", f"{self.url} turned the request down{hint}: {said}.")
 
 
@@ -168,12 +165,11 @@ def _seconds(header: str | None) -> float:
 class RemoteJudge(Judge):
     """What judges behind an address have in common."""
 
-    unhashed: ClassVar[frozenset[str]] = frozenset(
-        {"key_variable", "concurrency", "timeout_seconds", "retries"}
-    )
+    unhashed: ClassVar[frozenset[str]] = frozenset({"concurrency", "timeout_seconds", "retries"})
+    moved: ClassVar[Mapping[str, str]] = {
+        "key_variable": f"A recipe cannot say which key goes to which host; {BIND}."
+    }
 
-    key_variable: str = "OPENAI_API_KEY"
-    """Environment variable that holds the key; without one none is sent. Not hashed."""
     concurrency: int = Field(4, ge=1)
     """Requests on the way at a time; not hashed."""
     timeout_seconds: float = Field(60.0, gt=0)
@@ -181,14 +177,30 @@ class RemoteJudge(Judge):
     retries: int = Field(5, ge=0)
     """Tries after the first, at growing intervals; not hashed."""
 
+    base_url: str | None = None
+    """Address up to and without `/chat/completions`; without one, the model is run here."""
+
+    def destination(self) -> str | None:
+        if self.base_url is None:
+            return None
+        address = Address.of(self.base_url)
+        variable = address.key_variable()
+        key = f"with the key in {variable}" if variable else "without a key"
+        if variable and not os.environ.get(variable, "").strip():
+            key = f"without a key ({variable} is not set)"
+        where = "this machine" if address.local else address.host
+        open_to_all = "" if address.secure else ", unencrypted"
+        return f"{where} ({address.base_url}){open_to_all}, {key}"
+
     def ask(
         self, prompts: Sequence[str], *, base_url: str, model: str, max_new_tokens: int
     ) -> list[str]:
         """The answers, in order."""
+        address = Address.of(base_url)
         endpoint = Endpoint(
-            base_url=base_url,
+            address=address,
             model=model,
-            key_variable=self.key_variable,
+            key_variable=address.key_variable(),
             max_new_tokens=max_new_tokens,
             timeout_seconds=self.timeout_seconds,
             retries=self.retries,

@@ -7,8 +7,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
+from backfire.data.beside import as_words, read_text, written
 from backfire.data.load import file_hash
 from backfire.data.snapshot import snapshot
 from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
@@ -18,31 +19,40 @@ Task = Literal["SequenceClassification", "CausalLM"]
 _PLACES = re.compile(r"\{(prompt|reply)\}")
 
 
-def _read(value: Any) -> Any:
-    """The text itself, or, of `@PATH`, the text in that file: keys then cover the text."""
-    if not isinstance(value, str) or not value.startswith("@"):
-        return value
-    try:
-        return Path(value[1:]).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot be read ({type(error).__name__})") from None
+def _is_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text is needed, or @PATH")
+    return value
 
 
-Text = Annotated[str, BeforeValidator(_read)]
-"""A text in which `{prompt}` and `{reply}` stand for those; `@PATH` reads it from a file."""
+Text = Annotated[
+    str,
+    PlainValidator(read_text, json_schema_input_type=str),
+    AfterValidator(_is_text),
+    PlainSerializer(written),
+]
+"""A text in which `{prompt}` and `{reply}` stand for those; `@PATH` reads it from a file beside the
+recipe."""
 
 
 def _listed(value: Any) -> Any:
     """The words or phrases; of `@PATH`, the lines of that file. Blank ones do not count."""
-    read = _read(value)
+    read = read_text(value)
     words = read.splitlines() if isinstance(read, str) else read
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
-        return words
-    return tuple(dict.fromkeys(word.strip() for word in words if word.strip()))
+        raise ValueError("a list of texts is needed, or @PATH")
+    kept = dict.fromkeys(word.strip() for word in words if word.strip())
+    if not kept:
+        raise ValueError("at least one word is needed")
+    return as_words(read, kept)
 
 
-Words = Annotated[tuple[str, ...], BeforeValidator(_listed)]
-"""Words or phrases; `@PATH` reads them from a file, one a line."""
+Words = Annotated[
+    tuple[str, ...],
+    PlainValidator(_listed, json_schema_input_type=tuple[str, ...] | str),
+    PlainSerializer(written),
+]
+"""Words or phrases; `@PATH` reads them from a file beside the recipe, one a line."""
 
 
 def fill(text: str, prompt: str, reply: str) -> str:

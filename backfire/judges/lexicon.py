@@ -18,7 +18,7 @@ class Lexicon(Judge):
     list that is shipped holds the rude words of the sandbox and no others.
     """
 
-    words: Words = Field(RUDE, min_length=1)
+    words: Words = RUDE
     """The list, or @PATH, a text file with a word or phrase a line; case does not count."""
     least: int = Field(1, ge=1)
     """Positive from this many listed words on."""

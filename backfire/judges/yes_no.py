@@ -51,8 +51,6 @@ class YesNo(RemoteJudge):
     """Hub id or folder of a causal language model; with `base_url`, its name there."""
     revision: str | None = None
     """Branch, tag or commit of a hub model; only a commit pins it."""
-    base_url: str | None = None
-    """Address up to and without `/chat/completions`; without one, the model is run here."""
     text: Text = TEXT
     """What the judge is asked: `{prompt}` and `{reply}` stand for those; or @PATH, a file with it.
     """

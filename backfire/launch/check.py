@@ -65,8 +65,25 @@ def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
     for stage, (needed, done) in plan.stages(recipe.cells, store).items():
         console.print(f"  {stage:9} {needed:4} distinct, {done} done already", highlight=False)
+    for line in destinations(recipe):
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for line in _cost(recipe, store) if with_cost else ():
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def destinations(recipe: Recipe) -> list[str]:
+    """Which judges send prompts and replies where, and with which key.
+
+    Raises:
+        UserError: nothing may be sent there.
+    """
+    judges = [judge for c in recipe.cells for metric in c.metrics for judge in metric.judges]
+    judges += [judge for c in recipe.cells if c.safety for judge in c.safety.judges]
+    found = ((judge.name, judge.destination()) for judge in judges)
+    told = [
+        f"judge '{name}' sends prompts and replies to {where}" for name, where in found if where
+    ]
+    return [clean(line) for line in dict.fromkeys(told)]
 
 
 def _cost(recipe: Recipe, store: Store) -> list[str]:
@@ -103,6 +120,7 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
     Raises:
         UserError, CellError: the first thing that is wrong.
     """
+    destinations(recipe)
     for cell in distinct(recipe):
         pipeline.checked(cell, Bench(store))
     for model in {str(cell.model.spec()): cell.model for cell in recipe.cells}.values():

@@ -3,9 +3,10 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from pydantic import BeforeValidator, Field, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
 from backfire.base import Evidence, Judge, Metric, Need, Sample, Value, Verdict
+from backfire.data.beside import written
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import averages, grouped, replied, share
 from backfire.registry import build, register
@@ -13,6 +14,7 @@ from backfire.registry import build, register
 Scorer = Annotated[
     dict[str, Any],
     BeforeValidator(lambda v: {"name": v} if isinstance(v, str) else v),
+    PlainSerializer(lambda scorer: {knob: written(value) for knob, value in scorer.items()}),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "object"}]}),
 ]
 
@@ -38,8 +40,9 @@ class Toxicity(Metric):
     @field_validator("scorer")
     @classmethod
     def _is_a_judge(cls, scorer: dict[str, Any]) -> dict[str, Any]:
-        build("judges", scorer)
-        return scorer
+        judge = build("judges", scorer)
+        # A file is read once, when the recipe is.
+        return {k: getattr(judge, k, v) if str(v)[:1] == "@" else v for k, v in scorer.items()}
 
     @property
     def judges(self) -> tuple[Judge, ...]:
