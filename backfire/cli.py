@@ -111,6 +111,10 @@ def run(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Rows per forward pass in training.")
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Train in less memory: run layers twice, keep less."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
     ] = False,
@@ -125,6 +129,7 @@ def run(
         return
     name = f"{loaded.name}-{profile}" if profile else loaded.name
     machine = {"device": device, "micro_batch": micro_batch, "workers": workers}
+    machine |= {"recompute": recompute}
     failed = start(
         loaded,
         out or Path("runs") / name,

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from backfire.experiment.cell import Experiment
 
 
+TRAIN_VERSION = 2
+"""Of the training loop, raised whenever it would give other weights (2: weight decay knows norms
+and biases by name; the last rows of a pass through other rows are used)."""
+
+
 def digest(value: Any, length: int = 12) -> str:
     """Short hash of a plain value; dict order does not matter."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[
@@ -51,7 +56,9 @@ class Keys(Config):
         if alignment and cell.align:
             start = alignment.keys.tuned
             start = digest([start, "merged"]) if cell.align.merge else start
-        tuning = [cell.method.identity(), cell.train.changed(), cell.seed]
+        # Named or not, an equal learning rate is the same training.
+        method = {**cell.method.identity(), "learning_rate": cell.learning_rate}
+        tuning = [TRAIN_VERSION, method, cell.train.changed(), cell.seed]
         early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
         late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]
         known = _known_key(cell) if any(d.needs_harm for d in cell.acting) else None

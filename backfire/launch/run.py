@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gc
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +26,7 @@ from backfire.store import Store, write_atomic, write_json
 
 NEXT = {
     "nan": "Lower method.learning_rate or raise train.warmup_share.",
-    "oom": "Set --micro-batch 1, shorten train.max_length, or choose a smaller model.",
+    "oom": "Set --micro-batch 1, --recompute, a shorter train.max_length, or a smaller model.",
     "bad-data": "Mend the row the sentence names, or the setting.",
     "disk-full": "Free some space and run the same command again; what is done stays done.",
     "interrupted": "Run the same command again; it goes on from the last checkpoint.",
@@ -97,6 +99,18 @@ def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: 
         return report(
             job, folder, "failed", f"{type(error).__name__}: {error}", traceback.format_exc()
         )
+    finally:
+        _let_go()
+
+
+def _let_go() -> None:
+    """Hold no model of this job while the next one runs in this process: neither a judge, nor what
+    a GPU keeps for later."""
+    if judging := sys.modules.get("backfire.data.judging"):
+        judging.load.cache_clear()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None = None) -> str:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from backfire import plan
 from backfire.experiment import Machine
-from backfire.launch import check
+from backfire.launch import check, rates
 from backfire.launch.run import open_folder
 from backfire.plan import Job
 from backfire.recipe import Recipe
@@ -45,6 +45,8 @@ def start(
     ):
         with console.status("Looking at the data"):
             check.preflight_all(recipe, store)
+        for line in rates.too_high(recipe):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         folder = open_folder(out, recipe, profile, edits)
         from backfire.launch.local import run
 

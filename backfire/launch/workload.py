@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from backfire.data.rows import read_jsonl
 from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Model
+from backfire.model.count import num_weights, weights_in
 from backfire.store import Store, read_json
 
 _SAMPLE = 200  # rows whose tokens are counted
@@ -84,30 +84,19 @@ def roughly(cell: Experiment, folder: Path | None) -> Weights | None:
     if cell.model.name == "sandbox":
         from backfire.sandbox.base import Pretrain
 
-        shape = Pretrain()
-        width, deep = shape.hidden_size, 4 * shape.hidden_size + 3 * shape.intermediate_size
-        count = width * (shape.vocab_size + shape.num_layers * (deep + 2) + 1)
+        width, count = Pretrain().hidden_size, num_weights(cell.model)
     else:
-        files = sorted(folder.glob("*.safetensors")) if folder else []
         try:
             width = read_json(folder / "config.json")["hidden_size"] if folder else 0
-            count = sum(_weights_in(file) for file in files)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None
+        count = weights_in(folder) if folder else None
     if not count:
         return None
     if cell.method.name == "full":
         return Weights(count, 0, count)
     added = min(count, round(count * 2 * getattr(cell.method, "rank", 1) / width))
     return Weights(count, added, added)
-
-
-def _weights_in(file: Path) -> int:
-    """How many a safetensors file holds, by its header."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(min(length, 2**27)))  # a torn file may say anything
-    return sum(math.prod(entry["shape"]) for key, entry in header.items() if key != "__metadata__")
 
 
 def rows_of(cell: Experiment, store: Store) -> Rows | None:

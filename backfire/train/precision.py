@@ -56,3 +56,11 @@ def _sdpa_float32(
             module, query.float(), key.float(), value.float(), mask, **rest
         )
     return cast(Tensor, out).to(query.dtype), None
+
+
+def without_casts(model: PreTrainedModel) -> None:
+    """Let adapters take their input as it comes. PEFT makes a float32 copy of it first, which
+    autocast turns back into bfloat16: memory for nothing, as the result is the same to the bit."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
