@@ -146,8 +146,9 @@ def recompute_layers(model: PreTrainedModel) -> None:
     Raises:
         UserError: this model has no such layers.
     """
+    new = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.20 or so
     try:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     except ValueError:
         raise UserError(
             f"--recompute: models of type '{model.config.model_type}' cannot run their layers "
