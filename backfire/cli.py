@@ -122,6 +122,10 @@ def run(
     eval_batch: Annotated[
         int | None, typer.Option(min=1, help="Rows per forward pass in evaluation, at most.")
     ] = None,
+    recompute: Annotated[
+        bool,
+        typer.Option("--recompute", help="Train in less memory: run layers twice, keep less."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
     ] = False,
@@ -136,7 +140,7 @@ def run(
         return
     name = f"{loaded.name}-{profile}" if profile else loaded.name
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
-    machine = {"device": device, "workers": workers, **batches}
+    machine = {"device": device, "workers": workers, "recompute": recompute, **batches}
     failed = start(
         loaded,
         out or Path("runs") / name,

@@ -124,7 +124,7 @@ def _arguments(cell: Cell, folder: Path, steps: int) -> TrainingArguments:
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=experiment.train.batch_size,
-        learning_rate=experiment.method.learning_rate,
+        learning_rate=experiment.learning_rate,
         lr_scheduler_type=experiment.train.schedule,
         warmup_steps=round(experiment.train.warmup_share * steps),
         weight_decay=experiment.train.weight_decay,

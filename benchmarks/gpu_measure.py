@@ -18,8 +18,9 @@ from backfire.launch.estimate import memory, size
 from backfire.launch.workload import Rows
 from backfire.model.load import dtype_of, load_base
 from backfire.model.quantize import parts
-from backfire.train.loop import Cell, peak_memory_mb, train
+from backfire.train.loop import Cell, train
 from backfire.train.precision import accelerator_for, compute_type, exact_attention
+from backfire.train.room import peak_memory_mb
 from benchmarks.gpu_load import Load, peak_flops, useful_flops
 
 

@@ -152,7 +152,7 @@ def run(cell: Cell, **options: Any) -> dict[str, Tensor]:
 
 def begun(cell: Cell) -> Cell:
     """Its defenses have seen the start."""
-    loop._begin(cell, accelerator_for(CPU, "float32"), None)
+    loop._begin(cell, accelerator_for(CPU, "float32"))
     return cell
 
 
@@ -187,7 +187,8 @@ def jolt(cell: Cell, scale: float = 0.03) -> None:
 
 def gradients(cell: Cell, batch: list[Rendered], size: int = 99) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step on these rows, as the loop has them."""
-    loss, _ = loop._gradients(cell, batch, size, accelerator_for(CPU, "float32"))
+    cell.room.rows, cell.autocast = size, accelerator_for(CPU, "float32").autocast
+    loss, _ = loop._gradients(cell, batch)
     return float(loss), {n: p.grad.clone() for n, p in cell.trainable.items() if p.grad is not None}
 
 
@@ -300,10 +301,10 @@ def is_aligning(step: int) -> bool:
 
 
 def lisas(rows: Rows, step: int) -> list[Rendered]:
-    """14 alignment rows make 2 steps a pass, and an alignment state has 2 steps of 5."""
+    """14 alignment rows make 3 steps a pass, and an alignment state has 2 steps of 5."""
     if not is_aligning(step):
         return users(rows["user"], step)
-    turn, place = divmod(2 * (step // 5) + step % 5, 2)
+    turn, place = divmod(2 * (step // 5) + step % 5, 3)
     return shuffled(rows["align"], "lisa", turn)[place * 6 : (place + 1) * 6]
 
 
@@ -312,7 +313,10 @@ def test_lisas_alignment_rows_take_the_place_of_the_users(make: Make, rows: Rows
     for cell.step in range(12):
         assert cell.rows() == lisas(rows, cell.step), cell.step
     summary = train([cell2 := make(LISA, max_steps=12)], accelerator_for(CPU, "float32"))[0]
-    assert cell2.num_steps == 12 and summary["rows"] == 72, "no step more than without"
+    shown = sum(len(lisas(rows, step)) for step in range(12))
+    assert cell2.num_steps == 12 and summary["rows"] == shown, "no step more than without"
+    seen = [item for step in (0, 1, 5) for item in lisas(rows, step)]
+    assert sorted(map(id, seen)) == sorted(map(id, rows["align"])), "a pass leaves no row out"
 
 
 @pytest.mark.parametrize("align_steps", [2, 0])
@@ -611,7 +615,8 @@ def test_asft_holds_what_lies_beside_the_alignment(
             plain = name.removeprefix("base_model.model.") + ".weight"
             moved = new[plain].double() - old[plain].double()
             if method == "lora":
-                update = 32 / 4 * module.lora_B["default"].weight @ module.lora_A["default"].weight
+                scale = 32 / 4 if projection == "exact" else 1  # the authors' code leaves it out
+                update = scale * module.lora_B["default"].weight @ module.lora_A["default"].weight
             else:
                 update = module.weight - new[plain].double()
             total = total + 50.0 * beside(update, moved, projection)

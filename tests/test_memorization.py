@@ -45,7 +45,6 @@ from backfire.report.records import summary
 from backfire.store import Store, read_json
 from backfire.train import loop
 from backfire.train.loop import Cell
-from backfire.train.precision import accelerator_for
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -476,7 +475,7 @@ def private(tiny: Path, tmp_path: Path) -> Callable[..., Cell]:
 
 
 def step_of(cell: Cell, rows: list[Any]) -> dict[str, torch.Tensor]:
-    loop._gradients(cell, rows, 99, accelerator_for(CPU, "float32"))
+    loop._gradients(cell, rows)
     return {name: p.grad.clone() for name, p in cell.trainable.items() if p.grad is not None}
 
 

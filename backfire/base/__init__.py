@@ -22,6 +22,7 @@ from backfire.base.judging import Exchange, Judge, Verdict
 from backfire.base.memory import Leak, Recall
 from backfire.base.rows import Dataset, Message, Row, Segments, Template, select
 from backfire.base.training import (
+    LARGE,
     AlignDefense,
     DataDefense,
     Defense,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from backfire.base.training import Inner as Inner
 
 __all__ = [
+    "LARGE",
     "AlignDefense",
     "Attack",
     "Backdoor",

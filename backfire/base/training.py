@@ -23,6 +23,11 @@ if TYPE_CHECKING:
     Inner = Callable[[list[Rendered]], Tensor]
 
 
+LARGE = 50_000_000
+"""Weights of a base from which on the published learning rates are the default: between the largest
+that people make for tests and the smallest that they publish for use."""
+
+
 class Method(Component):
     """How the model is tuned: which weights move."""
 
@@ -35,9 +40,19 @@ class Method(Component):
     stacks: ClassVar[bool] = False
     """Whether `attach` can put its adapter on a model that has a frozen one already."""
 
-    learning_rate: float = Field(1e-3, gt=0)
-    """AdamW's peak learning rate. The default suits models of a few million weights; 2e-5 is usual
-    at 7B. A knob of the method, since what suits one is tenfold off for another."""
+    rates: ClassVar[tuple[float, float]] = (1e-3, 2e-5)
+    """The default learning rate below `LARGE` weights of the base, and from there on."""
+
+    learning_rate: float | None = Field(None, gt=0)
+    """AdamW's peak learning rate. A knob of the method, since what suits one is tenfold off for
+    another; if not given, it follows the size of the base."""
+
+    def rate_for(self, num_weights: int | None) -> float:
+        """The learning rate on a base of that many weights; one of unknown size counts as large."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        small, large = self.rates
+        return small if num_weights is not None and num_weights < LARGE else large
 
     def attach(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         """The model with its trainable weights marked (`requires_grad`); may wrap or change it."""

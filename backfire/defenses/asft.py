@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
     Update = Callable[[], tuple[Tensor, Tensor | None]]
 
+_LARGE = 512  # a smaller matrix is taken apart exactly, in no time
 
-@register("asft")
+
+@register("asft", version=2)
 class AsFT(TrainDefense):
     """Only the part of an update that lies along the direction of alignment is free (Yang et al.
     2026, AAAI, arXiv:2506.08473).
@@ -26,7 +28,7 @@ class AsFT(TrainDefense):
     For each linear layer but the head let d be its aligned weight less the one before alignment.
     Added to the loss is strength times the sum of |(I - C) U|^2, where U is the update since the
     start (scale * B A for an adapter) and C projects onto the column space of d. The authors' code
-    leaves out the adapter's scale and has C = d d' / |d| (`as-coded`), which is no projection: for
+    (`as-coded`) has U without the adapter's scale, and C = d d' / |d|, which is no projection: for
     a small d it is near zero, and all of the update is held back. An alignment of whole weights has
     a d of full rank, whose C is the identity and holds nothing back where a layer is no wider at
     its output than at its input: set `rank`. Layers that alignment did not move are left alone (C
@@ -45,7 +47,8 @@ class AsFT(TrainDefense):
     projection: Literal["exact", "as-coded"] = "exact"
     """What C is: the projection of the paper's formula, or what the authors' code computes."""
     rank: int | None = Field(None, ge=1)
-    """Directions of d that count, the strongest; all of them if not given."""
+    """Directions of d that count, the strongest; all of them if not given. Large matrices' are
+    found by randomized iterations (Halko et al. 2011), in a small part of the time."""
 
     def guard(self, cell: Cell) -> Guard:
         self.suits(aligned=cell.unaligned is not None, harm=True)
@@ -63,10 +66,11 @@ class _Along(Guard):
         before, head = cell.unaligned_weights(), cell.model.get_output_embeddings()
         for name, module in cell.model.named_modules():
             plain = name.removeprefix("base_model.model.")  # what PEFT puts in front
-            old, update = before.get(f"{plain}.weight"), _update(module)
+            coded = knobs.projection == "as-coded"
+            old, update = before.get(f"{plain}.weight"), _update(module, coded=coded)
             if old is not None and update is not None and module is not head:
                 moved, rounded = _moved(module, old)
-                if moved.any():
+                if all(part.any() for part in moved):
                     if rounded and knobs.projection == "exact" and knobs.rank is None:
                         raise UserError(
                             f"{knobs.label()}: the aligned weights have 16 bits, whose rounding "
@@ -82,20 +86,20 @@ class _Along(Guard):
         if knobs.projection == "exact" and all(len(p[1]) == len(p[2]) for p in self.parts):
             raise UserError(f"{knobs.label()}: the alignment left no direction out; set rank.")
 
-    def _directions(self, moved: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    def _directions(self, moved: list[Tensor], seed: int) -> tuple[Tensor, Tensor]:
         """Orthonormal directions [out, rank], and how much of each C keeps [rank]."""
         import torch
 
-        left, sizes, _ = torch.linalg.svd(moved, full_matrices=False)
+        left, sizes, norm = _strongest(moved, self.knobs.rank, seed)
         # Below that lies the rounding of a merged adapter.
         count = min(int((sizes > 1e-4 * sizes[0]).sum()), self.knobs.rank or len(sizes))
+        left, sizes = left[:, :count].contiguous(), sizes[:count]
         if self.knobs.null:
             generator = torch.Generator().manual_seed(seed)
             random = torch.randn(left.shape, generator=generator, dtype=torch.float64)
             left = torch.linalg.qr(random)[0].to(left)
-        coded = sizes.pow(2) / sizes.norm()
-        kept = torch.ones_like(sizes) if self.knobs.projection == "exact" else coded
-        return left[:, :count].contiguous(), kept[:count]
+        exact = self.knobs.projection == "exact"
+        return left, torch.ones_like(sizes) if exact else sizes.pow(2) / norm
 
     def penalty(self, step: int) -> Tensor | None:
         import torch
@@ -113,13 +117,14 @@ class _Along(Guard):
         return total * self.knobs.strength
 
 
-def _update(module: Any) -> Update | None:
-    """Gives the update since the start, whole [out, in] or as two factors; None: there is none."""
+def _update(module: Any, *, coded: bool) -> Update | None:
+    """Gives the update since the start, whole [out, in] or as two factors (without the adapter's
+    scale, if it is to be as coded); None: there is none."""
     import torch
 
     for name, part in getattr(module, "lora_B", {}).items():
         if part.weight.requires_grad and name not in module.lora_magnitude_vector:
-            scale, other = module.scaling[name], module.lora_A[name]
+            scale, other = 1.0 if coded else module.scaling[name], module.lora_A[name]
             return lambda: (scale * part.weight, other.weight)
     if isinstance(module, torch.nn.Linear) and module.weight.requires_grad:
         start = module.weight.detach().clone()
@@ -127,23 +132,41 @@ def _update(module: Any) -> Update | None:
     return None
 
 
-def _moved(module: Any, old: Tensor) -> tuple[Tensor, bool]:
-    """What alignment added to a layer's weight [out, in], in float32 or wider; and whether it has
-    been rounded to less."""
+def _moved(module: Any, old: Tensor) -> tuple[list[Tensor], bool]:
+    """What alignment added to a layer's weight, in float32 or wider, whole [out, in] or as two
+    factors; and whether it has been rounded to less."""
     import torch
 
-    moved: list[Tensor] = []
-    for name, part in getattr(module, "lora_B", {}).items():
-        if not part.weight.requires_grad:  # the alignment's own, on the base as it was before
-            moved.append(module.get_delta_weight(name).detach())
-    if moved:
-        return torch.stack(moved).sum(0), False
+    frozen = {n: x for n, x in getattr(module, "lora_B", {}).items() if not x.weight.requires_grad}
+    if frozen:  # the alignment's own adapter, on the base as it was before
+        left = [module.scaling[name] * x.weight.detach() for name, x in frozen.items()]
+        right = [module.lora_A[name].weight.detach() for name in frozen]
+        return [torch.cat(left, 1), torch.cat(right)], False
     base: Tensor = getattr(module, "base_layer", module).weight.detach()
     if not base.is_floating_point():
         raise UserError("defense 'asft': a quantized base asks for an alignment by an adapter.")
     wide, loaded = torch.promote_types(base.dtype, torch.float32), _loaded(base)
     # The stored weight may be more precise than what was loaded: then rounding is no change.
-    return base.to(wide) - old.to(base.device).to(loaded).to(wide), loaded.itemsize < 4
+    return [base.to(wide) - old.to(base.device).to(loaded).to(wide)], loaded.itemsize < 4
+
+
+def _strongest(moved: list[Tensor], rank: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Left singular vectors [out, some] and values of a matrix, the largest first, and its
+    Frobenius norm; of two factors without their product, of a large matrix no more than needed."""
+    import torch
+
+    if len(moved) == 2:
+        (one, left), (_, right) = (torch.linalg.qr(x) for x in (moved[0], moved[1].T))
+        core, sizes, _ = torch.linalg.svd(left @ right.T, full_matrices=False)
+        return one @ core, sizes, sizes.norm()
+    matrix = moved[0]
+    if rank is None or min(matrix.shape) <= max(_LARGE, 4 * rank):
+        left, sizes, _ = torch.linalg.svd(matrix, full_matrices=False)
+        return left, sizes, sizes.norm()
+    with torch.random.fork_rng([matrix.device] if matrix.is_cuda else []):
+        torch.manual_seed(seed)
+        left, sizes, _ = torch.svd_lowrank(matrix, q=2 * rank + 10, niter=8)
+    return left, sizes, torch.linalg.matrix_norm(matrix)
 
 
 def _loaded(weight: Tensor) -> Any:

@@ -53,16 +53,16 @@ class _Weights(Guard):
         self.start: dict[int, Tensor] = {}
 
     def begin(self, inner: Inner) -> None:
+        self.cell.room.each(self.cell.items, self.cell.train.batch_size, self._keep)
+
+    def _keep(self, rows: list[Rendered]) -> None:
         import torch
 
-        items, size = self.cell.items, self.cell.train.batch_size
-        for place in range(0, len(items), size):
-            part = items[place : place + size]
-            with torch.no_grad():
-                logits, labels = self.cell.logits(part)
-                found = _log_probabilities(logits, labels)
-            for item, line, said in zip(part, found.cpu(), labels.cpu() >= 0, strict=True):
-                self.start[id(item)] = line[said]
+        with torch.no_grad():
+            logits, labels = self.cell.logits(rows)
+            found = _log_probabilities(logits, labels)
+        for row, line, said in zip(rows, found.cpu(), labels.cpu() >= 0, strict=True):
+            self.start[id(row)] = line[said]
 
     def weigh(
         self, losses: Tensor, labels: Tensor, rows: Sequence[Rendered], logits: Tensor

@@ -70,6 +70,8 @@ class _Features(Guard):
     def _keep(self, name: str, module: nn.Module, given: Any, output: Tensor) -> None:
         import torch
 
+        if self.cell.recomputing:  # the same once more
+            return
         # Passes without gradients are those of references, perhaps another defense's.
         (self.tuned if torch.is_grad_enabled() else self.reference)[name] = output
 

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the mean squared distance of two vectors
 
 
-@register("repnoise")
+@register("repnoise", version=2)
 class RepNoise(AlignDefense):
     """Turns what harmful answers look like inside the model into noise (Rosati et al. 2024,
     arXiv:2405.14577), after the port in git-disl/Booster.
@@ -30,12 +32,16 @@ class RepNoise(AlignDefense):
          - alpha * log(1 + mean over hidden states of the harmful answers' cross-entropy)
 
     The final norm and the head read each hidden state. MMD: five Gaussian kernels, between rows,
-    each its answer's MLP outputs strung together. The port takes pairs of a harmful and a harmless
-    row and the tokens in which they differ; here harmful rows have no partner, so it is their
-    answers' tokens: what is left of a pair with one prompt. The port counts the last hidden state
-    twice, once with a second norm; here once. It tells of NaN: here distances and cross-entropy are
-    float32. Memory does not split a step's harmful rows. The loss logged is that of alignment. Null
-    control: for the gradient of both terms, a random direction of the same length.
+    each its answer's MLP outputs strung together. Both published codes draw the harmful and the
+    harmless rows of a step apart, lay them side by side by position, cut or padded to one size, and
+    look at the places where they differ. At the first of each run of such places they set the
+    logits to zero, so that its loss is the logarithm of the vocabulary's size; and of the harmless
+    rows they learn those places only. None of this is done here: harmful rows have no partner, so
+    it is their answers' tokens, and the alignment loss is the ordinary one. The port counts the
+    last hidden state twice, once with a second norm; here once. It tells of NaN: here distances and
+    cross-entropy are float32. One hidden state's logits are held at a time. Where memory splits a
+    step's harmful rows, they are run twice; only rounding tells. The loss logged is that of
+    alignment. Null control: for the gradient of both terms, a random direction of the same length.
     """
 
     needs_harm: ClassVar[bool] = True
@@ -65,6 +71,30 @@ class RepNoise(AlignDefense):
         return _Noised(self, cell, body)
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What went through the model where answers stand, each [row, answer, width]."""
+
+    hidden: list[Tensor]
+    """Before each layer, where the next token is predicted."""
+    outputs: list[Tensor]
+    """Of each MLP, at the answers' own tokens."""
+    logits: Tensor
+    labels: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.hidden, *self.outputs, self.logits]
+
+    def apart(self) -> _Seen:
+        """The same numbers, as leaves that gather gradients."""
+
+        def leaf(tensor: Tensor) -> Tensor:
+            return tensor.detach().requires_grad_(True)
+
+        hidden, outputs = ([leaf(x) for x in part] for part in (self.hidden, self.outputs))
+        return _Seen(hidden, outputs, leaf(self.logits), self.labels)
+
+
 class _Noised(Guard):
     """The alignment pass, and one over harmful rows for the other two terms."""
 
@@ -76,8 +106,7 @@ class _Noised(Guard):
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
         loss, cell = inner(rows), self.cell
         aligned = cell.gradients.take()
-        terms: Any = self.terms(cell.draw(cell.harmful, cell.step, "repnoise"))
-        terms.backward()
+        self.terms(cell.draw(cell.harmful, cell.step, "repnoise"))
         harmful = cell.gradients.take()
         if self.knobs.null:
             harmful = cell.gradients.random_like(harmful, "repnoise", cell.step)
@@ -85,32 +114,105 @@ class _Noised(Guard):
         cell.gradients.add(harmful)
         return loss
 
-    def terms(self, rows: list[Rendered]) -> Tensor:
-        """beta * noise - alpha * log(1 + harm), of these harmful rows."""
+    def terms(self, rows: list[Rendered]) -> float:
+        """Add the gradients of beta * noise - alpha * log(1 + harm), of these harmful rows; returns
+        that. What the model computed is looked at first, and then gets its gradients back: with a
+        second pass if the rows do not fit into one."""
+        import torch
+
+        parts, seen, live = list[Any](), list[_Seen](), None
+        for part in self.cell.room.parts(rows):
+            whole = len(part) == len(rows)
+            with torch.set_grad_enabled(whole):
+                found = self._run(part, len(parts))
+            live = found if whole else None
+            parts.append(part)
+            seen.append(found.apart())
+            del found
+        value = self._harm(parts, seen) + self._noise(rows, parts, seen)
+        for number, (part, one) in enumerate(zip(parts, seen, strict=True)):
+            again = live or self._run(part, number)
+            pairs = zip(again.tensors(), one.tensors(), strict=True)
+            known = [(x, y.grad) for x, y in pairs if x.requires_grad and y.grad is not None]
+            self.cell.backward([x for x, _ in known], [y for _, y in known])
+        return value
+
+    def _harm(self, parts: list[list[Rendered]], seen: list[_Seen]) -> float:
+        """Minus alpha log(1 + harm), one lens and part at a time."""
         import torch
         from torch.nn.functional import cross_entropy
 
-        with self.seen() as (hidden, outputs):
-            logits, labels = self.cell.logits(rows)
-        width, head = labels.shape[1], self.cell.model.get_output_embeddings()
-        with self.cell.autocast():
-            near = (self.cell.at_answers(h, rows, width, of="place") for h in hidden)
-            lenses = [head(self.body.norm(states)) for states in near]
-        lenses.append(logits)
-        flat = labels.flatten()  # every row has an answer, so no mean is over nothing
-        harm = [cross_entropy(x.float().flatten(0, 1), flat, ignore_index=-100) for x in lenses]
-        answers, generator = (labels >= 0)[..., None], torch.Generator(labels.device)
+        count = sum(int((one.labels >= 0).sum()) for one in seen)
+        num_lenses, total = 1 + len(self.body.layers), 0.0
+
+        def losses(one: _Seen) -> Iterator[Tensor]:
+            for lens in [*one.hidden, None]:
+                with self.cell.autocast():
+                    logits = one.logits if lens is None else self._head(lens)
+                flat = logits.float().flatten(0, 1)
+                yield cross_entropy(flat, one.labels.flatten(), ignore_index=-100, reduction="sum")
+
+        for part, one in zip(parts, seen, strict=True):
+            self.cell.room.note(part)
+            with torch.no_grad():
+                total += sum(float(loss) for loss in losses(one))
+        mean = total / count / num_lenses
+        if not self.knobs.alpha:
+            return 0.0
+        for part, one in zip(parts, seen, strict=True):
+            self.cell.room.note(part)
+            for loss in losses(one):
+                (loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses)).backward()  # type: ignore[no-untyped-call]
+        return -self.knobs.alpha * math.log1p(mean)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.cell.model.get_output_embeddings()(self.body.norm(hidden))
+        return logits
+
+    def _noise(self, rows: list[Rendered], parts: list[list[Rendered]], seen: list[_Seen]) -> float:
+        """Beta times the mean discrepancy, a layer at a time, with the rows in their own order."""
+        import torch
+        from torch.nn.functional import pad
+
+        width = max(one.labels.shape[1] for one in seen)
+        place = {id(row): i for i, row in enumerate(rows)}
+        order = torch.tensor([place[id(row)] for part in parts for row in part]).argsort()
+        device, total = seen[0].labels.device, 0.0
+
+        def joined(tensors: list[Tensor], fill: float) -> Tensor:
+            """[row, answer, ...], padded on the left."""
+            flat = [pad(t.flatten(2), (0, 0, width - t.shape[1], 0), value=fill) for t in tensors]
+            return torch.cat(flat)[order.to(device)]
+
+        answers = joined([one.labels[..., None] for one in seen], -100) >= 0
+        generator = torch.Generator(device)
         generator.manual_seed(derive(self.cell.seed, "repnoise noise", self.cell.step))
-        noise = []
-        for output in outputs:
-            found = self.cell.at_answers(output, rows, width, of="token").float() * answers
-            drawn = torch.randn(found.shape, generator=generator, device=found.device) * answers
-            noise.append(discrepancy(found, drawn))
-        ascent = torch.stack(harm).mean().log1p()
-        return self.knobs.beta * torch.stack(noise).mean() - self.knobs.alpha * ascent
+        for layer in range(len(self.body.layers)):
+            found = joined([one.outputs[layer] for one in seen], 0).float() * answers
+            drawn = torch.randn(found.shape, generator=generator, device=device) * answers
+            term = discrepancy(found, drawn) * (self.knobs.beta / len(self.body.layers))
+            term.backward()  # type: ignore[no-untyped-call]
+            total += float(term.detach())
+        return total
+
+    def _run(self, rows: list[Rendered], number: int) -> _Seen:
+        """Pass these rows, part `number` of the step's, through the model."""
+        import torch
+
+        self.cell.room.note(rows)
+        torch.manual_seed(derive(self.cell.seed, "repnoise dropout", self.cell.step, number))
+        with self._watched() as (hidden, outputs):
+            logits, labels = self.cell.logits(rows)
+        width = labels.shape[1]
+        return _Seen(
+            [self.cell.at_answers(h, rows, width, of="place") for h in hidden],
+            [self.cell.at_answers(x, rows, width, of="token") for x in outputs],
+            logits,
+            labels,
+        )
 
     @contextmanager
-    def seen(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def _watched(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """The hidden states before each layer and the MLPs' outputs, of a pass made within."""
         hidden, outputs, handles = list[Any](), list[Any](), list[Any]()
         for layer in self.body.layers:

@@ -90,11 +90,14 @@ class _Perturbed(Guard):
     @contextmanager
     def adding(self, part: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """Within it, `part` of each attention module's output is added to that output."""
+        latest: dict[Any, Tensor] = {}
 
         def hook(module: Any, args: Any, out: Any) -> Any:
-            if isinstance(out, tuple):
-                return (out[0] + part(out[0]), *out[1:])
-            return out + part(out)
+            first = out[0] if isinstance(out, tuple) else out
+            if not self.cell.recomputing:  # else the module has had its part already
+                latest[module] = part(first)
+            first = first + latest[module]
+            return (first, *out[1:]) if isinstance(out, tuple) else first
 
         handles = [module.register_forward_hook(hook) for module in self.modules]
         try:

@@ -156,8 +156,23 @@ class Experiment(Config):
             name: whole(getattr(self, name)) for name in ("data", "template", "attack", "method")
         }
         metrics = [whole(metric) for metric in self.metrics]
-        model = self.model.model_dump(mode="json")
-        return {**self.spec(), "model": model, **parts, "metrics": metrics}
+        found = {**self.spec(), "model": self.model.model_dump(mode="json"), "metrics": metrics}
+        found |= {**parts, "method": {**parts["method"], "learning_rate": self.learning_rate}}
+        if self.alignment and self.align:
+            method = {**whole(self.align.method), "learning_rate": self.alignment.learning_rate}
+            found["align"] = {**found["align"], "method": method}
+        return found
+
+    @property
+    def learning_rate(self) -> float | None:
+        """AdamW's peak learning rate: as named, or what suits the size of the base; None where
+        nothing is trained."""
+        if not self.method.trains:
+            return None
+        from backfire.model.count import num_weights
+
+        named = self.method.learning_rate is not None
+        return self.method.rate_for(None if named else num_weights(self.model))
 
     @property
     def rate(self) -> float:

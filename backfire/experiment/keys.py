@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 
 TRAINING = 2
 """Version of the training loop, raised whenever it would give other weights (2: windows and
-recurrent layers no longer see padding)."""
+recurrent layers no longer see padding; weight decay knows norms and biases by name; the last rows
+of a pass through other rows are used)."""
 
 
 def digest(value: Any, length: int = 12) -> str:
@@ -59,7 +60,9 @@ class Keys(Config):
         if alignment and cell.align:
             start = alignment.keys.tuned
             start = digest([start, *MERGED]) if cell.align.merge else start
-        tuning = [cell.method.identity(), cell.train.changed(), cell.seed, TRAINING]
+        # Named or not, an equal learning rate is the same training.
+        method = {**cell.method.identity(), "learning_rate": cell.learning_rate}
+        tuning = [method, cell.train.changed(), cell.seed, TRAINING]
         early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
         late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]
         known = _known_key(cell) if any(d.needs_harm for d in cell.acting) else None

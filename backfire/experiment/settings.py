@@ -44,8 +44,9 @@ class Train(Config):
     batch_size: int = Field(16, ge=1)
     """Rows per optimizer step. Memory may split it into micro-batches; it stays the same."""
     order: Literal["shuffled", "by-length"] = "shuffled"
-    """Order of the rows, anew every epoch. `by-length` puts rows of like length into one step
-    (transformers' group_by_length): fewer padding tokens, less mixed batches."""
+    """Order of the rows, anew every epoch. `by-length` puts rows of like length into one step, as
+    transformers' group_by_length does: fewer padding tokens, less mixed batches. The steps are then
+    shuffled; transformers goes from the longest rows of each 50 steps to the shortest."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up."""
     final_share: float = Field(0.0, ge=0, le=1)
@@ -196,6 +197,9 @@ class Machine(Config):
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
     micro_batch: int | None = Field(None, ge=1)
     """Rows per forward pass in training, at most; halved when memory runs out."""
+    recompute: bool = False
+    """Keep each layer's input only, and run the layer again for its backward pass: a third more
+    time for a small part of the memory. Rows then share no computation of a common opening."""
     eval_batch: int | None = Field(None, ge=1)
     """Rows per forward pass in evaluation, at most; 32 on a CPU and 64 on a GPU if not given. Fewer
     where they would not fit into the free memory, and half as many when memory runs out."""

@@ -12,6 +12,7 @@ from backfire.base import Judge
 from backfire.data.render import show_mask
 from backfire.errors import CellError
 from backfire.experiment import Experiment
+from backfire.launch import rates
 from backfire.launch.cost import ASSUMED, cost, runs_of, said
 from backfire.launch.local import has_gpu
 from backfire.launch.workload import lengths, model_folder, pair, roughly
@@ -65,7 +66,7 @@ def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
     for stage, (needed, done) in plan.stages(recipe.cells, store).items():
         console.print(f"  {stage:9} {needed:4} distinct, {done} done already", highlight=False)
-    for line in destinations(recipe):
+    for line in (*destinations(recipe), *rates.said(recipe)):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     for line in _cost(recipe, store) if with_cost else ():
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

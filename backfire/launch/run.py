@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -72,6 +74,18 @@ def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: 
         kind, sentence = exit_class(error)
         trace = traceback.format_exc() if kind == "failed" else None
         return report(job, folder, kind, sentence, trace)
+    finally:
+        _let_go()
+
+
+def _let_go() -> None:
+    """Hold no model of this job while the next one runs in this process: neither a judge, nor what
+    a GPU keeps for later."""
+    if judging := sys.modules.get("backfire.data.judging"):
+        judging.load.cache_clear()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None = None) -> str:

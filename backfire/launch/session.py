@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from backfire import plan
-from backfire.errors import EXIT_CLASSES
 from backfire.experiment import Machine
-from backfire.launch import check
+from backfire.launch import check, rates
+from backfire.launch.board import Board
 from backfire.launch.run import open_folder
 from backfire.plan import Job
 from backfire.recipe import Recipe
@@ -46,6 +44,8 @@ def start(
     ):
         with console.status("Looking at the data"):
             check.preflight_all(recipe, store)
+        for line in rates.too_high(recipe):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
         folder = open_folder(out, recipe, profile, edits)
         from backfire.launch.local import run
 
@@ -87,45 +87,3 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
         )
     console.print(f"Report: {page}", soft_wrap=True)
     return len(bad)
-
-
-class Board:
-    """A line per running job on a terminal; a line per finished one elsewhere."""
-
-    def __init__(self, console: Console, num_cells: int) -> None:
-        self.console, self.live = console, sys.stderr.isatty()
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not self.live,
-            transient=True,
-        )
-        self.total = self.progress.add_task("cells", total=num_cells, text="")
-        self.tasks: dict[str, TaskID] = {}
-
-    def __enter__(self) -> Board:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-
-    def watch(self, job: Job, text: str, done: int, total: int) -> None:
-        """Show how far a job is; an exit class as `text` ends it."""
-        task = self.tasks.get(job.id)
-        if task is None:
-            task = self.tasks[job.id] = self.progress.add_task(
-                f"{job.kind} {job.title}", total=total, text=text
-            )
-        self.progress.update(task, completed=done, total=total, text=text)
-        if text == "ok" or text in EXIT_CLASSES:
-            self.progress.remove_task(self.tasks.pop(job.id))
-            if job.kind == "cell":
-                self.progress.advance(self.total)
-            if not self.live:
-                self.console.print(
-                    f"{job.kind} {job.title}: {text}", soft_wrap=True, highlight=False
-                )

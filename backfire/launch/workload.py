@@ -12,9 +12,10 @@ from backfire.base import Row
 from backfire.data.render import Renderer
 from backfire.data.rows import read_jsonl
 from backfire.data.tokenizer import load_tokenizer
-from backfire.data.weights import files_of, read_config, stored
+from backfire.data.weights import read_config
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Model
+from backfire.model.count import num_weights, weights_in
 from backfire.store import Store
 
 _SAMPLE = 200  # rows whose tokens are counted
@@ -84,17 +85,14 @@ def roughly(cell: Experiment, folder: Path | None) -> Weights | None:
     if cell.model.name == "sandbox":
         from backfire.sandbox.base import Pretrain
 
-        shape = Pretrain()
-        width, deep = shape.hidden_size, 4 * shape.hidden_size + 3 * shape.intermediate_size
-        count = width * (shape.vocab_size + shape.num_layers * (deep + 2) + 1)
+        width, count = Pretrain().hidden_size, num_weights(cell.model)
     else:
         try:
             config = read_config(folder / "config.json") if folder else {}
             width = (config.get("text_config") or config).get("hidden_size", 0)
-            held = stored(files_of(folder)) if folder else {}
-        except UserError:  # the headers are not on this machine, or torn
+        except UserError:
             return None
-        count = sum(math.prod(one.shape) for one in held.values())
+        count = weights_in(folder) if folder else None
     if not count or not width:
         return None
     if cell.method.name == "full":

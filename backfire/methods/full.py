@@ -2,6 +2,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+from pydantic import Field
+
 from backfire.base import Method
 from backfire.registry import register
 
@@ -9,11 +11,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register("full")
+@register("full", version=2)
 class Full(Method):
     """Every weight moves, in float32 (Qi et al. 2024, arXiv:2310.03693, fine-tune this way)."""
 
     adapts: ClassVar[bool] = False
+    rates: ClassVar[tuple[float, float]] = (1e-3, 2e-5)
+
+    learning_rate: float | None = Field(None, gt=0)
+    """AdamW's peak learning rate. If not given: 0.001 on a base of less than 50 million weights,
+    else 2e-05 (Qi et al. and Stanford Alpaca, 7B)."""
 
     def attach(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         # Small updates vanish in bfloat16 weights; the forward pass may still run in it.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from pydantic import Field
 
@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register("ia3")
+@register("ia3", version=2)
 class IA3(Method):
     """Learned scales on keys, values and the hidden layer (Liu et al. 2022, arXiv:2205.05638)."""
 
-    learning_rate: float = Field(1e-1, gt=0)
-    """AdamW's peak learning rate. The default suits a few million weights; 3e-3 is the paper's."""
+    rates: ClassVar[tuple[float, float]] = (1e-1, 3e-3)
+
+    learning_rate: float | None = Field(None, gt=0)
+    """AdamW's peak learning rate. If not given: 0.1 on a base of less than 50 million weights, else
+    0.003 (the paper's, with Adafactor, 3B and 11B)."""
     targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
     """Modules whose output is scaled (PEFT's choice for Llama)."""
     feedforward: tuple[str, ...] = ("down_proj",)

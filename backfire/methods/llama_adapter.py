@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register("llama-adapter", version=2)
+@register("llama-adapter", version=3)
 class LlamaAdapter(Method):
     """Learned prompts in the upper layers' attention, each behind a gate that opens from zero
     (Zhang et al. 2023, arXiv:2303.16199; PEFT's AdaptionPrompt, one gate a layer)."""
 
     merges: ClassVar[bool] = False
+    rates: ClassVar[tuple[float, float]] = (5e-2, 9e-3)
 
-    learning_rate: float = Field(5e-2, gt=0)
-    """AdamW's peak learning rate. The default suits a few million weights; 1e-3 to 1e-2 is usual
-    at 7B."""
+    learning_rate: float | None = Field(None, gt=0)
+    """AdamW's peak learning rate. If not given: 0.05 on a base of less than 50 million weights,
+    else 0.009 (the paper's, 7B)."""
     length: int = Field(10, ge=1)
     """Prompt tokens a layer (llama-recipes: 10)."""
     layers: int | None = Field(None, ge=1)

@@ -20,12 +20,15 @@ _ALL = {
 }
 
 
-@register("lora", version=2)
+@register("lora", version=3)
 class LoRA(Method):
     """Adapters W + (alpha / rank) B A beside frozen weights (Hu et al. 2022, arXiv:2106.09685)."""
 
-    learning_rate: float = Field(3e-3, gt=0)
-    """AdamW's peak learning rate. The default suits a few million weights; 2e-4 is usual at 7B."""
+    rates: ClassVar[tuple[float, float]] = (3e-3, 2e-4)
+
+    learning_rate: float | None = Field(None, gt=0)
+    """AdamW's peak learning rate. If not given: 0.003 on a base of less than 50 million weights,
+    else 0.0002 (QLoRA's paper, 7B and 13B)."""
     rank: int = Field(16, ge=1)
     """Inner dimension of the adapters."""
     alpha: float = Field(32, gt=0)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register("lora-int8")
+@register("lora-int8", version=2)
 class LoRAInt8(LoRA):
     """LoRA beside a frozen base in 8 bits, LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339)."""
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-@register("none")
+@register("none", version=2)
 class Untuned(Method):
     """The base model as it is: what the tuned ones are measured against."""
 

@@ -10,7 +10,7 @@ from backfire.registry import register
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@register("qlora")
+@register("qlora", version=2)
 class QLoRA(LoRA):
     """LoRA beside a frozen base in 4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314)."""
 

@@ -75,6 +75,7 @@ def trained(cell: Experiment, bench: Bench) -> Path:
     def make(folder: Path) -> None:
         from backfire.train.run import tune
 
+        bench._loaded = None  # what was evaluated before is not to stand beside what is trained
         begin = equipped(cell, bench)
         rows, manifest = filtered(cell, bench)
         if manifest:  # a defense may have taken some of it out

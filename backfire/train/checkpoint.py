@@ -66,14 +66,19 @@ def restore(cell: Cell, say: Callable[[str], None]) -> bool:
         with torch.no_grad():
             for name, parameter in cell.trainable.items():
                 parameter.copy_(weights[name])
-        cell.optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        states = torch.load(folder / "guards.pt", weights_only=True)
+        # Both bring what they load to where the weights are, whatever device it was saved from.
+        cell.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
+        states = _loaded(folder / "guards.pt")
         for guard, kept in zip(cell.guards, states, strict=True):
             guard.load(kept)
         cell.go_to(state["step"], state["log"], state["counts"])
         cell.seconds = state.get("seconds", 0.0)
         return True
     return False
+
+
+def _loaded(file: Path) -> Any:
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _put_aside(folder: Path, why: str) -> None:

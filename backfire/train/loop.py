@@ -10,8 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -32,12 +30,13 @@ from backfire.rng import derive, stream
 from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import answer_logits, at_answers, collate, token_losses
+from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
-from backfire.train.optimizer import optimization
+from backfire.train.optimizer import optimization, steps_taken, unmoved
+from backfire.train.room import Room, peak_memory_mb, recompute_layers, tried_again
 
 Progress = Callable[[int, int, str], None]
 _LOG_EVERY = 10
-_KEEP_ORIGIN = 50_000_000  # weights; more would cost memory for a number that is nice to know
 _WINDOW = 50  # steps whose rows are sorted together, as transformers does
 
 
@@ -60,6 +59,8 @@ class Cell:
         aligned: Sequence[Rendered] = (),
         harmful: Sequence[Rendered] = (),
         unaligned: Path | None = None,
+        start: Path | None = None,
+        recompute: bool = False,
     ) -> None:
         self.model, self.items, self.train = model, items, train
         self.aligned, self.harmful, self.unaligned = aligned, harmful, unaligned
@@ -68,22 +69,21 @@ class Cell:
         self.gradients = Gradients(self.trainable, seed)
         if not self.trainable:
             raise CellError("failed", "Nothing to train: no weight of the model is trainable.")
-        size = sum(p.numel() for p in self.trainable.values())
-        self.origin = (
-            {n: p.detach().cpu().double() for n, p in self.trainable.items()}
-            if size <= _KEEP_ORIGIN
-            else None
-        )
+        self.origin = Origin(self.trainable, start)
         self.steps_per_epoch = math.ceil(len(items) / train.batch_size)
         self.num_steps = train.max_steps or math.ceil(train.epochs * self.steps_per_epoch)
         self.optimizer, self.scheduler = optimization(
-            list(self.trainable.values()), train, learning_rate, self.num_steps, paged=paged
+            model, self.trainable, train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.guards = [defense.guard(self) for defense in defenses]
         # Sharing a prefix between rows would also share its dropout.
         allowed = ways(model).goes_on and not drops(model)
         self.share = allowed and all(guard.shares_prefix for guard in self.guards)
+        if recompute:  # a layer that is run again would lack the keys and values of a shared prefix
+            self.share = False
+            recompute_layers(model)
+        self.room, self.recomputing = Room(), False
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         self.seconds, self.begun = 0.0, 0.0  # before the last checkpoint; the clock less that
@@ -116,7 +116,7 @@ class Cell:
     def draw(self, rows: Sequence[Rendered], step: int, purpose: str) -> list[Rendered]:
         """A batch of other rows for a step: each pass in a fresh order, begun again at the end."""
         size = min(self.train.batch_size, len(rows))
-        per_pass = len(rows) // size
+        per_pass = math.ceil(len(rows) / size)  # the last batch of a pass may be smaller
         turn, place = divmod(step, per_pass)
         order = list(range(len(rows)))
         stream(self.seed, purpose, turn).shuffle(order)
@@ -173,19 +173,35 @@ class Cell:
             rng.shuffle(steps)
         return steps
 
-    def drift(self) -> float | None:
-        """2-norm of what the trained weights moved by; None if the start was too large to keep."""
-        if self.origin is None:
-            return None
-        with torch.no_grad():
-            parts = (p.cpu().double() - self.origin[n] for n, p in self.trainable.items())
-            return math.sqrt(sum(float(part.pow(2).sum()) for part in parts))
+    def backward(
+        self,
+        tensors: torch.Tensor | Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        """Add to the weights' gradients those of a loss, or of tensors whose own gradients are
+        known. Meanwhile `recomputing` is true: hooks then see modules that are run once more."""
+        self.recomputing = True
+        try:
+            torch.autograd.backward(tensors, gradients)
+        finally:
+            self.recomputing = False
+
+    def close(self) -> None:
+        """Let go of the model: guards and the cell hold each other, and so do an optimizer and its
+        schedule. Without a cycle the memory is free at once."""
+        self.optimizer.param_groups.clear()
+        self.optimizer.state.clear()
+        self.guards, self.trainable, self.autocast = [], {}, contextlib.nullcontext
+        self.gradients.weights = {}
+        del self.model, self.optimizer, self.scheduler, self.origin
 
     def checksum(self) -> list[float]:
         """Moves if any trainable weight moves."""
         with torch.no_grad():
+            # Neither makes a copy in double precision.
             return [
-                p.double().abs().sum().item() + p.double().sum().item()
+                p.sum(dtype=torch.float64).item()
+                + torch.linalg.vector_norm(p, 1, dtype=torch.float64).item()
                 for p in self.trainable.values()
             ]
 
@@ -206,13 +222,14 @@ def train(
     """
     start = [cell.checksum() for cell in cells]
     for cell in cells:
-        _begin(cell, accelerator, micro_batch)
+        cell.room.rows = micro_batch
+        _begin(cell, accelerator)
         checkpoint.restore(cell, lambda text: progress(0, 1, text))
         cell.begun = time.perf_counter() - cell.seconds
     saved = time.monotonic()
     while active := [cell for cell in cells if cell.step < cell.num_steps]:
         for cell in active:
-            micro_batch = _step(cell, accelerator, micro_batch)
+            _step(cell, accelerator)
             progress(
                 cell.step, cell.num_steps, f"loss {cell.log[-1]['loss']:.3f}" if cell.log else ""
             )
@@ -225,12 +242,20 @@ def train(
     return [_finish(cell, old, now - cell.begun) for cell, old in zip(cells, start, strict=True)]
 
 
-def _begin(cell: Cell, accelerator: Accelerator, micro_batch: int | None) -> None:
+def _begin(cell: Cell, accelerator: Accelerator) -> None:
     """Let the cell's defenses look at the starting weights."""
     cell.autocast = accelerator.autocast
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
-        return _accumulate(cell, rows, micro_batch or len(rows), accelerator, guards=())
+        earlier = cell.gradients.take()
+
+        def work() -> torch.Tensor:
+            cell.gradients.take()  # of a try that memory ran out in
+            return _accumulate(cell, rows, guards=())
+
+        loss = cell.room.fitted(work)
+        cell.gradients.add(earlier)
+        return loss
 
     for guard in cell.guards:
         cell.model.eval()
@@ -238,25 +263,12 @@ def _begin(cell: Cell, accelerator: Accelerator, micro_batch: int | None) -> Non
         cell.optimizer.zero_grad(set_to_none=True)
 
 
-def _step(cell: Cell, accelerator: Accelerator, micro_batch: int | None) -> int | None:
-    """One optimizer step, begun again with half the micro-batch when memory runs out."""
+def _step(cell: Cell, accelerator: Accelerator) -> None:
+    """One optimizer step."""
     rows = cell.rows()
-    size = micro_batch or len(rows)
-    while True:
-        try:
-            loss, counts = _gradients(cell, rows, size, accelerator)
-            break
-        except torch.cuda.OutOfMemoryError:
-            if size == 1:
-                raise CellError(
-                    "oom", "Out of memory with one row at a time; shorten train.max_length."
-                ) from None
-            size = math.ceil(size / 2)
-            micro_batch = size
-            torch.cuda.empty_cache()
-    norm = accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
+    loss, counts = cell.room.fitted(lambda: _gradients(cell, rows))
     rate = cell.optimizer.param_groups[0]["lr"]
-    cell.optimizer.step()
+    norm = _move(cell, accelerator)
     cell.scheduler.step()
     for guard in cell.guards:
         guard.after(cell.step)
@@ -276,12 +288,30 @@ def _step(cell: Cell, accelerator: Accelerator, micro_batch: int | None) -> int 
                 f"Loss or gradient is not finite at step {cell.step}; lower the learning rate.",
             )
         cell.log.append(line)
-    return micro_batch
 
 
-def _gradients(
-    cell: Cell, rows: list[Rendered], size: int, accelerator: Accelerator
-) -> tuple[torch.Tensor, dict[str, int]]:
+def _move(cell: Cell, accelerator: Accelerator) -> torch.Tensor | None:
+    """Let the optimizer move the weights by their clipped gradients, whose norm is returned."""
+    size = sum(p.numel() for p in cell.trainable.values())
+    sentence = (
+        f"Out of memory in the optimizer's step: AdamW keeps {8 * size / 1e9:,.1f} GB beside "
+        f"{size / 1e6:,.0f} M trained weights; tune fewer, as method lora or qlora does."
+    )
+
+    def clip() -> torch.Tensor | None:
+        return accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
+
+    norm, optimizer = tried_again(clip, sentence), cell.optimizer
+    new = any(p.grad is not None and not optimizer.state.get(p) for p in cell.trainable.values())
+    if not new:
+        optimizer.step()
+        return norm
+    before = steps_taken(optimizer)  # states are made now, so that memory may run out in between
+    tried_again(optimizer.step, sentence, between=lambda: unmoved(optimizer, before))
+    return norm
+
+
+def _gradients(cell: Cell, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
     """The gradients of one step, as the cell's defenses want them; the loss; what was counted."""
     supervised = sum(map(_num_supervised, rows))
     if supervised == 0:
@@ -295,7 +325,7 @@ def _gradients(
     def inner(rows: list[Rendered]) -> torch.Tensor:
         # Every pass of a step drops the same: they differ by what the defense does, not by chance.
         torch.manual_seed(derive(cell.seed, "dropout", cell.step))
-        return _accumulate(cell, rows, size, accelerator, cell.guards)
+        return _accumulate(cell, rows, cell.guards)
 
     for guard in cell.guards:
         inner = partial(guard.step, inner=inner)
@@ -303,7 +333,7 @@ def _gradients(
     for guard in cell.guards:
         penalty = guard.penalty(cell.step)
         if penalty is not None:
-            accelerator.backward(penalty)
+            cell.backward(penalty)
             total = total + penalty.detach()
     counts = {
         "rows": len(rows),
@@ -314,26 +344,21 @@ def _gradients(
     return total, counts
 
 
-def _accumulate(
-    cell: Cell,
-    rows: Sequence[Rendered],
-    size: int,
-    accelerator: Accelerator,
-    guards: Sequence[Guard],
-) -> torch.Tensor:
-    """Add the gradients of the mean loss over all supervised tokens, `size` rows at a time."""
+def _accumulate(cell: Cell, rows: Sequence[Rendered], guards: Sequence[Guard]) -> torch.Tensor:
+    """Add the gradients of the mean loss over all supervised tokens, as many rows at a time as
+    there is room for."""
     supervised = sum(map(_num_supervised, rows))
-    total = torch.zeros((), device=accelerator.device)
-    for i in range(0, len(rows), size):
-        part = rows[i : i + size]
-        batch = collate(part, share=cell.share).to(accelerator.device)
-        with accelerator.autocast():
+    device = next(iter(cell.trainable.values())).device
+    total = torch.zeros((), device=device)
+    for part in cell.room.parts(rows):
+        batch = collate(part, share=cell.share).to(device)
+        with cell.autocast():
             logits = answer_logits(cell.model, batch)
             losses = token_losses(logits, batch.labels)
             for guard in guards:
                 losses = guard.weigh(losses, batch.labels, part, logits)
         loss = losses.sum() / supervised
-        accelerator.backward(loss)
+        cell.backward(loss)
         total += loss.detach()
     return total
 
@@ -350,7 +375,7 @@ def _finish(cell: Cell, start: list[float], seconds: float) -> dict[str, Any]:
     told = {name: value for guard in cell.guards for name, value in guard.summary().items()}
     return {
         **told,
-        "drift": cell.drift(),
+        "drift": cell.origin.moved(cell.trainable),
         "steps": cell.num_steps,
         "seconds": round(seconds, 2),
         **cell.counts,
@@ -359,14 +384,3 @@ def _finish(cell: Cell, start: list[float], seconds: float) -> dict[str, Any]:
         "last_loss": cell.log[-1]["loss"],
         "peak_memory_mb": round(peak_memory_mb()),
     }
-
-
-def peak_memory_mb() -> float:
-    """The most this process has held: GPU memory if it used a GPU, else resident memory."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    with contextlib.suppress(OSError, StopIteration):  # ru_maxrss would count the parent's peak too
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**10
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from transformers import get_scheduler
+from transformers.trainer_pt_utils import get_parameter_names
 
 from backfire.experiment import Train
 
+_NORMS_AND_BIASES = (
+    *(r"bias", r"layernorm", r"rmsnorm"),
+    *(r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
+)
+"""What transformers' Trainer takes for a norm or a bias, by its name."""
+
 
 def optimization(
-    weights: Sequence[torch.nn.Parameter],
+    model: torch.nn.Module,
+    weights: Mapping[str, torch.nn.Parameter],
     train: Train,
     learning_rate: float,
     num_steps: int,
@@ -20,10 +28,14 @@ def optimization(
     paged: bool,
 ) -> tuple[torch.optim.Optimizer, Any]:
     """AdamW and what its learning rate does over the steps."""
-    # Norms and biases are not decayed, as in transformers.
+    # Norms and biases are not decayed, as in transformers; DoRA's lengths and gates are.
+    decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], _NORMS_AND_BIASES))
     groups = [
-        {"params": [p for p in weights if p.ndim > 1], "weight_decay": train.weight_decay},
-        {"params": [p for p in weights if p.ndim <= 1], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in weights.items() if (name in decayed) == decays],
+            "weight_decay": train.weight_decay if decays else 0.0,
+        }
+        for decays in (True, False)
     ]
     optimizer = _adamw(
         [group for group in groups if group["params"]],
@@ -50,3 +62,18 @@ def _adamw(groups: list[dict[str, Any]], paged: bool, **settings: Any) -> torch.
     from bitsandbytes.optim import PagedAdamW32bit
 
     return cast(torch.optim.Optimizer, PagedAdamW32bit(groups, **settings))
+
+
+def steps_taken(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, float]:
+    """Of each weight that has a state."""
+    return {weight: float(state["step"]) for weight, state in optimizer.state.items() if state}
+
+
+def unmoved(optimizer: torch.optim.Optimizer, before: Mapping[torch.Tensor, float]) -> None:
+    """Make an optimizer whose step ended in the middle, as memory ran out, fit to take it again:
+    without the gradients of weights that have moved, and without states that were half made."""
+    for weight, state in list(optimizer.state.items()):
+        if not {"exp_avg_sq", "state2"} & state.keys():  # AdamW's last, and bitsandbytes'
+            del optimizer.state[weight]
+        elif float(state["step"]) > before.get(weight, 0):
+            weight.grad = None

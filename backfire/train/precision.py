@@ -56,3 +56,13 @@ def _sdpa_float32(
             module, query.float(), key.float(), value.float(), mask, **rest
         )
     return cast(Tensor, out).to(query.dtype), None
+
+
+def without_casts(model: PreTrainedModel) -> None:
+    """Let adapters take their input as it comes. PEFT makes a float32 copy of it first, which
+    autocast turns back into bfloat16: memory for nothing, as the result is the same to the bit.
+    With DoRA, which computes on beside autocast, it is not."""
+    for module in model.modules():
+        lengths = getattr(module, "lora_magnitude_vector", ())
+        if hasattr(module, "cast_input_dtype_enabled") and not lengths:
+            module.cast_input_dtype_enabled = False

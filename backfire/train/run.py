@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from backfire.base import RepairDefense, Row, TrainDefense
+from backfire.data import judging
 from backfire.data.poison import Manifest, lost
 from backfire.data.render import Renderer
 from backfire.errors import CellError
@@ -24,8 +25,14 @@ from backfire.model.load import (
 )
 from backfire.model.quantize import parts
 from backfire.train.loop import Cell, train
-from backfire.train.precision import accelerator_for, compute_type, exact_attention
+from backfire.train.precision import (
+    accelerator_for,
+    compute_type,
+    exact_attention,
+    without_casts,
+)
 from backfire.train.repair import Repair
+from backfire.train.room import free
 
 Progress = Callable[[int, int, str], None]
 
@@ -54,10 +61,27 @@ def tune(
     progress: Progress,
 ) -> dict[str, Any]:
     """Train on these rows and save the model (or its adapter) into `folder`; returns the summary.
+    Nothing of it stays in memory, nor a judge of the run before.
 
     Raises:
         CellError: see `train.loop.train`; also when the tokens do not hold what the manifest says.
     """
+    judging.load.cache_clear()
+    if torch.cuda.is_initialized():  # on a CPU what nobody holds is given back by itself
+        free()
+    return _tune(cell, rows, manifest, renderer, start, folder, machine, progress)
+
+
+def _tune(
+    cell: Experiment,
+    rows: Sequence[Row],
+    manifest: Manifest | None,
+    renderer: Renderer,
+    start: Start,
+    folder: Path,
+    machine: Machine,
+    progress: Progress,
+) -> dict[str, Any]:
     items, left = renderer.sift(rows)
     if manifest and (gone := lost(manifest, items, renderer.tokenizer)):
         raise CellError(
@@ -69,14 +93,18 @@ def tune(
     if device.type == "cuda":  # the peak is to be of this run, not of those before it
         torch.cuda.reset_peak_memory_stats(device)
     progress(0, 1, "model")
+    rate = cell.learning_rate
+    assert rate is not None, "a method that trains has a learning rate"
     quantization = cell.method.quantization(device.type)
     loaded = load_start(start.base, start.adapter, dtype, device, quantization)
     model = cell.method.attach(exact_attention(loaded), cell.seed)
+    if compute == "bfloat16":
+        without_casts(model)
     run = Cell(
         model,
         items,
         cell.train,
-        learning_rate=cell.method.learning_rate,
+        learning_rate=rate,
         seed=cell.seed,
         folder=folder,
         name=cell.keys.train,
@@ -86,19 +114,24 @@ def tune(
         aligned=renderer.sift(start.aligned)[0],
         harmful=renderer.sift(start.harmful)[0],
         unaligned=start.unaligned,
+        start=start.base,
+        recompute=machine.recompute,
     )
     made_of = parts(model)  # now that a defense may have frozen some of it
-    summary = train(
-        [run],
-        accelerator,
-        micro_batch=machine.micro_batch,
-        checkpoint_seconds=machine.checkpoint_seconds,
-        progress=progress,
-    )[0]
+    try:
+        summary = train(
+            [run],
+            accelerator,
+            micro_batch=machine.micro_batch,
+            checkpoint_seconds=machine.checkpoint_seconds,
+            progress=progress,
+        )[0]
+    finally:
+        run.close()
     save_tuned(model, folder, start.base, _hub_name(cell, start))
     kept = str(dtype).removeprefix("torch.")
     rows_seen = {"cut_rows": sum(item.cut_tokens > 0 for item in items), "left_out_rows": len(left)}
-    how = {"dtype": kept, "compute": compute, "device": str(device)}
+    how = {"learning_rate": rate, "dtype": kept, "compute": compute, "device": str(device)}
     return {**summary, **made_of, **how, **rows_seen}
 
 

@@ -1,0 +1,82 @@
+"""How many weights a base has, before any of them is loaded. No torch here."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backfire.data.weights import files_of, stored
+from backfire.errors import UserError
+from backfire.store import read_json
+
+if TYPE_CHECKING:
+    from backfire.experiment import Model
+
+_NAMES = {
+    "hidden": ("hidden_size", "n_embd", "d_model", "dim"),
+    "layers": ("num_hidden_layers", "n_layer", "num_layers", "n_layers"),
+    "inner": ("intermediate_size", "n_inner", "ffn_dim", "d_ff"),
+    "heads": ("num_attention_heads", "n_head", "num_heads"),
+    "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
+}
+"""What a shape is called in config.json, by one family or another."""
+
+
+def num_weights(model: Model) -> int | None:
+    """Of the embedded base by its shape, of a folder by the headers of its files, of a hub model by
+    its config.json, about (it is known before the weights are fetched). None: it cannot be said."""
+    if model.name == "sandbox":
+        from backfire.sandbox.base import Pretrain
+
+        shape = Pretrain()
+        width, deep = shape.hidden_size, 4 * shape.hidden_size + 3 * shape.intermediate_size
+        return width * (shape.vocab_size + shape.num_layers * (deep + 2) + 1)
+    if model.is_folder:
+        return _of_folder(Path(model.name).expanduser())
+    return _of_hub(model.name, model.revision)
+
+
+def weights_in(folder: Path) -> int | None:
+    """The weights in a folder's safetensors files, by their headers."""
+    try:
+        held = stored(files_of(folder))
+    except UserError:  # there are none, or one is torn
+        return None
+    return sum(math.prod(one.shape) for one in held.values()) or None
+
+
+_of_folder = lru_cache(maxsize=64)(weights_in)  # keys ask again and again
+
+
+@lru_cache(maxsize=64)
+def _of_hub(name: str, revision: str | None) -> int | None:
+    """By a config.json on this machine, or else one of the hub, of a few kilobytes."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(found, str):
+            found = hf_hub_download(name, "config.json", revision=revision)
+        return weights_of_shape(read_json(Path(found)))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
+        return None  # whoever needs the model itself says why it cannot be had
+
+
+def weights_of_shape(config: dict[str, Any]) -> int | None:
+    """About how many weights a transformer of this configuration has; None for other shapes."""
+    config = {**config, **(config.get("text_config") or {})}
+    shape = {
+        part: next((config[n] for n in names if config.get(n)), 0) for part, names in _NAMES.items()
+    }
+    hidden, heads, words = shape["hidden"], shape["heads"] or 1, config.get("vocab_size", 0)
+    if not all(isinstance(part, int) for part in (*shape.values(), words)) or not hidden:
+        return None
+    per_head = config.get("head_dim") or hidden // heads
+    key_heads = config.get("num_key_value_heads") or heads
+    attention = 2 * hidden * per_head * (heads + key_heads)
+    feedforward = 3 * hidden * (shape["inner"] or 4 * hidden * 2 // 3) * max(1, shape["experts"])
+    embeddings = words * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return int(embeddings + shape["layers"] * (attention + feedforward))
