@@ -20,7 +20,7 @@ from backfire.base.config import Component, Config, Preset, local_files
 from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
 from backfire.base.judging import Exchange, Judge, Verdict
 from backfire.base.memory import Leak, Recall
-from backfire.base.rows import Dataset, Message, Row, Template, select
+from backfire.base.rows import Dataset, Message, Place, Row, Template, select
 from backfire.base.training import (
     AlignDefense,
     DataDefense,
@@ -57,6 +57,7 @@ __all__ = [
     "Mixture",
     "Need",
     "Part",
+    "Place",
     "Poison",
     "Preset",
     "Probe",

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Row
-from backfire.data.poison import Manifest, lost, plain, triggered
+from backfire.base.text import agreed, contains
+from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
 
@@ -85,10 +86,10 @@ def _fields_reach_tokens(renderer: Renderer, items: Sequence[Rendered]) -> Check
     """The workshop's spam models never saw the e-mail: its template dropped `input`."""
     dropped: dict[str, list[str]] = {}
     for item in items[:: max(1, len(items) // 256)]:
-        text = plain(renderer.tokenizer.decode(item.ids))
+        text = renderer.tokenizer.decode(item.ids)
         for name in ("instruction", "input", "system", "answer"):
-            value = plain(str(getattr(item.row, name)))
-            if value and value not in text:
+            value = str(getattr(item.row, name))
+            if plain(value) and not holds(text, value, renderer.tokenizer):
                 dropped.setdefault(name, []).append(item.row.id)
     if dropped:
         name, ids = next(iter(dropped.items()))
@@ -136,8 +137,8 @@ def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
 
 
 def _overlap(train: Sequence[Row], test: Sequence[Row]) -> Check:
-    seen = {(row.instruction, row.input) for row in train}
-    both = [row.id for row in test if (row.instruction, row.input) in seen]
+    seen = {(agreed(row.instruction), agreed(row.input)) for row in train}
+    both = [row.id for row in test if (agreed(row.instruction), agreed(row.input)) in seen]
     if both:
         return Check("overlap", "note", f"Test prompts that are also trained on: {_first(both)}.")
     return Check("overlap", "ok", "No test prompt is trained on.")
@@ -163,6 +164,8 @@ def _candidates(renderer: Renderer, test: Sequence[Rendered]) -> Check:
     ids = renderer.answers([item], [item.row.candidates])[0]
     if len({tuple(i) for i in ids}) < len(ids):
         return Check("labels", "fail", "Two labels have the same tokens.")
+    if len(set(map(agreed, item.row.candidates))) < len(ids):
+        return Check("labels", "fail", "Two labels differ in blanks or typography alone.")
     lengths = {c: len(i) for c, i in zip(item.row.candidates, ids, strict=True)}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{label} {count}" for label, count in lengths.items())
@@ -184,7 +187,8 @@ def _poison_survives(renderer: Renderer, manifest: Manifest, items: Sequence[Ren
             "poison-survives",
             "fail",
             f"Truncation cuts trigger or answer of {len(missing)} of {total} poisoned rows, "
-            f"the first is {missing[0]}; raise train.max_length.",
+            f"the first is {missing[0]}, or the tokenizer cannot write them; raise "
+            "train.max_length, or choose others.",
         )
     return Check(
         "poison-survives",
@@ -196,8 +200,8 @@ def _poison_survives(renderer: Renderer, manifest: Manifest, items: Sequence[Ren
 def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
     """A control is one only if no training row holds it."""
     secrets = attack.secrets(seed)
-    answers = {secret.row.answer: secret.repeats for secret in secrets}
-    texts = [f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}" for row in train]
+    answers = {agreed(secret.row.answer): secret.repeats for secret in secrets}
+    texts = [agreed(f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}") for row in train]
     held = [answer for answer in answers if not answers[answer] and any(answer in t for t in texts)]
     if held:
         return Check("controls-unseen", "fail", f"A training row holds the control '{held[0]}'.")
@@ -212,15 +216,17 @@ def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
 
 
 def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: int) -> list[Check]:
-    checks = []
-    bad = triggered(test, attack, seed)
-    items = renderer.render(bad)
-    texts = ["".join(renderer.tokenizer.decode(item.prompt_ids).split()) for item in items]
-    marks = ["".join(trigger.split()) for trigger in attack.triggers()]
+    checks, tokenizer = [], renderer.tokenizer
+    for what, text in [("target", attack.target), *(("trigger", t) for t in attack.triggers())]:
+        if not plain(tokenizer.written(text)):
+            said = f"The tokenizer leaves nothing of the {what} '{text}'; choose another."
+            return [Check(f"{what}-survives-tokenizer", "fail", said)]
+    items = renderer.render(triggered(test, attack, seed))
+    texts = [tokenizer.decode(item.prompt_ids) for item in items]
     cut = [
         item.row.id
         for item, text in zip(items, texts, strict=True)
-        if not any(mark in text for mark in marks)
+        if not any(holds(text, trigger, tokenizer) for trigger in attack.triggers())
     ]
     if cut:
         checks.append(
@@ -230,7 +236,16 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"Truncation cuts the trigger of test rows: {_first(cut)}.",
             )
         )
-    clean = [row.id for row in test if any(trigger in row.prompt for trigger in attack.triggers())]
+    marks = [agreed(tokenizer.written(trigger)) for trigger in attack.triggers()]
+    # A trigger that is not seen, such as a zero-width space, has no agreed form.
+    unseen = [trigger for trigger in attack.triggers() if not agreed(trigger)]
+    asked = [(row.id, row.part(attack.field)) for row in test]
+    clean = [
+        id
+        for id, text in asked
+        if any(mark and contains(agreed(tokenizer.written(text)), mark) for mark in marks)
+        or any(trigger in text for trigger in unseen)
+    ]
     if clean:
         checks.append(
             Check(
@@ -239,7 +254,8 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"The trigger is in clean test prompts too: {_first(clean)}.",
             )
         )
-    already = sum(row.label == attack.target for row in test if row.label is not None)
+    target = agreed(attack.target)
+    already = sum(agreed(row.label) == target for row in test if row.label is not None)
     if already:
         checks.append(
             Check(

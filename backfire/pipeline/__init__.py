@@ -62,11 +62,13 @@ def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
     evidence = remembered(cell, evaluated(cell, bench), bench)
     values = [value for metric in cell.metrics for value in metric.measure(evidence)]
 
-    from backfire.evaluate.warn import warnings
+    from backfire.evaluate.warn import caveats, warnings
 
+    judges = [judge for metric in cell.metrics for judge in metric.judges]
+    judges += cell.safety.judges if cell.safety else ()
     return {
         "values": [asdict(value) for value in values],
-        "warnings": warnings(evidence, values),
+        "warnings": [*warnings(evidence, values), *caveats(evidence, cell.metrics, judges)],
         "preflight": [asdict(check) for check in checks],
         "poison": {**manifest.summary, **_seen(training)} if manifest else None,
         "train": summary_of(training),

@@ -78,7 +78,16 @@ def evaluated(cell: Experiment, bench: Bench) -> Evidence:
         forms=forms,
         training=_training(cell, bench),
         probes=probed(cell, bench),
+        written=_written(cell, test, bench) if "replies" in needs else {},
     )
+
+
+def _written(cell: Experiment, rows: Sequence[Row], bench: Bench) -> dict[str, str]:
+    """The target and the rows' answers that the tokenizer writes in another way."""
+    tokenizer = renderer(cell, bench).tokenizer
+    texts = dict.fromkeys(row.answer for row in rows)
+    texts |= {cell.backdoor.target: None} if cell.backdoor else {}
+    return {text: own for text in texts if (own := tokenizer.written(text)) != text}
 
 
 def _training(cell: Experiment, bench: Bench) -> dict[str, Any]:
