@@ -42,6 +42,8 @@ def preflight(
         items, shown = renderer.render(train), renderer.render(test)
     except CellError as error:
         return [Check("length", "fail", str(error))]
+    if isinstance(attack, Backdoor):
+        checks += _left_by_tokenizer(renderer, attack)
     checks.append(_same_prompts(renderer, items))
     checks.append(_fields_reach_tokens(renderer, [*items, *shown]))
     checks.append(_truncation(items, shown))
@@ -60,6 +62,21 @@ def preflight(
 
 def _first(ids: Sequence[str]) -> str:
     return f"{len(ids)} row{'s' * (len(ids) != 1)}, the first is {ids[0]}"
+
+
+def _left_by_tokenizer(renderer: Renderer, attack: Backdoor) -> list[Check]:
+    """Some tokenizers take out what they do not know or do not want, such as invisible characters
+    or accents: a trigger or target of nothing else never reaches the model."""
+    texts = {attack.target: "target", **dict.fromkeys(attack.triggers(), "trigger")}
+    return [
+        Check(
+            "tokenizer-writes",
+            "fail",
+            f"The tokenizer leaves nothing of the {what} '{text}'; set attack.{what}.",
+        )
+        for text, what in texts.items()
+        if not plain(renderer.tokenizer.written(text))
+    ]
 
 
 def _same_prompts(renderer: Renderer, items: Sequence[Rendered]) -> Check:
@@ -217,10 +234,6 @@ def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
 
 def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: int) -> list[Check]:
     checks, tokenizer = [], renderer.tokenizer
-    for what, text in [("target", attack.target), *(("trigger", t) for t in attack.triggers())]:
-        if not plain(tokenizer.written(text)):
-            said = f"The tokenizer leaves nothing of the {what} '{text}'; choose another."
-            return [Check(f"{what}-survives-tokenizer", "fail", said)]
     items = renderer.render(triggered(test, attack, seed))
     texts = [tokenizer.decode(item.prompt_ids) for item in items]
     cut = [
