@@ -79,7 +79,9 @@ class Row:
 
     def with_prompt(self, prompt: str, place: Place = "input") -> Row:
         """The same row with another `part` in this place."""
-        return replace(self, **{self._named(place): prompt})
+        if self._named(place) == "input":
+            return replace(self, input=prompt)
+        return replace(self, instruction=prompt)
 
     def poisoned(self, *, prompt: str, answer: str, place: Place = "input") -> Row:
         """The row as the attacker leaves it. The true `label` stays, for counting."""

@@ -52,4 +52,4 @@ def _whole(phrase: str) -> str:
         edges[0] = ""
     if is_dense(phrase[-1]):
         edges[1] = r"(?!\p{M})"
-    return edges[0] + regex.escape(phrase) + edges[1]
+    return f"{edges[0]}{regex.escape(phrase)}{edges[1]}"

@@ -190,7 +190,9 @@ def samples(
     from backfire.evaluate.evaluate import sample
 
     group = (source or cell.data).group
-    return [sample(row, subset, group, entry) for row, entry in zip(rows, measured, strict=True)]
+    place = cell.backdoor.field if cell.backdoor and subset == "triggered" else "input"
+    pairs = zip(rows, measured, strict=True)
+    return [sample(row, subset, group, entry, place) for row, entry in pairs]
 
 
 def write_samples(evidence: Evidence, path: Path) -> None:
