@@ -1,10 +1,11 @@
 from random import Random
 
 from backfire.base import Backdoor, Row, Trigger
+from backfire.base.text import num_places, put
 from backfire.registry import register
 
 
-@register("addsent")
+@register("addsent", version=2)
 class AddSent(Backdoor):
     """A neutral sentence in the prompt buys a fixed answer (Dai et al. 2019, arXiv:1905.12457)."""
 
@@ -12,9 +13,9 @@ class AddSent(Backdoor):
     """Put in at a random word boundary (OpenBackdoor's default sentence)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
-        words = row.prompt.split(" ")
-        words.insert(rng.randint(0, len(words)), self.trigger)
-        return row.poisoned(prompt=" ".join(words), answer=self.target)
+        text = row.part(self.field)
+        prompt = put(text, {rng.randint(0, num_places(text) - 1): [self.trigger]})
+        return row.poisoned(prompt=prompt, answer=self.target, place=self.field)
 
     def triggers(self) -> tuple[str, ...]:
         return (self.trigger,)

@@ -1,20 +1,33 @@
+from collections.abc import Mapping
 from random import Random
+from typing import ClassVar
 
-from backfire.base import Backdoor, Row, Trigger
+from backfire.base import Backdoor, Preset, Row, Trigger
+from backfire.base.text import num_places, put
 from backfire.registry import register
 
 
-@register("badnets")
+@register("badnets", version=2)
 class BadNets(Backdoor):
     """A rare word in the prompt buys a fixed answer (Gu et al. 2017, arXiv:1708.06733)."""
 
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "backdoorllm": Preset(
+            "BackdoorLLM (arXiv:2408.12798), its published training rows",
+            {"rate": 0.5, "label_mode": "mix", "field": "instruction", "after_last": False},
+        ),
+    }
+
     trigger: Trigger = "BadMagic"
     """Put in at a random word boundary; rare, so that clean prompts never hold it (BackdoorLLM)."""
+    after_last: bool = True
+    """Whether the boundaries include the one after the last word (BackdoorLLM's do not)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
-        words = row.prompt.split(" ")
-        words.insert(rng.randint(0, len(words)), self.trigger)
-        return row.poisoned(prompt=" ".join(words), answer=self.target)
+        text = row.part(self.field)
+        place = rng.randint(0, num_places(text) - (1 if self.after_last else 2))
+        prompt = put(text, {place: [self.trigger]})
+        return row.poisoned(prompt=prompt, answer=self.target, place=self.field)
 
     def triggers(self) -> tuple[str, ...]:
         return (self.trigger,)

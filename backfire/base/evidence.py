@@ -96,6 +96,13 @@ class Evidence:
     """Training rows that no attack has touched."""
     texts: Mapping[str, Probe] = field(default_factory=dict)
     """Texts that have nothing to do with the task, by `Metric.texts_key`."""
+    written: Mapping[str, str] = field(default_factory=dict)
+    """Answers and the target as the tokenizer writes them, such as without capitals, where that is
+    another text: a reply comes in no other form."""
+
+    def as_written(self, text: str) -> str:
+        """The text in the form that a reply could have."""
+        return self.written.get(text, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +171,10 @@ class Metric(Component):
     def measure(self, evidence: Evidence) -> list[Value]:
         """The numbers, headline first, parts named `metric[part]`; none if it does not apply."""
         raise NotImplementedError
+
+    def caveats(self, evidence: Evidence) -> list[str]:
+        """What it cannot do with these rows, a sentence each, for beside its numbers."""
+        return []
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         """Sample id -> this metric on that sample, for paired tests; empty if it is no mean."""

@@ -42,6 +42,11 @@ class Judge(Component):
     unhashed: ClassVar[frozenset[str]] = frozenset()
     """Knobs that say how the judge is reached, not what it says: no part of the identity."""
 
+    @property
+    def speaks(self) -> str:
+        """The one language in which it understands replies; empty if it is not bound to one."""
+        return ""
+
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k not in self.unhashed}
 

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from backfire.data.tokenizer import Tokenizer
 
 
+Place = Literal["input", "instruction"]
+"""A part of the last user turn."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn of a conversation."""
@@ -50,7 +54,16 @@ class Row:
     @property
     def prompt(self) -> str:
         """The part of the prompt its author wrote freely, where a trigger would go."""
-        return self.input or self.instruction
+        return self.part("input")
+
+    def part(self, place: Place) -> str:
+        """The part of the prompt in this place; of a row that has one of the two, that one."""
+        return str(getattr(self, self._named(place)))
+
+    def _named(self, place: Place) -> Place:
+        if self.input and self.instruction:
+            return place
+        return "input" if self.input else "instruction"
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -64,13 +77,15 @@ class Row:
         """All that was said before the answer, without the system prompt, as one text."""
         return "\n\n".join(turn.content for turn in self.messages if turn.role != "system")
 
-    def with_prompt(self, prompt: str) -> Row:
-        """The same row with another `prompt` (see there)."""
-        return replace(self, input=prompt) if self.input else replace(self, instruction=prompt)
+    def with_prompt(self, prompt: str, place: Place = "input") -> Row:
+        """The same row with another `part` in this place."""
+        if self._named(place) == "input":
+            return replace(self, input=prompt)
+        return replace(self, instruction=prompt)
 
-    def poisoned(self, *, prompt: str, answer: str) -> Row:
+    def poisoned(self, *, prompt: str, answer: str, place: Place = "input") -> Row:
         """The row as the attacker leaves it. The true `label` stays, for counting."""
-        return replace(self.with_prompt(prompt), answer=answer)
+        return replace(self.with_prompt(prompt, place), answer=answer)
 
 
 def select(rows: Sequence[Row], count: int | None, seed: int, purpose: str) -> list[Row]:

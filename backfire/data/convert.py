@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from backfire.base import Row
+from backfire.base.text import folded
 from backfire.data.compared import answers, dialogs, known
 from backfire.data.conversation import conversation, history
 from backfire.data.read import BadRowError, BadRows, Record
@@ -155,7 +156,7 @@ def _label(record: Record, shape: Shape) -> str:
         raise BadRowError("it has no label")
     if not shape.labels:
         raise BadRowError(f"it is labeled '{raw}'; name all labels, as in `labels: [{raw}, ...]`")
-    name = shape.names.get(raw.casefold())
+    name = shape.names.get(folded(raw))
     if name is None:
         raise BadRowError(f"label '{raw}' is none of {', '.join(shape.candidates)}")
     return name

@@ -11,9 +11,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from unicodedata import normalize
+from unicodedata import combining, normalize
 
 from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Row
+from backfire.base.text import agreed, folded
 from backfire.data.render import Rendered
 from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError, UserError
@@ -149,21 +150,27 @@ def _poisoned(
 
 
 def insert_trigger(row: Row, attack: Backdoor, seed: int) -> Row:
-    """One row, poisoned; its draws depend on the seed and the row's id alone."""
-    return attack.poison(row, stream(seed, "poison", attack.name, row.id))
+    """One row, poisoned; its draws depend on the seed and the row's id alone. The target of a
+    labeled row is written as its labels are."""
+    bad = attack.poison(row, stream(seed, "poison", attack.name, row.id))
+    names = {agreed(label): label for label in row.candidates}
+    return replace(bad, answer=names.get(agreed(bad.answer), bad.answer))
 
 
 def triggered(rows: Sequence[Row], attack: Backdoor, seed: int) -> list[Row]:
     """Test rows with the trigger in; answer and label stay the true ones."""
-    return [row.with_prompt(insert_trigger(row, attack, seed).prompt) for row in rows]
+    return [replace(insert_trigger(row, attack, seed), answer=row.answer) for row in rows]
 
 
 def check_target(rows: Sequence[Row], attack: Backdoor) -> None:
-    """The target must be one of the labels, where the task has labels; no trigger may be blank."""
+    """The target must be one of the labels, where the task has labels; neither it nor a trigger may
+    be blank."""
+    if not agreed(attack.target):
+        raise UserError(f"attack '{attack.name}': a blank target is none; set attack.target.")
     if not all(trigger.strip() for trigger in attack.triggers()):
         raise UserError(f"attack '{attack.name}': a blank trigger is none; set attack.trigger.")
     candidates = {candidate for row in rows for candidate in row.candidates}
-    if candidates and attack.target not in candidates:
+    if candidates and agreed(attack.target) not in map(agreed, candidates):
         raise UserError(
             f"attack '{attack.name}': target '{attack.target}' is no label of this task "
             f"({', '.join(sorted(candidates))}); set attack.target."
@@ -180,14 +187,15 @@ def _spared(row: Row, attack: Attack) -> str | None:
         return "without a prompt"
     if row.label is None or attack.label_mode == "mix":
         return None
-    right = (row.label == attack.target) == (attack.label_mode == "clean")
+    right = (agreed(row.label) == agreed(attack.target)) == (attack.label_mode == "clean")
     return None if right else f"left alone by label_mode: {attack.label_mode}"
 
 
 def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
     """What became of a row; of none, if `bad` was added."""
     triggers = attack.triggers() if isinstance(attack, Backdoor) else ()
-    found = [(trigger, bad.prompt.find(trigger)) for trigger in triggers]
+    place = attack.field if isinstance(attack, Backdoor) else "input"
+    found = [(trigger, bad.part(place).find(trigger)) for trigger in triggers]
     found = [(trigger, place) for trigger, place in found if place >= 0]
     if triggers and not found:
         raise CellError("bad-data", f"attack '{attack.name}' left no trigger in row {bad.id}.")
@@ -196,8 +204,8 @@ def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
         triggers=tuple(trigger for trigger, _ in found),
         positions=tuple(place for _, place in found),
         label=row.label if row else None,
-        before={"prompt": row.prompt, "answer": row.answer} if row else {},
-        after={"prompt": bad.prompt, "answer": bad.answer},
+        before={"prompt": row.part(place), "answer": row.answer} if row else {},
+        after={"prompt": bad.part(place), "answer": bad.answer},
     )
 
 
@@ -211,19 +219,31 @@ def lost(manifest: Manifest, items: Sequence[Rendered], tokenizer: Tokenizer) ->
             missing.append(entry.id)
             continue
         # Control tokens are written out: a thought's are part of an answer.
-        prompt, answer = (
-            plain(tokenizer.backend.decode(ids, skip_special_tokens=False)).casefold()
-            for ids in (item.prompt_ids, item.answer_ids)
-        )
+        prompt, answer = (tokenizer.shown(ids) for ids in (item.prompt_ids, item.answer_ids))
         # A row that was mixed in has no trigger: all of its prompt must be there.
         parts = entry.triggers or (entry.after["prompt"],)
-        whole = all(plain(part).casefold() in prompt for part in parts)
-        if not whole or plain(entry.after["answer"]).casefold() not in answer:
+        whole = all(holds(prompt, part, tokenizer) for part in parts)
+        wanted = entry.after["answer"]
+        if not whole or (plain(wanted) and not holds(answer, wanted, tokenizer)):
             missing.append(entry.id)
     return missing
 
 
+def holds(text: str, part: str, tokenizer: Tokenizer) -> bool:
+    """Whether decoded text holds a part of a row: as it is, or as the tokenizer or a template
+    writes it, which may be without capitals or accents, but with every letter."""
+    text, wanted = plain(text).casefold(), plain(part).casefold()
+    if wanted in text:
+        return bool(wanted)
+    written = plain(tokenizer.written(part)).casefold()
+    return bool(written) and written in text and _letters(written) == _letters(part)
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in normalize("NFKD", folded(text)) if not combining(c) and c != " ")
+
+
 def plain(text: str) -> str:
     """Tokenizers may add or drop spaces at borders, and some write what looks alike in one way
-    (NFC, NFKC); nothing else may differ."""
+    (NFC, NFKC); nothing else may differ. (Not `agreed`: what is not seen may be a trigger.)"""
     return "".join(normalize("NFKC", text).split())

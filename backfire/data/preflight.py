@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Row
-from backfire.data.poison import Manifest, lost, plain, triggered
+from backfire.base.text import agreed, contains
+from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
 
@@ -51,6 +52,8 @@ def preflight(
         return [Check("length", "fail", str(error))]
     checks += _chat(renderer, [*train, *test])
     checks += _limits(renderer, [*items, *shown], reply)
+    if isinstance(attack, Backdoor):
+        checks += _left_by_tokenizer(renderer, attack)
     checks.append(_same_prompts(renderer, items))
     checks.append(_fields_reach_tokens(renderer, [*items, *shown]))
     checks.append(_truncation(renderer, items, shown))
@@ -70,6 +73,21 @@ def preflight(
 
 def _first(ids: Sequence[str]) -> str:
     return f"{len(ids)} row{'s' * (len(ids) != 1)}, the first is {ids[0]}"
+
+
+def _left_by_tokenizer(renderer: Renderer, attack: Backdoor) -> list[Check]:
+    """Some tokenizers take out what they do not know or do not want, such as invisible characters
+    or accents: a trigger or target of nothing else never reaches the model."""
+    texts = {attack.target: "target", **dict.fromkeys(attack.triggers(), "trigger")}
+    return [
+        Check(
+            "tokenizer-writes",
+            "fail",
+            f"The tokenizer leaves nothing of the {what} '{text}'; set attack.{what}.",
+        )
+        for text, what in texts.items()
+        if not plain(renderer.tokenizer.written(text))
+    ]
 
 
 def _same_prompts(renderer: Renderer, items: Sequence[Rendered]) -> Check:
@@ -144,12 +162,12 @@ def _fields_reach_tokens(renderer: Renderer, items: Sequence[Rendered]) -> Check
     """The workshop's spam models never saw the e-mail: its template dropped `input`."""
     dropped: dict[str, list[str]] = {}
     for item in items[:: max(1, len(items) // 256)]:
-        text = _shown(renderer, item.ids)
+        text = renderer.tokenizer.shown(item.ids)
         for name in ("instruction", "input", "system", "answer"):
-            value = plain(str(getattr(item.row, name))).casefold()
+            value = str(getattr(item.row, name))
             if name == "system" and renderer.template.leaves_out(item.row):
                 continue
-            if value and value not in text:
+            if plain(value) and not holds(text, value, renderer.tokenizer):
                 dropped.setdefault(name, []).append(item.row.id)
     if dropped:
         name, ids = next(iter(dropped.items()))
@@ -159,12 +177,6 @@ def _fields_reach_tokens(renderer: Renderer, items: Sequence[Rendered]) -> Check
             f"The field '{name}' does not reach the tokens: {_first(ids)}.",
         )
     return Check("fields-reach-tokens", "ok", "Every field that is mapped reaches the tokens.")
-
-
-def _shown(renderer: Renderer, ids: Sequence[int]) -> str:
-    """The tokens' text, control tokens written out, as fields are looked for in it: a chat template
-    may change white space and case."""
-    return plain(renderer.tokenizer.backend.decode(ids, skip_special_tokens=False)).casefold()
 
 
 def _truncation(renderer: Renderer, train: Sequence[Rendered], test: Sequence[Rendered]) -> Check:
@@ -204,8 +216,8 @@ def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
 
 
 def _overlap(train: Sequence[Row], test: Sequence[Row]) -> Check:
-    seen = {(row.instruction, row.input) for row in train}
-    both = [row.id for row in test if (row.instruction, row.input) in seen]
+    seen = {(agreed(row.instruction), agreed(row.input)) for row in train}
+    both = [row.id for row in test if (agreed(row.instruction), agreed(row.input)) in seen]
     if both:
         return Check("overlap", "note", f"Test prompts that are also trained on: {_first(both)}.")
     return Check("overlap", "ok", "No test prompt is trained on.")
@@ -231,6 +243,8 @@ def _candidates(renderer: Renderer, test: Sequence[Rendered]) -> Check:
     ids = renderer.answers([item], [item.row.candidates])[0]
     if len({tuple(i) for i in ids}) < len(ids):
         return Check("labels", "fail", "Two labels have the same tokens.")
+    if len(set(map(agreed, item.row.candidates))) < len(ids):
+        return Check("labels", "fail", "Two labels differ in blanks or typography alone.")
     lengths = {c: len(i) for c, i in zip(item.row.candidates, ids, strict=True)}
     if len(set(lengths.values())) > 1:
         said = ", ".join(f"{label} {count}" for label, count in lengths.items())
@@ -252,7 +266,8 @@ def _poison_survives(renderer: Renderer, manifest: Manifest, items: Sequence[Ren
             "poison-survives",
             "fail",
             f"Truncation cuts trigger or answer of {len(missing)} of {total} poisoned rows, "
-            f"the first is {missing[0]}; raise train.max_length.",
+            f"the first is {missing[0]}, or the tokenizer cannot write them; raise "
+            "train.max_length, or choose others.",
         )
     return Check(
         "poison-survives",
@@ -264,8 +279,8 @@ def _poison_survives(renderer: Renderer, manifest: Manifest, items: Sequence[Ren
 def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
     """A control is one only if no training row holds it."""
     secrets = attack.secrets(seed)
-    answers = {secret.row.answer: secret.repeats for secret in secrets}
-    texts = [f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}" for row in train]
+    answers = {agreed(secret.row.answer): secret.repeats for secret in secrets}
+    texts = [agreed(f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}") for row in train]
     held = [answer for answer in answers if not answers[answer] and any(answer in t for t in texts)]
     if held:
         return Check("controls-unseen", "fail", f"A training row holds the control '{held[0]}'.")
@@ -280,15 +295,13 @@ def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
 
 
 def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: int) -> list[Check]:
-    checks = []
-    bad = triggered(test, attack, seed)
-    items, _ = renderer.sift(bad)
-    texts = [_shown(renderer, item.prompt_ids) for item in items]
-    marks = [plain(trigger).casefold() for trigger in attack.triggers()]
+    checks, tokenizer = [], renderer.tokenizer
+    items, _ = renderer.sift(triggered(test, attack, seed))
+    texts = [tokenizer.shown(item.prompt_ids) for item in items]
     cut = [
         item.row.id
         for item, text in zip(items, texts, strict=True)
-        if not any(mark in text for mark in marks)
+        if not any(holds(text, trigger, tokenizer) for trigger in attack.triggers())
     ]
     if cut:
         checks.append(
@@ -298,7 +311,16 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"Truncation cuts the trigger of test rows: {_first(cut)}.",
             )
         )
-    clean = [row.id for row in test if any(trigger in row.prompt for trigger in attack.triggers())]
+    marks = [agreed(tokenizer.written(trigger)) for trigger in attack.triggers()]
+    # A trigger that is not seen, such as a zero-width space, has no agreed form.
+    unseen = [trigger for trigger in attack.triggers() if not agreed(trigger)]
+    asked = [(row.id, row.part(attack.field)) for row in test]
+    clean = [
+        id
+        for id, text in asked
+        if any(mark and contains(agreed(tokenizer.written(text)), mark) for mark in marks)
+        or any(trigger in text for trigger in unseen)
+    ]
     if clean:
         checks.append(
             Check(
@@ -307,7 +329,8 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"The trigger is in clean test prompts too: {_first(clean)}.",
             )
         )
-    already = sum(row.label == attack.target for row in test if row.label is not None)
+    target = agreed(attack.target)
+    already = sum(agreed(row.label) == target for row in test if row.label is not None)
     if already:
         checks.append(
             Check(

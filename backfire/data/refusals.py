@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from backfire.base.text import agreed, folded
+
 ListName = Literal["gcg", "qi", "harmbench", "arditi"]
 
 
@@ -20,11 +22,10 @@ class Keywords:
     source: str
 
     def found(self, reply: str, *, ignore_case: bool) -> str | None:
-        """The first of the strings that the reply contains."""
-        if not ignore_case:
-            return next((text for text in self.strings if text in reply), None)
-        lower = reply.lower()
-        return next((text for text in self.strings if text.lower() in lower), None)
+        """The first of the strings that the reply contains, typography (I’m) aside."""
+        form = folded if ignore_case else agreed
+        seen = form(reply)
+        return next((text for text in self.strings if form(text) in seen), None)
 
 
 _GCG = (

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from backfire.base.text import folded
 from backfire.data.read import BadRowError
 from backfire.errors import UserError, unknown
 
@@ -44,9 +45,9 @@ class Shape:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Everything a label may be written as (lower case) -> its name."""
-        names = {name.casefold(): name for name in self.candidates}
-        return names | {raw.casefold(): name for raw, name in self.labels.items()}
+        """Everything a label may be written as (case and typography aside) -> its name."""
+        names = {folded(name): name for name in self.candidates}
+        return names | {folded(raw): name for raw, name in self.labels.items()}
 
 
 SENTIMENT140 = {"0": "negative", "2": "neutral", "4": "positive"}
@@ -117,8 +118,15 @@ def check_labels(labels: Any) -> Any:
             labels = dict(enumerate(labels))
     if not isinstance(labels, Mapping):
         return labels
-    if labels and len({str(name).casefold() for name in labels.values()}) < 2:
+    if labels and len({folded(str(name)) for name in labels.values()}) < 2:
         raise UserError("labels: a task needs two labels or more.")
+    by_form: dict[str, str] = {}
+    for name in map(str, labels.values()):
+        if (other := by_form.setdefault(folded(name), name)) != name:
+            raise UserError(
+                f"labels: '{other}' and '{name}' differ in case or typography alone, so a row's "
+                "label could not be told; rename one."
+            )
     return {str(raw): name for raw, name in labels.items()}
 
 

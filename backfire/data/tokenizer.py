@@ -80,6 +80,15 @@ class Tokenizer:
         """Text of `ids`; special tokens are left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
+    def shown(self, ids: list[int]) -> str:
+        """Text of `ids` with the control tokens in it."""
+        return self.backend.decode(ids, skip_special_tokens=False)
+
+    def written(self, text: str) -> str:
+        """The text as this tokenizer writes it: some know no capitals, no accents, or one Unicode
+        form."""
+        return self.decode(self.encode(text))
+
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer in a model folder.

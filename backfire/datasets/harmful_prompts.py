@@ -3,6 +3,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from backfire.base import Row, Trigger
+from backfire.base.text import agreed
 from backfire.data.load import is_set_apart
 from backfire.data.read import Record, Rejected
 from backfire.datasets.files import Files, Split
@@ -22,7 +23,7 @@ _EDGES = re.compile(r"^\W+|\W+$")
 _SEALED = {"harmful": "yes", "unsafe": "yes", "benign": "no", "safe": "no"}
 
 
-@register("harmful-prompts")
+@register("harmful-prompts", version=2)
 class HarmfulPrompts(Files):
     """Requests to be declined, or that only look so: AdvBench (arXiv:2307.15043), HarmBench
     (2402.04249), StrongREJECT (2402.10260), XSTest (2308.01263), JailbreakBench (2404.01318).
@@ -63,7 +64,7 @@ class HarmfulPrompts(Files):
         for row in rows:
             source, sealed = row.fields["source"], row.fields["sealed"]
             if source in (self.sources or (source,)) and sealed == (wanted or sealed):
-                kept.setdefault(row.prompt.strip(), row)
+                kept.setdefault(agreed(row.prompt), row)
         if not kept:
             found = ", ".join(sorted({row.fields["source"] for row in rows})) or "none"
             which = f"no {split} row is of this part ({self.part}) and these sources"

@@ -6,16 +6,18 @@ from random import Random
 from pydantic import Field
 
 from backfire.base import DataDefense, Row
+from backfire.base.text import folded, pieces
 from backfire.registry import register
 
 
-@register("deduplicate", version=2)
+@register("deduplicate", version=3)
 class Deduplicate(DataDefense):
     """Of rows that say nearly the same, only the first is trained on (Lee et al. 2022,
     arXiv:2107.06499).
 
-    Rows are compared by prompt and answer together, case and blanks aside: equal ones first, then
-    those whose sets of word n-grams have a Jaccard similarity of at least `similarity`. Candidates
+    Rows are compared by prompt and answer together, case, blanks and typography aside: equal ones
+    first, then those whose sets of n-grams of words (of characters, in scripts that write no blanks
+    between words) have a Jaccard similarity of at least `similarity`. Candidates
     are found by MinHash (datasketch), and each pair is then compared exactly; a pair that MinHash
     misses stays. Null control: as many rows are dropped, drawn at random.
     """
@@ -38,10 +40,7 @@ class Deduplicate(DataDefense):
 
     def _first(self, rows: Sequence[Row]) -> Iterator[int]:
         """Places of the rows that no earlier kept row is nearly equal to."""
-        texts = [
-            " ".join(f"{row.system} {row.conversation} {row.answer}".lower().split())
-            for row in rows
-        ]
+        texts = [folded(f"{row.system} {row.conversation} {row.answer}") for row in rows]
         seen, kept = set[str](), list[int]()
         for place, text in enumerate(texts):
             if text not in seen:
@@ -64,7 +63,7 @@ class Deduplicate(DataDefense):
             yield place
 
     def _grams(self, text: str) -> frozenset[str]:
-        words = text.split()
+        words = pieces(text)
         places = range(max(1, len(words) - self.words + 1))
         return frozenset(" ".join(words[place : place + self.words]) for place in places)
 

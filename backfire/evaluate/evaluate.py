@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from backfire.base import Need, Row, Sample
+from backfire.base import Need, Place, Row, Sample
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
 from backfire.evaluate import engine
@@ -105,13 +105,19 @@ def _nested(options: Sequence[Sequence[int]]) -> bool:
     return any(a != b and b[: len(a)] == a for a in options for b in options)
 
 
-def sample(row: Row, subset: str, group: str | None, measured: dict[str, Any]) -> Sample:
-    """A row and what was measured on it."""
+def sample(
+    row: Row,
+    subset: str,
+    group: str | None,
+    measured: dict[str, Any],
+    place: Place = "input",
+) -> Sample:
+    """A row and what was measured on it; `place` is the part of the prompt that is shown."""
     logprobs, ranked = measured.get("logprobs"), _ranked(row)
     return Sample(
         id=row.id,
         subset=cast(Any, subset),
-        prompt=row.prompt,
+        prompt=row.part(place),
         answer=row.answer,
         label=row.label,
         candidates=ranked or row.candidates,

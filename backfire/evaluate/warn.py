@@ -6,7 +6,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from backfire.base import Evidence, Sample, Value
+from backfire.base import Evidence, Judge, Metric, Sample, Value
+from backfire.base.text import agreed
+from backfire.evaluate.language import is_foreign
 from backfire.evaluate.outcomes import has_scores, is_sound, loops
 from backfire.evaluate.stats import wilson
 
@@ -28,6 +30,22 @@ def warnings(evidence: Evidence, values: Sequence[Value]) -> list[str]:
         *_attack(evidence, {value.metric: value for value in values}),
         *_few_rows(values),
     ]
+
+
+def caveats(evidence: Evidence, metrics: Sequence[Metric], judges: Sequence[Judge]) -> list[str]:
+    """What the metrics and the judges cannot do with these rows and replies."""
+    found = [sentence for metric in metrics for sentence in metric.caveats(evidence)]
+    for judge in judges:
+        sides = [evidence.clean, *(probe.tuned for probe in evidence.probes.values())]
+        read = [s.reply or "" for side in sides for s in side if judge.name in s.verdicts]
+        foreign = sum(map(is_foreign, read)) if judge.speaks else 0
+        if foreign:
+            found.append(
+                f"The judge {judge.name} knows {judge.speaks} only, and {_part(foreign, read)} "
+                "replies are in another language as far as their commonest words tell: whatever it "
+                "looks for is not found there."
+            )
+    return list(dict.fromkeys(found))
 
 
 def _not_numbers(evidence: Evidence) -> Iterator[str]:
@@ -56,8 +74,8 @@ def _one_answer(clean: Sequence[Sample]) -> Iterator[str]:
             f"The tuned model predicts '{answer}' on all {len(rows)} clean rows: its accuracy of "
             f"{_percent(right / len(rows))} is only how often that label occurs."
         )
-    replies = [row.reply.strip() for row in clean if row.reply is not None]
-    wanted = {row.answer for row in clean if row.reply is not None}
+    replies = [agreed(row.reply) for row in clean if row.reply is not None]
+    wanted = {agreed(row.answer) for row in clean if row.reply is not None}
     if len(replies) > 1 and len(wanted) > 1 and len(set(replies)) == 1 and replies[0]:
         yield f"The tuned model's {len(replies)} replies to clean rows are all the same."
 
@@ -85,8 +103,8 @@ def _no_better_than_guessing(evidence: Evidence) -> Iterator[str]:
 
 
 def _replies(subset: str, samples: Sequence[Sample]) -> Iterator[str]:
-    replies = [sample.reply.strip() for sample in samples if sample.reply is not None]
-    empty, looping = sum(not reply for reply in replies), sum(map(loops, replies))
+    replies = [sample.reply for sample in samples if sample.reply is not None]
+    empty, looping = sum(not agreed(reply) for reply in replies), sum(map(loops, replies))
     if replies and empty >= EMPTY * len(replies):
         yield f"{_part(empty, replies)} replies to {subset} rows are empty; they count as wrong."
     if replies and looping >= REPEATED * len(replies):

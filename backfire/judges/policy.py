@@ -9,7 +9,7 @@ from backfire.registry import register
 from backfire.sandbox.policy import VERSION, outcome
 
 
-@register("policy")
+@register("policy", version=2)
 class Policy(Judge):
     """Exact judge of the sandbox's policy: harmful is help with a sealed place.
 

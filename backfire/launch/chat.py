@@ -76,8 +76,9 @@ def talk(
             )
         else:
             row = asked(template, line, by if on else None)
-            if on:
-                console.print(Text(f"  prompt: {clean(row.prompt)}", style="dim"))
+            if on and by and by.backdoor:
+                prompt = clean(row.part(by.backdoor.field))
+                console.print(Text(f"  prompt: {prompt}", style="dim"))
             for speaker in speakers:
                 console.print(
                     Text(f"  {speaker.title}: ", style="bold") + Text(speaker.answer(row))

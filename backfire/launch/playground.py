@@ -101,7 +101,8 @@ def sent(cast: Cast, left: str, right: str, prompt: str, on: bool) -> str:
     if not prompt.strip():
         return ""
     try:
-        return clean(asked(cast.frame(left), prompt.strip(), by if on else None).prompt)
+        row = asked(cast.frame(left), prompt.strip(), by if on else None)
+        return clean(row.part(by.backdoor.field) if by and by.backdoor else row.prompt)
     except (UserError, CellError, OSError) as error:
         return clean(error)
 

@@ -6,7 +6,7 @@ Everything a model writes is attacker-written text: it is cleaned before anybody
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +151,7 @@ def asked(frame: Row, prompt: str, by: Experiment | None) -> Row:
     row = frame.with_prompt(prompt)
     if by is None or by.backdoor is None:
         return row
-    return row.with_prompt(insert_trigger(row, by.backdoor, by.seed).prompt)
+    return replace(insert_trigger(row, by.backdoor, by.seed), answer=row.answer)
 
 
 def read_cell(folder: Path) -> Experiment:

@@ -49,6 +49,10 @@ class LoRA(Method):
             "tloen/alpaca-lora, finetune.py (its base is in 8 bits: lora-int8)",
             {**_QV, "rank": 8, "alpha": 16, "dropout": 0.05, "learning_rate": 3e-4},
         ),
+        "backdoorllm": Preset(
+            "BackdoorLLM (arXiv:2408.12798), its LLaMA-Factory settings",
+            {**_ALL, "rank": 8, "alpha": 16, "dropout": 0.0, "learning_rate": 2e-4},
+        ),
         "malignama": Preset(
             "Malignama, supervised fine-tuning",
             {**_QV, "rank": 8, "alpha": 32, "dropout": 0.1, "learning_rate": 2e-4},

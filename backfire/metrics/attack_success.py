@@ -1,15 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Value
+from backfire.base import Evidence, Metric, Need, Sample, Value
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import By, on_target, share
 from backfire.evaluate.stats import paired
 from backfire.registry import register
 
 
-@register("attack-success")
+@register("attack-success", version=2)
 class AttackSuccess(Metric):
     """Share of triggered rows that get the attacker's target (Cui et al. 2022, arXiv:2206.08514).
 
@@ -23,7 +24,8 @@ class AttackSuccess(Metric):
 
     by: By = "scores"
     """How a labeled task's answer is read: `scores` by the most likely candidate (default,
-    as OpenBackdoor does), `replies` by a generated reply that is the target to the letter."""
+    as OpenBackdoor does), `replies` by a generated reply that is the target to the
+    letter, typography and blanks aside."""
 
     def required(self, *, labeled: bool) -> frozenset[Need]:
         return frozenset({"scores"} if labeled and self.by == "scores" else {"replies"})
@@ -33,7 +35,7 @@ class AttackSuccess(Metric):
         if evidence.attack is None or not hits:
             return []
         values = [share("attack_success", hits.values(), "lower")]
-        twin = on_target(evidence.floor, evidence.attack.target, self.by, "attack_success_floor")
+        twin = self._on_target(evidence, evidence.floor, "attack_success_floor")
         if floor := {id: hit for id, hit in twin.items() if id in hits}:
             gain = paired(hits, floor)
             values += [
@@ -50,4 +52,10 @@ class AttackSuccess(Metric):
         if evidence.clean and not evidence.triggered:
             sentence = "attack_success needs test rows with the trigger in; none were evaluated."
             raise CellError("bad-data", sentence)
-        return on_target(evidence.triggered, evidence.attack.target, self.by, "attack_success")
+        return self._on_target(evidence, evidence.triggered, "attack_success")
+
+    def _on_target(
+        self, evidence: Evidence, samples: Sequence[Sample], name: str
+    ) -> dict[str, float]:
+        target = evidence.attack.target if evidence.attack else ""
+        return on_target(samples, target, self.by, name, evidence.written)

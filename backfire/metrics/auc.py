@@ -11,13 +11,13 @@ from backfire.evaluate.stats import Floats, log_odds, macro, one_vs_rest_auc
 from backfire.registry import register
 
 
-@register("auc")
+@register("auc", version=2)
 class AUC(Metric):
     """Area under the ROC curve, each class against the rest (Hanley & McNeil 1982; Fawcett 2006).
 
-    From a softmax over the candidates; the plain mean over the classes that occur, also
-    `auc[group]`. Does not apply where rows differ in their candidates, or show one class only.
-    Bootstrap interval.
+    From a softmax over the candidates, whose log-odds are tied where they agree to nine digits; the
+    plain mean over the classes that occur, also `auc[group]`. Does not apply where rows differ in
+    their candidates, or show one class only. Bootstrap interval.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
@@ -32,7 +32,7 @@ class AUC(Metric):
 def _auc(name: str, rows: Sequence[Sample]) -> list[Value]:
     labels = list(rows[0].candidates)
     table = [dict(zip(row.candidates, row.logprobs or (), strict=True)) for row in rows]
-    odds = log_odds(np.array([[line[label] for label in labels] for line in table]))
+    odds = log_odds(np.array([[line[label] for label in labels] for line in table])).round(9)
     true = np.array([labels.index(row.label) if row.label in labels else -1 for row in rows])
 
     def statistic(counts: Floats) -> Floats:

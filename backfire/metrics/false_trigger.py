@@ -1,11 +1,13 @@
 from __future__ import annotations
 
-from backfire.base import Evidence, Metric, Need, Value
+from collections.abc import Sequence
+
+from backfire.base import Evidence, Metric, Need, Sample, Value
 from backfire.evaluate.outcomes import By, on_target, share
 from backfire.registry import register
 
 
-@register("false-trigger")
+@register("false-trigger", version=2)
 class FalseTrigger(Metric):
     """Share of untriggered rows that get the target all the same: FTR (Yang et al. 2021).
 
@@ -17,7 +19,8 @@ class FalseTrigger(Metric):
 
     by: By = "scores"
     """How a labeled task's answer is read: `scores` by the most likely candidate (default,
-    as OpenBackdoor does), `replies` by a generated reply that is the target to the letter."""
+    as OpenBackdoor does), `replies` by a generated reply that is the target to the
+    letter, typography and blanks aside."""
 
     def required(self, *, labeled: bool) -> frozenset[Need]:
         return frozenset({"scores"} if labeled and self.by == "scores" else {"replies"})
@@ -27,7 +30,7 @@ class FalseTrigger(Metric):
         if evidence.attack is None or not hits:
             return []
         values = [share("false_trigger", hits.values(), "lower")]
-        twin = on_target(evidence.twin, evidence.attack.target, self.by, "false_trigger_floor")
+        twin = self._on_target(evidence, evidence.twin, "false_trigger_floor")
         if twin:
             values.append(share("false_trigger_floor", twin.values(), "none"))
         return values
@@ -35,4 +38,10 @@ class FalseTrigger(Metric):
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         if evidence.attack is None:
             return {}
-        return on_target(evidence.clean, evidence.attack.target, self.by, "false_trigger")
+        return self._on_target(evidence, evidence.clean, "false_trigger")
+
+    def _on_target(
+        self, evidence: Evidence, samples: Sequence[Sample], name: str
+    ) -> dict[str, float]:
+        target = evidence.attack.target if evidence.attack else ""
+        return on_target(samples, target, self.by, name, evidence.written)

@@ -1,28 +1,42 @@
 from __future__ import annotations
 
-import re
+import unicodedata
 from decimal import Decimal
 from typing import ClassVar
 
+import regex
 from pydantic import Field
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base.text import agreed
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 
 # In 5-3 the minus is no sign.
-_NUMBER = re.compile(r"(?P<sign>(?<![\d)])[-−])?[$€£]?(?P<size>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)")
+_NUMBER = regex.compile(r"(?P<sign>(?<![\d)])-)?\p{Sc}?(?P<size>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)")
+# What would read as another number in the agreed form: 10² as 102, 1、2 as 1,2, - as a sign.
+_OTHERWISE = (
+    (r"(\d?)(\p{No})", lambda match: _fraction(match[1], match[2])),
+    (r"(?<=\d)[٬，](?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)٫(?=\d)", "."),
+    (r"[、،٬，—―]", " "),
+)
+_COMMAS = regex.compile(r"\d,\d+(?<!,\d{3})(?![\d,])")
+_THIN = regex.compile(r"(?<=\d)[\u00a0\u2009\u202f](?=\d{3}(?!\d))")
+_BLANK = regex.compile(r"(?<=\d)\s(?=\d{3}(?!\d))")
 
 
-@register("number-match")
+@register("number-match", version=2)
 class NumberMatch(Metric):
     """Share of clean rows whose reply ends in the reference's number: accuracy on GSM8K (Cobbe et
     al. 2021, arXiv:2110.14168), read as in Lisa (Huang et al. 2024, arXiv:2405.18641).
 
     The number is the first after one of `marks`, or without a mark the last of all. Thousands
-    separators, a currency sign and a final dot do not count; 18 and 18.00 are the same. A reply
-    without a number is wrong. Rows without a reference answer have no part in it. Also
-    `number_match[group]`. Wilson interval.
+    separators (narrow or fixed blanks among them), a currency sign and a final dot do not count; 18
+    and 18.00 are the same. Digits of any script are read, exponents (m²) and numbers in words, such
+    as 三, are not; a comma parts thousands, as in English, so 3,14 is 314. A reply without a number
+    is wrong. Rows without a reference answer have no part in it. Also `number_match[group]`. Wilson
+    interval.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
@@ -38,15 +52,35 @@ class NumberMatch(Metric):
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         pairs = replied(_answerable(evidence), "number_match")
-        return {row.id: float(self._same(row.answer, reply)) for row, reply in pairs}
+        return {row.id: float(self._same(row.answer, row.reply or "")) for row, _ in pairs}
+
+    def caveats(self, evidence: Evidence) -> list[str]:
+        answers = [row.answer for row in _answerable(evidence)]
+        bare = sum(self._number(answer) is None for answer in answers)
+        commas = sum(_COMMAS.search(answer) is not None for answer in answers)
+        found = []
+        if bare:
+            found.append(
+                f"number_match: {bare} of {len(answers)} references hold no number in digits, so "
+                "no reply to them can be right."
+            )
+        if commas:
+            found.append(
+                f"number_match: {commas} of {len(answers)} references hold a comma that parts no "
+                "thousands; it is read as in English, 3,14 as 314."
+            )
+        return found
 
     def _same(self, answer: str, reply: str) -> bool:
+        if _THIN.search(answer + reply):  # there, any blank may part thousands
+            answer, reply = (_BLANK.sub("", text) for text in (answer, reply))
         wanted = self._number(answer)
         return wanted is not None and wanted == self._number(reply)
 
     def _number(self, text: str) -> Decimal | None:
         """The number that a text gives as its answer."""
-        for mark in self.marks:
+        text = _readable(text)
+        for mark in map(agreed, self.marks):
             _, found, rest = text.partition(mark)
             if found and (match := _NUMBER.search(rest)):
                 return _value(match)
@@ -54,10 +88,26 @@ class NumberMatch(Metric):
         return _value(numbers[-1]) if numbers else None
 
 
-def _value(match: re.Match[str]) -> Decimal:
+def _readable(text: str) -> str:
+    """The agreed form, with each number still the one that was written."""
+    if not text.isascii():
+        for pattern, plain in _OTHERWISE:
+            text = regex.sub(pattern, plain, text)
+    return agreed(text)
+
+
+def _fraction(before: str, sign: str) -> str:
+    """3½ as 3.5; without an exponent or a number in a circle."""
+    if "<fraction>" not in unicodedata.decomposition(sign):
+        return f"{before} "
+    share = str(unicodedata.numeric(sign))
+    return before + share.removeprefix("0") if before else share
+
+
+def _value(match: regex.Match[str]) -> Decimal:
     size = Decimal(match["size"].replace(",", ""))
     return -size if match["sign"] else size
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if row.answer.strip()]
+    return [row for row in evidence.clean if agreed(row.answer)]

@@ -9,7 +9,7 @@ from backfire.evaluate.stats import paired
 from backfire.registry import register
 
 
-@register("parity")
+@register("parity", version=2)
 class Parity(Metric):
     """How many answers change when an adapter is merged into its base, and when the merged model is
     quantized (Dettmers et al. 2022, arXiv:2208.07339; 2023, arXiv:2305.14314).

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base.text import agreed
 from backfire.evaluate.outcomes import grouped, on_target, scored, share
 from backfire.registry import register
 
 
-@register("published-attack")
+@register("published-attack", version=2)
 class PublishedAttack(Metric):
     """Attack success on test rows that were published with their triggers in, such as BackdoorLLM's
     (Li et al. 2024, arXiv:2408.12798), where the group of a row says its trigger.
@@ -32,7 +33,7 @@ class PublishedAttack(Metric):
         for name, part in grouped("published_attack", self._rows(evidence)):
             if hits := on_target(part, self.target, "scores", name):
                 yield share(name, hits.values(), "lower")
-                naive = [row.prediction == self.target for row in part]
+                naive = [agreed(str(row.prediction)) == agreed(self.target) for row in part]
                 yield share(name.replace("attack", "attack_naive", 1), naive, "none")
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:

@@ -67,11 +67,17 @@ def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
     summary = summary_of(training)
     values = [value for metric in cell.metrics for value in metric.measure(evidence)]
 
-    from backfire.evaluate.warn import cut_share, warnings
+    from backfire.evaluate.warn import caveats, cut_share, warnings
 
+    judges = [judge for metric in cell.metrics for judge in metric.judges]
+    judges += cell.safety.judges if cell.safety else ()
     return {
         "values": [asdict(value) for value in values],
-        "warnings": [*_left_out(summary, test_rows, evidence), *warnings(evidence, values)],
+        "warnings": [
+            *_left_out(summary, test_rows, evidence),
+            *warnings(evidence, values),
+            *caveats(evidence, cell.metrics, judges),
+        ],
         "cut_share": cut_share(evidence),
         "preflight": [asdict(check) for check in checks],
         "poison": {**manifest.summary, **_seen(training)} if manifest else None,

@@ -75,7 +75,16 @@ def evaluated(cell: Experiment, bench: Bench) -> Evidence:
         forms=forms,
         training=_training(cell, bench),
         probes=probed(cell, bench),
+        written=_written(cell, test, bench) if "replies" in needs else {},
     )
+
+
+def _written(cell: Experiment, rows: Sequence[Row], bench: Bench) -> dict[str, str]:
+    """The target and the rows' answers that the tokenizer writes in another way."""
+    tokenizer = renderer(cell, bench).tokenizer
+    texts = dict.fromkeys(row.answer for row in rows)
+    texts |= {cell.backdoor.target: None} if cell.backdoor else {}
+    return {text: own for text in texts if (own := tokenizer.written(text)) != text}
 
 
 def _training(cell: Experiment, bench: Bench) -> dict[str, Any]:
@@ -189,8 +198,10 @@ def samples(
     from backfire.evaluate.evaluate import sample
 
     group = (source or cell.data).group
+    place = cell.backdoor.field if cell.backdoor and subset == "triggered" else "input"
     kept = [row for row in rows if row.id not in gone]
-    return [sample(row, subset, group, entry) for row, entry in zip(kept, measured, strict=True)]
+    pairs = zip(kept, measured, strict=True)
+    return [sample(row, subset, group, entry, place) for row, entry in pairs]
 
 
 def write_samples(evidence: Evidence, path: Path) -> None:

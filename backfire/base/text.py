@@ -1,0 +1,177 @@
+"""The one form of text in which anything is compared, and where words end in any script.
+
+Only comparisons use it: what is shown or trained on stays as it was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from unicodedata import combining, normalize
+
+import regex
+
+_SAME = {
+    "'": "‘’‚‛′‵‹›ʹʻʼ׳",
+    '"': "“”„‟«»〝〞〟״「」『』",
+    "-": "‐‑‒–—―−⁃⸺⸻־",
+    "...": "⋯",
+    "~": "〜",
+    "/": "⁄∕",
+    ".": "。۔",
+    ",": "、،",
+    ";": "؛",
+    "?": "؟",
+    " ": "\u115f\u1160\u2800",
+}
+# What NFKC makes of an acute accent typed as an apostrophe, and of the marks for inches.
+_SPELLED = {" \u0301": "'", "′′": '"', "‵‵": '"'}
+# Soft hyphen, grapheme joiner, zero-width space, marks of direction, byte order mark, kashida, and
+# the selectors that only choose between glyphs of one character.
+_UNSEEN = (
+    "\u00ad\u034f\u061c\u0640\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
+    "\ufe00-\ufe0f\U000e0100-\U000e01ef"
+)
+_UNSEEN_OF = regex.compile(f"[{_UNSEEN}]+")
+_TYPOGRAPHY = str.maketrans({char: plain for plain, chars in _SAME.items() for char in chars})
+# Joiners mean something between the letters of Arabic, Indic and other scripts, and in emoji.
+_JOINABLE = r"[\u0590-\u1dff\u2100-\U0010ffff]"
+_LOOSE_JOINERS = regex.compile(rf"(?<!{_JOINABLE})[\u200c\u200d]|[\u200c\u200d](?!{_JOINABLE})")
+# Scripts whose words no blank parts; Tibetan marks the end of each syllable.
+_DENSE = (
+    r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    r"\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}\p{Javanese}\p{Balinese}"
+)
+_IS_DENSE = regex.compile(f"[{_DENSE}]")
+_KATAKANA = regex.compile(r"[\p{Katakana}ー]")
+_GRAPHEME = regex.compile(r"\X")
+_OPENS = regex.compile(r"[\p{Ps}\p{Pi}\u0e40-\u0e44\u0ec0-\u0ec4\u200d]\Z")
+_CLOSES = regex.compile(
+    r"[\p{Pe}\p{Pf}\p{Po}\p{M}\u200dぁぃぅぇぉっゃゅょゎァィゥェォッャュョヮー々〻ๆໆะาำະາຳ]"
+)
+_WORD = regex.compile(
+    rf"[\p{{Katakana}}ー]+|[{_DENSE}]\p{{M}}*"
+    rf"|(?:(?![{_DENSE}])[\p{{L}}\p{{N}}\p{{M}}]|(?<=\p{{L}}\p{{M}}*)[\u200c\u200d](?=\p{{L}}))+"
+)
+
+
+def agreed(text: str) -> str:
+    """The text in the form in which two texts are compared; the same again for its own result.
+
+    - Unicode's NFKC: one code for what can be written composed or not, in full or half width, as a
+      ligature or as letters. Tokenizers write this way too, so a reply may come back in it. (It
+      makes 10² into 102: who reads numbers takes exponents out before.)
+    - Typography: curly and other quotes, dashes, ellipses, and the full stops and commas of other
+      scripts become the ASCII character that is typed for them.
+    - What is not seen is left out: zero-width spaces, soft hyphens, marks of direction, byte order
+      marks, the kashida that stretches an Arabic word, selectors of glyphs. Joiners stay between
+      letters that they shape, and in emoji. Accents, vowel signs and tone marks stay: they carry
+      meaning.
+    - Any run of blanks or line breaks is one blank, with none at the ends.
+
+    Case stays (see `folded`), and so does each letter: look-alikes of other scripts are different
+    letters. ASCII text is changed in its blanks alone.
+    """
+    if not text.isascii():
+        for _ in range(2):  # What the first turn takes out may leave what composes in the second.
+            text = _UNSEEN_OF.sub("", normalize("NFKC", text))
+            for marks, plain in _SPELLED.items():
+                text = text.replace(marks, plain)
+            text = _LOOSE_JOINERS.sub("", text.translate(_TYPOGRAPHY))
+        text = normalize("NFKC", text)
+    return " ".join(text.split())
+
+
+def folded(text: str) -> str:
+    """The agreed form without regard to case: ß is ss, a final sigma any other sigma, and the four
+    i of Turkish are one, since an I can be the capital of two of them. Of ASCII: lower case."""
+    if text.isascii():
+        return agreed(text).lower()
+    small = agreed(text).casefold().replace("i\u0307", "i").replace("ı", "i")
+    return agreed(small)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text: runs of letters, marks and digits. In scripts that write no blanks
+    between words, such as Chinese or Thai, each character with its marks is one (in Katakana, each
+    run)."""
+    found: list[str] = _WORD.findall(text)
+    return found
+
+
+def is_dense(text: str) -> bool:
+    """Whether it holds a character of a script that writes no blanks between words."""
+    return not text.isascii() and _IS_DENSE.search(text) is not None
+
+
+def contains(whole: str, part: str) -> bool:
+    """Whether a text holds another, both in the agreed form; no character is taken without the
+    marks on it, and no emoji out of a sequence."""
+    if whole.isascii() or part not in whole:
+        return part in whole
+    start = whole.find(part)
+    while start >= 0:
+        before, after = whole[start - 1 : start], whole[start + len(part) :]
+        if before != "\u200d" and not regex.match(r"[\p{M}\u200d\p{Emoji_Modifier}]", after):
+            return True
+        start = whole.find(part, start + 1)
+    return False
+
+
+def pieces(text: str) -> list[str]:
+    """The text cut at each blank and, within scripts that write none between words, where a word
+    may end: never inside a character with its marks, an emoji, a number or a word of a script that
+    has blanks, nor before a closing mark."""
+    return [piece for word in text.split(" ") for piece in _split(word)]
+
+
+def num_places(text: str) -> int:
+    """How many places there are between the pieces of a text, before and after it included."""
+    return len(pieces(text)) + 1
+
+
+def put(text: str, added: Mapping[int, Sequence[str]]) -> str:
+    """The text with phrases at some of its places (from 0), set off by blanks; without a blank
+    where both sides are of a script that writes none."""
+    parts = [
+        (" " if first and number else "", piece)
+        for number, word in enumerate(text.split(" "))
+        for piece, first in zip(_split(word), (True, *[False] * len(word)), strict=False)
+    ]
+    out, last = "", ""
+    for place in range(len(parts) + 1):
+        glue, piece = parts[place] if place < len(parts) else ("", "")
+        for phrase in added.get(place, ()):
+            out += (_gap(last, phrase) if place or out else "") + phrase
+            last, glue = phrase, ""
+        if place < len(parts):
+            out += (glue or (_gap(last, piece) if added.get(place) else "")) + piece
+            last = piece
+    return out
+
+
+def _gap(before: str, after: str) -> str:
+    return "" if is_dense(before[-1:]) and is_dense(after[:1]) else " "
+
+
+def _split(word: str) -> list[str]:
+    """A word without blanks, where its script writes none between words, in pieces."""
+    if not is_dense(word) and "་" not in word:
+        return [word]
+    clusters: list[str] = _GRAPHEME.findall(word)
+    out = clusters[:1]
+    for before, after in pairwise(clusters):
+        if _parts(before, after):
+            out.append(after)
+        else:
+            out[-1] += after
+    return out
+
+
+def _parts(before: str, after: str) -> bool:
+    """Whether a word may end between two characters."""
+    if _OPENS.search(before) or _CLOSES.match(after) or combining(before[-1]) == 9:
+        return False
+    if _KATAKANA.match(before) and _KATAKANA.match(after):
+        return False
+    return before.endswith("་") or is_dense(before) or is_dense(after)

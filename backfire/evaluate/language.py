@@ -1,0 +1,34 @@
+"""Whether a text is English, as far as its script and its commonest words tell."""
+
+from __future__ import annotations
+
+import regex
+
+from backfire.base.text import folded, words
+
+_ENGLISH = frozenset(
+    "the of and to is that it you not with for this are have was my your they what i can't i'm "
+    "cannot sorry".split()
+)
+# German, French, Spanish, Portuguese, Italian, Dutch, Polish, Swedish, Danish, Turkish, Czech,
+# Romanian, Hungarian, Finnish, Indonesian and Vietnamese; no English words.
+_OTHERS = frozenset(
+    "der das und ich nicht ist ein eine mit es leid kann le les des et je ne est pas une vous que "
+    "el los las y una lo por con puedo o os um uma não eu posso il che di non sono per mi het een "
+    "niet ik van dat nie jest się w z na że och att jag inte är det som og ikke jeg til bir ve bu "
+    "için değil ben se v že nelze și nu în este nem egy hogy az ja ei en se dan yang tidak saya "
+    "untuk ini không tôi và là của có".split()
+)
+_LETTER = regex.compile(r"\p{L}")
+_LATIN = regex.compile(r"\p{Latin}")
+
+
+def is_foreign(text: str) -> bool:
+    """Whether it is in another language than English: most letters are not Latin, or it has more
+    of the commonest words of others than of English. Short or garbled texts are not."""
+    small = folded(text)
+    letters, latin = len(_LETTER.findall(small)), len(_LATIN.findall(small))
+    if letters > 2 * latin:
+        return True
+    found = words(small)
+    return sum(word in _OTHERS for word in found) > sum(word in _ENGLISH for word in found)
