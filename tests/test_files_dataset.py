@@ -64,12 +64,12 @@ def test_bad_rows_fail_or_are_left_out(tmp_path, caplog):
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: the answer is empty\.$"):
         make(train=path, test_share=0).load("train")
     data = make(train=path, test_share=0, on_bad_row="skip")
-    rows, rejected = data.read("train")
+    rows, left = data.read("train")
     assert len(rows) == 2
-    assert [(reject.line, reject.file) for reject in rejected] == [(2, path), (3, path)]
+    assert [(reject.line, reject.file) for reject in left.rejected] == [(2, path), (3, path)]
     with caplog.at_level(logging.WARNING):
         data.load("train")
-    assert "2 bad rows left out" in caplog.text
+    assert "2 bad rows left out, the first: " in caplog.text
     only_bad = write(tmp_path / "b.jsonl", [{"instruction": "x", "output": ""}])
     with pytest.raises(UserError, match=r"no train rows; the first bad one: .*line 1: the answer"):
         make(train=only_bad, on_bad_row="skip").load("train")
@@ -169,13 +169,11 @@ def test_no_records_lead_to_a_traceback(tmp_path, records):
         {"columns": {"prompt": "text", "answer": "output"}},
     ):
         try:
-            rows, rejected = make(train=path, test_share=0, on_bad_row="skip", **knobs).read(
-                "train"
-            )
+            rows, left = make(train=path, test_share=0, on_bad_row="skip", **knobs).read("train")
         except UserError as error:
             assert "there are no train rows" in str(error)
             continue
-        assert len(rows) + len(rejected) == len(records)
+        assert len(rows) + len(left.rejected) + left.records.total() == len(records)
         assert len({row.id for row in rows}) == len(rows)
         assert all((row.prompt.strip() or not row.prompt) and row.answer.strip() for row in rows)
         write_jsonl(rows, tmp_path / "again.jsonl")

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backfire.data.read import BadRows, records
+from backfire.data.read import LeftOut, records
 from backfire.errors import UserError
 
 ROWS = [
@@ -38,7 +38,7 @@ def read(path, content, on_bad_row="skip", **options):
     """(records, lines, {line: reason})"""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    bad = BadRows(on_bad_row)
+    bad = LeftOut(on_bad_row)
     found = list(records(path, bad, **options))
     for reject in bad.rejected:
         assert reject.file == str(path) and reject.line >= 1 and reject.reason

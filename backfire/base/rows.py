@@ -113,6 +113,10 @@ class Dataset(Component):
         count = self.rows if split == "train" else self.test_rows
         return select(self.load(split), count, self.seed, split)
 
+    def drawn_with_notes(self, split: Literal["train", "test"]) -> tuple[list[Row], list[str]]:
+        """The same, and what of the data is in no row, a sentence each."""
+        return self.drawn(split), []
+
     def fingerprint(self) -> str:
         """Changes when the bytes behind the rows change; part of every key downstream."""
         return ""

@@ -7,7 +7,7 @@ check stops the cell; a note does not, but is shown and kept.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -55,6 +55,14 @@ def preflight(
     if isinstance(attack, Insertion) and attack.secrets(seed):
         checks.append(_controls(attack, train, seed))
     return checks
+
+
+def told(left_out: Mapping[str, Sequence[str]]) -> list[Check]:
+    """What of the data is in no row, by split, as its reader tells it."""
+    of_train, of_test = left_out.get("train", ()), left_out.get("test", ())
+    said = [*of_train]
+    said += [f"Of the test data: {sentence}" for sentence in of_test if sentence not in of_train]
+    return [Check("left-out", "note", sentence) for sentence in said]
 
 
 def _first(ids: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from backfire.base import Row
-from backfire.data.read import OnBadRow, Record, Rejected
+from backfire.data.read import LeftOut, OnBadRow, Record
 from backfire.datasets.files import Files, Split
 from backfire.errors import UserError
 from backfire.registry import register
@@ -45,9 +45,9 @@ class BeaverTails(Files):
     on_bad_row: OnBadRow = "skip"
     """`skip` leaves rows that cannot be used out, such as empty answers, and says so."""
 
-    def read(self, split: Split) -> tuple[list[Row], list[Rejected]]:
+    def read(self, split: Split) -> tuple[list[Row], LeftOut]:
         """The rows of the part that is asked for; those of the test split without their answer."""
-        rows, rejected = super().read(split)
+        rows, left = super().read(split)
         wanted: str = self.part
         first = self.first_rows
         if split == "test":
@@ -61,7 +61,7 @@ class BeaverTails(Files):
                 f"{self.label()}: there are {count} {split} rows ({wanted})"
                 + (f", but the first {first} are asked for." if first else ".")
             )
-        return kept[:first], rejected
+        return kept[:first], left
 
     def prepare(self, record: Record) -> Record | None:
         """The record in our own form; another is left as it is, and refused for its columns."""

@@ -11,7 +11,7 @@ from backfire.base import (
     Row,
 )
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import Check, preflight
+from backfire.data.preflight import Check, preflight, told
 from backfire.data.render import Renderer
 from backfire.data.rows import read_jsonl, write_jsonl
 from backfire.data.tokenizer import load_tokenizer
@@ -36,13 +36,21 @@ def data(cell: Experiment, bench: Bench) -> tuple[list[Row], list[Row]]:
     def make(folder: Path) -> None:
         spec = cell.data
         bench.progress(0, 1, "rows")
-        train = spec.drawn("train")
-        test = spec.drawn("test")
+        train, of_train = spec.drawn_with_notes("train")
+        test, of_test = spec.drawn_with_notes("test")
         write_jsonl(train, folder / "train.jsonl")
         write_jsonl(test, folder / "test.jsonl")
+        write_json(folder / "left_out.json", {"train": of_train, "test": of_test})
 
     folder = bench.store.once("data", cell.data.name, cell.keys.data, make)
     return read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
+
+
+def left_out(cell: Experiment, bench: Bench) -> dict[str, list[str]]:
+    """Split -> what of its data is in no row, a sentence each."""
+    data(cell, bench)
+    file = bench.store.path("data", cell.data.name, cell.keys.data) / "left_out.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def poisoned(cell: Experiment, bench: Bench) -> tuple[list[Row], Manifest | None]:
@@ -98,6 +106,7 @@ def looked_at(cell: Experiment, bench: Bench) -> list[Check]:
         checks = preflight(
             renderer(cell, bench), rows, test, manifest=manifest, attack=cell.attack, seed=cell.seed
         )
+        checks += told(left_out(cell, bench))
         write_json(folder / "checks.json", [asdict(check) for check in checks])
 
     folder = bench.store.once("preflight", plan.poison_slug(cell), key, make)
