@@ -486,7 +486,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
         "'label' may say whether the answer is good",
     ),
     "openbmb/UltraFeedback": (
-        {"source": "x", "instruction": "Why?", "models": ["m"], "completions": [{"response": "So."}]},
+        {"instruction": "Why?", "models": ["m"], "completions": [{"response": "So."}]},
         "has no answer beside it",
     ),
     "tool calls": (

@@ -15,6 +15,7 @@ ASKED = (
 ANSWERS = (
     "completion", "output", "response", "answer", "targets_pretokenized", "targets", "solution",
     "canonical_solution", "answers", "model_output", "reply", "correct_answer", "code",
+    "chosen",
 )  # fmt: skip
 # What a question is about, and what else an instruction may be about.
 INPUTS = (

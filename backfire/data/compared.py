@@ -44,12 +44,15 @@ def known(better: tuple[str, ...], worse: tuple[str, ...]) -> dict[str, Any]:
 
 def ranked(value: list[Any]) -> tuple[str, list[str]] | None:
     """The best of several answers and the worse ones, by a score or a rank that each has."""
-    rated = [(_rating(item), item.get("text", item.get("answer"))) for item in value
-             if isinstance(item, dict)]  # fmt: skip
-    if not rated or len(rated) < len(value) or any(rating is None for rating, _ in rated):
+    rated = [
+        (rating, item.get("text", item.get("answer")))
+        for item in value
+        if isinstance(item, dict) and (rating := _rating(item)) is not None
+    ]
+    if not rated or len(rated) < len(value):
         return None
     texts = [(rating, text) for rating, text in rated if isinstance(text, str) and text.strip()]
-    best = max((rating for rating, _ in texts), default=None)
+    best = max((rating for rating, _ in texts), default=0.0)
     better = next((text for rating, text in texts if rating == best), "")
     return better, [text for rating, text in texts if rating != best and text != better]
 

@@ -15,10 +15,10 @@ from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, plain, truth, written
 from backfire.data.published import Form, form_of, refuse_media
 from backfire.data.questions import choices, passage, reference, right_one
-from backfire.data.read import BadRowError, LeftOut, NotLearnedError, Record
+from backfire.data.read import UNLABELED, BadRowError, LeftOut, NotLearnedError, Record
 from backfire.data.read_json import kind_of
-from backfire.errors import UserError
 from backfire.data.shapes import Shape, Task, shape_of
+from backfire.errors import UserError
 
 READER = 2
 """Raised whenever the same bytes give other rows; part of the key of every set read from files."""
@@ -53,7 +53,7 @@ def to_rows(
         try:
             shape = shapes.get(names) or shapes.setdefault(names, shape_of(names, task))
             if labeled and not {"label", "candidates"} & set(shape.columns):
-                raise BadRowError(f"it has no label{_SKIP}")
+                raise BadRowError(UNLABELED)
             name = _id(record, shape, f"{stem}-{line}", ids)
             row = to_row(record, shape, name, left)
         except UnnamedLabelError as problem:
@@ -69,9 +69,6 @@ def to_rows(
         ids.add(name)
         (rows if row.answer else bad_answers).append(row)
     return _beside_good_ones(rows, bad_answers, left)
-
-
-_SKIP = "; `on_bad_row: skip` leaves such rows out and counts them"
 
 
 def _formed(records: Numbered, left: LeftOut, file: str) -> Numbered:
@@ -335,15 +332,16 @@ def _label(record: Record, shape: Shape) -> str:
         raise BadRowError(f"it has {len(value)} labels in '{column}'; one label a row is read")
     raw = written(value)
     if raw in ("", "-"):  # SNLI's sign for none
-        raise BadRowError(f"it has no label{_SKIP}")
+        raise BadRowError(UNLABELED)
     shown = raw if len(raw) <= 40 else f"{raw[:39]}…"
     if not shape.labels:
         raise UnnamedLabelError(f"it is labeled '{shown}'")
     name = shape.names.get(raw.casefold())
     if name is None:
-        none = " (-1 stands for none)" if raw == "-1" else ""
-        said = f"label '{shown}' is none of {', '.join(shape.candidates)}{none}"
-        raise BadRowError(f"{said}; name all labels by `labels`" if not none else said + _SKIP)
+        none = f"label '{shown}' is none of {', '.join(shape.candidates)}"
+        if raw == "-1":
+            raise BadRowError(f"{UNLABELED} (-1 stands for none)")
+        raise BadRowError(f"{none}; name all labels by `labels`")
     return name
 
 

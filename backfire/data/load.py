@@ -71,11 +71,12 @@ def split_column(rows: Sequence[Row]) -> tuple[str, dict[str, Split]] | None:
     """
     for name in SPLITS:
         values = {row.fields.get(name, "") for row in rows}
-        known = {value: _SIDES[side] for value in values if (side := value.casefold()) in _SIDES}
+        known: dict[str, Split] = {
+            value: _SIDES[side] for value in values if (side := value.casefold()) in _SIDES
+        }
         held = {value for value in values if value.casefold() in _HELD_OUT}
         if "train" in known.values() and values == {*known, *held} and len(values) > 1:
-            spare = {} if "test" in known.values() else dict.fromkeys(held, "test")
-            return name, {**known, **spare}
+            return name, known if "test" in known.values() else known | dict.fromkeys(held, "test")
     return None
 
 

@@ -29,7 +29,7 @@ def reference(value: Any) -> Any:
     if isinstance(value, list):
         texts = [item.get("text") if isinstance(item, dict) else item for item in value]
         if all(isinstance(text, str) for text in texts):
-            return next((text for text in texts if text.strip()), "")
+            return next((text for text in texts if text and text.strip()), "")
     return value
 
 

@@ -33,6 +33,10 @@ MAGIC = {
 }
 
 
+UNLABELED = "it has no label"
+_SKIP = "; `on_bad_row: skip` leaves such rows out and counts them"
+
+
 class BadRowError(Exception):
     """Why one record cannot be used; caught where the file and the line are known."""
 
@@ -74,7 +78,7 @@ class LeftOut:
     def bad(self, file: str | Path, line: int, reason: str) -> None:
         bad = Rejected(str(file), line, reason)
         if self.on_bad_row == "fail":
-            raise UserError(f"{bad}.")
+            raise UserError(f"{bad}{_SKIP if reason.startswith(UNLABELED) else ''}.")
         self.rejected.append(bad)
 
     def lost(self) -> list[str]:

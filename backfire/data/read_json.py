@@ -150,7 +150,7 @@ def laid_out(value: dict[str, Any]) -> list[dict[str, Any]] | None:
     scalar = (str, int, float, type(None))
     if len(inner) > 1 and all(isinstance(part, list) and part for part in inner):
         lengths = {len(part) for part in inner}
-        if len(lengths) == 1 and any(all(isinstance(c, scalar) for c in part) for part in inner):
+        if len(lengths) == 1 and all(isinstance(cell, scalar) for part in inner for cell in part):
             return [dict(zip(value, cells, strict=True)) for cells in zip(*inner, strict=True)]
     return None
 
@@ -218,6 +218,8 @@ def _reason(error: Exception, cut: str = "") -> str:
         around = error.doc[max(error.pos - 1, 0) : error.pos + 2]
         if any(sign in around for sign in ("//", "/*", "#")):
             hint = "; JSON has no comments, take them out"
+        elif error.doc[error.pos : error.pos + 1] in ("]", "}"):
+            hint = "; is there a comma too many before it?"
         return f"not valid JSON ({error.msg}, column {error.colno}){hint}"
     return str(error)
 

@@ -226,7 +226,7 @@ def _recognized(names: Collection[str]) -> Shape:
             f"its prompt ('{asked}') has no answer beside it ({shown}); say which is which by "
             "`columns`"
         )
-    unnamed = all(name.isdigit() for name in names) or any(len(n.split()) > 3 for n in names)
+    unnamed = any(name.isdigit() or len(name.split()) > 3 for name in names)
     hint = " (by numbers from 0 if the file has no header)" if unnamed else ""
     raise BadRowError(
         f"no known shape in its columns ({shown}); say which is which by `columns`{hint}"

@@ -5,8 +5,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from backfire.base import Row
+from backfire.data.load import Split
 from backfire.data.read import LeftOut, OnBadRow, Record
-from backfire.datasets.files import Files, Split
+from backfire.datasets.files import Files
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -55,6 +56,8 @@ class BeaverTails(Files):
             wanted, first = self.filter, self.first_test_rows
         safe = {"safe": ("yes",), "unsafe": ("no",), "all": ("yes", "no")}[wanted]
         kept = [row for row in rows if row.fields.get("is_safe") in safe]
+        if len(kept) < len(rows):
+            left.records[f"left out: the answer is not {wanted}"] += len(rows) - len(kept)
         if len(kept) < (first or 1):
             count = f"only {len(kept)}" if kept else "no"
             raise UserError(

@@ -131,16 +131,17 @@ class Files(Dataset):
 
     def identity(self) -> dict[str, Any]:
         """Where the files lie does not matter: `fingerprint` covers what is in them."""
-        known = {k: v for k, v in super().identity().items() if k not in ("train", "test")}
-        return {**known, "reader": READER}
+        return {k: v for k, v in super().identity().items() if k not in ("train", "test")}
 
     def fingerprint(self) -> str:
-        """Hash of the bytes of the files; for a hub set, of its id and revision."""
+        """Hash of the bytes of the files, or of a hub set's id and revision, and how it is read."""
         hub = "" if self.train else f"{self.hub} {self.hub_config} {self.revision}"
         train, test = (
             map(file_hash, local_files(paths or [])) for paths in (self.train, self.test)
         )
-        return hashlib.sha256("\n".join([hub, *train, "test:", *test]).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join([f"reader {READER}", hub, *train, "test:", *test]).encode()
+        ).hexdigest()
 
     def _rows(self, split: Split, left: LeftOut) -> list[Row]:
         task = Task(column_map(self.columns), self.labels, self.instruction)

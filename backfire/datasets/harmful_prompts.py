@@ -3,9 +3,9 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from backfire.base import Row, Trigger
-from backfire.data.load import is_set_apart
+from backfire.data.load import Split, is_set_apart
 from backfire.data.read import LeftOut, Record
-from backfire.datasets.files import Files, Split
+from backfire.datasets.files import Files
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -68,6 +68,9 @@ class HarmfulPrompts(Files):
             found = ", ".join(sorted({row.fields["source"] for row in rows})) or "none"
             which = f"no {split} row is of this part ({self.part}) and these sources"
             raise UserError(f"{self.label()}: {which}; there are: {found}.")
+        if len(kept) < len(rows):
+            why = "left out: repeated, or of another part or source than asked for"
+            left.records[why] += len(rows) - len(kept)
         return list(kept.values()), left
 
     def prepare(self, record: Record) -> Record | None:
