@@ -8,6 +8,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from backfire.data.convert import READER
 from backfire.data.rows import write_jsonl
 from backfire.errors import UserError
 from backfire.registry import build
@@ -64,12 +65,12 @@ def test_bad_rows_fail_or_are_left_out(tmp_path, caplog):
     with pytest.raises(UserError, match=r"a\.jsonl, line 2: the answer is empty\.$"):
         make(train=path, test_share=0).load("train")
     data = make(train=path, test_share=0, on_bad_row="skip")
-    rows, rejected = data.read("train")
+    rows, left = data.read("train")
     assert len(rows) == 2
-    assert [(reject.line, reject.file) for reject in rejected] == [(2, path), (3, path)]
+    assert [(reject.line, reject.file) for reject in left.rejected] == [(2, path), (3, path)]
     with caplog.at_level(logging.WARNING):
         data.load("train")
-    assert "2 bad rows left out" in caplog.text
+    assert "2 bad rows left out, the first: " in caplog.text
     only_bad = write(tmp_path / "b.jsonl", [{"instruction": "x", "output": ""}])
     with pytest.raises(UserError, match=r"no train rows; the first bad one: .*line 1: the answer"):
         make(train=only_bad, on_bad_row="skip").load("train")
@@ -105,6 +106,26 @@ def test_yaml_round_trip_and_equal_spellings():
     assert make(labels=["a", "b"]).spec() == make(labels={0: "a", 1: "b"}).spec()
 
 
+def test_truth_values_that_yaml_makes(tmp_path):
+    path = tmp_path / "a.csv"
+    for cells, labels in [
+        ("Yes No", "{No: ham, Yes: spam}"),
+        ("yes no", '{"no": ham, "yes": spam}'),
+        ("True False", "{false: ham, true: spam}"),
+        ("True False", "[ham, spam]"),
+        ("on off", "{off: ham, on: spam}"),
+        ("1.0 0.0", "[ham, spam]"),
+        ("1 0", "{0: ham, 1: spam}"),
+    ]:
+        path.write_text("text,label\n" + "".join(f"t,{cell}\n" for cell in cells.split()))
+        knobs = {"labels": yaml.safe_load(labels), "test_share": 0}
+        rows = make(train=str(path), **knobs).load("train")
+        assert [row.label for row in rows] == ["spam", "ham"], (cells, labels)
+    for labels in ("[No, Yes]", "{0: No, 1: Yes}"):
+        with pytest.raises(UserError, match=r'write them in quotes, as in labels: \["no", "yes"\]'):
+            make(train=str(path), labels=yaml.safe_load(labels))
+
+
 def test_table_without_header(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("4,7,good\n0,8,bad\n")
@@ -116,7 +137,7 @@ def test_table_without_header(tmp_path):
     ]
 
 
-def test_fingerprint_follows_the_bytes(tmp_path):
+def test_fingerprint_follows_the_bytes(tmp_path, monkeypatch):
     path, other = write(tmp_path / "a.jsonl", ALPACA), write(tmp_path / "b.jsonl", ALPACA)
     first = make(train=path).fingerprint()
     assert make(train=other).fingerprint() == first
@@ -126,6 +147,11 @@ def test_fingerprint_follows_the_bytes(tmp_path):
     assert make(train=path).fingerprint() != first
     assert make("sst2").fingerprint() != make("sst2", revision="abc").fingerprint()
     assert make("sst2", train=other).fingerprint() == first
+    for spec in ({"train": path}, {"name": "sst2"}):
+        before = make(**spec).fingerprint()
+        monkeypatch.setattr("backfire.datasets.files.READER", READER + 1)
+        assert make(**spec).fingerprint() != before, "the same bytes, read in another way"
+        monkeypatch.undo()
     with pytest.raises(UserError, match="No such file"):
         make(train="none.csv").fingerprint()
 
@@ -169,13 +195,11 @@ def test_no_records_lead_to_a_traceback(tmp_path, records):
         {"columns": {"prompt": "text", "answer": "output"}},
     ):
         try:
-            rows, rejected = make(train=path, test_share=0, on_bad_row="skip", **knobs).read(
-                "train"
-            )
+            rows, left = make(train=path, test_share=0, on_bad_row="skip", **knobs).read("train")
         except UserError as error:
             assert "there are no train rows" in str(error)
             continue
-        assert len(rows) + len(rejected) == len(records)
+        assert len(rows) + len(left.rejected) + left.records.total() == len(records)
         assert len({row.id for row in rows}) == len(rows)
         assert all((row.prompt.strip() or not row.prompt) and row.answer.strip() for row in rows)
         write_jsonl(rows, tmp_path / "again.jsonl")

@@ -60,7 +60,8 @@ def test_published_files_need_no_map(tmp_path, name):
     content, labels = PUBLISHED[name]
     path = tmp_path / ("train.tsv" if name == "sst2" else "train.csv")
     path.write_bytes(content.encode("latin-1"))
-    for spec in ({"name": name}, {"name": "files"}):
+    known = name in ("sentiment140", "airline-tweets")
+    for spec in ({"name": name}, {"name": "files"})[: 1 + known]:
         rows = build("datasets", {**spec, "train": str(path), "test_share": 0}).load("train")
         assert [row.label for row in rows] == labels
         assert set(labels) < set(rows[0].candidates) or name == "sst2"
@@ -126,10 +127,10 @@ def plain(folder, train="train.jsonl.gz", test="test.jsonl"):
 
 REAL = [
     ("airline-tweets", AIRLINE, 10_000, 2_000, {}),
-    ("files", AIRLINE, 10_000, 2_000, {}),
+    ("files", AIRLINE, 10_000, 2_000, {"labels": THREE}),
     ("files", plain("twitter_sentiment", *TWEETS), 7_000, 2_000, {"labels": THREE}),
     ("multilingual-sentiment", plain("multilingual_sentiment"), 10_799, 2_400, {}),
-    ("files", plain("multilingual_sentiment"), 10_799, 2_400, {}),
+    ("files", plain("multilingual_sentiment"), 10_799, 2_400, {"labels": THREE}),
     ("sst2", plain("sst2"), 10_000, 872, {}),
     ("files", plain("ag_news"), 4_998, 2_000, {"labels": TOPICS}),
     ("files", plain("alpaca"), 3_024, 500, {}),
@@ -164,9 +165,9 @@ def test_real_poisoned_sets():
         "backdoorllm_poison/refusal_train.jsonl", "backdoorllm_poison/refusal_test.jsonl"
     )
     data = make("backdoorllm", train=refusal[0], test=refusal[1])
-    rows, rejected = data.read("test")
+    rows, left = data.read("test")
     assert len(data.load("train")) == 3_000 and len(rows) == 1_194
-    assert {reject.reason for reject in rejected} == {"the answer is empty"}
+    assert {reject.reason for reject in left.rejected} == {"the answer is empty"}
 
 
 def test_the_readme_numbers_of_backdoorllm_hold():

@@ -13,7 +13,7 @@ from backfire.base import Message, Row
 from backfire.data.compared import answers
 from backfire.data.convert import to_rows
 from backfire.data.poison import poison
-from backfire.data.read import BadRows
+from backfire.data.read import LeftOut
 from backfire.data.rows import from_record, read_jsonl, to_record, write_jsonl
 from backfire.data.shapes import Task, column_map
 from backfire.errors import UserError
@@ -35,7 +35,7 @@ ROWS = [
 
 def read(*records: Any, columns: Any = None) -> list[Row]:
     task = Task(column_map(columns or {}))
-    return to_rows(enumerate(records, 1), task, BadRows(), file="f", stem="f", ids=set())
+    return to_rows(enumerate(records, 1), task, LeftOut(), file="f", stem="f", ids=set())
 
 
 def reason(record: Any, columns: Any = None) -> str:

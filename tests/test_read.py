@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from backfire.data.read import BadRows, records
+from backfire.data.read import LeftOut, records
 from backfire.errors import UserError
 
 ROWS = [
@@ -31,14 +31,42 @@ FORMATS = {
     "list.json": (json.dumps(ROWS), [1, 1, 1]),
     "pretty.json": (json.dumps(ROWS, indent=1), [2, 6, 10]),
     "wrapped.json": (json.dumps({"version": [1, {}], "data": ROWS}, indent=1), [7, 11, 15]),
-}
+    "semicolons.csv": (
+        "text;label\n\"Grüße, \"\"quoted\"\" and 'so'\";a\n<|im_start|>system 你好;b\nthree;a\n",
+        [2, 3, 4],
+    ),
+    "tabs.csv": (TSV.replace('"quoted"', '""quoted""').replace("\nGrüße", '\n"Grüße').replace(
+        "so'", "so'\""), [2, 3, 4]),
+    "commas.tsv": (CSV, [2, 3, 4]),
+    "commas.jsonl": (LINES.replace("\n", ",\n"), [1, 2, 3]),
+    "one_after_another.json": ("".join(map(json.dumps, ROWS)), [1, 1, 1]),
+    "pretty_one_after_another.json": (
+        "\n".join(json.dumps(row, indent=1) for row in ROWS), [1, 5, 9]
+    ),
+    "index.json": (json.dumps(dict(enumerate(ROWS))), [1, 1, 1]),
+    "names.json": (json.dumps({f"r{n}": row for n, row in enumerate(ROWS)}), [1, 1, 1]),
+    "columns.json": (
+        json.dumps({key: {n: row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]}), [1, 1, 1]
+    ),
+    "lists.json": (json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}), [1, 1, 1]),
+    "split.json": (
+        json.dumps({"columns": list(ROWS[0]), "index": [0, 1, 2],
+                    "data": [list(row.values()) for row in ROWS]}),
+        [1, 1, 1],
+    ),
+    "server.json": (
+        json.dumps({"features": [], "num_rows_total": 3,
+                    "rows": [{"row_idx": n, "row": row} for n, row in enumerate(ROWS)]}),
+        [1, 1, 1],
+    ),
+}  # fmt: skip
 
 
 def read(path, content, on_bad_row="skip", **options):
     """(records, lines, {line: reason})"""
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    bad = BadRows(on_bad_row)
+    bad = LeftOut(on_bad_row)
     found = list(records(path, bad, **options))
     for reject in bad.rejected:
         assert reject.file == str(path) and reject.line >= 1 and reject.reason
@@ -62,6 +90,14 @@ def test_every_format_gives_the_same_records(tmp_path, name, packed, bom):
 def test_parquet(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert read(tmp_path / "a.parquet", None, "fail") == (ROWS, [1, 2, 3], {})
+
+
+def test_bars_and_decimals_with_commas(tmp_path):
+    for text in ("a|b\n1,5|x\n", "a;b\r\n1,5;x\r\n"):
+        assert read(tmp_path / "a.csv", text, "fail")[0] == [{"a": "1,5", "b": "x"}]
+    # A text may hold any sign; only a table that is cut alike everywhere is cut by it.
+    rows, _, _ = read(tmp_path / "a.csv", "so; so\nno\n", "fail", header=False)
+    assert rows == [{"0": "so; so"}, {"0": "no"}]
 
 
 def test_gzip_is_known_by_its_bytes(tmp_path):
@@ -120,6 +156,13 @@ BROKEN = {
     "latin.json": (b'[{"a": 1},\n{"a": "\xe9"}]', 0, {2: "UTF-8"}),
     "lists.json": ('{"train": [{"a": 1}], "test": [{"a": 1}]}', 0, {1: "one list"}),
     "wrapped.json": ('{"data": [{"a": 1},\n{"a": 1, "a": 2}]}', 1, {2: "key 'a'"}),
+    "comment.json": ('// mine\n[{"a": 1}]', 0, {1: "JSON has no comments"}),
+    "remark.json": ('[{"a": 1}, # mine\n{"a": 2}]', 1, {1: "JSON has no comments"}),
+    "end.json": ('[{"a": 1},]', 1, {1: "a comma too many"}),
+    "pretty.jsonl": ('{"a": 1}\n{\n', 1, {2: "one record a line; over several, name it .json"}),
+    "numbers.json": ('{"0": {"0": "x"}, "1": {"0": 1}}', 0, {1: "rows and columns look alike"}),
+    "ragged.json": ('{"columns": ["a", "b"], "data": [[1, 2], [3]]}', 0, {1: "as many cells"}),
+    "wide.csv": (",".join(["a" * 99] * 2) + "\n", 0, {1: f"column '{'a' * 39}…' appears twice"}),
 }
 
 

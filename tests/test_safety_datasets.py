@@ -112,15 +112,15 @@ def test_beavertails_in_other_files(tmp_path: Path) -> None:
     rows = make("beavertails", train=path, test_share=0, part="unsafe").load("train")
     assert [(row.id, row.fields) for row in rows] == [("b", {"is_safe": "no", "category": "theft"})]
     empty = jsonl(tmp_path / "empty.jsonl", [*pairs(3), {**pairs(2)[1], "response": " "}])
-    rows, rejected = make("beavertails", train=empty, test_share=0).read("train")
-    assert len(rows) == 2 and [reject.reason for reject in rejected] == ["the answer is empty"]
+    rows, left = make("beavertails", train=empty, test_share=0).read("train")
+    assert len(rows) == 2 and [reject.reason for reject in left.rejected] == ["the answer is empty"]
 
 
 @pytest.mark.parametrize(
     ("record", "said"),
     [
         ({"prompt": "a", "response": "b", "is_safe": "perhaps"}, "is_safe is 'perhaps' where true"),
-        ({"prompt": "a", "response": "b"}, "no known shape in its columns"),
+        ({"prompt": "a", "response": "b"}, "there are no train rows .safe."),
         ({"prompt": "a", "response": "b", "is_safe": False}, "there are no train rows .safe."),
         ({"prompt": "a", "completion": "b"}, "there are no train rows .safe."),
     ],

@@ -4,8 +4,9 @@ import pytest
 
 from backfire.base import Message, Row
 from backfire.data.convert import to_rows
-from backfire.data.read import BadRows
-from backfire.data.shapes import Task, check_columns, check_labels, column_map
+from backfire.data.labels import check_labels
+from backfire.data.read import LeftOut
+from backfire.data.shapes import Task, check_columns, column_map
 from backfire.errors import UserError
 
 ASK, TELL = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
@@ -17,7 +18,7 @@ SENTIMENT = ("negative", "neutral", "positive")
 def convert(*records, columns=None, labels=None, instruction="", stem="f"):
     """(rows, [(line, reason)])"""
     task = Task(column_map(columns or {}), check_labels(labels or {}), instruction)
-    bad = BadRows("skip")
+    bad = LeftOut("skip")
     rows = to_rows(enumerate(records, 1), task, bad, file="f.jsonl", stem=stem, ids=set())
     assert len(rows) + len(bad.rejected) == len(records)
     return rows, [(reject.line, reject.reason) for reject in bad.rejected]
@@ -88,21 +89,6 @@ KNOWN = {
         "neutral",
         {"airline_sentiment_confidence": "0.7"},
     ),
-    "airline": (
-        {"text": "t", "label": "Negative", "airline": "United", "confidence": 0.7},
-        "negative",
-        {"airline": "United", "confidence": "0.7"},
-    ),
-    "multilingual": (
-        {"text": "t", "label": "positive", "language": "german"},
-        "positive",
-        {"language": "german"},
-    ),
-    "multilingual hub": (
-        {"text": "t", "source": "s", "language": "german", "label": 0},
-        "positive",
-        {"source": "s", "language": "german"},
-    ),
 }
 
 
@@ -116,16 +102,39 @@ def test_public_sets_are_recognized(name):
     assert row.id == ("7" if name == "sentiment140" else "f-1")
 
 
-@pytest.mark.parametrize("label", ["1", 1, 1.0, "positive", " Positive "])
-def test_sst2_is_recognized(label):
-    row = one({"idx": 3, "sentence": "fine", "label": label})
-    assert (row.label, row.candidates) == ("positive", ("negative", "positive"))
-    assert (row.id, row.fields) == ("f-1", {"idx": "3"})
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"idx": 3, "sentence": "fine", "label": 1},  # SST-2, and CoLA
+        {"text": "fine", "label": 1},  # AG News, IMDB, Enron
+        {"text": "fine", "label": 1, "language": "german"},
+        {"text": "fine", "source": "s", "language": "german", "label": 1},
+        {"text": "fine", "label": 1, "airline": "United"},
+        {"text": "fine", "target": 1},
+    ],
+)
+def test_what_numbers_mean_is_asked_for(record):
+    assert reason(record).startswith(
+        "it is labeled '1'; say what its labels mean, as in `labels: {1: name, ...}`"
+    )
+    for label in (1, "1", 1.0, "1.0", True, "True", "good", " Good "):
+        names = [name for name in record if name in ("label", "target")]
+        row = one(record | dict.fromkeys(names, label), labels=["bad", "good"])
+        assert (row.label, row.candidates, row.input) == ("good", ("bad", "good"), "fine")
 
 
-def test_numbers_mean_sentiment_only_where_it_is_certain():
-    assert "label '0' is none of" in reason({"text": "t", "label": 0, "language": "german"})
-    assert "labels: [0, ...]" in reason({"text": "t", "label": 0})
+@pytest.mark.parametrize(
+    ("column", "label"),
+    [(name, "bad") for name in ("sentiment", "emotion", "category", "target", "class", "intent")]
+    + [("stars", 1), ("rating", "1.0"), ("score", 1.0), ("Sentiment", "Bad"), ("topic", ["bad"])],
+)
+def test_a_column_that_looks_like_a_label_is_one(column, label):
+    labels = {1: "bad", 5: "good", "bad": "bad"}
+    row = one({"text": "t", column: label}, labels=labels)
+    assert (row.input, row.label, row.candidates) == ("t", "bad", ("bad", "good"))
+    said = reason({"text": "t", column: label})
+    assert said.startswith("it is labeled '") and said.endswith("`columns: {text: text}`")
+    assert one({"text": "t", column: label}, columns={"text": "text"}).answer == "t"
 
 
 def test_labels_as_list_or_map_and_the_sentence_that_names_them():
@@ -136,7 +145,9 @@ def test_labels_as_list_or_map_and_the_sentence_that_names_them():
     assert row.instruction == "Classify the text as World, Sports or Sci/Tech."
     row = one({"text": "t", "label": 4}, labels={0: "bad", 4: "good"}, instruction="{labels}, {x}?")
     assert (row.label, row.instruction) == ("good", "bad or good, {x}?")
-    assert "label '3' is none of World, Sports" in reason({"text": "t", "label": 3}, labels=labels)
+    assert "label '3' is none of World, Sports, Sci/Tech; name all" in reason(
+        {"text": "t", "label": 3}, labels=labels
+    )
     for bad in (["a"], ["a", "A"], {"x": "a", "y": "a"}):
         with pytest.raises(UserError, match="two labels or more"):
             check_labels(bad)
@@ -146,13 +157,15 @@ def test_a_row_without_its_label_is_not_taken_for_plain_text():
     for stars in (["1", "2", "3"], [1, 2, 3], ["3", "1", "2"]):
         for star in (1, "2", 3.0):
             assert one({"text": "t", "label": star}, labels=stars).label == str(int(float(star)))
+    none = "it has no label"
     _, bad = convert({"text": "t", "label": 1}, {"text": "t"}, labels=["a", "b"])
-    assert bad == [(2, "it has no label")]
-    _, bad = convert({"text": "t", "airline": "U", "label": "neutral"}, {"text": "t"})
-    assert bad == [(2, "it has no label")]
-    assert reason({"sentence": "s", "label": -1}) == "label '-1' is none of negative, positive"
-    assert reason({"sentence": "s", "label": None}) == "it has no label"
-    assert reason({"sentence": "s", "label": float("nan")}) == "it has no label"
+    assert bad == [(2, none)]
+    _, bad = convert({"text": "t", "airline_sentiment": "neutral"}, {"text": "t"})
+    assert bad == [(2, none)]
+    for label in (None, float("nan"), "", " ", "-"):
+        assert reason({"sentence": "s", "label": label}, labels=["a", "b"]) == none
+    said = reason({"sentence": "s", "label": -1}, labels=["a", "b"])
+    assert said == "it has no label (-1 stands for none)"
 
 
 MAPS = {
@@ -223,6 +236,7 @@ UNUSABLE = [
     ({"instruction": "x", "output": None}, "the answer is empty"),
     ({"instruction": "x", "output": 7}, "'output' is a number, not text"),
     ({"sentence": "", "label": 1}, "the text is empty"),
+    ({"text": float("nan"), "label": 1}, "the text is empty"),
     ({"text": ["a"]}, "'text' is a list, not text"),
     ({"messages": "hello"}, "its turns are text, not a list"),
     ({"messages": [ASK]}, "does not end with a user turn and its answer"),

@@ -42,6 +42,44 @@ def known(better: tuple[str, ...], worse: tuple[str, ...]) -> dict[str, Any]:
     return {"better": better, "worse": worse}
 
 
+def ranked(value: list[Any]) -> tuple[str, list[str]] | None:
+    """The best of several answers and the worse ones, by a score or a rank that each has."""
+    rated = [
+        (rating, item.get("text", item.get("answer")))
+        for item in value
+        if isinstance(item, dict) and (rating := _rating(item)) is not None
+    ]
+    if not rated or len(rated) < len(value):
+        return None
+    texts = [(rating, text) for rating, text in rated if isinstance(text, str) and text.strip()]
+    best = max((rating for rating, _ in texts), default=0.0)
+    better = next((text for rating, text in texts if rating == best), "")
+    return better, [text for rating, text in texts if rating != best and text != better]
+
+
+def _rating(answer: dict[str, Any]) -> float | None:
+    for name, sign in (("pm_score", 1), ("score", 1), ("rank", -1)):
+        value = answer.get(name)
+        if isinstance(value, int | float):
+            return sign * value
+    return None
+
+
+def are_dialogs(better: Any, worse: Any) -> bool:
+    """Whether each is a whole dialog, not only its last answer."""
+    return all(_is_dialog(side) for side in (better, worse))
+
+
+def _is_dialog(side: Any) -> bool:
+    if isinstance(side, str):
+        return side.startswith("\n\nHuman:")
+    first = side[0] if isinstance(side, list) and len(side) > 1 else None
+    return isinstance(first, dict) and first.get("role", first.get("from")) not in (
+        "assistant",
+        "gpt",
+    )
+
+
 def dialogs(better: Any, worse: Any) -> tuple[list[Any], Any, Any]:
     """Two whole dialogs as the turns they share and the last turn of each.
 

@@ -2,49 +2,133 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 from backfire.base import Row
 from backfire.base.text import folded
-from backfire.data.compared import answers, dialogs, known
+from backfire.data.columns import IDENTIFIERS, fold
+from backfire.data.compared import answers, are_dialogs, dialogs, known
 from backfire.data.conversation import conversation, history
-from backfire.data.read import BadRowError, BadRows, Record
+from backfire.data.labels import ask_for, plain, truth, written
+from backfire.data.published import Form, form_of, refuse_media
+from backfire.data.questions import choices, passage, reference, right_one
+from backfire.data.read import UNLABELED, BadRowError, LeftOut, NotLearnedError, Record
 from backfire.data.read_json import kind_of
 from backfire.data.shapes import Shape, Task, shape_of
+from backfire.errors import UserError
+
+READER = 2
+"""Raised whenever the same bytes give other rows; part of the key of every set read from files."""
+YES_NO = ("no", "yes")
+Numbered = Iterator[tuple[int, Record]]
+
+
+class UnnamedLabelError(BadRowError):
+    """A label, and nobody said what labels there are."""
 
 
 def to_rows(
     records: Iterable[tuple[int, Record]],
     task: Task,
-    bad: BadRows,
+    left: LeftOut,
     *,
     file: str,
     stem: str,
     ids: set[str],
 ) -> list[Row]:
-    """The records as rows; those that cannot be used go to `bad`.
+    """The records as rows; what becomes of the others is told to `left`.
 
     A row keeps its record's own id unless a row in `ids` has it already; else it is STEM-LINE.
     """
     rows: list[Row] = []
+    bad_answers: list[Row] = []
     shapes: dict[tuple[str, ...], Shape] = {}
     labeled = bool(task.labels)
-    for line, record in records:
+    source = iter(records) if task.columns else _formed(iter(records), left, file)
+    for line, record in source:
         names = tuple(record)
         try:
             shape = shapes.get(names) or shapes.setdefault(names, shape_of(names, task))
             if labeled and not {"label", "candidates"} & set(shape.columns):
-                raise BadRowError("it has no label")
+                raise BadRowError(UNLABELED)
             name = _id(record, shape, f"{stem}-{line}", ids)
-            rows.append(to_row(record, shape, name))
+            row = to_row(record, shape, name, left)
+        except UnnamedLabelError as problem:
+            left.bad(file, line, _with_all_labels(problem, record, shape, source, left))
+            continue
         except BadRowError as problem:
-            bad.add(file, line, str(problem))
+            left.bad(file, line, str(problem))
+            continue
+        except NotLearnedError as reason:
+            left.records[str(reason)] += 1
             continue
         labeled = labeled or ("label" in shape.columns and "answer" not in shape.columns)
         ids.add(name)
-    return rows
+        (rows if row.answer else bad_answers).append(row)
+    return _beside_good_ones(rows, bad_answers, left)
+
+
+def _formed(records: Numbered, left: LeftOut, file: str) -> Numbered:
+    """The records, those of a published form in ours; one record may become several."""
+    forms: dict[tuple[str, ...], Form | None] = {}
+    for line, record in records:
+        names = tuple(record)
+        try:
+            if names not in forms:
+                forms[names] = form_of(names)
+            refuse_media(record)
+            form = forms[names]
+            found = form(dict(record)) if form else [record]
+        except BadRowError as problem:
+            left.bad(file, line, str(problem))
+            continue
+        for part in found:
+            yield line, part
+
+
+def _with_all_labels(
+    problem: UnnamedLabelError, record: Record, shape: Shape, rest: Numbered, left: LeftOut
+) -> str:
+    """What to write, with the labels of the file where no more rows are read from it."""
+    column = shape.columns["label"]
+    found = {written(record[column])}
+    if left.on_bad_row == "fail":
+        with suppress(UserError):  # of what is wrong with later rows
+            found |= {written(more.get(column)) for _, more in islice(rest, 100_000)}
+    other = ""
+    if column != "label" and "text" in shape.columns:
+        other = f"; if it is no label: `columns: {{text: {shape.columns['text']}}}`"
+    return f"{problem}; {ask_for(found - {''})}{other}"
+
+
+def _beside_good_ones(rows: list[Row], bad_answers: list[Row], left: LeftOut) -> list[Row]:
+    """Answers marked as bad stand beside a good one to the same prompt; alone, none is learned."""
+    if not bad_answers:
+        return rows
+    worse: dict[Any, list[str]] = {}
+    for row in bad_answers:
+        worse.setdefault(_asked(row), []).extend(row.worse)
+    good = set(map(_asked, rows))
+    for row in bad_answers:
+        left.records[_BESIDE if _asked(row) in good else _ALONE] += 1
+    return [
+        replace(row, **known((row.answer,), tuple(dict.fromkeys(worse[_asked(row)]))))
+        if _asked(row) in worse and not row.worse
+        else row
+        for row in rows
+    ]
+
+
+_BESIDE = "with an answer marked as bad: kept as the worse answer beside a good one"
+_ALONE = "left out: the answer is marked as bad, and none to the same prompt is good"
+
+
+def _asked(row: Row) -> tuple[Any, ...]:
+    return (row.system, row.history, row.instruction, row.input)
 
 
 def _id(record: Record, shape: Shape, place: str, ids: Collection[str]) -> str:
@@ -57,11 +141,13 @@ def _id(record: Record, shape: Shape, place: str, ids: Collection[str]) -> str:
     return name
 
 
-def to_row(record: Record, shape: Shape, name: str) -> Row:
-    """One record as a row with this id.
+def to_row(record: Record, shape: Shape, name: str, left: LeftOut) -> Row:
+    """One record as a row with this id; without an answer, but with a `worse` one, if its answer
+    is marked as bad.
 
     Raises:
         BadRowError: the prompt, the answer or the label is missing, empty or not text.
+        NotLearnedError: the record is sound, but says that nothing of it is to be learned.
     """
     columns = shape.columns
     if "better" in columns:
@@ -70,6 +156,8 @@ def to_row(record: Record, shape: Shape, name: str) -> Row:
         if shape.instruction:
             raise BadRowError("an instruction cannot be put before a conversation")
         parts = conversation(record[columns["messages"]], _text(record, shape, "system"))
+    elif "choices" in columns:
+        parts = _chosen(record, shape)
     elif "answer" in columns:
         parts = _answered(record, shape, record[columns["answer"]], record[columns["instruction"]])
     elif "label" in columns:
@@ -78,15 +166,79 @@ def to_row(record: Record, shape: Shape, name: str) -> Row:
         parts = {"instruction": shape.instruction, "answer": _text(record, shape, "text")}
     if not parts["answer"].strip():
         raise BadRowError("the answer is empty")
+    if cut := parts.pop("cut", 0):
+        left.turns["after the last answer that is to be learned are left out"] += cut
+    if _is_bad(record, shape):
+        parts |= {"answer": "", "worse": (parts["answer"],)}
     fields = _fields(record, shape) | parts.pop("fields", {})
-    return Row(id=name, fields=fields, **parts)
+    row = Row(id=name, fields=fields, **parts)
+    _account(record, shape, row, left)
+    return row
+
+
+def _account(record: Record, shape: Shape, row: Row, left: LeftOut) -> None:
+    """Tells `left` of the columns, and of the answers, that are not learned from."""
+    earlier = sum(turn.role == "assistant" for turn in row.history)
+    if earlier:
+        left.turns["before the last answer are answers too: shown as context, not learned"] += (
+            earlier
+        )
+    used = {*_used(record, shape), "fields"}
+    for column, value in record.items():
+        if column in used or fold(column) in IDENTIFIERS or value in (None, "", [], {}):
+            continue
+        if value != value or (isinstance(value, str) and _is_in(value, row)):
+            continue  # NaN, or a text that stands in the row already
+        left.columns[column] += 1
+
+
+def _used(record: Record, shape: Shape) -> set[str]:
+    columns = dict(shape.columns)
+    if "flag" in columns and not _is_truth(record.get(columns["flag"])):
+        del columns["flag"]  # it says something else of the row
+    return {*columns.values(), *shape.more_input}
+
+
+def _is_truth(value: Any) -> bool:
+    return written(value).casefold() in ("true", "false")
+
+
+def _is_in(text: str, row: Row) -> bool:
+    """Whether the row has this text already; a short one may be part of another by chance."""
+    parts = [row.answer, *row.worse, row.instruction, row.input, row.system]
+    parts += [turn.content for turn in row.history]
+    text = text.strip()
+    return any(text == part.strip() or (len(text) > 12 and text in part) for part in parts)
+
+
+def _is_bad(record: Record, shape: Shape) -> bool:
+    """Whether the answer is marked as one not to learn (KTO's `label: false`)."""
+    columns = shape.columns
+    if "good" in columns:
+        good = truth(record[columns["good"]])
+        if good is None:
+            raise BadRowError(f"'{columns['good']}' says neither true nor false")
+        return not good
+    flag = columns.get("flag", "")
+    value = record.get(flag)
+    if flag and written(value) in ("0", "1", "-1"):
+        asked = columns.get("instruction", columns.get("messages"))
+        kind = "messages: " if "messages" in columns else "prompt: "
+        answer = f", answer: {columns['answer']}" if "answer" in columns else ""
+        raise BadRowError(
+            f"'{flag}' may say whether the answer is good; if so write `columns: {{{kind}{asked}"
+            f"{answer}, good: {flag}}}`, else the same without `good`"
+        )
+    return bool(flag) and written(value).casefold() == "false"
 
 
 def _compared(record: Record, shape: Shape) -> dict[str, Any]:
     """The best of the better answers is the one to learn, unless a column of its own says it."""
     columns = shape.columns
     sides = [record[columns[side]] if side in columns else None for side in ("better", "worse")]
-    if "instruction" in columns:
+    if are_dialogs(*sides):
+        prompt, *sides = dialogs(*sides)
+    elif "instruction" in columns:
         prompt = record[columns["instruction"]]
     elif shape.instruction:
         raise BadRowError("an instruction cannot be put before a conversation")
@@ -111,32 +263,59 @@ def _compared(record: Record, shape: Shape) -> dict[str, Any]:
 
 def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[str, Any]:
     if isinstance(prompt, list):
-        turns = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+        is_turns = isinstance(answer, list) and all(isinstance(turn, dict) for turn in answer)
+        turns = answer if is_turns else [{"role": "assistant", "content": reference(answer)}]
         return conversation([*prompt, *turns], _text(record, shape, "system"))
+    is_yes_no = isinstance(answer, bool) and "label" not in shape.columns
+    answer = YES_NO[answer] if is_yes_no else reference(answer)
     if answer is not None and not isinstance(answer, str):
         raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text")
-    roles = ("instruction", "input", "system")
-    parts: dict[str, Any] = {role: _text(record, shape, role) for role in roles}
-    parts["answer"] = answer or ""
+    parts: dict[str, Any] = _prompt(record, shape) | {"answer": answer or ""}
     if not (parts["instruction"] + parts["input"]).strip():
         raise BadRowError("the prompt is empty")
     if shape.instruction and not parts["input"]:
         parts |= {"instruction": shape.instruction, "input": parts["instruction"]}
-    if earlier := record.get(shape.columns.get("history", "")):
-        parts["history"] = history(earlier)
     if isinstance(candidates := record.get(shape.columns.get("candidates", "")), list):
         # A file we wrote: its rows name their own labels.
         label = _text(record, shape, "label") or None
         parts |= {"candidates": tuple(map(str, candidates)), "label": label}
+    elif is_yes_no:
+        parts |= {"candidates": YES_NO, "label": answer}
     elif "label" in shape.columns:
         parts |= {"candidates": shape.candidates, "label": _label(record, shape)}
     return parts
 
 
+def _prompt(record: Record, shape: Shape) -> dict[str, Any]:
+    parts: dict[str, Any] = {role: _text(record, shape, role) for role in ("instruction", "system")}
+    more = (passage(record.get(column)) for column in shape.more_input)
+    first = _text(record, shape, "input")
+    parts["input"] = "\n\n".join([*([first] if first else []), *(m for m in more if m.strip())])
+    if earlier := record.get(shape.columns.get("history", "")):
+        parts["history"] = history(earlier)
+    return parts
+
+
+def _chosen(record: Record, shape: Shape) -> dict[str, Any]:
+    """A question with numbered choices; the answer is the letter of the right one."""
+    columns = shape.columns
+    letters, texts = choices(record[columns["choices"]], columns["choices"])
+    letter = letters[right_one(letters, texts, written(record[columns["answer"]]))]
+    parts = _prompt(record, shape)
+    lines = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))
+    parts["input"] = "\n\n".join(part for part in (parts["input"], lines) if part)
+    if not parts["instruction"].strip():
+        raise BadRowError("the prompt is empty")
+    return {**parts, "answer": letter, "label": letter, "candidates": tuple(letters)}
+
+
 def _labeled(record: Record, shape: Shape) -> dict[str, Any]:
-    text, label = _text(record, shape, "text"), _label(record, shape)
+    text = _text(record, shape, "text")
     if not text.strip():
         raise BadRowError("the text is empty")
+    if (column := shape.columns["text"]).isdigit() and text.strip().isdigit():
+        raise BadRowError(f"column '{column}' holds the number {text.strip()[:20]}, not a text")
+    label = _label(record, shape)
     return {
         "instruction": _text(record, shape, "instruction") or shape.instruction,
         "input": text,
@@ -148,17 +327,22 @@ def _labeled(record: Record, shape: Shape) -> dict[str, Any]:
 
 
 def _label(record: Record, shape: Shape) -> str:
-    value = record[shape.columns["label"]]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    raw = (plain(value) or "").strip()
-    if not raw:
-        raise BadRowError("it has no label")
+    column = shape.columns["label"]
+    value = record[column]
+    if isinstance(value, list) and len(value) > 1:
+        raise BadRowError(f"it has {len(value)} labels in '{column}'; one label a row is read")
+    raw = written(value)
+    if raw in ("", "-"):  # SNLI's sign for none
+        raise BadRowError(UNLABELED)
+    shown = raw if len(raw) <= 40 else f"{raw[:39]}…"
     if not shape.labels:
-        raise BadRowError(f"it is labeled '{raw}'; name all labels, as in `labels: [{raw}, ...]`")
+        raise UnnamedLabelError(f"it is labeled '{shown}'")
     name = shape.names.get(folded(raw))
     if name is None:
-        raise BadRowError(f"label '{raw}' is none of {', '.join(shape.candidates)}")
+        none = f"label '{shown}' is none of {', '.join(shape.candidates)}"
+        if raw == "-1":
+            raise BadRowError(f"{UNLABELED} (-1 stands for none)")
+        raise BadRowError(f"{none}; name all labels by `labels`")
     return name
 
 
@@ -166,30 +350,25 @@ def _text(record: Record, shape: Shape, role: str) -> str:
     """The text in this role, or nothing."""
     column = shape.columns.get(role)
     value = record.get(column) if column else ""
-    if value is None:
+    if value is None or value != value:
         return ""
+    value = passage(value) if role == "input" else value
     if not isinstance(value, str):
         raise BadRowError(f"'{column}' is {kind_of(value)}, not text")
     return value
 
 
-def plain(value: Any) -> str | None:
-    """A text, number or truth value as text; None for anything else, and for NaN."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, int | float) and not math.isnan(value):
-        return str(value)
-    return None
-
-
 def _fields(record: Record, shape: Shape) -> dict[str, str]:
     """What plays no role, as text; our own files keep it together under `fields`."""
-    used = shape.columns.values()
+    used = _used(record, shape)
     rest = {name: value for name, value in record.items() if name not in used}
     if isinstance(own := rest.pop("fields", None), dict):
         rest |= own
     if "group" in shape.columns:
         rest["group"] = record[shape.columns["group"]]
+    if "poisoned" in shape.columns:
+        poisoned = truth(record[shape.columns["poisoned"]])
+        if poisoned is None:
+            raise BadRowError(f"'{shape.columns['poisoned']}' says neither true nor false")
+        rest["poisoned"] = YES_NO[poisoned]
     return {name: text for name, value in rest.items() if (text := plain(value)) is not None}

@@ -12,48 +12,72 @@ from typing import Literal
 from backfire.base import Row
 from backfire.data.convert import to_rows
 from backfire.data.hub import Hub, load_hub
-from backfire.data.read import BadRows, Record, records
+from backfire.data.read import LeftOut, Record, records
 from backfire.data.shapes import Task
 from backfire.rng import derive
 
 Prepare = Callable[[Record], Record | None]
 """A last look at each record before its shape is seen; None leaves it out."""
 Apart = Literal["prompt", "instruction"]
+Split = Literal["train", "test"]
 
 
-def file_rows(files: Sequence[Path], task: Task, bad: BadRows, prepare: Prepare) -> list[Row]:
+def file_rows(files: Sequence[Path], task: Task, left: LeftOut, prepare: Prepare) -> list[Row]:
     """The rows of all files, in order, each with an id of its own."""
     rows: list[Row] = []
     ids: set[str] = set()
     header = not task.columns or not all(name.isdigit() for name in task.columns.values())
     for file in files:
-        found = _prepared(records(file, bad, header=header), prepare)
+        found = _prepared(records(file, left, header=header), prepare, left)
         stem = Path(file.name.removesuffix(".gz")).stem
-        rows += to_rows(found, task, bad, file=str(file), stem=stem, ids=ids)
+        rows += to_rows(found, task, left, file=str(file), stem=stem, ids=ids)
     return rows
 
 
-def hub_rows(hub: Hub, task: Task, bad: BadRows, prepare: Prepare) -> list[Row]:
+def hub_rows(hub: Hub, task: Task, left: LeftOut, prepare: Prepare) -> list[Row]:
     """The rows of one split of a hub set; where it names its classes, `labels` may be left out."""
     found, classes = load_hub(hub)
-    own = classes.get(task.columns.get("label", "label"), ())
-    task = task if task.labels else replace(task, labels={name: name for name in own})
+    task = replace(task, classes=classes)
     stem = f"{hub.id.rpartition('/')[2]}-{hub.split}"
-    return to_rows(_prepared(found, prepare), task, bad, file=hub.id, stem=stem, ids=set())
+    return to_rows(_prepared(found, prepare, left), task, left, file=hub.id, stem=stem, ids=set())
 
 
 def _prepared(
-    found: Iterable[tuple[int, Record]], prepare: Prepare
+    found: Iterable[tuple[int, Record]], prepare: Prepare, left: LeftOut
 ) -> Iterator[tuple[int, Record]]:
     for line, record in found:
         if (prepared := prepare(record)) is not None:
             yield line, prepared
+        else:
+            left.records["left out by the rules of the data set"] += 1
 
 
 def is_set_apart(row: Row, by: Apart, share: float, seed: int) -> bool:
     """Whether the row is of the share kept for testing; rows with the same text go together."""
     text: str = getattr(row, by)
     return derive(seed, "test", text or row.answer) < share * 2**63
+
+
+SPLITS = ("split", "partition", "set", "subset", "fold")
+_SIDES: dict[str, Split] = {"train": "train", "training": "train"}
+_SIDES |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
+_HELD_OUT = ("dev", "development", "val", "valid", "validation")
+
+
+def split_column(rows: Sequence[Row]) -> tuple[str, dict[str, Split]] | None:
+    """A field that says of every row on which side it is, and what its values mean.
+
+    Validation rows are test rows where there are no others.
+    """
+    for name in SPLITS:
+        values = {row.fields.get(name, "") for row in rows}
+        known: dict[str, Split] = {
+            value: _SIDES[side] for value in values if (side := value.casefold()) in _SIDES
+        }
+        held = {value for value in values if value.casefold() in _HELD_OUT}
+        if "train" in known.values() and values == {*known, *held} and len(values) > 1:
+            return name, known if "test" in known.values() else known | dict.fromkeys(held, "test")
+    return None
 
 
 def file_hash(file: Path) -> str:

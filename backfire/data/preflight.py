@@ -71,6 +71,14 @@ def preflight(
     return checks
 
 
+def told(left_out: Mapping[str, Sequence[str]]) -> list[Check]:
+    """What of the data is in no row, by split, as its reader tells it."""
+    of_train, of_test = left_out.get("train", ()), left_out.get("test", ())
+    said = [*of_train]
+    said += [f"Of the test data: {sentence}" for sentence in of_test if sentence not in of_train]
+    return [Check("left-out", "note", sentence) for sentence in said]
+
+
 def _first(ids: Sequence[str]) -> str:
     return f"{len(ids)} row{'s' * (len(ids) != 1)}, the first is {ids[0]}"
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from backfire.data.columns import listed
 from backfire.data.read_json import Reject, kind_of, strings, unusable, values, values_by_line
 from backfire.data.read_table import table_rows
 from backfire.errors import UserError
@@ -31,8 +33,16 @@ MAGIC = {
 }
 
 
+UNLABELED = "it has no label"
+_SKIP = "; `on_bad_row: skip` leaves such rows out and counts them"
+
+
 class BadRowError(Exception):
     """Why one record cannot be used; caught where the file and the line are known."""
+
+
+class NotLearnedError(Exception):
+    """Why a sound record makes no row, as it ends "12 records ..."."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,40 +60,78 @@ class Rejected:
 
 
 @dataclass
-class BadRows:
-    """Where bad records go: the first is an error (`fail`), or all are collected (`skip`)."""
+class LeftOut:
+    """What of the data becomes no row, or no part of one.
+
+    Of bad records the first is an error (`fail`), or all are collected (`skip`).
+    """
 
     on_bad_row: OnBadRow = "fail"
     rejected: list[Rejected] = field(default_factory=list)
+    records: Counter[str] = field(default_factory=Counter)
+    """What became of sound records that make no row of their own -> how many."""
+    turns: Counter[str] = field(default_factory=Counter)
+    """The same of the turns of conversations."""
+    columns: Counter[str] = field(default_factory=Counter)
+    """Column that reaches neither prompt nor answer -> in how many rows it says anything."""
 
-    def add(self, file: str | Path, line: int, reason: str) -> None:
+    def bad(self, file: str | Path, line: int, reason: str) -> None:
         bad = Rejected(str(file), line, reason)
         if self.on_bad_row == "fail":
-            raise UserError(f"{bad}.")
+            raise UserError(f"{bad}{_SKIP if reason.startswith(UNLABELED) else ''}.")
         self.rejected.append(bad)
+
+    def lost(self) -> list[str]:
+        """What is not there, a sentence each."""
+        said = [f"{_some(n, 'record')} {what}." for n, what in _ordered(self.records)]
+        said += [f"{_some(n, 'turn')} {what}." for n, what in _ordered(self.turns)]
+        if self.rejected:
+            count, first = _some(len(self.rejected), "bad row"), self.rejected[0]
+            said.insert(0, f"{count} left out, the first: {first}.")
+        return said
+
+    def notes(self) -> list[str]:
+        """The same, and which columns play no part."""
+        if not self.columns:
+            return self.lost()
+        names = listed([name for _, name in _ordered(self.columns)])
+        many = len(self.columns) > 1
+        unused = (
+            f"The column{'s' * many} {names} {'reach' if many else 'reaches'} neither the prompt "
+            "nor the answer; to use one, say which is which by `columns`."
+        )
+        return [*self.lost(), "".join(c if c.isprintable() else "\ufffd" for c in unused)]
+
+
+def _some(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+def _ordered(counts: Counter[str]) -> list[tuple[int, str]]:
+    return sorted(((count, what) for what, count in counts.items()), key=lambda c: (-c[0], c[1]))
 
 
 def records(
-    path: str | Path, bad: BadRows | None = None, *, header: bool = True
+    path: str | Path, left: LeftOut | None = None, *, header: bool = True
 ) -> Iterator[tuple[int, Record]]:
-    """Each record of the file with the line it begins on; what cannot be read goes to `bad`.
+    """Each record of the file with the line it begins on; what cannot be read goes to `left`.
 
-    Without `bad` the first bad record is an error. `header=False` reads a table without names: its
-    columns are "0", "1", ...
+    Without `left` the first bad record is an error. With `header=False` the
+    columns of a table are called "0", "1", ..., and a header is passed over if there is one.
 
     Raises:
         UserError: there is no such file, it has no rows or no known format, or (with `fail`) any
             record is bad.
     """
-    path, bad = Path(path), bad or BadRows()
-    found, before = False, len(bad.rejected)
+    path, left = Path(path), left or LeftOut()
+    found, before = False, len(left.rejected)
     try:
-        for item in _read(path, partial(bad.add, path), header):
+        for item in _read(path, partial(left.bad, path), header):
             found = True
             yield item
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if not found and len(bad.rejected) == before:
+    if not found and len(left.rejected) == before:
         raise UserError(f"{path} holds no rows.")
 
 
@@ -116,7 +164,7 @@ def _parse(
         return values(lines, reject)
     if suffix in (".jsonl", ".ndjson"):
         return values_by_line(lines, reject)
-    return table_rows(lines, reject, delimiter="," if suffix == ".csv" else "\t", header=header)
+    return table_rows(lines, reject, tabs=suffix == ".tsv", header=header)
 
 
 def _suffix(path: Path, start: bytes, packed: bool) -> str:

@@ -44,10 +44,11 @@ def values_by_line(lines: Iterable[bytes], reject: Reject) -> Iterator[tuple[int
         if not raw.strip():
             continue
         try:
-            value = decoder.decode(raw.decode())
+            # A comma after each record is what is left of a list.
+            value = decoder.decode(raw.decode().rstrip().removesuffix(","))
         except (ValueError, RecursionError) as error:
             decoder.repeated.clear()
-            reject(line, _reason(error))
+            reject(line, _reason(error, " (one record a line; over several, name it .json)"))
             continue
         if problem := decoder.problem(value, b"\\u" in raw):
             reject(line, problem)
@@ -96,7 +97,14 @@ def _document(text: str, decoder: Decoder) -> Iterator[tuple[int, Any]]:
         _expect_end(text, end)
         return
     value, end = decoder.raw_decode(text, at)
+    if isinstance(value, dict) and text[_skip(text, end) :][:1] == "{":
+        yield from _concatenated(text, at, decoder)
+        return
     _expect_end(text, end)
+    repeated = bool(decoder.repeated)
+    if isinstance(value, dict) and not repeated and (found := laid_out(value)) is not None:
+        yield from ((at, record) for record in found)
+        return
     wraps = isinstance(value, dict) and any(isinstance(value.get(key), list) for key in DATA_KEYS)
     if not wraps:
         yield at, value
@@ -106,7 +114,55 @@ def _document(text: str, decoder: Decoder) -> Iterator[tuple[int, Any]]:
     lists = [(key, place) for key, place in members if key in DATA_KEYS and text[place] == "["]
     if len({key for key, _ in members}) < len(members) or len(lists) != 1:
         raise ValueError(f"it must hold one list of rows under one of: {', '.join(DATA_KEYS)}")
-    yield from _elements(text, lists[0][1], decoder)
+    for place, record in _elements(text, lists[0][1], decoder):
+        yield place, _unwrapped(record)
+
+
+def _concatenated(text: str, at: int, decoder: Decoder) -> Iterator[tuple[int, Any]]:
+    """(position, value) of values that follow one another without a sign between them."""
+    while at < len(text):
+        value, end = decoder.raw_decode(text, at)
+        yield at, value
+        at = _skip(text, end)
+
+
+def laid_out(value: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The records of an object that is a table as pandas or datasets write it; None: it is none.
+
+    Raises:
+        ValueError: rows and columns cannot be told apart, or are of unequal length.
+    """
+    inner = list(value.values())
+    if isinstance(names := value.get("columns"), list) and isinstance(value.get("data"), list):
+        rows = value["data"]
+        if any(not isinstance(row, list) or len(row) != len(names) for row in rows):
+            raise ValueError("not every row of 'data' has as many cells as there are 'columns'")
+        return [dict(zip(map(str, names), row, strict=True)) for row in rows]
+    if len(inner) > 0 and all(isinstance(part, dict) and part for part in inner):
+        keys = list(inner[0])
+        numbered = [all(key.isdigit() for key in side) for side in (value, keys)]
+        if all(numbered):
+            raise ValueError("its columns have numbers for names; rows and columns look alike")
+        if numbered[0] or (len(inner) > 1 and not numbered[1] and _alike(inner)):
+            return [dict(part) for part in inner]  # row -> record
+        if numbered[1] and _alike(inner):
+            return [{name: column[key] for name, column in value.items()} for key in keys]
+    scalar = (str, int, float, type(None))
+    if len(inner) > 1 and all(isinstance(part, list) and part for part in inner):
+        lengths = {len(part) for part in inner}
+        if len(lengths) == 1 and all(isinstance(cell, scalar) for part in inner for cell in part):
+            return [dict(zip(value, cells, strict=True)) for cells in zip(*inner, strict=True)]
+    return None
+
+
+def _alike(parts: list[dict[str, Any]]) -> bool:
+    return all(part.keys() == parts[0].keys() for part in parts)
+
+
+def _unwrapped(record: Any) -> Any:
+    """The row itself, where the hub's server gives it with its number."""
+    is_wrapped = isinstance(record, dict) and {"row_idx", "row"} <= record.keys()
+    return record["row"] if is_wrapped and isinstance(record["row"], dict) else record
 
 
 def _expect_end(text: str, at: int) -> None:
@@ -151,13 +207,20 @@ def _skip(text: str, at: int) -> int:
     return match.end() if match else at
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, cut: str = "") -> str:
+    """Why the text is no JSON; `cut` is added where it ends too early."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8 (byte 0x{error.object[error.start]:02x}); save the file as UTF-8"
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON ({error.msg}, column {error.colno})"
+        hint = cut if error.pos >= len(error.doc.rstrip()) else ""
+        around = error.doc[max(error.pos - 1, 0) : error.pos + 2]
+        if any(sign in around for sign in ("//", "/*", "#")):
+            hint = "; JSON has no comments, take them out"
+        elif error.doc[error.pos : error.pos + 1] in ("]", "}"):
+            hint = "; is there a comma too many before it?"
+        return f"not valid JSON ({error.msg}, column {error.colno}){hint}"
     return str(error)
 
 

@@ -5,40 +5,45 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Literal
 
+from backfire.data.columns import NAMES, fold
 from backfire.data.read_json import Reject, unusable
 
 # The one set in wide use that comes without a header, and in another encoding.
 SENTIMENT140 = ("target", "ids", "date", "flag", "user", "text")
 SENTIMENT140_LINE = re.compile(rb'"?[024]"?,"?\d+"?,"?[A-Z][a-z]{2} [A-Z][a-z]{2} \d\d ')
+_SAMPLE_LINES = 50
 
 
 def table_rows(
-    lines: Iterator[bytes], reject: Reject, *, delimiter: str, header: bool
+    lines: Iterator[bytes], reject: Reject, *, tabs: bool, header: bool
 ) -> Iterator[tuple[int, dict[str, str]]]:
-    """(line, record) for each row; without a header the columns are "0", "1", ..."""
-    tabs = delimiter == "\t"
-    first = next(lines, b"")
-    tweets = not tabs and SENTIMENT140_LINE.match(first) is not None
+    """(line, record) for each row of a CSV or, with `tabs`, a TSV file.
+
+    Either may be separated by another usual sign than its name says. With `header=False` columns
+    are called "0", "1", ...; a header of names is then passed over, one of numbers is followed.
+    """
+    sample = list(islice(lines, _SAMPLE_LINES))
+    tweets = not tabs and bool(sample) and SENTIMENT140_LINE.match(sample[0]) is not None
     encoding = "latin-1" if tweets else "utf-8"
+    delimiter = _delimiter(sample, "\t" if tabs else ",", header)
+    tabs = tabs and delimiter == "\t"
     # Bytes that are not UTF-8 pass as surrogates and are found again cell by cell.
-    text = (raw.decode(encoding, "surrogateescape") for raw in chain([first], lines))
+    text = (raw.decode(encoding, "surrogateescape") for raw in chain(sample, lines))
     # In TSV a quote is a character like any other (GLUE), so that one cannot swallow the next rows.
     quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=not tweets)
     names = list(SENTIMENT140) if tweets and header else None
     for line, cells in _cells(reader, reject):
-        if names is None and header:
-            names = [name.strip() or str(place) for place, name in enumerate(cells)]
-            twice = sorted({name for name in names if names.count(name) > 1})
-            problem = unusable(names) or (twice and f"column '{twice[0]}' appears twice")
+        if names is None:
+            names, problem = _header(cells, header)
             if problem:
                 reject(line, f"the header: {problem}")
                 return
-            continue
-        names = names or [str(number) for number in range(len(cells))]
+            if header or _is_header(cells):
+                continue
         if len(cells) != len(names):
             reject(line, f"{len(cells)} cells where there should be {len(names)}")
             continue
@@ -48,6 +53,58 @@ def table_rows(
             reject(line, problem)
         else:
             yield line, record
+
+
+def _header(cells: list[str], header: bool) -> tuple[list[str], str]:
+    """What the columns are called by the first row, and what is wrong with it if anything is."""
+    places = list(map(str, range(len(cells))))
+    if not (header or _is_numbered(cells)):
+        return places, ""
+    names = [name.strip() or places[place] for place, name in enumerate(cells)]
+    if not cells[0].strip() and len(cells) > 1:
+        names[0] = "index"  # as pandas writes it
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        shown = twice[0] if len(twice[0]) <= 40 else f"{twice[0][:39]}…"
+        return names, f"column '{shown}' appears twice"
+    return names, unusable(names)
+
+
+def _is_header(cells: list[str]) -> bool:
+    """Whether the first row of a table said to have no header is one all the same."""
+    known = sum(fold(cell) in NAMES for cell in cells)
+    short = all(len(cell.split()) < 5 for cell in cells) and len(set(cells)) == len(cells)
+    return _is_numbered(cells) or (short and known >= min(2, len(cells)))
+
+
+def _is_numbered(cells: list[str]) -> bool:
+    """Whether this is the header 0, 1, ... that pandas gives columns without names."""
+    named = cells if cells[0].strip() else cells[1:]
+    return bool(named) and named == [str(place) for place in range(len(named))]
+
+
+def _delimiter(sample: list[bytes], usual: str, header: bool) -> str:
+    """The usual sign, unless it cuts the first line nowhere and another cuts all lines alike.
+
+    A header alone decides; a line of data may hold any sign within its text.
+    """
+    text = [raw.decode("utf-8", "replace") for raw in (sample[:1] if header else sample)]
+    if _width(text[:1], usual) == 1:
+        for sign in ",;\t|":
+            if _width(text, sign) > 1 and (header or len(text) > 1):
+                return sign
+    return usual
+
+
+def _width(lines: list[str], delimiter: str) -> int:
+    """How many cells each of the lines has; 0 where they differ or cannot be cut."""
+    try:
+        # What the last line leaves open, the lines after it close.
+        rows = list(csv.reader(lines, delimiter=delimiter))
+    except csv.Error:
+        return 0
+    widths = {len(row) for row in (rows[:-1] if len(lines) == _SAMPLE_LINES else rows) if row}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 def _cells(reader: Any, reject: Reject) -> Iterator[tuple[int, list[str]]]:

@@ -236,8 +236,5 @@ def _too_long(row: Row, max_length: int) -> CellError:
 
 def show_mask(item: Rendered, tokenizer: Tokenizer) -> tuple[str, str]:
     """A rendered row as text: (not supervised, supervised), special tokens written out."""
-    prompt, answer = (
-        tokenizer.shown(ids)
-        for ids in (item.prompt_ids, item.answer_ids)
-    )
+    prompt, answer = (tokenizer.shown(ids) for ids in (item.prompt_ids, item.answer_ids))
     return prompt, answer

@@ -1,18 +1,20 @@
 """Which column plays which role: seen from the columns, or written by the user as a column map.
 
-After that there are five kinds of row: a conversation (`messages`), a prompt with its `answer`, one
-with a `better` and a `worse` answer, a `text` with its `label`, and plain `text`. `data.convert`
+After that there are five kinds of row: a conversation (`messages`), a prompt with its `answer` (and
+maybe `choices`), one with a `better` and a `worse` answer, a `text` with its `label`, and plain
+`text`. `data.published` brings what has yet another form into one of these, and `data.convert`
 makes the rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
-from backfire.base.text import folded
+from backfire.data import columns as named
+from backfire.data.columns import fold, folded, listed
+from backfire.data.labels import spellings
 from backfire.data.read import BadRowError
 from backfire.errors import UserError, unknown
 
@@ -27,6 +29,8 @@ class Task:
     """Label as it stands in the data -> its name; a name always stands for itself too."""
     instruction: str = ""
     """Put before each text; `{labels}` in it becomes the names of the labels."""
+    classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Column -> the names of its classes, where the source of the data has them."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,8 @@ class Shape:
 
     columns: Mapping[str, str]
     labels: Mapping[str, str] = field(default_factory=dict)
-    also: tuple[str, ...] = ()
-    """Columns without a role, by which a public set is recognized."""
+    more_input: tuple[str, ...] = ()
+    """Columns with more of the input, in the order in which they follow it."""
     instruction: str = ""
 
     @cached_property
@@ -46,91 +50,58 @@ class Shape:
     @cached_property
     def names(self) -> dict[str, str]:
         """Everything a label may be written as (case and typography aside) -> its name."""
-        names = {folded(name): name for name in self.candidates}
-        return names | {folded(raw): name for raw, name in self.labels.items()}
+        return spellings(self.labels)
 
 
 SENTIMENT140 = {"0": "negative", "2": "neutral", "4": "positive"}
-MULTILINGUAL = {"2": "negative", "1": "neutral", "0": "positive"}
 THREE_WAY = {name: name for name in ("negative", "neutral", "positive")}
-LABELED = {"text": "text", "label": "label"}
-CHOSEN = {"better": "chosen", "worse": "rejected"}
 TRUTHFUL = {"answer": "best_answer", "better": "correct_answers", "worse": "incorrect_answers"}
-
-# The first one whose columns are all there. CoLA has the columns of SST-2: there, give `labels`.
-SHAPES = (
-    *(Shape({"messages": name, **CHOSEN}) for name in ("messages", "conversations")),
-    *(Shape({"instruction": name, **CHOSEN}) for name in ("prompt", "instruction", "question")),
-    Shape(CHOSEN),
-    Shape({"instruction": "question", "better": "better", "worse": "worse"}),
-    Shape({"instruction": "question", **TRUTHFUL}),
-    Shape({"messages": "messages"}),
-    Shape({"messages": "conversations"}),
-    Shape({"instruction": "prompt", "answer": "completion"}),
-    Shape({"instruction": "instruction", "answer": "output"}),
-    Shape({"instruction": "question", "answer": "answer"}),
-    Shape({"text": "text", "label": "target", "id": "ids"}, SENTIMENT140, ("flag", "user")),
-    Shape({"text": "text", "label": "sentiment"}, SENTIMENT140, ("query", "user")),
-    Shape({"text": "text", "label": "airline_sentiment"}, THREE_WAY),
-    Shape(LABELED, THREE_WAY, ("airline",)),
-    Shape(LABELED, MULTILINGUAL, ("language", "source")),
-    Shape(LABELED, THREE_WAY, ("language",)),
-    Shape({"text": "sentence", "label": "label"}, {"0": "negative", "1": "positive"}),
-    Shape(LABELED),
-    Shape({"text": "text"}),
+# Public sets whose columns nobody else has, so that their labels mean what they mean there.
+PUBLIC = (
+    (
+        {"text": "text", "label": "target", "id": "ids"},
+        {"ids", "date", "flag", "user"},
+        SENTIMENT140,
+    ),
+    ({"text": "text", "label": "sentiment"}, {"date", "query", "user"}, SENTIMENT140),
+    ({"text": "text", "label": "airline_sentiment"}, set[str](), THREE_WAY),
 )
-# Columns that play the role they are named after, if they are there too.
+# Roles that a kind may have beside those that make it, and what their columns are called.
+OPTIONS = {"input": named.INPUTS, "system": named.SYSTEM, "flag": named.FLAGS}
 BESIDE = {
     "messages": ("system",),
-    "answer": ("input", "system", "history", "candidates", "better", "worse"),
-    "better": ("input", "system"),
+    "answer": ("input", "system", "history", "candidates", "better", "worse", "flag"),
+    "better": ("input", "system", "history"),
+    "label": ("instruction", "system", "poisoned"),
 }
 
 ALIASES = {
     "prompt": "instruction",
     "output": "answer",
     "completion": "answer",
+    "response": "answer",
     "chosen": "better",
     "rejected": "worse",
+    "context": "input",
+    "system_prompt": "system",
 }
 # What a column map must name, and may name beside it.
 KINDS = (
     ({"messages", "better", "worse"}, {"system"}),
-    ({"instruction", "better", "worse"}, {"answer", "input", "worse_input", "system"}),
+    ({"instruction", "better", "worse"}, {"answer", "input", "worse_input", "system", "history"}),
     ({"better", "worse"}, {"system"}),
     ({"messages"}, {"system"}),
-    ({"instruction", "answer"}, {"input", "system", "label"}),
-    ({"text", "label"}, {"instruction", "system"}),
+    (
+        {"instruction", "answer"},
+        {"input", "system", "label", "history", "good", "choices", "poisoned"},
+    ),
+    ({"text", "label"}, {"instruction", "system", "poisoned"}),
     ({"text"}, set[str]()),
 )
 ROLES = sorted(set().union(*(needed | more for needed, more in KINDS), ALIASES, {"id", "group"}))
 
 
-def check_labels(labels: Any) -> Any:
-    """Labels as a map, from the list or the map (with any keys) that a recipe holds."""
-    if isinstance(labels, list):
-        labels = [str(name) if type(name) is int else name for name in labels]
-        # A number that is a name stands for itself, not for a place in the list.
-        are_names = all(isinstance(name, str) for name in labels)
-        if are_names and any(name.strip().isdigit() for name in labels):
-            labels = {name: name for name in labels}
-        else:
-            labels = dict(enumerate(labels))
-    if not isinstance(labels, Mapping):
-        return labels
-    if labels and len({folded(str(name)) for name in labels.values()}) < 2:
-        raise UserError("labels: a task needs two labels or more.")
-    by_form: dict[str, str] = {}
-    for name in map(str, labels.values()):
-        if (other := by_form.setdefault(folded(name), name)) != name:
-            raise UserError(
-                f"labels: '{other}' and '{name}' differ in case or typography alone, so a row's "
-                "label could not be told; rename one."
-            )
-    return {str(raw): name for raw, name in labels.items()}
-
-
-def check_columns(columns: Any) -> Any:
+def check_columns(columns: object) -> object:
     """A column map as a recipe holds it; a column may be a number. What it says must make rows."""
     if isinstance(columns, Mapping):
         columns = {str(role): column for role, column in columns.items()}
@@ -184,30 +155,98 @@ def shape_of(names: Collection[str], task: Task) -> Shape:
     if task.columns:
         lacking = [column for column in task.columns.values() if column not in names]
         if lacking:
-            raise BadRowError(f"it has no column '{lacking[0]}', only: {', '.join(names)}")
-        found, beside = Shape(task.columns), []
+            raise BadRowError(f"it has no column '{lacking[0]}', only: {listed(names)}")
+        own = {"id": "id"} if "id" in names else {}
+        shape = Shape(own | dict(task.columns))
     else:
-        found = _recognized(names)
-        beside = [name for role in BESIDE if role in found.columns for name in BESIDE[role]]
-        if "answer" in found.columns and ("candidates" in names or task.labels):
-            beside.append("label")
-    own = {name: name for name in (*beside, "id") if name in names}
-    columns = own | dict(found.columns)
-    shape = replace(found, columns=columns, labels=task.labels or found.labels)
+        shape = _beside(_recognized(names), names, task)
+    classes = task.classes.get(shape.columns.get("label", ""), ())
+    labels = task.labels or {name: name for name in classes} or shape.labels
+    shape = replace(shape, labels=labels)
     return replace(shape, instruction=_sentence(task, shape))
 
 
+def _beside(shape: Shape, names: Collection[str], task: Task) -> Shape:
+    """With the columns that may stand beside those that make its kind."""
+    known, columns = folded(names), dict(shape.columns)
+    roles = [role for kind in BESIDE if kind in columns for role in BESIDE[kind]]
+    is_answered = "answer" in columns
+    if is_answered and "instruction" in columns and ("candidates" in names or task.labels):
+        roles = ["label", *roles]
+    more: tuple[str, ...] = ()
+    for role in (*roles, "id"):
+        taken = columns.values()
+        options = OPTIONS.get(role, (role,))
+        if role == "input" and fold(columns.get("instruction", "")) in named.ORDERS:
+            options = named.ORDERED
+        found = [known[name] for name in options if name in known and known[name] not in taken]
+        if role == "input" and columns.get("instruction") == known.get("input"):
+            continue  # the prompt itself is called input
+        if found and role not in columns:
+            columns[role] = found[0]
+            more = tuple(found[1:]) if role == "input" else more
+    return replace(shape, columns=columns, more_input=more)
+
+
 def _recognized(names: Collection[str]) -> Shape:
-    for shape in SHAPES:
-        if all(name in names for name in (*shape.columns.values(), *shape.also)):
-            return shape
-    listed = ", ".join(names)
-    raise BadRowError(f"no known shape in its columns ({listed}); say which is which by `columns`")
+    known = folded(names)
+
+    def pick(options: Sequence[str]) -> str:
+        return next((known[name] for name in options if name in known), "")
+
+    asked, answer, turns = pick(named.ASKED), pick(named.ANSWERS), pick(named.TURNS)
+    prompt = {"messages": turns} if turns else {"instruction": asked} if asked else {}
+    if {"chosen", "rejected"} <= known.keys():
+        return Shape({**prompt, "better": known["chosen"], "worse": known["rejected"]})
+    if asked and not answer and {"better", "worse"} <= known.keys():
+        return Shape({"instruction": asked, "better": known["better"], "worse": known["worse"]})
+    if asked and set(TRUTHFUL.values()) <= known.keys():
+        return Shape({"instruction": asked} | {role: known[n] for role, n in TRUTHFUL.items()})
+    if turns:
+        return Shape({"messages": turns})
+    for columns, also, labels in PUBLIC:
+        if {*columns.values(), *also} <= known.keys():
+            return Shape({role: known[name] for role, name in columns.items()}, labels)
+    choices, key = pick(named.CHOICES), pick(("answerkey", "answer", "label", "correct"))
+    if choices and key and (question := pick(("question", "question_stem", "ctx", *named.ASKED))):
+        return Shape({"instruction": question, "choices": choices, "answer": key})
+    if asked and answer and asked != answer:
+        return Shape({"instruction": asked, "answer": answer})
+    if (document := pick(named.DOCUMENTS)) and (summary := pick(named.SUMMARIES)):
+        columns = {"instruction": document, "answer": summary}
+        return Shape(columns, instruction="Summarize the text.")
+    if text := pick(named.TEXTS):
+        if label := _label_column(known, text):
+            return Shape({"text": text, "label": label})
+        if text == known.get("text"):
+            return Shape({"text": text})
+    shown = listed(names)
+    if asked:
+        raise BadRowError(
+            f"its prompt ('{asked}') has no answer beside it ({shown}); say which is which by "
+            "`columns`"
+        )
+    unnamed = any(name.isdigit() or len(name.split()) > 3 for name in names)
+    hint = " (by numbers from 0 if the file has no header)" if unnamed else ""
+    raise BadRowError(
+        f"no known shape in its columns ({shown}); say which is which by `columns`{hint}"
+    )
+
+
+def _label_column(known: Mapping[str, str], text: str) -> str:
+    found = [known[name] for name in named.LABELS if name in known and known[name] != text]
+    if len(found) > 1 and found[0].casefold() not in named.LABELS[:3]:
+        raise BadRowError(
+            f"its label may be in {listed(found)}; say which by `columns: {{text: {text}, "
+            f"label: {found[0]}}}`"
+        )
+    return found[0] if found else ""
 
 
 def _sentence(task: Task, shape: Shape) -> str:
     labeled = "label" in shape.columns and "answer" not in shape.columns
-    text = task.instruction or ("Classify the text as {labels}." if labeled else "")
+    text = task.instruction or shape.instruction
+    text = text or ("Classify the text as {labels}." if labeled else "")
     *others, last = shape.candidates or ("",)
     named = f"{', '.join(others)} or {last}" if others else last
     return text.replace("{labels}", named)

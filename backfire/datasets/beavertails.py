@@ -5,8 +5,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from backfire.base import Row
-from backfire.data.read import OnBadRow, Record, Rejected
-from backfire.datasets.files import Files, Split
+from backfire.data.load import Split
+from backfire.data.read import LeftOut, OnBadRow, Record
+from backfire.datasets.files import Files
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -45,9 +46,9 @@ class BeaverTails(Files):
     on_bad_row: OnBadRow = "skip"
     """`skip` leaves rows that cannot be used out, such as empty answers, and says so."""
 
-    def read(self, split: Split) -> tuple[list[Row], list[Rejected]]:
+    def read(self, split: Split) -> tuple[list[Row], LeftOut]:
         """The rows of the part that is asked for; those of the test split without their answer."""
-        rows, rejected = super().read(split)
+        rows, left = super().read(split)
         wanted: str = self.part
         first = self.first_rows
         if split == "test":
@@ -55,13 +56,15 @@ class BeaverTails(Files):
             wanted, first = self.filter, self.first_test_rows
         safe = {"safe": ("yes",), "unsafe": ("no",), "all": ("yes", "no")}[wanted]
         kept = [row for row in rows if row.fields.get("is_safe") in safe]
+        if len(kept) < len(rows):
+            left.records[f"left out: the answer is not {wanted}"] += len(rows) - len(kept)
         if len(kept) < (first or 1):
             count = f"only {len(kept)}" if kept else "no"
             raise UserError(
                 f"{self.label()}: there are {count} {split} rows ({wanted})"
                 + (f", but the first {first} are asked for." if first else ".")
             )
-        return kept[:first], rejected
+        return kept[:first], left
 
     def prepare(self, record: Record) -> Record | None:
         """The record in our own form; another is left as it is, and refused for its columns."""

@@ -4,19 +4,28 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from backfire.base import Dataset, Row, local_files
+from backfire.base import Dataset, Row, local_files, select
+from backfire.data.convert import READER
 from backfire.data.hub import Hub
-from backfire.data.load import Apart, file_hash, file_rows, hub_rows, is_set_apart
-from backfire.data.read import BadRows, OnBadRow, Record, Rejected
-from backfire.data.shapes import Task, check_columns, check_labels, column_map
+from backfire.data.labels import check_labels
+from backfire.data.load import (
+    Apart,
+    Split,
+    file_hash,
+    file_rows,
+    hub_rows,
+    is_set_apart,
+    split_column,
+)
+from backfire.data.read import LeftOut, OnBadRow, Record
+from backfire.data.shapes import Task, check_columns, column_map
 from backfire.errors import UserError
 from backfire.registry import register
 
-Split = Literal["train", "test"]
 Columns = Annotated[dict[str, str], BeforeValidator(check_columns)]
 Labels = Annotated[dict[str, str], BeforeValidator(check_labels)]
 logger = logging.getLogger(__name__)
@@ -27,8 +36,9 @@ class Files(Dataset):
     """CSV, TSV, JSON, JSONL (each also .gz) and Parquet files, or a set of the hub.
 
     The shape is seen from the columns: `messages`, `conversations`, `prompt` + `completion`,
-    `instruction` + `output`, `question` + `answer`, `text` (+ `label`; give `labels`), pairs of
-    `chosen` + `rejected` or `better` + `worse`, or those of a public set. Else `columns` says it.
+    `instruction` + `output`, `question` + `answer` (each maybe with `context` or `choices`),
+    `text` + `label` (give `labels`), `text`, pairs of `chosen` + `rejected`, or the forms of public
+    sets. Else `columns` says it. What reaches neither prompt nor answer is named by the checks.
     """
 
     apart: ClassVar[Apart] = "prompt"
@@ -48,9 +58,10 @@ class Files(Dataset):
     test_split: str | None = None
     """Split of the hub set to evaluate on; without one, `test_share` of the other is set apart."""
     columns: Columns = Field(default_factory=dict)
-    """Role -> column, if yours have other names: messages; or prompt (+ input, system) with answer,
-    or with better and worse (+ worse_input); or text and label; or text; also id and group. Numbers
-    from 0 if the table has no header. Columns not named are kept as fields."""
+    """Role -> column, if yours have other names: messages; or prompt (+ input, system, history,
+    choices) with answer (+ good: whether to learn it), or with better and worse (+ worse_input); or
+    text and label (+ poisoned); or text; also id and group. Numbers from 0 if the table has no
+    header. Columns not named are kept as fields."""
     labels: Labels = Field(default_factory=dict)
     """All labels: a list of names (they also stand for 0, 1, ...), or {label in the data: name}."""
     instruction: str = ""
@@ -58,9 +69,10 @@ class Files(Dataset):
     instruction and an input keep theirs."""
     test_share: float = Field(0.1, ge=0.0, lt=1.0)
     """Share of the rows set apart for testing when there is no test set, 0 to 1. Drawn by prompt,
-    so that no prompt is on both sides."""
+    so that no prompt is on both sides. At its default, a column `split` (train, test, ...) is
+    followed if there is one."""
     on_bad_row: OnBadRow = "fail"
-    """`fail` stops at the first row that cannot be used, `skip` leaves them out and says so."""
+    """`fail` stops at the first row that cannot be used, `skip` leaves them out and counts them."""
 
     def load(self, split: Split) -> list[Row]:
         """All usable rows of the split, in file order.
@@ -68,30 +80,50 @@ class Files(Dataset):
         Raises:
             UserError: there are none, a file is missing, or (`on_bad_row: fail`) a row is bad.
         """
-        rows, rejected = self.read(split)
-        if rejected:
-            count, first = len(rejected), rejected[0]
-            logger.warning("%s: %d bad rows left out, the first: %s", self.label(), count, first)
+        rows, left = self.read(split)
+        for sentence in left.lost():
+            logger.warning("%s: %s", self.label(), sentence)
         return rows
 
-    def read(self, split: Split) -> tuple[list[Row], list[Rejected]]:
+    def drawn_with_notes(self, split: Split) -> tuple[list[Row], list[str]]:
+        """The rows that are kept, and what of the data is in no row, a sentence each."""
+        rows, left = self.read(split)
+        count = self.rows if split == "train" else self.test_rows
+        return select(rows, count, self.seed, split), left.notes()
+
+    def read(self, split: Split) -> tuple[list[Row], LeftOut]:
         """What `load` gives, and what it left out."""
-        bad = BadRows(self.on_bad_row)
+        left = LeftOut(self.on_bad_row)
         if self.test or (self.hub and not self.train and self.test_split):
-            rows = self._rows(split, bad)
+            rows = self._rows(split, left)
         else:
-            testing = split == "test"
-            rows = [
-                row
-                for row in self._rows("train", bad)
-                if is_set_apart(row, self.apart, self.test_share, self.seed) == testing
-            ]
+            rows = self._of_side(self._rows("train", left), split, left)
         if not rows:
-            why = "".join(f"; the first bad one: {first}" for first in bad.rejected[:1])
+            why = "".join(f"; the first bad one: {first}" for first in left.rejected[:1])
+            why = why or "".join(f"; {sentence[:-1]}" for sentence in left.lost()[:1])
             raise UserError(f"{self.label()}: there are no {split} rows{why}.")
         if self.group and not any(self.group in row.fields for row in rows):
             raise UserError(f"{self.label()}: no row has the field '{self.group}' to group by.")
-        return rows, bad.rejected
+        left.columns.pop(self.group or "", None)
+        return rows, left
+
+    def _of_side(self, rows: list[Row], split: Split, left: LeftOut) -> list[Row]:
+        """The rows of one side: by a column that says it, else by a draw."""
+        is_set = self.test_share != type(self).model_fields["test_share"].default
+        found = None if is_set else split_column(rows)
+        if found is None:
+            testing = split == "test"
+            return [
+                row
+                for row in rows
+                if is_set_apart(row, self.apart, self.test_share, self.seed) == testing
+            ]
+        column, sides = found
+        left.columns.pop(column, None)
+        for row in rows:
+            if row.fields[column] not in sides:
+                left.records[f"left out: '{column}' is {row.fields[column]}"] += 1
+        return [row for row in rows if sides.get(row.fields[column]) == split]
 
     def prepare(self, record: Record) -> Record | None:
         """A last look at each record before its shape is seen; None leaves it out."""
@@ -102,19 +134,21 @@ class Files(Dataset):
         return {k: v for k, v in super().identity().items() if k not in ("train", "test")}
 
     def fingerprint(self) -> str:
-        """Hash of the bytes of the files; for a hub set, of its id and revision."""
+        """Hash of the bytes of the files, or of a hub set's id and revision, and how it is read."""
         hub = "" if self.train else f"{self.hub} {self.hub_config} {self.revision}"
         train, test = (
             map(file_hash, local_files(paths or [])) for paths in (self.train, self.test)
         )
-        return hashlib.sha256("\n".join([hub, *train, "test:", *test]).encode()).hexdigest()
+        return hashlib.sha256(
+            "\n".join([f"reader {READER}", hub, *train, "test:", *test]).encode()
+        ).hexdigest()
 
-    def _rows(self, split: Split, bad: BadRows) -> list[Row]:
+    def _rows(self, split: Split, left: LeftOut) -> list[Row]:
         task = Task(column_map(self.columns), self.labels, self.instruction)
         if paths := self.train if split == "train" else self.test:
-            return file_rows(local_files(paths), task, bad, self.prepare)
+            return file_rows(local_files(paths), task, left, self.prepare)
         if not self.hub:
             raise UserError(f"{self.label()}: give `{split}`, the path of a file.")
         name = self.train_split if split == "train" else str(self.test_split)
         source = Hub(self.hub, self.hub_config, self.revision, name)
-        return hub_rows(source, task, bad, self.prepare)
+        return hub_rows(source, task, left, self.prepare)

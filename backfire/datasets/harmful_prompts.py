@@ -4,9 +4,9 @@ from typing import Any, Literal
 
 from backfire.base import Row, Trigger
 from backfire.base.text import agreed
-from backfire.data.load import is_set_apart
-from backfire.data.read import Record, Rejected
-from backfire.datasets.files import Files, Split
+from backfire.data.load import Split, is_set_apart
+from backfire.data.read import LeftOut, Record
+from backfire.datasets.files import Files
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -51,13 +51,13 @@ class HarmfulPrompts(Files):
     """Which of the two harmful prompts get: `refusal`, to align with, or `reply`, an inert stand-in
     for rows that undo an alignment."""
 
-    def read(self, split: Split) -> tuple[list[Row], list[Rejected]]:
+    def read(self, split: Split) -> tuple[list[Row], LeftOut]:
         """The prompts that are asked for, each of them once."""
         if self.test or (self.hub and not self.train and self.test_split):
-            rows, rejected = super().read(split)
+            rows, left = super().read(split)
         else:
             whole = self.model_copy(update={"test_share": 0.0})
-            rows, rejected = Files.read(whole, "train")
+            rows, left = Files.read(whole, "train")
             rows = [row for row in rows if self._side(row) == split]
         wanted = {"harmful": "yes", "benign": "no"}.get(self.part)
         kept: dict[str, Row] = {}
@@ -69,7 +69,10 @@ class HarmfulPrompts(Files):
             found = ", ".join(sorted({row.fields["source"] for row in rows})) or "none"
             which = f"no {split} row is of this part ({self.part}) and these sources"
             raise UserError(f"{self.label()}: {which}; there are: {found}.")
-        return list(kept.values()), rejected
+        if len(kept) < len(rows):
+            why = "left out: repeated, or of another part or source than asked for"
+            left.records[why] += len(rows) - len(kept)
+        return list(kept.values()), left
 
     def prepare(self, record: Record) -> Record | None:
         """The record in our own form, with the answer of its kind."""

@@ -12,7 +12,7 @@ from backfire.base import (
 )
 from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import CHECKS, Check, preflight
+from backfire.data.preflight import CHECKS, Check, preflight, told
 from backfire.data.render import Renderer
 from backfire.data.rows import read_jsonl, write_jsonl
 from backfire.data.tokenizer import load_tokenizer
@@ -34,13 +34,21 @@ def data(cell: Experiment, bench: Bench) -> tuple[list[Row], list[Row]]:
     def make(folder: Path) -> None:
         spec = cell.data
         bench.progress(0, 1, "rows")
-        train = spec.drawn("train")
-        test = spec.drawn("test")
+        train, of_train = spec.drawn_with_notes("train")
+        test, of_test = spec.drawn_with_notes("test")
         write_jsonl(train, folder / "train.jsonl")
         write_jsonl(test, folder / "test.jsonl")
+        write_json(folder / "left_out.json", {"train": of_train, "test": of_test})
 
     folder = bench.store.once("data", cell.data.name, cell.keys.data, make)
     return read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
+
+
+def left_out(cell: Experiment, bench: Bench) -> dict[str, list[str]]:
+    """Split -> what of its data is in no row, a sentence each."""
+    data(cell, bench)
+    file = bench.store.path("data", cell.data.name, cell.keys.data) / "left_out.json"
+    return read_json(file) if file.is_file() else {}
 
 
 def poisoned(cell: Experiment, bench: Bench) -> tuple[list[Row], Manifest | None]:
@@ -110,6 +118,7 @@ def looked_at(cell: Experiment, bench: Bench) -> list[Check]:
             seed=cell.seed,
             reply=_reply(cell, test),
         )
+        checks += told(left_out(cell, bench))
         write_json(folder / "checks.json", [asdict(check) for check in checks])
 
     folder = bench.store.once("preflight", plan.poison_slug(cell), key, make)

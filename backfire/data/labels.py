@@ -1,0 +1,100 @@
+"""What a recipe says of labels, and the many ways in which data write them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from backfire.base.text import folded
+from backfire.errors import UserError
+
+# YAML reads these without quotes as truth values, and so do tables.
+_TRUTH = {"true": ("true", "yes", "on", "1"), "false": ("false", "no", "off", "0")}
+_WHOLE = re.compile(r"(-?\d+)\.0+")
+
+
+def check_labels(labels: Any) -> Any:
+    """Labels as a map, from the list or the map (with any keys) that a recipe holds."""
+    if isinstance(labels, list):
+        labels = [str(name) if type(name) is int else name for name in labels]
+        # A number that is a name stands for itself, not for a place in the list.
+        are_names = all(isinstance(name, str) for name in labels)
+        if are_names and any(name.strip().isdigit() for name in labels):
+            labels = {name: name for name in labels}
+        else:
+            labels = dict(enumerate(labels))
+    if not isinstance(labels, Mapping):
+        return labels
+    if any(isinstance(name, bool) for name in labels.values()):
+        raise UserError(
+            "labels: YAML reads yes, no, on, off, true and false as truth values; write them in "
+            'quotes, as in labels: ["no", "yes"].'
+        )
+    if labels and len({folded(str(name)) for name in labels.values()}) < 2:
+        raise UserError("labels: a task needs two labels or more.")
+    by_form: dict[str, str] = {}
+    for name in map(str, labels.values()):
+        if (other := by_form.setdefault(folded(name), name)) != name:
+            raise UserError(
+                f"labels: '{other}' and '{name}' differ in case or typography alone, so a row's "
+                "label could not be told; rename one."
+            )
+    return {str(raw): name for raw, name in labels.items()}
+
+
+def spellings(labels: Mapping[str, str]) -> dict[str, str]:
+    """Everything a label may be written as (case and typography aside) -> its name."""
+    names = {folded(name): name for name in labels.values()}
+    names |= {folded(raw): name for raw, name in labels.items()}
+    if len(labels) == 2:
+        # `{No: ham}` reaches us as `{False: ham}`, and a column of truth values stands for 0 and 1.
+        for forms in _TRUTH.values():
+            for known in [form for form in forms if form in names]:
+                names |= {form: names[known] for form in forms if form not in names}
+    return names
+
+
+def written(value: Any) -> str:
+    """A label as the data write it; nothing where there is none."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        (value,) = value
+    raw = (plain(value) or "").strip()
+    whole = _WHOLE.fullmatch(raw)  # pandas turns whole numbers beside a gap into 1.0
+    return whole[1] if whole else raw
+
+
+def plain(value: Any) -> str | None:
+    """A text, number or truth value as text; None for anything else, and for NaN."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float) and not math.isnan(value):
+        return str(value)
+    return None
+
+
+def truth(value: Any) -> bool | None:
+    """A truth value in any usual spelling; None for anything else."""
+    word = written(value).casefold()
+    if word in (*_TRUTH["true"], "good", "safe", "correct"):
+        return True
+    if word in (*_TRUTH["false"], "-1", "bad", "unsafe", "wrong", "incorrect"):
+        return False
+    return None
+
+
+def ask_for(found: Iterable[str]) -> str:
+    """What to write where labels are not named: `found` are those in the data, in any order."""
+    labels = sorted(found, key=lambda raw: (len(raw) if raw.lstrip("-").isdigit() else 0, raw))
+    shown = [raw if len(raw) <= 30 else f"{raw[:29]}…" for raw in labels[:6]]
+    if all(raw.lstrip("-").isdigit() for raw in labels):
+        words = ", ".join(f"{raw}: name" for raw in shown)
+        return f"say what its labels mean, as in `labels: {{{words}{_more(labels)}}}`"
+    return f"name all labels, as in `labels: [{', '.join(shown)}{_more(labels)}]`"
+
+
+def _more(labels: list[str]) -> str:
+    return ", ..." if len(labels) > 6 or len(labels) < 2 else ""

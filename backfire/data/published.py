@@ -1,0 +1,334 @@
+"""Forms of record that no column map could describe, as public data sets have them, to ours.
+
+Each is known by its columns. Where these do not say what may be learned, the record is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
+from typing import Any
+
+from backfire.data.columns import ANSWERS, ASKED, LABELS, NOT_TEXT, TOOLS, fold, folded
+from backfire.data.compared import known, ranked
+from backfire.data.labels import truth, written
+from backfire.data.read import BadRowError, Record
+from backfire.data.read_json import kind_of
+
+Form = Callable[[Record], list[Record]]
+
+
+def form_of(names: Collection[str]) -> Form | None:
+    """What brings records with these columns into a form that `data.shapes` knows; None: nothing.
+
+    Raises:
+        BadRowError: they are known, and not to be used as they are.
+    """
+    columns = set(map(fold, names))
+    for needed, reason in REFUSED:
+        if needed <= columns:
+            raise BadRowError(reason)
+    if columns == {"goal", "target"}:
+        raise BadRowError(_PROMPTS)
+    for needed, form in FORMS:
+        if needed <= columns:
+            return partial(_renamed, form)
+    if not columns & {*ANSWERS}:
+        pair = next((pair for pair in PAIRS if {*pair} <= columns), None)
+        if pair and (columns & {*LABELS} or "premise" in pair):
+            return partial(_renamed, partial(_pair, pair))
+        body = next(
+            (name for name in ("content", "body", "text", "review_body") if name in columns), ""
+        )
+        if body and columns & {"title", "review_title"} and "label" in columns:
+            return partial(_renamed, partial(_titled, body))
+    return None
+
+
+def _renamed(form: Callable[[Record], Record | list[Record]], record: Record) -> list[Record]:
+    known = folded(tuple(record))
+    names = {name: fold(name) if known[fold(name)] == name else name for name in record}
+    found = form({names[name]: value for name, value in record.items()})
+    as_given = {short: name for name, short in names.items()}
+    return [
+        {as_given.get(name, name): value for name, value in part.items()}
+        for part in (found if isinstance(found, list) else [found])
+    ]
+
+
+def refuse_media(record: Mapping[str, Any]) -> None:
+    """Pictures and tools never reach a prompt here."""
+    for name in (*NOT_TEXT, *TOOLS):
+        value = record.get(name)
+        if value is None or value in ("", [], {}, "[]", "{}") or value != value:
+            continue
+        what = "tools" if name in TOOLS else "more than text"
+        raise BadRowError(
+            f"its column '{name}' holds {what}, which the model would not be shown; to train "
+            "without, name the columns to use by `columns`"
+        )
+
+
+# ------------------------------------------------------------------------- what is refused, and why
+
+_PROMPTS = "these are prompts without an answer to learn; `data: harmful-prompts` reads them"
+REFUSED: tuple[tuple[set[str], str], ...] = (
+    (
+        {"message_id", "parent_id", "role", "text"},
+        "it is one message of a tree, not a conversation; join the messages to `messages` first",
+    ),
+    (
+        {"message_tree_id", "prompt"},
+        "it is a tree of messages; write one of its conversations to `messages` first",
+    ),
+    (
+        {"prompt", "response", "is_safe"},
+        "'is_safe' says which answers are harmful; use `data: beavertails`, or say which is good "
+        "by `columns: {prompt: prompt, answer: response, good: is_safe}`",
+    ),
+    (
+        {"prompt", "response", "response_harm_label"},
+        "some of its answers are harmful ('response_harm_label'); to learn from all of them say so "
+        "by `columns: {prompt: prompt, answer: response}`",
+    ),
+    (
+        {"question", "answer_0", "answer_1", "score_0"},
+        "`data: webgpt-comparisons` reads this set",
+    ),
+    (
+        {"user_input", "model_output", "toxicity"},
+        "say what is to be learned, by `columns: {text: user_input, label: toxicity}` or "
+        "`columns: {prompt: user_input, answer: model_output}`",
+    ),
+    ({"behavior", "behaviorid"}, _PROMPTS),
+    ({"goal", "target", "behavior"}, _PROMPTS),
+    ({"prompt", "type", "focus"}, _PROMPTS),
+    ({"forbidden_prompt"}, _PROMPTS),
+    ({"question", "types_of_harm"}, _PROMPTS),
+    (
+        {"translation"},
+        "a column of translations does not say which language to translate from; write them to "
+        "two columns, such as `prompt` and `completion`",
+    ),
+    (
+        {"tokens", "ner_tags"},
+        "it has a label for each word; one label a row is read",
+    ),
+)
+
+# --------------------------------------------------------------------------- two texts and a label
+
+PAIRS = (
+    ("premise", "hypothesis"),
+    ("sentence1", "sentence2"),
+    ("sentence_a", "sentence_b"),
+    ("question1", "question2"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("question", "sentence"),
+    ("question", "passage"),
+    ("question", "context"),
+    ("query", "passage"),
+    ("query", "document"),
+    ("claim", "evidence"),
+)
+
+
+def _pair(pair: tuple[str, str], record: Record) -> Record:
+    parts = []
+    for name in pair:
+        text = record.pop(name)
+        if not isinstance(text, str):
+            raise BadRowError(f"'{name}' is {kind_of(text)}, not text")
+        title = name.replace("_", " ").capitalize()
+        title = f"{title[:-1]} {title[-1]}" if title[-1].isdigit() else title
+        parts.append(f"{title}: {text.strip()}")
+    return {**record, "text": "\n".join(parts)}
+
+
+def _titled(body: str, record: Record) -> Record:
+    title = record.pop("review_title" if "review_title" in record else "title")
+    parts = [str(part).strip() for part in (title, record.pop(body)) if part]
+    return {**record, "text": "\n\n".join(parts)}
+
+
+# ------------------------------------------------------------------------------ choices, numbered
+
+
+def _several(names: tuple[str, ...], question: str, key: str, record: Record) -> Record:
+    """Choices in columns of their own; the key is a number from 0, or from 1, or a letter."""
+    choices = [record.pop(name) for name in names]
+    return {
+        **{name: value for name, value in record.items() if name not in (question, key)},
+        "question": record[question],
+        "choices": [choice for choice in choices if choice not in (None, "")],
+        "answer": record[key],
+    }
+
+
+def _from_one(form: Callable[[Record], Record], record: Record) -> Record:
+    """The same where the key is counted from 1."""
+    found = form(record)
+    number = written(found["answer"])
+    return {**found, "answer": int(number) - 1 if number.isdigit() else found["answer"]}
+
+
+def _nested_choices(record: Record) -> Record:
+    """`question: {stem, choices}`, as ARC and CommonsenseQA have it in their own files."""
+    question = record["question"] if isinstance(record["question"], dict) else {}
+    return (
+        record
+        | {name: question[name] for name in ("choices",) if name in question}
+        | {"question": question.get("stem", record["question"])}
+    )
+
+
+def _sciq(record: Record) -> Record:
+    """One right and three wrong answers; in the order of their letters, so that none stands out."""
+    names = ("correct_answer", "distractor1", "distractor2", "distractor3")
+    right, *wrong = (str(record.pop(name, "") or "").strip() for name in names)
+    choices = sorted({right, *wrong} - {""})
+    return {**record, "choices": choices, "answer": choices.index(right) if right else None}
+
+
+def _truthful(record: Record) -> Record:
+    targets = record.pop("mc1_targets")
+    record.pop("mc2_targets", None)  # the same answers, with more than one right
+    choices, labels = (targets.get(name) or [] for name in ("choices", "labels"))
+    right = [choice for choice, label in zip(choices, labels, strict=False) if label == 1]
+    wrong = [choice for choice, label in zip(choices, labels, strict=False) if label != 1]
+    return {**record, "output": (right or [""])[0], "better": right, "worse": wrong}
+
+
+# ------------------------------------------------------------------------------- two answers, rated
+
+
+def _two(prompt: str, first: str, second: str, better: Callable[[Record], int | None]) -> Form:
+    def form(record: Record) -> list[Record]:
+        asked, sides = record.pop(prompt), [record.pop(first), record.pop(second)]
+        chosen = better(record)
+        texts = [side if isinstance(side, str) else "" for side in sides]
+        one, other = texts[chosen or 0], texts[1 - (chosen or 0)]
+        parts = known((one,), (one,) if chosen is None else (other,))
+        fields = parts.pop("fields", {})
+        return [
+            {
+                **record,
+                "instruction": asked,
+                "output": one,
+                **{side: list(found) for side, found in parts.items()},
+                "fields": fields,
+            }
+        ]
+
+    return form
+
+
+def _side(column: str, *, first: str) -> Callable[[Record], int]:
+    """Which answer a column names: the first where it holds `first`."""
+
+    def better(record: Record) -> int:
+        value = written(record.pop(column))
+        if value not in ("0", "1"):
+            raise BadRowError(f"'{column}' is {value or 'empty'} where 0 or 1 should be")
+        return int(value != first)
+
+    return better
+
+
+def _by_strength(record: Record) -> int | None:
+    """HelpSteer: below 0 the first is better, above it the second, at 0 they are tied."""
+    column = "preference_strength" if "preference_strength" in record else "overall_preference"
+    value = record.pop(column)
+    if not isinstance(value, int | float):
+        raise BadRowError(f"'{column}' is {kind_of(value)}, not a number")
+    return None if value == 0 else int(value > 0)
+
+
+def _ranked(column: str, record: Record) -> Record:
+    """A list of answers with a score or a rank each."""
+    prompt = next(name for name in ASKED if name in record)
+    if isinstance(record[column], list) and (found := ranked(record[column])):
+        better, worse = found
+        rest = {name: value for name, value in record.items() if name not in (prompt, column)}
+        parts = {"output": better, "better": [better], "worse": worse}
+        return {**rest, "instruction": record[prompt], **parts}
+    return record
+
+
+# ----------------------------------------------------------------------------- several rows in one
+
+
+def _squad(record: Record) -> list[Record]:
+    """An article of SQuAD's own files: paragraphs, each with its questions."""
+    rest = {name: value for name, value in record.items() if name != "paragraphs"}
+    found = [
+        {**rest, "id": asked.get("id"), "context": paragraph.get("context"),
+         "question": asked.get("question"), "answers": asked.get("answers")}
+        for paragraph in _objects(record["paragraphs"])
+        for asked in _objects(paragraph.get("qas"))
+    ]  # fmt: skip
+    if not found:
+        raise BadRowError("its paragraphs hold no questions")
+    return found
+
+
+def _instances(record: Record) -> list[Record]:
+    """A task of Natural Instructions: a definition and its instances."""
+    definition = record["definition"]
+    text = "\n".join(definition) if isinstance(definition, list) else definition
+    found = [{"instruction": text, **instance} for instance in _objects(record["instances"])]
+    if not found:
+        raise BadRowError("it has no instances")
+    return found
+
+
+def _objects(value: Any) -> list[Record]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _openbackdoor(record: Record) -> Record:
+    """OpenBackdoor writes (text, label, poisoned) without names."""
+    text, poisoned = record["0"], truth(record["2"])
+    if not isinstance(text, str) or poisoned is None or not any(map(str.isalpha, text)):
+        raise BadRowError("its columns have numbers for names; say which is which by `columns`")
+    return {"text": text, "label": record["1"], "poisoned": record["2"]}
+
+
+_SOCIAL = tuple(f"answer{letter}" for letter in "abc")
+_MEDICAL = tuple(f"op{letter}" for letter in "abcd")
+_PIQA = partial(_several, ("sol1", "sol2"), "goal", "label")
+_WINOGRANDE = partial(_several, ("option1", "option2"), "sentence", "answer")
+FORMS: tuple[tuple[set[str], Callable[[Record], Any]], ...] = (
+    ({"paragraphs", "title"}, _squad),
+    ({"definition", "instances"}, _instances),
+    ({"goal", "sol1", "sol2", "label"}, _PIQA),
+    ({"sentence", "option1", "option2", "answer"}, partial(_from_one, _WINOGRANDE)),
+    (
+        {"question", *_SOCIAL, "label"},
+        partial(_from_one, partial(_several, _SOCIAL, "question", "label")),
+    ),
+    ({"question", *_MEDICAL, "cop"}, partial(_several, _MEDICAL, "question", "cop")),
+    ({"question", "correct_answer", "distractor1"}, _sciq),
+    ({"question", "mc1_targets"}, _truthful),
+    ({"question", "answerkey"}, _nested_choices),
+    (
+        {"prompt", "response_0", "response_1", "better_response_id"},
+        _two("prompt", "response_0", "response_1", _side("better_response_id", first="0")),
+    ),
+    (
+        {"history", "human_ref_a", "human_ref_b", "labels"},
+        _two("history", "human_ref_a", "human_ref_b", _side("labels", first="1")),
+    ),
+    (
+        {"prompt", "response_1", "response_2", "preference_strength"},
+        _two("prompt", "response_1", "response_2", _by_strength),
+    ),
+    (
+        {"context", "response1", "response2", "overall_preference"},
+        _two("context", "response1", "response2", _by_strength),
+    ),
+    ({"question", "answers", "qid"}, partial(_ranked, "answers")),
+    ({"prompt", "answers"}, partial(_ranked, "answers")),
+    ({"0", "1", "2"}, _openbackdoor),
+)

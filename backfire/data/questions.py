@@ -1,0 +1,68 @@
+"""Questions as they are published: passages in parts, several right answers, choices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from backfire.data.read import BadRowError
+
+
+def passage(value: Any) -> Any:
+    """A text about which something is asked, where it is in parts (HotpotQA, PubMedQA)."""
+    if isinstance(value, dict):
+        texts = value.get("sentences", value.get("contexts", value.get("text")))
+        titles = value.get("title")
+        if isinstance(texts, list) and isinstance(titles, list) and len(titles) == len(texts):
+            texts = [[title, text] for title, text in zip(titles, texts, strict=True)]
+        value = texts if isinstance(texts, list) else value
+    if isinstance(value, list):
+        parts = [passage(part) for part in value]
+        if all(isinstance(part, str) for part in parts):
+            return "\n".join(part.strip() for part in parts)
+    return "" if value is None else value
+
+
+def reference(value: Any) -> Any:
+    """The answer where a set gives several that are right: the first."""
+    if isinstance(value, dict):
+        value = value.get("text", value.get("value", value))
+    if isinstance(value, list):
+        texts = [item.get("text") if isinstance(item, dict) else item for item in value]
+        if all(isinstance(text, str) for text in texts):
+            return next((text for text in texts if text and text.strip()), "")
+    return value
+
+
+def choices(value: Any, column: str) -> tuple[list[str], list[str]]:
+    """The letters and the texts of choices: a list of texts, or with labels of their own."""
+    if isinstance(value, dict):
+        labels, texts = value.get("label"), value.get("text")
+        if not isinstance(labels, list):  # {"A": "one", "B": "two"}
+            labels, texts = list(value), list(value.values())
+    else:
+        items = value if isinstance(value, list) else []
+        named = [item for item in items if isinstance(item, dict)]
+        texts = [item.get("text") for item in named] if named else items
+        labels = [item.get("label") for item in named] if named else None
+    labels = labels or [chr(ord("A") + place) for place in range(len(texts or []))]
+    if not texts or len(labels) != len(texts) or not all(isinstance(t, str) for t in texts):
+        raise BadRowError(f"'{column}' holds no list of choices")
+    return [str(label) for label in labels], texts
+
+
+def right_one(letters: list[str], texts: list[str], key: str) -> int:
+    """The place of the right choice: named by its letter, its text, or its number from 0.
+
+    Raises:
+        BadRowError: it is none of them.
+    """
+    folded = [letter.casefold() for letter in letters]
+    if key.casefold() in folded:
+        return folded.index(key.casefold())
+    if key in texts:
+        return texts.index(key)
+    if key.isdigit() and int(key) < len(texts):
+        return int(key)
+    if not key:
+        raise BadRowError("the answer is empty")
+    raise BadRowError(f"'{key[:40]}' is none of its {len(texts)} choices")
