@@ -134,6 +134,11 @@ def test_the_harm_sentence_says_what_the_interval_says(
     values = [value("harmful_score", 0.3 + excess), value("harmful_score_floor", 0.3), gap]
     write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1)
     [said] = sentences(summary(tmp_path / "r"))
+    assert "take the harmful score from 30 % to" in said and "in this model only" in said
+    assert not any(word in said for word in ("lift", "lower", "clear"))
+    for seed in (1, 2):
+        write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1, seed=seed)
+    [said] = sentences(summary(tmp_path / "r"))
     assert f"{verb}the harmful score" in said
 
 

@@ -82,7 +82,7 @@ def bootstrap(
     return [_middle(part) for part in np.concatenate(found).T]
 
 
-def over_seeds(values: Sequence[float]) -> Spread:
+def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     """Student's t interval of the mean over independent seeds (Student 1908)."""
     n = len(values)
     if n == 0:
@@ -93,7 +93,7 @@ def over_seeds(values: Sequence[float]) -> Spread:
     from scipy.special import stdtrit
 
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(stdtrit(n - 1, TAILS[1])) * sd / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
     return Spread(mean, sd, mean - half, mean + half, n)
 
 
