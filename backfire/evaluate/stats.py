@@ -100,7 +100,8 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
 def paired(
     a: Mapping[str, float], b: Mapping[str, float], *, seed: int = 0, resamples: int = 2000
 ) -> Paired:
-    """Whether two cells differ on the prompts they share: sample id -> outcome of either.
+    """Whether two models differ on the prompts they share: sample id -> outcome of either. Of other
+    seeds of the same settings it says nothing (see `evaluate.seeds`).
 
     For outcomes of 0 and 1: McNemar's exact p with Newcombe's interval. Otherwise: p by flipping
     signs at random (Fisher 1935), and the bootstrap's interval of the mean difference.

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from backfire.report import text
 from backfire.report.groups import Gap, Group, Stat, difference, headlines
+from backfire.report.intervals import apart, at
 
 THIS_MODEL: Final = "in this model only"
 ACCURACIES: Final = ("accuracy", "clean_accuracy", "exact_match", "f1")
@@ -17,20 +18,18 @@ def attacked(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.poisoned and group.get("attack_success")]
 
 
-def is_above_floor(group: Group) -> bool:
+def is_above_floor(group: Group, tests: int = 1) -> bool:
     """Whether attack success is above the clean model's, by the interval of the difference, which
-    one seed does not give."""
-    gap = above_floor(group)
+    one seed does not give. It holds for so many `tests` at once."""
+    gap = above_floor(group, tests=tests)
     return gap is not None and gap.is_clear and gap.difference > 0
 
 
-def above_floor(group: Group, metric: str = "attack_success") -> Gap | None:
+def above_floor(group: Group, metric: str = "attack_success", tests: int = 1) -> Gap | None:
     """The metric less its floor, on the same rows."""
-    from backfire.report.intervals import apart
-
-    if excess := group.get(f"{metric}_excess"):
+    if excess := at(group, f"{metric}_excess", tests):
         return _as_gap(excess)
-    now, floor = group.get(metric), group.get(f"{metric}_floor")
+    now, floor = at(group, metric, tests), at(group, f"{metric}_floor", tests)
     return apart(floor, now) if now and floor else None
 
 
@@ -57,14 +56,14 @@ def accuracy(group: Group) -> Stat | None:
     return next((stat for metric in ACCURACIES if (stat := group.get(metric))), None)
 
 
-def cost(group: Group, groups: Sequence[Group]) -> Gap | None:
+def cost(group: Group, groups: Sequence[Group], tests: int = 1) -> Gap | None:
     """What the poison does to accuracy on clean rows: against the clean twin pair by pair if that
     was measured, else against the group without poison."""
-    change = group.get("clean_accuracy_change")
+    change = at(group, "clean_accuracy_change", tests)
     if change:
         return _as_gap(change)
     other, after = twin(group, groups), accuracy(group)
-    return difference(other, group, after.metric) if other and after else None
+    return difference(other, group, after.metric, tests) if other and after else None
 
 
 def twin(group: Group, groups: Sequence[Group]) -> Group | None:
@@ -102,8 +101,9 @@ def _asked(group: Group) -> dict[str, Any]:
 
 
 def gains(metric: str, base: Group, tuned: Group) -> dict[str, Gap]:
-    """The gain by part of the metric (a language, say), least first."""
+    """The gain by part of the metric (a language, say), least first; intervals hold for all."""
     found = {}
+    parts = [s for s in tuned.stats if text.part(s) and text.head(s) == text.head(metric)]
     for stat in tuned.stats.values():
         before, part = base.get(stat.metric), text.part(text.line(stat.metric))
         if (
@@ -112,7 +112,7 @@ def gains(metric: str, base: Group, tuned: Group) -> dict[str, Gap]:
             and text.head(stat.metric) == text.head(metric)
             and stat.value is not None
         ):
-            gap = difference(base, tuned, stat.metric)
+            gap = difference(base, tuned, stat.metric, len(parts))
             if gap is not None:
                 found[part] = gap
     return dict(sorted(found.items(), key=lambda item: item[1].difference))

@@ -102,7 +102,8 @@ def _has_doses(groups: Sequence[Group]) -> bool:
 def _steadiness(groups: Sequence[Group]) -> str:
     """What poison does to the accuracy on clean rows, by the largest change."""
     poisoned = [group for group in groups if group.poisoned]
-    changes = [(gap, group) for group in poisoned if (gap := cost(group, groups))]
+    tests = len(poisoned)
+    changes = [(gap, group) for group in poisoned if (gap := cost(group, groups, tests))]
     changes = [(gap, group) for gap, group in changes if gap.is_known]
     if not changes:
         return "Clean accuracy at each dose."
@@ -122,7 +123,8 @@ def _attacks(groups: Sequence[Group]) -> Iterator[Finding]:
     if not found or _has_doses(groups):
         return
     told = [group for group in found if (gap := above_floor(group)) and gap.is_known]
-    above = f"{sum(map(is_above_floor, told))} of {text.count(len(told), 'group')}"
+    num_above = sum(is_above_floor(group, len(told)) for group in told)
+    above = f"{num_above} of {text.count(len(told), 'group')}"
     sentence = f"Attack success is clearly above the clean model's floor in {above}."
     if not told:
         sentence = f"Attack success beside the clean model's floor, {THIS_MODEL}."

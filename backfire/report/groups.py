@@ -45,6 +45,12 @@ class Stat:
         found = text.interval(self.metric, self.low, self.high)
         return found + ALONE if found and self.scope == "model" else found
 
+    @property
+    def said(self) -> str:
+        """`98 % [97, 99]`: for a sentence, with a mark if it is of one trained model only."""
+        found = text.phrase(self.metric, self.value, self.low, self.high)
+        return found + ALONE if self.scope == "model" and self.low is not None else found
+
 
 @dataclass(frozen=True)
 class Gap:
@@ -113,8 +119,7 @@ class Group:
         """`98 % [97, 99]`: the metric for a sentence, with a mark if it is of one trained model."""
         stat = self.stats[metric] if metric in self.stats else self.get(metric)
         assert stat is not None
-        said = text.phrase(metric, stat.value, stat.low, stat.high)
-        return said + ALONE if stat.scope == "model" and stat.low is not None else said
+        return stat.said
 
     def beside(self, knob: str) -> dict[str, Any]:
         """The axes that say nothing of this knob."""
@@ -308,10 +313,10 @@ def limits(metric: str, cap: float = math.inf) -> tuple[float, float]:
     return (0.0, cap) if text.head(metric).startswith("exposure") else (-math.inf, math.inf)
 
 
-def difference(a: Group, b: Group, metric: str) -> Gap | None:
-    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric."""
-    from backfire.report.intervals import (
-        gap,
-    )  # reads numpy, which listing records does not wait for
+def difference(a: Group, b: Group, metric: str, tests: int = 1) -> Gap | None:
+    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric. The
+    interval holds for so many `tests` at once."""
+    # It needs numpy, which who only reads records does not wait for.
+    from backfire.report.intervals import gap, level
 
-    return gap(a, b, metric)
+    return gap(a, b, metric, level(tests))

@@ -127,12 +127,19 @@ def _gap(found: Crossed, scope: Scope, n: int | None, level: float) -> Gap:
     return Gap(found.value, low, high, p, n, found.seeds, scope)
 
 
-def at(group: Group, metric: str, level: float) -> Stat | None:
-    """The group's metric with an interval of another level."""
+def level(tests: int) -> float:
+    """Of intervals that hold for so many at once (Bonferroni)."""
+    return 1 - (1 - LEVEL) / max(tests, 1)
+
+
+def at(group: Group, metric: str, tests: int) -> Stat | None:
+    """The group's metric with an interval that holds for so many at once."""
     found = group.get(metric)
+    if tests < 2:
+        return found
     values = ((cell, _value(cell, metric)) for cell in group.done)
     known = [(cell, value) for cell, value in values if value]
-    return stat(metric, known, limits(metric), level) if found and known else found
+    return stat(metric, known, limits(metric), level(tests)) if found and known else found
 
 
 def part_removed(

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from backfire.evaluate.seeds import LEVEL, holm
+from backfire.evaluate.seeds import holm
 from backfire.report import text
 from backfire.report.against import compared
 from backfire.report.claims import above_floor, accuracy, alike
 from backfire.report.groups import ALONE, Gap, Group, Stat, difference
-from backfire.report.intervals import at, part_removed
+from backfire.report.intervals import at, level, part_removed
 
 SAME: Final = ("model", "data", "attack", "rate", "method")
 LEAST: Final = 0.1
@@ -56,19 +56,14 @@ class Trial:
             return None
         return (_value(self.plain, "harmful_score") - self.harm) / self.excess
 
-    @property
-    def level(self) -> float:
-        """Of intervals that hold for all settings at once."""
-        return 1 - (1 - LEVEL) / self.settings
-
     def left(self, others: int = 1) -> Stat | None:
         """The harmful score, its interval holding for all settings, and for so many defenses of
         which this one was picked."""
-        return at(self.group, "harmful_score", 1 - (1 - self.level) / others)
+        return at(self.group, "harmful_score", others * self.settings)
 
     def against(self, other: Group | None) -> Gap | None:
         """The paired difference of the harmful score from another group; p for all settings."""
-        tests = compared(self.group, other, "defense", self.level) if other else ()
+        tests = compared(self.group, other, "defense", level(self.settings)) if other else ()
         test = next((t.result for t in tests if t.metric == "harmful_score"), None)
         if test is None or test.p is None:
             return test
@@ -191,7 +186,7 @@ def removed(trial: Trial) -> str:
     share = trial.removed
     if share is None:
         return "–"
-    ends = part_removed(trial.plain, trial.group, "harmful_score", trial.level)
+    ends = part_removed(trial.plain, trial.group, "harmful_score", level(trial.settings))
     if ends is None:
         return f"{100 * share:.0f} %"
     sides = [trial.group.stats["harmful_score"], trial.plain.stats["harmful_score"]]
