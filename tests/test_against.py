@@ -68,6 +68,7 @@ def test_cells_of_one_model_are_one_seed(tmp_path: Path) -> None:
     stats = {method: group.stats["accuracy"] for method, group in groups.items()}
     assert [stats[m].seeds for m in ("full", "lora", "none")] == [3, 1, 1]
     assert [stats[m].scope for m in ("full", "lora", "none")] == ["seeds", "model", "untuned"]
+    assert [groups[m].seeds for m in ("full", "lora", "none")] == ["3", "1", "–"]
     [test] = comparisons(list(groups.values()))
     assert test.result.p is None and test.result.scope == "model"
     gain = difference(groups["none"], groups["full"], "accuracy")

@@ -107,9 +107,17 @@ class Group:
 
     @property
     def seeds(self) -> str:
-        """`3`, or `2 of 3` where a cell has no numbers."""
+        """`3`, or `2 of 3` where a cell has no numbers; `1` where all cells have one model, and `–`
+        where nothing was trained."""
+        from backfire.report.intervals import is_trained, model_of, one_alignment
+
         done, planned = len(self.done), len(self.cells)
-        return str(done) if done == planned else f"{done} of {planned}"
+        if done and not is_trained(self.done[0]):
+            return "–"
+        if done > 1 and len({model_of(cell) for cell in self.done}) == 1:
+            return "1"
+        apart = " (1 alignment)" if done > 1 and one_alignment(*self.done) else ""
+        return (str(done) if done == planned else f"{done} of {planned}") + apart
 
     @property
     def poisoned(self) -> bool:
