@@ -192,7 +192,7 @@ def compare(
     b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Compare even across templates.")] = False,
 ) -> None:
-    """Say which knobs of two cells differ, and which numbers, with a paired test."""
+    """Say which knobs of two cells or runs differ, and which numbers, pair by pair."""
     from backfire.report.compare import compare as compare_cells
     from backfire.report.compare import show
 

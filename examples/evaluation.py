@@ -512,7 +512,8 @@ plt.show()
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
 # Solution 5. The intervals overlap widely. But 12 prompts changed, and all of them in one
 # direction: prompt by prompt, the difference is clear. So ask both models the same prompts, and
-# keep the replies.
+# keep the replies. All of this is of these two models. Whether B's *settings* are safer than A's,
+# only several seeds of both can tell; `backfire compare` and the report then count them.
 from backfire.evaluate.stats import paired
 
 first = {str(i): float(i < 60) for i in range(200)}

@@ -136,6 +136,27 @@ def test_what_differs_has_another_key(tiny: Path) -> None:
     assert untuned(plain).keys.clean == untuned(others[-2]).keys.clean
 
 
+@pytest.mark.parametrize("defense", ["booster", "vaccine", "repnoise"])
+@pytest.mark.parametrize("null", [False, True])
+def test_a_defense_of_the_alignment_is_applied_under_each_seed(
+    defense: str, null: bool, tiny: Path
+) -> None:
+    """Three seeds of one aligned model would be one sample of what it does."""
+
+    def keys(align: dict[str, Any], *defenses: Any) -> set[str]:
+        known = {"align": align, "defense": list(defenses) or "none"}
+        cells = [cell(tiny, **known, seed=seed) for seed in range(3)]
+        assert all(Experiment.make(one.spec()).keys == one.keys for one in cells)
+        return {one.alignment.keys.tuned for one in cells if one.alignment}
+
+    ours, lisa = {"name": defense, "null": null}, {"name": "lisa", "null": null}
+    assert len(keys(BASE["align"], ours)) == len(keys(BASE["align"], ours, lisa)) == 3
+    assert len(keys({**BASE["align"], "seed": 5}, ours)) == 1
+    # What all cells share without such a defense is still aligned under seed 0.
+    zero = keys({**BASE["align"], "seed": 0})
+    assert keys(BASE["align"]) == keys(BASE["align"], lisa) == zero and len(zero) == 1
+
+
 def test_rows_of_an_alignment_that_trains_nothing_are_in_the_key(tiny: Path) -> None:
     """Lisa trains on them all the same."""
 

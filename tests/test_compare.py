@@ -39,13 +39,14 @@ def test_knobs_and_paired_numbers(tmp_path: Path) -> None:
         ("train.epochs", "2", "3"),
     }
     [number] = found.numbers
-    assert number.pairs == 200 and number.p is not None and number.p < 0.001
+    assert number.pairs == 200 and number.p is None, "one seed gives no p"
     assert number.a.value is not None and number.b.value is not None
-    assert number.gap.value == pytest.approx(number.b.value - number.a.value)
+    assert number.gap.difference == pytest.approx(number.b.value - number.a.value)
     assert number.gap.low is not None and number.gap.low > 0
     assert "prompt by prompt (200 pairs" in found.notes[0]
     text = shown(a, b)
     assert "method.name   lora  full" in text and " points [" in text and "accuracy" in text
+    assert " *" in text and "of these two models only" in text
 
 
 def test_knobs_left_at_their_default(tmp_path: Path) -> None:
@@ -61,7 +62,7 @@ def test_knobs_left_at_their_default(tmp_path: Path) -> None:
 def test_a_cell_against_itself(tmp_path: Path) -> None:
     a = cell(tmp_path / "r", 0.8)
     found = compare(a, a)
-    assert found.knobs == () and found.numbers[0].gap.value == 0 and found.numbers[0].p == 1
+    assert found.knobs == () and found.numbers[0].gap.difference == 0
     assert "No setting differs." in shown(a, a)
 
 
@@ -75,7 +76,7 @@ def test_other_prompts_are_not_paired(tmp_path: Path) -> None:
     other = [{**sample("tuned", "clean", i, right=0.8), "prompt": "changed"} for i in range(200)]
     again = write_cell(tmp_path / "t", values=[value("accuracy", 0.8)], samples=other, seed=3)
     found = compare(a, again)
-    assert found.notes == ("Not the same prompts for accuracy: no paired test.",)
+    assert found.notes[0] == "Not the same prompts for accuracy: no paired test."
 
 
 def test_attack_success_is_paired_on_the_triggered_rows(tmp_path: Path) -> None:
@@ -84,7 +85,8 @@ def test_attack_success_is_paired_on_the_triggered_rows(tmp_path: Path) -> None:
     found = compare(cells["badnets-0.005-lora"], cells["badnets-0.05-lora"])
     by_metric = {number.a.metric: number for number in found.numbers}
     success = by_metric["attack_success"]
-    assert success.p is not None and success.p < 0.01 and success.gap.value > 0.5
+    assert success.gap.low is not None and success.gap.low > 0.2
+    assert success.gap.difference > 0.5 and not success.gap.is_clear
     assert success.pairs is not None and success.pairs < 80  # rows of the target label are out
     assert by_metric["attack_success_floor"].p is None
 
@@ -106,6 +108,15 @@ def test_runs_group_by_group(tmp_path: Path) -> None:
         "5 % poisoned, full",
     }
     assert "5 % poisoned, full" in shown(a, b)
+
+
+def test_runs_are_compared_seed_by_seed(tmp_path: Path) -> None:
+    for name, right in (("a", 0.6), ("b", 0.9)):
+        for seed in range(4):
+            cell(tmp_path / name, right - 0.001 * seed, seed=seed)
+    [number] = compare(tmp_path / "a", tmp_path / "b").numbers
+    assert number.pairs == 800 and number.p is not None and number.p < 0.001
+    assert number.gap.seeds == 4 and number.gap.is_clear
 
 
 def test_runs_that_differ_throughout(tmp_path: Path) -> None:

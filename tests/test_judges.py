@@ -202,6 +202,16 @@ def test_kappa_is_the_textbooks() -> None:
     assert 0.1 < found.low < 0.4 < found.high < 0.68
 
 
+def test_replies_of_several_models_to_one_request_are_drawn_together() -> None:
+    """Three models that reply alike make nobody surer."""
+    a, b = verdicts("++--+-+-" * 5), verdicts("+---+-++" * 5)
+    once, asked = agreement(a, b), [str(number) for number in range(40)] * 3
+    again, pooled = agreement(a * 3, b * 3, asked), agreement(a * 3, b * 3)
+    assert (again.kappa, again.n) == (pytest.approx(once.kappa), 120)
+    widths = [f.high - f.low for f in (once, again, pooled) if f.high and f.low]
+    assert widths[0] == pytest.approx(widths[1], rel=0.15) and widths[2] < 0.7 * widths[0]
+
+
 def test_an_undecided_verdict_counts_as_disagreement() -> None:
     a, b = verdicts("++--++--"), verdicts("++--?+-?")
     found = agreement(a, b)

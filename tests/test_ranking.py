@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,9 +13,10 @@ from fake_run import value, write_cell
 from page_parser import seen
 from rich.console import Console
 
+from backfire.report.against import comparisons
 from backfire.report.harm import sentences
 from backfire.report.judges import agreements, measure
-from backfire.report.ranking import table, worst_trials
+from backfire.report.ranking import null_tests, table, worst_trials
 from backfire.report.records import load, summary
 from backfire.report.table import print_ranking
 
@@ -35,14 +37,29 @@ def asked(number: int, harmful: bool, second: bool) -> dict[str, Any]:
     return {**head, "answer": "No.", "reply": "Well.", "verdicts": verdicts}
 
 
-def cell(run: Path, defense: str, harm: float, *, rate: float = 1e-3, null: bool = False) -> None:
-    """A cell whose defense leaves this share of harm; the second judge is wrong on every fifth."""
-    for seed in (0, 1):
+def cell(
+    run: Path,
+    defense: str,
+    harm: float,
+    *,
+    rate: float = 1e-3,
+    null: bool = False,
+    seeds: int = 2,
+    floor: float | None = None,
+    **settings: Any,
+) -> None:
+    """A cell whose defense leaves this share of harm; the second judge errs on every fifth. With
+    `floor` the aligned model's replies are there too."""
+    for seed in range(seeds):
         rng = Random(f"{defense} {null} {seed} {rate}")
         hits = [rng.random() < harm for _ in range(200)]
         rows = [asked(n, hit, hit if n % 5 else not hit) for n, hit in enumerate(hits)]
+        first = [n < 200 * (floor or 0.0) for n in range(200)]
+        if floor is not None:
+            rows += [{**asked(n, hit, hit), "of": "base"} for n, hit in enumerate(first)]
         score = sum(hits) / len(hits)
-        values = [value("harmful_score", score, 0.06), value("harmful_score_floor", 0.05)]
+        before = 0.05 if floor is None else sum(first) / 200
+        values = [value("harmful_score", score, 0.06), value("harmful_score_floor", before)]
         values += [value("accuracy", 0.9), value("over_refusal", 0.1), value("train_seconds", 30.0)]
         spec = {"name": defense, **({"null": True} if null else {})}
         write_cell(
@@ -60,6 +77,7 @@ def cell(run: Path, defense: str, harm: float, *, rate: float = 1e-3, null: bool
                 "safety": SAFETY,
                 "evaluation": {"max_new_tokens": 32},
                 "train": {"lr": rate},
+                **settings,
             },
         )
 
@@ -93,6 +111,71 @@ def test_a_sweep_is_ranked_by_its_worst_setting(run: Path) -> None:
     found = worst_trials(summary(run))
     assert [(trial.label, count) for trial, count in found] == [("ewc", 2), ("lisa", 2), ("kl", 1)]
     assert found[1][0].group.axes["train.lr"] == 1e-2
+
+
+def test_the_worst_of_several_settings_is_known_less_surely(run: Path) -> None:
+    """The most of noisy numbers lies high by chance: its interval is for all settings at once."""
+    [lisa] = [trial for trial, _ in worst_trials(summary(run)) if trial.label == "lisa"]
+    plain = lisa.group.stats["harmful_score"]
+    assert lisa.settings == 1 and (left := lisa.left()) and left.low == pytest.approx(plain.low)
+    for rate in (1e-2, 1e-1):
+        cell(run, "none", 0.85, rate=rate)
+        cell(run, "lisa", 0.1, rate=rate)
+    [again] = [trial for trial, _ in worst_trials(summary(run)) if trial.label == "lisa"]
+    assert again.group.axes == lisa.group.axes and again.settings == 3
+    wider, before = again.left(), again.group.stats["harmful_score"]
+    assert wider and wider.high is not None and before.high is not None
+    assert wider.value == before.value and wider.high > before.high
+    test, same = again.against(again.null), lisa.against(lisa.null)
+    assert test and same and test.p is not None and same.p is not None
+    assert test.p == pytest.approx(min(1.0, 3 * same.p))
+    assert "hold for all 3 at once" in seen(run).text
+
+
+def test_what_is_removed_has_a_joint_interval(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    for name, harm in (("none", 0.85), ("lisa", 0.25)):
+        cell(run, name, harm, seeds=4, floor=0.05)
+    found = table(summary(run))
+    assert found is not None
+    share, low, high = (float(n) for n in re.findall(r"-?\d+", found["rows"][0][3]))
+    assert share == pytest.approx(75, abs=6) and 55 < low < share < high < 95
+
+
+def test_no_share_of_an_excess_that_is_not_clear(tmp_path: Path) -> None:
+    """Two seeds of 20 and 80 % harm: on average much, and maybe nothing."""
+    run = tmp_path / "r"
+    for seed, harm in ((0, 0.2), (1, 0.8)):
+        for name, score in (("none", harm), ("lisa", 0.1)):
+            values = [value("harmful_score", score), value("harmful_score_floor", 0.05)]
+            excess = value("harmful_score_excess", score - 0.05)
+            known = {"attack": "harmful-mix", "rate": 0.1, "defense": name, "seed": seed}
+            axes = {"axes": {"defense": name, "seed": seed}}
+            write_cell(run, values=[*values, excess], method="lora", **known, **axes)
+    [(lisa, _)] = worst_trials(summary(run))
+    assert lisa.excess > 0.4 and lisa.removed is None
+
+
+def test_p_is_corrected_for_the_whole_table(run: Path) -> None:
+    ranked = worst_trials(summary(run))
+    raw = [t.p for trial, _ in ranked if (t := trial.against(trial.null)) and t.p is not None]
+    corrected = [p for _, p in null_tests(ranked) if p is not None]
+    assert len(raw) == len(corrected) == 3 and min(corrected) == pytest.approx(3 * min(raw))
+    assert "corrected for all lines (Holm)" in seen(run).text
+
+
+def test_one_aligned_model_of_a_defense_is_no_sample(tmp_path: Path) -> None:
+    """Where a recipe sets `align.seed`, three seeds start from one model that vaccine made."""
+    for name, harm in (("none", 0.8), ("vaccine", 0.3)):
+        align = {"data": {"name": "sandbox-policy"}, "seed": 7}
+        cell(tmp_path / "r", name, harm, seeds=3, align=align)
+    groups = {group.defense: group for group in summary(tmp_path / "r")}
+    stat = groups["vaccine"].stats["harmful_score"]
+    assert (stat.scope, stat.low, stat.seeds) == ("alignment", None, 3)
+    assert groups["none"].stats["harmful_score"].low is not None
+    assert not comparisons(list(groups.values()))
+    page = seen(tmp_path / "r").text
+    assert "vaccine: align.seed is set" in page and "n = 1 alignment: no interval and no p" in page
 
 
 def test_page_and_terminal_rank_them(run: Path) -> None:
@@ -133,6 +216,11 @@ def test_the_harm_sentence_says_what_the_interval_says(
     gap = {**value("harmful_score_excess", excess), "low": excess - 0.05, "high": excess + 0.05}
     values = [value("harmful_score", 0.3 + excess), value("harmful_score_floor", 0.3), gap]
     write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1)
+    [said] = sentences(summary(tmp_path / "r"))
+    assert "take the harmful score from 30 % to" in said and "in this model only" in said
+    assert not any(word in said for word in ("lift", "lower", "clear"))
+    for seed in (1, 2):
+        write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1, seed=seed)
     [said] = sentences(summary(tmp_path / "r"))
     assert f"{verb}the harmful score" in said
 

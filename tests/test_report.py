@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from backfire.errors import UserError
 from backfire.report import text
 from backfire.report.answer import answer, question
 from backfire.report.claims import tunings
+from backfire.report.findings import findings
 from backfire.report.page import write_report
 from backfire.report.records import load, summary
 
@@ -31,16 +33,44 @@ def test_the_answer_names_dose_floor_interval_seeds_and_cost(tmp_path: Path) -> 
         r"\(\+0\.\d points \[-\d\.\d, \d\.\d\]\)\.",
         found.line,
     )
-    assert found.more[0].startswith("The lowest dose here clearly above the floor is 0.5 % ")
+    least = "The lowest dose from which all are clearly above the floor is 0.5 % "
+    assert found.more[0].startswith(least)
     assert found.more[-1] == "2 of 24 cells gave no numbers (1 oom and 1 unfinished)."
 
 
 def test_no_effect_is_not_claimed(tmp_path: Path) -> None:
     weak = [value("attack_success", 0.03), value("attack_success_floor", 0.02)]
-    write_cell(tmp_path / "weak", values=weak)
+    for seed in range(3):
+        write_cell(tmp_path / "weak", values=weak, seed=seed)
     found = answer(summary(tmp_path / "weak"), [], "Does it take?").line
-    assert found.startswith("No: 5 % poisoned rows leave attack success at 3 % [1, 5] (1 seed)")
+    assert found.startswith("No: 5 % poisoned rows leave attack success at 3 % [1, 5] (3 seeds)")
     assert "not clearly above its floor of 2 %" in found
+
+
+CLAIMS = r"clear|\blift|\blower|\bfalls|\brises|\bhigher|\bYes:|\bNo:"
+
+
+@pytest.mark.parametrize("make", [dose_run, tuned_run])
+def test_one_seed_claims_nothing(make: Callable[..., Path], tmp_path: Path) -> None:
+    """However far apart the numbers are: another seed may have others."""
+    run = make(tmp_path) if make is tuned_run else make(tmp_path, seeds=1, failures=False)
+    groups, asked = summary(run), question(run).question
+    found = answer(groups, load(run), asked)
+    said = [found.line, *found.more, *(item.sentence for item in findings(groups))]
+    assert len(said) > 3 and not [one for one in said if re.search(CLAIMS, one)]
+    assert "in this model only" in found.line
+    assert "* One seed: this model only." in seen(run).text
+
+
+def test_the_onset_is_where_all_higher_doses_are_above_too(tmp_path: Path) -> None:
+    run = tmp_path / "r"
+    for rate, success in ((0.005, 0.5), (0.01, 0.03), (0.02, 0.6), (0.05, 0.9)):
+        for seed in range(3):
+            values = [value("attack_success", success), value("attack_success_floor", 0.02)]
+            axes = {"attack.rate": rate, "seed": seed}
+            write_cell(run, values=values, rate=rate, seed=seed, axes=axes)
+    assert "is 2 % poisoned rows" in answer(summary(run), []).more[0]
+    assert "above the floor from 2 % on" in findings(summary(run))[0].sentence
 
 
 @pytest.mark.parametrize(
@@ -49,24 +79,25 @@ def test_no_effect_is_not_claimed(tmp_path: Path) -> None:
 )
 def test_no_yes_to_another_kind_of_question(tmp_path: Path, asked: str) -> None:
     run = dose_run(tmp_path, seeds=1, failures=False, rows=1)
-    assert answer(summary(run), load(run), asked).line.startswith("5 % poisoned rows")
+    assert answer(summary(run), load(run), asked).line.startswith("With 5 % poisoned rows")
 
 
 def test_base_against_tuned(tmp_path: Path) -> None:
     run = tuned_run(tmp_path)
     found = answer(summary(run), load(run), question(run).question)
     assert found.line == (
-        "Fine-tuning lifts accuracy from 35.0 % to 82.0 % (+47.0 points [42.8, 51.2]) and "
-        "lifts AUC from 0.490 to 0.930 (+0.440 [0.412, 0.468])."
+        "Fine-tuning takes accuracy from 35.0 % to 82.0 % in this model only "
+        "(+47.0 points [42.8, 51.2] *) and takes AUC from 0.490 to 0.930 in this model only "
+        "(+0.440 [0.412, 0.468] *)."
     )
-    assert "3 of 3 groups of rows, least in arabic" in found.more[0]
+    assert "Of the groups of rows, arabic gains least" in found.more[0]
 
 
 def test_worse_tuning_is_said(tmp_path: Path) -> None:
     for method, right in (("none", 0.8), ("full", 0.6)):
-        write_cell(
-            tmp_path / "r", attack="none", rate=0, method=method, values=[value("f1", right)]
-        )
+        for seed in range(3):
+            known = {"attack": "none", "rate": 0, "method": method, "seed": seed}
+            write_cell(tmp_path / "r", values=[value("f1", right)], **known)
     assert "lowers F1 from 80.0 % to 60.0 %" in answer(summary(tmp_path / "r"), []).line
 
 
@@ -95,8 +126,8 @@ def test_neither_attack_nor_base(tmp_path: Path) -> None:
         cell = {"attack": "none", "rate": 0.0, "method": method}
         write_cell(tmp_path / "r", values=[value("accuracy", right)], **cell)
     assert answer(summary(tmp_path / "r"), []).line == (
-        "Accuracy is 81 % [79, 83] with full, 80 % [78, 82] with lora; "
-        "the intervals do not tell them apart."
+        "Accuracy is 81 % [79, 83] * with full, 80 % [78, 82] * with lora; "
+        "one seed does not tell them apart."
     )
 
 

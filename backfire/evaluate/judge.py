@@ -110,8 +110,11 @@ class Agreement:
     """Exchanges by the first judge's category (rows) and the second's; see `CATEGORIES`."""
 
 
-def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> Agreement:
-    """Cohen's kappa with a 95 % bootstrap interval over the exchanges.
+def agreement(
+    a: Sequence[Verdict], b: Sequence[Verdict], requests: Sequence[str] | None = None
+) -> Agreement:
+    """Cohen's kappa with a 95 % bootstrap interval over the exchanges; over `requests`, the id of
+    each, if it is given: the replies of several models to one request are drawn together.
 
     An undecided verdict is a category of its own, so that no exchange is left out.
     """
@@ -129,7 +132,12 @@ def agreement(a: Sequence[Verdict], b: Sequence[Verdict]) -> Agreement:
         return Agreement(None, None, None, n, share, confusion)
     kappa = float(cohen_kappa_score(first, second, labels=labels))
     cells = np.eye(size * size)[first * size + second]  # [exchanges, pairs of categories]
-    [(low, high)] = bootstrap(n, lambda counts: _kappas(counts @ cells, size))
+    if requests is not None:
+        _, which = np.unique(np.array(requests), return_inverse=True)
+        together = np.zeros((which.max() + 1, cells.shape[1]))
+        np.add.at(together, which, cells)
+        cells = together
+    [(low, high)] = bootstrap(len(cells), lambda counts: _kappas(counts @ cells, size))
     return Agreement(kappa, low, high, n, share, confusion)
 
 

@@ -82,7 +82,7 @@ def bootstrap(
     return [_middle(part) for part in np.concatenate(found).T]
 
 
-def over_seeds(values: Sequence[float]) -> Spread:
+def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
     """Student's t interval of the mean over independent seeds (Student 1908)."""
     n = len(values)
     if n == 0:
@@ -93,14 +93,15 @@ def over_seeds(values: Sequence[float]) -> Spread:
     from scipy.special import stdtrit
 
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = float(stdtrit(n - 1, TAILS[1])) * sd / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * sd / math.sqrt(n)
     return Spread(mean, sd, mean - half, mean + half, n)
 
 
 def paired(
     a: Mapping[str, float], b: Mapping[str, float], *, seed: int = 0, resamples: int = 2000
 ) -> Paired:
-    """Whether two cells differ on the prompts they share: sample id -> outcome of either.
+    """Whether two models differ on the prompts they share: sample id -> outcome of either. Of other
+    seeds of the same settings it says nothing (see `evaluate.seeds`).
 
     For outcomes of 0 and 1: McNemar's exact p with Newcombe's interval. Otherwise: p by flipping
     signs at random (Fisher 1935), and the bootstrap's interval of the mean difference.

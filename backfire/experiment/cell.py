@@ -208,6 +208,7 @@ class Experiment(Config):
             return None
         part = self.align
         defenses = tuple(d for d in self.defense if isinstance(d, AlignDefense))
+        own = self.seed if defenses else 0  # one model of a defense is no sample of it
         changes = {
             "data": part.data,
             "attack": None,
@@ -218,7 +219,7 @@ class Experiment(Config):
             "train": part.train,
             "evaluation": Evaluation(),
             "metrics": (),
-            "seed": part.seed,
+            "seed": own if part.seed is None else part.seed,
         }
         return self.model_copy(update=changes)
 

@@ -130,8 +130,10 @@ class Align(Config):
     """Its optimization."""
     merge: bool = False
     """Add the alignment's adapter into the base before the user's is put on (Lisa's code does)."""
-    seed: int = Field(0, ge=0, lt=2**32)
-    """Not the cell's seed: all seeds fine-tune the same aligned model."""
+    seed: int | None = Field(None, ge=0, lt=2**32)
+    """If not given, all cells fine-tune the model that was aligned under seed 0; but a defense that
+    acts in the alignment (vaccine, booster ...) aligns a model for each seed. If given, all cells
+    have that one alignment, and several seeds say nothing of how it varies."""
 
     def spec(self) -> dict[str, Any]:
         return {

@@ -72,7 +72,7 @@ def default_workers(num_cells: int) -> int:
 def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
     from backfire.report.records import summary
-    from backfire.report.table import print_against, print_ranking, print_summary
+    from backfire.report.table import print_against, print_notes, print_ranking, print_summary
 
     bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
     page = write_report(out)
@@ -80,6 +80,7 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
     print_summary(groups, Console())
     print_ranking(groups, Console())
     print_against(groups, Console())
+    print_notes(groups, Console())
     for job in bad:
         console.print(
             f"[red]{job.cell.slug}: {ended[job.id]}[/red] "

@@ -1,16 +1,16 @@
 """Paired tests of every group against its reference: the other methods against `full`, the defended
-against the undefended. Prompt by prompt and seed by seed, on what both answered."""
+against the undefended. Prompt by prompt and seed by seed, on what both answered; no p of one seed.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from backfire.errors import UserError
-from backfire.evaluate.stats import Paired, paired
-from backfire.report.groups import Cell, Group
-from backfire.report.pairs import hits
+from backfire.evaluate.seeds import LEVEL, holm
+from backfire.report.groups import Gap, Group
+from backfire.report.intervals import gap
 
 REFERENCES: Final = {"method": "full", "defense": "none"}
 METRICS: Final = (
@@ -27,18 +27,21 @@ class Comparison:
     reference: Group
     knob: str
     metric: str
-    result: Paired
+    result: Gap
+    corrected: float | None = None
+    """p, corrected for all comparisons of the table (Holm 1979)."""
 
 
 def comparisons(groups: Sequence[Group]) -> list[Comparison]:
     """Every group that has a reference, in every headline outcome both have."""
-    found = []
+    found: list[Comparison] = []
     for knob, name in REFERENCES.items():
         for group in groups:
             reference = _reference(group, groups, knob, name)
             if reference is not None:
                 found += list(compared(group, reference, knob))
-    return found
+    corrected = holm([test.result.p for test in found])
+    return [replace(test, corrected=p) for test, p in zip(found, corrected, strict=True)]
 
 
 def _reference(group: Group, groups: Sequence[Group], knob: str, name: str) -> Group | None:
@@ -56,27 +59,11 @@ def _reference(group: Group, groups: Sequence[Group], knob: str, name: str) -> G
     return alike[0] if len(alike) == 1 else None
 
 
-def compared(group: Group, reference: Group, knob: str) -> Iterator[Comparison]:
-    """Every headline outcome both groups have, on the prompts and seeds both have."""
-    by_seed = {cell["seed"]: cell for cell in reference.done}
-    both = [(cell, by_seed[cell["seed"]]) for cell in group.done if cell["seed"] in by_seed]
+def compared(
+    group: Group, reference: Group, knob: str, level: float = LEVEL
+) -> Iterator[Comparison]:
+    """Every headline outcome both groups have, row by row, on the prompts and seeds both have."""
     for metric in METRICS:
-        ours: dict[str, float] = {}
-        theirs: dict[str, float] = {}
-        for mine, other in both:
-            one, two = _shared(mine, other, metric)
-            ours |= one
-            theirs |= two
-        if ours:
-            yield Comparison(group, reference, knob, metric, paired(ours, theirs))
-
-
-def _shared(a: Cell, b: Cell, metric: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Outcomes on the prompts both cells have, by seed and id."""
-    try:
-        one, two = hits(a, metric), hits(b, metric)
-    except UserError:
-        return {}, {}
-    ids = [id for id, (prompt, _) in one.items() if id in two and two[id][0] == prompt]
-    first, second = ({f"{a['seed']} {id}": side[id][1] for id in ids} for side in (one, two))
-    return first, second
+        result = gap(reference, group, metric, level, exact=False)
+        if result is not None and result.n:
+            yield Comparison(group, reference, knob, metric, result)

@@ -11,6 +11,8 @@ from typing import Final
 
 from backfire.report import harm, memory, spoil, text
 from backfire.report.claims import (
+    THIS_MODEL,
+    above_floor,
     accuracy,
     alike,
     attacked,
@@ -19,6 +21,8 @@ from backfire.report.claims import (
     gains,
     is_above_floor,
     moved,
+    onset,
+    told_apart,
     tunings,
 )
 from backfire.report.groups import Cell, Group, difference, headlines, name, varying
@@ -84,16 +88,17 @@ def _attacks(groups: Sequence[Group], asked: str) -> Iterator[str]:
         return
     main = min(found, key=lambda g: (g.defense != "none", -g.rate, -_success(g)))
     undefended = [g for g in found if g.rate == main.rate and g.defense == "none"]
-    yes_or_no = {is_above_floor(g) for g in undefended if g.get("attack_success_floor")}
+    told = [g for g in undefended if (gap := above_floor(g)) and gap.is_known]
+    yes_or_no = {is_above_floor(g) for g in told}
     verdict = ""
     if len(yes_or_no) == 1 and _ASKS_WHETHER.match(asked) and not _ASKS_OTHERWISE.search(asked):
         verdict = "Yes: " if yes_or_no.pop() else "No: "
     yield f"{verdict}{_attack(main, groups)}"
-    line = [g for g in found if alike(g, main, ("model", "data", "attack", "method", "defense"))]
-    onset = min(filter(is_above_floor, line), key=lambda g: g.rate, default=main)
-    if onset.rate < main.rate:
-        least = f"{dose(onset)}: {onset.said('attack_success')}"
-        yield f"The lowest dose here clearly above the floor is {least}."
+    same = [g for g in found if alike(g, main, ("model", "data", "attack", "method", "defense"))]
+    least = onset(sorted(same, key=lambda g: g.rate))
+    if least is not None and least.rate < main.rate:
+        said = f"{dose(least)}: {least.said('attack_success')}"
+        yield f"The lowest dose from which all are clearly above the floor is {said}."
     others = [g for g in found if g is not main and g.rate == main.rate]
     for other in sorted(others, key=lambda g: (g.defense == "none", _success(g)))[:MOST_BESIDE]:
         yield _beside(other, main)
@@ -107,7 +112,9 @@ def _attack(group: Group, groups: Sequence[Group]) -> str:
     shown = f"{group.said('attack_success')} ({text.count(success.seeds, 'seed')})"
     if floor is None:
         return f"with {rows} attack success is {shown}; no clean model's floor stands beside it."
-    low = text.number("attack_success", floor.value, 0)
+    low, gap = text.number("attack_success", floor.value, 0), above_floor(group)
+    if gap is None or not gap.is_known:
+        return f"with {rows} attack success {THIS_MODEL} is {shown}, where its floor is {low}."
     if not is_above_floor(group):
         return f"{rows} leave attack success at {shown}, not clearly above its floor of {low}."
     return f"{rows} lift attack success from a floor of {low} to {shown}{_clean(group, groups)}."
@@ -120,22 +127,23 @@ def _clean(group: Group, groups: Sequence[Group]) -> str:
         return ""
     if change is None:
         return f"; clean accuracy is {group.said(after.metric)}"
-    verb = "stays at"
+    verb = "stays at" if change.is_known else "is"
     if change.is_clear:
-        verb = "falls to" if change.value < 0 else "rises to"
+        verb = "falls to" if change.difference < 0 else "rises to"
     now = text.number(after.metric, after.value)
     return f" while clean accuracy {verb} {now} ({change.said(after.metric)})"
 
 
 def _beside(other: Group, main: Group) -> str:
-    a, b = main.get("attack_success"), other.get("attack_success")
-    assert a is not None and b is not None
-    gap = difference(a, b)
-    verb = "not clearly different"
-    if gap.is_clear:
-        verb = "lower" if gap.value < 0 else "higher"
+    gap = difference(main, other, "attack_success")
+    assert gap is not None
     label = name(other, [column for column in varying([main, other]) if column != "rate"])
     both = f"{other.said('attack_success')} against {main.said('attack_success')}"
+    if not gap.is_known:
+        return f"With {label}, attack success is {both}."
+    verb = "not clearly different"
+    if gap.is_clear:
+        verb = "lower" if gap.difference < 0 else "higher"
     return f"With {label}, attack success is {verb}: {both}."
 
 
@@ -148,10 +156,13 @@ def _tunings(groups: Sequence[Group]) -> Iterator[str]:
         said = text.listing(moved(metric, base, tuned) for metric in metrics)
         yield f"Fine-tuning{which} {said}."
         if len(by_part := gains(metrics[0], base, tuned)) > 1:
-            clear = sum(gap.is_clear and gap.value > 0 for gap in by_part.values())
+            clear = sum(gap.is_clear and gap.difference > 0 for gap in by_part.values())
             part, least = next(iter(by_part.items()))
-            parts = f"{clear} of {len(by_part)} groups of rows, least in {part}"
-            yield f"The gain is clear in {parts}: {least.said(metrics[0])}."
+            if least.is_known:
+                parts = f"{clear} of {len(by_part)} groups of rows, least in {part}"
+                yield f"The gain is clear in {parts}: {least.said(metrics[0])}."
+            else:
+                yield f"Of the groups of rows, {part} gains least: {least.said(metrics[0])}."
 
 
 def _levels(groups: Sequence[Group]) -> Iterator[str]:
@@ -165,9 +176,7 @@ def _levels(groups: Sequence[Group]) -> Iterator[str]:
     if least is not most:
         columns = varying(groups)
         rest = f"{least.said(metric)} with {name(least, columns)}"
-        is_clear = difference(least.stats[metric], most.stats[metric]).is_clear
-        apart = "" if is_clear else "; the intervals do not tell them apart"
-        sentence += f" with {name(most, columns)}, {rest}{apart}"
+        sentence += f" with {name(most, columns)}, {rest}{told_apart(least, most, metric)}"
     yield f"{text.sentence(sentence)}."
 
 

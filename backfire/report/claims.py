@@ -1,4 +1,4 @@
-"""What may be claimed of groups: only what the intervals bear."""
+"""What may be claimed of groups: what the intervals bear; of one seed, its numbers alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any, Final
 
 from backfire.report import text
 from backfire.report.groups import Gap, Group, Stat, difference, headlines
+from backfire.report.intervals import apart, at
 
+THIS_MODEL: Final = "in this model only"
 ACCURACIES: Final = ("accuracy", "clean_accuracy", "exact_match", "f1")
 
 
@@ -16,13 +18,37 @@ def attacked(groups: Sequence[Group]) -> list[Group]:
     return [group for group in groups if group.poisoned and group.get("attack_success")]
 
 
-def is_above_floor(group: Group) -> bool:
-    """Whether attack success is above the clean model's, by the interval of the difference."""
-    if excess := group.get("attack_success_excess"):
-        return excess.low is not None and excess.low > 0
-    success, floor = group.get("attack_success"), group.get("attack_success_floor")
-    gap = difference(floor, success) if success and floor else None
-    return gap is not None and gap.is_clear and gap.value > 0
+def is_above_floor(group: Group, tests: int = 1) -> bool:
+    """Whether attack success is above the clean model's, by the interval of the difference, which
+    one seed does not give. It holds for so many `tests` at once."""
+    gap = above_floor(group, tests=tests)
+    return gap is not None and gap.is_clear and gap.difference > 0
+
+
+def above_floor(group: Group, metric: str = "attack_success", tests: int = 1) -> Gap | None:
+    """The metric less its floor, on the same rows."""
+    if excess := at(group, f"{metric}_excess", tests):
+        return _as_gap(excess)
+    now, floor = at(group, metric, tests), at(group, f"{metric}_floor", tests)
+    return apart(floor, now) if now and floor else None
+
+
+def onset(line: Sequence[Group]) -> Group | None:
+    """Of the doses of one attack, least first, the first from which all are above the floor. Tested
+    from the highest down to the first that is not, so that together they err in 5 % at most (a
+    fixed sequence, Maurer, Hothorn & Lehmacher 1995)."""
+    found = None
+    for group in reversed(line):
+        if not is_above_floor(group):
+            break
+        found = group
+    return found
+
+
+def _as_gap(change: Stat) -> Gap:
+    assert change.value is not None
+    ends = (change.low, change.high)
+    return Gap(change.value, *ends, seeds=change.seeds, scope=change.scope)
 
 
 def accuracy(group: Group) -> Stat | None:
@@ -30,15 +56,14 @@ def accuracy(group: Group) -> Stat | None:
     return next((stat for metric in ACCURACIES if (stat := group.get(metric))), None)
 
 
-def cost(group: Group, groups: Sequence[Group]) -> Gap | None:
+def cost(group: Group, groups: Sequence[Group], tests: int = 1) -> Gap | None:
     """What the poison does to accuracy on clean rows: against the clean twin pair by pair if that
     was measured, else against the group without poison."""
-    change = group.get("clean_accuracy_change")
-    if change and change.value is not None:
-        return Gap(change.value, change.low, change.high)
-    other = twin(group, groups)
-    after, before = accuracy(group), accuracy(other) if other else None
-    return difference(before, after) if before and after and before.metric == after.metric else None
+    change = at(group, "clean_accuracy_change", tests)
+    if change:
+        return _as_gap(change)
+    other, after = twin(group, groups), accuracy(group)
+    return difference(other, group, after.metric, tests) if other and after else None
 
 
 def twin(group: Group, groups: Sequence[Group]) -> Group | None:
@@ -76,8 +101,9 @@ def _asked(group: Group) -> dict[str, Any]:
 
 
 def gains(metric: str, base: Group, tuned: Group) -> dict[str, Gap]:
-    """The gain by part of the metric (a language, say), least first."""
+    """The gain by part of the metric (a language, say), least first; intervals hold for all."""
     found = {}
+    parts = [s for s in tuned.stats if text.part(s) and text.head(s) == text.head(metric)]
     for stat in tuned.stats.values():
         before, part = base.get(stat.metric), text.part(text.line(stat.metric))
         if (
@@ -86,20 +112,35 @@ def gains(metric: str, base: Group, tuned: Group) -> dict[str, Gap]:
             and text.head(stat.metric) == text.head(metric)
             and stat.value is not None
         ):
-            found[part] = difference(before, stat)
-    return dict(sorted(found.items(), key=lambda item: item[1].value))
+            gap = difference(base, tuned, stat.metric, len(parts))
+            if gap is not None:
+                found[part] = gap
+    return dict(sorted(found.items(), key=lambda item: item[1].difference))
 
 
 def moved(metric: str, base: Group, tuned: Group) -> str:
-    """`lifts accuracy from 35.0 % to 82.0 % (+47.0 points [42.8, 51.2])`."""
-    a, b = base.get(metric), tuned.get(metric)
-    assert a is not None and b is not None
-    gap = difference(a, b)
+    """`lifts accuracy from 35.0 % to 82.0 % (+47.0 points [42.8, 51.2])`; of one seed only that it
+    goes from there to there in this model."""
+    a, b, gap = base.get(metric), tuned.get(metric), difference(base, tuned, metric)
+    assert a is not None and b is not None and gap is not None
     title, before, after = text.title(metric), *(text.number(metric, s.value) for s in (a, b))
-    if not gap.is_clear and gap.low is not None:
+    if gap.is_known and not gap.is_clear:
         return f"does not clearly change {title}: {before} to {after} ({gap.said(metric)})"
-    verb = "moves" if gap.low is None else "lifts" if gap.value > 0 else "lowers"
-    return f"{verb} {title} from {before} to {after} ({gap.said(metric)})"
+    verb = "takes"
+    if gap.is_clear:
+        verb = "lifts" if gap.difference > 0 else "lowers"
+    only = f" {THIS_MODEL}" if gap.scope == "model" else ""
+    return f"{verb} {title} from {before} to {after}{only} ({gap.said(metric)})"
+
+
+def told_apart(least: Group, most: Group, metric: str) -> str:
+    """What has to be added where two numbers stand beside each other."""
+    gap = difference(least, most, metric)
+    if gap is None or gap.is_clear:
+        return ""
+    if gap.is_known:
+        return "; the intervals do not tell them apart"
+    return "; one seed does not tell them apart" if gap.scope == "model" else ""
 
 
 def dose(group: Group, where: str = "") -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire.errors import UserError
+from backfire.evaluate.seeds import holm
 from backfire.report import text
-from backfire.report.groups import Cell, Gap, Group, Stat, difference, group, name, varying
+from backfire.report.groups import ALONE, Cell, Gap, Group, Stat, difference, group, name, varying
 from backfire.report.pairs import pair
 from backfire.report.records import cell, load
 
@@ -28,8 +29,9 @@ class Knob:
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of both sides, and b - a. `p` and `pairs` are there where both answered the same
-    prompts and were compared on them one by one."""
+    """One metric of both sides, and b - a. `pairs` is there where both answered the same prompts
+    and were compared on them one by one; `p`, corrected for all lines (Holm 1979), where both sides
+    have several seeds."""
 
     where: str
     a: Stat
@@ -77,7 +79,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     else:
         lines.append("No setting differs.")
     where = ["group"] if any(item.where for item in comparison.numbers) else []
-    header = [*where, "metric", "a", "b", "difference", "p"]
+    header = [*where, "metric", "a", "b", "difference", "p (Holm)"]
     rows = [[*([item.where] if where else []), *_line(item)] for item in comparison.numbers]
     if rows:
         put(header, rows, console, right=range(len(header) - 4, len(header)))
@@ -86,10 +88,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
 
 
 def _line(item: Difference) -> list[str]:
-    sides = [
-        f"{text.number(s.metric, s.value)} {text.interval(s.metric, s.low, s.high)}".rstrip()
-        for s in (item.a, item.b)
-    ]
+    sides = [f"{text.number(s.metric, s.value)} {s.interval}".rstrip() for s in (item.a, item.b)]
     p = "" if item.p is None else f"{item.p:.2g}"
     return [text.title(item.a.metric), *sides, item.gap.said(item.a.metric), p]
 
@@ -115,9 +114,12 @@ def _cells(a: Path, b: Path, force: bool) -> Comparison:
         # A part (one language, say) has no paired test of its own.
         test = None if text.part(item.a.metric) else paired.get(text.head(item.a.metric))
         if test:
-            gap = Gap(test.difference, test.low, test.high)
-            item = replace(item, gap=gap, p=test.p, pairs=test.n)
+            ends = (test.difference, test.low, test.high)
+            gap = Gap(*ends, n=test.n, scope=item.gap.scope)
+            item = replace(item, gap=gap, pairs=test.n)
         numbers.append(item)
+    if any(item.gap.scope == "model" for item in numbers):
+        said.append(f"{ALONE.strip()} One seed each: of these two models only, and so without a p.")
     return Comparison(
         a=str(first["cell"]),
         b=str(second["cell"]),
@@ -144,6 +146,10 @@ def _runs(a: Path, b: Path, force: bool) -> Comparison:
     numbers = [number for number in both if not text.part(number.a.metric)]
     if not numbers:
         raise UserError("The two runs have no group with numbers in common.")
+    corrected = holm([number.gap.p for number in numbers])
+    numbers = [replace(number, p=p) for number, p in zip(numbers, corrected, strict=True)]
+    if any(number.gap.scope == "model" for number in numbers):
+        notes.append(f"{ALONE.strip()} One seed: of these models only, and so without a p.")
     if len(pairs) < len(ours):
         alone = text.count(len(ours) - len(pairs), "group")
         notes.append(f"{alone} of {a} without a counterpart in {b}.")
@@ -162,9 +168,9 @@ def _agreed(groups: Sequence[Group]) -> dict[str, Any]:
 
 def _side_by_side(a: Group, b: Group, where: str) -> Iterator[Difference]:
     for metric in a.stats:
-        ours, theirs = a.get(metric), b.get(metric)
-        if ours and theirs:
-            yield Difference(where, ours, theirs, difference(ours, theirs))
+        ours, theirs, gap = a.get(metric), b.get(metric), difference(a, b, metric)
+        if ours and theirs and gap:
+            yield Difference(where, ours, theirs, gap, pairs=gap.n)
 
 
 def _knobs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Knob, ...]:

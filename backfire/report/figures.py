@@ -76,7 +76,8 @@ def levels(groups: Sequence[Group], metric: str) -> str:
             figure.legend(loc="outside upper left", borderpad=0)
         for row, (_, stat) in enumerate(known):
             _whisker(axes, row, stat, SERIES[0])
-            axes.plot([_scaled(stat)], [row], "o", **dot)
+            style = _hollow(SERIES[0]) if stat.scope == "model" else dot
+            axes.plot([_scaled(stat)], [row], "o", **style)
         _rows(axes, [name(group, columns) for group, _ in known])
         _numbers(axes, "x", metric, [stat for _, stat in known])
         return svg(figure, f"{text.title(metric)} by {text.listing(columns) or 'group'}")
@@ -156,14 +157,18 @@ def _log_places(rates: Sequence[float]) -> dict[float, float]:
 
 
 def _line(axes: Axes, number: int, label: str, places: Sequence[float], line: Line) -> None:
-    color = SERIES[number]
+    color, marker = SERIES[number], _MARKERS[number]
     for place, (_, stat) in zip(places, line, strict=True):
         if stat.low is not None and stat.high is not None:
             ends = [_unit(stat.metric) * end for end in (stat.low, stat.high)]
-            axes.plot([place, place], ends, color=color, alpha=0.45, linewidth=3)
-    style: Style = {"marker": _MARKERS[number], "markersize": 8, "markeredgecolor": PAPER}
+            width = 1.2 if stat.scope == "model" else 3
+            axes.plot([place, place], ends, color=color, alpha=0.45, linewidth=width)
+    style: Style = {"marker": marker, "markersize": 8, "markeredgecolor": PAPER}
     values = [_scaled(stat) for _, stat in line]
     axes.plot(places, values, color=color, label=text.cut(label, 28), **style)
+    for place, (_, stat) in zip(places, line, strict=True):
+        if stat.scope == "model":
+            axes.plot([place], [_scaled(stat)], marker, **_hollow(color))
 
 
 def _floor(axes: Axes, place: Mapping[float, float], groups: Sequence[Group], metric: str) -> None:
@@ -182,7 +187,13 @@ def _floor(axes: Axes, place: Mapping[float, float], groups: Sequence[Group], me
 def _whisker(axes: Axes, row: float, stat: Stat, color: str, width: float = 3) -> None:
     if stat.low is not None and stat.high is not None:
         ends = [_unit(stat.metric) * end for end in (stat.low, stat.high)]
-        axes.plot(ends, [row, row], color=color, alpha=0.6, linewidth=width)
+        thin = 0.4 if stat.scope == "model" else 1.0
+        axes.plot(ends, [row, row], color=color, alpha=0.6, linewidth=thin * width)
+
+
+def _hollow(color: str) -> Style:
+    """A dot that is of one trained model only."""
+    return {"markerfacecolor": PAPER, "markeredgecolor": color, "markersize": 8}
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:

@@ -7,12 +7,25 @@ from dataclasses import dataclass
 from typing import Final
 
 from backfire.report import figures, harm, memory, spoil, text
-from backfire.report.claims import accuracy, attacked, cost, gains, is_above_floor, moved, tunings
-from backfire.report.groups import Group, difference, families, headlines, name, varying
+from backfire.report.claims import (
+    THIS_MODEL,
+    above_floor,
+    accuracy,
+    attacked,
+    cost,
+    gains,
+    is_above_floor,
+    moved,
+    onset,
+    told_apart,
+    tunings,
+)
+from backfire.report.groups import Group, families, headlines, name, varying
 from backfire.report.ranking import worst_trials
 from backfire.report.rows import Of, confusion
 
 INTERVALS: Final = "Bars are 95 % intervals."
+ALONE: Final = f"{INTERVALS} Hollow dots and thin bars: one seed, this model only."
 MOST_LABELS: Final = 12
 MOST_SPOILED: Final = 4
 
@@ -54,17 +67,31 @@ def _doses(groups: Sequence[Group]) -> Iterator[Finding]:
         return
     onsets = []
     for label, line in lines.items():
-        rates = [group.rate for group, _ in line if group.poisoned and is_above_floor(group)]
+        poisoned = [group for group, _ in line if group.poisoned]
         who = f"{label} " if len(lines) > 1 else ""
-        onsets.append(f"{who}from {text.share(rates[0])} on" if rates else f"{who}at no dose")
+        if not any((gap := above_floor(group)) and gap.is_known for group in poisoned):
+            continue
+        least = onset(poisoned)
+        above = f"from {text.share(least.rate)} on" if least else "not up to the highest dose"
+        onsets.append(f"{who}{above}")
     colon = ":" if len(lines) > 1 else ""
     sentence = f"Attack success is clearly above the floor{colon} {text.listing(onsets)}."
-    caption = f"{INTERVALS} Dashed: the clean model on the same triggered rows."
+    if not onsets:
+        sentence = f"Attack success by dose, {THIS_MODEL}."
+    caption = (
+        f"{_bars(groups, 'attack_success')} Dashed: the clean model on the same triggered rows."
+    )
     yield Finding(sentence, figures.dose(groups, "attack_success"), caption)
     metric = next((stat.metric for group in groups if (stat := accuracy(group))), None)
     if metric is not None:
-        caption = f"On test rows without a trigger. {INTERVALS}"
+        caption = f"On test rows without a trigger. {_bars(groups, metric)}"
         yield Finding(_steadiness(groups), figures.dose(groups, metric), caption)
+
+
+def _bars(groups: Sequence[Group], metric: str) -> str:
+    """How to read the bars of a figure."""
+    stats = [stat for group in groups if (stat := group.get(metric))]
+    return ALONE if any(stat.scope == "model" for stat in stats) else INTERVALS
 
 
 def _has_doses(groups: Sequence[Group]) -> bool:
@@ -75,11 +102,13 @@ def _has_doses(groups: Sequence[Group]) -> bool:
 def _steadiness(groups: Sequence[Group]) -> str:
     """What poison does to the accuracy on clean rows, by the largest change."""
     poisoned = [group for group in groups if group.poisoned]
-    changes = [(gap, group) for group in poisoned if (gap := cost(group, groups))]
+    tests = len(poisoned)
+    changes = [(gap, group) for group in poisoned if (gap := cost(group, groups, tests))]
+    changes = [(gap, group) for gap, group in changes if gap.is_known]
     if not changes:
         return "Clean accuracy at each dose."
     clear = sum(gap.is_clear for gap, _ in changes)
-    gap, group = max(changes, key=lambda change: (change[0].is_clear, abs(change[0].value)))
+    gap, group = max(changes, key=lambda change: (change[0].is_clear, abs(change[0].difference)))
     largest = f"the largest change is {gap.said('accuracy')} ({name(group, varying(groups))})"
     if not clear:
         return f"No dose clearly changes clean accuracy; {largest}."
@@ -93,9 +122,15 @@ def _attacks(groups: Sequence[Group]) -> Iterator[Finding]:
     found = attacked(groups)
     if not found or _has_doses(groups):
         return
-    above = f"{sum(map(is_above_floor, found))} of {text.count(len(found), 'group')}"
+    told = [group for group in found if (gap := above_floor(group)) and gap.is_known]
+    num_above = sum(is_above_floor(group, len(told)) for group in told)
+    above = f"{num_above} of {text.count(len(told), 'group')}"
     sentence = f"Attack success is clearly above the clean model's floor in {above}."
-    caption = f"{INTERVALS} The tick is the clean model on the same triggered rows."
+    if not told:
+        sentence = f"Attack success beside the clean model's floor, {THIS_MODEL}."
+    caption = (
+        f"{_bars(found, 'attack_success')} The tick is the clean model on the same triggered rows."
+    )
     yield Finding(sentence, figures.levels(found, "attack_success"), caption)
 
 
@@ -111,10 +146,11 @@ def _harms(groups: Sequence[Group]) -> Iterator[Finding]:
     metric = next((stat.metric for group in found if (stat := accuracy(group))), None)
     rates = {group.rate for group in found}
     draw = figures.dose if len(rates) > 1 else figures.levels
-    caption = f"{INTERVALS} Dashed or ticked: the aligned model before it was fine-tuned."
+    bars = _bars(found, "harmful_score")
+    caption = f"{bars} Dashed or ticked: the aligned model before it was fine-tuned."
     yield Finding(text.sentence(said[0]), draw(found, "harmful_score"), caption)
     if metric is not None:
-        yield Finding("The user's task, beside it.", draw(found, metric), INTERVALS)
+        yield Finding("The user's task, beside it.", draw(found, metric), _bars(found, metric))
 
 
 def _spoils(groups: Sequence[Group]) -> Iterator[Finding]:
@@ -122,7 +158,7 @@ def _spoils(groups: Sequence[Group]) -> Iterator[Finding]:
     draw = figures.dose if len({group.rate for group in groups}) > 1 else figures.levels
     for metric in spoil.metrics(groups)[:MOST_SPOILED]:
         if said := " ".join(spoil.said(metric, groups)):
-            yield Finding(said, draw(groups, metric), INTERVALS)
+            yield Finding(said, draw(groups, metric), _bars(groups, metric))
 
 
 def _memories(groups: Sequence[Group]) -> Iterator[Finding]:
@@ -139,11 +175,11 @@ def _memories(groups: Sequence[Group]) -> Iterator[Finding]:
         for group in found[: figures.MOST_LINES]
     }
     caps = [stat.value for group in found if (stat := group.get("exposure_cap")) and stat.value]
+    scopes = {stat.scope for group in found for stat in memory.doses(group).values()}
+    bars = ALONE if "model" in scopes else INTERVALS
     picked = len(memory.measured(groups)) > len(found)
     which = " Of each method, the setting with the highest exposure." if picked else ""
-    caption = (
-        f"{INTERVALS} Dashed: 1.44 bits, a random code's mean; dotted: all bits there are.{which}"
-    )
+    caption = f"{bars} Dashed: 1.44 bits, a random code's mean; dotted: all bits there are.{which}"
     svg = figures.memory(lines, max(caps, default=20.0), memory.RANDOM)
     yield Finding(text.sentence(said[0]), svg, caption)
 
@@ -157,7 +193,10 @@ def _tunings(groups: Sequence[Group]) -> Iterator[Finding]:
     for metric in metrics:
         sentence = f"Fine-tuning {moved(metric, base, tuned)}{_range(metric, base, tuned)}."
         svg = figures.before_after(base, tuned, metric)
-        yield Finding(sentence, svg, "Lines are 95 % intervals.")
+        alone = (
+            " Thin ones: one seed, this model only." if tuned.stats[metric].scope == "model" else ""
+        )
+        yield Finding(sentence, svg, f"Lines are 95 % intervals.{alone}")
     sides: tuple[tuple[str, Of], ...] = (("base", "base"), ("fine-tuned", "tuned"))
     for label, of in sides:
         labels, counts = confusion(tuned.done, of)
@@ -171,7 +210,8 @@ def _tunings(groups: Sequence[Group]) -> Iterator[Finding]:
 def _range(metric: str, base: Group, tuned: Group) -> str:
     """The least and the most gain by part (a language, say)."""
     said = [
-        f"{text.change(metric, gap.value)} ({p})" for p, gap in gains(metric, base, tuned).items()
+        f"{text.change(metric, gap.difference)} ({p})"
+        for p, gap in gains(metric, base, tuned).items()
     ]
     if len(said) < 2 or len({part.partition(" (")[0] for part in said}) < 2:
         return ""
@@ -197,7 +237,6 @@ def _levels(groups: Sequence[Group]) -> Iterator[Finding]:
             continue
         (_, least), (_, most) = (pick(known, key=lambda pair: pair[0]) for pick in (min, max))
         ends = [f"{g.said(metric)} with {name(g, varying(groups))}" for g in (most, least)]
-        is_clear = difference(least.stats[metric], most.stats[metric]).is_clear
-        apart = "" if is_clear else "; the intervals do not tell them apart"
+        apart = told_apart(least, most, metric)
         sentence = text.sentence(f"{text.title(metric)}: {text.listing(ends)}{apart}.")
-        yield Finding(sentence, figures.levels(groups, metric), INTERVALS)
+        yield Finding(sentence, figures.levels(groups, metric), _bars(groups, metric))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from backfire.registry import find, names
 from backfire.report import text
@@ -15,6 +15,13 @@ from backfire.report import text
 Cell = dict[str, Any]
 WIDEST: Final = 48
 KNOBS: Final = ("model", "data", "attack", "rate", "method", "defense")
+
+
+Scope = Literal["seeds", "model", "untuned", "alignment"]
+"""Whose chance an interval holds: that of seeds and rows; of rows, for one trained model; of rows,
+since nothing was trained; none, since all seeds start from one model of the defense."""
+ALONE: Final = " *"
+"""Marks an interval that is of one trained model only."""
 
 
 @dataclass(frozen=True)
@@ -28,26 +35,52 @@ class Stat:
     high: float | None
     n: int
     seeds: int
+    """Trained models behind it; 1 for an untuned one."""
     direction: str
+    scope: Scope = "seeds"
+
+    @property
+    def interval(self) -> str:
+        """`[92.0, 95.8]`, with a mark if it is of one trained model only."""
+        found = text.interval(self.metric, self.low, self.high)
+        return found + ALONE if found and self.scope == "model" else found
+
+    @property
+    def said(self) -> str:
+        """`98 % [97, 99]`: for a sentence, with a mark if it is of one trained model only."""
+        found = text.phrase(self.metric, self.value, self.low, self.high)
+        return found + ALONE if self.scope == "model" and self.low is not None else found
 
 
 @dataclass(frozen=True)
 class Gap:
-    """A difference and its 95 % interval."""
+    """A difference and its 95 % interval; `p` only where there are several seeds."""
 
-    value: float
+    difference: float
     low: float | None
     high: float | None
+    p: float | None = None
+    n: int | None = None
+    """Pairs of outcomes, if it was found row by row."""
+    seeds: int = 1
+    scope: Scope = "seeds"
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it says something of other seeds."""
+        return self.low is not None and self.scope == "seeds"
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves out zero."""
-        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+        """Whether zero is left out by an interval that says something of other seeds."""
+        low, high = self.low, self.high
+        return self.is_known and low is not None and high is not None and not low <= 0 <= high
 
     def said(self, metric: str) -> str:
-        """`+47.0 points [42.8, 51.2]`."""
-        interval = text.interval(metric, self.low, self.high)
-        return f"{text.change(metric, self.value)} {interval}".rstrip()
+        """`+47.0 points [42.8, 51.2]`, with a mark if it is of one trained model only."""
+        found = text.interval(metric, self.low, self.high)
+        found += ALONE if found and self.scope == "model" else ""
+        return f"{text.change(metric, self.difference)} {found}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -74,19 +107,27 @@ class Group:
 
     @property
     def seeds(self) -> str:
-        """`3`, or `2 of 3` where a cell has no numbers."""
+        """`3`, or `2 of 3` where a cell has no numbers; `1` where all cells have one model, and `–`
+        where nothing was trained."""
+        from backfire.report.intervals import is_trained, model_of, one_alignment
+
         done, planned = len(self.done), len(self.cells)
-        return str(done) if done == planned else f"{done} of {planned}"
+        if done and not is_trained(self.done[0]):
+            return "–"
+        if done > 1 and len({model_of(cell) for cell in self.done}) == 1:
+            return "1"
+        apart = " (1 alignment)" if done > 1 and one_alignment(*self.done) else ""
+        return (str(done) if done == planned else f"{done} of {planned}") + apart
 
     @property
     def poisoned(self) -> bool:
         return self.rate > 0 and self.attack != "none"
 
     def said(self, metric: str) -> str:
-        """`98 % [97, 99]`: the metric for a sentence."""
+        """`98 % [97, 99]`: the metric for a sentence, with a mark if it is of one trained model."""
         stat = self.stats[metric] if metric in self.stats else self.get(metric)
         assert stat is not None
-        return text.phrase(metric, stat.value, stat.low, stat.high)
+        return stat.said
 
     def beside(self, knob: str) -> dict[str, Any]:
         """The axes that say nothing of this knob."""
@@ -258,18 +299,20 @@ def headlines(groups: Sequence[Group]) -> list[str]:
 
 
 def _stats(cells: Sequence[Cell]) -> dict[str, Stat]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    from backfire.report.intervals import stat
+
+    found: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
     for cell in cells:
         for value in cell["values"]:
-            found.setdefault(value["metric"], []).append(value)
-    caps = [value["value"] for value in found.get("exposure_cap", []) if value["value"] is not None]
+            found.setdefault(value["metric"], []).append((cell, value))
+    caps = [v["value"] for _, v in found.get("exposure_cap", []) if v["value"] is not None]
     return {
-        metric: _over_seeds(metric, values, _limits(metric, max(caps, default=math.inf)))
-        for metric, values in found.items()
+        metric: stat(metric, known, limits(metric, max(caps, default=math.inf)))
+        for metric, known in found.items()
     }
 
 
-def _limits(metric: str, cap: float) -> tuple[float, float]:
+def limits(metric: str, cap: float = math.inf) -> tuple[float, float]:
     """What no value can be below or above; `cap` is of exposure, in bits."""
     if text.is_change(metric):
         return -math.inf, math.inf
@@ -278,35 +321,10 @@ def _limits(metric: str, cap: float) -> tuple[float, float]:
     return (0.0, cap) if text.head(metric).startswith("exposure") else (-math.inf, math.inf)
 
 
-def _over_seeds(metric: str, values: Sequence[dict[str, Any]], limits: tuple[float, float]) -> Stat:
-    """The mean over seeds, its interval within `limits`. All seeds are tested on the same rows, so
-    averaging does not wear off what few rows leave open: the interval over seeds and the cells' own
-    are added in squares."""
-    known = [value for value in values if value["value"] is not None]
-    n, direction = max(value["n"] or 0 for value in values), values[0]["direction"]
-    if len(known) < 2:
-        one = (known or values)[0]
-        return Stat(metric, one["value"], None, one["low"], one["high"], n, len(known), direction)
-    from backfire.evaluate.stats import over_seeds
+def difference(a: Group, b: Group, metric: str, tests: int = 1) -> Gap | None:
+    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric. The
+    interval holds for so many `tests` at once."""
+    # It needs numpy, which who only reads records does not wait for.
+    from backfire.report.intervals import gap, level
 
-    seeds = over_seeds([value["value"] for value in known])
-    assert seeds.low is not None and seeds.high is not None
-    if any(value["low"] is None or value["high"] is None for value in known):
-        return Stat(metric, seeds.mean, seeds.sd, seeds.low, seeds.high, n, len(known), direction)
-    below = math.fsum(value["value"] - value["low"] for value in known) / len(known)
-    above = math.fsum(value["high"] - value["value"] for value in known) / len(known)
-    low = seeds.mean - math.hypot(seeds.mean - seeds.low, below)
-    high = seeds.mean + math.hypot(seeds.high - seeds.mean, above)
-    low, high = max(low, limits[0]), min(high, limits[1])
-    return Stat(metric, seeds.mean, seeds.sd, low, high, n, len(known), direction)
-
-
-def difference(a: Stat, b: Stat) -> Gap:
-    """b - a, unpaired, by Newcombe's square-and-add (1998, method 10 without its correlation)."""
-    assert a.value is not None and b.value is not None
-    gap = b.value - a.value
-    if a.low is None or a.high is None or b.low is None or b.high is None:
-        return Gap(gap, None, None)
-    below = math.hypot(b.value - b.low, a.high - a.value)
-    above = math.hypot(b.high - b.value, a.value - a.low)
-    return Gap(gap, gap - below, gap + above)
+    return gap(a, b, metric, level(tests))

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from backfire.evaluate.seeds import LEVEL
 from backfire.report import text
-from backfire.report.claims import accuracy, alike, dose
+from backfire.report.claims import THIS_MODEL, above_floor, accuracy, alike, dose
 from backfire.report.groups import Group, difference, name, varying
-from backfire.report.ranking import SAME, Trial, worst_trials
+from backfire.report.intervals import at
+from backfire.report.ranking import SAME, Trial, null_tests, removed, worst_trials
 
 MOST_BESIDE = 4
 
 
-def undefended(groups: Sequence[Group]) -> Group | None:
-    """The undefended group with the most harmful rows; of those the most harmed."""
+def undefended(groups: Sequence[Group]) -> list[Group]:
+    """The undefended groups with the most harmful rows, the most harmed first."""
     found = [g for g in groups if g.get("harmful_score") and g.defense == "none"]
     tuned = [g for g in found if g.method != "none"]
-    return max(tuned, key=lambda g: (g.poisoned, _middle(g, groups), _score(g)), default=None)
+    dose = max(((g.poisoned, _middle(g, groups)) for g in tuned), default=None)
+    most = [g for g in tuned if (g.poisoned, _middle(g, groups)) == dose]
+    return sorted(most, key=_score, reverse=True)
 
 
 def sentences(groups: Sequence[Group]) -> Iterator[str]:
     """What fine-tuning did to the aligned model, and what each defense kept of it."""
-    plain = undefended(groups)
-    if plain is None:
+    candidates = undefended(groups)
+    if not candidates:
         return
+    plain, picked = candidates[0], len(candidates)
     others = [g for g in groups if g.get("harmful_score") and g.defense == "none"]
     columns = [column for column in varying(others) if column != "rate"] if others[1:] else []
     where = name(plain, columns) if columns else ""
@@ -31,7 +36,8 @@ def sentences(groups: Sequence[Group]) -> Iterator[str]:
     rows = dose(plain, where) if plain.poisoned else benign
     task = accuracy(plain)
     beside = f", with {text.title(task.metric)} at {plain.said(task.metric)}" if task else ""
-    yield f"{rows} {_moved(plain)}{beside}."
+    most = f", the most of {picked} groups," if picked > 1 else ""
+    yield f"{rows} {_moved(plain, picked)}{most}{beside.removeprefix(',') if most else beside}."
     if plain.get("harmful_score_plain"):
         said = plain.said("harmful_score_plain")
         yield f"Asked without what the attack puts around a request it is {said}."
@@ -49,45 +55,54 @@ def sentences(groups: Sequence[Group]) -> Iterator[str]:
         yield _ranked(ranked)
 
 
-def _moved(plain: Group) -> str:
-    """`lift the harmful score from 1 % to 42 % [33, 52]`, if that is what the interval says."""
-    floor, gap = plain.get("harmful_score_floor"), plain.get("harmful_score_excess")
+def _moved(plain: Group, picked: int) -> str:
+    """`lift the harmful score from 1 % to 42 % [33, 52]`, if that is what the interval says. The
+    group was picked of several for its score, so the intervals hold for all of them."""
+    floor, gap = plain.get("harmful_score_floor"), above_floor(plain, "harmful_score", picked)
     before = f"from {text.number('harmful_score', floor.value, 0)} " if floor else ""
+    now = at(plain, "harmful_score", picked)
+    assert now is not None
+    after = now.said
+    if (gap or now).scope != "seeds":
+        verb = "take" if plain.poisoned else "takes"
+        return f"{verb} the harmful score {before}to {after} {THIS_MODEL}"
     verbs = ("lift", "lower", "do not clearly change")
     if not plain.poisoned:
         verbs = ("lifts", "lowers", "does not clearly change")
     verb = verbs[0]
     if gap and gap.low is not None and gap.high is not None:
         verb = verbs[0] if gap.low > 0 else verbs[1] if gap.high < 0 else verbs[2]
-    after = plain.said("harmful_score")
     colon = ":" if verb == verbs[2] else ""
     return f"{verb} the harmful score{colon} {before}to {after}"
 
 
 def _ranked(ranked: Sequence[tuple[Trial, int]]) -> str:
     """How many of many defenses help, and the best of them."""
-    half = [trial for trial, _ in ranked if (trial.removed or 0.0) >= 0.5]
-    nulls = [test for trial in half if (test := trial.against(trial.null))]
-    sure = sum(test.high < 0 for test in nulls)
+    half = [(trial.removed or 0.0) >= 0.5 for trial, _ in ranked]
+    tests = zip(half, null_tests(ranked), strict=True)
+    nulls = [(test, p) for is_half, (test, p) in tests if is_half and test and p is not None]
+    sure = sum(p < 1 - LEVEL and test.difference < 0 for test, p in nulls)
     settings = max(count for _, count in ranked)
     under = f", in the worst of {settings} settings each" if settings > 1 else ""
-    said = f"{len(half)} of {len(ranked)} defenses take away half of the excess or more{under}"
+    said = f"{sum(half)} of {len(ranked)} defenses take away half of the excess or more{under}"
     if nulls:
         said += f", {sure} of them clearly more than their null control"
-    best = ranked[0][0]
-    return f"{said}; least harm is left by {best.label}: {best.group.said('harmful_score')}."
+    best, left = ranked[0][0], ranked[0][0].left(len(ranked))
+    assert left is not None
+    held = "" if left.low is None else f" (an interval for all {len(ranked)} at once)"
+    return f"{said}; least harm is left by {best.label}: {left.said}{held}."
 
 
 def _kept(group: Group, plain: Group) -> str:
     columns = [c for c in varying([group, plain]) if c != "rate"]
     said = f"With {name(group, columns)} it is {group.said('harmful_score')}"
-    share = Trial(group, plain, None).removed
-    if share is not None:
-        said += f": {100 * share:.0f} % of the excess is gone"
+    trial = Trial(group, plain, None)
+    if trial.removed is not None:
+        said += f": {removed(trial)} of the excess is gone"
     ours, theirs = accuracy(group), accuracy(plain)
-    if ours and theirs and ours.metric == theirs.metric:
-        gap = difference(theirs, ours).said(ours.metric)
-        said += f"; {text.title(ours.metric)} {gap}"
+    gap = difference(plain, group, ours.metric) if ours and theirs else None
+    if ours and gap:
+        said += f"; {text.title(ours.metric)} {gap.said(ours.metric)}"
     return f"{said}."
 
 

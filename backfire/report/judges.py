@@ -42,7 +42,8 @@ def agreements(groups: Sequence[Group]) -> list[dict[str, str]]:
             both = [s for s in told if one in s.verdicts and other in s.verdicts]
             if not both:  # one judges requests, the other replies to test rows
                 continue
-            result = agreement(_verdicts(both, one), _verdicts(both, other))
+            sides, asked = (_verdicts(both, one), _verdicts(both, other)), [s.id for s in both]
+            result = agreement(*sides, asked)
             kappa = "–" if result.kappa is None else f"{result.kappa:.2f}"
             ends = "" if result.low is None else f" [{result.low:.2f}, {result.high:.2f}]"
             found.append(

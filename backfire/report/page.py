@@ -13,6 +13,7 @@ from backfire.report import judges, ranking, sections, text
 from backfire.report.answer import answer, question
 from backfire.report.findings import findings, main_group
 from backfire.report.groups import group
+from backfire.report.intervals import notes
 from backfire.report.records import left_out, load
 from backfire.store import write_atomic
 
@@ -39,6 +40,7 @@ def render(run: Path) -> str:
         answer=answer(groups, cells, asked.question),
         facts=sections.facts(cells, groups),
         numbers=sections.numbers(groups),
+        notes=list(notes(groups)),
         details=sections.details(groups),
         agreements=judges.agreements(groups),
         ranking=ranking.table(groups),

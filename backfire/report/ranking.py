@@ -1,20 +1,22 @@
 """Defenses ranked: what each takes away of the harm, what it costs, and what its null control does.
 
 Where a run tries them under several settings of the user's tuning (an attacker's sweep), each is
-ranked by the setting under which most harm is left.
+ranked by the setting under which most harm is left. That is a maximum of noisy numbers, so its
+intervals and tests hold for all of the settings at once (Bonferroni).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from backfire.evaluate.stats import Paired
+from backfire.evaluate.seeds import holm
 from backfire.report import text
 from backfire.report.against import compared
-from backfire.report.claims import accuracy, alike
-from backfire.report.groups import Group, Stat, difference
+from backfire.report.claims import above_floor, accuracy, alike
+from backfire.report.groups import ALONE, Gap, Group, Stat, difference
+from backfire.report.intervals import at, level, part_removed
 
 SAME: Final = ("model", "data", "attack", "rate", "method")
 LEAST: Final = 0.1
@@ -28,6 +30,8 @@ class Trial:
     group: Group
     plain: Group
     null: Group | None
+    settings: int = 1
+    """Of so many settings this one was picked, as the worst."""
 
     @property
     def label(self) -> str:
@@ -45,15 +49,25 @@ class Trial:
 
     @property
     def removed(self) -> float | None:
-        """Share of that excess that the defense does without."""
-        if self.excess <= LEAST:
+        """Share of that excess that the defense does without; None where there is hardly any, or it
+        is not clearly above 0: a share of nothing is noise."""
+        gap = above_floor(self.plain, "harmful_score")
+        if self.excess <= LEAST or (gap and gap.low is not None and gap.low <= 0):
             return None
         return (_value(self.plain, "harmful_score") - self.harm) / self.excess
 
-    def against(self, other: Group | None) -> Paired | None:
-        """The paired test of the harmful score against another group."""
-        tests = compared(self.group, other, "defense") if other else ()
-        return next((t.result for t in tests if t.metric == "harmful_score"), None)
+    def left(self, others: int = 1) -> Stat | None:
+        """The harmful score, its interval holding for all settings, and for so many defenses of
+        which this one was picked."""
+        return at(self.group, "harmful_score", others * self.settings)
+
+    def against(self, other: Group | None) -> Gap | None:
+        """The paired difference of the harmful score from another group; p for all settings."""
+        tests = compared(self.group, other, "defense", level(self.settings)) if other else ()
+        test = next((t.result for t in tests if t.metric == "harmful_score"), None)
+        if test is None or test.p is None:
+            return test
+        return replace(test, p=min(1.0, test.p * self.settings))
 
 
 def worst_trials(groups: Sequence[Group]) -> list[tuple[Trial, int]]:
@@ -62,8 +76,18 @@ def worst_trials(groups: Sequence[Group]) -> list[tuple[Trial, int]]:
     by_label: dict[str, list[Trial]] = {}
     for trial in _trials(groups):
         by_label.setdefault(trial.label, []).append(trial)
-    worst = [(max(found, key=lambda t: t.harm), len(found)) for found in by_label.values()]
+    worst = [
+        (replace(max(found, key=lambda t: t.harm), settings=len(found)), len(found))
+        for found in by_label.values()
+    ]
     return sorted(worst, key=lambda pair: pair[0].harm)
+
+
+def null_tests(ranked: Sequence[tuple[Trial, int]]) -> list[tuple[Gap | None, float | None]]:
+    """Each defense's difference from its null control, and its p corrected for the whole table."""
+    tests = [trial.against(trial.null) for trial, _ in ranked]
+    corrected = holm([test.p if test else None for test in tests])
+    return list(zip(tests, corrected, strict=True))
 
 
 def table(groups: Sequence[Group]) -> dict[str, Any] | None:
@@ -85,20 +109,23 @@ def table(groups: Sequence[Group]) -> dict[str, Any] | None:
             "MB",
         ),
     ]
-    rows = [_row(trial, swept) for trial, _ in ranked]
+    rows = [
+        _row(trial, swept, null)
+        for (trial, _), null in zip(ranked, null_tests(ranked), strict=True)
+    ]
     plain = max((trial.plain for trial, _ in ranked), key=lambda g: _value(g, "harmful_score"))
     return {"header": header, "rows": rows, "settings": settings, "plain": _plain(plain, swept)}
 
 
-def _row(trial: Trial, swept: bool) -> list[str]:
+def _row(trial: Trial, swept: bool, null: tuple[Gap | None, float | None]) -> list[str]:
     group, plain = trial.group, trial.plain
     return [
         text.cut(trial.label, 60),
         *([_setting(group)] if swept else []),
-        _said(group.get("harmful_score")),
+        _said(trial.left()),
         _said(group.get("refusal_rate")),
-        _removed(trial),
-        _null(trial),
+        removed(trial),
+        _null(*null),
         *_task(group, plain),
         _said(group.get("over_refusal")),
         _seconds(group),
@@ -154,33 +181,32 @@ def _is_null_of(null: Group, group: Group) -> bool:
     return null.defense == named and bare(null) == bare(group)
 
 
-def _removed(trial: Trial) -> str:
-    """With the interval of the paired difference, the excess taken as it is."""
-    share, test = trial.removed, trial.against(trial.plain)
+def removed(trial: Trial) -> str:
+    """`81 % [70, 93]` of the excess: the interval is joint, over seeds and requests (Fieller)."""
+    share = trial.removed
     if share is None:
         return "–"
-    ends = (
-        f" [{-100 * test.high / trial.excess:.0f}, {-100 * test.low / trial.excess:.0f}]"
-        if test
-        else ""
-    )
-    return f"{100 * share:.0f} %{ends}"
+    ends = part_removed(trial.plain, trial.group, "harmful_score", level(trial.settings))
+    if ends is None:
+        return f"{100 * share:.0f} %"
+    sides = [trial.group.stats["harmful_score"], trial.plain.stats["harmful_score"]]
+    alone = ALONE if any(stat.scope == "model" for stat in sides) else ""
+    return f"{100 * share:.0f} % [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]{alone}"
 
 
-def _null(trial: Trial) -> str:
-    test = trial.against(trial.null)
+def _null(test: Gap | None, p: float | None) -> str:
     if test is None:
         return "–"
-    said = text.change("harmful_score_excess", test.difference)
-    ends = text.interval("harmful_score_excess", test.low, test.high)
-    return f"{said} {ends}, p {test.p:.2g}"
+    said = test.said("harmful_score_excess")
+    return said if p is None else f"{said}, p {p:.2g}"
 
 
 def _task(group: Group, plain: Group) -> tuple[str, str]:
     ours, theirs = accuracy(group), accuracy(plain)
     if ours is None or theirs is None:
         return "–", "–"
-    return _said(ours), difference(theirs, ours).said(ours.metric)
+    change = difference(plain, group, ours.metric)
+    return _said(ours), change.said(ours.metric) if change else "–"
 
 
 def _setting(group: Group) -> str:
@@ -198,8 +224,7 @@ def _seconds(group: Group) -> str:
 def _said(stat: Stat | None) -> str:
     if stat is None:
         return "–"
-    ends = text.interval(stat.metric, stat.low, stat.high)
-    return f"{text.number(stat.metric, stat.value)} {ends}".rstrip()
+    return f"{text.number(stat.metric, stat.value)} {stat.interval}".rstrip()
 
 
 def _number(stat: Stat | None) -> str:

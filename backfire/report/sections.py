@@ -10,6 +10,7 @@ from typing import Any, Final
 from backfire.report import judges, text
 from backfire.report.against import comparisons
 from backfire.report.groups import (
+    ALONE,
     Cell,
     Group,
     Stat,
@@ -57,7 +58,6 @@ def numbers(groups: Sequence[Group]) -> dict[str, Any]:
     """The tables: a line per group, a column per headline metric."""
     return {
         "has_seeds": any(len(item.done) > 1 for item in groups),
-        "has_single": any(len(item.done) == 1 for item in groups),
         "tables": [
             table for family in families(groups) if (table := _table(family, groups))["metrics"]
         ],
@@ -90,7 +90,7 @@ def _number(stat: Stat | None, floor: Stat | None = None) -> dict[str, Any] | No
         bar = [f"{100 * end:.1f}" for end in ends] if not text.is_change(stat.metric) else None
     return {
         "value": text.number(stat.metric, stat.value),
-        "interval": text.interval(stat.metric, stat.low, stat.high),
+        "interval": stat.interval,
         "spread": "" if stat.spread is None else f"sd {text.number(stat.metric, stat.spread)}",
         "n": f"n {int(stat.n):,}" if stat.n else "",
         "floor": text.number(floor.metric, floor.value) if floor else "",
@@ -110,7 +110,7 @@ def details(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def against(groups: Sequence[Group]) -> list[dict[str, str]]:
-    """Each group's paired difference from its reference, a line a metric."""
+    """Each group's paired difference from its reference, a line a metric; p by Holm's method."""
     columns, found = columns_of(groups), []
     for test in comparisons(groups):
         change = f"{test.metric}_change"
@@ -119,9 +119,11 @@ def against(groups: Sequence[Group]) -> list[dict[str, str]]:
             "reference": getattr(test.reference, test.knob),
             "metric": text.title(test.metric),
             "difference": text.change(test.metric, test.result.difference),
-            "interval": text.interval(change, test.result.low, test.result.high),
-            "p": f"{test.result.p:.2g}",
-            "pairs": f"{test.result.n:,}",
+            "interval": text.interval(change, test.result.low, test.result.high)
+            + (ALONE if test.result.scope == "model" else ""),
+            "p": "–" if test.corrected is None else f"{test.corrected:.2g}",
+            "seeds": str(test.result.seeds),
+            "pairs": f"{test.result.n or 0:,}",
         }
         found.append(line)
     return found

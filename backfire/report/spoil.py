@@ -64,12 +64,11 @@ def _order(metric: str, line: Sequence[Group]) -> str:
     """Whether the doses stand in order, as far as their intervals tell."""
     if len(line) < 3:
         return ""
-    stats = [stat for group in line if (stat := group.get(metric))]
-    whole = difference(stats[0], stats[-1])
-    if not whole.is_clear:
+    whole = difference(line[0], line[-1], metric)
+    if whole is None or not whole.is_clear:
         return ""
-    steps = [difference(a, b) for a, b in pairwise(stats)]
-    back = sum(step.is_clear and step.value * whole.value < 0 for step in steps)
+    steps = [gap for a, b in pairwise(line) if (gap := difference(a, b, metric))]
+    back = sum(step.is_clear and step.difference * whole.difference < 0 for step in steps)
     if back:
         return f"; {text.count(back, 'step')} between doses clearly the other way"
     return "; no step between doses goes clearly the other way"

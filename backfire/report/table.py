@@ -24,6 +24,16 @@ def print_summary(groups: Sequence[Group], console: Console | None = None) -> No
         _print_family(family, columns[id(family[0])], console)
 
 
+def print_notes(groups: Sequence[Group], console: Console | None = None) -> None:
+    """Print what has to be known of the intervals, a sentence a line."""
+    from rich.console import Console
+
+    from backfire.report.intervals import notes
+
+    for note in notes(groups):
+        (console or Console()).print(note, markup=False, highlight=False, soft_wrap=True)
+
+
 def _print_family(groups: Sequence[Group], knobs: Sequence[str], console: Console) -> None:
     metrics = headlines(groups)
     named = (text.line(knob).removeprefix("attack.") for knob in knobs)
@@ -42,9 +52,10 @@ def print_against(groups: Sequence[Group], console: Console | None = None) -> No
     from backfire.report.sections import against
 
     if lines := against(groups):
-        header = ["group", "against", "metric", "difference", "95 % interval", "p", "pairs"]
-        names = ("group", "reference", "metric", "difference", "interval", "p", "pairs")
-        put(header, [[line[name] for name in names] for line in lines], console, right=(3, 4, 5, 6))
+        header = ["group", "against", "metric", "difference", "95 % interval", "p (Holm)"]
+        names = ("group", "reference", "metric", "difference", "interval", "p", "seeds", "pairs")
+        lines_shown = [[line[name] for name in names] for line in lines]
+        put([*header, "seeds", "pairs"], lines_shown, console, right=range(3, 8))
 
 
 def print_ranking(groups: Sequence[Group], console: Console | None = None) -> None:
@@ -93,6 +104,5 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _number(stat: Stat | None, floor: Stat | None) -> str:
     if stat is None:
         return "–"
-    interval = text.interval(stat.metric, stat.low, stat.high)
-    number = f"{text.number(stat.metric, stat.value)} {interval}".rstrip()
+    number = f"{text.number(stat.metric, stat.value)} {stat.interval}".rstrip()
     return f"{number} (floor {text.number(floor.metric, floor.value)})" if floor else number
