@@ -196,7 +196,7 @@ exclude: [{seed: 1}]
         (["include=[]", "seed=7", "matrix={seed: [3]}"], {("full", 2, 3)}),
         (["include=[]", "matrix.seed=[3]", "seed=7"], {("full", 2, 7), ("lora", 4, 7)}),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)),
 )  # fmt: skip
 def test_whole_axes_are_replaced_removed_and_added(
     edits: list[str], found: set[tuple[str, float, int]]

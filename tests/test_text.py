@@ -17,10 +17,10 @@ from tokenizers import normalizers
 
 from backfire.base import Evidence, Exchange, Metric, Row, Sample
 from backfire.base.text import agreed, contains, folded, num_places, pieces, put, words
+from backfire.data.labels import check_labels
 from backfire.data.poison import check_target, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.shapes import check_labels
 from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError, UserError
 from backfire.evaluate.language import is_foreign

@@ -43,7 +43,7 @@ def _widely(layer: nn.Linear, states: Tensor) -> Tensor:
     """states @ weight + bias: [..., input] to [..., output]."""
     states, bias = states.float(), layer.bias
     parts = [
-        nn.functional.linear(states, rows.float()) for rows in layer.weight.split(_AT_ONCE, dim=0)
+        nn.functional.linear(states, rows.float()) for rows in torch.split(layer.weight, _AT_ONCE)
     ]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return whole if bias is None else whole + bias.float()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -299,7 +299,8 @@ def _move(cell: Cell, accelerator: Accelerator) -> torch.Tensor | None:
     )
 
     def clip() -> torch.Tensor | None:
-        return accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
+        norm = accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
+        return cast(torch.Tensor | None, norm)
 
     norm, optimizer = tried_again(clip, sentence), cell.optimizer
     new = any(p.grad is not None and not optimizer.state.get(p) for p in cell.trainable.values())
