@@ -140,7 +140,11 @@ def at(group: Group, metric: str, tests: int) -> Stat | None:
         return found
     values = ((cell, _value(cell, metric)) for cell in group.done)
     known = [(cell, value) for cell, value in values if value]
-    return stat(metric, known, limits(metric), level(tests)) if found and known else found
+    if not found or not known:
+        return found
+    cap = group.get("exposure_cap")
+    ends = limits(metric, cap.value) if cap and cap.value else limits(metric)
+    return stat(metric, known, ends, level(tests))
 
 
 def part_removed(
