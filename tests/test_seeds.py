@@ -205,6 +205,26 @@ def test_holm_by_hand() -> None:
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == []
 
 
+def test_a_change_of_few_rows_keeps_its_middle() -> None:
+    """Changes that happen to be 0 and 1 are no shares: -1 was possible."""
+    table = np.zeros((3, 40))
+    table[:, 0] = 1
+    [head] = [{"metric": "attack_success_excess", "value": 1 / 40, "n": 40, "direction": "lower"}]
+    known: Any = [
+        (
+            {
+                **{"seed": seed, "method": "full", "values": [head], "settings": {}},
+                "rows_of": {head["metric"]: {str(i): (0, hit) for i, hit in enumerate(row)}},
+            },
+            {**head, "low": 0.0, "high": 0.1},
+        )
+        for seed, row in enumerate(table.tolist())
+    ]
+    found = stat("attack_success_excess", known, (-math.inf, math.inf))
+    assert found.low is not None and found.high is not None and found.low < 0
+    assert (found.low + found.high) / 2 == pytest.approx(1 / 40, abs=0.003)
+
+
 def test_a_metric_without_rows_is_never_surer_than_one_model() -> None:
     def known(*values: float) -> Any:
         return [

@@ -40,6 +40,9 @@ class Crossed:
     of it: the interval is then of this one model."""
     row_variance: float
     """What the choice of rows adds to it."""
+    row_df: float
+    """Degrees of freedom of that: without end for outcomes of 0 and 1, whose variance goes by their
+    mean."""
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         half = self._half(1 - level)
@@ -60,12 +63,16 @@ class Crossed:
         return float(10**high)
 
     def _half(self, outside: float) -> float:
-        from scipy.special import stdtrit
+        from scipy.special import ndtri, stdtrit
 
-        parts = ((self.seeds - 1, self.seed_variance), (self.rows - 1, self.row_variance))
+        def quantile(df: float) -> float:
+            tail = outside / 2
+            return -float(ndtri(tail) if math.isinf(df) else stdtrit(df, tail))
+
+        parts = ((self.seeds - 1, self.seed_variance), (self.row_df, self.row_variance))
         known = [(df, variance) for df, variance in parts if df > 0 and variance > 0]
         variance = math.fsum(v for _, v in known)
-        weighted = math.fsum(-float(stdtrit(df, outside / 2)) * v for df, v in known)
+        weighted = math.fsum(quantile(df) * v for df, v in known)
         return weighted / math.sqrt(variance) if variance else 0.0
 
 
@@ -88,7 +95,8 @@ def crossed(table: Floats, *, pads: Sequence[float] = ()) -> Crossed:
         between_rows = max(between_rows - float((rest**2).sum()) / (k * (k - 1)), 0.0)
     row_variance = between_rows / (max(n - 1, 1) * n) * (n / whole) ** 2
     row_variance += math.fsum((pad - mean) ** 2 for pad in pads) / whole**2
-    return Crossed(mean, center, sd, k, n, (sd or 0.0) ** 2 / k, row_variance)
+    row_df = math.inf if pads else n - 1
+    return Crossed(mean, center, sd, k, n, (sd or 0.0) ** 2 / k, row_variance, row_df)
 
 
 def difference_pads(seeds: int) -> tuple[float, float]:

@@ -100,8 +100,8 @@ def _attacks(groups: Sequence[Group], asked: str) -> Iterator[str]:
         said = f"{dose(least)}: {least.said('attack_success')}"
         yield f"The lowest dose from which all are clearly above the floor is {said}."
     others = [g for g in found if g is not main and g.rate == main.rate]
-    for other in sorted(others, key=lambda g: (g.defense == "none", _success(g)))[:MOST_BESIDE]:
-        yield _beside(other, main)
+    shown = sorted(others, key=lambda g: (g.defense == "none", _success(g)))[:MOST_BESIDE]
+    yield from (_beside(other, main, len(shown)) for other in shown)
 
 
 def _attack(group: Group, groups: Sequence[Group]) -> str:
@@ -134,8 +134,8 @@ def _clean(group: Group, groups: Sequence[Group]) -> str:
     return f" while clean accuracy {verb} {now} ({change.said(after.metric)})"
 
 
-def _beside(other: Group, main: Group) -> str:
-    gap = difference(main, other, "attack_success")
+def _beside(other: Group, main: Group, tests: int) -> str:
+    gap = difference(main, other, "attack_success", tests)
     assert gap is not None
     label = name(other, [column for column in varying([main, other]) if column != "rate"])
     both = f"{other.said('attack_success')} against {main.said('attack_success')}"
@@ -176,7 +176,9 @@ def _levels(groups: Sequence[Group]) -> Iterator[str]:
     if least is not most:
         columns = varying(groups)
         rest = f"{least.said(metric)} with {name(least, columns)}"
-        sentence += f" with {name(most, columns)}, {rest}{told_apart(least, most, metric)}"
+        sentence += (
+            f" with {name(most, columns)}, {rest}{told_apart(least, most, metric, len(known))}"
+        )
     yield f"{text.sentence(sentence)}."
 
 

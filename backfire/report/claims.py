@@ -133,9 +133,9 @@ def moved(metric: str, base: Group, tuned: Group) -> str:
     return f"{verb} {title} from {before} to {after}{only} ({gap.said(metric)})"
 
 
-def told_apart(least: Group, most: Group, metric: str) -> str:
-    """What has to be added where two numbers stand beside each other."""
-    gap = difference(least, most, metric)
+def told_apart(least: Group, most: Group, metric: str, groups: int) -> str:
+    """What has to be added where the ends of so many groups stand beside each other."""
+    gap = difference(least, most, metric, groups * (groups - 1) // 2)
     if gap is None or gap.is_clear:
         return ""
     if gap.is_known:

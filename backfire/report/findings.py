@@ -237,6 +237,6 @@ def _levels(groups: Sequence[Group]) -> Iterator[Finding]:
             continue
         (_, least), (_, most) = (pick(known, key=lambda pair: pair[0]) for pick in (min, max))
         ends = [f"{g.said(metric)} with {name(g, varying(groups))}" for g in (most, least)]
-        apart = told_apart(least, most, metric)
+        apart = told_apart(least, most, metric, len(known))
         sentence = text.sentence(f"{text.title(metric)}: {text.listing(ends)}{apart}.")
         yield Finding(sentence, figures.levels(groups, metric), _bars(groups, metric))

@@ -14,6 +14,7 @@ from backfire.report import text
 
 Cell = dict[str, Any]
 WIDEST: Final = 48
+_POSITIVE: Final = ("perplexity", "forgetting", "seconds", "mb", "drift", "toxicity", "epsilon")
 KNOBS: Final = ("model", "data", "attack", "rate", "method", "defense")
 
 
@@ -316,9 +317,12 @@ def limits(metric: str, cap: float = math.inf) -> tuple[float, float]:
     """What no value can be below or above; `cap` is of exposure, in bits."""
     if text.is_change(metric):
         return -math.inf, math.inf
-    if text.head(metric).endswith("auc") or text.is_share(metric):
+    head = text.head(metric)
+    if head.endswith("auc") or head == "rouge" or text.is_share(metric):
         return 0.0, 1.0
-    return (0.0, cap) if text.head(metric).startswith("exposure") else (-math.inf, math.inf)
+    if head.startswith("exposure"):
+        return 0.0, cap
+    return (0.0 if head.endswith(_POSITIVE) else -math.inf), math.inf
 
 
 def difference(a: Group, b: Group, metric: str, tests: int = 1) -> Gap | None:

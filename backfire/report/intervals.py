@@ -49,7 +49,7 @@ def stat(
         return replace(whole, scope="alignment")
     table = _table([outcomes_by_row(cell, metric) for cell in cells])
     if table is not None and _is_mean(table, values):
-        low, high = crossed(table, pads=_pads(table)).interval(level)
+        low, high = crossed(table, pads=_pads(metric, table)).interval(level)
     else:
         low, high = _no_surer_than_one(found, values, level)
     return replace(whole, low=max(low, limits[0]), high=min(high, limits[1]))
@@ -118,7 +118,8 @@ def differences(both: Sequence[Mapping[str, tuple[float, float]]]) -> Crossed:
     means = [sum(change for _, change in rows.values()) / len(rows) for rows in changes]
     found = crossed(np.array(means)[:, None])
     n = sum(map(len, changes))
-    return replace(found, rows=n, row_variance=2 / (n + 2) ** 2 if is_binary else 0.0)
+    open_end = 2 / (n + 2) ** 2 if is_binary else 0.0  # as by the same made-up rows
+    return replace(found, rows=n, row_variance=open_end, row_df=math.inf)
 
 
 def _gap(found: Crossed, scope: Scope, n: int | None, level: float) -> Gap:
@@ -139,7 +140,11 @@ def at(group: Group, metric: str, tests: int) -> Stat | None:
         return found
     values = ((cell, _value(cell, metric)) for cell in group.done)
     known = [(cell, value) for cell, value in values if value]
-    return stat(metric, known, limits(metric), level(tests)) if found and known else found
+    if not found or not known:
+        return found
+    cap = group.get("exposure_cap")
+    ends = limits(metric, cap.value) if cap and cap.value else limits(metric)
+    return stat(metric, known, ends, level(tests))
 
 
 def part_removed(
@@ -226,10 +231,10 @@ def _is_mean(table: Floats, values: Sequence[Value]) -> bool:
     return bool(np.allclose(table.mean(axis=1), known, rtol=NEAR, atol=NEAR))
 
 
-def _pads(table: Floats) -> tuple[float, ...]:
-    if np.isin(table, (0, 1)).all():
-        return SHARE
-    return difference_pads(len(table)) if np.isin(table, (-1, 0, 1)).all() else ()
+def _pads(metric: str, table: Floats) -> tuple[float, ...]:
+    if text.is_change(metric):
+        return difference_pads(len(table)) if np.isin(table, (-1, 0, 1)).all() else ()
+    return SHARE if np.isin(table, (0, 1)).all() else ()
 
 
 def _value(cell: Cell, metric: str) -> Value | None:

@@ -7,7 +7,8 @@ import math
 from collections.abc import Iterator, Sequence
 
 from backfire.report import text
-from backfire.report.groups import Group, Stat, name, varying
+from backfire.report.groups import ALONE, Group, Stat, name, varying
+from backfire.report.intervals import at
 
 RANDOM = 1 / math.log(2)
 """Bits that a code drawn at random gives on average: its rank is as likely one as another."""
@@ -54,12 +55,14 @@ def sentences(groups: Sequence[Group]) -> Iterator[str]:
     most = max(known, key=_exposure)
     cap = most.get("exposure_cap")
     for group in (most, min(known, key=_exposure))[: min(2, len(known))]:
-        found = {dose: stat for dose, stat in doses(group).items() if dose}
-        at = [f"{_said(stat)} after {text.count(dose, 'repeat')}" for dose, stat in found.items()]
+        # The ends of several groups lie far apart by chance as well.
+        picked = {dose: at(group, stat.metric, len(known)) for dose, stat in doses(group).items()}
+        found = {dose: stat for dose, stat in picked.items() if dose and stat}
+        told = [f"{_said(stat)} after {text.count(dose, 'repeat')}" for dose, stat in found.items()]
         which = f"With {name(group, columns)}" if len(known) > 1 else "The model"
         verb = "exposure is" if len(known) > 1 else "gives away"
         limit = f" of {cap.value:.1f} at most" if group is most and cap and cap.value else ""
-        yield f"{which} {verb} {text.listing(at)}, in bits{limit}."
+        yield f"{which} {verb} {text.listing(told)}, in bits{limit}."
     controls = [stat for group in known if (stat := doses(group).get(0))]
     apart = sum(
         not stat.low <= RANDOM <= stat.high
@@ -82,4 +85,4 @@ def _exposure(group: Group) -> float:
 def _said(stat: Stat) -> str:
     """To a tenth of a bit."""
     ends = "" if stat.low is None else f" [{stat.low:.1f}, {stat.high:.1f}]"
-    return f"{stat.value:.1f}{ends}"
+    return f"{stat.value:.1f}{ends}{ALONE if ends and stat.scope == 'model' else ''}"
