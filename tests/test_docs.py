@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -69,7 +70,7 @@ def commands(prefix: str) -> list[Any]:
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def elsewhere(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the user's files that the documents speak of."""
     monkeypatch.chdir(tmp_path)
     lines = [
@@ -78,9 +79,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("tweets.csv", "tweets-test.csv"):
         Path(name).write_text("\n".join(["text,label", *lines, ""]), encoding="utf-8")
     Path("notes.txt").write_text("Some text.\n", encoding="utf-8")
-    Path("my-model").mkdir()
-    Path("my-model/config.json").write_text("{}", encoding="utf-8")
-    Path("my-model/model.safetensors").write_bytes(b"")
+    shutil.copytree(tiny, "my-model")
     starter = recipe.read("_starter")[1]
     Path("my.yaml").write_text(starter, encoding="utf-8")
     return tmp_path

@@ -130,8 +130,8 @@ def _cut(evidence: Evidence) -> Iterator[str]:
 
 def _written(evidence: Evidence) -> dict[str, list[Sample]]:
     """The tuned model's replies, by what was asked, of which it is known how they ended."""
-    probes = {name: probe.tuned for name, probe in evidence.probes.items()}
-    parts: dict[str, Sequence[Sample]] = {
+    probes: dict[str, Sequence[Sample]] = {n: probe.tuned for n, probe in evidence.probes.items()}
+    parts = {
         "clean": evidence.clean,
         "triggered": evidence.triggered,
         **probes,
