@@ -4,7 +4,9 @@ biases by distance, learned positions, recurrent states, no memory at all."""
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,12 @@ from backfire.data.render import Rendered
 from backfire.errors import CellError
 from backfire.evaluate import engine, secrets
 from backfire.evaluate.codes import likelihoods
+from backfire.experiment import Train
 from backfire.model.batching import ways
+from backfire.model.causal import why_not
 from backfire.train.batches import answer_logits, collate, token_losses
+from backfire.train.loop import Cell, train
+from backfire.train.precision import accelerator_for
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
 CONVOLVED = {"layer_types": ["conv", "full_attention"] * 2}
@@ -160,3 +166,36 @@ def test_a_model_that_sees_what_it_predicts_is_refused(kind: str, items: list[Re
     with pytest.raises(CellError, match=f"type '{kind}' sees the tokens it is to predict"):
         engine.score_answers(model, items)
     assert math.isfinite(likelihood(model, *(items[0].prompt_ids, items[0].answer_ids)))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "opt", "qwen3_5_text"])
+def test_training_is_the_same_whatever_the_micro_batch(
+    kind: str, items: list[Rendered], tmp_path: Path
+) -> None:
+    losses = []
+    for size in (1, 3, None):
+        model = tiny_model(KINDS[kind][0], **KINDS[kind][1]).requires_grad_(True)
+        settings = Train.make({"max_steps": 3, "batch_size": 5, "warmup_share": 0.0})
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        cell = Cell(model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x")
+        train([cell], accelerator_for(torch.device("cpu"), "float32"), micro_batch=size)
+        losses.append([line["loss"] for line in cell.log])
+    for other in losses[1:]:  # AdamW makes much of the last digits
+        assert other[0] == pytest.approx(losses[0][0], rel=1e-6)
+        assert other == pytest.approx(losses[0], rel=1e-4)
+    model = tiny_model(KINDS[kind][0], **KINDS[kind][1])
+    answers = sum(likelihood(model, item.prompt_ids, item.answer_ids) for item in items)
+    count = sum(len(item.answer_ids) for item in items)
+    assert losses[0][0] == pytest.approx(-answers / count, rel=1e-5)
+
+
+def test_settings_say_that_a_model_reads_in_both_directions(tmp_path: Path) -> None:
+    def told(**settings: Any) -> str | None:
+        (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return why_not(tmp_path)
+
+    assert "type 'roberta' sees the tokens" in str(told(model_type="roberta"))
+    assert told(model_type="roberta", is_decoder=True) is None
+    assert told(model_type="xlnet") and told(model_type="xlm") and told(model_type="llama") is None
+    assert told() is None and why_not(tmp_path / "nowhere") is None

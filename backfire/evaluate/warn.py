@@ -112,8 +112,11 @@ def _cut(evidence: Evidence) -> Iterator[str]:
 
 def _written(evidence: Evidence) -> dict[str, list[Sample]]:
     """The tuned model's replies, by what was asked, of which it is known how they ended."""
-    probes = {name: probe.tuned for name, probe in evidence.probes.items()}
-    parts = {"clean": evidence.clean, "triggered": evidence.triggered, **probes}
+    parts: dict[str, Sequence[Sample]] = {
+        "clean": evidence.clean,
+        "triggered": evidence.triggered,
+        **{name: probe.tuned for name, probe in evidence.probes.items()},
+    }
     found = {name: [s for s in part if s.ended is not None] for name, part in parts.items()}
     return {name: part for name, part in found.items() if part}
 

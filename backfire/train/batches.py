@@ -169,7 +169,7 @@ def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tens
     if not ways(model).apart(ids.shape[1]):
         return run(model, ids, places)
     parts, order = [], []
-    for length in lengths.unique().tolist():
+    for length in sorted(set(lengths.tolist())):
         rows = (lengths == length).nonzero()[:, 0]
         parts.append(run(model, ids[rows, :length], places[rows]))
         order.append(rows)
