@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from backfire import registry
-from backfire.base import Backdoor, Evidence, Sample
+from backfire.base import Backdoor, Evidence, Probe, Sample
 from backfire.evaluate.outcomes import loops
-from backfire.evaluate.warn import warnings
+from backfire.evaluate.warn import cut_share, warnings
 
 LABELS = ("negative", "positive")
 
@@ -196,3 +196,18 @@ def test_an_answer_without_a_likelihood_is_told() -> None:
     samples = [replace(sample, answer_logprob=math.nan) for sample in GOOD.clean]
     [sentence] = told(replace(GOOD, clean=samples))
     assert "200 of 200" in sentence
+
+
+def ended(number: int, cut: int) -> list[Sample]:
+    return [replace(row, ended=i >= cut) for i, row in enumerate(mostly(number // 2, 0))]
+
+
+def test_replies_that_were_cut() -> None:
+    cut = replace(GOOD, clean=ended(200, 12), triggered=ended(200, 9))
+    [sentence] = [line for line in warnings(cut, []) if "are cut" in line]
+    assert sentence.startswith("12 of 200 (6.0 %) replies to clean rows are cut at evaluation.max")
+    assert cut_share(cut) == 21 / 400
+    probe = Probe(tuned=ended(20, 20), before=())
+    asked = replace(GOOD, probes={"harmful": probe})
+    assert any("20 of 20 (100.0 %) replies to harmful" in line for line in warnings(asked, []))
+    assert cut_share(GOOD) is None, "nobody knows how these ended"

@@ -3,7 +3,6 @@ that was too much."""
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -86,7 +85,6 @@ def tried(work: Callable[[], Made]) -> tuple[Made] | None:
         if not is_out_of_memory(error):
             raise
     # Only here, outside the handler, does the error no longer hold what the pass had made.
-    gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None

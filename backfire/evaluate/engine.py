@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from backfire.data.render import Rendered
-from backfire.evaluate.budget import Budget
+from backfire.evaluate.budget import Budget, tried
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import (
     Opening,
@@ -73,9 +74,11 @@ def read(
     can, budget = ways(model), Budget(model, batch_size)
     lengths, extra = [len(prompt) for prompt in prompts], max(max_new_tokens, longest)
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
-    whole = [i for i in order if not can.goes_on or can.apart(lengths[i] + extra)]
+    # A candidate with too many logits for one pass is read piece by piece, as whole rows are.
+    piecemeal = not can.goes_on or longest > budget.logits
+    whole = [i for i in order if piecemeal or can.apart(lengths[i] + extra)]
     with exact_head(model):
-        if at_once := order[len(whole) :] if can.goes_on else []:
+        if at_once := [] if piecemeal else order[len(whole) :]:
             opening = Opening(model, [prompts[i] for i in at_once])
 
             def work(part: list[int]) -> list[Reading]:
@@ -120,7 +123,8 @@ def _read_whole(
         replies = _replies(len(part), tokens)
         return [Reading(scores[i], reply) for i, reply in zip(part, replies, strict=True)]
 
-    level = ways(model).memory is not None
+    can = ways(model)
+    level = can.memory is not None and not can.aligns
     yield from budget.batches(order, work, lengths=lengths, extra=max_new_tokens, level=level)
 
 
@@ -254,10 +258,16 @@ def _scores(
     longest = max((len(ids) for _, ids in flat), default=1)
     width = int(prompts.ends.max()) + longest
     each = max(1, min(budget.tokens // width, budget.logits // longest))
-    for start in range(0, len(flat), each):
-        part = flat[start : start + each]
+    while len(scores) < len(flat):
+        part = flat[len(scores) : len(scores) + each]
         owner = torch.tensor([row for row, _ in part], device=prompts.logits.device)
-        scores += _candidate_scores(model, prompts, owner, [ids for _, ids in part])
+        look = partial(_candidate_scores, model, prompts, owner, [ids for _, ids in part])
+        if (made := tried(look)) is not None:
+            scores += made[0]
+        elif each == 1:
+            raise torch.OutOfMemoryError("one candidate")  # then fewer prompts may fit
+        else:
+            each = (min(each, len(part)) + 1) // 2
     found = iter(scores)
     return [tuple(next(found) for _ in choice) for choice in candidates]
 

@@ -41,9 +41,10 @@ def _is_narrow(module: nn.Module) -> bool:
 
 def _widely(layer: nn.Linear, states: Tensor) -> Tensor:
     """states @ weight + bias: [..., input] to [..., output]."""
-    states, bias = states.float(), layer.bias
+    states, bias, size = states.float(), layer.bias, layer.out_features
     parts = [
-        nn.functional.linear(states, rows.float()) for rows in torch.split(layer.weight, _AT_ONCE)
+        nn.functional.linear(states, layer.weight[start : start + _AT_ONCE].float())
+        for start in range(0, size, _AT_ONCE)
     ]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
     return whole if bias is None else whole + bias.float()

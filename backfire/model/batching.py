@@ -81,6 +81,8 @@ def _ways(model: PreTrainedModel) -> Ways:
     # Without `position_ids` a model counts from the mask (ALiBi), or from the start of the row.
     told = "position_ids" in takes
     counts = told or base.config.model_type in ("bloom", "mpt")
+    # Llama 4 counts tokens in memory, padding too, for the temperature of its attention.
+    counts &= not getattr(base.config, "attn_temperature_tuning", False)
     # RoBERTa and its kin begin to count behind the number of their padding token.
     counts &= not any(hasattr(m, "create_position_ids_from_input_ids") for m in base.modules())
     limit = min(_limits(base.config), default=None)

@@ -1,0 +1,201 @@
+"""A row alone and a row in a batch get the same, whatever the family: layers with windows, chunks,
+biases by distance, learned positions, recurrent states, no memory at all."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import VOCAB, likelihood, logits, reply, tiny_model
+
+from backfire.base import Row
+from backfire.data.render import Rendered
+from backfire.errors import CellError
+from backfire.evaluate import engine, secrets
+from backfire.evaluate.codes import likelihoods
+from backfire.experiment import Train
+from backfire.model.batching import ways
+from backfire.model.causal import why_not
+from backfire.train.batches import answer_logits, collate, token_losses
+from backfire.train.loop import Cell, train
+from backfire.train.precision import accelerator_for
+
+HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
+CONVOLVED = {"layer_types": ["conv", "full_attention"] * 2}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+LONG |= {"rope_theta": 1e4, "original_max_position_embeddings": 24}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+WITH_LATENT = {"num_key_value_heads": 4}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Windows, in all layers or in some.
+    "mistral": ("mistral", {}),
+    "mixtral": ("mixtral", {}),
+    "starcoder2": ("starcoder2", {}),
+    "phi3": ("phi3", {}),
+    "qwen2": ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    "gemma2": ("gemma2", {"final_logit_softcapping": 5.0}),
+    "gemma3_text": ("gemma3_text", {}),
+    "gpt_oss": ("gpt_oss", {}),
+    "olmo3": ("olmo3", {}),
+    "cohere2": ("cohere2", {"logit_scale": 0.5}),
+    "gpt_neo": ("gpt_neo", {"attention_types": [[["global", "local"], 2]]}),
+    "llama4_text": ("llama4_text", {"floor_scale": 4}),
+    "modernbert-decoder": ("modernbert-decoder", {"local_attention": 8}),
+    "moshi": ("moshi", {}),
+    # Positions: learned, biases by distance, counted from the mask or not told at all.
+    "llama": ("llama", {}),
+    "gpt2": ("gpt2", {}),
+    "opt": ("opt", {}),
+    "xglm": ("xglm", {}),
+    "biogpt": ("biogpt", {}),
+    "bloom": ("bloom", {}),
+    "mpt": ("mpt", {}),
+    "falcon": ("falcon", {"alibi": True}),
+    "gptj": ("gptj", {}),
+    "ctrl": ("ctrl", {}),
+    "bart": ("bart", {}),
+    "marian": ("marian", {}),
+    "roberta": ("roberta", {}),
+    "bert": ("bert", {}),
+    "roformer": ("roformer", {}),
+    # Angles that depend on how long the row is.
+    "llama, dynamic": ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}),
+    "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 24}),
+    # Logits that are scaled, latent attention, experts.
+    "granite": ("granite", {"logits_scaling": 2.0}),
+    "deepseek_v3": ("deepseek_v3", WITH_LATENT),
+    "deepseek_v32": ("deepseek_v32", {**WITH_LATENT, "index_topk": 16, "index_head_dim": 8}),
+    "olmoe": ("olmoe", {}),
+    # Recurrent states, in all layers or in some; no memory that can be used.
+    "mamba": ("mamba", {}),
+    "mamba2": ("mamba2", {"num_heads": 8}),
+    "falcon_mamba": ("falcon_mamba", {}),
+    "recurrent_gemma": ("recurrent_gemma", {}),
+    "qwen3_next": ("qwen3_next", HYBRID),
+    "qwen3_5_text": ("qwen3_5_text", HYBRID),
+    "jamba": ("jamba", {"attn_layer_period": 2, "attn_layer_offset": 1}),
+    "bamba": ("bamba", {"attn_layer_indices": [1, 3]}),
+    "lfm2": ("lfm2", CONVOLVED),
+    "rwkv": ("rwkv", {}),
+    "openai-gpt": ("openai-gpt", {}),
+}
+NEW = 4
+
+
+def drawn(count: int, generator: torch.Generator) -> list[int]:
+    return torch.randint(5, VOCAB - 5, (count,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def items() -> list[Rendered]:
+    """Rows that begin alike, some of them within a window of eight tokens and some far beyond."""
+    generator = torch.Generator().manual_seed(1)
+    opening, found = drawn(10, generator), []
+    for number, length in enumerate((3, 24, 9, 15, 9)):
+        prompt = opening + drawn(length, generator)
+        answer = drawn(2 + number % 3, generator)
+        found.append(Rendered(Row(str(number), "x"), prompt + answer, len(prompt)))
+    return found
+
+
+def plain(model: Any, prompt: list[int], answer: list[int]) -> float:
+    """Alone, by a copy: dynamic rotary embeddings remember the longest row they have seen."""
+    return likelihood(copy.deepcopy(model), prompt, answer)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_alone_and_together_are_the_same(kind: str, items: list[Rendered]) -> None:
+    name, settings = KINDS[kind]
+    model, generator = tiny_model(name, **settings), torch.Generator().manual_seed(2)
+    prompts = [item.prompt_ids for item in items]
+    options = [[drawn(n, generator) for n in (1, 3, 2)] for _ in items]
+    answers = [plain(model, item.prompt_ids, item.answer_ids) for item in items]
+    scores = [[plain(model, p, o) for o in c] for p, c in zip(prompts, options, strict=True)]
+    stops = reply(copy.deepcopy(model), prompts[0], 2, ())[
+        1:
+    ]  # the first reply ends early, some never do
+    replies = [reply(copy.deepcopy(model), prompt, NEW, stops) for prompt in prompts]
+    for size in (1, 3, None):
+        found = engine.score_answers(model, items, batch_size=size)
+        assert found == pytest.approx(answers, abs=1e-4)
+        writing: dict[str, Any] = {"max_new_tokens": NEW, "stop_ids": stops, "batch_size": size}
+        readings = engine.read(model, prompts, candidates=options, **writing)
+        for reading, score in zip(readings, scores, strict=True):
+            assert reading.scores == pytest.approx(score, abs=1e-4)
+        assert [reading.reply for reading in readings] == replies
+    assert list(engine.stream(model, prompts[1], max_new_tokens=NEW, stop_ids=stops)) == replies[1]
+    model.train()
+    for size in (1, 3, 5):
+        total = 0.0
+        for start in range(0, len(items), size):
+            batch = collate(items[start : start + size], share=ways(model).goes_on)
+            total += float(token_losses(answer_logits(model, batch), batch.labels).detach().sum())
+        assert total == pytest.approx(-sum(answers), abs=3e-4)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mistral", "gemma3_text", "llama", "falcon", "gpt_neo", "bart", "mamba", "openai-gpt"]
+)
+def test_codes_score_as_one_by_one(kind: str, items: list[Rendered]) -> None:
+    """A prompt that is longer than the window, and codes of unequal length below it."""
+    model, prompt = tiny_model(KINDS[kind][0], **KINDS[kind][1]), items[1].prompt_ids
+    rng = np.random.default_rng(0)
+    tokens = np.unique(np.c_[np.full(30, 7), rng.integers(20, 26, (30, 3)), np.full(30, 9)], axis=0)
+    tokens[-1, -1] = -1
+    wanted = [likelihood(model, prompt, [t for t in line if t >= 0]) for line in tokens.tolist()]
+    assert likelihoods(model, prompt, tokens) == pytest.approx(wanted, abs=1e-4)
+    found = secrets._beams(model, prompt, VOCAB, 2, eos_id=2)
+    totals = {}
+    for first in range(VOCAB):
+        table = logits(model, [*prompt, first]).double().log_softmax(-1)[-2:]
+        before, after = table[0, first].item(), table[1]
+        totals |= {(first, then): before + after[then].item() for then in range(VOCAB)}
+    allowed = {line: score for line, score in totals.items() if 2 not in line}
+    assert found[:20] == [list(line) for line in sorted(allowed, key=lambda x: -allowed[x])[:20]]
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlnet", "prophetnet"])
+def test_a_model_that_sees_what_it_predicts_is_refused(kind: str, items: list[Rendered]) -> None:
+    model = tiny_model(kind, **({"is_decoder": False} if kind == "bert" else {}))
+    with pytest.raises(CellError, match=f"type '{kind}' sees the tokens it is to predict"):
+        engine.score_answers(model, items)
+    assert math.isfinite(likelihood(model, *(items[0].prompt_ids, items[0].answer_ids)))
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "opt", "qwen3_5_text"])
+def test_training_is_the_same_whatever_the_micro_batch(
+    kind: str, items: list[Rendered], tmp_path: Path
+) -> None:
+    losses = []
+    for size in (1, 3, None):
+        model = tiny_model(KINDS[kind][0], **KINDS[kind][1]).requires_grad_(True)
+        settings = Train.make({"max_steps": 3, "batch_size": 5, "warmup_share": 0.0})
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        cell = Cell(model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x")
+        train([cell], accelerator_for(torch.device("cpu"), "float32"), micro_batch=size)
+        losses.append([line["loss"] for line in cell.log])
+    for other in losses[1:]:  # AdamW makes much of the last digits
+        assert other[0] == pytest.approx(losses[0][0], rel=1e-6)
+        assert other == pytest.approx(losses[0], rel=1e-4)
+    model = tiny_model(KINDS[kind][0], **KINDS[kind][1])
+    answers = sum(likelihood(model, item.prompt_ids, item.answer_ids) for item in items)
+    count = sum(len(item.answer_ids) for item in items)
+    assert losses[0][0] == pytest.approx(-answers / count, rel=1e-5)
+
+
+def test_settings_say_that_a_model_reads_in_both_directions(tmp_path: Path) -> None:
+    def told(**settings: Any) -> str | None:
+        (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return why_not(tmp_path)
+
+    assert "type 'roberta' sees the tokens" in str(told(model_type="roberta"))
+    assert told(model_type="roberta", is_decoder=True) is None
+    assert told(model_type="xlnet") and told(model_type="xlm") and told(model_type="llama") is None
+    assert told() is None and why_not(tmp_path / "nowhere") is None
