@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -32,7 +32,7 @@ from backfire.train.batches import answer_logits, collate, token_losses
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
 from backfire.train.optimizer import optimization, steps_taken, unmoved
-from backfire.train.room import Room, peak_memory_mb, recompute_layers, tried_again
+from backfire.train.room import Room, peak_memory_mb, recompute_layers, refuse_hooks, tried_again
 
 Progress = Callable[[int, int, str], None]
 _LOG_EVERY = 10
@@ -82,7 +82,7 @@ class Cell:
         if recompute:  # a layer that is run again would lack the keys and values of a shared prefix
             self.share = False
             recompute_layers(model)
-        self.room, self.recomputing = Room(), False
+        self.room, self.recompute, self.recomputing = Room(), recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         self.seconds, self.begun = 0.0, 0.0  # before the last checkpoint; the clock less that
@@ -176,7 +176,9 @@ class Cell:
         gradients: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """Add to the weights' gradients those of a loss, or of tensors whose own gradients are
-        known. Meanwhile `recomputing` is true: hooks then see modules that are run once more."""
+        known. While it runs, `recomputing` is true: what hooks see are modules run once more."""
+        if self.recompute:
+            refuse_hooks(self.model, self.guards)
         self.recomputing = True
         try:
             torch.autograd.backward(tensors, gradients)
@@ -296,7 +298,8 @@ def _move(cell: Cell, accelerator: Accelerator) -> torch.Tensor | None:
     )
 
     def clip() -> torch.Tensor | None:
-        return accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
+        norm = accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
+        return cast("torch.Tensor | None", norm)
 
     norm, optimizer = tried_again(clip, sentence), cell.optimizer
     new = any(p.grad is not None and not optimizer.state.get(p) for p in cell.trainable.values())
