@@ -6,6 +6,7 @@ import json
 import math
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from backfire.base import LARGE, Row, TrainDefense
+from backfire.base import LARGE, Guard, Row, TrainDefense
 from backfire.data.render import Rendered, Renderer
 from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.launch.board import Log
+from backfire.launch.run import Folder, run_job
 from backfire.model.count import num_weights, weights_in, weights_of_shape
 from backfire.model.load import load_base
+from backfire.plan import Job
 from backfire.recipe import parse, read, shipped
 from backfire.registry import build, find, names
+from backfire.store import Store
 from backfire.train import drift, loop, room
 from backfire.train import run as running
 from backfire.train.batches import answer_logits
@@ -216,6 +220,21 @@ def test_what_is_no_known_shape_counts_as_large(tmp_path: Path) -> None:
     assert 1e6 < (num_weights(sandbox.model) or 0) < 2e6 and sandbox.learning_rate == 1e-3
 
 
+def test_a_hub_model_is_as_large_as_its_config_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its weights are there, and after: the key must not move."""
+    import huggingface_hub
+
+    for name, rate in (("pythia-14m", 1e-3), ("qwen2.5-0.5b", 2e-5)):
+        file = tmp_path / f"{name}.json"
+        file.write_text(json.dumps(SHAPES[name][0]))
+        found = lambda *_, f=str(file), **__: f  # noqa: E731
+        monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", found)
+        cell = Experiment.make({"model": f"somebody/{name}", "data": "sandbox-reviews"})
+        assert cell.learning_rate == rate
+
+
 def profiles() -> Iterator[tuple[str, str | None]]:
     """What the shipped recipes offer for models other than the embedded one."""
     import yaml
@@ -305,6 +324,11 @@ DEFENSES: dict[str, Any] = {
 }
 
 
+def both_ways(names: Sequence[str | None]) -> list[tuple[str | None, str]]:
+    """Each with all weights, and those that reach furthest into the model with an adapter too."""
+    return [(n, "full") for n in names] + [(n, "lora") for n in (None, "ewc", "ldifs", "repnoise")]
+
+
 def test_the_passes_of_every_training_defense_are_tried() -> None:
     trains = {n for n in names("defenses") if issubclass(find("defenses", n), TrainDefense)}
     assert trains - {*DEFENSES, "dp", "freeze"} == set(), "dp goes row by row, freeze has no pass"
@@ -334,8 +358,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("name", [None, *DEFENSES])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("name", "method"), both_ways([None, *DEFENSES]))
 def test_every_pass_is_split_when_memory_runs_out(
     name: str | None, method: str, new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,7 +378,7 @@ def test_every_pass_is_split_when_memory_runs_out(
     assert [x["loss"] for x in plain.log] == pytest.approx([x["loss"] for x in cell.log], rel=1e-4)
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("error", ERRORS, ids=lambda e: f"{type(e).__name__} {str(e)[:9]}")
 def test_however_memory_is_said_to_be_out(
     error: Exception, new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -445,8 +468,7 @@ def test_the_optimizers_first_step_is_taken_once(
 # ---------------------------------------------------------------------------------------- recompute
 
 
-@pytest.mark.parametrize("name", [None, *DEFENSES, "dp", "freeze"])
-@pytest.mark.parametrize("method", ["full", "lora"])
+@pytest.mark.parametrize(("name", "method"), both_ways([None, *DEFENSES, "dp", "freeze"]))
 def test_recomputed_layers_give_the_same_gradients(
     name: str | None, method: str, new: Callable[..., Cell]
 ) -> None:
@@ -520,6 +542,36 @@ def test_a_model_whose_layers_cannot_be_run_again_is_refused(
         monkeypatch.setattr(PreTrainedModel, name, refuse, raising=False)
     with pytest.raises(UserError, match="--recompute: models of type 'llama' cannot"):
         new(recompute=True)
+
+
+def test_a_defense_that_would_mistake_a_second_run_is_refused(new: Callable[..., Cell]) -> None:
+    """As one that adds noise of its own to some layers does."""
+
+    class Noisy(Guard):
+        def __init__(self, cell: Cell) -> None:
+            self.cell, self.calls = cell, 0
+
+        def look(self, scale: float, module: Any, args: Any, out: Tensor) -> Tensor:
+            self.calls += 1
+            return out + scale * self.calls
+
+        def step(self, rows: list[Rendered], inner: Any) -> Tensor:
+            layer = self.cell.model.get_decoder().layers[0]
+            handle = layer.mlp.register_forward_hook(partial(self.look, 0.1))
+            try:
+                loss: Tensor = inner(rows)
+            finally:
+                handle.remove()
+            return loss
+
+    for recompute in (False, True):
+        cell = new(DEFENSES["ldifs"], recompute=recompute, folder=f"{recompute}")
+        cell.guards.append(Noisy(cell))
+        if not recompute:
+            run(cell)
+            continue
+        with pytest.raises(UserError, match="--recompute: the defense of Noisy looks into layers"):
+            run(cell)
 
 
 def test_recompute_is_no_part_of_what_is_hashed() -> None:
@@ -679,6 +731,13 @@ def test_a_judge_is_let_go_before_the_next_training(
     assert ref() is not None, "it is kept from one batch of replies to the next"
     tuned(tiny, renderer, tmp_path / "out")
     assert ref() is None
+    ref = weakref.ref(judging.load("CausalLM", str(tiny), None, "cpu")[0])
+    job = Job(
+        "base-x", "base", Experiment.make({"data": "sandbox-reviews", "model": str(tiny)}), {}
+    )
+    store = Store(tmp_path / "cache")
+    assert run_job(job, Folder(tmp_path, "r"), store, Machine(), lambda *_: None) == "ok"
+    assert ref() is None, "nor does it stay for the next job"
 
 
 # --------------------------------------------------------------------------------------------- logs

@@ -160,6 +160,8 @@ class Guard:
 
     shares_prefix: ClassVar[bool] = True
     """Whether rows may share the computation of a common opening."""
+    knows_recomputing: ClassVar[bool] = False
+    """Whether its hooks on modules ask `cell.recomputing`, so that layers may be run again."""
 
     def begin(self, inner: Inner) -> None:
         """Look at the starting weights, before the first step and again when a killed run goes on.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -45,6 +45,8 @@ class LDIFS(TrainDefense):
 
 class _Features(Guard):
     """Looks at what flows through the MLPs."""
+
+    knows_recomputing: ClassVar[bool] = True
 
     def __init__(self, knobs: LDIFS, cell: Cell) -> None:
         self.knobs, self.cell = knobs, cell

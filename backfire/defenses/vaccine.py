@@ -54,6 +54,7 @@ class _Perturbed(Guard):
     """What is added to the attention modules' outputs, and the two passes."""
 
     shares_prefix: ClassVar[bool] = False  # each row has a perturbation of its own
+    knows_recomputing: ClassVar[bool] = True
 
     def __init__(self, knobs: Vaccine, cell: Cell, modules: list[Any]) -> None:
         self.knobs, self.cell, self.modules = knobs, cell, modules

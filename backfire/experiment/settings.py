@@ -198,7 +198,7 @@ class Machine(Config):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
     micro_batch: int | None = Field(None, ge=1)
-    """Rows per forward pass in training, at most; halved when memory runs out."""
+    """Rows per forward pass in training, at most; passes that memory has no room for are split."""
     recompute: bool = False
     """Keep each layer's input only, and run the layer again for its backward pass: a third more
     time for a small part of the memory. Rows then share no computation of a common opening."""

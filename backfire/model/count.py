@@ -59,7 +59,7 @@ def _of_hub(name: str, revision: str | None) -> int | None:
     try:
         found = try_to_load_from_cache(name, "config.json", revision=revision)
         if not isinstance(found, str):
-            found = hf_hub_download(name, "config.json", revision=revision)
+            found = hf_hub_download(name, "config.json", revision=revision, etag_timeout=5)
         return weights_of_shape(read_json(Path(found)))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
         return None  # whoever needs the model itself says why it cannot be had

@@ -91,6 +91,7 @@ def pretrain(
         name=f"pretrain-{digest([config.model_dump(mode='json'), list(texts)])}",
     )
     summary = train([cell], accelerator_for(place, compute), progress=progress)[0]
+    cell.close()
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     summary["compute"] = compute

@@ -33,7 +33,7 @@ from backfire.train.batches import answer_logits, at_answers, collate, token_los
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
 from backfire.train.optimizer import optimization, steps_taken, unmoved
-from backfire.train.room import Room, peak_memory_mb, recompute_layers, tried_again
+from backfire.train.room import Room, peak_memory_mb, recompute_layers, refuse_hooks, tried_again
 
 Progress = Callable[[int, int, str], None]
 _LOG_EVERY = 10
@@ -83,7 +83,7 @@ class Cell:
         if recompute:  # a layer that is run again would lack the keys and values of a shared prefix
             self.share = False
             recompute_layers(model)
-        self.room, self.recomputing = Room(), False
+        self.room, self.recompute, self.recomputing = Room(), recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         self.seconds, self.begun = 0.0, 0.0  # before the last checkpoint; the clock less that
@@ -179,7 +179,9 @@ class Cell:
         gradients: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """Add to the weights' gradients those of a loss, or of tensors whose own gradients are
-        known. Meanwhile `recomputing` is true: hooks then see modules that are run once more."""
+        known. While it runs, `recomputing` is true: what hooks see are modules run once more."""
+        if self.recompute:
+            refuse_hooks(self.model, self.guards)
         self.recomputing = True
         try:
             torch.autograd.backward(tensors, gradients)
@@ -300,7 +302,7 @@ def _move(cell: Cell, accelerator: Accelerator) -> torch.Tensor | None:
 
     def clip() -> torch.Tensor | None:
         norm = accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
-        return cast(torch.Tensor | None, norm)
+        return cast("torch.Tensor | None", norm)
 
     norm, optimizer = tried_again(clip, sentence), cell.optimizer
     new = any(p.grad is not None and not optimizer.state.get(p) for p in cell.trainable.values())

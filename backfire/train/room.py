@@ -8,12 +8,14 @@ import math
 import resource
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from backfire.base import Guard
 from backfire.data.render import Rendered
 from backfire.errors import CellError, UserError
 from backfire.train.memory import is_out_of_memory
@@ -153,3 +155,21 @@ def recompute_layers(model: PreTrainedModel) -> None:
             f"--recompute: models of type '{model.config.model_type}' cannot run their layers "
             "again; leave it out."
         ) from None
+
+
+def refuse_hooks(model: PreTrainedModel, guards: Sequence[Guard]) -> None:
+    """
+    Raises:
+        UserError: a defense has hooks on modules that are about to be run again, and would take
+            that for another pass.
+    """
+    unaware = {type(guard).__module__: guard for guard in guards if not guard.knows_recomputing}
+    for module in model.modules() if unaware else ():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            while isinstance(hook, partial):
+                hook = hook.func
+            if guard := unaware.get(hook.__module__):
+                raise UserError(
+                    f"--recompute: the defense of {type(guard).__name__} looks into layers that "
+                    "would be run twice, without knowing it; leave --recompute out."
+                )

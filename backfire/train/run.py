@@ -67,7 +67,7 @@ def tune(
         CellError: see `train.loop.train`; also when the tokens do not hold what the manifest says.
     """
     judging.load.cache_clear()
-    if torch.cuda.is_available():  # on a CPU what nobody holds is given back by itself
+    if device_of(machine.device).type == "cuda":  # on a CPU what nobody holds is given back at once
         free()
     return _tune(cell, rows, manifest, renderer, start, folder, machine, progress)
 
