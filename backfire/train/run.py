@@ -25,7 +25,7 @@ from backfire.model.load import (
 from backfire.model.quantize import parts
 from backfire.train.loop import Cell, train
 from backfire.train.precision import accelerator_for, compute_type, exact_attention
-from backfire.train.repair import Repair
+from backfire.train.repair import Repair, plain_weights
 
 Progress = Callable[[int, int, str], None]
 
@@ -64,7 +64,7 @@ def tune(
             "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
         )
     device = device_of(machine.device)
-    dtype, compute = dtype_of(cell.model, device), compute_type(cell.train.compute, device)
+    dtype, compute = start_type(cell, start, device), compute_type(cell.train.compute, device)
     accelerator = accelerator_for(device, compute)
     if device.type == "cuda":  # the peak is to be of this run, not of those before it
         torch.cuda.reset_peak_memory_stats(device)
@@ -100,6 +100,15 @@ def tune(
     return {**summary, **made_of, "dtype": kept, "compute": compute, "device": str(device)}
 
 
+def start_type(cell: Experiment, start: Start, device: torch.device) -> torch.dtype:
+    """The type of the weights that fine-tuning and repairs start from. In bfloat16 most of a small
+    update is lost, so it is float32 where all of them move, or were moved by an alignment."""
+    moved = start.adapter is None and start.unaligned is not None
+    if moved or not cell.method.adapts:
+        return torch.float32
+    return dtype_of(cell.model, device)
+
+
 def mend(
     cell: Experiment,
     tuned: Path,
@@ -110,8 +119,6 @@ def mend(
 ) -> None:
     """Apply the repairs among the cell's defenses, in order, to a tuned model; save the result."""
     device = device_of(machine.device)
-    dtype = dtype_of(cell.model, device)
-    begin = load_start(start.base, start.adapter, dtype, device)
     tools = Repair(
         cell.seed,
         aligned=renderer.render(start.aligned),
@@ -119,8 +126,10 @@ def mend(
         base=weights_of(start.unaligned) if start.unaligned else {},
         batch_size=cell.train.batch_size,
     )
+    dtype = start_type(cell, start, device)
     model = load_tuned(tuned, start.base, dtype, device, below=start.adapter)
-    before = {name: weight.detach() for name, weight in begin.named_parameters()}
+    # An adapter's base is as it was, so it is not loaded again.
+    before = plain_weights(model) if cell.method.adapts else weights_of(start.base)
     for defense in cell.acting:
         if isinstance(defense, RepairDefense):
             defense.repair(model, before, tools)
