@@ -253,7 +253,7 @@ def test_an_adapter_on_one_of_two_tied_weights_is_merged_into_that_one(
             if parameter.requires_grad:
                 parameter.copy_(torch.randn(parameter.shape) * 0.1)
     save_tuned(model, tmp_path / "adapter", base, None)
-    merge(tmp_path / "adapter", base, torch.float32, tmp_path / "merged")
+    merge(tmp_path / "adapter", base, tmp_path / "merged")
     ids = torch.arange(40).reshape(2, 20) + 3
     with torch.no_grad():
         wanted = load_tuned(tmp_path / "adapter", base, torch.float32, CPU)(ids).logits
@@ -403,7 +403,7 @@ def test_of_a_model_that_sees_the_text_model_is_taken(seeing: Path, tmp_path: Pa
     trained = [name for name, weight in adapted.named_parameters() if weight.requires_grad]
     assert len(trained) == 2 * 2 * 7 and not any("vision" in name for name in trained)
     save_tuned(adapted, tmp_path / "adapter", seeing, None)
-    merge(tmp_path / "adapter", seeing, torch.float32, tmp_path / "merged")
+    merge(tmp_path / "adapter", seeing, tmp_path / "merged")
     fits(tmp_path / "merged")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -62,6 +62,10 @@ class Method(Component):
         """Arguments of transformers' `BitsAndBytesConfig` for the frozen base on a `cpu` or `cuda`
         device; empty: the base is loaded as it is."""
         return {}
+
+    def settled(self, device: str) -> Self:
+        """The same with what is left to the device, `cpu` or `cuda`, decided."""
+        return self
 
     def paged(self) -> bool:
         """Whether the optimizer's state may move to main memory, on a GPU that is short of it."""

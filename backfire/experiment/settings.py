@@ -20,7 +20,9 @@ class Model(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the base weights. `auto`: bfloat16 on a GPU that has it, float32 elsewhere."""
+    """Type of the weights that do not move, and of all in evaluation. `auto`: bfloat16 on a GPU
+    that has it, float32 elsewhere; decided once for a run and part of the keys. Weights that move,
+    or were moved by an alignment, are float32 in training."""
     trust_remote_code: Literal[False] = False
     """Code that comes with a model is never run."""
 

@@ -15,6 +15,7 @@ from backfire.experiment import Experiment
 from backfire.launch import rates
 from backfire.launch.cost import ASSUMED, cost, runs_of, said
 from backfire.launch.local import has_gpu
+from backfire.launch.settle import pinned, settled, types_expected
 from backfire.launch.workload import lengths, model_folder, pair, roughly
 from backfire.pipeline import Bench
 from backfire.recipe import Recipe
@@ -34,6 +35,7 @@ def show(recipe: Recipe) -> None:
     console, store = Console(), Store()
     for judge in _judges(recipe):
         judge.ready(briefly=True)
+    recipe = pinned(recipe)
     cell = recipe.cells[0]
     console.print("[bold]First cell[/bold]")
     console.print(
@@ -62,6 +64,7 @@ def show(recipe: Recipe) -> None:
 def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     """Print how many cells and stages there are, how many are done, and what the rest may cost."""
     console, store = Console(), Store()
+    recipe = settled(pinned(recipe, ask=False), types_expected())
     count = len(recipe.cells)
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
     for stage, (needed, done) in plan.stages(recipe.cells, store).items():

@@ -99,7 +99,8 @@ def memory(cell: Experiment, size: Size, rows: Rows | None, device: torch.device
     from backfire.train.precision import compute_type
 
     whole, compute = cell.method.name == "full", compute_type(cell.train.compute, device)
-    wide = 4 if whole else dtype_of(cell.model, device).itemsize
+    aligned = cell.align is not None and (cell.align.merge or not cell.align.method.adapts)
+    wide = 4 if whole or aligned else dtype_of(cell.model, device).itemsize
     weights: float = size.parameters * wide + size.added * 4
     if bits := cell.method.quantization(device.type):
         # Constants: one in 64 weights, in 4 bytes, or quantized again to one. The rest is float32.

@@ -14,6 +14,7 @@ from backfire.experiment import Machine
 from backfire.launch import check, rates
 from backfire.launch.board import Board
 from backfire.launch.run import open_folder
+from backfire.launch.settle import pinned, settled, types_of
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.store import Store
@@ -34,10 +35,8 @@ def start(
     """
     store, console = Store(), Console(stderr=True)
     settings = Machine.make({"workers": default_workers(len(recipe.cells)), **machine}, "option")
-    if settings.device != "auto":
-        from backfire.model.load import device_of
-
-        device_of(settings.device)  # a device that is not there is said once, not by every cell
+    # A device that is not there is said once here, not by every cell.
+    recipe = settled(pinned(recipe), types_of(settings.device))
     work = plan.jobs(recipe.cells, recipe.axes)
     if not all(
         (out / "cells" / f"{c.slug}-{c.key}" / "result.json").is_file() for c in recipe.cells

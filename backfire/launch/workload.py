@@ -70,14 +70,9 @@ def model_folder(model: Model, store: Store) -> Path | None:
         return folder if folder.is_dir() else None
     if model.is_folder:
         return Path(model.name).expanduser()
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+    from backfire.model.source import downloaded
 
-    try:
-        file = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
-    except HFValidationError:
-        return None
-    return Path(file).parent if isinstance(file, str) else None
+    return downloaded(model)
 
 
 def roughly(cell: Experiment, folder: Path | None) -> Weights | None:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from backfire.base import Preset
 from backfire.methods.lora import LoRA
@@ -48,13 +48,16 @@ class QLoRA(LoRA):
         ),
     }
 
-    def quantization(self, device: str) -> dict[str, Any]:
+    def settled(self, device: str) -> Self:
         auto = "bfloat16" if device == "cuda" else "float32"
+        return self.model_copy(update={"compute": auto}) if self.compute == "auto" else self
+
+    def quantization(self, device: str) -> dict[str, Any]:
         return {
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": self.double_quantization,
-            "bnb_4bit_compute_dtype": auto if self.compute == "auto" else self.compute,
+            "bnb_4bit_compute_dtype": self.settled(device).compute,
         }
 
     def paged(self) -> bool:

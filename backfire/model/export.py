@@ -23,24 +23,22 @@ FORMS: dict[str, dict[str, Any]] = {
 """What users do with an adapter, and how the result is loaded: in full, in 8 bits, in 4."""
 
 
-def quantization_of(form: str, device: str) -> dict[str, Any]:
-    """How a merged model is loaded in this form; products in 4 bits are computed as QLoRA's."""
+def quantization_of(form: str, dtype: torch.dtype) -> dict[str, Any]:
+    """How a merged model is loaded in this form; products in 4 bits are computed in `dtype`."""
     settings = dict(FORMS[form])
     if settings.get("load_in_4bit"):
-        settings["bnb_4bit_compute_dtype"] = "bfloat16" if device == "cuda" else "float32"
+        settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     return settings
 
 
-def merge(
-    tuned: Path, base: Path, dtype: torch.dtype, out: Path, below: Path | None = None
-) -> None:
-    """Write the plain model: the adapter, and the one `below` it, added into the base at full
-    precision, whatever precision it was trained beside.
+def merge(tuned: Path, base: Path, out: Path, below: Path | None = None) -> None:
+    """Write the plain model: the adapter, and the one `below` it, added into the base in float32,
+    whatever precision it was trained beside.
 
     Raises:
         UserError: this kind of adapter cannot be merged.
     """
-    model: Any = load_tuned(tuned, base, dtype, torch.device("cpu"), below=below)
+    model: Any = load_tuned(tuned, base, torch.float32, torch.device("cpu"), below=below)
     if hasattr(model, "peft_config"):
         kind = next(iter(model.peft_config.values())).peft_type.value
         was_tied = _untie(model.get_base_model())

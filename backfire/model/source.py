@@ -17,28 +17,44 @@ if TYPE_CHECKING:
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def pin(model: Model) -> Model:
+def pin(model: Model, *, ask: bool = True) -> Model:
     """The same model at the commit that its revision names now. The hub is asked once for a run:
-    a branch that moves on while it goes on changes nothing, and the key covers the commit.
+    a branch that moves on while it goes on changes nothing, and the key covers the commit. Without
+    `ask`, the commit is the one that was downloaded last, if any.
 
     Raises:
         UserError: as `fetch`.
     """
     if model.name == "sandbox" or model.is_folder or _COMMIT.fullmatch(model.revision or ""):
         return model
-    commit = fetch(model, weights=False).name  # the hub's cache names snapshots by their commit
+    folder = fetch(model, weights=False) if ask else downloaded(model)
+    commit = folder.name if folder else ""  # the hub's cache names snapshots by their commit
     return model.model_copy(update={"revision": commit}) if _COMMIT.fullmatch(commit) else model
+
+
+def downloaded(model: Model) -> Path | None:
+    """Where the hub's model is on this machine, if it is; nothing is asked."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        file = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+    except HFValidationError:
+        return None
+    return Path(file).parent if isinstance(file, str) else None
 
 
 def base_key(model: Model) -> str:
     """The key of an untuned model: pre-training knobs, file contents, or hub id and revision."""
     from backfire.experiment import digest
 
+    # 2: what is trained or was aligned as a whole starts from float32.
+    dtype = [model.dtype, 2] if model.dtype == "bfloat16" else model.dtype
     if model.name == "sandbox":
-        return digest(["sandbox", sandbox_key(), model.dtype])
+        return digest(["sandbox", sandbox_key(), dtype])
     if model.is_folder:
-        return digest(["folder", _folder_hash(str(_folder(model.name))), model.dtype])
-    return digest(["hub", model.name, model.revision, model.dtype])
+        return digest(["folder", _folder_hash(str(_folder(model.name))), dtype])
+    return digest(["hub", model.name, model.revision, dtype])
 
 
 def sandbox_key() -> str:
@@ -56,7 +72,6 @@ def _folder(name: str) -> Path:
         adapter = (folder / "adapter_config.json").is_file()
         why = "it is an adapter; merge it into its base" if adapter else "config.json is missing"
         raise UserError(f"No model in {name}: {why}.")
-    _inspected(str(folder))
     return folder
 
 
@@ -82,7 +97,9 @@ def fetch(model: Model, *, weights: bool = True) -> Path:
         UserError: missing, gated, unreachable or no causal language model, in one sentence.
     """
     if model.is_folder:
-        return _folder(model.name)
+        folder = _folder(model.name)
+        _inspected(str(folder))
+        return folder
     folder = snapshot(model.name, model.revision, weights=weights)
     inspect(folder, weights=weights)
     return folder

@@ -82,7 +82,7 @@ def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
         "preflight": [asdict(check) for check in checks],
         "poison": {**manifest.summary, **_seen(training)} if manifest else None,
         "train": summary,
-        "evaluate": {"seconds": round(sum(bench.seconds.values()), 2)},
+        "evaluate": {"seconds": round(sum(bench.seconds.values()), 2), **_type(cell, bench)},
         "rows": {"train": len(train_rows), "test": len(test_rows)},
         "samples": evidence,
         "manifest": manifest,
@@ -99,6 +99,14 @@ def _left_out(
     ):
         if count:
             yield f"{count} {what} rows are left out: they are longer than train.max_length."
+
+
+def _type(cell: Experiment, bench: Bench) -> dict[str, str]:
+    """The type that the weights are evaluated in, which may be narrower than they are stored."""
+    from backfire.model.load import device_of, dtype_of
+
+    dtype = dtype_of(cell.model, device_of(bench.machine.device))
+    return {"dtype": str(dtype).removeprefix("torch.")}
 
 
 def _seen(training: Path) -> dict[str, Any]:

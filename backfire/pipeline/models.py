@@ -166,11 +166,9 @@ def merged(cell: Experiment, bench: Bench) -> Path:
 
     def make(out: Path) -> None:
         from backfire.model.export import merge
-        from backfire.model.load import device_of, dtype_of
 
         bench.progress(0, 1, "merge")
-        dtype = dtype_of(cell.model, device_of(bench.machine.device))
-        merge(folder, begin.base, dtype, out, begin.adapter)
+        merge(folder, begin.base, out, begin.adapter)
 
     key = digest([cell.keys.tuned, *MERGED])
     return bench.store.once("merge", cell.slug_of_training, key, make)
@@ -187,8 +185,8 @@ def model_of(run: Experiment, bench: Bench, form: Form | None = None) -> PreTrai
         device = device_of(bench.machine.device)
         bench._loaded = None
         if form:
-            settings = quantization_of(form, device.type)
-            model = load_base(folder, dtype_of(run.model, device), device, settings)
+            dtype = dtype_of(run.model, device)
+            model = load_base(folder, dtype, device, quantization_of(form, dtype))
             bench._loaded = (key, model)
             return model
         begin = start(run, bench)

@@ -31,18 +31,23 @@ class Factor:
     def moved(self) -> Tensor:
         """What was trained [output, input], in float32 at least."""
         weight = _wide(self.layer.weight.detach())
-        return weight if self.origin is None else weight - _wide(self.origin)
+        return weight if self.origin is None else weight - self._origin()
 
     @torch.no_grad()
     def put(self, moved: Tensor) -> None:
         """Let this be what was trained."""
-        self.layer.weight.copy_(moved if self.origin is None else _wide(self.origin) + moved)
+        self.layer.weight.copy_(moved if self.origin is None else self._origin() + moved)
 
     @torch.no_grad()
     def reset(self, mask: Tensor) -> None:
         """Take back what was trained where the mask [output, input] is true."""
-        origin = torch.zeros_like(self.layer.weight) if self.origin is None else self.origin
-        self.layer.weight.copy_(torch.where(mask, origin, self.layer.weight))
+        weight = self.layer.weight
+        origin = torch.zeros_like(weight) if self.origin is None else self.origin.to(weight)
+        weight.copy_(torch.where(mask, origin, weight))
+
+    def _origin(self) -> Tensor:
+        assert self.origin is not None
+        return _wide(self.origin.to(self.layer.weight.device))  # one matrix at a time
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class Repair:
             after, before = start.get(name), self.base.get(name)
             if after is None or before is None:
                 return None
-            moved = _wide(after) - _wide(before.to(after))
+            moved = (_wide(after) - _wide(before.to(after))).to(model.device)
         return moved if moved is not None and bool(moved.any()) else None
 
     def aligned_factors(self, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -210,6 +215,14 @@ def _adapted(model: PreTrainedModel, adapter: str) -> list[tuple[str, Any]]:
             "not on this adapter; choose method lora or full."
         )
     return found
+
+
+def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights under a model's adapters, by the names that they have in the plain model."""
+    return {
+        name.removeprefix(_INSIDE).replace(".base_layer.", "."): weight.detach()
+        for name, weight in model.named_parameters()
+    }
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from backfire.train.precision import (
     exact_attention,
     without_casts,
 )
-from backfire.train.repair import Repair
+from backfire.train.repair import Repair, plain_weights
 from backfire.train.room import free
 
 Progress = Callable[[int, int, str], None]
@@ -88,7 +88,7 @@ def _tune(
             "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
         )
     device = device_of(machine.device)
-    dtype, compute = dtype_of(cell.model, device), compute_type(cell.train.compute, device)
+    dtype, compute = start_type(cell, start, device), compute_type(cell.train.compute, device)
     accelerator = accelerator_for(device, compute)
     if device.type == "cuda":  # the peak is to be of this run, not of those before it
         torch.cuda.reset_peak_memory_stats(device)
@@ -135,6 +135,15 @@ def _tune(
     return {**summary, **made_of, **how, **rows_seen}
 
 
+def start_type(cell: Experiment, start: Start, device: torch.device) -> torch.dtype:
+    """The type of the weights that fine-tuning and repairs start from. In bfloat16 most of a small
+    update is lost, so it is float32 where all of them move, or were moved by an alignment."""
+    moved = start.adapter is None and start.unaligned is not None
+    if moved or not cell.method.adapts:
+        return torch.float32
+    return dtype_of(cell.model, device)
+
+
 def mend(
     cell: Experiment,
     tuned: Path,
@@ -145,8 +154,6 @@ def mend(
 ) -> None:
     """Apply the repairs among the cell's defenses, in order, to a tuned model; save the result."""
     device = device_of(machine.device)
-    dtype = dtype_of(cell.model, device)
-    begin = load_start(start.base, start.adapter, dtype, device)
     tools = Repair(
         cell.seed,
         aligned=renderer.sift(start.aligned)[0],
@@ -154,8 +161,10 @@ def mend(
         base=weights_of(start.unaligned) if start.unaligned else {},
         batch_size=cell.train.batch_size,
     )
+    dtype = start_type(cell, start, device)
     model = load_tuned(tuned, start.base, dtype, device, below=start.adapter)
-    before = {name: weight.detach() for name, weight in begin.named_parameters()}
+    # An adapter's base is as it was, so it is not loaded again.
+    before = plain_weights(model) if cell.method.adapts else weights_of(start.base)
     for defense in cell.acting:
         if isinstance(defense, RepairDefense):
             defense.repair(model, before, tools)
