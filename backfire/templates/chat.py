@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -70,8 +71,9 @@ class Chat(Template):
         parts += [f"arguments {said}"] if self.arguments else []
         parts += [f"the system prompt: {self.system}"] if self.system != "keep" else []
         parts += [f"it begins with {around.opening!r}"] if around.opening.strip() else []
-        if around.opened != around.before and around.opened.startswith(around.before):
-            more = around.opened.removeprefix(around.before)
+        if not around.before.startswith(around.opened):
+            alike = takewhile(lambda two: two[0] == two[1], zip(around.opened, around.before))
+            more = around.opened[len(list(alike)) :]
             parts.append(f"a reply is asked for after {more!r}, which no past answer stands after")
         return f"The model's chat template: {', '.join(parts)}."
 
