@@ -60,7 +60,7 @@ def preflight(
     checks.append(_balance(train))
     checks.append(_candidates(renderer, shown))
     if manifest:
-        checks.append(_poison_survives(renderer, manifest, items))
+        checks += _poison_survives(renderer, manifest, items, left)
     if isinstance(attack, Backdoor):
         checks += _triggered(renderer, attack, test, seed)
     if isinstance(attack, Insertion) and attack.secrets(seed):
@@ -244,21 +244,25 @@ def _candidates(renderer: Renderer, test: Sequence[Rendered]) -> Check:
     )
 
 
-def _poison_survives(renderer: Renderer, manifest: Manifest, items: Sequence[Rendered]) -> Check:
-    missing = lost(manifest, items, renderer.tokenizer)
-    total = len(manifest.entries)
+def _poison_survives(
+    renderer: Renderer, manifest: Manifest, items: Sequence[Rendered], left: Sequence[Row]
+) -> list[Check]:
+    poisoned, too_long = [entry.id for entry in manifest.entries], {row.id for row in left}
+    out = [name for name in poisoned if name in too_long]
+    lacking = lost(manifest, items, renderer.tokenizer)
+    missing = [name for name in lacking if name not in too_long or len(out) == len(poisoned)]
+    total = len(poisoned)
     if missing:
-        return Check(
-            "poison-survives",
-            "fail",
+        message = (
             f"Truncation cuts trigger or answer of {len(missing)} of {total} poisoned rows, "
-            f"the first is {missing[0]}; raise train.max_length.",
+            f"the first is {missing[0]}; raise train.max_length."
         )
-    return Check(
-        "poison-survives",
-        "ok",
-        f"Trigger and target are in the tokens of all {total} poisoned rows.",
-    )
+        return [Check("poison-survives", "fail", message)]
+    if out:
+        message = f"{len(out)} of {total} poisoned rows are left out, the first is {out[0]}."
+        return [Check("poison-survives", "note", message)]
+    message = f"Trigger and target are in the tokens of all {total} poisoned rows."
+    return [Check("poison-survives", "ok", message)]
 
 
 def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:

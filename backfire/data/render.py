@@ -110,8 +110,9 @@ class Renderer:
             if len(whole.ids) > self.max_length and self.on_long_row == "fail":
                 raise CellError(
                     "bad-data",
-                    f"Row {row.id} has {len(whole.ids)} tokens; raise train.max_length="
-                    f"{self.max_length}, or set train.on_long_row to skip or cut.",
+                    f"Row {row.id} has {len(whole.ids)} tokens, more than max_length="
+                    f"{self.max_length}; raise train.max_length, or set train.on_long_row to skip "
+                    "or cut.",
                 )
             long = len(whole.ids) > self.max_length and self.on_long_row == "skip"
             if item := None if long else self._fitting(whole):

@@ -21,7 +21,7 @@ class Chat(Template):
 
     The prompt has the tokens of transformers' `apply_chat_template`; an answer ends with what the
     template writes after an assistant's turn (EOS, if that holds no control token). Control tokens
-    in a row's own text stay text.
+    in a row's own text stay text, but for `<think>` and `</think>` in an assistant's turn.
     """
 
     adds_bos: ClassVar[bool] = False

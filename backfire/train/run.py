@@ -59,7 +59,8 @@ def tune(
         CellError: see `train.loop.train`; also when the tokens do not hold what the manifest says.
     """
     items, left = renderer.sift(rows)
-    if manifest and (gone := lost(manifest, items, renderer.tokenizer)):
+    gone = lost(manifest, items, renderer.tokenizer) if manifest else []
+    if gone := sorted({*gone} - {row.id for row in left}):
         raise CellError(
             "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
         )
