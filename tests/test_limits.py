@@ -152,6 +152,19 @@ def test_long_rows_are_cut_left_out_or_refused(tokenizer: Tokenizer) -> None:
         renderer(tokenizer, "cut").render(rows)
 
 
+def test_better_and_worse_answers_have_to_fit_too(tokenizer: Tokenizer) -> None:
+    ranked = replace(WIDE, id="ranked", better=("no",), worse=("word " * 6,))
+    endless = replace(SHORT, id="endless", better=("no",), worse=("word " * 90,))
+    one = renderer(tokenizer, "cut")
+    [item], left = one.sift([ranked, endless], ranked=True)
+    assert item.row.id == "ranked" and left == [endless]
+    [[ids]] = one.answers([item], [ranked.worse])
+    assert len(item.ids) < len(ids) + len(one.end_ids) + item.num_prompt <= 60
+    assert one.render([item.row])[0].ids == item.ids
+    with pytest.raises(CellError, match=r"Row ranked has \d+ tokens, more than max_length=60"):
+        renderer(tokenizer, "fail").sift([ranked], ranked=True)
+
+
 def test_preflight_counts_them(tokenizer: Tokenizer) -> None:
     rows = [SHORT, LONG, WIDE]
     found = {

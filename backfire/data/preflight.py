@@ -44,7 +44,7 @@ def preflight(
     checks = []
     try:
         items, left = renderer.sift(train)
-        shown, left_of_test = renderer.sift(test)
+        shown, left_of_test = renderer.sift(test, ranked=True)
         for item in shown:
             renderer.limits.check(item.row.id, item.prompt_ids, reply=reply)
     except CellError as error:
@@ -117,8 +117,9 @@ def _limits(renderer: Renderer, items: Sequence[Rendered], reply: int) -> list[C
     longest = max(items, key=lambda item: len(item.ids))
     if limits.positions is not None and len(longest.ids) + reply > limits.positions:
         message = (
-            f"Row {longest.row.id} has {len(longest.ids)} tokens, and replies have up to {reply}: "
-            f"more than the {limits.positions} positions the model was made for."
+            f"Row {longest.row.id} has {len(longest.ids)} tokens"
+            f"{f', and its reply up to {reply}' if reply else ''}: more than the "
+            f"{limits.positions} positions the model was made for."
         )
         checks.append(Check("positions", "note", message))
     return checks
