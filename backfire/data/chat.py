@@ -81,7 +81,7 @@ def chat_of(tokenizer: Tokenizer, arguments: dict[str, Any]) -> Chat:
     written = (token for token in tokenizer.added if token in str(tokenizer.chat_template))
     controls = tuple(dict.fromkeys((*tokenizer.controls, *written)))
     ends = tuple(str(tokenizer.backend.id_to_token(i)) for i in tokenizer.stop_ids)
-    names = json.dumps(special), json.dumps(arguments)
+    names = json.dumps(special), json.dumps(arguments, default=str)
     return _chat(tokenizer.chat_template, names[0], controls, ends, names[1])
 
 

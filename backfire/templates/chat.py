@@ -65,7 +65,7 @@ class Chat(Template):
         return opening if chat.anybody.search(opening) else ""
 
     def about(self, tokenizer: Tokenizer) -> str:
-        chat, said = chat_of(tokenizer, self.arguments), json.dumps(self.arguments)
+        chat, said = chat_of(tokenizer, self.arguments), json.dumps(self.arguments, default=str)
         around, end = chat.around, self.end(tokenizer)
         parts = [f"an answer ends with {end!r}" if around.end else f"it writes no end, so {end!r}"]
         parts += [f"arguments {said}"] if self.arguments else []
