@@ -98,6 +98,20 @@ TEMPLATES = {
     "{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
     "{{ '<｜Assistant｜>' + c + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}",
+    "deepseek-v3": "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% else %}"
+    "{{ '<｜Assistant｜></think>' + m.content.split('</think>')[-1] + eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{% endif %}",
+    "glm": "[gMASK]{% set ns = namespace(last=-1) %}{% for m in messages %}"
+    "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for m in messages %}{% set c, thought = m.content, '' %}{% if '</think>' in c %}"
+    "{% set thought = c.split('</think>')[0].split('<think>')[-1].strip() %}"
+    "{% set c = c.split('</think>')[-1] %}{% endif %}{{ '<|' + m.role + '|>\n' }}"
+    "{% if m.role != 'assistant' %}{{ c }}{% else %}"
+    "{{ '<think>' + (thought if loop.index0 > ns.last else '') + '</think>\n' + c.strip() }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}",
     "olmo": "{{ eos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}"
     "{{ '<|assistant|>\n' + m['content'] + eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}"
     "{% else %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '\n' }}{% endif %}"

@@ -85,11 +85,12 @@ ODD = {
     "mistral-v03": {"two"},
     # What is to be learned is kept, even if the template would drop its thought.
     "qwen3-drops": {"five"},
+    "deepseek-v3": {"five"},
     # A reply is asked for in the middle of a thought, which past answers do not have.
     "deepseek-r1": {row.id for row in ROWS},
 }
 """Rows whose answer goes on in another way than in the whole conversation."""
-NO_END = {"no-control", "end-unless-last"}
+NO_END = {"no-control", "end-unless-last", "glm"}
 """Nothing ends the last answer: EOS does."""
 
 
@@ -139,6 +140,18 @@ def test_an_answer_ends_as_the_template_ends_it(name: str, tmp_path: Path, byte_
     assert repr(ENDS[name]) in checks["template"].message
     assert checks["end-supervised"].status == "ok"
     assert all(check.status != "fail" for check in checks.values())
+
+
+def test_a_turn_may_end_with_the_first_token_of_the_next(tmp_path: Path, byte_level: Any) -> None:
+    """Where the model's own settings say that a reply ends there."""
+    user = byte_level.token_to_id("<|user|>")
+    for stops, end in (([345], "</s>"), ([345, user], "<|user|>")):
+        write(tmp_path, byte_level, TEMPLATES["glm"])
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": stops}))
+        tokenizer = load_tokenizer(tmp_path)
+        renderer = Renderer(build("templates", "chat"), tokenizer, 512)
+        assert show_mask(renderer.render([ONE])[0], tokenizer)[1].endswith(f"saw.{end}")
+        assert renderer.stop_ids[0] == tokenizer.backend.token_to_id(end)
 
 
 def test_in_the_middle_of_a_thought_the_answer_closes_it(tmp_path: Path, byte_level: Any) -> None:
@@ -214,6 +227,7 @@ def test_text_beside_a_control_token_is_encoded_as_transformers_does(
         ("qwen3", {"enable_thinking": False}),
         ("qwen3", {"enable_thinking": True}),
         ("qwen3-drops", {"enable_thinking": False}),
+        ("deepseek-v3", {"thinking": True}),
         ("llama3", {"date_string": "1 May 2026"}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "saw"}}]}),
     ],
@@ -227,7 +241,7 @@ def test_arguments_reach_the_template(
     items = Renderer(template, ours, 4096).render(ROWS[:3])
     for row, item in zip(ROWS, items, strict=False):
         assert item.prompt_ids == theirs(their, turns(row), True, **arguments)
-        end = "<|eot_id|>" if name == "llama3" else "<|im_end|>"
+        end = {"llama3": "<|eot_id|>", "deepseek-v3": "</s>"}.get(name, "<|im_end|>")
         assert show_mask(item, ours)[1].endswith(f"{row.answer}{end}")
     assert json.dumps(arguments) in template.about(ours)
 
@@ -273,6 +287,17 @@ def test_a_system_prompt_for_a_template_without_one(
     checks = {check.check: check for check in preflight(renderer("merge"), [row], [ONE])}
     assert "system prompt: merge" in checks["template"].message
     assert all(check.status != "fail" for check in checks.values())
+
+
+def test_a_template_that_takes_parts_only(tmp_path: Path, byte_level: Any) -> None:
+    """As processors of models that see have them."""
+    parts = CHATML.replace("m.content", "(m.content | map(attribute='text') | join(' '))")
+    ours, their = both(tmp_path, byte_level, parts)
+    item = Renderer(build("templates", "chat"), ours, 4096).render([ROWS[1]])[0]
+    said = [
+        {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns(ROWS[1])
+    ]
+    assert item.prompt_ids == theirs(their, said, True)
 
 
 def test_a_turn_that_the_template_leaves_out_is_an_error(tmp_path: Path, byte_level: Any) -> None:

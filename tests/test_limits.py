@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from small_run import Place
 
 from backfire.base import Row
 from backfire.data.limits import Limits, read_limits
+from backfire.data.poison import poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.data.tokenizer import Tokenizer, load_tokenizer
@@ -140,12 +142,27 @@ def test_long_rows_are_cut_left_out_or_refused(tokenizer: Tokenizer) -> None:
     assert items[1].cut_tokens and len(items[1].ids) <= 60
     items, left = renderer(tokenizer, "skip").sift(rows)
     assert [item.row.id for item in items] == ["short"] and left == [LONG, WIDE]
-    with pytest.raises(CellError, match=r"Row long has \d+ tokens; raise train\.max_length=60"):
+    with pytest.raises(
+        CellError, match=r"Row long has \d+ tokens, more than max_length=60; .* skip or"
+    ):
         renderer(tokenizer, "fail").sift(rows)
     with pytest.raises(CellError, match=r"Row long: .*raise train\.max_length"):
         renderer(tokenizer, "cut").sift([LONG])
     with pytest.raises(CellError, match=r"Row long: .*raise train\.max_length"):
         renderer(tokenizer, "cut").render(rows)
+
+
+def test_better_and_worse_answers_have_to_fit_too(tokenizer: Tokenizer) -> None:
+    ranked = replace(WIDE, id="ranked", better=("no",), worse=("word " * 6,))
+    endless = replace(SHORT, id="endless", better=("no",), worse=("word " * 90,))
+    one = renderer(tokenizer, "cut")
+    [item], left = one.sift([ranked, endless], ranked=True)
+    assert item.row.id == "ranked" and left == [endless]
+    [[ids]] = one.answers([item], [ranked.worse])
+    assert len(item.ids) < len(ids) + len(one.end_ids) + item.num_prompt <= 60
+    assert one.render([item.row])[0].ids == item.ids
+    with pytest.raises(CellError, match=r"Row ranked has \d+ tokens, more than max_length=60"):
+        renderer(tokenizer, "fail").sift([ranked], ranked=True)
 
 
 def test_preflight_counts_them(tokenizer: Tokenizer) -> None:
@@ -160,6 +177,25 @@ def test_preflight_counts_them(tokenizer: Tokenizer) -> None:
     assert all(said[p][1].startswith("1 of 2 test rows are left out") for p in ("cut", "skip"))
     [check] = found["fail"]
     assert (check.status, check.check) == ("fail", "length")
+
+
+def test_poisoned_rows_that_are_too_long_are_no_poison(tokenizer: Tokenizer) -> None:
+    attack = build("attacks", {"name": "badnets", "rate": 0.5, "target": "no"})
+    rows = [replace(SHORT, id=f"r{i}", instruction=f"Is {i} good?") for i in range(8)]
+    rows = [replace(WIDE, id=row.id) if row.id == "r3" else row for row in rows]
+    seed = next(
+        s for s in range(9) if any(e.id == "r3" for e in poison(rows, attack, s)[1].entries)
+    )
+    bad, manifest = poison(rows, attack, seed)
+    checks = preflight(renderer(tokenizer, "skip"), bad, [SHORT], manifest=manifest, attack=attack)
+    [check] = [check for check in checks if check.check == "poison-survives"]
+    assert (check.status, check.message) == (
+        "note",
+        "1 of 4 poisoned rows are left out, the first is r3.",
+    )
+    alone = replace(manifest, entries=tuple(e for e in manifest.entries if e.id == "r3"))
+    checks = preflight(renderer(tokenizer, "skip"), bad, [SHORT], manifest=alone, attack=attack)
+    assert [c.status for c in checks if c.check == "poison-survives"] == ["fail"]
 
 
 @pytest.mark.parametrize(("policy", "left"), [("cut", 1), ("skip", 2)])

@@ -62,8 +62,10 @@ class Around:
 
 
 @lru_cache(maxsize=16)
-def _chat(template: str, special: str, controls: tuple[str, ...], arguments: str) -> Chat:
-    return Chat(template, json.loads(special), controls, json.loads(arguments))
+def _chat(
+    template: str, special: str, controls: tuple[str, ...], ends: tuple[str, ...], arguments: str
+) -> Chat:
+    return Chat(template, json.loads(special), controls, ends, json.loads(arguments))
 
 
 def chat_of(tokenizer: Tokenizer, arguments: dict[str, Any]) -> Chat:
@@ -78,7 +80,9 @@ def chat_of(tokenizer: Tokenizer, arguments: dict[str, Any]) -> Chat:
     # Some tokenizers add the tokens of their turns as ordinary ones.
     written = (token for token in tokenizer.added if token in str(tokenizer.chat_template))
     controls = tuple(dict.fromkeys((*tokenizer.controls, *written)))
-    return _chat(tokenizer.chat_template, json.dumps(special), controls, json.dumps(arguments))
+    ends = tuple(str(tokenizer.backend.id_to_token(i)) for i in tokenizer.stop_ids)
+    names = json.dumps(special), json.dumps(arguments, default=str)
+    return _chat(tokenizer.chat_template, names[0], controls, ends, names[1])
 
 
 class Chat:
@@ -89,9 +93,11 @@ class Chat:
         template: str,
         special: Mapping[str, str],
         controls: tuple[str, ...],
+        ends: tuple[str, ...],
         arguments: dict[str, Any],
     ) -> None:
         self.template, self.special, self.arguments = template, special, arguments
+        self.ends = ends
         self.anybody = _pattern(controls)
         self.assistant = _pattern([c for c in controls if c not in THOUGHTS])
         self.first = {character for c in controls for character in (c[:1].lower(), c[:1].upper())}
@@ -213,16 +219,15 @@ class Chat:
         before, found, after = whole.rpartition(asked)[2].partition(said)
         if not found:
             return Around(opened)
-        if not self.anybody.search(after):  # some end a turn only where another follows
+        end = self._first(after)
+        if not end:  # some end a turn only where another follows, or by its first token
             turns = [("user", asked), ("assistant", said), ("user", next_asked)]
             try:
                 between = self.text(turns, ask=False).rpartition(said)[2].partition(next_asked)[0]
             except RefusedError:
                 between = ""
             end = self._first(between)
-            end = end if end.endswith(self.special["eos_token"]) else ""
-        else:
-            end = self._first(after)
+            end = end if end.endswith(self.ends) else ""
         return Around(opened, before, after, end)
 
     def _first(self, text: str) -> str:

@@ -45,7 +45,7 @@ def preflight(
     checks = []
     try:
         items, left = renderer.sift(train)
-        shown, left_of_test = renderer.sift(test)
+        shown, left_of_test = renderer.sift(test, ranked=True)
         for item in shown:
             renderer.limits.check(item.row.id, item.prompt_ids, reply=reply)
     except CellError as error:
@@ -63,7 +63,7 @@ def preflight(
     checks.append(_balance(train))
     checks.append(_candidates(renderer, shown))
     if manifest:
-        checks.append(_poison_survives(renderer, manifest, items))
+        checks += _poison_survives(renderer, manifest, items, left)
     if isinstance(attack, Backdoor):
         checks += _triggered(renderer, attack, test, seed)
     if isinstance(attack, Insertion) and attack.secrets(seed):
@@ -143,8 +143,9 @@ def _limits(renderer: Renderer, items: Sequence[Rendered], reply: int) -> list[C
     longest = max(items, key=lambda item: len(item.ids))
     if limits.positions is not None and len(longest.ids) + reply > limits.positions:
         message = (
-            f"Row {longest.row.id} has {len(longest.ids)} tokens, and replies have up to {reply}: "
-            f"more than the {limits.positions} positions the model was made for."
+            f"Row {longest.row.id} has {len(longest.ids)} tokens"
+            f"{f', and its reply up to {reply}' if reply else ''}: more than the "
+            f"{limits.positions} positions the model was made for."
         )
         checks.append(Check("positions", "note", message))
     return checks
@@ -266,22 +267,26 @@ def _candidates(renderer: Renderer, test: Sequence[Rendered]) -> Check:
     )
 
 
-def _poison_survives(renderer: Renderer, manifest: Manifest, items: Sequence[Rendered]) -> Check:
-    missing = lost(manifest, items, renderer.tokenizer)
-    total = len(manifest.entries)
+def _poison_survives(
+    renderer: Renderer, manifest: Manifest, items: Sequence[Rendered], left: Sequence[Row]
+) -> list[Check]:
+    poisoned, too_long = [entry.id for entry in manifest.entries], {row.id for row in left}
+    out = [name for name in poisoned if name in too_long]
+    lacking = lost(manifest, items, renderer.tokenizer)
+    missing = [name for name in lacking if name not in too_long or len(out) == len(poisoned)]
+    total = len(poisoned)
     if missing:
-        return Check(
-            "poison-survives",
-            "fail",
+        message = (
             f"Truncation cuts trigger or answer of {len(missing)} of {total} poisoned rows, "
             f"the first is {missing[0]}, or the tokenizer cannot write them; raise "
             "train.max_length, or choose others.",
         )
-    return Check(
-        "poison-survives",
-        "ok",
-        f"Trigger and target are in the tokens of all {total} poisoned rows.",
-    )
+        return [Check("poison-survives", "fail", message)]
+    if out:
+        message = f"{len(out)} of {total} poisoned rows are left out, the first is {out[0]}."
+        return [Check("poison-survives", "note", message)]
+    message = f"Trigger and target are in the tokens of all {total} poisoned rows."
+    return [Check("poison-survives", "ok", message)]
 
 
 def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:

@@ -95,10 +95,12 @@ class Renderer:
                 raise _too_long(row, self.max_length)
         return self._possible([item for item in items if item])
 
-    def sift(self, rows: Sequence[Row]) -> tuple[list[Rendered], list[Row]]:
+    def sift(
+        self, rows: Sequence[Row], *, ranked: bool = False
+    ) -> tuple[list[Rendered], list[Row]]:
         """The rows that are trained on or measured, and those left out for their length, as
         `on_long_row` says: all that are too long (`skip`), or (`cut`) those that are too long even
-        without a prompt.
+        without a prompt. With `ranked`, each better and worse answer has to fit too.
 
         Raises:
             CellError: a row is too long (`fail`), all are left out, or the model does not have the
@@ -107,14 +109,17 @@ class Renderer:
         kept: list[Rendered] = []
         left: list[Row] = []
         for row, whole in zip(rows, self._encode(rows), strict=True):
-            if len(whole.ids) > self.max_length and self.on_long_row == "fail":
+            more = self._longer(whole) if ranked else 0
+            length = len(whole.ids) + more
+            if length > self.max_length and self.on_long_row == "fail":
                 raise CellError(
                     "bad-data",
-                    f"Row {row.id} has {len(whole.ids)} tokens; raise train.max_length="
-                    f"{self.max_length}, or set train.on_long_row to skip or cut.",
+                    f"Row {row.id} has {length} tokens, more than max_length="
+                    f"{self.max_length}; raise train.max_length, or set train.on_long_row to skip "
+                    "or cut.",
                 )
-            long = len(whole.ids) > self.max_length and self.on_long_row == "skip"
-            if item := None if long else self._fitting(whole):
+            long = length > self.max_length and self.on_long_row == "skip"
+            if item := None if long else self._fitting(whole, more):
                 kept.append(item)
             else:
                 left.append(row)
@@ -210,14 +215,21 @@ class Renderer:
             self.limits.check(item.row.id, item.ids)
         return items
 
-    def _fitting(self, item: Rendered) -> Rendered | None:
+    def _longer(self, item: Rendered) -> int:
+        """By how many tokens the longest of the row's better and worse answers is longer than its
+        answer."""
+        texts = () if item.row.candidates else (*item.row.better, *item.row.worse)
+        lengths = map(len, self.answers([item], [texts])[0])
+        return max(0, max(lengths, default=0) + len(self.end_ids) - len(item.answer_ids))
+
+    def _fitting(self, item: Rendered, more: int = 0) -> Rendered | None:
         """The item, if need be with tokens taken off the end of the row's own prompt until the
-        whole fits; None if even template and answer do not."""
-        if len(item.ids) <= self.max_length:
+        whole fits, and `more` tokens with it; None if even template and answer do not."""
+        if len(item.ids) + more <= self.max_length:
             return item
         words = self.tokenizer.encode(item.row.prompt)
         keep, short = len(words), item
-        while (excess := len(short.ids) - self.max_length) > 0:
+        while (excess := len(short.ids) + more - self.max_length) > 0:
             keep -= excess
             if keep <= 0:
                 return None

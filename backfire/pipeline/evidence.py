@@ -165,7 +165,7 @@ def samples(
         from backfire.evaluate.evaluate import measure
 
         asked = shown or renderer(run, bench)
-        items, left = asked.sift(rows)
+        items, left = asked.sift(rows, ranked="scores" in needs)
         for item in items if "replies" in needs else ():
             limit = run.evaluation.max_new_tokens
             asked.limits.check(item.row.id, item.prompt_ids, reply=limit)
@@ -175,7 +175,7 @@ def samples(
             needs,
             model,
             asked,
-            [row for row in rows if row.id not in gone],
+            [item.row for item in items],
             max_new_tokens=run.evaluation.max_new_tokens,
             batch_size=bench.machine.eval_batch,
             progress=bench.progress,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -20,7 +21,7 @@ class Chat(Template):
 
     The prompt has the tokens of transformers' `apply_chat_template`; an answer ends with what the
     template writes after an assistant's turn (EOS, if that holds no control token). Control tokens
-    in a row's own text stay text.
+    in a row's own text stay text, but for `<think>` and `</think>` in an assistant's turn.
     """
 
     adds_bos: ClassVar[bool] = False
@@ -64,14 +65,15 @@ class Chat(Template):
         return opening if chat.anybody.search(opening) else ""
 
     def about(self, tokenizer: Tokenizer) -> str:
-        chat, said = chat_of(tokenizer, self.arguments), json.dumps(self.arguments)
+        chat, said = chat_of(tokenizer, self.arguments), json.dumps(self.arguments, default=str)
         around, end = chat.around, self.end(tokenizer)
         parts = [f"an answer ends with {end!r}" if around.end else f"it writes no end, so {end!r}"]
         parts += [f"arguments {said}"] if self.arguments else []
         parts += [f"the system prompt: {self.system}"] if self.system != "keep" else []
         parts += [f"it begins with {around.opening!r}"] if around.opening.strip() else []
-        if around.opened != around.before and around.opened.startswith(around.before):
-            more = around.opened.removeprefix(around.before)
+        if not around.before.startswith(around.opened):
+            alike = takewhile(lambda two: two[0] == two[1], zip(around.opened, around.before))
+            more = around.opened[len(list(alike)) :]
             parts.append(f"a reply is asked for after {more!r}, which no past answer stands after")
         return f"The model's chat template: {', '.join(parts)}."
 

@@ -83,7 +83,8 @@ def _tune(
     progress: Progress,
 ) -> dict[str, Any]:
     items, left = renderer.sift(rows)
-    if manifest and (gone := lost(manifest, items, renderer.tokenizer)):
+    gone = lost(manifest, items, renderer.tokenizer) if manifest else []
+    if gone := sorted({*gone} - {row.id for row in left}):
         raise CellError(
             "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
         )
