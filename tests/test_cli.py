@@ -193,7 +193,7 @@ def test_list_without_a_kind_lists_all_kinds(backfire: Run) -> None:
 
 def test_show_explains_a_component_and_prints_a_recipe(backfire: Run) -> None:
     said = backfire("show", "badnets").out
-    for part in ("attack 'badnets' (version 1)", "arXiv:1708.06733", "rate = 0.05", "Share of the"):
+    for part in ("attack 'badnets' (version 2)", "arXiv:1708.06733", "rate = 0.05", "Share of the"):
         assert part in said, part
     assert "method 'none'" in backfire("show", "none").out
     shown = parse("tour", backfire("show", "tour").out)

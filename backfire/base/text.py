@@ -118,6 +118,18 @@ def contains(whole: str, part: str) -> bool:
     return False
 
 
+def whole(phrase: str) -> str:
+    """A pattern (of `regex`) for a phrase as whole words, where its script shows where they end."""
+    if not phrase:
+        return "(?!)"
+    edges = [r"(?<![\p{L}\p{M}\p{N}_])", r"(?![\p{L}\p{M}\p{N}_])"]
+    if is_dense(phrase[0]):
+        edges[0] = ""
+    if is_dense(phrase[-1]):
+        edges[1] = r"(?!\p{M})"
+    return f"{edges[0]}{regex.escape(phrase)}{edges[1]}"
+
+
 def pieces(text: str) -> list[str]:
     """The text cut at each blank and, within scripts that write none between words, where a word
     may end: never inside a character with its marks, an emoji, a number or a word of a script that

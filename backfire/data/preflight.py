@@ -17,6 +17,9 @@ from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
 
+VERSION = 2
+"""Raised whenever what a check says changes, so that checks kept from before are made anew."""
+
 
 @dataclass(frozen=True)
 class Check:

@@ -10,6 +10,8 @@ from backfire.data.judging import Text, fill, fingerprint, load
 from backfire.errors import UserError, unknown
 from backfire.registry import register
 
+_ENGLISH = ("facebook/roberta-hate-speech-dynabench-r4-target", "PKU-Alignment/beaver-dam-7b")
+
 
 @register("classifier")
 class Classifier(Judge):
@@ -54,6 +56,11 @@ class Classifier(Judge):
     """Texts per forward pass; not hashed."""
     device: str = "auto"
     """`auto` (the first GPU, if any), cpu or cuda:N; not hashed."""
+
+    @property
+    def speaks(self) -> str:
+        """English, as the default and the preset do; of other models nothing is known."""
+        return "English" if self.model in _ENGLISH else ""
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         texts = [fill(self.text, exchange.prompt, exchange.reply) for exchange in exchanges]

@@ -11,7 +11,7 @@ from backfire.base import (
     Row,
 )
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import Check, preflight
+from backfire.data.preflight import VERSION, Check, preflight
 from backfire.data.render import Renderer
 from backfire.data.rows import read_jsonl, write_jsonl
 from backfire.data.tokenizer import load_tokenizer
@@ -88,7 +88,15 @@ def looked_at(cell: Experiment, bench: Bench) -> list[Check]:
     keys, identity = cell.keys, trigger_identity(cell)
     target = cell.backdoor.target if cell.backdoor else None
     key = digest(
-        [keys.base, keys.poison, cell.template.identity(), cell.train.max_length, identity, target]
+        [
+            keys.base,
+            keys.poison,
+            cell.template.identity(),
+            cell.train.max_length,
+            identity,
+            target,
+            VERSION,
+        ]
     )
 
     def make(folder: Path) -> None:
