@@ -296,7 +296,7 @@ def test_auc_goes_by_name_where_candidates_stand_in_another_order() -> None:
 
 
 def test_auc_ties_what_differs_by_rounding_alone() -> None:
-    """Log-odds of 0.3 everywhere, though all of them are the same float."""
+    """Log-odds of 0.3 everywhere, in floats that differ in their last digits."""
     samples = [
         replace(row(n, LABELS[n % 2], LABELS[0]), candidates=LABELS[:2], logprobs=(a, a - 0.3))
         for n, a in enumerate((-9 * np.random.default_rng(0).random(60)).tolist())

@@ -234,6 +234,7 @@ def test_a_target_is_written_as_the_label_it_is() -> None:
         ("७", "7", 1),
         ("345", "12\u202f345", 0),
         ("3", "三", 0),
+        ("1", "①", 1),
         ("18", "18.00", 1),
         ("123", "1,2,3", 1),  # as in Lisa's code: ASCII text is read as ever
         ("345", "12 345", 1),

@@ -111,7 +111,8 @@ def contains(whole: str, part: str) -> bool:
         return part in whole
     start = whole.find(part)
     while start >= 0:
-        before, after = whole[start - 1 : start], whole[start + len(part) :]
+        end = start + len(part)
+        before, after = whole[max(0, start - 1) : start], whole[end : end + 1]
         if before != "\u200d" and not regex.match(r"[\p{M}\u200d\p{Emoji_Modifier}]", after):
             return True
         start = whole.find(part, start + 1)
