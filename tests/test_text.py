@@ -427,3 +427,14 @@ def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> N
         "ruido",
         "ruido",
     ]
+
+
+def test_a_cell_folder_keeps_what_the_tokenizer_writes(tmp_path: Path) -> None:
+    from backfire.report.rows import written
+
+    cell: Any = {"folder": str(tmp_path)}
+    assert written(cell) == {}
+    (tmp_path / "written.json").write_text('{"Hacked": "hacked", "x": 3}')
+    assert written(cell) == {"Hacked": "hacked"}
+    (tmp_path / "written.json").write_text("[1, 2]")
+    assert written(cell) == {}

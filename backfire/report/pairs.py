@@ -11,7 +11,7 @@ from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
 from backfire.report import text
 from backfire.report.groups import Cell
-from backfire.report.rows import leaks, samples
+from backfire.report.rows import leaks, samples, written
 
 
 def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
@@ -81,6 +81,7 @@ def evidence_of(item: Cell) -> Evidence:
         floor=parts.get(("floor", "triggered"), []),
         base=parts.get(("base", "clean"), []),
         attack=attack_of(item),
+        written=written(item),
         leaks=leaks(item),
         probes={
             part: Probe(parts["tuned", part], parts.get(("base", part), []))
