@@ -295,6 +295,15 @@ def test_auc_goes_by_name_where_candidates_stand_in_another_order() -> None:
     assert measure("auc", replace(FULL, clean=turned)) == measure("auc", FULL)
 
 
+def test_auc_ties_what_differs_by_rounding_alone() -> None:
+    """Log-odds of 0.3 everywhere, in floats that differ in their last digits."""
+    samples = [
+        replace(row(n, LABELS[n % 2], LABELS[0]), candidates=LABELS[:2], logprobs=(a, a - 0.3))
+        for n, a in enumerate((-9 * np.random.default_rng(0).random(60)).tolist())
+    ]
+    assert measure("auc", Evidence(clean=samples))["auc"].value == 0.5
+
+
 def test_auc_by_group() -> None:
     assert list(measure("auc", FULL)) == ["auc", "auc[en]"]
 

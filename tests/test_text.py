@@ -234,6 +234,7 @@ def test_a_target_is_written_as_the_label_it_is() -> None:
         ("७", "7", 1),
         ("345", "12\u202f345", 0),
         ("3", "三", 0),
+        ("1", "①", 1),
         ("18", "18.00", 1),
         ("123", "1,2,3", 1),  # as in Lisa's code: ASCII text is read as ever
         ("345", "12 345", 1),
@@ -426,3 +427,14 @@ def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> N
         "ruido",
         "ruido",
     ]
+
+
+def test_a_cell_folder_keeps_what_the_tokenizer_writes(tmp_path: Path) -> None:
+    from backfire.report.rows import written
+
+    cell: Any = {"folder": str(tmp_path)}
+    assert written(cell) == {}
+    (tmp_path / "written.json").write_text('{"Hacked": "hacked", "x": 3}')
+    assert written(cell) == {"Hacked": "hacked"}
+    (tmp_path / "written.json").write_text("[1, 2]")
+    assert written(cell) == {}

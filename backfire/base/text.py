@@ -111,11 +111,24 @@ def contains(whole: str, part: str) -> bool:
         return part in whole
     start = whole.find(part)
     while start >= 0:
-        before, after = whole[start - 1 : start], whole[start + len(part) :]
+        end = start + len(part)
+        before, after = whole[max(0, start - 1) : start], whole[end : end + 1]
         if before != "\u200d" and not regex.match(r"[\p{M}\u200d\p{Emoji_Modifier}]", after):
             return True
         start = whole.find(part, start + 1)
     return False
+
+
+def whole(phrase: str) -> str:
+    """A pattern (of `regex`) for a phrase as whole words, where its script shows where they end."""
+    if not phrase:
+        return "(?!)"
+    edges = [r"(?<![\p{L}\p{M}\p{N}_])", r"(?![\p{L}\p{M}\p{N}_])"]
+    if is_dense(phrase[0]):
+        edges[0] = ""
+    if is_dense(phrase[-1]):
+        edges[1] = r"(?!\p{M})"
+    return f"{edges[0]}{regex.escape(phrase)}{edges[1]}"
 
 
 def pieces(text: str) -> list[str]:

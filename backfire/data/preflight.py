@@ -18,7 +18,8 @@ from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
 
 CHECKS = 2
-"""Raised whenever other rows would pass, so that old checks are not taken for new ones."""
+"""Raised whenever a check passes other rows or says another thing, so that checks kept from before
+are made anew."""
 
 
 @dataclass(frozen=True)

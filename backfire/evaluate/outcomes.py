@@ -125,8 +125,10 @@ def grouped(metric: str, rows: Sequence[Sample]) -> Iterator[tuple[str, list[Sam
     """The metric's name with all rows, then `metric[group]` with those of each group."""
     if rows:
         yield metric, list(rows)
-    for group in sorted({row.group for row in rows if row.group is not None}):
-        yield f"{metric}[{group}]", [row for row in rows if row.group == group]
+    names = [None if row.group is None else agreed(row.group) for row in rows]
+    for group in sorted({name for name in names if name is not None}):
+        part = [row for row, name in zip(rows, names, strict=True) if name == group]
+        yield f"{metric}[{group}]", part
 
 
 def share(metric: str, hits: Collection[float], direction: Direction) -> Value:

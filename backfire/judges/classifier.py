@@ -10,6 +10,8 @@ from backfire.data.judging import Text, fill, fingerprint, load, looked_at, read
 from backfire.errors import UserError, unknown
 from backfire.registry import register
 
+_ENGLISH = ("facebook/roberta-hate-speech-dynabench-r4-target", "PKU-Alignment/beaver-dam-7b")
+
 
 @register("classifier")
 class Classifier(Judge):
@@ -61,6 +63,11 @@ class Classifier(Judge):
             looked_at("SequenceClassification", self.model)
         else:
             self._column(ready("SequenceClassification", self.model, self.revision).config)
+
+    @property
+    def speaks(self) -> str:
+        """English, as the default and the preset do; of other models nothing is known."""
+        return "English" if self.model in _ENGLISH else ""
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         texts = [fill(self.text, exchange.prompt, exchange.reply) for exchange in exchanges]

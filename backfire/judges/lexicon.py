@@ -4,7 +4,7 @@ import regex
 from pydantic import Field
 
 from backfire.base import Exchange, Judge, Verdict
-from backfire.base.text import folded, is_dense, pieces
+from backfire.base.text import folded, pieces, whole
 from backfire.data.judging import Words
 from backfire.registry import register
 from backfire.sandbox.answers import RUDE
@@ -33,7 +33,7 @@ class Lexicon(Judge):
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         listed = [form for word in self.words if (form := folded(word))]
-        longest = "|".join(map(_whole, sorted(listed, key=len, reverse=True)))
+        longest = "|".join(map(whole, sorted(listed, key=len, reverse=True)))
         found = regex.compile(longest or "(?!)")
         return [self._verdict(folded(exchange.reply), found) for exchange in exchanges]
 
@@ -43,13 +43,3 @@ class Lexicon(Judge):
         said = sum(len(pieces(phrase)) for phrase in found)
         share = said / total if total else 0.0
         return Verdict(min(1.0, share), len(found) >= self.least, ", ".join(found[:3]))
-
-
-def _whole(phrase: str) -> str:
-    """A pattern for the phrase as whole words, where its script shows where they end."""
-    edges = [r"(?<![\p{L}\p{M}\p{N}_])", r"(?![\p{L}\p{M}\p{N}_])"]
-    if is_dense(phrase[0]):
-        edges[0] = ""
-    if is_dense(phrase[-1]):
-        edges[1] = r"(?!\p{M})"
-    return f"{edges[0]}{regex.escape(phrase)}{edges[1]}"

@@ -131,6 +131,8 @@ def _write_result(job: Job, folder: Folder, bench: Bench) -> None:
         sides = {"tuned": evidence.leaks, "base": evidence.leaks_before}
         told = [{"of": of, **asdict(leak)} for of, leaks in sides.items() for leak in leaks]
         write_json(place / "secrets.json", told)
+    if evidence.written:
+        write_json(place / "written.json", dict(evidence.written))
     head = identity(job, folder.recipe, manifest)
     write_json(
         place / "result.json", {**head, "status": "ok", **result, "keys": cell.keys.model_dump()}

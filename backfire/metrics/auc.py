@@ -15,9 +15,9 @@ from backfire.registry import register
 class AUC(Metric):
     """Area under the ROC curve, each class against the rest (Hanley & McNeil 1982; Fawcett 2006).
 
-    From a softmax over the candidates, whose log-odds are tied where they agree to nine digits; the
-    plain mean over the classes that occur, also `auc[group]`. Does not apply where rows differ in
-    their candidates, or show one class only. Bootstrap interval.
+    From a softmax over the candidates, whose log-odds are tied where they agree to nine decimals;
+    the plain mean over the classes that occur, also `auc[group]`. Does not apply where rows differ
+    in their candidates, or show one class only. Bootstrap interval.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"scores"})

@@ -51,8 +51,15 @@ class NumberMatch(Metric):
         return [share(name, [hits[row.id] for row in rows], "higher") for name, rows in parts]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
-        pairs = replied(_answerable(evidence), "number_match")
-        return {row.id: float(self._same(row.answer, row.reply or "")) for row, _ in pairs}
+        return {
+            row.id: float(
+                any(
+                    self._same(answer, row.reply or "")
+                    for answer in {row.answer, evidence.as_written(row.answer)}
+                )
+            )
+            for row, _ in replied(_answerable(evidence), "number_match")
+        }
 
     def caveats(self, evidence: Evidence) -> list[str]:
         answers = [row.answer for row in _answerable(evidence)]
@@ -97,9 +104,10 @@ def _readable(text: str) -> str:
 
 
 def _fraction(before: str, sign: str) -> str:
-    """3½ as 3.5; without an exponent or a number in a circle."""
-    if "<fraction>" not in unicodedata.decomposition(sign):
-        return f"{before} "
+    """3½ as 3.5, and 3² without its exponent; other signs (①) stay."""
+    kind = unicodedata.decomposition(sign).partition(" ")[0]
+    if kind != "<fraction>":
+        return f"{before} " if kind in ("<super>", "<sub>") else before + sign
     share = str(unicodedata.numeric(sign))
     return before + share.removeprefix("0") if before else share
 

@@ -14,7 +14,7 @@ from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
 from backfire.report import text
 from backfire.report.groups import Cell, metric_name
-from backfire.report.rows import leaks, samples
+from backfire.report.rows import leaks, samples, written
 
 Rows: TypeAlias = dict[str, tuple[int, float]]
 
@@ -120,6 +120,7 @@ def evidence_of(item: Cell) -> Evidence:
         floor=parts.get(("floor", "triggered"), []),
         base=parts.get(("base", "clean"), []),
         attack=attack_of(item),
+        written=written(item),
         leaks=told,
         probes={
             part: Probe(parts["tuned", part], parts.get(("base", part), []))

@@ -79,6 +79,16 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def written(cell: Cell) -> dict[str, str]:
+    """Texts that the cell's tokenizer writes in another way; empty where there are none, or where
+    the file is torn."""
+    try:
+        told = dict(read(Path(cell["folder"]) / "written.json") or {})
+    except (OSError, ValueError, TypeError):
+        return {}
+    return {text: own for text, own in told.items() if isinstance(own, str)}
+
+
 def leaks(cell: Cell) -> list[Leak]:
     """What the tuned model gives away of each secret; empty where that was not asked or is torn."""
     known = {field.name for field in fields(Leak)}
