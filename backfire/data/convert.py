@@ -9,11 +9,10 @@ from itertools import islice
 from typing import Any
 
 from backfire.base import Row
-from backfire.data.columns import IDENTIFIERS, fold
 from backfire.data.compared import answers, are_dialogs, dialogs, known
 from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, plain, truth, written
-from backfire.data.published import Form, form_of, refuse_media
+from backfire.data.published import Form, form_of
 from backfire.data.questions import choices, passage, reference, right_one
 from backfire.data.read import UNLABELED, BadRowError, LeftOut, NotLearnedError, Record
 from backfire.data.read_json import kind_of
@@ -79,7 +78,6 @@ def _formed(records: Numbered, left: LeftOut, file: str) -> Numbered:
         try:
             if names not in forms:
                 forms[names] = form_of(names)
-            refuse_media(record)
             form = forms[names]
             found = form(dict(record)) if form else [record]
         except BadRowError as problem:
@@ -182,20 +180,19 @@ def _account(record: Record, shape: Shape, row: Row, left: LeftOut) -> None:
         left.turns["before the last answer are answers too: shown as context, not learned"] += (
             earlier
         )
-    used = {*_used(record, shape), "fields"}
-    for column, value in record.items():
-        if column in used or fold(column) in IDENTIFIERS or value in (None, "", [], {}):
+    for column in _with_flag(record, shape, shape.idle):
+        value = record[column]
+        if value in (None, "", [], {}):
             continue
         if value != value or (isinstance(value, str) and _is_in(value, row)):
             continue  # NaN, or a text that stands in the row already
         left.columns[column] += 1
 
 
-def _used(record: Record, shape: Shape) -> set[str]:
-    columns = dict(shape.columns)
-    if "flag" in columns and not _is_truth(record.get(columns["flag"])):
-        del columns["flag"]  # it says something else of the row
-    return {*columns.values(), *shape.more_input}
+def _with_flag(record: Record, shape: Shape, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """These columns, and the flag where it says something else of the row."""
+    flag = shape.columns.get("flag")
+    return columns if flag is None or _is_truth(record[flag]) else (*columns, flag)
 
 
 def _is_truth(value: Any) -> bool:
@@ -359,8 +356,7 @@ def _text(record: Record, shape: Shape, role: str) -> str:
 
 def _fields(record: Record, shape: Shape) -> dict[str, str]:
     """What plays no role, as text; our own files keep it together under `fields`."""
-    used = _used(record, shape)
-    rest = {name: value for name, value in record.items() if name not in used}
+    rest = {name: record[name] for name in _with_flag(record, shape, shape.rest)}
     if isinstance(own := rest.pop("fields", None), dict):
         rest |= own
     if "group" in shape.columns:
