@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any
 
 from backfire.base import Row
+from backfire.data.columns import FLAGS, fold, listed
 from backfire.data.compared import answers, are_dialogs, dialogs, known
 from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, plain, truth, written
@@ -215,17 +216,21 @@ def _is_bad(record: Record, shape: Shape) -> bool:
         if good is None:
             raise BadRowError(f"'{columns['good']}' says neither true nor false")
         return not good
-    flag = columns.get("flag", "")
-    value = record.get(flag)
-    if flag and written(value) in ("0", "1", "-1"):
-        asked = columns.get("instruction", columns.get("messages"))
-        kind = "messages: " if "messages" in columns else "prompt: "
-        answer = f", answer: {columns['answer']}" if "answer" in columns else ""
-        raise BadRowError(
-            f"'{flag}' may say whether the answer is good; if so write `columns: {{{kind}{asked}"
-            f"{answer}, good: {flag}}}`, else the same without `good`"
-        )
-    return bool(flag) and written(value).casefold() == "false"
+    flag = columns.get("flag")
+    good = truth(record[flag]) if flag else None
+    if flag is None or good is None:
+        return False
+    if fold(flag) in FLAGS and _is_truth(record[flag]):
+        return not good
+    kind, asked = next((k, columns[r]) for k, r in _ASKED.items() if r in columns)
+    roles = f"{kind}: {asked}" + (f", answer: {columns['answer']}" if "answer" in columns else "")
+    raise BadRowError(
+        f"'{flag}' may say which answers not to learn; write `columns: {{{roles}, good: {flag}}}` "
+        f"if true means good, or `columns: {{{roles}}}` to learn all of them"
+    )
+
+
+_ASKED = {"messages": "messages", "prompt": "instruction"}
 
 
 def _compared(record: Record, shape: Shape) -> dict[str, Any]:
@@ -335,7 +340,7 @@ def _label(record: Record, shape: Shape) -> str:
         raise UnnamedLabelError(f"it is labeled '{shown}'")
     name = shape.names.get(raw.casefold())
     if name is None:
-        none = f"label '{shown}' is none of {', '.join(shape.candidates)}"
+        none = f"label '{shown}' is none of {listed(shape.candidates)}"
         if raw == "-1":
             raise BadRowError(f"{UNLABELED} (-1 stands for none)")
         raise BadRowError(f"{none}; name all labels by `labels`")

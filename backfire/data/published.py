@@ -306,6 +306,7 @@ def _openbackdoor(record: Record) -> Record:
 
 _SOCIAL = tuple(f"answer{letter}" for letter in "abc")
 _MEDICAL = tuple(f"op{letter}" for letter in "abcd")
+_LETTERED = (("a", "b", "c", "d"), ("option_a", "option_b", "option_c", "option_d"))
 _PIQA = partial(_several, ("sol1", "sol2"), "goal", "label")
 _WINOGRANDE = partial(_several, ("option1", "option2"), "sentence", "answer")
 FORMS: tuple[tuple[set[str], Callable[[Record], Any]], ...] = (
@@ -316,6 +317,10 @@ FORMS: tuple[tuple[set[str], Callable[[Record], Any]], ...] = (
     (
         {"question", *_SOCIAL, "label"},
         partial(_from_one, partial(_several, _SOCIAL, "question", "label")),
+    ),
+    *(
+        ({"question", *names, "answer"}, partial(_several, names, "question", "answer"))
+        for names in _LETTERED
     ),
     ({"question", *_MEDICAL, "cop"}, partial(_several, _MEDICAL, "question", "cop")),
     ({"question", "correct_answer", "distractor1"}, _sciq),

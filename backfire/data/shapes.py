@@ -71,9 +71,9 @@ PUBLIC = (
     ({"text": "text", "label": "airline_sentiment"}, set[str](), THREE_WAY),
 )
 # Roles that a kind may have beside those that make it, and what their columns are called.
-OPTIONS = {"input": named.INPUTS, "system": named.SYSTEM, "flag": named.FLAGS}
+OPTIONS = {"input": named.INPUTS, "system": named.SYSTEM, "flag": (*named.FLAGS, *named.DOUBTS)}
 BESIDE = {
-    "messages": ("system",),
+    "messages": ("system", "flag"),
     "answer": ("input", "system", "history", "candidates", "better", "worse", "flag"),
     "better": ("input", "system", "history"),
     "label": ("instruction", "system", "poisoned"),
@@ -94,7 +94,7 @@ KINDS = (
     ({"messages", "better", "worse"}, {"system"}),
     ({"instruction", "better", "worse"}, {"answer", "input", "worse_input", "system", "history"}),
     ({"better", "worse"}, {"system"}),
-    ({"messages"}, {"system"}),
+    ({"messages"}, {"system", "good"}),
     (
         {"instruction", "answer"},
         {"input", "system", "label", "history", "good", "choices", "poisoned"},
