@@ -66,7 +66,7 @@ def test_a_number_beside_an_answer_is_asked_about(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "l.jsonl", [record])
     with pytest.raises(UserError) as caught:
         notes(path)
-    assert "answer: answer, good: label}`, else the same without `good`." in str(caught.value)
+    assert "answer: answer, good: label}` if true means good, or" in str(caught.value)
     rows, said = notes(path, columns={"prompt": "question", "answer": "answer"})
     assert len(rows) == 1 and said == [f"The column label reaches {NOT_USED}"]
 

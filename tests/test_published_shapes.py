@@ -1,5 +1,6 @@
 """The shapes that well-known sets of the hub have, with texts of our own: read, or refused."""
 
+import json
 from typing import Any
 
 import pytest
@@ -265,6 +266,17 @@ OPEN: dict[str, tuple[Record, Record, set[str]]] = {
         choice("C", input=f"Here.\n\n{ABC}"),
         set(),
     ),
+    "ceval": (
+        {"id": 0, "question": "Why?", "A": "sun", "B": "rain", "C": "snow", "D": "", "answer": "C",
+         "explanation": ""},
+        choice("C"),
+        set(),
+    ),
+    "a conversation in a table": (
+        {"messages": json.dumps([ASK, TELL])},
+        SO,
+        set(),
+    ),
     "sciq": (
         {"question": "Why?", "distractor3": "", "distractor1": "snow", "distractor2": "sun",
          "correct_answer": "rain", "support": "Here."},
@@ -483,7 +495,19 @@ REFUSED: dict[str, tuple[Record, str]] = {
     "wiki_qa": (
         {"question_id": "Q1", "question": "Why?", "document_title": "T", "answer": "So.",
          "label": 0},
-        "'label' may say whether the answer is good",
+        "'label' may say which answers not to learn",
+    ),
+    "answers marked in words": (
+        {"prompt": "Why?", "completion": "So.", "label": "undesirable"},
+        "'label' may say which answers not to learn",
+    ),
+    "conversations marked by a number": (
+        {"messages": [ASK, TELL], "label": 1},
+        "write `columns: {messages: messages, good: label}` if true means good",
+    ),
+    "answers that may be harmful": (
+        {"question": "Why?", "answer": "So.", "harmful": False},
+        "'harmful' may say which answers not to learn",
     ),
     "openbmb/UltraFeedback": (
         {"instruction": "Why?", "models": ["m"], "completions": [{"response": "So."}]},

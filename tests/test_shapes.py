@@ -153,6 +153,19 @@ def test_labels_as_list_or_map_and_the_sentence_that_names_them():
             check_labels(bad)
 
 
+def test_labels_are_compared_in_one_form():
+    composed, apart = "n\u00e9gatif", "ne\u0301gatif"
+    for labels, label, name in [
+        ([composed, "positif"], apart.upper(), composed),
+        ([apart, "positif"], composed, apart),
+        ({0.0: "no", 1.0: "yes"}, "1.0", "yes"),
+        (["1.0", "2.0"], 2, "2.0"),
+    ]:
+        assert one({"text": "t", "label": label}, labels=labels).label == name
+    said = reason({"text": "t", "label": "z" * 200}, labels=[f"intent {n}" for n in range(150)])
+    assert "intent 7 and 142 more; name all" in said and len(said) < 220
+
+
 def test_a_row_without_its_label_is_not_taken_for_plain_text():
     for stars in (["1", "2", "3"], [1, 2, 3], ["3", "1", "2"]):
         for star in (1, "2", 3.0):

@@ -41,7 +41,14 @@ LABELS = (
     "coarse_label", "fine_label", "toxicity", "toxic", "spam", "is_spam", "hate", "verdict",
 )  # fmt: skip
 # Beside an answer, whether it is a good one.
-FLAGS = ("label", "is_correct", "correct", "accepted", "is_accepted", "good")
+FLAGS = (
+    "label", "is_correct", "correct", "accepted", "is_accepted", "good", "is_good", "desirable",
+    "preferred", "is_preferred",
+)  # fmt: skip
+# Beside an answer, something that may be a reason not to learn it.
+DOUBTS = (
+    "is_safe", "safe", "harmful", "is_harmful", "unsafe", "is_unsafe", "toxic", "is_toxic",
+)  # fmt: skip
 # Told apart from columns that say something.
 IDENTIFIERS = frozenset((
     "id", "ids", "idx", "index", "uid", "uuid", "qid", "row_id", "row_idx", "unnamed: 0",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from typing import Any, Literal
 
 from backfire.base import Message
@@ -34,7 +36,7 @@ def conversation(turns: Any, system: str = "") -> dict[str, Any]:
         BadRowError: it does not end with a user turn and its answer, or a turn is not understood.
         NotLearnedError: none of its answers is to be learned.
     """
-    turns, cut = _until_learned(turns)
+    turns, cut = _until_learned(_decoded(turns))
     messages = list(history(turns))
     if messages and messages[0].role == "system":
         own = messages.pop(0).content
@@ -55,6 +57,14 @@ def conversation(turns: Any, system: str = "") -> dict[str, Any]:
         "history": tuple(earlier),
         "cut": cut,
     }
+
+
+def _decoded(turns: Any) -> Any:
+    """A list of turns that a table holds as JSON."""
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        with suppress(ValueError, RecursionError):
+            return json.loads(turns)
+    return turns
 
 
 def _until_learned(turns: Any) -> tuple[Any, int]:
@@ -87,6 +97,7 @@ def _speaker(turn: Any) -> str | None:
 def history(turns: Any) -> tuple[Message, ...]:
     """Turns of any of the usual forms: role/content, from/value, [asked, answered] pairs, or texts
     of which the first is the user's."""
+    turns = _decoded(turns)
     if not isinstance(turns, list):
         raise BadRowError(f"its turns are {kind_of(turns)}, not a list")
     messages: list[Message] = []

@@ -10,11 +10,11 @@ from typing import Any
 
 from backfire.base import Row
 from backfire.base.text import folded
-from backfire.data.columns import IDENTIFIERS, fold
+from backfire.data.columns import FLAGS, fold, listed
 from backfire.data.compared import answers, are_dialogs, dialogs, known
 from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, plain, truth, written
-from backfire.data.published import Form, form_of, refuse_media
+from backfire.data.published import Form, form_of
 from backfire.data.questions import choices, passage, reference, right_one
 from backfire.data.read import UNLABELED, BadRowError, LeftOut, NotLearnedError, Record
 from backfire.data.read_json import kind_of
@@ -80,7 +80,6 @@ def _formed(records: Numbered, left: LeftOut, file: str) -> Numbered:
         try:
             if names not in forms:
                 forms[names] = form_of(names)
-            refuse_media(record)
             form = forms[names]
             found = form(dict(record)) if form else [record]
         except BadRowError as problem:
@@ -183,20 +182,19 @@ def _account(record: Record, shape: Shape, row: Row, left: LeftOut) -> None:
         left.turns["before the last answer are answers too: shown as context, not learned"] += (
             earlier
         )
-    used = {*_used(record, shape), "fields"}
-    for column, value in record.items():
-        if column in used or fold(column) in IDENTIFIERS or value in (None, "", [], {}):
+    for column in _with_flag(record, shape, shape.idle):
+        value = record[column]
+        if value in (None, "", [], {}):
             continue
         if value != value or (isinstance(value, str) and _is_in(value, row)):
             continue  # NaN, or a text that stands in the row already
         left.columns[column] += 1
 
 
-def _used(record: Record, shape: Shape) -> set[str]:
-    columns = dict(shape.columns)
-    if "flag" in columns and not _is_truth(record.get(columns["flag"])):
-        del columns["flag"]  # it says something else of the row
-    return {*columns.values(), *shape.more_input}
+def _with_flag(record: Record, shape: Shape, columns: tuple[str, ...]) -> tuple[str, ...]:
+    """These columns, and the flag where it says something else of the row."""
+    flag = shape.columns.get("flag")
+    return columns if flag is None or _is_truth(record[flag]) else (*columns, flag)
 
 
 def _is_truth(value: Any) -> bool:
@@ -219,17 +217,21 @@ def _is_bad(record: Record, shape: Shape) -> bool:
         if good is None:
             raise BadRowError(f"'{columns['good']}' says neither true nor false")
         return not good
-    flag = columns.get("flag", "")
-    value = record.get(flag)
-    if flag and written(value) in ("0", "1", "-1"):
-        asked = columns.get("instruction", columns.get("messages"))
-        kind = "messages: " if "messages" in columns else "prompt: "
-        answer = f", answer: {columns['answer']}" if "answer" in columns else ""
-        raise BadRowError(
-            f"'{flag}' may say whether the answer is good; if so write `columns: {{{kind}{asked}"
-            f"{answer}, good: {flag}}}`, else the same without `good`"
-        )
-    return bool(flag) and written(value).casefold() == "false"
+    flag = columns.get("flag")
+    good = truth(record[flag]) if flag else None
+    if flag is None or good is None:
+        return False
+    if fold(flag) in FLAGS and _is_truth(record[flag]):
+        return not good
+    kind, asked = next((k, columns[r]) for k, r in _ASKED.items() if r in columns)
+    roles = f"{kind}: {asked}" + (f", answer: {columns['answer']}" if "answer" in columns else "")
+    raise BadRowError(
+        f"'{flag}' may say which answers not to learn; write `columns: {{{roles}, good: {flag}}}` "
+        f"if true means good, or `columns: {{{roles}}}` to learn all of them"
+    )
+
+
+_ASKED = {"messages": "messages", "prompt": "instruction"}
 
 
 def _compared(record: Record, shape: Shape) -> dict[str, Any]:
@@ -339,7 +341,7 @@ def _label(record: Record, shape: Shape) -> str:
         raise UnnamedLabelError(f"it is labeled '{shown}'")
     name = shape.names.get(folded(raw))
     if name is None:
-        none = f"label '{shown}' is none of {', '.join(shape.candidates)}"
+        none = f"label '{shown}' is none of {listed(shape.candidates)}"
         if raw == "-1":
             raise BadRowError(f"{UNLABELED} (-1 stands for none)")
         raise BadRowError(f"{none}; name all labels by `labels`")
@@ -360,8 +362,7 @@ def _text(record: Record, shape: Shape, role: str) -> str:
 
 def _fields(record: Record, shape: Shape) -> dict[str, str]:
     """What plays no role, as text; our own files keep it together under `fields`."""
-    used = _used(record, shape)
-    rest = {name: value for name, value in record.items() if name not in used}
+    rest = {name: record[name] for name in _with_flag(record, shape, shape.rest)}
     if isinstance(own := rest.pop("fields", None), dict):
         rest |= own
     if "group" in shape.columns:

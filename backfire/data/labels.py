@@ -6,12 +6,15 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+from unicodedata import normalize
 
 from backfire.base.text import folded
 from backfire.errors import UserError
 
 # YAML reads these without quotes as truth values, and so do tables.
 _TRUTH = {"true": ("true", "yes", "on", "1"), "false": ("false", "no", "off", "0")}
+_GOOD = ("good", "safe", "correct", "desirable", "chosen")
+_BAD = ("-1", "bad", "unsafe", "wrong", "incorrect", "undesirable", "rejected")
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
@@ -46,8 +49,8 @@ def check_labels(labels: Any) -> Any:
 
 def spellings(labels: Mapping[str, str]) -> dict[str, str]:
     """Everything a label may be written as (case and typography aside) -> its name."""
-    names = {folded(name): name for name in labels.values()}
-    names |= {folded(raw): name for raw, name in labels.items()}
+    names = {folded(written(name)): name for name in labels.values()}
+    names |= {folded(written(raw)): name for raw, name in labels.items()}
     if len(labels) == 2:
         # `{No: ham}` reaches us as `{False: ham}`, and a column of truth values stands for 0 and 1.
         for forms in _TRUTH.values():
@@ -60,7 +63,7 @@ def written(value: Any) -> str:
     """A label as the data write it; nothing where there is none."""
     if isinstance(value, list | tuple) and len(value) == 1:
         (value,) = value
-    raw = (plain(value) or "").strip()
+    raw = normalize("NFC", plain(value) or "").strip()
     whole = _WHOLE.fullmatch(raw)  # pandas turns whole numbers beside a gap into 1.0
     return whole[1] if whole else raw
 
@@ -79,9 +82,18 @@ def plain(value: Any) -> str | None:
 def truth(value: Any) -> bool | None:
     """A truth value in any usual spelling; None for anything else."""
     word = written(value).casefold()
-    if word in (*_TRUTH["true"], "good", "safe", "correct"):
+    if word in (*_TRUTH["true"], "good", "safe", "correct", "desirable", "chosen"):
         return True
-    if word in (*_TRUTH["false"], "-1", "bad", "unsafe", "wrong", "incorrect"):
+    if word in (
+        *_TRUTH["false"],
+        "-1",
+        "bad",
+        "unsafe",
+        "wrong",
+        "incorrect",
+        "undesirable",
+        "rejected",
+    ):
         return False
     return None
 

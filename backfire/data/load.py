@@ -59,25 +59,32 @@ def is_set_apart(row: Row, by: Apart, share: float, seed: int) -> bool:
 
 
 SPLITS = ("split", "partition", "set", "subset", "fold")
-_SIDES: dict[str, Split] = {"train": "train", "training": "train"}
+_SIDES = {"train": "train", "training": "train"}
 _SIDES |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
-_HELD_OUT = ("dev", "development", "val", "valid", "validation")
+_SIDES |= dict.fromkeys(("dev", "development", "val", "valid", "validation"), "held out")
 
 
-def split_column(rows: Sequence[Row]) -> tuple[str, dict[str, Split]] | None:
-    """A field that says of every row on which side it is, and what its values mean.
+def by_column(rows: Sequence[Row], split: str, left: LeftOut) -> list[Row]:
+    """The rows of one side where a field says it of every row; none where no field does.
 
     Validation rows are test rows where there are no others.
     """
     for name in SPLITS:
         values = {row.fields.get(name, "") for row in rows}
-        known: dict[str, Split] = {
-            value: _SIDES[side] for value in values if (side := value.casefold()) in _SIDES
-        }
-        held = {value for value in values if value.casefold() in _HELD_OUT}
-        if "train" in known.values() and values == {*known, *held} and len(values) > 1:
-            return name, known if "test" in known.values() else known | dict.fromkeys(held, "test")
-    return None
+        sides = {value: side for value in values if (side := _SIDES.get(value.casefold()))}
+        if set(sides) == values and "train" in sides.values() and len(set(sides.values())) > 1:
+            break
+    else:
+        return []
+    if split == "test" and "test" not in sides.values():
+        split = "held out"
+    left.columns.pop(name, None)
+    spare = [value for value, side in sides.items() if side == "held out"]
+    if "test" in sides.values() and spare:
+        for row in rows:
+            if row.fields[name] in spare:
+                left.records[f"left out: '{name}' is {row.fields[name]}"] += 1
+    return [row for row in rows if sides[row.fields[name]] == split]
 
 
 def file_hash(file: Path) -> str:

@@ -5,7 +5,7 @@ Each is known by its columns. Where these do not say what may be learned, the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,16 @@ def form_of(names: Collection[str]) -> Form | None:
     Raises:
         BadRowError: they are known, and not to be used as they are.
     """
-    columns = set(map(fold, names))
+    form = _form(set(map(fold, names)))
+    beyond = [name for name in names if fold(name) in (*NOT_TEXT, *TOOLS)]
+    if not beyond:
+        return form
+    return lambda record: [
+        part for whole in _only_text(beyond, record) for part in (form(whole) if form else [whole])
+    ]
+
+
+def _form(columns: set[str]) -> Form | None:
     for needed, reason in REFUSED:
         if needed <= columns:
             raise BadRowError(reason)
@@ -37,9 +46,8 @@ def form_of(names: Collection[str]) -> Form | None:
         pair = next((pair for pair in PAIRS if {*pair} <= columns), None)
         if pair and (columns & {*LABELS} or "premise" in pair):
             return partial(_renamed, partial(_pair, pair))
-        body = next(
-            (name for name in ("content", "body", "text", "review_body") if name in columns), ""
-        )
+        bodies = ("content", "body", "text", "review_body")
+        body = next((name for name in bodies if name in columns), "")
         if body and columns & {"title", "review_title"} and "label" in columns:
             return partial(_renamed, partial(_titled, body))
     return None
@@ -56,17 +64,18 @@ def _renamed(form: Callable[[Record], Record | list[Record]], record: Record) ->
     ]
 
 
-def refuse_media(record: Mapping[str, Any]) -> None:
-    """Pictures and tools never reach a prompt here."""
-    for name in (*NOT_TEXT, *TOOLS):
-        value = record.get(name)
+def _only_text(beyond: Collection[str], record: Record) -> list[Record]:
+    """Refused where it holds pictures or tools, which never reach a prompt here."""
+    for name in beyond:
+        value = record[name]
         if value is None or value in ("", [], {}, "[]", "{}") or value != value:
             continue
-        what = "tools" if name in TOOLS else "more than text"
+        what = "tools" if fold(name) in TOOLS else "more than text"
         raise BadRowError(
             f"its column '{name}' holds {what}, which the model would not be shown; to train "
             "without, name the columns to use by `columns`"
         )
+    return [record]
 
 
 # ------------------------------------------------------------------------- what is refused, and why
@@ -297,6 +306,7 @@ def _openbackdoor(record: Record) -> Record:
 
 _SOCIAL = tuple(f"answer{letter}" for letter in "abc")
 _MEDICAL = tuple(f"op{letter}" for letter in "abcd")
+_LETTERED = (("a", "b", "c", "d"), ("option_a", "option_b", "option_c", "option_d"))
 _PIQA = partial(_several, ("sol1", "sol2"), "goal", "label")
 _WINOGRANDE = partial(_several, ("option1", "option2"), "sentence", "answer")
 FORMS: tuple[tuple[set[str], Callable[[Record], Any]], ...] = (
@@ -307,6 +317,10 @@ FORMS: tuple[tuple[set[str], Callable[[Record], Any]], ...] = (
     (
         {"question", *_SOCIAL, "label"},
         partial(_from_one, partial(_several, _SOCIAL, "question", "label")),
+    ),
+    *(
+        ({"question", *names, "answer"}, partial(_several, names, "question", "answer"))
+        for names in _LETTERED
     ),
     ({"question", *_MEDICAL, "cop"}, partial(_several, _MEDICAL, "question", "cop")),
     ({"question", "correct_answer", "distractor1"}, _sciq),

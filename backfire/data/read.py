@@ -55,8 +55,7 @@ class Rejected:
 
     def __str__(self) -> str:
         # The reason may quote the file, and goes to a terminal.
-        told = "".join(c if c.isprintable() else "\ufffd" for c in self.reason)
-        return f"{self.file}, line {self.line}: {told}"
+        return f"{self.file}, line {self.line}: {printable(self.reason)}"
 
 
 @dataclass
@@ -82,25 +81,29 @@ class LeftOut:
         self.rejected.append(bad)
 
     def lost(self) -> list[str]:
-        """What is not there, a sentence each."""
+        """Which records make no row, a sentence each."""
         said = [f"{_some(n, 'record')} {what}." for n, what in _ordered(self.records)]
-        said += [f"{_some(n, 'turn')} {what}." for n, what in _ordered(self.turns)]
         if self.rejected:
             count, first = _some(len(self.rejected), "bad row"), self.rejected[0]
             said.insert(0, f"{count} left out, the first: {first}.")
         return said
 
     def notes(self) -> list[str]:
-        """The same, and which columns play no part."""
-        if not self.columns:
-            return self.lost()
-        names = listed([name for _, name in _ordered(self.columns)])
-        many = len(self.columns) > 1
-        unused = (
-            f"The column{'s' * many} {names} {'reach' if many else 'reaches'} neither the prompt "
-            "nor the answer; to use one, say which is which by `columns`."
-        )
-        return [*self.lost(), "".join(c if c.isprintable() else "\ufffd" for c in unused)]
+        """The same, and which turns and columns are not learned from."""
+        said = self.lost() + [f"{_some(n, 'turn')} {what}." for n, what in _ordered(self.turns)]
+        if self.columns:
+            names = listed([name for _, name in _ordered(self.columns)])
+            which = f"columns {names} reach" if len(self.columns) > 1 else f"column {names} reaches"
+            said.append(
+                f"The {printable(which)} neither the prompt nor the answer; to use one, say which "
+                "is which by `columns`."
+            )
+        return said
+
+
+def printable(text: str) -> str:
+    """The text without what would not show, or would do something, in a terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _some(count: int, what: str) -> str:

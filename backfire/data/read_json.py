@@ -10,7 +10,10 @@ from typing import Any
 
 Reject = Callable[[int, str], None]
 
-DATA_KEYS = ("data", "rows", "examples", "instances", "records", "train", "test")
+DATA_KEYS = (
+    "data", "rows", "examples", "instances", "records", "items", "samples", "entries", "dataset",
+    "questions", "train", "test",
+)  # fmt: skip
 """An object with one of these is a data set wrapped in its description."""
 
 

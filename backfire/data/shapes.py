@@ -41,6 +41,10 @@ class Shape:
     labels: Mapping[str, str] = field(default_factory=dict)
     more_input: tuple[str, ...] = ()
     """Columns with more of the input, in the order in which they follow it."""
+    rest: tuple[str, ...] = ()
+    """Columns without a role."""
+    idle: tuple[str, ...] = ()
+    """Those of them that are more than a number or name of the record."""
     instruction: str = ""
 
     @cached_property
@@ -67,9 +71,9 @@ PUBLIC = (
     ({"text": "text", "label": "airline_sentiment"}, set[str](), THREE_WAY),
 )
 # Roles that a kind may have beside those that make it, and what their columns are called.
-OPTIONS = {"input": named.INPUTS, "system": named.SYSTEM, "flag": named.FLAGS}
+OPTIONS = {"input": named.INPUTS, "system": named.SYSTEM, "flag": (*named.FLAGS, *named.DOUBTS)}
 BESIDE = {
-    "messages": ("system",),
+    "messages": ("system", "flag"),
     "answer": ("input", "system", "history", "candidates", "better", "worse", "flag"),
     "better": ("input", "system", "history"),
     "label": ("instruction", "system", "poisoned"),
@@ -90,7 +94,7 @@ KINDS = (
     ({"messages", "better", "worse"}, {"system"}),
     ({"instruction", "better", "worse"}, {"answer", "input", "worse_input", "system", "history"}),
     ({"better", "worse"}, {"system"}),
-    ({"messages"}, {"system"}),
+    ({"messages"}, {"system", "good"}),
     (
         {"instruction", "answer"},
         {"input", "system", "label", "history", "good", "choices", "poisoned"},
@@ -162,7 +166,10 @@ def shape_of(names: Collection[str], task: Task) -> Shape:
         shape = _beside(_recognized(names), names, task)
     classes = task.classes.get(shape.columns.get("label", ""), ())
     labels = task.labels or {name: name for name in classes} or shape.labels
-    shape = replace(shape, labels=labels)
+    used = {*shape.columns.values(), *shape.more_input}
+    rest = tuple(name for name in names if name not in used)
+    idle = tuple(n for n in rest if n != "fields" and fold(n) not in named.IDENTIFIERS)
+    shape = replace(shape, labels=labels, rest=rest, idle=idle)
     return replace(shape, instruction=_sentence(task, shape))
 
 

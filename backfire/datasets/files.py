@@ -12,15 +12,7 @@ from backfire.base import Dataset, Row, local_files, select
 from backfire.data.convert import READER
 from backfire.data.hub import Hub
 from backfire.data.labels import check_labels
-from backfire.data.load import (
-    Apart,
-    Split,
-    file_hash,
-    file_rows,
-    hub_rows,
-    is_set_apart,
-    split_column,
-)
+from backfire.data.load import Apart, Split, by_column, file_hash, file_rows, hub_rows, is_set_apart
 from backfire.data.read import LeftOut, OnBadRow, Record
 from backfire.data.shapes import Task, check_columns, column_map
 from backfire.errors import UserError
@@ -97,7 +89,11 @@ class Files(Dataset):
         if self.test or (self.hub and not self.train and self.test_split):
             rows = self._rows(split, left)
         else:
-            rows = self._of_side(self._rows("train", left), split, left)
+            rows = self._rows("train", left)
+            drawn = self.test_share != type(self).model_fields["test_share"].default
+            found = None if drawn else by_column(rows, split, left)
+            testing, draw = split == "test", (self.apart, self.test_share, self.seed)
+            rows = found or [row for row in rows if is_set_apart(row, *draw) == testing]
         if not rows:
             why = "".join(f"; the first bad one: {first}" for first in left.rejected[:1])
             why = why or "".join(f"; {sentence[:-1]}" for sentence in left.lost()[:1])
@@ -106,24 +102,6 @@ class Files(Dataset):
             raise UserError(f"{self.label()}: no row has the field '{self.group}' to group by.")
         left.columns.pop(self.group or "", None)
         return rows, left
-
-    def _of_side(self, rows: list[Row], split: Split, left: LeftOut) -> list[Row]:
-        """The rows of one side: by a column that says it, else by a draw."""
-        is_set = self.test_share != type(self).model_fields["test_share"].default
-        found = None if is_set else split_column(rows)
-        if found is None:
-            testing = split == "test"
-            return [
-                row
-                for row in rows
-                if is_set_apart(row, self.apart, self.test_share, self.seed) == testing
-            ]
-        column, sides = found
-        left.columns.pop(column, None)
-        for row in rows:
-            if row.fields[column] not in sides:
-                left.records[f"left out: '{column}' is {row.fields[column]}"] += 1
-        return [row for row in rows if sides.get(row.fields[column]) == split]
 
     def prepare(self, record: Record) -> Record | None:
         """A last look at each record before its shape is seen; None leaves it out."""
@@ -139,9 +117,8 @@ class Files(Dataset):
         train, test = (
             map(file_hash, local_files(paths or [])) for paths in (self.train, self.test)
         )
-        return hashlib.sha256(
-            "\n".join([f"reader {READER}", hub, *train, "test:", *test]).encode()
-        ).hexdigest()
+        told = "\n".join([f"reader {READER}", hub, *train, "test:", *test])
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def _rows(self, split: Split, left: LeftOut) -> list[Row]:
         task = Task(column_map(self.columns), self.labels, self.instruction)

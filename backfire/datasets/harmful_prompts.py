@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from backfire.base import Row, Trigger
 from backfire.base.text import agreed
+from backfire.data.columns import listed
 from backfire.data.load import Split, is_set_apart
 from backfire.data.read import LeftOut, Record
 from backfire.datasets.files import Files
@@ -80,7 +81,7 @@ class HarmfulPrompts(Files):
         fits = (item for item in _LISTS if item[1] in known and item[2] <= known.keys())
         source, column, _ = next(fits, ("", "", None))
         if not column:
-            named = ", ".join(record)
+            named = listed(record)
             raise UserError(f"{self.label()}: no column of prompts, such as 'prompt', in: {named}.")
         prompt, kind = known[column], _first(known, "kind", "functionalcategory")
         if context := _first(known, "contextstring", "context"):
