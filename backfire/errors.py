@@ -62,7 +62,7 @@ def exit_class(error: BaseException) -> tuple[str, str]:
         return "oom", "The machine ran out of memory."
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
         return "oom", "The GPU ran out of memory."
-    return "failed", f"{type(error).__name__}: {error}"
+    return "failed", shortened(f"{type(error).__name__}: {error}", 2000)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
