@@ -311,12 +311,15 @@ def parse_edit(edit: str) -> tuple[str, Any]:
             f"An edit looks like key=value, as in attack.rate=0.1; got '{shortened(edit)}'."
         )
     try:
-        return key.replace("-", "_"), read_yaml(value, f"value of {key}")
+        found = read_yaml(value, f"value of {key}")
     except UserError as error:
         # The shell ends an argument at a blank.
         cut = value.lstrip()[:1] in ("[", "{") and not value.rstrip().endswith(("]", "}"))
         hint = f" It is cut off; put quotes around the whole edit: '{key}=[...]'." if cut else ""
         raise UserError(f"{error}{hint}") from None
+    if value.count("#") > str(found).count("#"):
+        raise UserError(f"value of {key}: from # on it is a comment; put a text with # in quotes.")
+    return key.replace("-", "_"), found
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

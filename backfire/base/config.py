@@ -108,6 +108,8 @@ def _hint(kind: str, value: Any) -> str:
         return "; several values to try go under matrix"
     if kind == "string_type" and isinstance(value, bool | int | float):
         return f"; put it in quotes if it is meant as a text: '\"{str(value).lower()}\"'"
+    if kind == "string_type" and isinstance(value, dict):
+        return "; put a text that holds ': ' in quotes"
     if kind == "float_parsing" and re.fullmatch(r"\s*\d+,\d+\s*", value):
         return "; decimals have a point"
     if kind in ("float_parsing", "int_parsing") and value.rstrip().endswith("%"):
