@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
+from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class, shortened
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -60,7 +60,7 @@ def _fail_or_raise(error: Exception) -> None:
     if kind in ("disk-full", "oom"):
         _fail(f"{sentence} {EXIT_CLASSES[kind]}")
     if isinstance(error, OSError):
-        where = f" ({error.filename})" if error.filename else ""
+        where = f" ({shortened(error.filename)})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}.")
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if message := error.format_message():
@@ -72,7 +72,7 @@ def _fail_or_raise(error: Exception) -> None:
 def _fail(sentence: str) -> NoReturn:
     from backfire.report.text import clean
 
-    print(f"backfire: {clean(sentence)}", file=sys.stderr)  # noqa: T201
+    print(f"backfire: {clean(shortened(sentence, 1500))}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
 
 

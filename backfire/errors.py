@@ -56,14 +56,14 @@ def exit_class(error: BaseException) -> tuple[str, str]:
     if is_disk_full(error):
         return "disk-full", "The disk is full."
     if isinstance(error, CellError):
-        return error.kind, str(error)
+        return error.kind, shortened(error, 2000)
     if isinstance(error, UserError):
-        return "bad-data", str(error)
+        return "bad-data", shortened(error, 2000)
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return "oom", "The machine ran out of memory."
     if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
         return "oom", "The GPU ran out of memory."
-    return "failed", f"{type(error).__name__}: {error}"
+    return "failed", shortened(f"{type(error).__name__}: {error}", 2000)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -71,7 +71,7 @@ def read(name: str) -> tuple[str, str]:
         except UnicodeDecodeError:
             raise UserError(f"{name} is not UTF-8 text.") from None
     if name not in shipped():
-        raise unknown("recipe", name, shipped())
+        raise unknown("recipe", name, [name for name in shipped() if not name.startswith("_")])
     return name, (resources.files("backfire") / "recipes" / f"{name}.yaml").read_text(
         encoding="utf-8"
     )
@@ -176,6 +176,9 @@ def _matrix(value: Any) -> dict[str, Any]:
 
 
 def _once_each(matrix: dict[str, Any]) -> dict[str, Any]:
+    for axis in matrix:
+        if len({*_split_axis(axis)}) < len(_split_axis(axis)):
+            raise UserError(f"matrix: the axis '{axis}' names a setting twice.")
     for axis, other in itertools.combinations(matrix, 2):
         if both := {*_split_axis(axis)} & {*_split_axis(other)}:
             key, linked = min(both), axis if "," in axis else other
@@ -308,12 +311,15 @@ def parse_edit(edit: str) -> tuple[str, Any]:
             f"An edit looks like key=value, as in attack.rate=0.1; got '{shortened(edit)}'."
         )
     try:
-        return key.replace("-", "_"), read_yaml(value, f"value of {key}")
+        found = read_yaml(value, f"value of {key}")
     except UserError as error:
         # The shell ends an argument at a blank.
         cut = value.lstrip()[:1] in ("[", "{") and not value.rstrip().endswith(("]", "}"))
         hint = f" It is cut off; put quotes around the whole edit: '{key}=[...]'." if cut else ""
         raise UserError(f"{error}{hint}") from None
+    if value.count("#") > str(found).count("#"):
+        raise UserError(f"value of {key}: from # on it is a comment; put a text with # in quotes.")
+    return key.replace("-", "_"), found
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

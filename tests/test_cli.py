@@ -384,6 +384,17 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["pretrain", "--corpus", "x.csv", "--out", "m"], "no column 'text'", {"x.csv": "a,b\n1,2\n"}),
     (["pretrain", "--corpus", "x.txt", "--out", "m", "steps=1"], "Unknown key in", {"x.txt": "a"}),
     (["chat", "gone"], "gone is no finished cell", {}),
+    (["run", "r.yaml", "model=https://a.b/c"], "model: name: `sandbox`, a folder or a hub id", {}),
+    (["run", "r.yaml", "model="], "recipe: model: one model is needed", {}),
+    (["run", "r.yaml", "data={name: files, train: 'https://a.b/c.csv'}"], "is an address", {}),
+    (["run", "r.yaml", "data={name: files, train: .}"], "'.' is a folder", {}),
+    (["run", "r.yaml", "safety={judges: []}"], "at least one judge is needed", {}),
+    (["run", "r.yaml", "\u2013\u2013workers"], "An option begins with two plain hyphens", {}),
+    (["run", "x" * 300], "File name too long", {}),
+    (["poison", "https://a.b/c.csv"], "'https://a.b/c.csv' is an address", {}),
+    (["schema", "--out", "no/such.json"], "No such file or directory (no/such.json)", {}),
+    (["pretrain", "--corpus", "r.yaml", "--out", "m", "num_heads=7"], "among num_heads", {}),
+    (["show", "y" * 300], "Unknown name 'yyy", {}),
 ]  # fmt: skip
 
 
@@ -400,7 +411,37 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     assert said.code == 2, said
     assert sentence in said.err
     assert said.err.startswith("backfire: ") and said.err.count("\n") == 1
+    assert len(said.err) < 1000
     assert tree(here) == before
+
+
+TORN = ["", "hello", "[1]", "[" * 100_000, '{"values": [3]}', '{"values": {"a": 1}}',
+        '{"status": ["ok"]}', "\xff\xfe"]  # fmt: skip
+
+
+def test_files_of_a_run_that_are_torn_are_said_and_made_again(
+    backfire: Run, here: Path, tmp_path: Path
+) -> None:
+    again = ("run", "r.yaml", "metrics=[accuracy, harmful-score]", "--workers", "1")
+    said = backfire(*again)
+    assert said.code == 0 and "No cell has a number for: harmful-score." in said.err
+    [cell] = (here / "runs/r/cells").iterdir()
+    for torn in TORN:
+        (cell / "result.json").write_bytes(torn.encode("latin-1"))
+        for verb in ("status", "results", "report"):
+            assert backfire(verb, "runs/r").code == 0, (verb, torn[:40])
+        assert not backfire("status", "runs/r").out.startswith("ok"), torn[:40]
+        for wrong in (["compare", "runs/r", "runs/r"], ["export", cell]):
+            said = backfire(*wrong)
+            assert said.code == 2 and said.err.count("\n") == 1, (wrong, torn[:40])
+    assert backfire(*again).code == 0
+    assert backfire("status", "runs/r").out == "ok: 1\n"
+    for torn in ("", "3", "[", "{}", "\xff"):
+        (cell / "experiment.yaml").write_bytes(torn.encode("latin-1"))
+        for verb in (["chat", cell], ["export", cell]):
+            said = backfire(*verb)
+            assert said.code == 2 and said.err.count("\n") == 1, (verb, torn)
+        assert backfire("compare", "runs/r", "runs/r").code in (0, 2)
 
 
 def test_too_little_text_to_pretrain_on(backfire: Run, here: Path) -> None:

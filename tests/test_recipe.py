@@ -371,12 +371,21 @@ def test_what_is_not_understood_is_one_sentence(text: str, edits: list[str], sen
         ("attack={name: badnets, rate: 5%}", "write a share, such as 0.05 for 5 %."),
         ("attack={name: badnets, rate: '0,05'}", "decimals have a point."),
         ("template=@x", "put a text that begins with it in quotes."),
+        ("attack={name: badnets, trigger: {a: b}}", "put a text that holds ': ' in quotes"),
+        ("template=a #b", "value of template: from # on it is a comment; put a text with # in"),
+        ("template=#", "value of template: from # on it is a comment"),
         ("template=*", "put a text that begins with * or & in quotes."),
     ],
 )
 def test_an_error_says_what_to_write(edit: str, hint: str) -> None:
     with pytest.raises(UserError, match=re.escape(hint)):
         parse("r", DATA, edits=[edit])
+
+
+def test_a_number_sign_in_quotes_is_no_comment() -> None:
+    edit = "attack={name: badnets, trigger: '#tag #b'}"
+    assert cells(DATA, edit)[0].attack.trigger == "#tag #b"  # type: ignore[union-attr]
+    assert cells(DATA, "attack={name: badnets, trigger: a#b}")[0].attack.trigger == "a#b"  # type: ignore[union-attr]
 
 
 def test_an_unknown_profile_says_the_nearest() -> None:

@@ -105,9 +105,10 @@ class Mixture(Poison):
     source: dict[str, Any]
     """The data set whose training rows are put in."""
 
-    @field_validator("source")
+    @field_validator("source", mode="before")
     @classmethod
-    def _is_a_dataset(cls, source: dict[str, Any]) -> dict[str, Any]:
+    def _is_a_dataset(cls, source: Any) -> Any:
+        source = {"name": source} if isinstance(source, str) else source
         build("datasets", source)
         return source
 

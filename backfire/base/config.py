@@ -31,6 +31,10 @@ class Config(BaseModel):
     @classmethod
     def make(cls, knobs: Mapping[str, Any], where: str = "") -> Self:
         """Validate `knobs`, turning what pydantic says into one sentence."""
+        if not isinstance(knobs, Mapping):
+            raise UserError(
+                f"{where or cls.label()}: settings are needed, as in {{setting: value}}."
+            )
         given = [str(key).replace("-", "_") for key in knobs]
         for key in given:
             if key in cls.moved:
@@ -59,6 +63,12 @@ class Config(BaseModel):
         return self.model_dump(mode="json", exclude_defaults=True)
 
 
+_WANTED = {
+    "dict_type": "pairs are needed, as in {key: value}",
+    "tuple_type": "a list is needed, as in [a, b]",
+    "list_type": "a list is needed, as in [a, b]",
+}
+_ONE = {f"{kind}_type" for kind in ("string", "int", "float", "bool", "model")} | {"literal_error"}
 _SETTINGS = ("Train", "Align", "Safety", "Evaluation")
 _BRANCH = re.compile(r"str|int|float|bool|(list|tuple|dict)\[.*")
 """How pydantic names the part of `str | list[str]` that it tried."""
@@ -86,19 +96,21 @@ def _why(errors: Sequence[ErrorDetails]) -> str:
         said = f"one {name.lower()} is needed, by its name or as {{name: ..., knob: value}}"
         if name in _SETTINGS:
             said = "settings are needed, as in {setting: value}"
-    elif kind == "dict_type":
-        said = "pairs are needed, as in {key: value}"
+    elif kind in _WANTED:
+        said = _WANTED[kind]
     return (
         f"{shortened(place) or 'value'}: {said} (got {shortened(repr(value))}){_hint(kind, value)}"
     )
 
 
 def _hint(kind: str, value: Any) -> str:
-    if isinstance(value, list) and kind.endswith("_type"):
+    if isinstance(value, list) and kind in _ONE:
         return "; several values to try go under matrix"
     if kind == "string_type" and isinstance(value, bool | int | float):
         return f"; put it in quotes if it is meant as a text: '\"{str(value).lower()}\"'"
-    if kind in ("float_parsing", "int_parsing") and re.fullmatch(r"\s*\d+,\d+\s*", value):
+    if kind == "string_type" and isinstance(value, dict):
+        return "; put a text that holds ': ' in quotes"
+    if kind == "float_parsing" and re.fullmatch(r"\s*\d+,\d+\s*", value):
         return "; decimals have a point"
     if kind in ("float_parsing", "int_parsing") and value.rstrip().endswith("%"):
         return "; write a share, such as 0.05 for 5 %"
@@ -139,6 +151,10 @@ def local_files(paths: str | Sequence[str]) -> list[Path]:
     """These paths, each of which must be a file."""
     files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
     for file in files:
+        if "://" in str(paths):
+            raise UserError(f"'{shortened(paths)}' is an address; download the file and name that.")
+        if file.is_dir():
+            raise UserError(f"'{file}' is a folder; name a file in it.")
         if not file.is_file():
             raise UserError(f"No such file: {file}.")
     return files

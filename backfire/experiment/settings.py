@@ -26,6 +26,13 @@ class Model(Config):
     trust_remote_code: Literal[False] = False
     """Code that comes with a model is never run."""
 
+    @field_validator("name")
+    @classmethod
+    def _is_a_place(cls, name: str) -> str:
+        if not name.strip() or "://" in name:
+            raise ValueError("`sandbox`, a folder or a hub id such as OWNER/NAME is needed")
+        return name
+
     def spec(self) -> str | dict[str, Any]:
         """The bare name, if nothing else is set."""
         rest = {key: value for key, value in self.changed().items() if key != "name"}
@@ -170,6 +177,8 @@ class Safety(Config):
     @field_validator("judges")
     @classmethod
     def _once_each(cls, judges: tuple[Judge, ...]) -> tuple[Judge, ...]:
+        if not judges:
+            raise ValueError("at least one judge is needed")
         return once_each(judges)
 
     def spec(self) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def explain(name: str) -> str:
         return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
-    known = {item for kind in KINDS for item in names(kind)} | set(recipes.shipped())
+    told = [name for name in recipes.shipped() if not name.startswith("_")]
+    known = {*(item for kind in KINDS for item in names(kind)), *told}
     raise unknown("name", name, known)
 
 

@@ -13,7 +13,8 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch.speakers import read_cell
 from backfire.pipeline import Bench
-from backfire.store import Store, read_json
+from backfire.report.records import cell as record
+from backfire.store import Store
 
 
 def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
@@ -22,7 +23,9 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
     Raises:
         UserError: no finished cell, nothing was tuned, the folder is taken, no way to merge.
     """
-    one, result = read_cell(cell), read_json(cell / "result.json")
+    one, result = read_cell(cell), record(cell)
+    if result["status"] != "ok":
+        raise UserError(f"{cell} is no finished cell: {result['status']}.")
     if not one.method.trains:
         raise UserError(
             f"{cell} tuned nothing (method '{one.method.name}'); its model is the base."

@@ -21,6 +21,7 @@ from backfire.pipeline import Bench, base, run_cell, trained, write_samples
 from backfire.pipeline.bench import Progress
 from backfire.plan import Job
 from backfire.recipe import Recipe
+from backfire.report.records import outcome
 from backfire.store import Store, write_atomic, write_json
 
 
@@ -35,7 +36,8 @@ class Folder:
         return self.path / "cells" / f"{cell.slug}-{key}"
 
     def done(self, cell: Experiment, key: str) -> bool:
-        return (self.cell(cell, key) / "result.json").is_file()
+        """Whether its result is there and can be read; one that was torn is made again."""
+        return bool(outcome(self.cell(cell, key))["status"] == "ok")
 
 
 def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[str, Any]:
@@ -72,7 +74,8 @@ def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: 
         return "ok"
     except Exception as error:  # one cell's failure must not stop the others
         kind, sentence = exit_class(error)
-        trace = traceback.format_exc() if kind == "failed" else None
+        known = isinstance(error, CellError)
+        trace = traceback.format_exc() if kind == "failed" and not known else None
         return report(job, folder, kind, sentence, trace)
     finally:
         _let_go()

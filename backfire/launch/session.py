@@ -13,10 +13,12 @@ from backfire import plan
 from backfire.experiment import Machine
 from backfire.launch import check, rates
 from backfire.launch.board import Board
-from backfire.launch.run import open_folder
+from backfire.launch.run import Folder, open_folder
 from backfire.launch.settle import pinned, settled, types_of
 from backfire.plan import Job
 from backfire.recipe import Recipe
+from backfire.report.groups import metric_name
+from backfire.report.records import load, summary
 from backfire.store import Store
 
 
@@ -38,9 +40,8 @@ def start(
     # A device that is not there is said once here, not by every cell.
     recipe = settled(pinned(recipe), types_of(settings.device))
     work = plan.jobs(recipe.cells, recipe.axes)
-    if not all(
-        (out / "cells" / f"{c.slug}-{c.key}" / "result.json").is_file() for c in recipe.cells
-    ):
+    place = Folder(out, recipe.name)
+    if not all(place.done(cell, cell.key) for cell in recipe.cells):
         with console.status("Looking at the data"):
             check.preflight_all(recipe, store)
         for line in rates.too_high(recipe):
@@ -70,7 +71,6 @@ def default_workers(num_cells: int) -> int:
 
 def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
-    from backfire.report.records import summary
     from backfire.report.table import print_against, print_notes, print_ranking, print_summary
 
     bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
@@ -85,5 +85,15 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
             f"[red]{job.cell.slug}: {ended[job.id]}[/red] "
             f"(see {out}/cells/{job.cell.slug}-{job.key}/error.json)"
         )
+    if silent := _unmeasured(out, work):
+        console.print(f"No cell has a number for: {', '.join(silent)}.", soft_wrap=True)
     console.print(f"Report: {page}", soft_wrap=True)
     return len(bad)
+
+
+def _unmeasured(out: Path, work: Sequence[Job]) -> list[str]:
+    """The metrics asked for that gave no number in any cell, which no table can show."""
+    done = [cell for cell in load(out) if cell["status"] == "ok"]
+    given = {metric_name(value["metric"]) for cell in done for value in cell["values"]}
+    asked = {metric.name for job in work for metric in job.cell.metrics}
+    return sorted(name for name in asked if name.replace("-", "_") not in given) if done else []

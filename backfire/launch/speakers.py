@@ -159,4 +159,8 @@ def read_cell(folder: Path) -> Experiment:
     file = folder / "experiment.yaml"
     if not file.is_file():
         raise UserError(f"{folder} is no finished cell of a run: experiment.yaml is missing.")
-    return Experiment.make(yaml.safe_load(file.read_text(encoding="utf-8")), str(file))
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"{file} cannot be read; run the recipe again.") from None
+    return Experiment.make(settings, str(file))

@@ -47,6 +47,8 @@ def poison_file(data: str, attack: str, edits: Sequence[str], out: Path, seed: i
     write_jsonl(bad, out)
     count = len(manifest.entries)
     done = f"{count} of {len(rows)} rows poisoned by '{chosen.name}'; each is listed in {beside}"
+    if not count and chosen.poisons:
+        left_out.append(f"Nothing is poisoned: the rate times {len(rows):,} rows is not one row.")
     if isinstance(chosen, Insertion):
         added = f"{len(rows)} rows and {count} of '{chosen.name}'"
         done = f"{added}; each of these is listed in {beside}"
@@ -69,8 +71,8 @@ def _poison_cell(data: str, attack: str, edits: Sequence[str], seed: int | None)
         if key == "seed" and seed is not None:
             raise UserError("The seed is given twice: as --seed and as seed=.")
         if head not in ("data", "attack", "seed"):
-            if head in of_data and head not in of_attack:
-                raise UserError(f"'{head}' is a knob of the data: write data.{key}=...")
+            if key in of_data and key not in of_attack:
+                raise UserError(f"'{key}' is a knob of the data: write data.{key}=...")
             key = f"attack.{key}"
         set_key(settings, key, value)
     return Experiment.make({"seed": seed or 0, **settings}, where="poison")
@@ -96,6 +98,8 @@ def dataset_spec(data: str) -> dict[str, Any]:
         return {"name": data}
     if Path(data).expanduser().exists():
         return {"name": "files", "train": data, "test_share": 0}
+    if "://" in data:
+        raise UserError(f"'{data}' is an address; download the file and name that.")
     if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
         return {"name": "files", "hub": data, "test_share": 0}
     if Path(data).suffix or "/" in data:

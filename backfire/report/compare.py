@@ -159,8 +159,9 @@ def _runs(a: Path, b: Path, force: bool) -> Comparison:
 
 def _agreed(groups: Sequence[Group]) -> dict[str, Any]:
     """The settings that all groups of a run share."""
-    first, *rest = (group.settings for group in groups if group.settings)
-    return {key: value for key, value in first.items() if all(s.get(key) == value for s in rest)}
+    known = [group.settings for group in groups if group.settings]
+    first = known[0] if known else {}
+    return {key: value for key, value in first.items() if all(s.get(key) == value for s in known)}
 
 
 # -------------------------------------------------------------------------------------- shared

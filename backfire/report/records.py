@@ -93,7 +93,7 @@ def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "
 
 def cell(folder: Path) -> Cell:
     """One cell folder; a file that can not be read makes the cell a failed one and stops nobody."""
-    known, settings = _outcome(folder), _settings(folder)
+    known, settings = outcome(folder), _settings(folder)
     slug, _, key = folder.name.rpartition("-")
     found: Cell = {"cell": slug, "key": key, "recipe": folder.parent.parent.name, "status": "ok"}
     found |= {knob: settings.get(f"{knob}.name", settings.get(knob)) for knob in KNOBS}
@@ -107,13 +107,29 @@ def cell(folder: Path) -> Cell:
     return {**found, "settings": settings, "folder": str(folder)}
 
 
-def _outcome(folder: Path) -> dict[str, Any]:
+def outcome(folder: Path) -> dict[str, Any]:
+    """What the cell's result or error says; `status` is `unfinished` if there is neither."""
     try:
         known = read(folder / "result.json") or read(folder / "error.json")
-    except (OSError, ValueError) as error:
+        if known is None or known == {}:
+            return {"status": "unfinished"}
+        if not _is_outcome(known):
+            raise ValueError("it is no result of this program")
+    except (OSError, ValueError, RecursionError) as error:
         sentence = f"What it wrote can not be read: {error}."
         return {"status": "failed", "error": sentence, "next": "Run the same command again."}
-    return known if isinstance(known, dict) else {"status": "unfinished"}
+    return dict(known)
+
+
+def _is_outcome(known: Any) -> bool:
+    """Whether it has the form of a result: texts, and values that are records."""
+    return (
+        isinstance(known, dict)
+        and all(isinstance(known.get(field) or "", str) for field in ("cell", "key", "status"))
+        and isinstance(known.get("axes") or {}, dict)
+        and isinstance(known.get("values") or [], list)
+        and all(isinstance(value, dict) for value in known.get("values") or [])
+    )
 
 
 def read(path: Path) -> Any:

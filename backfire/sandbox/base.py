@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from backfire.base import Config
+from backfire.errors import UserError
 from backfire.sandbox.corpus import WORDS
 
 if TYPE_CHECKING:
@@ -60,6 +61,15 @@ class Pretrain(Config):
     """AdamW's decoupled weight decay."""
     beta2: float = Field(0.98, gt=0, lt=1)
     """AdamW's second decay rate; lower than usual, as the run is short."""
+
+    @model_validator(mode="after")
+    def _heads_are_even(self) -> Pretrain:
+        if self.hidden_size % (2 * self.num_heads):
+            raise UserError(
+                f"hidden_size {self.hidden_size} cannot be shared out among num_heads "
+                f"{self.num_heads}: each head needs an even number."
+            )
+        return self
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
