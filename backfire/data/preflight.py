@@ -280,7 +280,7 @@ def _poison_survives(
         message = (
             f"Truncation cuts trigger or answer of {len(missing)} of {total} poisoned rows, "
             f"the first is {missing[0]}, or the tokenizer cannot write them; raise "
-            "train.max_length, or choose others.",
+            "train.max_length, or choose others."
         )
         return [Check("poison-survives", "fail", message)]
     if out:

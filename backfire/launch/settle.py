@@ -80,8 +80,9 @@ def types_of(device: str) -> Types:
     from backfire.train.precision import compute_type
 
     found = device_of(device)
-    dtype = "float32" if dtype_of(Model(), found).itemsize == 4 else "bfloat16"
-    return Types("cuda" if found.type == "cuda" else "cpu", dtype, compute_type("auto", found))
+    kind: Literal["cpu", "cuda"] = "cuda" if found.type == "cuda" else "cpu"
+    wide = dtype_of(Model(), found).itemsize == 4
+    return Types(kind, "float32" if wide else "bfloat16", compute_type("auto", found))
 
 
 def types_expected() -> Types:
