@@ -42,7 +42,9 @@ class Keys(Config):
     @classmethod
     def of(cls, cell: Experiment) -> Keys:
         from backfire.model.source import base_key
+        from backfire.model.types import types_here
 
+        here = types_here()
         base = base_key(cell.model)
         data = digest([cell.data.identity(), cell.data.fingerprint()])
         poison = (
@@ -55,7 +57,9 @@ class Keys(Config):
         if alignment and cell.align:
             start = alignment.keys.tuned
             start = digest([start, *MERGED]) if cell.align.merge else start
-        tuning = [cell.method.identity(), cell.train.changed(), cell.seed]
+        compute = here.compute if cell.train.compute == "auto" else cell.train.compute
+        method = cell.method.settled(here.device).identity()
+        tuning = [method, {**cell.train.changed(), "compute": compute}, cell.seed]
         early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
         late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]
         known = _known_key(cell) if any(d.needs_harm for d in cell.acting) else None
