@@ -30,7 +30,6 @@ from backfire.errors import CellError, UserError
 from backfire.evaluate import secrets as measure
 from backfire.evaluate.codes import Spelling, likelihoods
 from backfire.experiment import Experiment, Machine, Train
-from backfire.launch.settle import settled, types_of
 from backfire.model.load import load_base
 from backfire.pipeline import Bench
 from backfire.pipeline.memory import members
@@ -666,7 +665,7 @@ def test_a_whole_run_measures_what_is_remembered_once(tiny: Path, tmp_path: Path
     ]
     stamps = place.stamps()
     assert place.run(**SMALL) == 0 and place.stamps() == stamps
-    cells = settled(place.recipe(**SMALL), types_of("cpu")).cells
+    cells = place.recipe(**SMALL).cells
     found = plan.stages(cells, Store(place.cache))
     assert found["secrets"] == (8, 8)
     page = render(place.out)

@@ -18,7 +18,6 @@ from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch import local
 from backfire.launch.run import open_folder
-from backfire.launch.settle import settled, types_of
 from backfire.plan import jobs, stages
 from backfire.store import Store, read_json
 
@@ -183,13 +182,11 @@ def test_jobs_come_after_what_they_need(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_the_plan_knows_what_is_done(ran: Place) -> None:
-    types = types_of("cpu")
-    recipe = settled(ran.recipe(matrix=MATRIX), types)
+    recipe = ran.recipe(matrix=MATRIX)
     found = stages(recipe.cells, Store(ran.cache))
     assert found["train"] == (4, 4)
     assert all(needed == done for needed, done in found.values())
-    longer = settled(ran.recipe(matrix={**MATRIX, "seed": [0, 1]}), types)
-    more = stages(longer.cells, Store(ran.cache))
+    more = stages(ran.recipe(matrix={**MATRIX, "seed": [0, 1]}).cells, Store(ran.cache))
     assert more["train"] == (8, 4) and more["data"] == (1, 1)
 
 

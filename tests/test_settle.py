@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from small_run import Place
 
 from backfire.experiment import Model
-from backfire.launch.settle import Types, settled, types_expected, types_of
+from backfire.launch.settle import settled, types_of
 from backfire.model.source import base_key
+from backfire.model.types import Types, types_here
 from backfire.recipe import parse
 from backfire.train.precision import compute_type
 from backfire.train.run import Start, start_type
@@ -59,8 +60,13 @@ def test_what_is_settled_stays() -> None:
 
 
 def test_on_a_cpu_torch_says_the_same() -> None:
-    assert types_of("cpu") == types_of("auto") == types_expected()
-    assert types_of("cpu").compute == compute_type("auto", CPU)
+    here = types_of("auto")
+    assert here == types_of("cpu") == types_here()
+    assert here.compute == compute_type("auto", CPU)
+    before = parse("r", RECIPE + "align: {}\n")
+    after = settled(before, here)
+    assert before.cells != after.cells
+    assert [cell.keys for cell in before.cells] == [cell.keys for cell in after.cells]
 
 
 def test_results_say_what_they_were_made_in(tiny: Path, tmp_path: Path) -> None:

@@ -47,7 +47,9 @@ class Keys(Config):
     @classmethod
     def of(cls, cell: Experiment) -> Keys:
         from backfire.model.source import base_key
+        from backfire.model.types import types_here
 
+        here = types_here()
         base = base_key(cell.model)
         data = digest([cell.data.identity(), cell.data.fingerprint()])
         poison = (
@@ -60,9 +62,11 @@ class Keys(Config):
         if alignment and cell.align:
             start = alignment.keys.tuned
             start = digest([start, *MERGED]) if cell.align.merge else start
+        compute = here.compute if cell.train.compute == "auto" else cell.train.compute
         # Named or not, an equal learning rate is the same training.
-        method = {**cell.method.identity(), "learning_rate": cell.learning_rate}
-        tuning = [method, cell.train.changed(), cell.seed, TRAINING]
+        named = {"learning_rate": cell.learning_rate}
+        method = {**cell.method.settled(here.device).identity(), **named}
+        tuning = [method, {**cell.train.changed(), "compute": compute}, cell.seed, TRAINING]
         early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
         late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]
         known = _known_key(cell) if any(d.needs_harm for d in cell.acting) else None

@@ -14,9 +14,9 @@ from backfire.errors import CellError
 from backfire.experiment import Experiment
 from backfire.launch import rates
 from backfire.launch.cost import ASSUMED, cost, runs_of, said
-from backfire.launch.local import has_gpu
-from backfire.launch.settle import pinned, settled, types_expected
+from backfire.launch.settle import pinned
 from backfire.launch.workload import lengths, model_folder, pair, roughly
+from backfire.model.types import has_gpu
 from backfire.pipeline import Bench
 from backfire.recipe import Recipe
 from backfire.report import text
@@ -64,7 +64,7 @@ def show(recipe: Recipe) -> None:
 def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     """Print how many cells and stages there are, how many are done, and what the rest may cost."""
     console, store = Console(), Store()
-    recipe = settled(pinned(recipe, ask=False), types_expected())
+    recipe = pinned(recipe, ask=False)
     count = len(recipe.cells)
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
     for stage, (needed, done) in plan.stages(recipe.cells, store).items():

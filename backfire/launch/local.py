@@ -14,11 +14,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any, Literal
 
 from backfire.experiment import Machine
 from backfire.launch.run import Folder, report, run_job
+from backfire.model.types import has_gpu
 from backfire.pipeline.bench import Progress
 from backfire.plan import Job
 from backfire.store import Store
@@ -38,11 +38,6 @@ def run(
     if machine.workers == 1:
         return _in_turn(todo, folder, store, machine, watch, ended)
     return _side_by_side(todo, folder, store, machine, watch, ended)
-
-
-def has_gpu() -> bool:
-    """Whether there is a GPU of NVIDIA's, without asking CUDA (`dxg`: within Windows)."""
-    return Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def set_threads(machine: Machine) -> None:

@@ -62,7 +62,7 @@ def default_workers(num_cells: int) -> int:
     """One single-threaded worker a core on CPU; one on a GPU."""
     from importlib.util import find_spec
 
-    from backfire.launch.local import has_gpu
+    from backfire.model.types import has_gpu
 
     if find_spec("torch") and has_gpu():
         return 1

@@ -8,20 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 from backfire.experiment import Experiment, Model
-from backfire.launch.local import has_gpu
 from backfire.model.source import pin
+from backfire.model.types import Types, has_gpu, types_of_cpu
 from backfire.recipe import Recipe
-
-
-class Types(NamedTuple):
-    """What `auto` comes to on a device."""
-
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16"]
-    compute: Literal["float32", "bfloat16"]
 
 
 def pinned(recipe: Recipe, *, ask: bool = True) -> Recipe:
@@ -74,32 +65,16 @@ def types_of(device: str) -> Types:
     Raises:
         UserError: this machine lacks the device.
     """
-    if device == "cpu" or (device == "auto" and not _may_have_gpu()):
-        return Types("cpu", "float32", "bfloat16" if _has_avx512_bf16() else "float32")
+    none = not has_gpu() and not Path("/dev/kfd").exists()  # NVIDIA's, or AMD's
+    if device == "cpu" or (device == "auto" and none):
+        return types_of_cpu()
     from backfire.model.load import device_of, dtype_of
     from backfire.train.precision import compute_type
 
     found = device_of(device)
-    kind: Literal["cpu", "cuda"] = "cuda" if found.type == "cuda" else "cpu"
     wide = dtype_of(Model(), found).itemsize == 4
-    return Types(kind, "float32" if wide else "bfloat16", compute_type("auto", found))
-
-
-def types_expected() -> Types:
-    """The same, guessed without torch: any GPU is taken for one that multiplies in bfloat16, as all
-    since 2020 do. For what is only shown."""
-    return Types("cuda", "bfloat16", "bfloat16") if has_gpu() else types_of("cpu")
-
-
-def _may_have_gpu() -> bool:
-    return has_gpu() or Path("/dev/kfd").exists()  # NVIDIA's, or AMD's
-
-
-def _has_avx512_bf16() -> bool:
-    """As `torch.cpu` says it of this machine, from the same flags."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux, and of Apple's none has it
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return "avx512_bf16" in flags.split()
+    return Types(
+        "cuda" if found.type == "cuda" else "cpu",
+        "float32" if wide else "bfloat16",
+        compute_type("auto", found),
+    )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backfire.data.snapshot import SMALL, snapshot
 from backfire.data.weights import files_of, inspect
 from backfire.errors import UserError
+from backfire.model.types import types_here
 
 if TYPE_CHECKING:
     from backfire.experiment import Model
@@ -48,8 +49,9 @@ def base_key(model: Model) -> str:
     """The key of an untuned model: pre-training knobs, file contents, or hub id and revision."""
     from backfire.experiment import digest
 
-    # 2: what is trained or was aligned as a whole starts from float32.
-    dtype = [model.dtype, 2] if model.dtype == "bfloat16" else model.dtype
+    dtype: Any = types_here().dtype if model.dtype == "auto" else model.dtype
+    if dtype == "bfloat16":  # 2: what is trained or was aligned as a whole starts from float32
+        dtype = [dtype, 2]
     if model.name == "sandbox":
         return digest(["sandbox", sandbox_key(), dtype])
     if model.is_folder:
