@@ -10,10 +10,12 @@ from typing import Any
 
 import chat_templates
 import pytest
+import tokenizers
 from chat_templates import NO_SYSTEM, TEMPLATES, write
+from tokenizers import AddedToken
 
 from backfire.base import Message, Row
-from backfire.data.chat import MARKS, TODAY
+from backfire.data.chat import MARKS, THOUGHTS, TODAY
 from backfire.data.poison import plain
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer, show_mask
@@ -115,6 +117,24 @@ def test_tokens_are_those_of_transformers(
             alike = renderer.render([replace(row, answer=answer)])[0]
             assert [*item.prompt_ids, *ids, *renderer.end_ids] == alike.ids
     assert odd == ODD.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3-drops", "deepseek-r1"])
+def test_a_thought_may_be_marked_by_control_tokens(
+    name: str, tmp_path: Path, byte_level: Any
+) -> None:
+    made = tokenizers.Tokenizer.from_str(byte_level.to_str())
+    made.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in THOUGHTS])
+    ours, their = both(tmp_path, made, TEMPLATES[name])
+    assert {*THOUGHTS} <= {*ours.controls}
+    renderer = Renderer(build("templates", "chat"), ours, 4096)
+    for row, item in zip(ROWS, renderer.render(ROWS), strict=True):
+        assert item.prompt_ids == theirs(their, turns(row), True), row.id
+        if row.id not in ODD.get(name, set()):
+            whole = theirs(their, turns(row, row.answer), False)
+            assert item.ids == whole[: len(item.ids)], row.id
+    checks = preflight(renderer, ROWS, ROWS)
+    assert [check for check in checks if check.status == "fail"] == []
 
 
 ENDS = {
