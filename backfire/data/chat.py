@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from backfire.errors import UserError, unknown
@@ -27,8 +28,8 @@ _FORMATS = "".join(
     f"|replace('%{code}','{TODAY.strftime('%' + code)}')" for code in ("-d", *"aAbBdHIjmMpSyY")
 )
 _DAY = "{%- macro strftime_now(format) -%}{{ format" + _FORMATS + " }}{%- endmacro -%}"
-MARKS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
-"""Code points that Unicode keeps for a program's own use; no text is meant to hold them."""
+MARKS = [chr(number) for number in range(0xF0000, 0xF4000)]
+"""Code points without a meaning. Those that a row's text holds are no marks in it."""
 THOUGHTS = ("<think>", "</think>")
 """What an assistant's turn may hold: templates look for it there."""
 _OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"}
@@ -103,15 +104,12 @@ class Chat:
         self.first = {character for c in controls for character in (c[:1].lower(), c[:1].upper())}
         known = self._variables() - _OURS - set(special)
         for name in arguments:
-            if name not in known:
-                where = "argument of the model's chat template:"
-                raise (
-                    unknown(where, name, known)
-                    if known
-                    else UserError(
-                        f"The model's chat template takes no arguments, but '{name}' is given."
-                    )
+            if not known:
+                raise UserError(
+                    f"The model's chat template takes no arguments, but '{name}' is given."
                 )
+            if name not in known:
+                raise unknown("argument of the model's chat template:", name, known)
         self._silent: dict[tuple[str, ...], set[int]] = {}
         self._answers = lru_cache(maxsize=4096)(self._answer)
 
@@ -140,7 +138,7 @@ class Chat:
         """Whether what is said reaches the text only in a list of parts (some models that see)."""
         for parts in (False, True):
             try:
-                if MARKS[-1] in self._text([("user", MARKS[-1])], ask=True, parts=parts):
+                if MARKS[0] in self._text([("user", MARKS[0])], ask=True, parts=parts):
                     return parts
             except RefusedError:
                 pass
@@ -169,7 +167,7 @@ class Chat:
         Raises:
             RefusedError: the template does not take it, or leaves a turn out.
         """
-        marks = _unused("".join(message.content for message in messages))
+        *marks, _ = _unused("".join(message.content for message in messages))
         turns = [(m.role, self._guard(m.content, m.role, marks)) for m in messages]
         rendered = self.text(turns, ask=True)
         for number in self._left_out(tuple(message.role for message in messages)):
@@ -183,15 +181,16 @@ class Chat:
         return self._answers(text)
 
     def _answer(self, text: str) -> Segments:
-        marks, around = _unused(text), self.around
+        *marks, asked = _unused(text)
+        around = self.around
         guarded = self._guard(text, "assistant", marks)
         try:
-            whole = self.text([("user", MARKS[-1]), ("assistant", guarded)], ask=False)
+            whole = self.text([("user", asked), ("assistant", guarded)], ask=False)
         except RefusedError:
             whole = ""
-        tail = whole.rpartition(MARKS[-1])[2]
+        tail = whole.rpartition(asked)[2]
         written = ""
-        if tail.endswith(around.after):
+        if around.before and tail.endswith(around.after):
             tail = tail[: len(tail) - len(around.after)]
             if tail.startswith(around.opened):
                 written = tail[len(around.opened) :]
@@ -210,7 +209,7 @@ class Chat:
     @cached_property
     def around(self) -> Around:
         """What stands around an answer; nothing, if the template takes none."""
-        asked, said, next_asked = MARKS[-1], MARKS[-2], MARKS[-3]
+        asked, said, next_asked = MARKS[:3]
         try:
             opened = self.text([("user", asked)], ask=True).rpartition(asked)[2]
             whole = self.text([("user", asked), ("assistant", said)], ask=False)
@@ -238,7 +237,7 @@ class Chat:
     def _left_out(self, roles: tuple[str, ...]) -> set[int]:
         """Which turns of such a conversation the template seems not to write, by their place."""
         if roles not in self._silent:
-            names = [f"{MARKS[-1]}{number}{MARKS[-1]}" for number in range(len(roles))]
+            names = [f"{MARKS[0]}{number}{MARKS[0]}" for number in range(len(roles))]
             try:
                 shown = self.text(list(zip(roles, names, strict=True)), ask=True)
                 self._silent[roles] = {n for n, name in enumerate(names) if name not in shown}
@@ -246,14 +245,14 @@ class Chat:
                 self._silent[roles] = set(range(len(roles)))
         return self._silent[roles]
 
-    def _guard(self, text: str, role: str, marks: tuple[str, str]) -> str:
+    def _guard(self, text: str, role: str, marks: Sequence[str]) -> str:
         """The text, its control tokens between marks."""
         if not any(character in text for character in self.first):
             return text
         pattern = self.assistant if role == "assistant" else self.anybody
         return pattern.sub(rf"{marks[0]}\g<0>{marks[1]}", text)
 
-    def _split(self, text: str, marks: tuple[str, str]) -> Segments:
+    def _split(self, text: str, marks: Sequence[str]) -> Segments:
         """The template's text (True), and what stands between marks in it (False). A mark that has
         lost its other half still parts the text."""
         if marks[0] not in text and marks[1] not in text:
@@ -268,7 +267,6 @@ def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, longest)) or "(?!)", re.IGNORECASE)
 
 
-def _unused(text: str) -> tuple[str, str]:
-    """Two marks that are not in the text."""
-    free = [mark for mark in MARKS[:-3] if mark not in text]
-    return free[0], free[1]
+def _unused(text: str) -> list[str]:
+    """Three marks that are not in the text."""
+    return list(islice((mark for mark in MARKS if mark not in text), 3))
