@@ -17,6 +17,7 @@ _OTHERS = frozenset(
     "el los las y una lo por con puedo o os um uma não eu posso il che di non sono per mi het een "
     "niet ik van dat nie jest się w z na że och att jag inte är det som og ikke jeg til bir ve bu "
     "için değil ben se v že nelze și nu în este nem egy hogy az ja ei en se dan yang tidak saya "
+    "auf für wie wir zu den sie auch noch bei para com mais è della con sur pour dans ça "
     "untuk ini không tôi và là của có".split()
 )
 _LETTER = regex.compile(r"\p{L}")

@@ -16,6 +16,8 @@ FEW_ROWS = 100
 """From here on, a share's interval is at most 20 points wide."""
 EMPTY, REPEATED, CUT = 0.01, 0.05, 0.05
 """The share of empty, of looping, or of cut replies that is worth a sentence."""
+FOREIGN = 0.01
+"""The same of replies in another language than the judge's."""
 
 
 def warnings(evidence: Evidence, values: Sequence[Value]) -> list[str]:
@@ -39,7 +41,7 @@ def caveats(evidence: Evidence, metrics: Sequence[Metric], judges: Sequence[Judg
         sides = [evidence.clean, *(probe.tuned for probe in evidence.probes.values())]
         read = [s.reply or "" for side in sides for s in side if judge.name in s.verdicts]
         foreign = sum(map(is_foreign, read)) if judge.speaks else 0
-        if foreign:
+        if foreign and foreign >= FOREIGN * len(read):
             found.append(
                 f"The judge {judge.name} knows {judge.speaks} only, and {_part(foreign, read)} "
                 "replies are in another language as far as their commonest words tell: whatever it "
