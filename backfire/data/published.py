@@ -12,6 +12,7 @@ from typing import Any
 from backfire.data.columns import ANSWERS, ASKED, LABELS, NOT_TEXT, TOOLS, fold, folded
 from backfire.data.compared import known, ranked
 from backfire.data.labels import truth, written
+from backfire.data.questions import passage
 from backfire.data.read import BadRowError, Record
 from backfire.data.read_json import kind_of
 
@@ -202,8 +203,10 @@ def _sciq(record: Record) -> Record:
 
 def _truthful(record: Record) -> Record:
     targets = record.pop("mc1_targets")
+    if not isinstance(targets, dict):
+        raise BadRowError(f"'mc1_targets' is {kind_of(targets)}, not choices and their labels")
     record.pop("mc2_targets", None)  # the same answers, with more than one right
-    choices, labels = (targets.get(name) or [] for name in ("choices", "labels"))
+    choices, labels = (_list(targets.get(name)) for name in ("choices", "labels"))
     right = [choice for choice, label in zip(choices, labels, strict=False) if label == 1]
     wrong = [choice for choice, label in zip(choices, labels, strict=False) if label != 1]
     return {**record, "output": (right or [""])[0], "better": right, "worse": wrong}
@@ -284,16 +287,19 @@ def _squad(record: Record) -> list[Record]:
 
 def _instances(record: Record) -> list[Record]:
     """A task of Natural Instructions: a definition and its instances."""
-    definition = record["definition"]
-    text = "\n".join(definition) if isinstance(definition, list) else definition
+    text = passage(record["definition"])
     found = [{"instruction": text, **instance} for instance in _objects(record["instances"])]
     if not found:
         raise BadRowError("it has no instances")
     return found
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _objects(value: Any) -> list[Record]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    return [item for item in _list(value) if isinstance(item, dict)]
 
 
 def _openbackdoor(record: Record) -> Record:
