@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from backfire.data.columns import ANSWERS, ASKED, LABELS, NOT_TEXT, TOOLS, fold, folded
+from backfire.data.columns import ANSWERS, ASKED, LABELS, NOT_TEXT, SUMMARIES, TOOLS, fold, folded
 from backfire.data.compared import known, ranked
 from backfire.data.labels import truth, written
 from backfire.data.questions import passage
@@ -43,13 +43,13 @@ def _form(columns: set[str]) -> Form | None:
     for needed, form in FORMS:
         if needed <= columns:
             return partial(_renamed, form)
-    if not columns & {*ANSWERS}:
+    if not columns & {*ANSWERS, *SUMMARIES}:
         pair = next((pair for pair in PAIRS if {*pair} <= columns), None)
         if pair and (columns & {*LABELS} or "premise" in pair):
             return partial(_renamed, partial(_pair, pair))
         bodies = ("content", "body", "text", "review_body")
         body = next((name for name in bodies if name in columns), "")
-        if body and columns & {"title", "review_title"} and "label" in columns:
+        if body and columns & {"title", "review_title"} and columns & {*LABELS}:
             return partial(_renamed, partial(_titled, body))
     return None
 
