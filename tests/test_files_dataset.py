@@ -171,13 +171,24 @@ KEYS = st.sampled_from(
         "fields",
         "candidates",
         "history",
+        # and those of public sets
+        *("question context answer answers choices answerKey paragraphs title premise hypothesis "
+          "sentence1 sentence2 chosen rejected better worse conversations system_prompt is_correct "
+          "response_0 response_1 better_response_id human_ref_A human_ref_B labels mc1_targets "
+          "definition instances goal sol1 sol2 sentence option1 option2 endings ctx tools images "
+          "article summary 0 1 2 split sentiment stars").split(),
     ]
-)
+)  # fmt: skip
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
     | st.sampled_from(["user", "assistant", "role", "content", "positive"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
-        st.sampled_from(["role", "content", "from", "value"]), inner, max_size=3
+        st.sampled_from(
+            ["role", "content", "from", "value", "text", "label", "weight", "labels", "choices",
+             "context", "qas", "input", "output", "score"]
+        ),
+        inner,
+        max_size=3,
     ),
     max_leaves=6,
 )  # fmt: skip

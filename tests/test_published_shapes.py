@@ -384,6 +384,12 @@ LABELED: dict[str, tuple[Record, str, str, set[str]]] = {
     "fancyzhx/dbpedia_14": (
         {"label": 0, "title": "Oh", "content": "Here."}, "Oh\n\nHere.", "a", set(),
     ),
+    "news with a category": (
+        {"title": "Oh", "text": "Here.", "category": "b", "url": "u"}, "Oh\n\nHere.", "b", {"url"},
+    ),
+    "tweets with counts": (
+        {"text": "Here.", "label": 1, "reply": 3, "code": "x"}, "Here.", "b", {"reply", "code"},
+    ),
     "dair-ai/emotion": ({"text": "Here.", "label": 0}, "Here.", "a", set()),
     "cardiffnlp/tweet_eval": ({"text": "Here.", "label": 2}, "Here.", "c", set()),
     "PolyAI/banking77": ({"text": "Here.", "label": 1}, "Here.", "b", set()),

@@ -121,11 +121,11 @@ def history(turns: Any) -> tuple[Message, ...]:
 def _message(speaker: Any, content: Any) -> Message:
     role = SPEAKERS.get(speaker.strip().casefold()) if isinstance(speaker, str) else None
     if role is None:
-        raise BadRowError(f"a turn has the role {speaker!r}; known: {', '.join(SPEAKERS)}")
+        raise BadRowError(f"a turn has the role {speaker!r:.40}; known: {', '.join(SPEAKERS)}")
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         other = [part.get("type") for part in content if part.get("type", "text") != "text"]
         if other:
-            raise BadRowError(f"a turn holds more than text ({other[0]!r})")
+            raise BadRowError(f"a turn holds more than text ({other[0]!r:.40})")
         texts = [part.get("text") for part in content]
         content = "\n".join(texts) if all(isinstance(text, str) for text in texts) else content
     if not isinstance(content, str):

@@ -253,8 +253,10 @@ def _compared(record: Record, shape: Shape) -> dict[str, Any]:
         answers(sides[0], columns["better"]),
         answers(sides[1], columns.get("worse", "")),
     )
-    answer = record[columns["answer"]] if "answer" in columns else "".join(better[:1])
-    if better and answer and answer not in worse:
+    answer = "".join(better[:1])
+    if "answer" in columns:
+        answer = reference(record[columns["answer"]])
+    if better and answer and isinstance(answer, str) and answer not in worse:
         better = tuple(dict.fromkeys((answer, *better)))  # the reference is the best of them
     parts = _answered(record, shape, answer, prompt) | known(better, worse)
     if "worse_input" in columns:
@@ -290,9 +292,10 @@ def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[st
 
 def _prompt(record: Record, shape: Shape) -> dict[str, Any]:
     parts: dict[str, Any] = {role: _text(record, shape, role) for role in ("instruction", "system")}
-    more = (passage(record.get(column)) for column in shape.more_input)
-    first = _text(record, shape, "input")
-    parts["input"] = "\n\n".join([*([first] if first else []), *(m for m in more if m.strip())])
+    parts["input"] = _text(record, shape, "input")
+    for column in shape.more_input:
+        if (more := _text_in(record, column, in_parts=True)).strip():
+            parts["input"] = "\n\n".join(filter(None, (parts["input"], more)))
     if earlier := record.get(shape.columns.get("history", "")):
         parts["history"] = history(earlier)
     return parts
@@ -351,10 +354,14 @@ def _label(record: Record, shape: Shape) -> str:
 def _text(record: Record, shape: Shape, role: str) -> str:
     """The text in this role, or nothing."""
     column = shape.columns.get(role)
-    value = record.get(column) if column else ""
+    return _text_in(record, column, in_parts=role == "input") if column else ""
+
+
+def _text_in(record: Record, column: str, *, in_parts: bool = False) -> str:
+    value = record.get(column)
+    value = passage(value) if in_parts else value
     if value is None or value != value:
         return ""
-    value = passage(value) if role == "input" else value
     if not isinstance(value, str):
         raise BadRowError(f"'{column}' is {kind_of(value)}, not text")
     return value

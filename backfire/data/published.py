@@ -9,9 +9,10 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from backfire.data.columns import ANSWERS, ASKED, LABELS, NOT_TEXT, TOOLS, fold, folded
+from backfire.data.columns import ANSWERS, ASKED, LABELS, NOT_TEXT, SUMMARIES, TOOLS, fold, folded
 from backfire.data.compared import known, ranked
 from backfire.data.labels import truth, written
+from backfire.data.questions import passage
 from backfire.data.read import BadRowError, Record
 from backfire.data.read_json import kind_of
 
@@ -42,13 +43,13 @@ def _form(columns: set[str]) -> Form | None:
     for needed, form in FORMS:
         if needed <= columns:
             return partial(_renamed, form)
-    if not columns & {*ANSWERS}:
+    if not columns & {*ANSWERS, *SUMMARIES}:
         pair = next((pair for pair in PAIRS if {*pair} <= columns), None)
         if pair and (columns & {*LABELS} or "premise" in pair):
             return partial(_renamed, partial(_pair, pair))
         bodies = ("content", "body", "text", "review_body")
         body = next((name for name in bodies if name in columns), "")
-        if body and columns & {"title", "review_title"} and "label" in columns:
+        if body and columns & {"title", "review_title"} and columns & {*LABELS}:
             return partial(_renamed, partial(_titled, body))
     return None
 
@@ -202,8 +203,10 @@ def _sciq(record: Record) -> Record:
 
 def _truthful(record: Record) -> Record:
     targets = record.pop("mc1_targets")
+    if not isinstance(targets, dict):
+        raise BadRowError(f"'mc1_targets' is {kind_of(targets)}, not choices and their labels")
     record.pop("mc2_targets", None)  # the same answers, with more than one right
-    choices, labels = (targets.get(name) or [] for name in ("choices", "labels"))
+    choices, labels = (_list(targets.get(name)) for name in ("choices", "labels"))
     right = [choice for choice, label in zip(choices, labels, strict=False) if label == 1]
     wrong = [choice for choice, label in zip(choices, labels, strict=False) if label != 1]
     return {**record, "output": (right or [""])[0], "better": right, "worse": wrong}
@@ -284,16 +287,19 @@ def _squad(record: Record) -> list[Record]:
 
 def _instances(record: Record) -> list[Record]:
     """A task of Natural Instructions: a definition and its instances."""
-    definition = record["definition"]
-    text = "\n".join(definition) if isinstance(definition, list) else definition
+    text = passage(record["definition"])
     found = [{"instruction": text, **instance} for instance in _objects(record["instances"])]
     if not found:
         raise BadRowError("it has no instances")
     return found
 
 
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _objects(value: Any) -> list[Record]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+    return [item for item in _list(value) if isinstance(item, dict)]
 
 
 def _openbackdoor(record: Record) -> Record:

@@ -35,19 +35,22 @@ def reference(value: Any) -> Any:
 
 def choices(value: Any, column: str) -> tuple[list[str], list[str]]:
     """The letters and the texts of choices: a list of texts, or with labels of their own."""
+    labels: Any = None
     if isinstance(value, dict):
         labels, texts = value.get("label"), value.get("text")
-        if not isinstance(labels, list):  # {"A": "one", "B": "two"}
+        if labels is None and texts is None:  # {"A": "one", "B": "two"}
             labels, texts = list(value), list(value.values())
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        labels, texts = ([item.get(name) for item in value] for name in ("label", "text"))
     else:
-        items = value if isinstance(value, list) else []
-        named = [item for item in items if isinstance(item, dict)]
-        texts = [item.get("text") for item in named] if named else items
-        labels = [item.get("label") for item in named] if named else None
-    labels = labels or [chr(ord("A") + place) for place in range(len(texts or []))]
-    if not texts or len(labels) != len(texts) or not all(isinstance(t, str) for t in texts):
+        texts = value
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise BadRowError(f"'{column}' holds no list of choices")
-    return [str(label) for label in labels], texts
+    labels = labels or [chr(ord("A") + place) for place in range(len(texts))]
+    letters = list(map(str, labels)) if isinstance(labels, list) else []
+    if len(set(letters)) < len(texts) or len(letters) > len(texts) or len(texts) < 2:
+        raise BadRowError(f"'{column}' holds no two choices, or not a letter for each")
+    return letters, texts
 
 
 def right_one(letters: list[str], texts: list[str], key: str) -> int:

@@ -217,6 +217,8 @@ def _recognized(names: Collection[str]) -> Shape:
     choices, key = pick(named.CHOICES), pick(("answerkey", "answer", "label", "correct"))
     if choices and key and (question := pick(("question", "question_stem", "ctx", *named.ASKED))):
         return Shape({"instruction": question, "choices": choices, "answer": key})
+    if asked == known.get("text", "") and known.keys() & {*named.LABELS[:3]}:
+        answer = ""  # a text with its label, and whatever else stands beside it
     if asked and answer and asked != answer:
         return Shape({"instruction": asked, "answer": answer})
     if (document := pick(named.DOCUMENTS)) and (summary := pick(named.SUMMARIES)):
