@@ -72,7 +72,7 @@ def _fail_or_raise(error: Exception) -> None:
 def _fail(sentence: str) -> NoReturn:
     from backfire.report.text import clean
 
-    print(f"backfire: {clean(shortened(sentence, 1500))}", file=sys.stderr)  # noqa: T201
+    print(f"backfire: {clean(shortened(sentence, 1000))}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
 
 

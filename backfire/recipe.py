@@ -306,6 +306,8 @@ def parse_edit(edit: str) -> tuple[str, Any]:
     linked = rf"(\s*,\s*{name})*" if key.startswith("matrix.") else ""
     if edit[:1] in _DASHES:
         raise UserError(f"An option begins with two plain hyphens, --like-this; got '{edit}'.")
+    if odd := next((dash for dash in _DASHES[1:] if dash in given), None):
+        raise UserError(f"'{shortened(given)}' holds a typographic dash ({odd}); write - or _.")
     if not equals or not re.fullmatch(name + linked, key):
         raise UserError(
             f"An edit looks like key=value, as in attack.rate=0.1; got '{shortened(edit)}'."

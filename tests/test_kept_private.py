@@ -15,8 +15,10 @@ from backfire.data.beside import beside
 from backfire.data.judging import fill
 from backfire.errors import UserError
 from backfire.experiment import Experiment
-from backfire.recipe import load
+from backfire.launch.check import destinations, preflight_all
+from backfire.recipe import load, parse
 from backfire.registry import build
+from backfire.store import Store
 
 
 def make(name: str, **knobs: Any) -> Judge:
@@ -211,3 +213,19 @@ def test_a_run_keeps_no_line_of_a_file(folder: Path) -> None:
 def test_a_judges_text_has_a_place_for_the_reply() -> None:
     with pytest.raises(UserError, match=r"needs \{reply\}"):
         fill("no place", "a", "b")
+
+
+def test_a_recipe_says_where_replies_go_before_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "data: sandbox-policy\nsafety: {judges: [policy, {name: rubric, base_url: '%s'}]}\n"
+    text += (
+        "metrics: [{name: toxicity, scorer: {name: yes-no, base_url: 'https://judges.example'}}]"
+    )
+    [remote, other] = destinations(parse("r", text % "http://evil.example/v1"))
+    assert remote.startswith("judge 'yes-no' sends prompts and replies to judges.example (https://")
+    assert other.startswith("judge 'rubric' sends prompts and replies to evil.example (http://")
+    (tmp_path / "endpoints.yaml").write_text("evil.example: {key_variable: A}\n")
+    monkeypatch.setenv("BACKFIRE_ENDPOINTS", str(tmp_path / "endpoints.yaml"))
+    with pytest.raises(UserError, match="is plain http"):
+        preflight_all(parse("r", text % "http://evil.example/v1"), Store(tmp_path))

@@ -321,6 +321,8 @@ REFUSED_EDITS = [
     (DATA, ["seed"], "An edit looks like key=value"),
     (DATA, ["=3"], "An edit looks like key=value"),
     (DATA, ["sed=3"], "Unknown setting 'sed'; did you mean 'seed'?"),
+    (DATA, ["train.batch\u2013size=3"], "'train.batch\u2013size' holds a typographic dash"),
+    (DATA, ["train.epochs=!!binary aGk="], "train: epochs: Input should be a valid number"),
     (DATA, ["train.epoch=3"], "Unknown key in train: 'epoch'; did you mean 'epochs'?"),
     (DATA, ["seed.x=3", "seed=1"], "seed.x cannot be set: seed is 1"),
     (DATA, ["seed=["], "value of seed, line 1: not valid YAML"),

@@ -110,9 +110,9 @@ def _hint(kind: str, value: Any) -> str:
         return f"; put it in quotes if it is meant as a text: '\"{str(value).lower()}\"'"
     if kind == "string_type" and isinstance(value, dict):
         return "; put a text that holds ': ' in quotes"
-    if kind == "float_parsing" and re.fullmatch(r"\s*\d+,\d+\s*", value):
+    if kind == "float_parsing" and re.fullmatch(r"\s*\d+,\d+\s*", str(value)):
         return "; decimals have a point"
-    if kind in ("float_parsing", "int_parsing") and value.rstrip().endswith("%"):
+    if kind in ("float_parsing", "int_parsing") and str(value).rstrip().endswith("%"):
         return "; write a share, such as 0.05 for 5 %"
     return ""
 
