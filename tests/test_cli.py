@@ -329,6 +329,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", "--workers", "0"], "--workers", {}),
     (["run", "r.yaml", "--workers", "many"], "--workers", {}),
     (["run", "r.yaml", "--micro-batch", "-1"], "--micro-batch", {}),
+    (["run", "r.yaml", "--eval-batch", "0"], "--eval-batch", {}),
     (["run", "r.yaml", "--device", "tpu"], "Unknown device 'tpu'", {}),
     (["run", "r.yaml", "--device", "meta"], "Unknown device 'meta'", {}),
     (["run", "r.yaml", "--device", "cuda:99"], "'cuda:99' was asked for", {}),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -77,6 +78,7 @@ def read(
     # A candidate with too many logits for one pass is read piece by piece, as whole rows are.
     piecemeal = not can.goes_on or longest > budget.logits
     whole = [i for i in order if piecemeal or can.apart(lengths[i] + extra)]
+    made: Iterator[tuple[list[int], list[Reading]]] = iter(())
     with exact_head(model):
         if at_once := [] if piecemeal else order[len(whole) :]:
             opening = Opening(model, [prompts[i] for i in at_once])
@@ -88,15 +90,9 @@ def read(
                 return list(map(Reading, scores, _replies(len(part), tokens)))
 
             level = not can.aligns and (longest > 1 or max_new_tokens > 1)
-            for part, readings in budget.batches(
-                at_once, work, lengths=lengths, extra=extra, level=level
-            ):
-                for i, reading in zip(part, readings, strict=True):
-                    out[i] = reading
-                tick(len(part))
-        for part, readings in _read_whole(
-            model, prompts, whole, options, budget, stop_ids, max_new_tokens
-        ):
+            made = budget.batches(at_once, work, lengths=lengths, extra=extra, level=level)
+        rest = _read_whole(model, prompts, whole, options, budget, stop_ids, max_new_tokens)
+        for part, readings in chain(made, rest):
             for i, reading in zip(part, readings, strict=True):
                 out[i] = reading
             tick(len(part))

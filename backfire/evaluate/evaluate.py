@@ -29,14 +29,15 @@ def measure(
     """What `kinds` add to each row's sample: `logprobs`, `reply`, the answer's likelihood."""
     items = renderer.render(rows)
     found: list[dict[str, Any]] = [{} for _ in items]
-    done, total = 0, len(items) * (("answers" in kinds) + bool({"scores", "replies"} & {*kinds}))
+    done, reads = 0, bool({"scores", "replies"} & {*kinds})
+    total = len(items) * (("answers" in kinds) + reads)
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
         progress(done, total, "evaluation")
 
-    if "scores" in kinds or "replies" in kinds:
+    if reads:
         if bare := [item.row.id for item in items if not item.num_prompt]:
             raise CellError(
                 "bad-data",
@@ -57,7 +58,7 @@ def measure(
             if options:
                 entry["logprobs"] = reading.scores or None
                 if _ranked(items[i].row):
-                    entry["candidate_tokens"] = [len(ids) for ids in options[i]]
+                    entry["candidate_tokens"] = list(map(len, options[i]))
             if "replies" in kinds:
                 entry["reply"] = renderer.said(reading.reply)
                 entry["ended"] = len(reading.reply) < max_new_tokens

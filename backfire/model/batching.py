@@ -77,7 +77,7 @@ def _ways(model: PreTrainedModel) -> Ways:
     takes = inspect.signature(base.forward).parameters
     memory = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
     kinds = _layers(base)
-    goes_on = memory is not None and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    goes_on = memory == "past_key_values" and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
     # Without `position_ids` a model counts from the mask (ALiBi), or from the start of the row.
     told = "position_ids" in takes
     counts = told or base.config.model_type in ("bloom", "mpt")
@@ -88,8 +88,10 @@ def _ways(model: PreTrainedModel) -> Ways:
     limit = min(_limits(base.config), default=None)
     with _looking(model):
         _assert_causal(model, limit)
-        if not goes_on and memory and not _remembers(model, memory):
-            memory = None
+        goes_on = goes_on and _remembers(base, "past_key_values", DynamicCache(), 8, limit)
+        if not goes_on and memory:
+            cache = DynamicCache(config=base.config)
+            memory = memory if _remembers(base, memory, cache, 1, limit) else None
     windows = DynamicSlidingWindowLayer in kinds or _windowed(base.config)
     rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
     aligns = goes_on and counts
@@ -160,19 +162,20 @@ def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
         )
 
 
-def _remembers(model: PreTrainedModel, memory: str) -> bool:
-    """Whether token by token it makes the same of a row as all at once."""
-    ids = _probe(model)
-    wanted, cache = _likely(model, ids), DynamicCache(config=plain(model).config)
+def _remembers(
+    model: PreTrainedModel, memory: str, cache: DynamicCache, at_once: int, limit: int | None
+) -> bool:
+    """Whether a row read piece by piece, so many tokens at once, gives what the whole row does."""
+    ids = _probe(model)[:, : min(_PROBE_TOKENS, limit or _PROBE_TOKENS)]
+    ends = [*range(4, ids.shape[1], at_once), ids.shape[1]]
     try:
-        _likely(model, ids[:, :4], **{memory: cache})
-        for place in range(4, _PROBE_TOKENS):
-            found = _likely(model, ids[:, place : place + 1], **{memory: cache})[-1]
-            if not float((found - wanted[place]).abs().max()) <= rounding(model):
-                return False
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError):
+        parts = [
+            _likely(model, ids[:, start:end], **{memory: cache})
+            for start, end in zip([0, *ends], ends, strict=False)
+        ]
+        return not float((torch.cat(parts) - _likely(model, ids)).abs().max()) > rounding(model)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         return False
-    return True
 
 
 def _layers(model: Any) -> set[type]:
@@ -198,6 +201,8 @@ def _limits(config: Any) -> Iterator[int]:
             )
     if topk := getattr(text, "index_topk", None):
         yield int(topk)  # of more tokens, equally important ones are chosen by the row's length
+    if budget := getattr(text, "indexer_budget", None):
+        yield int(budget)
 
 
 def _dicts(value: Any) -> Iterator[dict[str, Any]]:

@@ -8,12 +8,12 @@ from pathlib import Path
 from backfire.store import read_json
 
 _ENCODERS = frozenset(
-    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert reformer "
+    "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert "
     "rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod".split()
 )
 """They read in both directions unless their settings say `is_decoder`."""
-_NEVER = frozenset("cpmant prophetnet xlnet".split())
-"""As transformers runs them without further inputs, later tokens change earlier ones."""
+_NEVER = frozenset("cpmant prophetnet reformer xlnet".split())
+"""As transformers runs them, what follows a token, or how much, changes what is made of it."""
 
 
 def why_not(folder: Path) -> str | None:
