@@ -217,12 +217,12 @@ def test_secrets_by_themselves_fit_too(
     ways(model)
     monkeypatch.setattr(secrets, "rendered", lambda renderer, given: items)
     monkeypatch.setattr(secrets, "_characters", lambda renderer, item, secret, needed: needed)
-    wanted = secrets.by_themselves(model, None, items)  # type: ignore[arg-type]
+    renderer: Any = type("R", (), {"end_ids": [2]})
+    wanted = secrets.by_themselves(model, renderer, items)  # type: ignore[arg-type]
     with memory_for(model, 2, ERRORS["cpu"]):
-        found = secrets.by_themselves(model, None, items)  # type: ignore[arg-type]
+        found = secrets.by_themselves(model, renderer, items)  # type: ignore[arg-type]
     for one, two in zip(found, wanted, strict=True):
         assert one["logprob"] == pytest.approx(two["logprob"], abs=1e-4)
         assert (one["given"], one["greedy"]) == (two["given"], two["greedy"])
     with memory_for(model, 1, ERRORS["cpu"]), pytest.raises(CellError, match="beams"):
-        renderer: Any = type("R", (), {"tokenizer": type("T", (), {"eos_id": 2})})
         secrets.places(model, renderer, items, 3, lambda *at: None)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ _WRAPPERS = {
 _LAYER = re.compile(
     r"^((?:(?:model|transformer|backbone|gpt_neox|decoder)\.)*(?:layers|h)\.)(\d+)\."
 )
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers", "decoder_layers")
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|output|head)\.")
 MASK = re.compile(
     r"(attn|attention)\.(masked_)?bias$|rotary_emb\.(inv_freq|cos_cached|sin_cached)$"
@@ -146,11 +147,11 @@ def _is_whole(folder: Path, config: Mapping[str, Any], weights: Collection[str])
                 f"the names of its weights ('{found}'); save the model that is inside."
             )
     text = config.get("text_config") or config
-    depth = next(
-        (text[k] for k in ("num_hidden_layers", "n_layer", "num_layers") if k in text), None
-    )
+    # Where a configuration counts layers in more than one way, the least is sure to be there.
+    depths = [text[key] for key in _DEPTHS if isinstance(text.get(key), int)]
+    depth = min(depths, default=0)
     layers = {int(match[2]): match[1] for name in weights if (match := _LAYER.match(name))}
-    if layers and isinstance(depth, int) and (gone := sorted(set(range(depth)) - set(layers))):
+    if layers and (gone := sorted(set(range(depth)) - set(layers))):
         like, before = next(iter(layers.items()))
         names = [
             f"{before}{number}.{name.removeprefix(f'{before}{like}.')}"
@@ -160,7 +161,7 @@ def _is_whole(folder: Path, config: Mapping[str, Any], weights: Collection[str])
         ]
         raise UserError(
             f"The model in {folder} lacks {len(gone)} of the {depth} layers that its config.json "
-            f"says: there is no {listed(names)}."
+            f"says: {listed(names)} are missing."
         )
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings"))
     if tied is False and not any(map(_HEAD.search, weights)):

@@ -17,6 +17,7 @@ import numpy as np
 from backfire.base import Exchange, Judge, Verdict
 from backfire.evaluate.stats import Floats, bootstrap
 from backfire.experiment import digest, slug
+from backfire.model.types import types_here
 
 Progress = Callable[[int, int, str], None]
 CATEGORIES = ("negative", "positive", "undecided")
@@ -35,7 +36,8 @@ def judged(
 
     Each batch is on disk before the next is asked for, so an interruption costs one batch.
     """
-    file = folder / f"{slug(judge.name)}-{digest([judge.identity(), judge.fingerprint()])}.jsonl"
+    key = digest([judge.identity(), judge.fingerprint(), *_narrow(judge)])
+    file = folder / f"{slug(judge.name)}-{key}.jsonl"
     known = _read(file)
     keys = [_key(judge, exchange) for exchange in exchanges]
     missing = {
@@ -50,6 +52,14 @@ def judged(
         _append(file, fresh)
         known.update(fresh)
     return [known[key] for key in keys]
+
+
+def _narrow(judge: Judge) -> list[str]:
+    """The type that a judge computes in, where a model run here does so in another than float32."""
+    device = getattr(judge, "device", "cpu")
+    if getattr(judge, "base_url", None) or device == "cpu":
+        return []
+    return ["bfloat16"] if device != "auto" or types_here().device == "cuda" else []
 
 
 def _key(judge: Judge, exchange: Exchange) -> str:

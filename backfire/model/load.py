@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -110,7 +110,7 @@ def load_base(
     if taken_out:  # else it would be saved with the names that it had within the other
         model.__dict__.pop("_weight_conversions", None)
     _one_head(model, f"The model in {folder}")
-    _finite(model, f"The model in {folder}")
+    _finite(model.named_parameters(), f"The model in {folder}")
     if quantization:
         assert_quantized(model, quantization)
     ways(model.eval())  # it runs a few tokens: before anybody listens
@@ -132,12 +132,13 @@ def _two_heads(what: str, one: str, other: str) -> str:
     )
 
 
-def _finite(model: PreTrainedModel, what: str) -> None:
+def _finite(weights: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
     """Raises:
     UserError: a weight is not a number or infinite."""
-    for name, weight in model.named_parameters():
+    for name, weight in weights:
         if weight.is_floating_point() and weight.numel():
-            low, high = weight.detach().aminmax()
+            known = weight.detach() if weight.element_size() > 1 else weight.float()  # of 8 bits
+            low, high = known.aminmax()
             if not (torch.isfinite(low) & torch.isfinite(high)):
                 raise UserError(f"{what} is broken: {name} holds values that are no finite number.")
 
@@ -152,19 +153,19 @@ def skeleton(folder: Path) -> PreTrainedModel:
     with torch.device("meta"):
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(config))
     both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if both_ways and not (config.is_decoder or getattr(config, "causal", False)):
+    if both_ways and not any(getattr(config, key, False) for key in ("is_decoder", "causal")):
         raise UserError(
-            f"The model in {folder} is no causal language model: a {config.model_type} reads "
-            "forward and backward unless its config.json says is_decoder."
+            f"The model in {folder} is no causal language model: those of type {config.model_type} "
+            "read forward and backward unless config.json says is_decoder."
         )
     return model
 
 
 def fits(folder: Path) -> None:
-    """Whether the weights in a folder are just those that the model needs, by their headers.
+    """Whether the weights in a folder are just those that the model needs; each is read once.
 
     Raises:
-        UserError: some are missing, left over or of another shape, or tied ones differ.
+        UserError: some are missing, left over, of another shape or no number, or tied ones differ.
     """
     skeleton(folder)
     what, weights = f"The model in {folder}", stored(files_of(folder))
@@ -174,6 +175,7 @@ def fits(folder: Path) -> None:
             held = dict(tensors(folder, (one, other)))
             if not torch.equal(held[one], held[other]):
                 raise UserError(_two_heads(what, one, other))
+    _finite(tensors(folder), what)
 
 
 BELOW = "align"
@@ -248,7 +250,7 @@ def _whole(model: Any, folder: Path, name: str) -> None:
     held = set(stored([folder / "adapter_model.safetensors"]))
     info = {"missing_keys": needed - held, "unexpected_keys": held - needed}
     complete(what, {**info, "mismatched_keys": (), "error_msgs": ()})
-    _finite(model, what)
+    _finite(model.named_parameters(), what)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
