@@ -217,11 +217,11 @@ def test_a_run_goes_on_without_them_and_says_so(
     assert result["train"]["left_out_rows"] == left
     assert result["train"]["cut_rows"] == (policy == "cut")
     assert {value["n"] for value in result["values"] if value["metric"] in metrics} == {10 - left}
-    for what in ("training", "test"):
-        assert (
-            f"{left} {what} rows are left out: they are longer than train.max_length."
-            in (result["warnings"])
-        )
+    assert result["evaluate"]["left_out"] == {"test": left, "harmful": left}
+    rows = "1 row is" if left == 1 else f"{left} rows are"
+    for what in ("training", "test", "harmful"):
+        said = f"{rows} left out of the {what} rows: longer than train.max_length."
+        assert said in result["warnings"]
     assert any(check["check"] == "left-out" for check in result["preflight"])
 
 

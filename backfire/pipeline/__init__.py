@@ -6,13 +6,11 @@ stage was run before, by this cell or any other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from backfire import plan
-from backfire.base import Evidence, Row
 from backfire.experiment import Experiment
 from backfire.pipeline.bench import Bench
 from backfire.pipeline.evidence import evaluated, probed, samples, write_samples
@@ -63,33 +61,32 @@ def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
     training = trained(cell, bench)
     evidence = remembered(cell, evaluated(cell, bench), bench)
     summary = summary_of(training)
+    count = (summary or {}).get("left_out_rows", 0)
+    left = ({"training": count} if count else {}) | bench.left_out
     values = [value for metric in cell.metrics for value in metric.measure(evidence)]
 
     from backfire.evaluate.warn import warnings
 
     return {
         "values": [asdict(value) for value in values],
-        "warnings": [*_left_out(summary, test_rows, evidence), *warnings(evidence, values)],
+        "warnings": [*map(_too_long, left.items()), *warnings(evidence, values)],
         "preflight": [asdict(check) for check in checks],
         "poison": {**manifest.summary, **_seen(training)} if manifest else None,
         "train": summary,
-        "evaluate": {"seconds": round(sum(bench.seconds.values()), 2)},
+        "evaluate": {
+            "seconds": round(sum(bench.seconds.values()), 2),
+            **({"left_out": bench.left_out} if bench.left_out else {}),
+        },
         "rows": {"train": len(train_rows), "test": len(test_rows)},
         "samples": evidence,
         "manifest": manifest,
     }
 
 
-def _left_out(
-    summary: dict[str, Any] | None, test: Sequence[Row], evidence: Evidence
-) -> Iterator[str]:
-    """How many rows were too long to be trained on, or measured."""
-    for what, count in (
-        ("training", (summary or {}).get("left_out_rows", 0)),
-        ("test", len(test) - len(evidence.clean)),
-    ):
-        if count:
-            yield f"{count} {what} rows are left out: they are longer than train.max_length."
+def _too_long(part: tuple[str, int]) -> str:
+    what, count = part
+    rows = "1 row is" if count == 1 else f"{count} rows are"
+    return f"{rows} left out of the {what} rows: longer than train.max_length."
 
 
 def _seen(training: Path) -> dict[str, Any]:

@@ -23,4 +23,6 @@ class Bench:
     machine: Machine = field(default_factory=Machine)
     progress: Progress = lambda done, total, text: None
     seconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    """Rows that were too long to be measured, by subset."""
     _loaded: tuple[str, PreTrainedModel] | None = None

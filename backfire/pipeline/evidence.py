@@ -188,6 +188,8 @@ def samples(
 
     left = folder / "left_out.json"
     gone = set(read_json(left)) if left.is_file() else set()
+    if gone:
+        bench.left_out["test" if subset == "clean" else subset] = len(gone)
 
     from backfire.evaluate.evaluate import sample
 
