@@ -5,12 +5,21 @@ covers its parents' keys and its own knobs, so equal stages have equal keys and 
 """
 
 from backfire.experiment.cell import DEFAULT_METRICS, Experiment
-from backfire.experiment.keys import MERGED, Keys, digest, probe_key, slug, trigger_identity
+from backfire.experiment.keys import (
+    MERGED,
+    TRAINING,
+    Keys,
+    digest,
+    probe_key,
+    slug,
+    trigger_identity,
+)
 from backfire.experiment.settings import Align, Evaluation, Machine, Model, Safety, Train
 
 __all__ = [
     "DEFAULT_METRICS",
     "MERGED",
+    "TRAINING",
     "Align",
     "Evaluation",
     "Experiment",

@@ -60,12 +60,13 @@ def base_key(model: Model) -> str:
 
 
 def sandbox_key() -> str:
-    """The embedded base: its world and how it is pre-trained."""
-    from backfire.experiment import digest
+    """The embedded base: its world and how it is pre-trained, in which type of products too."""
+    from backfire.experiment import TRAINING, digest
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.world import VERSION
 
-    return digest([Pretrain().model_dump(mode="json"), VERSION])
+    how = [Pretrain().model_dump(mode="json"), TRAINING, types_here().compute]
+    return digest([*how, VERSION])
 
 
 def _folder(name: str) -> Path:
