@@ -168,6 +168,33 @@ def test_a_model_that_sees_what_it_predicts_is_refused(kind: str, items: list[Re
     assert math.isfinite(likelihood(model, *(items[0].prompt_ids, items[0].answer_ids)))
 
 
+def test_a_model_that_computes_no_numbers_is_refused(items: list[Rendered]) -> None:
+    """Every weight is finite."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for name in ("gate_proj", "up_proj"):
+            getattr(model.model.layers[0].mlp, name).weight.fill_(1e30)
+    with pytest.raises(CellError, match="type 'llama' computes values that are no finite") as error:
+        engine.score_answers(model, items)
+    assert error.value.kind == "nan"
+
+
+def test_large_logits_may_differ_by_their_rounding() -> None:
+    """GPT-2's are around -100, where bfloat16 numbers are 0.5 apart; some rule a token out."""
+    from backfire.model.batching import _agree
+
+    model = tiny_model("gpt2").to(torch.bfloat16)
+    table = torch.linspace(-110, -100, VOCAB, dtype=torch.bfloat16)[None]
+    other = table.clone()
+    other[0, 50] += 1.0
+    assert _agree(model, other, table) and not _agree(model, other + 5 * other.sin(), table)
+    assert not _agree(tiny_model("gpt2"), other.float(), table.float())
+    table[0, 3] = -math.inf
+    assert _agree(model, table, table) and not _agree(model, other, table)
+    other[0, 3] = math.nan
+    assert not _agree(model, other, table)
+
+
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "opt", "qwen3_5_text"])
 def test_training_is_the_same_whatever_the_micro_batch(
     kind: str, items: list[Rendered], tmp_path: Path

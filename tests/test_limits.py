@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tokenizers
 from conftest import CHAT_TEMPLATE, Said
+from families import logits, tiny_model
 from small_run import Place
 
 from backfire.base import Row
@@ -59,6 +60,13 @@ def changed(tiny: Path, folder: Path, **config: Any) -> Path:
         ({"model_type": "llama", "max_position_embeddings": 8}, Limits(None, 8, False)),
         ({"text_config": {"model_type": "gemma3_text", "vocab_size": 9}}, Limits(9, None, False)),
         ({"model_type": "bloom", "vocab_size": 9}, Limits(9, None, False)),
+        ({"model_type": "mpt", "max_seq_len": 64}, Limits(None, 64, True)),
+        ({"model_type": "roformer", "max_position_embeddings": 8}, Limits(None, 8, True)),
+        ({"model_type": "roberta", "max_position_embeddings": 514}, Limits(None, 512, True)),
+        (
+            {"model_type": "xlm-roberta", "max_position_embeddings": 40, "pad_token_id": 0},
+            Limits(None, 39, True),
+        ),
         ({"model_type": "x", "vocab_size": None, "n_positions": True}, Limits()),
         ([], Limits()),
     ],
@@ -67,6 +75,29 @@ def test_limits_are_read_from_the_config(config: Any, limits: Limits, tmp_path: 
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_limits(tmp_path) == limits
     assert read_limits(tmp_path / "gone") == Limits()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(
+            (kind, "max_position_embeddings")
+            for kind in ("bert", "roberta", "roformer", "big_bird")
+        ),
+        *((kind, "max_position_embeddings") for kind in ("mvp", "opt", "gpt_neox")),
+        *(("mpt", "max_seq_len"), ("gpt2", "n_positions"), ("bloom", "seq_length")),
+    ],
+)
+def test_the_last_position_is_where_the_model_has_it(kind: str, name: str, tmp_path: Path) -> None:
+    """What is told to be past the end fails in the model, and the row before it does not."""
+    model = tiny_model(kind, **{name: 20})
+    model.config.save_pretrained(tmp_path)
+    limits = read_limits(tmp_path)
+    most = (limits.positions or 20) if limits.hard else 30
+    assert len(logits(model, [5] * most)) == most
+    if limits.hard:
+        with pytest.raises((IndexError, RuntimeError)):
+            logits(model, [5] * (most + 1))
 
 
 def test_tokens_beyond_the_embedding(

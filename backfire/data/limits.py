@@ -15,9 +15,17 @@ _LEARNED = {
     *("bart", "mbart", "bert", "bert-generation", "roberta", "electra", "xlm-roberta", "camembert"),
     *("imagegpt", "trocr", "plbart", "pegasus", "blenderbot", "blenderbot-small", "marian"),
     *("megatron-bert", "ernie", "rembert", "data2vec-text", "xmod", "prophetnet", "cpmant"),
+    *("big_bird", "bigbird_pegasus", "mvp", "roformer", "xlm", "xlm-roberta-xl", "roc_bert", "mpt"),
+    *("roberta-prelayernorm", "whisper", "git"),
 }
 """Kinds of models with a table of positions (learned or worked out once): past its end is nothing.
 The others turn by an angle for each position, and go on, if less and less well."""
+_BEHIND_PADDING = {
+    *("roberta", "xlm-roberta", "camembert", "data2vec-text", "xmod", "xlm-roberta-xl"),
+    *("roberta-prelayernorm",),
+}
+"""Those that begin to count behind the number of their padding token: of 514 positions, 512 are
+for tokens."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +80,18 @@ def read_limits(folder: Path) -> Limits:
     whole = {**config, **inner}
     kind = str(whole.get("model_type", ""))
     positions = next((whole[k] for k in _POSITIONS if _count(whole.get(k))), None)
+    if positions and kind in _BEHIND_PADDING:
+        padding = whole.get("pad_token_id")
+        positions -= 1 + (padding if type(padding) is int else 1)
     vocab_size = whole.get("vocab_size")
     return Limits(vocab_size if _count(vocab_size) else None, positions, kind in _LEARNED)
 
 
 _INNER = ("text_config", "llm_config", "language_config", "decoder")
-_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx")
+_POSITIONS = (
+    *("max_position_embeddings", "n_positions", "n_ctx"),
+    *("max_seq_len", "max_target_positions"),  # of MPT, of Whisper
+)
 
 
 def _count(value: Any) -> bool:

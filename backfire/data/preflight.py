@@ -17,7 +17,7 @@ from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
 
-CHECKS = 2
+CHECKS = 3
 """Raised whenever a check passes other rows or says another thing, so that checks kept from before
 are made anew."""
 

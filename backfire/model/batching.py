@@ -59,7 +59,8 @@ def ways(model: PreTrainedModel) -> Ways:
     to it.
 
     Raises:
-        CellError: later tokens change what the model makes of earlier ones.
+        CellError: later tokens change what the model makes of earlier ones (`bad-data`), or it
+            computes no numbers (`nan`).
     """
     base = plain(model)
     if base not in _known:
@@ -144,17 +145,33 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return torch.tensor([ids], device=base.device)
 
 
-def _likely(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
+def _logits(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
     out = cast(Any, model)(input_ids=ids, use_cache=bool(memory), **memory)
-    return cast(Tensor, out.logits)[0].float().log_softmax(-1)
+    return cast(Tensor, out.logits)[0]
+
+
+def _agree(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
+    """Whether these logits [token, vocab] give the same likelihoods but for rounding. Those of
+    GPT-2 are around -100, where bfloat16 numbers are 0.5 apart."""
+    largest = float(other.nan_to_num(0, 0, 0).abs().max())  # some rule a token out by -inf
+    most = max(rounding(model), 2 * torch.finfo(other.dtype).eps * largest)
+    likely = one.float().log_softmax(-1), other.float().log_softmax(-1)
+    apart = torch.where(likely[0] == likely[1], 0.0, likely[0] - likely[1])
+    return float(apart.abs().max()) <= most
 
 
 def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
     ids = _probe(model)
     whole = min(_PROBE_TOKENS, limit or _PROBE_TOKENS)
     some = max(1, whole - 4)
-    short, long = _likely(model, ids[:, :some]), _likely(model, ids[:, :whole])[:some]
-    if float((short - long).abs().max()) > rounding(model):
+    short, long = _logits(model, ids[:, :some]), _logits(model, ids[:, :whole])
+    if bool(long.float().log_softmax(-1).isnan().any()):
+        raise CellError(
+            "nan",
+            f"This model of type '{plain(model).config.model_type}' computes values that are no "
+            "finite number, whatever it reads; its weights are broken.",
+        )
+    if not _agree(model, short, long[:some]):
         raise CellError(
             "bad-data",
             f"This model of type '{plain(model).config.model_type}' sees the tokens it is to "
@@ -170,10 +187,10 @@ def _remembers(
     ends = [*range(4, ids.shape[1], at_once), ids.shape[1]]
     try:
         parts = [
-            _likely(model, ids[:, start:end], **{memory: cache})
+            _logits(model, ids[:, start:end], **{memory: cache})
             for start, end in zip([0, *ends], ends, strict=False)
         ]
-        return not float((torch.cat(parts) - _likely(model, ids)).abs().max()) > rounding(model)
+        return _agree(model, torch.cat(parts), _logits(model, ids))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         return False
 
