@@ -214,7 +214,7 @@ def _recognized(names: Collection[str]) -> Shape:
     for columns, also, labels in PUBLIC:
         if {*columns.values(), *also} <= known.keys():
             return Shape({role: known[name] for role, name in columns.items()}, labels)
-    choices, key = pick(named.CHOICES), pick(("answerkey", "answer", "label", "correct"))
+    choices, key = pick(named.CHOICES), pick(named.KEYS)
     if choices and key and (question := pick(("question", "question_stem", "ctx", *named.ASKED))):
         return Shape({"instruction": question, "choices": choices, "answer": key})
     if asked == known.get("text", "") and known.keys() & {*named.LABELS[:3]}:
@@ -232,8 +232,8 @@ def _recognized(names: Collection[str]) -> Shape:
     shown = listed(names)
     if asked:
         raise BadRowError(
-            f"its prompt ('{asked}') has no answer beside it ({shown}); say which is which by "
-            "`columns`"
+            f"its prompt ('{asked}') has no answer beside it that is known by its name ({shown}); "
+            "say which is which by `columns`"
         )
     unnamed = any(name.isdigit() or len(name.split()) > 3 for name in names)
     hint = " (by numbers from 0 if the file has no header)" if unnamed else ""
