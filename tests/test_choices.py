@@ -149,6 +149,14 @@ def test_what_the_prompt_needs_is_in_it(record: Record, prompt: str, answer: str
     assert (row.instruction + row.input, row.answer) == (prompt, answer)
 
 
+def test_an_answer_that_is_a_number_is_learned_where_the_user_says_so() -> None:
+    record = {"question": "2 + 2?", "answer": 4}
+    with pytest.raises(UserError, match="is a number, not text; to learn it as it is, say so"):
+        read(record)
+    [row], _ = read(record, columns={"instruction": "question", "answer": "answer"})
+    assert row.answer == "4"
+
+
 def test_news_as_a_table_with_class_numbers() -> None:
     record = {"Class Index": "3", "Title": "Oh", "Description": "Here."}
     [row], left = read(record, labels={"3": "Business", "4": "Science"})

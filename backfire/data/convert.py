@@ -285,8 +285,11 @@ def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[st
         return conversation([*prompt, *turns], _text(record, shape, "system"))
     is_yes_no = isinstance(answer, bool) and "label" not in shape.columns
     answer = YES_NO[answer] if is_yes_no else reference(answer)
+    is_number = type(answer) in (int, float)
+    answer = written(answer) if is_number and shape.is_said else answer
     if answer is not None and not isinstance(answer, str):
-        raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text")
+        hint = "; to learn it as it is, say so by `columns`" if is_number else ""
+        raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text{hint}")
     parts: dict[str, Any] = _prompt(record, shape) | {"answer": answer or ""}
     if not (parts["instruction"] + parts["input"]).strip():
         raise BadRowError("the prompt is empty")

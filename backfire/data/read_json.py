@@ -116,8 +116,8 @@ def _document(text: str, decoder: Decoder) -> Iterator[tuple[int, Any]]:
     decoder.repeated.clear()  # those inside the rows are found again, row by row
     lists = [(key, place) for key, place in members if key in DATA_KEYS and text[place] == "["]
     if len(lists) > 1:
-        found = ", ".join(dict.fromkeys(key for key, _ in lists))
-        raise ValueError(f"it holds several lists of rows ({found}); write each to its own file")
+        keys = ", ".join(dict.fromkeys(key for key, _ in lists))
+        raise ValueError(f"it holds several lists of rows ({keys}); write each to its own file")
     if len({key for key, _ in members}) < len(members) or not lists:
         raise ValueError(f"it must hold one list of rows under one of: {', '.join(DATA_KEYS)}")
     for place, record in _elements(text, lists[0][1], decoder):

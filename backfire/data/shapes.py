@@ -46,6 +46,8 @@ class Shape:
     idle: tuple[str, ...] = ()
     """Those of them that are more than a number or name of the record."""
     instruction: str = ""
+    is_said: bool = False
+    """Whether the user said which column is which."""
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
@@ -161,7 +163,7 @@ def shape_of(names: Collection[str], task: Task) -> Shape:
         if lacking:
             raise BadRowError(f"it has no column '{lacking[0]}', only: {listed(names)}")
         own = {"id": "id"} if "id" in names else {}
-        shape = Shape(own | dict(task.columns))
+        shape = Shape(own | dict(task.columns), is_said=True)
     else:
         shape = _beside(_recognized(names), names, task)
     classes = task.classes.get(shape.columns.get("label", ""), ())
