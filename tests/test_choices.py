@@ -177,6 +177,16 @@ def test_a_cell_may_be_longer_than_a_book_chapter(tmp_path: Path) -> None:
     assert len(record["text"]) == 400_000
 
 
+@pytest.mark.parametrize("name", ["Split", "split_name"])
+def test_a_column_of_splits_is_known_in_any_case(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"Film {i}.", name: ["Train", "TEST"][i % 4 == 0]})
+                            + "\n" for i in range(40)))  # fmt: skip
+    data = build("datasets", {"name": "files", "train": str(path)})
+    assert [len(data.load(split)) for split in ("train", "test")] == [30, 10]
+    assert data.drawn_with_notes("train")[1] == []
+
+
 def test_packed_files_say_how_they_are_packed(tmp_path: Path) -> None:
     for magic, what in [(b"BZh9", "bzip2"), (b"\xfd7zX", "xz"), (b"\x28\xb5\x2f\xfd", "Zstandard")]:
         (tmp_path / "a.csv").write_bytes(magic + b"\0\1")
