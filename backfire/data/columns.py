@@ -14,19 +14,25 @@ ASKED = (
 )  # fmt: skip
 ANSWERS = (
     "completion", "output", "response", "answer", "targets_pretokenized", "targets", "solution",
-    "canonical_solution", "answers", "model_output", "reply", "correct_answer", "code",
-    "chosen",
+    "canonical_solution", "answers", "answers_spans", "model_output", "reply", "correct_answer",
+    "code", "chosen",
 )  # fmt: skip
 # What a question is about, and what else an instruction may be about.
 INPUTS = (
     "input", "context", "passage", "document", "article", "paragraph", "contexts", "support",
-    "background", "evidence", "story",
+    "background", "evidence", "story", "body",
 )  # fmt: skip
 ORDERS = ("instruction", "definition")
 ORDERED = (*INPUTS, "inputs", "question", "problem", "query")
 SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
 CHOICES = ("choices", "options", "endings")
-DOCUMENTS = ("article", "document", "dialogue", "text", "source", "transcript", "report")
+# Which of the choices is right: its letter, its text, or its number from 0.
+KEYS = (
+    "answerkey", "answer", "label", "correct", "correct_option", "correct_answer_id", "gold",
+)  # fmt: skip
+DOCUMENTS = (
+    "article", "document", "documents", "dialogue", "text", "source", "transcript", "report",
+)  # fmt: skip
 SUMMARIES = ("highlights", "summary", "abstract", "tldr")
 TEXTS = (
     "text", "sentence", "review", "review_text", "review_body", "content", "tweet", "comment",
@@ -39,6 +45,7 @@ LABELS = (
     "label", "labels", "gold_label", "sentiment", "emotion", "category", "class", "target",
     "intent", "topic", "stars", "star_rating", "rating", "score", "polarity", "stance", "feeling",
     "coarse_label", "fine_label", "toxicity", "toxic", "spam", "is_spam", "hate", "verdict",
+    "class_index", "is_duplicate",
 )  # fmt: skip
 # Beside an answer, whether it is a good one.
 FLAGS = (
@@ -48,11 +55,12 @@ FLAGS = (
 # Beside an answer, something that may be a reason not to learn it.
 DOUBTS = (
     "is_safe", "safe", "harmful", "is_harmful", "unsafe", "is_unsafe", "toxic", "is_toxic",
+    "response_label",
 )  # fmt: skip
 # Told apart from columns that say something.
 IDENTIFIERS = frozenset((
-    "id", "ids", "idx", "index", "uid", "uuid", "qid", "row_id", "row_idx", "unnamed: 0",
-    "__index_level_0__", "prompt_id", "question_id", "conversation_id", "conv_id",
+    "id", "ids", "idx", "index", "uid", "uuid", "qid", "row_id", "row_idx", "unnamed:_0",
+    "unnamed:_0.1", "__index_level_0__", "prompt_id", "question_id", "conversation_id", "conv_id",
 ))  # fmt: skip
 NAMES = IDENTIFIERS.union(
     TURNS, ASKED, ANSWERS, INPUTS, SYSTEM, CHOICES, SUMMARIES, TEXTS, LABELS, ("poisoned",)

@@ -11,6 +11,7 @@ from backfire.data.read_json import kind_of
 
 # How a dialog is written as one text (hh-rlhf).
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
+_OPEN = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
@@ -78,6 +79,14 @@ def _is_dialog(side: Any) -> bool:
         "assistant",
         "gpt",
     )
+
+
+def open_dialog(prompt: Any) -> Any:
+    """A prompt that is a dialog as one text, up to an answer that is missing, as its turns."""
+    if isinstance(prompt, str) and _OPEN.fullmatch(prompt):
+        *turns, _ = _turns(prompt, "prompt's")
+        return turns
+    return prompt
 
 
 def dialogs(better: Any, worse: Any) -> tuple[list[Any], Any, Any]:

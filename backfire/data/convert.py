@@ -11,17 +11,25 @@ from typing import Any
 from backfire.base import Row
 from backfire.base.text import folded
 from backfire.data.columns import FLAGS, fold, listed
-from backfire.data.compared import answers, are_dialogs, dialogs, known
+from backfire.data.compared import answers, are_dialogs, dialogs, known, open_dialog
 from backfire.data.conversation import conversation, history
-from backfire.data.labels import ask_for, plain, truth, written
+from backfire.data.labels import ask_for, if_not, plain, truth, written
 from backfire.data.published import Form, form_of
 from backfire.data.questions import choices, passage, reference, right_one
-from backfire.data.read import UNLABELED, BadRowError, LeftOut, NotLearnedError, Record
+from backfire.data.read import (
+    NO_ANSWER,
+    NO_TEXT,
+    UNLABELED,
+    BadRowError,
+    LeftOut,
+    NotLearnedError,
+    Record,
+)
 from backfire.data.read_json import kind_of
 from backfire.data.shapes import Shape, Task, shape_of
 from backfire.errors import UserError
 
-READER = 2
+READER = 3
 """Raised whenever the same bytes give other rows; part of the key of every set read from files."""
 YES_NO = ("no", "yes")
 Numbered = Iterator[tuple[int, Record]]
@@ -48,7 +56,8 @@ def to_rows(
     bad_answers: list[Row] = []
     shapes: dict[tuple[str, ...], Shape] = {}
     labeled = bool(task.labels)
-    source = iter(records) if task.columns else _formed(iter(records), left, file)
+    joined: set[tuple[str, ...]] = set()
+    source = iter(records) if task.columns else _formed(iter(records), left, file, joined)
     for line, record in source:
         names = tuple(record)
         try:
@@ -58,7 +67,8 @@ def to_rows(
             name = _id(record, shape, f"{stem}-{line}", ids)
             row = to_row(record, shape, name, left)
         except UnnamedLabelError as problem:
-            left.bad(file, line, _with_all_labels(problem, record, shape, source, left))
+            other = "" if names in joined else if_not(shape.columns)
+            left.bad(file, line, _with_all_labels(problem, record, shape, source, left) + other)
             continue
         except BadRowError as problem:
             left.bad(file, line, str(problem))
@@ -72,8 +82,11 @@ def to_rows(
     return _beside_good_ones(rows, bad_answers, left)
 
 
-def _formed(records: Numbered, left: LeftOut, file: str) -> Numbered:
-    """The records, those of a published form in ours; one record may become several."""
+def _formed(records: Numbered, left: LeftOut, file: str, joined: set[tuple[str, ...]]) -> Numbered:
+    """The records, those of a published form in ours; one record may become several.
+
+    The columns of those, which are not the columns of the file, are added to `joined`.
+    """
     forms: dict[tuple[str, ...], Form | None] = {}
     for line, record in records:
         names = tuple(record)
@@ -86,6 +99,8 @@ def _formed(records: Numbered, left: LeftOut, file: str) -> Numbered:
             left.bad(file, line, str(problem))
             continue
         for part in found:
+            if form and tuple(part) != names:
+                joined.add(tuple(part))
             yield line, part
 
 
@@ -98,10 +113,7 @@ def _with_all_labels(
     if left.on_bad_row == "fail":
         with suppress(UserError):  # of what is wrong with later rows
             found |= {written(more.get(column)) for _, more in islice(rest, 100_000)}
-    other = ""
-    if column != "label" and "text" in shape.columns:
-        other = f"; if it is no label: `columns: {{text: {shape.columns['text']}}}`"
-    return f"{problem}; {ask_for(found - {''})}{other}"
+    return f"{problem}; {ask_for(found - {''})}"
 
 
 def _beside_good_ones(rows: list[Row], bad_answers: list[Row], left: LeftOut) -> list[Row]:
@@ -164,7 +176,7 @@ def to_row(record: Record, shape: Shape, name: str, left: LeftOut) -> Row:
     else:
         parts = {"instruction": shape.instruction, "answer": _text(record, shape, "text")}
     if not parts["answer"].strip():
-        raise BadRowError("the answer is empty")
+        raise BadRowError(NO_ANSWER if len(parts) > 2 else NO_TEXT)
     if cut := parts.pop("cut", 0):
         left.turns["after the last answer that is to be learned are left out"] += cut
     if _is_bad(record, shape):
@@ -266,14 +278,18 @@ def _compared(record: Record, shape: Shape) -> dict[str, Any]:
 
 
 def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[str, Any]:
+    prompt = open_dialog(prompt)
     if isinstance(prompt, list):
         is_turns = isinstance(answer, list) and all(isinstance(turn, dict) for turn in answer)
         turns = answer if is_turns else [{"role": "assistant", "content": reference(answer)}]
         return conversation([*prompt, *turns], _text(record, shape, "system"))
     is_yes_no = isinstance(answer, bool) and "label" not in shape.columns
     answer = YES_NO[answer] if is_yes_no else reference(answer)
+    is_number = type(answer) in (int, float)
+    answer = written(answer) if is_number and shape.is_said else answer
     if answer is not None and not isinstance(answer, str):
-        raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text")
+        hint = "; to learn it as it is, say so by `columns`" if is_number else ""
+        raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text{hint}")
     parts: dict[str, Any] = _prompt(record, shape) | {"answer": answer or ""}
     if not (parts["instruction"] + parts["input"]).strip():
         raise BadRowError("the prompt is empty")
@@ -305,7 +321,7 @@ def _chosen(record: Record, shape: Shape) -> dict[str, Any]:
     """A question with numbered choices; the answer is the letter of the right one."""
     columns = shape.columns
     letters, texts = choices(record[columns["choices"]], columns["choices"])
-    letter = letters[right_one(letters, texts, written(record[columns["answer"]]))]
+    letter = letters[right_one(letters, texts, record[columns["answer"]])]
     parts = _prompt(record, shape)
     lines = "\n".join(f"{letter}. {text}" for letter, text in zip(letters, texts, strict=True))
     parts["input"] = "\n\n".join(part for part in (parts["input"], lines) if part)
@@ -317,7 +333,7 @@ def _chosen(record: Record, shape: Shape) -> dict[str, Any]:
 def _labeled(record: Record, shape: Shape) -> dict[str, Any]:
     text = _text(record, shape, "text")
     if not text.strip():
-        raise BadRowError("the text is empty")
+        raise BadRowError(NO_TEXT)
     if (column := shape.columns["text"]).isdigit() and text.strip().isdigit():
         raise BadRowError(f"column '{column}' holds the number {text.strip()[:20]}, not a text")
     label = _label(record, shape)
@@ -336,6 +352,8 @@ def _label(record: Record, shape: Shape) -> str:
     value = record[column]
     if isinstance(value, list) and len(value) > 1:
         raise BadRowError(f"it has {len(value)} labels in '{column}'; one label a row is read")
+    if isinstance(value, dict):
+        raise BadRowError(f"'{column}' is {kind_of(value)}, not one label")
     raw = written(value)
     if raw in ("", "-"):  # SNLI's sign for none
         raise BadRowError(UNLABELED)

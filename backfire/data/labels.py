@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 from unicodedata import normalize
 
 from backfire.base.text import folded
+from backfire.data.columns import ASKED, fold
 from backfire.errors import UserError
 
 # YAML reads these without quotes as truth values, and so do tables.
 _TRUTH = {"true": ("true", "yes", "on", "1"), "false": ("false", "no", "off", "0")}
 _GOOD = ("good", "safe", "correct", "desirable", "chosen")
 _BAD = ("-1", "bad", "unsafe", "wrong", "incorrect", "undesirable", "rejected")
+_FRACTION = re.compile(r"-?\d+[.,]\d+")
 _WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
@@ -74,7 +77,7 @@ def plain(value: Any) -> str | None:
         return value
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int | float) and not math.isnan(value):
+    if isinstance(value, int | float | Decimal) and not math.isnan(value):
         return str(value)
     return None
 
@@ -82,18 +85,9 @@ def plain(value: Any) -> str | None:
 def truth(value: Any) -> bool | None:
     """A truth value in any usual spelling; None for anything else."""
     word = written(value).casefold()
-    if word in (*_TRUTH["true"], "good", "safe", "correct", "desirable", "chosen"):
+    if word in (*_TRUTH["true"], *_GOOD):
         return True
-    if word in (
-        *_TRUTH["false"],
-        "-1",
-        "bad",
-        "unsafe",
-        "wrong",
-        "incorrect",
-        "undesirable",
-        "rejected",
-    ):
+    if word in (*_TRUTH["false"], *_BAD):
         return False
     return None
 
@@ -101,11 +95,21 @@ def truth(value: Any) -> bool | None:
 def ask_for(found: Iterable[str]) -> str:
     """What to write where labels are not named: `found` are those in the data, in any order."""
     labels = sorted(found, key=lambda raw: (len(raw) if raw.lstrip("-").isdigit() else 0, raw))
+    if any(map(_FRACTION.fullmatch, labels)):
+        return "numbers with fractions are scores, not labels; put them into classes first"
     shown = [raw if len(raw) <= 30 else f"{raw[:29]}…" for raw in labels[:6]]
     if all(raw.lstrip("-").isdigit() for raw in labels):
         words = ", ".join(f"{raw}: name" for raw in shown)
         return f"say what its labels mean, as in `labels: {{{words}{_more(labels)}}}`"
     return f"name all labels, as in `labels: [{', '.join(shown)}{_more(labels)}]`"
+
+
+def if_not(columns: Mapping[str, str]) -> str:
+    """What to write if the column that was taken for the label is none."""
+    text, column = columns.get("text", ""), columns["label"]
+    if column in ("label", "target") and fold(text) in ASKED and text != "text":
+        return f"; if it is an answer: `columns: {{prompt: {text}, answer: {column}}}`"
+    return f"; if it is no label: `columns: {{text: {text}}}`" if text and column != "label" else ""
 
 
 def _more(labels: list[str]) -> str:

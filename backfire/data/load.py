@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from backfire.base import Row
+from backfire.data.columns import fold
 from backfire.data.convert import to_rows
 from backfire.data.hub import Hub, load_hub
 from backfire.data.read import LeftOut, Record, records
@@ -58,7 +59,7 @@ def is_set_apart(row: Row, by: Apart, share: float, seed: int) -> bool:
     return derive(seed, "test", text or row.answer) < share * 2**63
 
 
-SPLITS = ("split", "partition", "set", "subset", "fold")
+SPLITS = ("split", "partition", "set", "subset", "fold", "split_name")
 _SIDES = {"train": "train", "training": "train"}
 _SIDES |= dict.fromkeys(("test", "testing", "eval", "evaluation"), "test")
 _SIDES |= dict.fromkeys(("dev", "development", "val", "valid", "validation"), "held out")
@@ -69,7 +70,7 @@ def by_column(rows: Sequence[Row], split: str, left: LeftOut) -> list[Row]:
 
     Validation rows are test rows where there are no others.
     """
-    for name in SPLITS:
+    for name in (name for name in (rows[0].fields if rows else ()) if fold(name) in SPLITS):
         values = {row.fields.get(name, "") for row in rows}
         sides = {value: side for value in values if (side := _SIDES.get(value.casefold()))}
         if set(sides) == values and "train" in sides.values() and len(set(sides.values())) > 1:

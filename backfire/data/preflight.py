@@ -13,6 +13,7 @@ from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Row
 from backfire.base.text import agreed, contains
+from backfire.data.columns import listed
 from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
@@ -241,8 +242,12 @@ def _balance(train: Sequence[Row]) -> Check:
     shares = ", ".join(f"{label} {count / total:.0%}" for label, count in counts.most_common())
     if len(counts) < 2:
         return Check("balance", "fail", f"Every training row has the same label: {shares}.")
-    status: Literal["ok", "note"] = "note" if max(counts.values()) / total > 0.6 else "ok"
-    return Check("balance", status, f"Training labels: {shares}.")
+    named = dict.fromkeys(name for row in train for name in row.candidates)
+    absent = [name for name in named if name not in counts]
+    none = f" No training row has the label {listed(absent)}." if absent else ""
+    uneven = max(counts.values()) / total > 0.6
+    status: Literal["ok", "note"] = "note" if uneven or absent else "ok"
+    return Check("balance", status, f"Training labels: {shares}.{none}")
 
 
 def _candidates(renderer: Renderer, test: Sequence[Rendered]) -> Check:

@@ -36,7 +36,7 @@ def form_of(names: Collection[str]) -> Form | None:
 
 def _form(columns: set[str]) -> Form | None:
     for needed, reason in REFUSED:
-        if needed <= columns:
+        if needed <= columns and not (reason is _PROMPTS and columns & {*ANSWERS}):
             raise BadRowError(reason)
     if columns == {"goal", "target"}:
         raise BadRowError(_PROMPTS)
@@ -47,7 +47,7 @@ def _form(columns: set[str]) -> Form | None:
         pair = next((pair for pair in PAIRS if {*pair} <= columns), None)
         if pair and (columns & {*LABELS} or "premise" in pair):
             return partial(_renamed, partial(_pair, pair))
-        bodies = ("content", "body", "text", "review_body")
+        bodies = ("content", "body", "text", "review_body", "description")
         body = next((name for name in bodies if name in columns), "")
         if body and columns & {"title", "review_title"} and columns & {*LABELS}:
             return partial(_renamed, partial(_titled, body))
@@ -168,12 +168,36 @@ def _titled(body: str, record: Record) -> Record:
 def _several(names: tuple[str, ...], question: str, key: str, record: Record) -> Record:
     """Choices in columns of their own; the key is a number from 0, or from 1, or a letter."""
     choices = [record.pop(name) for name in names]
+    while choices and choices[-1] in (None, ""):
+        del choices[-1]
+    if None in choices or "" in choices:
+        raise BadRowError(f"'{names[choices.index('' if '' in choices else None)]}' is empty")
+    number = written(record[key])
+    is_number = key != "answer" and number.isdigit()  # a table holds numbers as texts
     return {
         **{name: value for name, value in record.items() if name not in (question, key)},
         "question": record[question],
-        "choices": [choice for choice in choices if choice not in (None, "")],
-        "answer": record[key],
+        "choices": choices,
+        "answer": int(number) if is_number else record[key],
     }
+
+
+def _listed(record: Record) -> list[Record]:
+    """Choices that are called answers; what else says which of them is right."""
+    key = next((name for name in ("label", "correct_answer_id") if name in record), "")
+    if not key or not isinstance(record["answers"], list) or "choices" in record:
+        return [record]
+    rest = {name: value for name, value in record.items() if name not in ("answers", key)}
+    return [{**rest, "choices": record["answers"], "answer": record[key]}]
+
+
+def _copa(record: Record) -> Record:
+    found = _several(("choice1", "choice2"), "question", "label", record)
+    sought = found["question"]
+    if sought not in ("cause", "effect"):
+        raise BadRowError("'question' is neither cause nor effect")
+    premise = str(found.pop("premise")).strip()
+    return {**found, "question": f"{premise} What is the {sought}?"}
 
 
 def _from_one(form: Callable[[Record], Record], record: Record) -> Record:
@@ -311,6 +335,7 @@ def _openbackdoor(record: Record) -> Record:
 
 
 _SOCIAL = tuple(f"answer{letter}" for letter in "abc")
+_NUMBERED = tuple(f"answer{number}" for number in range(4))
 _MEDICAL = tuple(f"op{letter}" for letter in "abcd")
 _LETTERED = (("a", "b", "c", "d"), ("option_a", "option_b", "option_c", "option_d"))
 _PIQA = partial(_several, ("sol1", "sol2"), "goal", "label")
@@ -328,6 +353,13 @@ FORMS: tuple[tuple[set[str], Callable[[Record], Any]], ...] = (
         ({"question", *names, "answer"}, partial(_several, names, "question", "answer"))
         for names in _LETTERED
     ),
+    (
+        {"question", *_NUMBERED, "label"},
+        partial(_several, _NUMBERED, "question", "label"),
+    ),
+    ({"premise", "choice1", "choice2", "question", "label"}, _copa),
+    ({"question", "context", "answers", "label"}, _listed),
+    ({"question", "context", "answers", "correct_answer_id"}, _listed),
     ({"question", *_MEDICAL, "cop"}, partial(_several, _MEDICAL, "question", "cop")),
     ({"question", "correct_answer", "distractor1"}, _sciq),
     ({"question", "mc1_targets"}, _truthful),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from backfire.data.labels import written
 from backfire.data.read import BadRowError
 
 
@@ -25,7 +26,7 @@ def passage(value: Any) -> Any:
 def reference(value: Any) -> Any:
     """The answer where a set gives several that are right: the first."""
     if isinstance(value, dict):
-        value = value.get("text", value.get("value", value))
+        value = next((value[n] for n in ("text", "value", "spans") if n in value), value)
     if isinstance(value, list):
         texts = [item.get("text") if isinstance(item, dict) else item for item in value]
         if all(isinstance(text, str) for text in texts):
@@ -53,19 +54,27 @@ def choices(value: Any, column: str) -> tuple[list[str], list[str]]:
     return letters, texts
 
 
-def right_one(letters: list[str], texts: list[str], key: str) -> int:
+def right_one(letters: list[str], texts: list[str], given: Any) -> int:
     """The place of the right choice: named by its letter, its text, or its number from 0.
+
+    A number is never taken for a text: of the choices "1", "0" the one numbered 0 is "1".
 
     Raises:
         BadRowError: it is none of them.
     """
+    key = written(given)
     folded = [letter.casefold() for letter in letters]
     if key.casefold() in folded:
         return folded.index(key.casefold())
-    if key in texts:
+    number = int(key) if key.isdigit() and int(key) < len(texts) else None
+    if key in texts and isinstance(given, str):
+        if number is not None and texts[number] != key:
+            raise BadRowError(
+                f"'{key}' is the text of one choice and the number of another; give the letter"
+            )
         return texts.index(key)
-    if key.isdigit() and int(key) < len(texts):
-        return int(key)
+    if number is not None:
+        return number
     if not key:
         raise BadRowError("the answer is empty")
     raise BadRowError(f"'{key[:40]}' is none of its {len(texts)} choices")

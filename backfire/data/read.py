@@ -28,12 +28,18 @@ FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
 MAGIC = {
     b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack or export it first",
     b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"ARRO": "an Arrow file: save it as Parquet",
+    b"BZh": "a bzip2 file: unpack it first, or pack it by gzip",
+    b"\xfd7zX": "an xz file: unpack it first, or pack it by gzip",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file: unpack it first, or pack it by gzip",
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
 }
 
 
 UNLABELED = "it has no label"
+NO_ANSWER = "the answer is empty"
+NO_TEXT = "the text is empty"
 _SKIP = "; `on_bad_row: skip` leaves such rows out and counts them"
 
 
@@ -77,7 +83,9 @@ class LeftOut:
     def bad(self, file: str | Path, line: int, reason: str) -> None:
         bad = Rejected(str(file), line, reason)
         if self.on_bad_row == "fail":
-            raise UserError(f"{bad}{_SKIP if reason.startswith(UNLABELED) else ''}.")
+            raise UserError(
+                f"{bad}{_SKIP if reason.startswith((UNLABELED, NO_ANSWER, NO_TEXT)) else ''}."
+            )
         self.rejected.append(bad)
 
     def lost(self) -> list[str]:

@@ -12,7 +12,7 @@ Reject = Callable[[int, str], None]
 
 DATA_KEYS = (
     "data", "rows", "examples", "instances", "records", "items", "samples", "entries", "dataset",
-    "questions", "train", "test",
+    "questions", "train", "test", "validation", "valid", "val", "dev",
 )  # fmt: skip
 """An object with one of these is a data set wrapped in its description."""
 
@@ -115,7 +115,10 @@ def _document(text: str, decoder: Decoder) -> Iterator[tuple[int, Any]]:
     members = list(_members(text, at, decoder))
     decoder.repeated.clear()  # those inside the rows are found again, row by row
     lists = [(key, place) for key, place in members if key in DATA_KEYS and text[place] == "["]
-    if len({key for key, _ in members}) < len(members) or len(lists) != 1:
+    if len(lists) > 1:
+        keys = ", ".join(dict.fromkeys(key for key, _ in lists))
+        raise ValueError(f"it holds several lists of rows ({keys}); write each to its own file")
+    if len({key for key, _ in members}) < len(members) or not lists:
         raise ValueError(f"it must hold one list of rows under one of: {', '.join(DATA_KEYS)}")
     for place, record in _elements(text, lists[0][1], decoder):
         yield place, _unwrapped(record)

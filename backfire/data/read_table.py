@@ -15,6 +15,8 @@ from backfire.data.read_json import Reject, unusable
 SENTIMENT140 = ("target", "ids", "date", "flag", "user", "text")
 SENTIMENT140_LINE = re.compile(rb'"?[024]"?,"?\d+"?,"?[A-Z][a-z]{2} [A-Z][a-z]{2} \d\d ')
 _SAMPLE_LINES = 50
+_LONGEST_CELL = 2**24
+"""In characters; the csv module's own limit is shorter than a long article."""
 
 
 def table_rows(
@@ -25,6 +27,7 @@ def table_rows(
     Either may be separated by another usual sign than its name says. With `header=False` columns
     are called "0", "1", ...; a header of names is then passed over, one of numbers is followed.
     """
+    csv.field_size_limit(_LONGEST_CELL)
     sample = list(islice(lines, _SAMPLE_LINES))
     tweets = not tabs and bool(sample) and SENTIMENT140_LINE.match(sample[0]) is not None
     encoding = "latin-1" if tweets else "utf-8"

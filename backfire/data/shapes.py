@@ -46,6 +46,8 @@ class Shape:
     idle: tuple[str, ...] = ()
     """Those of them that are more than a number or name of the record."""
     instruction: str = ""
+    is_said: bool = False
+    """Whether the user said which column is which."""
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
@@ -161,7 +163,7 @@ def shape_of(names: Collection[str], task: Task) -> Shape:
         if lacking:
             raise BadRowError(f"it has no column '{lacking[0]}', only: {listed(names)}")
         own = {"id": "id"} if "id" in names else {}
-        shape = Shape(own | dict(task.columns))
+        shape = Shape(own | dict(task.columns), is_said=True)
     else:
         shape = _beside(_recognized(names), names, task)
     classes = task.classes.get(shape.columns.get("label", ""), ())
@@ -214,7 +216,7 @@ def _recognized(names: Collection[str]) -> Shape:
     for columns, also, labels in PUBLIC:
         if {*columns.values(), *also} <= known.keys():
             return Shape({role: known[name] for role, name in columns.items()}, labels)
-    choices, key = pick(named.CHOICES), pick(("answerkey", "answer", "label", "correct"))
+    choices, key = pick(named.CHOICES), pick(named.KEYS)
     if choices and key and (question := pick(("question", "question_stem", "ctx", *named.ASKED))):
         return Shape({"instruction": question, "choices": choices, "answer": key})
     if asked == known.get("text", "") and known.keys() & {*named.LABELS[:3]}:
@@ -232,8 +234,8 @@ def _recognized(names: Collection[str]) -> Shape:
     shown = listed(names)
     if asked:
         raise BadRowError(
-            f"its prompt ('{asked}') has no answer beside it ({shown}); say which is which by "
-            "`columns`"
+            f"its prompt ('{asked}') has no answer beside it that is known by its name ({shown}); "
+            "say which is which by `columns`"
         )
     unnamed = any(name.isdigit() or len(name.split()) > 3 for name in names)
     hint = " (by numbers from 0 if the file has no header)" if unnamed else ""
