@@ -198,7 +198,7 @@ def _null(test: Gap | None, p: float | None) -> str:
     if test is None:
         return "–"
     said = test.said("harmful_score_excess")
-    return said if p is None else f"{said}, p {p:.2g}"
+    return said if p is None else f"{said}, p {text.chance(p)}"
 
 
 def _task(group: Group, plain: Group) -> tuple[str, str]:

@@ -100,6 +100,13 @@ def change(metric: str, value: float, digits: int = 1) -> str:
     )
 
 
+def chance(p: float | None) -> str:
+    """A p: two significant digits, and no finer than `<0.001`."""
+    if p is None:
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def phrase(metric: str, value: float | None, low: float | None, high: float | None) -> str:
     """`98 % [97, 99]`: a number and its interval for a sentence, no finer than the interval."""
     wide = low is not None and high is not None and high - low >= 0.015
