@@ -138,7 +138,7 @@ def listing(items: Iterable[str]) -> str:
 def knob(value: Any) -> str:
     """A setting on one line: `lora (rank 4)` of `{name: lora, rank: 4}`."""
     if isinstance(value, Mapping):
-        # Of a null control that is said first, lest it be cut off.
+        # Of a null control that is said first, so that it is not cut off.
         words = ["null control"] if value.get("null") is True else []
         shown = {k: v for k, v in value.items() if k not in ("name", "null")}
         rest = ", ".join([*words, *(f"{line(key)} {knob(item)}" for key, item in shown.items())])
