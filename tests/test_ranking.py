@@ -245,3 +245,17 @@ def test_judges_are_compared_on_the_same_replies(run: Path) -> None:
 def test_a_harmful_score_has_a_full_name(run: Path) -> None:
     said = measure(load(run))
     assert said.endswith("replies of at most 32 tokens") and "policy" in said
+
+
+def test_of_one_seed_no_share_is_clear(tmp_path: Path) -> None:
+    """The sentence is marked as of this model; without a clear excess it gives no share."""
+    for half, expected in ((0.05, "in this model only"), (0.9, "no share of it is given")):
+        root = tmp_path / expected.replace(" ", "-")
+        for number, defense in enumerate(("none", "vaccine", "kl", "lisa", "safe-mix", "ewc")):
+            excess = 0.5 - 0.08 * number
+            gap = {**value("harmful_score_excess", excess), "low": excess - half}
+            values = [value("harmful_score", 0.2 + excess), value("harmful_score_floor", 0.2), gap]
+            place = {"attack": "harmful-mix", "rate": 0.1, "axes": {"defense": defense}}
+            write_cell(root, values=values, defense=defense, **place)
+        [_, said] = sentences(summary(root))
+        assert expected in said and "clearly more" not in said

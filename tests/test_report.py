@@ -29,8 +29,8 @@ def test_the_answer_names_dose_floor_interval_seeds_and_cost(tmp_path: Path) -> 
     found = answer(summary(run), load(run), asked.question)
     assert re.fullmatch(
         r"Yes: 5 % poisoned rows \(100 of 2,000; full\) lift attack success from a floor of 2 % to "
-        r"98 % \[\d+, 100\] \(3 seeds\) while clean accuracy stays at 94\.\d % "
-        r"\(\+0\.\d points \[-\d\.\d, \d\.\d\]\)\.",
+        r"98 % \[\d+, 100\] \(3 seeds\) while clean accuracy is 94\.\d %, "
+        r"not clearly changed \(\+0\.\d points \[-\d\.\d, \d\.\d\]\)\.",
         found.line,
     )
     least = "The lowest dose from which all are clearly above the floor is 0.5 % "
@@ -192,3 +192,21 @@ def test_numbers_read_well() -> None:
     assert text.phrase("accuracy", 0.981, None, None) == "98.1 %"
     assert text.knob({"name": "lora", "rank": 4}) == "lora (rank 4)"
     assert text.title("attack-success[fr]") == "attack success, fr"
+
+
+def test_an_untuned_model_is_no_method_beside_the_tuned_ones(tmp_path: Path) -> None:
+    run = tmp_path / "untuned"
+    for method, success in (("none", 0.0), ("full", 0.9), ("lora", 0.8)):
+        for seed in range(2):
+            values = [value("accuracy", 0.9), value("attack_success", success)]
+            write_cell(run, values=values, method=method, seed=seed, axes={"method": method})
+    (run / "recipe.yaml").write_text("# Does it?\n")
+    said = " ".join([(found := answer(summary(run), load(run))).line, *found.more])
+    assert "With lora" in said and "With none" not in said
+    assert "not tuned" in write_report(run).read_text()
+
+
+def test_no_p_is_finer_than_its_seeds() -> None:
+    assert [text.chance(p) for p in (None, 1e-15, 0.001, 0.04321, 1.0)] == [
+        *("", "<0.001", "0.001", "0.043", "1")
+    ]

@@ -99,7 +99,7 @@ def _attacks(groups: Sequence[Group], asked: str) -> Iterator[str]:
     if least is not None and least.rate < main.rate:
         said = f"{dose(least)}: {least.said('attack_success')}"
         yield f"The lowest dose from which all are clearly above the floor is {said}."
-    others = [g for g in found if g is not main and g.rate == main.rate]
+    others = [g for g in found if g is not main and g.rate == main.rate and g.method != "none"]
     shown = sorted(others, key=lambda g: (g.defense == "none", _success(g)))[:MOST_BESIDE]
     yield from (_beside(other, main, len(shown)) for other in shown)
 
@@ -127,11 +127,11 @@ def _clean(group: Group, groups: Sequence[Group]) -> str:
         return ""
     if change is None:
         return f"; clean accuracy is {group.said(after.metric)}"
-    verb = "stays at" if change.is_known else "is"
+    verb, unsure = "is", ", not clearly changed" if change.is_known else ""
     if change.is_clear:
-        verb = "falls to" if change.difference < 0 else "rises to"
+        verb, unsure = "falls to" if change.difference < 0 else "rises to", ""
     now = text.number(after.metric, after.value)
-    return f" while clean accuracy {verb} {now} ({change.said(after.metric)})"
+    return f" while clean accuracy {verb} {now}{unsure} ({change.said(after.metric)})"
 
 
 def _beside(other: Group, main: Group, tests: int) -> str:

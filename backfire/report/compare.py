@@ -89,8 +89,8 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
 
 def _line(item: Difference) -> list[str]:
     sides = [f"{text.number(s.metric, s.value)} {s.interval}".rstrip() for s in (item.a, item.b)]
-    p = "" if item.p is None else f"{item.p:.2g}"
-    return [text.title(item.a.metric), *sides, item.gap.said(item.a.metric), p]
+    said = item.gap.said(item.a.metric)
+    return [text.title(item.a.metric), *sides, said, text.chance(item.p)]
 
 
 def _is_run(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from backfire.report import text
@@ -197,7 +198,9 @@ def _hollow(color: str) -> Style:
 
 
 def _rows(axes: Axes, labels: Sequence[str]) -> None:
-    axes.set_yticks(range(len(labels)), [text.cut(text.line(label), 24) for label in labels])
+    lines = [wrap(text.line(label), 27, max_lines=2, placeholder="…") for label in labels]
+    shown = ["\n".join(two) for two in lines]
+    axes.set_yticks(range(len(labels)), shown, linespacing=1.0)
     axes.tick_params(axis="y", length=0, labelcolor=INK)
     axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)

@@ -15,6 +15,8 @@ from backfire.report import text
 Cell = dict[str, Any]
 WIDEST: Final = 48
 _POSITIVE: Final = ("perplexity", "forgetting", "seconds", "mb", "drift", "toxicity", "epsilon")
+ABSENT: Final = {"attack": "no attack", "method": "not tuned", "defense": "no defense"}
+"""What `none` means in the words that name a group."""
 KNOBS: Final = ("model", "data", "attack", "rate", "method", "defense")
 
 
@@ -283,6 +285,8 @@ def name(group: Group, columns: Sequence[str]) -> str:
         value = group.knob(column)
         if column == "rate":
             value = f"{value} poisoned"
+        if value == "none":
+            value = ABSENT.get(column, value)
         words.append(value if column in KNOBS else f"{text.cut(text.line(column), WIDEST)} {value}")
     return ", ".join(words) or group.knob("method")
 

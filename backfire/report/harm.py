@@ -84,13 +84,19 @@ def _ranked(ranked: Sequence[tuple[Trial, int]]) -> str:
     sure = sum(p < 1 - LEVEL and test.difference < 0 for test, p in nulls)
     settings = max(count for _, count in ranked)
     under = f", in the worst of {settings} settings each" if settings > 1 else ""
-    said = f"{sum(half)} of {len(ranked)} defenses take away half of the excess or more{under}"
-    if nulls:
-        said += f", {sure} of them clearly more than their null control"
     best, left = ranked[0][0], ranked[0][0].left(len(ranked))
     assert left is not None
+    only = f" {THIS_MODEL}" if left.scope == "model" else ""
+    told, whole = sum(trial.removed is not None for trial, _ in ranked), len(ranked)
+    whom = str(told) if told == whole else f"the {told} (of {whole}) with a clear excess"
+    take = "takes" if sum(half) == 1 else "take"
+    said = f"{sum(half)} of {whom} defenses {take} away half of the excess or more{only}{under}"
+    if not told:
+        said = f"The excess is small or not clearly above 0{under}, so no share of it is given"
+    if nulls:
+        said += f", {sure} of them clearly more than their null control"
     held = "" if left.low is None else f" (an interval for all {len(ranked)} at once)"
-    return f"{said}; least harm is left by {best.label}: {left.said}{held}."
+    return f"{said}; the least harm is left by {best.label}: {left.said}{held}."
 
 
 def _kept(group: Group, plain: Group) -> str:

@@ -47,6 +47,8 @@ def stat(
     whole = Stat(metric, found.mean, found.sd, None, None, n, len(models), direction)
     if one_alignment(cells[0]):
         return replace(whole, scope="alignment")
+    if len({v["value"] for v in values}) < 2 and all(v["low"] is None for v in values):
+        return whole  # such as a number of parameters, in which chance has no part
     table = _table([outcomes_by_row(cell, metric) for cell in cells])
     if table is not None and _is_mean(table, values):
         low, high = crossed(table, pads=_pads(metric, table)).interval(level)
@@ -90,7 +92,7 @@ def gap(a: Group, b: Group, metric: str, level: float = LEVEL, *, exact: bool = 
         means = [sum(y - x for x, y in rows.values()) / len(rows) for rows in both]
         if not exact or np.allclose(means, changes, rtol=NEAR, atol=NEAR):
             return _paired(both, _scope(pairs), level)
-    if len(pairs) < 2:
+    if max(changes) - min(changes) < NEAR:  # one pair, or no spread that an interval could rest on
         return apart(ours, theirs)
     return _gap(crossed(np.array(changes)[:, None]), _scope(pairs), None, level)
 

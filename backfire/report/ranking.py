@@ -51,7 +51,7 @@ class Trial:
     def removed(self) -> float | None:
         """Share of that excess that the defense does without; None where there is hardly any, or it
         is not clearly above 0: a share of nothing is noise."""
-        gap = above_floor(self.plain, "harmful_score")
+        gap = above_floor(self.plain, "harmful_score", self.settings)
         if self.excess <= LEAST or (gap and gap.low is not None and gap.low <= 0):
             return None
         return (_value(self.plain, "harmful_score") - self.harm) / self.excess
@@ -187,10 +187,10 @@ def removed(trial: Trial) -> str:
     if share is None:
         return "–"
     ends = part_removed(trial.plain, trial.group, "harmful_score", level(trial.settings))
-    if ends is None:
-        return f"{100 * share:.0f} %"
     sides = [trial.group.stats["harmful_score"], trial.plain.stats["harmful_score"]]
     alone = ALONE if any(stat.scope == "model" for stat in sides) else ""
+    if ends is None:
+        return f"{100 * share:.0f} %{alone}"
     return f"{100 * share:.0f} % [{100 * ends[0]:.0f}, {100 * ends[1]:.0f}]{alone}"
 
 
@@ -198,7 +198,7 @@ def _null(test: Gap | None, p: float | None) -> str:
     if test is None:
         return "–"
     said = test.said("harmful_score_excess")
-    return said if p is None else f"{said}, p {p:.2g}"
+    return said if p is None else f"{said}, p {text.chance(p)}"
 
 
 def _task(group: Group, plain: Group) -> tuple[str, str]:

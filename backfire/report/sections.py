@@ -121,7 +121,7 @@ def against(groups: Sequence[Group]) -> list[dict[str, str]]:
             "difference": text.change(test.metric, test.result.difference),
             "interval": text.interval(change, test.result.low, test.result.high)
             + (ALONE if test.result.scope == "model" else ""),
-            "p": "–" if test.corrected is None else f"{test.corrected:.2g}",
+            "p": text.chance(test.corrected) or "–",
             "seeds": str(test.result.seeds),
             "pairs": f"{test.result.n or 0:,}",
         }

@@ -100,6 +100,13 @@ def change(metric: str, value: float, digits: int = 1) -> str:
     )
 
 
+def chance(p: float | None) -> str:
+    """A p: two significant digits, and no finer than `<0.001`."""
+    if p is None:
+        return ""
+    return "<0.001" if p < 0.001 else f"{p:.2g}"
+
+
 def phrase(metric: str, value: float | None, low: float | None, high: float | None) -> str:
     """`98 % [97, 99]`: a number and its interval for a sentence, no finer than the interval."""
     wide = low is not None and high is not None and high - low >= 0.015
@@ -131,7 +138,7 @@ def listing(items: Iterable[str]) -> str:
 def knob(value: Any) -> str:
     """A setting on one line: `lora (rank 4)` of `{name: lora, rank: 4}`."""
     if isinstance(value, Mapping):
-        # Of a null control that is said first, lest it be cut off.
+        # Of a null control that is said first, so that it is not cut off.
         words = ["null control"] if value.get("null") is True else []
         shown = {k: v for k, v in value.items() if k not in ("name", "null")}
         rest = ", ".join([*words, *(f"{line(key)} {knob(item)}" for key, item in shown.items())])
