@@ -641,6 +641,29 @@ def test_drift_of_large_models_is_read_from_disk(
     assert drift.Origin(named, tiny).moved(named) is None
 
 
+@pytest.mark.parametrize("name", [None, "lisa", "ewc", "constrained-sft", "repnoise", "vaccine"])
+def test_a_killed_run_may_go_on_split_another_way(
+    name: str | None, new: Callable[..., Cell]
+) -> None:
+    defenses = [DEFENSES[name]] if name else []
+    plain = new(*defenses, folder="plain", max_steps=4)
+    run(plain)
+    killed = new(*defenses, folder="killed", max_steps=4)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, checkpoint_seconds=0, progress=stop)
+    again = new(*defenses, folder="killed", max_steps=4, recompute=True)
+    begun = list[int]()
+    run(again, micro_batch=3, progress=lambda done, total, text: begun.append(done))
+    assert begun[0] == 3, "it went on after its second step"
+    assert close(weights(plain), weights(again), 2e-4)
+    assert [x["loss"] for x in plain.log] == pytest.approx([x["loss"] for x in again.log], rel=1e-4)
+
+
 def test_a_checkpoint_may_go_on_elsewhere(
     new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
 ) -> None:
