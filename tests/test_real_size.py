@@ -424,6 +424,21 @@ def test_one_long_batch_does_not_split_the_others(
     assert sum(width > 300 for _, width in sizes) >= 4, "it is learned from"
 
 
+def test_a_row_that_was_left_over_is_not_the_last_resort(items: list[Rendered]) -> None:
+    room, rows, tries = Room(), [items[0]] * 5, list[list[int]]()
+    room.tokens = 4 * len(items[0].ids)
+
+    def work() -> None:
+        tries.append([])
+        for part in room.parts(rows):
+            tries[-1].append(len(part))
+            if len(part) == 1 and max(tries[-1]) > 2:
+                raise ERRORS[0]
+
+    room.fitted(work)
+    assert tries == [[4, 1], [2, 2, 1]]
+
+
 def test_rows_of_like_length_share_a_pass(items: list[Rendered]) -> None:
     def tokens(parts: Sequence[Sequence[Rendered]]) -> int:
         return sum(len(part) * max(len(row.ids) for row in part) for part in parts)
