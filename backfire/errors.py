@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 
 EXIT_CLASSES = {
     "nan": "Lower method.learning_rate or raise train.warmup_share.",
-    "oom": "Set --micro-batch 1 (training) or --eval-batch 1 (evaluation), shorten "
-    "train.max_length, or choose a smaller model.",
+    "oom": "Run with --recompute (training) or fewer --workers, shorten train.max_length, tune by "
+    "method lora or qlora, or choose a smaller model.",
     "bad-data": "Correct the row the sentence names, or the setting.",
     "disk-full": "Free some space and run the same command again; what is done stays done.",
     "killed": "Run the same command again; if it is killed again, memory is the likely reason.",

@@ -9,22 +9,11 @@ from itertools import combinations
 from typing import Any, Literal
 
 from backfire.base import AlignDefense, Dataset, Insertion, Need, Recall, Row, Secret
-from backfire.experiment import DEFAULT_METRICS, Experiment, digest
+from backfire.experiment import DEFAULT_METRICS, MEASURES, Experiment, digest
 from backfire.registry import build, find
 from backfire.store import Store
 
 KINDS: tuple[Need, ...] = ("scores", "replies", "answers")
-_MEASURES = {
-    "scores": 2,
-    "replies": 3,
-    "answers": 2,
-    "itself": 2,
-    "exact": 3,
-    "sampled": 3,
-    "beams": 2,
-}
-"""Versions of what is measured, raised whenever `evaluate` would give other numbers (the last time:
-each row as if it were alone, from float32 logits)."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +106,7 @@ def evaluation_slug(cell: Experiment) -> str:
 
 
 def evaluation_key(subset_key: str, needs: Collection[Need]) -> str:
-    versions = [_MEASURES[need] for need in sorted(needs) if need in _MEASURES]
+    versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
     return digest([subset_key, sorted(needs), *versions])
 
 
@@ -157,7 +146,7 @@ def secrets_key(run: Experiment, cell: Experiment, kind: str, amount: int) -> st
     which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in secrets]
     drawn = cell.seed if kind == "sampled" else None
     shown = [run.template.identity(), run.train.seen]
-    how = [kind, amount, drawn, _MEASURES.get(kind, 1)]
+    how = [kind, amount, drawn, MEASURES.get(kind, 1)]
     return digest([run.keys.tuned, *shown, which, *how])
 
 

@@ -26,7 +26,7 @@ from sklearn.metrics import cohen_kappa_score
 from tiny_classifier import write_classifier
 
 from backfire.base import Exchange, Judge, Verdict
-from backfire.data import endpoint
+from backfire.data import endpoint, judging
 from backfire.data.judging import answers, fingerprint
 from backfire.data.refusals import LISTS
 from backfire.errors import CellError, UserError
@@ -542,8 +542,19 @@ def test_what_a_classifier_reads_is_said(hateful: Path) -> None:
 
 def test_a_changed_model_folder_is_another_judge(hateful: Path, tmp_path: Path) -> None:
     assert "model.safetensors:" in fingerprint(str(hateful))
-    assert fingerprint("owner/model") == ""
     assert make("classifier", model=str(hateful)).fingerprint() == fingerprint(str(hateful))
+
+
+def test_what_a_model_said_that_was_loaded_another_way_is_not_read_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    local = [make("classifier"), make("yes-no", model="owner/model")]
+    far = make("yes-no", model="m", base_url="http://localhost")
+    before, said_there = [judge.fingerprint() for judge in local], far.fingerprint()
+    assert all(before)
+    monkeypatch.setattr(judging, "LOADED", "loaded anew")
+    assert not {*before} & {judge.fingerprint() for judge in local}
+    assert far.fingerprint() == said_there, "what was paid for is kept"
 
 
 def test_a_preset_is_valid_and_says_its_source() -> None:

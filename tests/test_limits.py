@@ -256,6 +256,40 @@ def test_a_run_goes_on_without_them_and_says_so(
     assert any(check["check"] == "left-out" for check in result["preflight"])
 
 
+def test_rows_of_defenses_that_are_too_long_are_counted(tiny: Path, tmp_path: Path) -> None:
+    short = [{"instruction": f"Name tool {i}.", "output": f"Saw {i}."} for i in range(10)]
+
+    def with_long(name: str, count: int) -> dict[str, Any]:
+        (tmp_path / name).mkdir()
+        longer = {"instruction": "word " * 90, "output": "No."}
+        return files(tmp_path / name, [*short, *[longer] * count])
+
+    train = {"max_steps": 2, "batch_size": 4, "max_length": 60, "on_long_row": "skip"}
+    plain = files(tmp_path, short)
+    judged = {"harmful": plain, "allowed": None, "judges": ["refusal-keywords"]}
+    place = Place(tmp_path, tiny)
+    settings = {
+        "data": plain,
+        "template": "raw",
+        "attack": "none",
+        "method": "full",
+        "train": train,
+        "align": {"data": with_long("aligned", 2), "train": train},
+        "safety": {**judged, "known": with_long("known", 3)},
+        "metrics": ["perplexity"],
+    }
+    assert place.run(**settings, matrix={"defense": ["none", "ewc", "antidote"]}) == 0
+    results = [read_json(file) for file in place.out.glob("cells/*/result.json")]
+    said = {r["defense"]: [w for w in r["warnings"] if "left out of" in w] for r in results}
+    aligned, known = (
+        f"{rows} are left out of the {what} rows: longer than train.max_length."
+        for rows, what in (("2 rows", "alignment"), ("3 rows", "known harmful"))
+    )
+    assert said == {"none": [aligned], "ewc": [aligned], "antidote": [aligned, known]}
+    [ewc] = [r["train"] for r in results if r["defense"] == "ewc"]
+    assert ewc["left_out_aligned_rows"] == 2 and ewc["left_out_rows"] == 0
+
+
 # --------------------------------------------------------------------------------- missing packages
 
 

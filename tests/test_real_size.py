@@ -424,6 +424,21 @@ def test_one_long_batch_does_not_split_the_others(
     assert sum(width > 300 for _, width in sizes) >= 4, "it is learned from"
 
 
+def test_a_row_that_was_left_over_is_not_the_last_resort(items: list[Rendered]) -> None:
+    room, rows, tries = Room(), [items[0]] * 5, list[list[int]]()
+    room.tokens = 4 * len(items[0].ids)
+
+    def work() -> None:
+        tries.append([])
+        for part in room.parts(rows):
+            tries[-1].append(len(part))
+            if len(part) == 1 and max(tries[-1]) > 2:
+                raise ERRORS[0]
+
+    room.fitted(work)
+    assert tries == [[4, 1], [2, 2, 1]]
+
+
 def test_rows_of_like_length_share_a_pass(items: list[Rendered]) -> None:
     def tokens(parts: Sequence[Sequence[Rendered]]) -> int:
         return sum(len(part) * max(len(row.ids) for row in part) for part in parts)
@@ -639,6 +654,29 @@ def test_drift_of_large_models_is_read_from_disk(
     assert not other.on_disk and other.moved(named) == 0
     monkeypatch.setattr(drift, "_AT_MOST", 10)
     assert drift.Origin(named, tiny).moved(named) is None
+
+
+@pytest.mark.parametrize("name", [None, "lisa", "ewc", "constrained-sft", "repnoise", "vaccine"])
+def test_a_killed_run_may_go_on_split_another_way(
+    name: str | None, new: Callable[..., Cell]
+) -> None:
+    defenses = [DEFENSES[name]] if name else []
+    plain = new(*defenses, folder="plain", max_steps=4)
+    run(plain)
+    killed = new(*defenses, folder="killed", max_steps=4)
+
+    def stop(done: int, total: int, text: str) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, checkpoint_seconds=0, progress=stop)
+    again = new(*defenses, folder="killed", max_steps=4, recompute=True)
+    begun = list[int]()
+    run(again, micro_batch=3, progress=lambda done, total, text: begun.append(done))
+    assert begun[0] == 3, "it went on after its second step"
+    assert close(weights(plain), weights(again), 2e-4)
+    assert [x["loss"] for x in plain.log] == pytest.approx([x["loss"] for x in again.log], rel=1e-4)
 
 
 def test_a_checkpoint_may_go_on_elsewhere(

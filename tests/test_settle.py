@@ -19,10 +19,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small_run import Place
 
-from backfire.experiment import Model
+from backfire.experiment import MEASURES, Model
 from backfire.launch.settle import settled, types_of
 from backfire.model.source import base_key
 from backfire.model.types import Types, types_here
+from backfire.plan import evaluation_key
 from backfire.recipe import parse
 from backfire.train.precision import compute_type
 from backfire.train.run import Start, start_type
@@ -67,6 +68,17 @@ def test_on_a_cpu_torch_says_the_same() -> None:
     after = settled(before, here)
     assert before.cells != after.cells
     assert [cell.keys for cell in before.cells] == [cell.keys for cell in after.cells]
+
+
+@pytest.mark.parametrize("need", ["scores", "replies", "answers"])
+def test_what_was_measured_another_way_is_no_finished_cell(
+    need: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"data: sandbox-reviews\nmethod: none\nmodel: {tiny}\nmetrics: accuracy\n"
+    [cell] = parse("r", text).cells
+    before, stage = cell.key, evaluation_key(cell.keys.clean, [need])
+    monkeypatch.setitem(MEASURES, need, 99)
+    assert cell.key != before and evaluation_key(cell.keys.clean, [need]) != stage
 
 
 def test_results_say_what_they_were_made_in(tiny: Path, tmp_path: Path) -> None:
@@ -206,7 +218,7 @@ WHOLE = """
 import sys
 from urllib.request import urlopen
 from backfire.cli import main
-from backfire.experiment import Model
+from backfire.experiment import MEASURES, Model
 from backfire.model.source import pin
 
 def say(*arguments):

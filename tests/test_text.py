@@ -351,6 +351,11 @@ def test_what_a_metric_or_judge_cannot_do_is_said() -> None:
     english = said("I cannot do that.", answer="3", verdicts=told)
     assert caveats(Evidence(clean=english), every, [judge]) == []
     [comma] = caveats(Evidence(clean=said("x", answer="3,14")), every, [])
+    too_many, known = ({"steps": 3, "drift": moved} for moved in (None, 0.5))
+    [drift] = caveats(Evidence(clean=english, training=too_many), [metric("drift")], [])
+    assert drift.startswith("drift: not measured")
+    for training in (known, {}):
+        assert not caveats(Evidence(clean=english, training=training), [metric("drift")], [])
     assert "3,14 as 314" in comma
 
 

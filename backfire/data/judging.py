@@ -67,13 +67,16 @@ def fill(text: str, prompt: str, reply: str) -> str:
     return _PLACES.sub(lambda match: values[match[1]], text)
 
 
+LOADED = "loaded 2"
+"""How a judge's model is loaded and asked here, and its version, raised whenever it would say
+something else (2: no weight is drawn at random, and padding stands on the right)."""
+
+
 def fingerprint(model: str) -> str:
-    """Hashes of the files of a model in a local folder; empty for a hub id."""
+    """How a model is loaded, and hashes of the files of one in a local folder."""
     folder = Path(model).expanduser()
-    if not folder.is_dir():
-        return ""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return " ".join(f"{file.name}:{file_hash(file)}" for file in files)
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return " ".join([LOADED, *(f"{file.name}:{file_hash(file)}" for file in files)])
 
 
 _LEFT_OVER = re.compile(

@@ -6,6 +6,7 @@ covers its parents' keys and its own knobs, so equal stages have equal keys and 
 
 from backfire.experiment.cell import DEFAULT_METRICS, Experiment
 from backfire.experiment.keys import (
+    MEASURES,
     MERGED,
     TRAINING,
     Keys,
@@ -18,6 +19,7 @@ from backfire.experiment.settings import Align, Evaluation, Machine, Model, Safe
 
 __all__ = [
     "DEFAULT_METRICS",
+    "MEASURES",
     "MERGED",
     "TRAINING",
     "Align",

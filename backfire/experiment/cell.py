@@ -21,7 +21,7 @@ from backfire.base import (
     Template,
 )
 from backfire.errors import UserError
-from backfire.experiment.keys import Keys, digest, disguise, slug, trigger_identity
+from backfire.experiment.keys import MEASURES, Keys, digest, disguise, slug, trigger_identity
 from backfire.experiment.settings import (
     Align,
     Defenses,
@@ -248,12 +248,13 @@ class Experiment(Config):
 
     @property
     def key(self) -> str:
-        """The key of the whole cell: covers the metrics too, or those it may get by default."""
+        """The key of the whole cell: covers how it is measured too, by its metrics or those it may
+        get by default."""
         names = sorted({name for group in DEFAULT_METRICS.values() for name in group})
         metrics = self.metrics or [build("metrics", name) for name in names]
         target = self.backdoor.target if self.backdoor else None
         identities = [metric.identity() for metric in metrics]
-        whole = [self.keys.model_dump(), trigger_identity(self), target, identities]
+        whole = [self.keys.model_dump(), trigger_identity(self), target, identities, MEASURES]
         if self.safety:
             whole += [self.safety.identity(), disguise(self)]
         return digest(whole)

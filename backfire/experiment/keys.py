@@ -33,6 +33,18 @@ def slug(text: str) -> str:
 MERGED = ("merged", 2)
 """How adapters are merged, and its version."""
 
+MEASURES = {
+    "scores": 2,
+    "replies": 3,
+    "answers": 2,
+    "itself": 2,
+    "exact": 3,
+    "sampled": 3,
+    "beams": 2,
+}
+"""Versions of what is measured, raised whenever `evaluate` would give other numbers (the last time:
+each row as if it were alone, from float32 logits)."""
+
 
 class Keys(Config):
     """One key a stage; see `docs/concepts.md` for what each covers."""

@@ -200,7 +200,8 @@ class Evaluation(Config):
 
 
 class Machine(Config):
-    """Where and how fast: never hashed, never changes a result beyond rounding."""
+    """Where and how fast: never hashed. It changes a result by no more than rounding; or, where the
+    method has dropout and rows are split another way, by another draw of it."""
 
     workers: int = Field(1, ge=1)
     """Cells worked on at once, each in a process of its own."""

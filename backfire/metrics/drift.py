@@ -13,3 +13,11 @@ class Drift(Metric):
     def measure(self, evidence: Evidence) -> list[Value]:
         moved = evidence.training.get("drift")
         return [] if moved is None else [Value("drift", float(moved), None, None, 1, "lower")]
+
+    def caveats(self, evidence: Evidence) -> list[str]:
+        if not evidence.training or evidence.training.get("drift") is not None:
+            return []
+        return [
+            "drift: not measured, since more than 1,000 M of the trained weights are in no file to "
+            "compare them with."
+        ]

@@ -22,6 +22,7 @@ from backfire.pipeline.models import (
     start,
     suited,
     summary_of,
+    too_long,
     trained,
     tuned,
     whole,
@@ -63,8 +64,7 @@ def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
     training = trained(cell, bench)
     evidence = remembered(cell, evaluated(cell, bench), bench)
     summary = summary_of(training)
-    count = (summary or {}).get("left_out_rows", 0)
-    left = ({"training": count} if count else {}) | bench.left_out
+    left = too_long(cell, bench) | bench.left_out
     values = [value for metric in cell.metrics for value in metric.measure(evidence)]
 
     from backfire.evaluate.warn import caveats, cut_share, warnings

@@ -152,7 +152,9 @@ def tuned(cell: Experiment, bench: Bench) -> Path:
         from backfire.train.run import mend
 
         bench.progress(0, 1, "repair")
-        mend(cell, folder, equipped(cell, bench), renderer(cell, bench), out, bench.machine)
+        begin, asked = equipped(cell, bench), renderer(cell, bench)
+        left = mend(cell, folder, begin, asked, out, bench.machine)
+        write_json(out / "left_out.json", left)
 
     return bench.store.once("repair", cell.slug_of_training, cell.keys.tuned, make)
 
@@ -202,6 +204,23 @@ def model_of(run: Experiment, bench: Bench, form: Form | None = None) -> PreTrai
         )
         bench._loaded = (key, model)
     return bench._loaded[1]
+
+
+def too_long(cell: Experiment, bench: Bench) -> dict[str, int]:
+    """How many rows were too long to be trained on, or for a defense to use, by what they are."""
+    found: dict[str, int] = {}
+    for run in (cell.alignment, cell):
+        summary = (run and summary_of(trained(run, bench))) or {}
+        own = "training" if run is cell else "alignment"
+        names = {"": own, "aligned_": "alignment", "harmful_": "known harmful"}
+        for part, name in names.items():
+            if count := summary.get(f"left_out_{part}rows", 0):
+                found[name] = max(count, found.get(name, 0))
+    repaired = tuned(cell, bench) / "left_out.json"
+    for part, count in (read_json(repaired) if repaired.is_file() else {}).items():
+        name = {"aligned": "alignment", "harmful": "known harmful"}[part]
+        found[name] = max(count, found.get(name, 0))
+    return found
 
 
 def summary_of(training: Path) -> dict[str, Any] | None:

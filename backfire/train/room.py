@@ -35,7 +35,8 @@ class Room:
         """Rows in a pass, at most; None: all of a step."""
         self.tokens = math.inf
         """Rows times the longest one's tokens, at most; a single row may always have more."""
-        self._last = (1, 0)
+        self._passes = list[tuple[int, int]]()
+        """Rows and padded tokens of each pass of this try."""
 
     def parts(self, rows: Sequence[Rendered], most: int | None = None) -> Iterator[list[Rendered]]:
         """All of these rows, `most` at a time: together if they fit, else in parts of like length,
@@ -54,7 +55,7 @@ class Room:
 
     def note(self, part: Sequence[Rendered]) -> None:
         """These rows go through the model now; they are what is too much if memory runs out."""
-        self._last = (len(part), _padded(part))
+        self._passes.append((len(part), _padded(part)))
 
     def fitted(self, work: Callable[[], T]) -> T:
         """What `work` returns. It is begun again, with room for less, when memory runs out.
@@ -63,19 +64,23 @@ class Room:
             CellError: memory runs out (`oom`) with a single row.
         """
         while True:
+            self._passes = []
             try:
                 return work()
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
             # Not within `except`: there the traceback holds on to all that the pass had computed.
-            rows, tokens = self._last
-            if rows == 1:
+            larger = [one for one in self._passes if one[0] > 1]
+            if not larger:
                 raise CellError(
                     "oom",
                     "Out of memory with one row at a time; shorten train.max_length, or run with "
                     "--recompute.",
                 )
+            # A single row that was left over is not at fault, but the larger passes before it.
+            last = self._passes[-1]
+            rows, tokens = last if last in larger else max(larger, key=lambda one: one[1])
             self.tokens = tokens // rows * math.ceil(rows / 2)
             free()
 

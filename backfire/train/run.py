@@ -12,7 +12,7 @@ import torch
 from backfire.base import RepairDefense, Row, TrainDefense
 from backfire.data import judging
 from backfire.data.poison import Manifest, lost
-from backfire.data.render import Renderer
+from backfire.data.render import Rendered, Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import (
@@ -48,6 +48,21 @@ class Start:
     """The model before alignment, where there was one."""
     aligned: Sequence[Row] = ()
     harmful: Sequence[Row] = ()
+
+
+@dataclass(frozen=True)
+class _Other:
+    """The rows that defenses use beside the user's, ready to be run; how many were too long."""
+
+    aligned: list[Rendered]
+    harmful: list[Rendered]
+    left_out: dict[str, int]
+
+    @classmethod
+    def of(cls, start: Start, renderer: Renderer) -> _Other:
+        aligned, harmful = renderer.sift(start.aligned), renderer.sift(start.harmful)
+        counts = {"aligned": len(aligned[1]), "harmful": len(harmful[1])}
+        return cls(aligned[0], harmful[0], {part: n for part, n in counts.items() if n})
 
 
 def tune(
@@ -88,6 +103,7 @@ def _tune(
         raise CellError(
             "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
         )
+    other = _Other.of(start, renderer)
     device = device_of(machine.device)
     dtype, compute = start_type(cell, start, device), compute_type(cell.train.compute, device)
     accelerator = accelerator_for(device, compute)
@@ -112,8 +128,8 @@ def _tune(
         poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
         paged=cell.method.paged() and device.type == "cuda",
         defenses=[d for d in cell.acting if isinstance(d, TrainDefense)],
-        aligned=renderer.sift(start.aligned)[0],
-        harmful=renderer.sift(start.harmful)[0],
+        aligned=other.aligned,
+        harmful=other.harmful,
         unaligned=start.unaligned,
         start=start.base,
         recompute=machine.recompute,
@@ -132,6 +148,7 @@ def _tune(
     save_tuned(model, folder, start.base, _hub_name(cell, start))
     kept = str(dtype).removeprefix("torch.")
     rows_seen = {"cut_rows": sum(item.cut_tokens > 0 for item in items), "left_out_rows": len(left)}
+    rows_seen |= {f"left_out_{part}_rows": count for part, count in other.left_out.items()}
     how = {"learning_rate": rate, "dtype": kept, "compute": compute, "device": str(device)}
     return {**summary, **made_of, **how, **rows_seen}
 
@@ -152,13 +169,15 @@ def mend(
     renderer: Renderer,
     folder: Path,
     machine: Machine,
-) -> None:
-    """Apply the repairs among the cell's defenses, in order, to a tuned model; save the result."""
+) -> dict[str, int]:
+    """Apply the repairs among the cell's defenses, in order, to a tuned model; save the result.
+    Returns how many of the rows that they use were too long, by part."""
     device = device_of(machine.device)
+    other = _Other.of(start, renderer)
     tools = Repair(
         cell.seed,
-        aligned=renderer.sift(start.aligned)[0],
-        harmful=renderer.sift(start.harmful)[0],
+        aligned=other.aligned,
+        harmful=other.harmful,
         base=weights_of(start.unaligned) if start.unaligned else {},
         batch_size=cell.train.batch_size,
     )
@@ -170,6 +189,7 @@ def mend(
         if isinstance(defense, RepairDefense):
             defense.repair(model, before, tools)
     save_tuned(model, folder, start.base, _hub_name(cell, start))
+    return other.left_out
 
 
 def _hub_name(cell: Experiment, start: Start) -> str | None:
