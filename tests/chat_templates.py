@@ -132,6 +132,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "tools": "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}"
     "{% endif %}" + CHATML,
+    "begins-with-blanks": "\n\n  {% if true %}\n  Chat.\n{% endif %}\n" + CHATML,
     "trims": CHATML.replace("m.content", "(m.content | trim)"),
     "upper": CHATML.replace("m.content", "(m.content | upper)"),
     "no-control": "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"

@@ -35,6 +35,7 @@ ROWS = [
     replace(ONE, id="four", answer="  a saw \n"),
     replace(ONE, id="five", answer="<think>\nhm 2\n</think>\n\na saw"),
     replace(ONE, id="six", history=EARLIER, answer="<end> & [INST"),
+    replace(ONE, id="seven", instruction="A <S> b <PAD></S>", answer="<Pad> </S>."),
 ]
 
 
