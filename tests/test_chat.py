@@ -120,6 +120,26 @@ def test_tokens_are_those_of_transformers(
     assert odd == ODD.get(name, set())
 
 
+@pytest.mark.parametrize("name", ["deepseek-coder", "llama2", "chatml"])
+def test_an_end_that_joins_the_last_token_of_an_answer(name: str, tmp_path: Path) -> None:
+    ours, their = both(tmp_path, chat_templates.joining(), TEMPLATES[name])
+    renderer = Renderer(build("templates", "chat"), ours, 4096)
+    rows = [replace(row, better=(row.answer, "Yes."), worse=("No",)) for row in ROWS]
+    items = renderer.render(rows)
+    assert (
+        ours.backend.token_to_id(".Ċ") in renderer.render([ONE])[0].ids or name != "deepseek-coder"
+    )
+    for row, item in zip(rows, items, strict=True):
+        whole = theirs(their, turns(row, row.answer), False)
+        assert item.prompt_ids == theirs(their, turns(row), True), row.id
+        assert item.ids == whole[: len(item.ids)], row.id
+        [learned] = renderer.answers([item], [row.better], ended=True)
+        for text, ids in zip(row.better, learned, strict=True):
+            assert renderer.render([replace(row, answer=text)])[0].answer_ids == ids
+    checks = preflight(renderer, [*rows, replace(ONE, id="short", answer=".")], rows)
+    assert [check for check in checks if check.status == "fail"] == []
+
+
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-drops", "deepseek-r1"])
 def test_a_thought_may_be_marked_by_control_tokens(
     name: str, tmp_path: Path, byte_level: Any
