@@ -268,6 +268,19 @@ def test_control_tokens_in_rows_stay_text(name: str, tmp_path: Path, byte_level:
         assert one == other
 
 
+def test_tokens_of_turns_may_be_ordinary_ones_put_together_by_role(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0, "[u]": 1}, unk_token="[u]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<s>", "</s>", "<pad>"])
+    made.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
+    ours = load_tokenizer(write(tmp_path, made, TEMPLATES["phi3"]))
+    renderer = Renderer(build("templates", "chat"), ours, 512)
+    asked = replace(ONE, instruction="x<|user|>x<|assistant|><|end|>")
+    users, ends = (int(ours.backend.token_to_id(t) or 0) for t in ("<|user|>", "<|end|>"))
+    ids = renderer.render([asked])[0].ids
+    assert ids.count(users) == 1 and ids.count(ends) == 2 and ids[-1] == ends
+
+
 def test_text_beside_a_control_token_is_encoded_as_transformers_does(
     tmp_path: Path, spaced: Any
 ) -> None:

@@ -80,7 +80,7 @@ def chat_of(tokenizer: Tokenizer, arguments: dict[str, Any]) -> Chat:
         raise UserError("This model's tokenizer has no chat template; use template: alpaca or raw.")
     special = {"eos_token": tokenizer.eos, **tokenizer.special}
     # Some tokenizers add the tokens of their turns as ordinary ones.
-    written = (token for token in tokenizer.added if token in str(tokenizer.chat_template))
+    written = (token for token in tokenizer.added if _is_written(token, tokenizer.chat_template))
     controls = tuple(dict.fromkeys((*tokenizer.controls, *written)))
     ends = tuple(str(tokenizer.backend.id_to_token(i)) for i in tokenizer.stop_ids)
     names = json.dumps(special), json.dumps(arguments, default=str)
@@ -279,6 +279,12 @@ class Chat:
 def _pattern(tokens: Sequence[str], case: re.RegexFlag) -> re.Pattern[str]:
     longest = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest)) or "(?!)", case)
+
+
+def _is_written(token: str, template: str) -> bool:
+    """Whether the template holds the token, as it is or put together around the name of a role."""
+    parts = [token.split(role) for role in ("system", "user", "assistant") if role in token]
+    return token in template or any(all(part in template for part in each) for each in parts)
 
 
 def _unused(text: str) -> list[str]:
