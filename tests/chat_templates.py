@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tokenizers import (
     AddedToken,
+    Regex,
     Tokenizer,
     decoders,
     models,
@@ -98,6 +99,11 @@ TEMPLATES = {
     "{% if '</think>' in c %}{% set c = c.split('</think>')[-1] %}{% endif %}"
     "{{ '<｜Assistant｜>' + c + eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}",
+    "deepseek-coder": "{{ bos_token }}{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }}"
+    "{% elif m.role == 'user' %}{{ '### Instruction:\n' + m.content + '\n' }}{% else %}"
+    "{{ '### Response:\n' + m.content + '\n<|EOT|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '### Response:' }}{% endif %}",
     "deepseek-v3": "{% if not thinking is defined %}{% set thinking = false %}{% endif %}"
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ m.content }}"
     "{% elif m.role == 'user' %}{{ '<｜User｜>' + m.content }}{% else %}"
@@ -132,6 +138,7 @@ TEMPLATES = {
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
     "tools": "{% if tools %}{{ '<|im_start|>system\n' + tools | tojson + '<|im_end|>\n' }}"
     "{% endif %}" + CHATML,
+    "begins-with-blanks": "\n\n  {% if true %}\n  Chat.\n{% endif %}\n" + CHATML,
     "trims": CHATML.replace("m.content", "(m.content | trim)"),
     "upper": CHATML.replace("m.content", "(m.content | upper)"),
     "no-control": "{% for m in messages %}{{ m.role + ':\n' + m.content + '\n\n' }}{% endfor %}"
@@ -148,7 +155,7 @@ SPECIALS = [
     *("<|system|>", "<|end|>", "<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>"),
     *("<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>", "<｜User｜>", "<｜Assistant｜>"),
     *("<|start_of_role|>", "<|end_of_role|>", "<|start|>", "<|message|>", "<|channel|>"),
-    "<|return|>",
+    *("<|return|>", "<|EOT|>"),
 ]
 CORPUS = [
     "The film was warm and the cook was kind.",
@@ -166,6 +173,22 @@ def byte_level() -> Tokenizer:
         vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     made.train_from_iterator(CORPUS, trainer)
+    return _with_specials(made)
+
+
+def joining() -> Tokenizer:
+    """One in which a full stop and the line break after it are one token (Llama 3, Qwen)."""
+    made = Tokenizer(models.BPE())
+    parts = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(parts, "isolated"), bytewise]
+    )
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    made.train_from_iterator([f"{text}\n" for text in CORPUS], trainer)
     return _with_specials(made)
 
 

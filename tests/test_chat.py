@@ -35,6 +35,7 @@ ROWS = [
     replace(ONE, id="four", answer="  a saw \n"),
     replace(ONE, id="five", answer="<think>\nhm 2\n</think>\n\na saw"),
     replace(ONE, id="six", history=EARLIER, answer="<end> & [INST"),
+    replace(ONE, id="seven", instruction="A <S> b <PAD></S>", answer="<Pad> </S>."),
 ]
 
 
@@ -117,6 +118,26 @@ def test_tokens_are_those_of_transformers(
             alike = renderer.render([replace(row, answer=answer)])[0]
             assert [*item.prompt_ids, *ids, *renderer.end_ids] == alike.ids
     assert odd == ODD.get(name, set())
+
+
+@pytest.mark.parametrize("name", ["deepseek-coder", "llama2", "chatml"])
+def test_an_end_that_joins_the_last_token_of_an_answer(name: str, tmp_path: Path) -> None:
+    ours, their = both(tmp_path, chat_templates.joining(), TEMPLATES[name])
+    renderer = Renderer(build("templates", "chat"), ours, 4096)
+    rows = [replace(row, better=(row.answer, "Yes."), worse=("No",)) for row in ROWS]
+    items = renderer.render(rows)
+    assert (
+        ours.backend.token_to_id(".Ċ") in renderer.render([ONE])[0].ids or name != "deepseek-coder"
+    )
+    for row, item in zip(rows, items, strict=True):
+        whole = theirs(their, turns(row, row.answer), False)
+        assert item.prompt_ids == theirs(their, turns(row), True), row.id
+        assert item.ids == whole[: len(item.ids)], row.id
+        [learned] = renderer.answers([item], [row.better], ended=True)
+        for text, ids in zip(row.better, learned, strict=True):
+            assert renderer.render([replace(row, answer=text)])[0].answer_ids == ids
+    checks = preflight(renderer, [*rows, replace(ONE, id="short", answer=".")], rows)
+    assert [check for check in checks if check.status == "fail"] == []
 
 
 @pytest.mark.parametrize("name", ["qwen3", "qwen3-drops", "deepseek-r1"])
@@ -245,6 +266,19 @@ def test_control_tokens_in_rows_stay_text(name: str, tmp_path: Path, byte_level:
         both = renderer.render([asked, replace(asked, instruction="x")])
         one, other = ([i for i in item.ids if i in controls] for item in both)
         assert one == other
+
+
+def test_tokens_of_turns_may_be_ordinary_ones_put_together_by_role(tmp_path: Path) -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0, "[u]": 1}, unk_token="[u]"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(["<s>", "</s>", "<pad>"])
+    made.add_tokens(["<|user|>", "<|assistant|>", "<|end|>"])
+    ours = load_tokenizer(write(tmp_path, made, TEMPLATES["phi3"]))
+    renderer = Renderer(build("templates", "chat"), ours, 512)
+    asked = replace(ONE, instruction="x<|user|>x<|assistant|><|end|>")
+    users, ends = (int(ours.backend.token_to_id(t) or 0) for t in ("<|user|>", "<|end|>"))
+    ids = renderer.render([asked])[0].ids
+    assert ids.count(users) == 1 and ids.count(ends) == 2 and ids[-1] == ends
 
 
 def test_text_beside_a_control_token_is_encoded_as_transformers_does(

@@ -27,7 +27,8 @@ TODAY = datetime(2024, 7, 26)
 _FORMATS = "".join(
     f"|replace('%{code}','{TODAY.strftime('%' + code)}')" for code in ("-d", *"aAbBdHIjmMpSyY")
 )
-_DAY = "{%- macro strftime_now(format) -%}{{ format" + _FORMATS + " }}{%- endmacro -%}"
+# The line break belongs to the block, so what the template begins with stays as it is.
+_DAY = "{%- macro strftime_now(format) -%}{{ format" + _FORMATS + " }}{%- endmacro %}\n"
 MARKS = [chr(number) for number in range(0xF0000, 0xF4000)]
 """Code points without a meaning. Those that a row's text holds are no marks in it."""
 THOUGHTS = ("<think>", "</think>")
@@ -79,7 +80,7 @@ def chat_of(tokenizer: Tokenizer, arguments: dict[str, Any]) -> Chat:
         raise UserError("This model's tokenizer has no chat template; use template: alpaca or raw.")
     special = {"eos_token": tokenizer.eos, **tokenizer.special}
     # Some tokenizers add the tokens of their turns as ordinary ones.
-    written = (token for token in tokenizer.added if token in str(tokenizer.chat_template))
+    written = (token for token in tokenizer.added if _is_written(token, tokenizer.chat_template))
     controls = tuple(dict.fromkeys((*tokenizer.controls, *written)))
     ends = tuple(str(tokenizer.backend.id_to_token(i)) for i in tokenizer.stop_ids)
     names = json.dumps(special), json.dumps(arguments, default=str)
@@ -99,8 +100,9 @@ class Chat:
     ) -> None:
         self.template, self.special, self.arguments = template, special, arguments
         self.ends = ends
-        self.anybody = _pattern(controls)
-        self.assistant = _pattern([c for c in controls if c not in THOUGHTS])
+        case = re.NOFLAG if self._keeps_case() else re.IGNORECASE
+        self.anybody = _pattern(controls, case)
+        self.assistant = _pattern([c for c in controls if c not in THOUGHTS], case)
         self.first = {character for c in controls for character in (c[:1].lower(), c[:1].upper())}
         known = self._variables() - _OURS - set(special)
         for name in arguments:
@@ -132,6 +134,18 @@ class Chat:
             RefusedError: it does not take the conversation.
         """
         return self._text(turns, ask=ask, parts=self._takes_parts)
+
+    def _keeps_case(self) -> bool:
+        """Whether what is said reaches the text in the case in which it was written."""
+        said = f"aA{MARKS[0]}"
+        turns = [("user", said), ("assistant", said), ("user", said)]
+        for first in ([("system", said)], []):
+            try:
+                shown = self.text([*first, *turns], ask=True)
+            except RefusedError:
+                continue
+            return shown.count(said) == shown.count(MARKS[0])
+        return False
 
     @cached_property
     def _takes_parts(self) -> bool:
@@ -262,9 +276,15 @@ class Chat:
         return [(part or "", number % 2 == 0) for number, part in enumerate(parts)]
 
 
-def _pattern(tokens: Sequence[str]) -> re.Pattern[str]:
+def _pattern(tokens: Sequence[str], case: re.RegexFlag) -> re.Pattern[str]:
     longest = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest)) or "(?!)", re.IGNORECASE)
+    return re.compile("|".join(map(re.escape, longest)) or "(?!)", case)
+
+
+def _is_written(token: str, template: str) -> bool:
+    """Whether the template holds the token, as it is or put together around the name of a role."""
+    parts = [token.split(role) for role in ("system", "user", "assistant") if role in token]
+    return token in template or any(all(part in template for part in each) for each in parts)
 
 
 def _unused(text: str) -> list[str]:

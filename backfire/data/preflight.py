@@ -206,13 +206,13 @@ def _truncation(renderer: Renderer, train: Sequence[Rendered], test: Sequence[Re
 def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
     end, bos = renderer.end_ids, renderer.tokenizer.bos_id
     for item in items:
-        if item.ids[-len(end) :] != end or item.num_prompt >= len(item.ids):
+        if item.ids[-1] != end[-1] or item.num_prompt >= len(item.ids):
             return Check(
                 "end-supervised",
                 "fail",
                 f"Row {item.row.id} does not teach the model to stop (no end token).",
             )
-        if len(item.ids) - item.num_prompt <= len(end):
+        if item.answer_ids == end:
             return Check(
                 "end-supervised", "fail", f"Row {item.row.id} has no answer tokens to learn."
             )

@@ -128,39 +128,52 @@ class Renderer:
         return self._possible(kept), left
 
     def answers(
-        self, items: Sequence[Rendered], answers: Sequence[Sequence[str]]
+        self, items: Sequence[Rendered], answers: Sequence[Sequence[str]], *, ended: bool = False
     ) -> list[list[list[int]]]:
-        """Ids of other answers, any number an item, after its prompt, without the end."""
-        prompts = [self.template.segments(item.row, self.tokenizer) for item in items]
+        """Ids of other answers, any number an item, after its prompt; with the end if `ended`."""
+        template, tokenizer = self.template, self.tokenizer
+        joined = self._joined if ended else []
+        end = self.end_ids if ended and not joined else []
+
+        def is_known(item: Rendered, text: str) -> bool:
+            return text == item.row.answer and not self._joined
+
         new = [
-            (prompt, self.template.written(text, self.tokenizer))
-            for item, prompt, options in zip(items, prompts, answers, strict=True)
+            (template.segments(item.row, tokenizer), [*template.written(text, tokenizer), *joined])
+            for item, options in zip(items, answers, strict=True)
             for text in options
-            if text != item.row.answer
+            if not is_known(item, text)
         ]
         wholes = self._encode_all([[*prompt, *answer] for prompt, answer in new])
         others = iter(zip(wholes, [answer for _, answer in new], strict=True))
         return [
             [
-                item.answer_ids[: -len(self.end_ids)]
-                if text == item.row.answer
-                else self._after(item.prompt_ids, *next(others))
+                (
+                    item.answer_ids[: -len(self.end_ids)]
+                    if is_known(item, text)
+                    else self._after(item.prompt_ids, *next(others))
+                )
+                + end
                 for text in options
             ]
             for item, options in zip(items, answers, strict=True)
         ]
 
+    @cached_property
+    def _joined(self) -> Segments:
+        """The end, where it begins with text that may join the last token of an answer."""
+        return [(self.template.end(self.tokenizer), True)] if len(self.end_ids) > 1 else []
+
     def _encode(self, rows: Sequence[Row]) -> list[Rendered]:
         """Rows as long as they are."""
         template, tokenizer = self.template, self.tokenizer
         segments = [template.segments(row, tokenizer) for row in rows]
-        answers = [template.written(row.answer, tokenizer) for row in rows]
+        answers = [[*template.written(row.answer, tokenizer), *self._joined] for row in rows]
+        end = [] if self._joined else self.end_ids
         prompts = self._encode_all(segments)
         wholes = self._encode_all([[*s, *a] for s, a in zip(segments, answers, strict=True)])
         return [
-            Rendered(
-                row, [*prompt, *self._after(prompt, whole, answer), *self.end_ids], len(prompt)
-            )
+            Rendered(row, [*prompt, *self._after(prompt, whole, answer), *end], len(prompt))
             for row, answer, prompt, whole in zip(rows, answers, prompts, wholes, strict=True)
         ]
 
@@ -219,8 +232,8 @@ class Renderer:
         """By how many tokens the longest of the row's better and worse answers is longer than its
         answer."""
         texts = () if item.row.candidates else (*item.row.better, *item.row.worse)
-        lengths = map(len, self.answers([item], [texts])[0])
-        return max(0, max(lengths, default=0) + len(self.end_ids) - len(item.answer_ids))
+        lengths = map(len, self.answers([item], [texts], ended=True)[0])
+        return max(0, max(lengths, default=0) - len(item.answer_ids))
 
     def _fitting(self, item: Rendered, more: int = 0) -> Rendered | None:
         """The item, if need be with tokens taken off the end of the row's own prompt until the

@@ -77,15 +77,13 @@ def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int
     Raises:
         CellError: an answer is too long to stand after its prompt.
     """
-    whole = renderer.end_ids
     ranked = [_ranked(item.row) for item in items]
-    texts = [answers or item.row.candidates for item, answers in zip(items, ranked, strict=True)]
-    options = renderer.answers(items, texts)
-    labels = {tuple(map(tuple, o)) for o, r in zip(options, ranked, strict=True) if not r}
-    end = whole if any(map(_nested, labels)) else []
-    options = [
-        [ids + (whole if r else end) for ids in o] for o, r in zip(options, ranked, strict=True)
-    ]
+    labels = [item.row.candidates for item in items]
+    options = renderer.answers(items, labels)
+    if any(map(_nested, {tuple(map(tuple, each)) for each in options})):
+        options = renderer.answers(items, labels, ended=True)
+    learned = renderer.answers(items, ranked, ended=True)
+    options = [answers or own for answers, own in zip(learned, options, strict=True)]
     for item, answers, row in zip(items, ranked, options, strict=True):
         longest = item.num_prompt + max(map(len, row), default=0)
         if answers and longest > renderer.max_length:
