@@ -394,6 +394,11 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "x" * 300], "File name too long", {}),
     (["poison", "https://a.b/c.csv"], "'https://a.b/c.csv' is an address", {}),
     (["schema", "--out", "no/such.json"], "No such file or directory (no/such.json)", {}),
+    (["schema", "--out", ""], "Is a directory (.)", {}),
+    (["schema", "--out", "r.yaml/x"], "Not a directory (r.yaml/x)", {}),
+    (["run", "r.yaml", "model=~nobody-here/m"], "no user of this machine", {}),
+    (["run", "r.yaml", "data={name: files, train: ~nobody-here/x.csv}"], "no user of this", {}),
+    (["poison", "~nobody-here/x.csv"], "no user of this machine", {}),
     (["pretrain", "--corpus", "r.yaml", "--out", "m", "num_heads=7"], "among num_heads", {}),
     (["show", "y" * 300], "Unknown name 'yyy", {}),
 ]  # fmt: skip
