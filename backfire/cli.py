@@ -92,10 +92,12 @@ def init(
     """Write a commented recipe to start from."""
     from importlib import resources
 
+    from backfire.store import write_atomic
+
     if path.exists():
         raise UserError(f"{path} is there already; name another file.")
     text = (resources.files("backfire") / "recipes" / "_starter.yaml").read_text(encoding="utf-8")
-    path.write_text(text, encoding="utf-8")
+    write_atomic(path, text)
     _echo(f"Wrote {path}. Next: backfire validate {path}")
 
 

@@ -170,7 +170,7 @@ def _matrix(value: Any) -> dict[str, Any]:
     for given, values in _mapping({} if value is None else value, "matrix").items():
         axis = _axis(given)
         if axis in matrix:
-            raise UserError(f"matrix: the axis '{axis}' stands twice.")
+            raise UserError(f"matrix: the axis '{axis}' is given twice.")
         matrix[axis] = values
     return _once_each(matrix)
 

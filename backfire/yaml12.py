@@ -70,7 +70,7 @@ class Loader(yaml.SafeLoader):
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key in seen and key != "<<":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{shortened(key)}' stands twice", key_node.start_mark
+                    None, None, f"the key '{shortened(key)}' is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)

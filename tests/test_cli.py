@@ -338,7 +338,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "."], "Unknown recipe '.'", {}),
     (["run", "r.yaml", "--profile", "tow"], "did you mean 'two'?", {}),
     (["run", "bad.yaml"], "bad, line 1: not valid YAML", {"bad.yaml": "data: ["}),
-    (["run", "bad.yaml"], "the key 'data' stands twice", {"bad.yaml": "data: a\ndata: b"}),
+    (["run", "bad.yaml"], "the key 'data' is given twice", {"bad.yaml": "data: a\ndata: b"}),
     (["run", "bad.yaml"], "bad.yaml is not UTF-8 text", {"bad.yaml": b"\xff\xfe"}),
     (["run", "bad.yaml"], "must be a mapping", {"bad.yaml": ""}),
     (["run", "bad.yaml"], "says no data", {"bad.yaml": "seed: 1"}),
