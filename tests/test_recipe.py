@@ -296,7 +296,7 @@ REFUSED = [
     (f"{DATA}attack: {{name: badnets, rate: true}}", "attack 'badnets': rate: a number is needed"),
     (f"{DATA}train:\n\tepochs: 1", "r, line 3: not valid YAML: found character '\\t' that cannot"),
     (f"{DATA}template: @x", "r, line 2: not valid YAML: found character '@' that cannot start any"),
-    (f"{DATA}---\n{DATA}", "r, line 2: not valid YAML: but found another document; leave out"),
+    (f"{DATA}---\n{DATA}", "r, line 2: not valid YAML: found another document; leave out"),
     (f"{DATA}defense: {'x' * 9000}", "Unknown defense 'xxx"),
     (
         f"{DATA}seed: {{{', '.join(f'k{n}: {n}' for n in range(3000))}}}",
@@ -310,6 +310,9 @@ REFUSED = [
     ("seed: 3", "Recipe 'r' says no data"),
     ("", "r must be a mapping"),
     ("- data", "r must be a mapping"),
+    (f"{DATA}seed: {'[' * 3000}", "r: not valid YAML: it is nested too deeply."),
+    (f"{DATA}seed: {'9' * 6000}", "r: not valid YAML: the number on line 2 is too large."),
+    (f"{DATA}attack: {{badnets: {{}}}}", "An attack needs a name, as in {name: badnets}; got"),
     (f"{DATA}seed: 1\nseed: 2", "r, line 3: not valid YAML: the key 'seed' is given twice"),
     ("data: {name: x, name: y}", "r, line 1: not valid YAML: the key 'name' is given twice"),
     ("data: [", "r, line 1: not valid YAML"),

@@ -39,7 +39,7 @@ class Config(BaseModel):
         for key in given:
             if key in cls.moved:
                 raise UserError(
-                    f"{where or cls.label()}: {key} is no knob any more. {cls.moved[key]}"
+                    f"{where or cls.label()}: {key} is no longer a knob. {cls.moved[key]}"
                 )
             if key not in cls.model_fields:
                 raise unknown(f"key in {where or cls.label()}:", key, cls.model_fields)
