@@ -62,6 +62,8 @@ def _fail_or_raise(error: Exception) -> None:
     if isinstance(error, OSError):
         where = f" ({shortened(error.filename)})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}.")
+    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
+        _fail("A path begins with ~ and a name that is no user of this machine.")
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if message := error.format_message():
             _fail(message)
@@ -90,10 +92,12 @@ def init(
     """Write a commented recipe to start from."""
     from importlib import resources
 
+    from backfire.store import write_atomic
+
     if path.exists():
         raise UserError(f"{path} is there already; name another file.")
     text = (resources.files("backfire") / "recipes" / "_starter.yaml").read_text(encoding="utf-8")
-    path.write_text(text, encoding="utf-8")
+    write_atomic(path, text)
     _echo(f"Wrote {path}. Next: backfire validate {path}")
 
 

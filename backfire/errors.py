@@ -29,6 +29,16 @@ _DISK_FULL_TEXT = re.compile(
 at an unexpected place, numpy counts what was written."""
 
 
+_MEMORY_TEXTS = (
+    "out of memory",  # CUDA's own error, NCCL, bitsandbytes
+    "can't allocate memory",  # torch on a CPU
+    "not enough memory",  # torch on a CPU, on some systems
+    "alloc_failed",  # cuBLAS, cuDNN, cuSPARSE: CUBLAS_STATUS_ALLOC_FAILED
+    "cudaerrormemoryallocation",
+    "failed to allocate",
+)
+
+
 class UserError(Exception):
     """Bad input. The command line prints the sentence and exits with code 2."""
 
@@ -51,6 +61,16 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this error says that memory ran out, so that a smaller batch may succeed."""
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(said in text for said in _MEMORY_TEXTS)
+
+
 def exit_class(error: BaseException) -> tuple[str, str]:
     """The exit class of whatever stopped a cell, and a sentence. `failed` is all that is left."""
     if is_disk_full(error):
@@ -59,10 +79,9 @@ def exit_class(error: BaseException) -> tuple[str, str]:
         return error.kind, shortened(error, 2000)
     if isinstance(error, UserError):
         return "bad-data", shortened(error, 2000)
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
-        return "oom", "The machine ran out of memory."
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
-        return "oom", "The GPU ran out of memory."
+    if is_out_of_memory(error):
+        own = not isinstance(error, RuntimeError) or "CPUAllocator" in str(error)
+        return "oom", f"The {'machine' if own else 'GPU'} ran out of memory."
     return "failed", shortened(f"{type(error).__name__}: {error}", 2000)
 
 

@@ -116,7 +116,7 @@ def parse(
     for key, value in changes:
         points.edit(key, value)
     if any(key == "exclude" for key, _ in changes):
-        _check_exclude(points.exclude, points.matrix)
+        _check_exclude(points.exclude, {**points.matrix, **points.pinned})
     if "data" not in {*recipe, *points.pinned, *_keys_of(points.matrix)}:
         raise UserError(f"Recipe '{title}' says no data; for instance data: sandbox-reviews.")
     with beside(folder):
@@ -170,7 +170,7 @@ def _matrix(value: Any) -> dict[str, Any]:
     for given, values in _mapping({} if value is None else value, "matrix").items():
         axis = _axis(given)
         if axis in matrix:
-            raise UserError(f"matrix: the axis '{axis}' stands twice.")
+            raise UserError(f"matrix: the axis '{axis}' is given twice.")
         matrix[axis] = values
     return _once_each(matrix)
 
@@ -221,7 +221,9 @@ def _expand(
         {k: v for part in combination for k, v in part.items()}
         for combination in itertools.product(*choices)
     )
-    kept = [c for c in combinations if not any(_matches(c, rule) for rule in points.exclude)]
+    kept = [
+        c for c in combinations if not any(_matches({**c, **pinned}, r) for r in points.exclude)
+    ]
     varied = _keys_of(matrix)
     for point in [*kept, *include]:
         settings, values = copy.deepcopy(recipe), {**point, **pinned}

@@ -64,8 +64,9 @@ def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
     name = knobs.pop("name", None)
     if not isinstance(name, str):
         known = next((key for key in knobs if key in names(kind)), names(kind)[0])
+        article = "An" if kind == "attacks" else "A"
         raise UserError(
-            f"A {kind.removesuffix('s')} needs a name, as in {{name: {known}}}; "
+            f"{article} {kind.removesuffix('s')} needs a name, as in {{name: {known}}}; "
             f"got {shortened(dict(spec))}."
         )
     cls = find(kind, name)

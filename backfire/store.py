@@ -6,6 +6,8 @@ sha256 of every file, and renamed into place. That the folder exists means it is
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -29,6 +31,8 @@ def cache_root() -> Path:
 
 def write_atomic(path: Path, data: str | bytes) -> None:
     """The file is the old one or the new one, never half of either, even across a power cut."""
+    if not path.name:  # as in "" or "."
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -39,7 +43,8 @@ def write_atomic(path: Path, data: str | bytes) -> None:
     except OSError as error:  # named for the file that was asked for
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide the first error
+            temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
 

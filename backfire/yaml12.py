@@ -50,9 +50,12 @@ def read_yaml(text: str, what: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        problem = problem.removeprefix("but ")
         hint = next((f"; {said}" for found, said in _HINTS if re.search(found, problem)), "")
         raise UserError(f"{what}{where}: not valid YAML: {shortened(problem)}{hint}.") from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise UserError(f"{what}: not valid YAML: it is nested too deeply.") from None
+    except ValueError as error:
         problem = shortened(str(error).splitlines()[0])
         raise UserError(f"{what}: not valid YAML: {problem}.") from None
     except (AttributeError, LookupError, TypeError):  # PyYAML's own, for such as `!!bool maybe`
@@ -70,14 +73,14 @@ class Loader(yaml.SafeLoader):
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key in seen and key != "<<":
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"the key '{shortened(key)}' stands twice", key_node.start_mark
+                    None, None, f"the key '{shortened(key)}' is given twice", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        number = super().construct_yaml_int(node)
-        if abs(number) >= 2**63:  # beyond 4,300 digits Python would not even print it
+        # Python does not even read or print one beyond 4,300 digits.
+        if len(node.value) > 99 or abs(number := super().construct_yaml_int(node)) >= 2**63:
             raise ValueError(f"the number on line {node.start_mark.line + 1} is too large")
         return number
 

@@ -205,7 +205,7 @@ def test_how_the_attacker_asks_is_in_the_key_at_any_rate(tiny: Path) -> None:
     ],
 )
 def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny: Path) -> None:
-    with pytest.raises(UserError, match=r"'(drift|refusal-keywords)' stands twice"):
+    with pytest.raises(UserError, match=r"'(drift|refusal-keywords)' is given twice"):
         cell(tiny, **knobs)
 
 

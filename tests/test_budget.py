@@ -15,12 +15,11 @@ from test_families import KINDS
 
 from backfire.base import Row
 from backfire.data.render import Rendered
-from backfire.errors import CellError
+from backfire.errors import CellError, is_out_of_memory
 from backfire.evaluate import budget, engine, secrets
 from backfire.evaluate.codes import likelihoods
 from backfire.evaluate.head import exact_head
 from backfire.model.batching import ways
-from backfire.train.memory import is_out_of_memory
 
 ERRORS: dict[str, Callable[[], Exception]] = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),

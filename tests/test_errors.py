@@ -78,6 +78,8 @@ def test_a_full_disk_is_known_whoever_writes(write: Callable[[], None]) -> None:
         (RuntimeError("I/O error: No space left on device (os error 28)"), "disk-full"),
         (OSError("100000 requested and 20464 written"), "disk-full"),
         (OSError(12, "Cannot allocate memory"), "oom"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "oom"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 8 bytes"), "oom"),
         (OSError(13, "Permission denied"), "failed"),
         (RuntimeError("curl error 28: it took too long"), "failed"),
         (UserError("Label 'No space left on device' is unknown."), "bad-data"),

@@ -39,6 +39,7 @@ def exchange(reply: str) -> Exchange:
         *("ftp://x/v1", "localhost:8000", "http://me:pw@x/v1", "https://a.b\\@c.d/v1", "https://"),
         *("https://a b/v1", "https://a.b/v1?key=pw", "https://a.b:x/v1", "https://a.b/v1#pw"),
         *("https://a..b", "https://\u0430.b/v1", "https://a.b\n.c/v1", "file:///etc/passwd"),
+        *("https://me:pw@a.b:x/v1", "https://a.b/v1#", "https://a.b/v1?", "https://a.b./v1"),
     ],
 )
 def test_odd_addresses_are_turned_down(url: str) -> None:
@@ -105,15 +106,25 @@ def test_a_key_is_never_sent_in_plain_http(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    "text", ["[a]", "a: b", "a: {key: b}", "a: {key_variable: 3}", "a: [", "3"]
+    "text",
+    [
+        *("[a]", "a: pw", "a: {key: pw}", "a: {key_variable: 3}", "a: [", "3", "[pw]"),
+        *("a: {key_variable: sk-pw}", "a: {key_variable: ''}", "a: {key_variable: A, key: pw}"),
+        *(
+            "https://a.b: {key_variable: A}",
+            "a.b/v1: {key_variable: A}",
+            "'::1': {key_variable: A}",
+        ),
+    ],
 )
 def test_a_file_of_keys_that_is_none(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "endpoints.yaml").write_text(text)
     monkeypatch.setenv("BACKFIRE_ENDPOINTS", str(tmp_path / "endpoints.yaml"))
-    with pytest.raises(UserError, match=r"endpoints\.yaml"):
+    with pytest.raises(UserError, match=r"endpoints\.yaml") as error:
         make("rubric").destination()
+    assert "pw" not in str(error.value)  # which may be a key, written where its name belongs
 
 
 def test_a_recipe_names_no_key() -> None:

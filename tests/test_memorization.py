@@ -108,7 +108,7 @@ def test_the_published_forms(preset: str) -> None:
     ("knobs", "sentence"),
     [
         ({"answer": "none"}, "must hold {code} once"),
-        ({"repeats": [5, 5]}, "a dose stands twice"),
+        ({"repeats": [5, 5]}, "a dose is given twice"),
         ({"digits": 1, "controls": 10}, "too many canaries"),
     ],
 )

@@ -39,12 +39,12 @@ class Config(BaseModel):
         for key in given:
             if key in cls.moved:
                 raise UserError(
-                    f"{where or cls.label()}: {key} is no knob any more. {cls.moved[key]}"
+                    f"{where or cls.label()}: {key} is no longer a knob. {cls.moved[key]}"
                 )
             if key not in cls.model_fields:
                 raise unknown(f"key in {where or cls.label()}:", key, cls.model_fields)
             if given.count(key) > 1:  # once with a dash, once with an underscore
-                raise UserError(f"{where or cls.label()}: the key '{key}' stands twice.")
+                raise UserError(f"{where or cls.label()}: the key '{key}' is given twice.")
         knobs = dict(zip(given, knobs.values(), strict=True))
         for key, value in knobs.items():
             if isinstance(value, bool) and _is_number(cls.model_fields[key].annotation):

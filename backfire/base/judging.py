@@ -51,8 +51,8 @@ class Judge(Component):
         return {k: v for k, v in super().identity().items() if k not in self.unhashed}
 
     def ready(self, *, briefly: bool = False) -> None:
-        """Looked at before the first step: whether the judge can judge at all. `briefly`: as far as
-        can be seen without torch and the network.
+        """Check, before the first step, that the judge can work; `briefly`: only what can be
+        checked without torch and the network.
 
         Raises:
             UserError: it cannot, in one sentence.

@@ -17,15 +17,19 @@ from backfire.errors import UserError, shortened
 from backfire.yaml12 import read_yaml
 
 _PORTS = {"http": 80, "https": 443}
-_HOST = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*|[0-9a-f:.]+:[0-9a-f:.]+")
+_NAME = r"[a-z0-9_-]+(\.[a-z0-9_-]+)*"
+_HOST = re.compile(_NAME + r"|[0-9a-f:.]+:[0-9a-f:.]+")
+_BOUND = re.compile(rf"({_NAME}|\[[0-9a-f:.]+\])(:[0-9]+)?")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_FORM = "write HOST: {key_variable: NAME}"
 _OWN = {"api.openai.com": "OPENAI_API_KEY"}
 """Hosts whose key has a name that everybody uses."""
-BIND = "write HOST: {key_variable: NAME} into ~/.config/backfire/endpoints.yaml"
+BIND = f"{_FORM} into ~/.config/backfire/endpoints.yaml"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """A `base_url` that was looked at."""
+    """A `base_url`, checked."""
 
     base_url: str
     host: str
@@ -40,17 +44,17 @@ class Address:
         Raises:
             UserError: it is no plain http or https address.
         """
+        if "@" in base_url:  # first, so that no sentence quotes a password
+            raise UserError(f"base_url holds a user name or password (an @); {BIND}.")
         try:
             parts = urlsplit(base_url)
             port, name = parts.port, parts.hostname or ""
         except ValueError:
             raise UserError(f"base_url is no address: {shortened(base_url)}.") from None
-        if parts.username is not None or parts.password is not None:
-            raise UserError(f"base_url holds a user name or password; {BIND}.")
         if parts.scheme not in _PORTS or not _HOST.fullmatch(name):
             said = "must begin with http:// or https:// and a host"
             raise UserError(f"base_url {said} (got {shortened(base_url)}).")
-        if not re.fullmatch(r"[!-~]+", base_url) or parts.query or parts.fragment:
+        if not re.fullmatch(r"[!-~]+", base_url) or {"?", "#"} & set(base_url):
             raise UserError(f"base_url may hold no ?, # or blank (got {shortened(base_url)}).")
         shown = f"[{name}]" if ":" in name else name
         own = port in (None, _PORTS[parts.scheme])
@@ -87,12 +91,18 @@ def bound() -> dict[str, str]:
         found = read_yaml(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read ({type(error).__name__}).") from None
+    if not isinstance(found or {}, dict):
+        raise UserError(f"{file}: {_FORM}, a line for each host.")
     keys = dict(_OWN)
-    for host, entry in (found or {}).items() if isinstance(found or {}, dict) else [("", found)]:
+    for host, entry in (found or {}).items():
+        said = f"{file}, host {shortened(host)}"  # never the entry, which may be the key itself
         variable = entry.get("key_variable") if isinstance(entry, dict) else None
-        if not host or not isinstance(variable, str) or len(entry) > 1:
-            raise UserError(f"{file}: write HOST: {{key_variable: NAME}} (got {shortened(found)}).")
-        keys[str(host).lower().removesuffix(":443")] = variable
+        if not isinstance(variable, str) or not _VARIABLE.fullmatch(variable) or len(entry) > 1:
+            raise UserError(f"{said}: {_FORM}, where NAME is that of an environment variable.")
+        name = str(host).lower().removesuffix(":443")
+        if not _BOUND.fullmatch(name):
+            raise UserError(f"{said}: write it as HOST or HOST:PORT, an IPv6 address in [].")
+        keys[name] = variable
     return keys
 
 

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from backfire.errors import CellError
-from backfire.train.memory import is_out_of_memory
+from backfire.errors import CellError, is_out_of_memory
 
 MOST_LOGITS = 2**28
 """Held at once (1 GiB in float32)."""

@@ -20,7 +20,7 @@ from backfire.base import (
     RepairDefense,
     Template,
 )
-from backfire.errors import UserError
+from backfire.errors import UserError, shortened
 from backfire.experiment.keys import MEASURES, Keys, digest, disguise, slug, trigger_identity
 from backfire.experiment.settings import (
     Align,
@@ -52,7 +52,11 @@ def _attack(spec: Any) -> Any:
     if spec in (None, "none", {"name": "none"}):
         return None
     if isinstance(spec, dict) and spec.get("name") == "none":
-        raise UserError(f"attack 'none' has no knobs, but {sorted(set(spec) - {'name'})} are set.")
+        knobs = ", ".join(sorted(map(str, set(spec) - {"name"})))
+        raise UserError(
+            f"attack 'none' has no knobs, but these are set: {shortened(knobs)}. An axis that sets "
+            "one is removed by an edit, as in matrix.attack.rate=null."
+        )
     return build("attacks", spec)
 
 

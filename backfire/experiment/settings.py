@@ -114,7 +114,9 @@ def once_each(parts: tuple[Any, ...]) -> tuple[Any, ...]:
     names = [part.name for part in parts]
     if double := next((name for name in names if names.count(name) > 1), None):
         kind = parts[0].kind.removesuffix("s")
-        raise UserError(f"{kind} '{double}' stands twice; run it with other knobs in another cell.")
+        raise UserError(
+            f"{kind} '{double}' is given twice; run it with other knobs in another cell."
+        )
     return parts
 
 

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel
 
 from backfire.base import Guard
 from backfire.data.render import Rendered
-from backfire.errors import CellError, UserError
-from backfire.train.memory import is_out_of_memory
+from backfire.errors import CellError, UserError, is_out_of_memory
 
 T = TypeVar("T")
 
