@@ -187,13 +187,7 @@ def samples(
     folder = bench.store.once(
         "evaluate", plan.evaluation_slug(run), plan.evaluation_key(str(key), needs), make
     )
-    measured = [
-        json.loads(line)
-        for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
-
-    left = folder / "left_out.json"
-    gone = set(read_json(left)) if left.is_file() else set()
+    measured, gone = _kept(folder)
     if gone:
         bench.left_out["test" if subset == "clean" else subset] = len(gone)
 
@@ -204,6 +198,13 @@ def samples(
     kept = [row for row in rows if row.id not in gone]
     pairs = zip(kept, measured, strict=True)
     return [sample(row, subset, group, entry, place) for row, entry in pairs]
+
+
+def _kept(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """What was measured, a row at a time; the ids of rows that were too long."""
+    text, left = (folder / "rows.jsonl").read_text(encoding="utf-8"), folder / "left_out.json"
+    gone = set(read_json(left)) if left.is_file() else set()
+    return [json.loads(line) for line in text.splitlines()], gone
 
 
 def write_samples(evidence: Evidence, path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from backfire.base import RepairDefense, Row, TrainDefense
 from backfire.data import judging
@@ -81,22 +82,8 @@ def tune(
     Raises:
         CellError: see `train.loop.train`; also when the tokens do not hold what the manifest says.
     """
-    judging.load.cache_clear()
-    if device_of(machine.device).type == "cuda":  # on a CPU what nobody holds is given back at once
-        free()
-    return _tune(cell, rows, manifest, renderer, start, folder, machine, progress)
-
-
-def _tune(
-    cell: Experiment,
-    rows: Sequence[Row],
-    manifest: Manifest | None,
-    renderer: Renderer,
-    start: Start,
-    folder: Path,
-    machine: Machine,
-    progress: Progress,
-) -> dict[str, Any]:
+    device = device_of(machine.device)
+    _make_room(device)
     items, left = renderer.sift(rows)
     gone = lost(manifest, items, renderer.tokenizer) if manifest else []
     if gone := sorted({*gone} - {row.id for row in left}):
@@ -104,17 +91,12 @@ def _tune(
             "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
         )
     other = _Other.of(start, renderer)
-    device = device_of(machine.device)
     dtype, compute = start_type(cell, start, device), compute_type(cell.train.compute, device)
     accelerator = accelerator_for(device, compute)
-    if device.type == "cuda":  # the peak is to be of this run, not of those before it
-        torch.cuda.reset_peak_memory_stats(device)
     progress(0, 1, "model")
     rate = cell.learning_rate
     assert rate is not None, "a method that trains has a learning rate"
-    quantization = cell.method.quantization(device.type)
-    loaded = load_start(start.base, start.adapter, dtype, device, quantization)
-    model = cell.method.attach(exact_attention(loaded), cell.seed)
+    model = _attached(cell, start, device, dtype)
     if compute == "bfloat16":
         without_casts(model)
     run = Cell(
@@ -151,6 +133,23 @@ def _tune(
     rows_seen |= {f"left_out_{part}_rows": count for part, count in other.left_out.items()}
     how = {"learning_rate": rate, "dtype": kept, "compute": compute, "device": str(device)}
     return {**summary, **made_of, **how, **rows_seen}
+
+
+def _make_room(device: torch.device) -> None:
+    """Let go of the judge and the memory of the run before; the peak is to be of this run."""
+    judging.load.cache_clear()
+    if device.type == "cuda":  # on a CPU what nobody holds is given back at once
+        free()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _attached(
+    cell: Experiment, start: Start, device: torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
+    """What fine-tuning starts from, with the method's trainable weights."""
+    quantization = cell.method.quantization(device.type)
+    loaded = load_start(start.base, start.adapter, dtype, device, quantization)
+    return cell.method.attach(exact_attention(loaded), cell.seed)
 
 
 def start_type(cell: Experiment, start: Start, device: torch.device) -> torch.dtype:
