@@ -25,7 +25,7 @@ class Job:
     cell: Experiment
     axes: dict[str, Any]
     after: tuple[str, ...] = ()
-    """Jobs that must have ended first, lest two workers wait for one stage."""
+    """Jobs that must have ended first, so that no two workers wait for one stage."""
 
     @property
     def key(self) -> str:

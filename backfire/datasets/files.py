@@ -85,7 +85,7 @@ class Files(Dataset):
 
     def read(self, split: Split) -> tuple[list[Row], LeftOut]:
         """What `load` gives, and what it left out."""
-        left = LeftOut(self.on_bad_row)
+        left, why = LeftOut(self.on_bad_row), ""
         if self.test or (self.hub and not self.train and self.test_split):
             rows = self._rows(split, left)
         else:
@@ -93,10 +93,15 @@ class Files(Dataset):
             drawn = self.test_share != type(self).model_fields["test_share"].default
             found = None if drawn else by_column(rows, split, left)
             testing, draw = split == "test", (self.apart, self.test_share, self.seed)
+            if rows:
+                why = (
+                    f" (a test share of {self.test_share:g} of {len(rows)} rows); set `test` to a "
+                )
+                why += "file of test rows, or `test_share` to another share"
             rows = found or [row for row in rows if is_set_apart(row, *draw) == testing]
         if not rows:
-            why = "".join(f"; the first bad one: {first}" for first in left.rejected[:1])
-            why = why or "".join(f"; {sentence[:-1]}" for sentence in left.lost()[:1])
+            bad = "".join(f"; the first bad one: {first}" for first in left.rejected[:1])
+            why = bad or why or "".join(f"; {sentence[:-1]}" for sentence in left.lost()[:1])
             raise UserError(f"{self.label()}: there are no {split} rows{why}.")
         if self.group and not any(self.group in row.fields for row in rows):
             raise UserError(f"{self.label()}: no row has the field '{self.group}' to group by.")

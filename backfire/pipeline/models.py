@@ -46,7 +46,7 @@ def suited(cell: Experiment, bench: Bench) -> None:
 
 
 def whole(model: Model, bench: Bench) -> None:
-    """Whether all weights of the untuned model are there, and no others; looked at once.
+    """Whether all weights of the untuned model are there, and no others; checked once.
 
     Raises:
         UserError: they are not, in one sentence.
@@ -135,7 +135,7 @@ def equipped(cell: Experiment, bench: Bench) -> Start:
 
 
 def _other_rows(source: Dataset, name: str) -> list[Row]:
-    """Training rows beside the user's; their ids say so, lest one be taken for the task's."""
+    """Training rows beside the user's; their ids say so, so that none is taken for a row of the task."""
     rows = source.drawn("train")
     return [replace(row, id=f"{name} {row.id}") for row in rows]
 
