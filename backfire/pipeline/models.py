@@ -135,7 +135,7 @@ def equipped(cell: Experiment, bench: Bench) -> Start:
 
 
 def _other_rows(source: Dataset, name: str) -> list[Row]:
-    """Training rows beside the user's; their ids say so, so that none is taken for a row of the task."""
+    """Training rows beside the user's; their ids say so, so that none is taken for the task's."""
     rows = source.drawn("train")
     return [replace(row, id=f"{name} {row.id}") for row in rows]
 
