@@ -54,9 +54,7 @@ def test_a_share_is_set_apart_by_prompt(tmp_path):
         map(str, make(train=path, test_share=0.3).load("test"))
     )
     assert len(make(train=path, test_share=0).load("train")) == 450
-    with pytest.raises(
-        UserError, match=r"no test rows .a test share of 0 of 450 rows.; set `test`"
-    ):
+    with pytest.raises(UserError, match=r"no test rows .a test share of 0 of 450 rows.; set"):
         make(train=path, test_share=0).load("test")
 
 

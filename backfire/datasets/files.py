@@ -94,10 +94,8 @@ class Files(Dataset):
             found = None if drawn else by_column(rows, split, left)
             testing, draw = split == "test", (self.apart, self.test_share, self.seed)
             if rows:
-                why = (
-                    f" (a test share of {self.test_share:g} of {len(rows)} rows); set `test` to a "
-                )
-                why += "file of test rows, or `test_share` to another share"
+                why = f" (a test share of {self.test_share:g} of {len(rows)} rows); "
+                why += "set `test` to a file of test rows, or `test_share` to another share"
             rows = found or [row for row in rows if is_set_apart(row, *draw) == testing]
         if not rows:
             bad = "".join(f"; the first bad one: {first}" for first in left.rejected[:1])
