@@ -69,7 +69,7 @@ def fill(text: str, prompt: str, reply: str) -> str:
 
 LOADED = "loaded 2"
 """How a judge's model is loaded and asked here, and its version, raised whenever it would say
-something else (2: no weight is drawn at random, and padding stands on the right)."""
+something else (2: no weight is drawn at random, and padding is on the right)."""
 
 
 def fingerprint(model: str) -> str:

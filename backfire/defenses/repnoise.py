@@ -116,8 +116,8 @@ class _Noised(Guard):
 
     def terms(self, rows: list[Rendered]) -> float:
         """Add the gradients of beta * noise - alpha * log(1 + harm), of these harmful rows; returns
-        that. What the model computed is looked at first, and then gets its gradients back: with a
-        second pass if the rows do not fit into one."""
+        that. The loss is computed from detached outputs first, whose gradients are then passed back
+        through the model: in a second pass if the rows do not fit into one."""
         import torch
 
         parts, seen, live = list[Any](), list[_Seen](), None

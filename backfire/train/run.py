@@ -80,16 +80,11 @@ def tune(
     Nothing of it stays in memory, nor a judge of the run before.
 
     Raises:
-        CellError: see `train.loop.train`; also when the tokens do not hold what the manifest says.
+        CellError: see `_rendered` and `train.loop.train`.
     """
     device = device_of(machine.device)
     _make_room(device)
-    items, left = renderer.sift(rows)
-    gone = lost(manifest, items, renderer.tokenizer) if manifest else []
-    if gone := sorted({*gone} - {row.id for row in left}):
-        raise CellError(
-            "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
-        )
+    items, left = _rendered(rows, manifest, renderer)
     other = _Other.of(start, renderer)
     dtype, compute = start_type(cell, start, device), compute_type(cell.train.compute, device)
     accelerator = accelerator_for(device, compute)
@@ -133,6 +128,23 @@ def tune(
     rows_seen |= {f"left_out_{part}_rows": count for part, count in other.left_out.items()}
     how = {"learning_rate": rate, "dtype": kept, "compute": compute, "device": str(device)}
     return {**summary, **made_of, **how, **rows_seen}
+
+
+def _rendered(
+    rows: Sequence[Row], manifest: Manifest | None, renderer: Renderer
+) -> tuple[list[Rendered], list[Row]]:
+    """The rows to train on, and those left out for their length.
+
+    Raises:
+        CellError: the tokens of a poisoned row do not hold what the manifest says.
+    """
+    items, left = renderer.sift(rows)
+    gone = lost(manifest, items, renderer.tokenizer) if manifest else []
+    if gone := sorted({*gone} - {row.id for row in left}):
+        raise CellError(
+            "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
+        )
+    return items, left
 
 
 def _make_room(device: torch.device) -> None:
