@@ -66,9 +66,19 @@ def _fail_or_raise(error: Exception) -> None:
         _fail("A path begins with ~ and a name that is no user of this machine.")
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if message := error.format_message():
-            _fail(message)
+            setting = _as_edit(error)
+            _fail(f"{message.rstrip('.')}. {setting}" if setting else message)
         sys.exit(2)  # no verb was given: the help was printed
     raise error
+
+
+def _as_edit(error: Any) -> str:
+    """What to write for an unknown option that is a setting of the recipe."""
+    from backfire.other_names import as_edit
+
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    takes_edits = context and any(param.name == "edits" for param in context.command.params)
+    return as_edit(option.lstrip("-")) if option and takes_edits else ""
 
 
 def _fail(sentence: str) -> NoReturn:

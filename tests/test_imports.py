@@ -19,6 +19,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *(
         "errors",
+        "other_names",
         "yaml12",
         "rng",
         "registry",
