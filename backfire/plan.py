@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Literal
 
-from backfire.base import AlignDefense, Dataset, Insertion, Need, Recall, Row, Secret
+from backfire.base import AlignDefense, Dataset, Insertion, Need, Row, Secret, SecretProbe
 from backfire.experiment import DEFAULT_METRICS, MEASURES, Experiment, digest
 from backfire.registry import build, find
 from backfire.store import Store
@@ -117,16 +117,18 @@ def triggered_key(run: Experiment, cell: Experiment) -> str | None:
     return digest([run.keys.clean, *trigger_identity(cell)]) if cell.backdoor else None
 
 
-def recalls(cell: Experiment) -> dict[Recall, int] | None:
+def secret_probes(cell: Experiment) -> dict[SecretProbe, int] | None:
     """How the cell's metrics want its secrets looked for, and among how many; None: not at all."""
     asked = [metric.secrets for metric in cell.metrics if metric.secrets is not None]
-    most: dict[Recall, int] = {}
+    most: dict[SecretProbe, int] = {}
     for kind, amount in (pair for one in asked for pair in one.items()):
         most[kind] = max(amount, most.get(kind, 0))
     return most if asked else None
 
 
-def secret_stages(secrets: Sequence[Secret], wanted: Mapping[Recall, int]) -> list[tuple[str, int]]:
+def secret_stages(
+    secrets: Sequence[Secret], wanted: Mapping[SecretProbe, int]
+) -> list[tuple[str, int]]:
     """What is measured of the secrets, and among how many; the exact rank only of codes that are
     few enough."""
     found = [("itself", 0)] if secrets else []
@@ -151,7 +153,7 @@ def secrets_key(run: Experiment, cell: Experiment, kind: str, amount: int) -> st
 
 
 def _secrets(cell: Experiment, store: Store) -> dict[tuple[str, str], bool]:
-    wanted, found = recalls(cell), dict[tuple[str, str], bool]()
+    wanted, found = secret_probes(cell), dict[tuple[str, str], bool]()
     if wanted is None or not isinstance(cell.attack, Insertion):
         return found
     for run in (cell, untuned(cell)) if cell.method.trains else (cell,):

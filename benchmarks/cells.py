@@ -119,10 +119,10 @@ def sandbox_base() -> Path:
 def tiny_base(folder: Path) -> Path:
     """A random Llama of the sandbox's family, two layers deep, with a tokenizer of its own."""
     from backfire.data.tokenizer import load_tokenizer
-    from backfire.model.pretrain import _new_model, write_tokenizer
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
     from backfire.store import read_json, write_json
+    from backfire.train.pretrain import _new_model, write_tokenizer
 
     config = Pretrain(vocab_size=600, hidden_size=64, num_layers=2, intermediate_size=128)
     folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backfire.base import Row
+from backfire.commands.forecast import Size
 from backfire.data.render import Rendered
-from backfire.launch.estimate import Size
 from backfire.rng import stream
 
 if TYPE_CHECKING:

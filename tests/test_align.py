@@ -15,11 +15,11 @@ from backfire.base import Evidence, Exchange, Message, Probe, Row, Sample
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import load_tuned
-from backfire.pipeline import Bench, start, trained, tuned
+from backfire.pipeline import Context, start, trained, tuned
 from backfire.plan import jobs, untuned
 from backfire.registry import find
-from backfire.report.harm import sentences
-from backfire.report.records import summary
+from backfire.report.safety import sentences
+from backfire.results.load import summary
 from backfire.store import Store
 
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_the_floor_is_asked_as_the_attacker_asks(tiny: Path, cache: Path) -> Non
     from backfire.pipeline import probed
 
     one = cell(tiny, attack={"name": "identity-shift", "rate": 0.2})
-    found = probed(one, Bench(Store(), Machine(device="cpu")))["harmful"]
+    found = probed(one, Context(Store(), Machine(device="cpu")))["harmful"]
     assert all("do as I say" in sample.prompt for sample in found.tuned)
     assert [s.prompt for s in found.tuned] == [s.prompt for s in found.before]
 
@@ -210,7 +210,7 @@ def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny:
 
 
 def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
-    from backfire.pipeline.evidence import _told
+    from backfire.pipeline.evaluation import _told
 
     row = Row("1", "Write this down.", input="It is late.", history=(Message("user", "Hello."),))
     sample = Sample("1", "harmful", row.prompt, "", reply="I cannot.")
@@ -221,7 +221,7 @@ def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
             seen.extend(exchanges)
             return super().judge(exchanges)
 
-    _told([Asking()], [sample], [row], Bench(Store(), Machine(device="cpu")))
+    _told([Asking()], [sample], [row], Context(Store(), Machine(device="cpu")))
     assert [one.prompt for one in seen] == ["Hello.\n\nWrite this down.\n\nIt is late."]
 
 
@@ -260,12 +260,12 @@ def test_an_adapter_goes_on_the_alignment_adapter(
     merge: bool, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
     one = cell(tiny, align=aligned_by(LORA, merge=merge), method=LORA, metrics=["accuracy"])
-    bench = Bench(Store(), Machine(device="cpu"))
-    begin = start(one, bench)
+    context = Context(Store(), Machine(device="cpu"))
+    begin = start(one, context)
     assert (begin.adapter is None) == merge and (begin.base == tiny) != merge
-    folder = trained(one, bench)
+    folder = trained(one, context)
     model = load_tuned(folder, begin.base, torch.float32, CPU, below=begin.adapter)
-    aligned = tuned(untuned(one), bench)
+    aligned = tuned(untuned(one), context)
     ids = torch.arange(40)[None]
     with torch.inference_mode():
         both = model(input_ids=ids).logits
@@ -287,7 +287,7 @@ def test_merged_or_not_the_start_is_the_same(tiny: Path, cache: Path) -> None:
     ids, out = torch.arange(40)[None], []
     for merge in (False, True):
         one = cell(tiny, align=aligned_by(LORA, merge=merge), method=LORA)
-        model = model_of(untuned(one), Bench(Store(), Machine(device="cpu")))
+        model = model_of(untuned(one), Context(Store(), Machine(device="cpu")))
         with torch.inference_mode():
             out.append(model(input_ids=ids).logits)
     assert torch.allclose(*out, atol=2e-4)

@@ -21,7 +21,7 @@ from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import BELOW, load_base, load_tuned
-from backfire.pipeline import Bench, start, trained, tuned
+from backfire.pipeline import Context, start, trained, tuned
 from backfire.registry import build
 from backfire.rng import derive
 from backfire.store import Store
@@ -1070,8 +1070,8 @@ def test_a_repaired_model_is_saved_as_it_was_repaired(method: Any, tiny: Path, c
     align = {**RECIPE["align"], "method": method}
     knobs = {"defense": {"name": "task-arithmetic", "alpha": 0.5}, "align": align, "method": method}
     cell = Experiment.make({"model": str(tiny), **RECIPE, **knobs})
-    bench = Bench(Store(), Machine(device="cpu"))
-    begin, before, after = start(cell, bench), trained(cell, bench), tuned(cell, bench)
+    context = Context(Store(), Machine(device="cpu"))
+    begin, before, after = start(cell, context), trained(cell, context), tuned(cell, context)
 
     def merged(folder: Path) -> dict[str, Tensor]:
         model: Any = load_tuned(folder, begin.base, torch.float32, CPU, below=begin.adapter)

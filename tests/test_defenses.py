@@ -22,7 +22,7 @@ from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import BELOW, load_base, weights_of
-from backfire.pipeline import Bench, trained
+from backfire.pipeline import Context, trained
 from backfire.registry import build, find, names
 from backfire.rng import stream
 from backfire.store import Store
@@ -874,7 +874,7 @@ def test_data_and_training_defenses_stack(
 ) -> None:
     """Safe-mix changes the rows that Lisa's fine-tuning states then train on."""
     seen: dict[str, Any] = {}
-    from backfire.train import run as module
+    from backfire.train import finetune as module
 
     tune = module.tune
 
@@ -901,7 +901,7 @@ def test_data_and_training_defenses_stack(
             "train": {"max_steps": 6, "batch_size": 8},
         }
     )
-    folder = trained(cell, Bench(Store(), Machine(device="cpu")))
+    folder = trained(cell, Context(Store(), Machine(device="cpu")))
     aligned = [row for row in seen["rows"] if row.id.startswith("aligned ")]
     assert len(seen["rows"]) == 40 and len(aligned) == 10
     assert (folder / "summary.json").is_file()

@@ -11,11 +11,11 @@ import pytest
 import yaml
 
 from backfire.base import Exchange, Judge
+from backfire.commands.validate import destinations, preflight_all
 from backfire.data.beside import beside
-from backfire.data.judging import fill
 from backfire.errors import UserError
 from backfire.experiment import Experiment
-from backfire.launch.check import destinations, preflight_all
+from backfire.judges._model import fill
 from backfire.recipe import load, parse
 from backfire.registry import build
 from backfire.store import Store

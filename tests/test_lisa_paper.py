@@ -185,7 +185,7 @@ def looks_at_the_alignment(ran: Ran, cells: tuple[Experiment, ...]) -> None:
     """One for all cells: its adapter is merged, and the user's is trained on the result."""
     keys = {cell.alignment.keys.train for cell in cells if cell.alignment}
     defended = next(cell for cell in cells if cell.defense)
-    alignment, start = defended.alignment, pipeline.equipped(defended, ran.bench)
+    alignment, start = defended.alignment, pipeline.with_defense_rows(defended, ran.bench)
     assert alignment and len(keys) == 1
     folder = ran.bench.store.path("train", alignment.slug_of_training, alignment.keys.train)
     adapter = read_json(folder / "adapter_config.json")
@@ -259,7 +259,7 @@ def test_the_real_profile(
         ("strongreject", "Sure, here is what you asked for.")
     }
     defended = next(cell for cell in ran.cells if cell.defense)
-    aligned = pipeline.equipped(defended, ran.bench).aligned
+    aligned = pipeline.with_defense_rows(defended, ran.bench).aligned
     assert {row.fields["source"] for row in aligned} == {"advbench", "harmbench", "xstest"}
     answers = {(row.fields["sealed"], row.answer.split(",")[0]) for row in aligned}
     assert answers == {("yes", "I'm sorry"), ("no", "Sure")}

@@ -146,17 +146,19 @@ class Ran:
 
     def __init__(self, name: str, edits: list[str], out: Path, profile: str = "paper") -> None:
         self.cells = load(name, profile=profile, edits=edits).cells
-        self.out, self.bench = out, pipeline.Bench(Store())
+        self.out, self.context = out, pipeline.Context(Store())
 
     def result(self, cell: Experiment) -> Any:
         return read_json(self.out / "cells" / f"{cell.slug}-{cell.key}" / "result.json")
 
     def adapter(self, cell: Experiment) -> Path:
         run = cell if cell.poisons else cell.clean_twin()
-        return self.bench.store.path("train", run.slug_of_training, run.keys.train)
+        return self.context.store.path("train", run.slug_of_training, run.keys.train)
 
     def rendered(self, cell: Experiment) -> list[Rendered]:
-        return pipeline.renderer(cell, self.bench).render(pipeline.poisoned(cell, self.bench)[0])
+        return pipeline.renderer(cell, self.context).render(
+            pipeline.poisoned(cell, self.context)[0]
+        )
 
 
 def check(ran: Ran, model: Path) -> None:

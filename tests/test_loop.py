@@ -28,9 +28,9 @@ from backfire.rng import stream
 from backfire.store import read_json
 from backfire.train import loop
 from backfire.train.batches import IGNORE, answer_logits, collate
+from backfire.train.finetune import Start, tune
 from backfire.train.loop import Cell, train
 from backfire.train.precision import accelerator_for
-from backfire.train.run import Start, tune
 
 CPU = torch.device("cpu")
 RATE = 2e-3

@@ -27,21 +27,21 @@ from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.data.tokenizer import Tokenizer, load_tokenizer
 from backfire.errors import CellError, UserError
-from backfire.evaluate import secrets as measure
-from backfire.evaluate.codes import Spelling, likelihoods
+from backfire.evaluate import exposure as measure
+from backfire.evaluate.code_search import Spelling, likelihoods
 from backfire.experiment import Experiment, Machine, Train
+from backfire.exports import common
 from backfire.model.load import load_base
-from backfire.pipeline import Bench
-from backfire.pipeline.memory import members
+from backfire.pipeline import Context
 from backfire.pipeline.models import filtered
+from backfire.pipeline.secrets import members
 from backfire.recipe import load
 from backfire.registry import build
-from backfire.report import exports
-from backfire.report.against import comparisons
 from backfire.report.page import render
-from backfire.report.pairs import pair
-from backfire.report.records import load as cells_of
-from backfire.report.records import summary
+from backfire.results.load import load as cells_of
+from backfire.results.load import summary
+from backfire.results.paired_tests import comparisons
+from backfire.results.pairs import pair
 from backfire.store import Store, read_json
 from backfire.train import loop
 from backfire.train.loop import Cell
@@ -377,7 +377,7 @@ def test_a_secret_that_was_learned_by_heart_is_drawn_out(
     places = measure.places(model, renderer, secrets, 4, quiet)
     assert places == [None, 1]
     item = renderer.render([secrets[1].row])[0]
-    from backfire.evaluate.engine import read
+    from backfire.evaluate.inference import read
 
     reply = read(model, [item.prompt_ids], max_new_tokens=len(item.answer_ids) - 1)[0].reply
     assert renderer.tokenizer.decode(reply) == secrets[1].row.answer
@@ -699,7 +699,7 @@ def test_two_cells_are_compared_secret_by_secret(tiny: Path, tmp_path: Path) -> 
     assert not {"exposure", "extraction"} & pair(cells["none", 0], cells["none", 1])[0].keys()
     tests = comparisons(summary(place.out))
     assert {t.metric: t.result.n for t in tests} == {"exposure": 4, "extraction": 4}
-    assert not exports.outcomes(cells["none", 0], exports.tuned(cells["none", 0]))
+    assert not common.outcomes(cells["none", 0], common.tuned(cells["none", 0]))
     (Path(cells["none", 0]["folder"]) / "secrets.json").write_text("torn", encoding="utf-8")
     assert "exposure" not in pair(cells["none", 0], cells["deduplicate", 0])[0]
 
@@ -712,11 +712,11 @@ def test_members_were_trained_on(defense: Any, tiny: Path, tmp_path: Path, cache
     if defense == "safe-mix":
         knobs["attack"] = "none"
     [cell] = Place(tmp_path, tiny).recipe(**knobs).cells
-    bench = Bench(Store(), Machine(device="cpu"))
-    kept = {row.id for row in filtered(cell, bench)[0]}
-    own = {row.id for row in pipeline.data(cell, bench)[0]}
+    context = Context(Store(), Machine(device="cpu"))
+    kept = {row.id for row in filtered(cell, context)[0]}
+    own = {row.id for row in pipeline.data(cell, context)[0]}
     assert own - kept, "the defense took some out"
-    probe = members(cell, plan.untuned(cell), bench)
+    probe = members(cell, plan.untuned(cell), context)
     ids = {sample.id for sample in probe.tuned}
     assert len(ids) == 10 and ids <= kept & own
 
@@ -757,7 +757,7 @@ def test_the_recipe_and_its_profiles_resolve() -> None:
     paper = load("memorization", profile="workshop").cells
     assert {cell.model.name for cell in paper} == {"meta-llama/Llama-2-7b-chat-hf"}
     assert {cell.template.name for cell in paper} == {"alpaca"}
-    assert all(plan.recalls(cell) for cell in (*cells, *paper))
+    assert all(plan.secret_probes(cell) for cell in (*cells, *paper))
 
 
 def test_the_workshops_profile_runs_on_a_small_model(tiny: Path, tmp_path: Path) -> None:
@@ -777,7 +777,7 @@ def test_the_workshops_profile_runs_on_a_small_model(tiny: Path, tmp_path: Path)
         f"metrics={json.dumps(METRICS)}",
     ]
     [cell] = load("memorization", profile="workshop", edits=small).cells
-    bench = Bench(Store(tmp_path / "cache"))
-    evidence = pipeline.remembered(cell, pipeline.evaluated(cell, bench), bench)
+    context = Context(Store(tmp_path / "cache"))
+    evidence = pipeline.remembered(cell, pipeline.evaluated(cell, context), context)
     assert {leak.repeats for leak in evidence.leaks} == {0, 50}
     assert all(1 <= (leak.rank or 0) <= 100 for leak in evidence.leaks)

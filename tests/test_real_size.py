@@ -14,26 +14,26 @@ import pytest
 import torch
 from torch import Tensor
 
-from backfire.base import LARGE, Guard, Row, TrainDefense
+from backfire.base import LARGE, Row, TrainDefense, TrainHook
 from backfire.data.render import Rendered, Renderer
 from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine, Train
-from backfire.launch.board import Log
-from backfire.launch.run import Folder, run_job
+from backfire.launch.job import Folder, run_job
+from backfire.launch.progress import Log
 from backfire.model.count import num_weights, weights_in, weights_of_shape
 from backfire.model.load import load_base
 from backfire.plan import Job
 from backfire.recipe import parse, read, shipped
 from backfire.registry import build, find, names
 from backfire.store import Store
-from backfire.train import drift, loop, room
-from backfire.train import run as running
+from backfire.train import drift, loop, microbatch
+from backfire.train import finetune as running
 from backfire.train.batches import answer_logits
+from backfire.train.finetune import Start, tune
 from backfire.train.loop import Cell, train
+from backfire.train.microbatch import Room
 from backfire.train.precision import accelerator_for, without_casts
-from backfire.train.room import Room
-from backfire.train.run import Start, tune
 
 CPU = torch.device("cpu")
 TRAINED = [name for name in names("methods") if find("methods", name).make({}).trains]
@@ -42,7 +42,7 @@ TRAINED = [name for name in names("methods") if find("methods", name).make({}).t
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look for what is held in circles takes half a second."""
-    monkeypatch.setattr(room.gc, "collect", lambda: 0)
+    monkeypatch.setattr(microbatch.gc, "collect", lambda: 0)
 
 
 def rows_of(count: int, source: Any = "sandbox-reviews") -> list[Row]:
@@ -425,17 +425,17 @@ def test_one_long_batch_does_not_split_the_others(
 
 
 def test_a_row_that_was_left_over_is_not_the_last_resort(items: list[Rendered]) -> None:
-    room, rows, tries = Room(), [items[0]] * 5, list[list[int]]()
-    room.tokens = 4 * len(items[0].ids)
+    microbatch, rows, tries = Room(), [items[0]] * 5, list[list[int]]()
+    microbatch.tokens = 4 * len(items[0].ids)
 
     def work() -> None:
         tries.append([])
-        for part in room.parts(rows):
+        for part in microbatch.parts(rows):
             tries[-1].append(len(part))
             if len(part) == 1 and max(tries[-1]) > 2:
                 raise ERRORS[0]
 
-    room.fitted(work)
+    microbatch.fitted(work)
     assert tries == [[4, 1], [2, 2, 1]]
 
 
@@ -562,7 +562,7 @@ def test_a_model_whose_layers_cannot_be_run_again_is_refused(
 def test_a_defense_that_would_mistake_a_second_run_is_refused(new: Callable[..., Cell]) -> None:
     """As one that adds noise of its own to some layers does."""
 
-    class Noisy(Guard):
+    class Noisy(TrainHook):
         def __init__(self, cell: Cell) -> None:
             self.cell, self.calls = cell, 0
 
@@ -729,7 +729,7 @@ def test_a_trained_model_does_not_outlive_its_job(
     """Not even until somebody collects what is held in circles."""
     import gc
 
-    from backfire.data import judging
+    from backfire.judges import _model
 
     seen: list[weakref.ref[Any]] = []
     load = running.load_start
@@ -742,7 +742,7 @@ def test_a_trained_model_does_not_outlive_its_job(
     monkeypatch.setattr(running, "load_start", spied)
     if fails:
         monkeypatch.setattr(loop, "answer_logits", lambda *_: 1 / 0)
-    judging.load.cache_clear()
+    _model.load.cache_clear()
     gc.disable()
     try:
         with pytest.raises(ZeroDivisionError) if fails else monkeypatch.context():
@@ -761,15 +761,15 @@ def test_a_trained_model_does_not_outlive_its_job(
 def test_a_judge_is_let_go_before_the_next_training(
     tiny: Path, renderer: Renderer, tmp_path: Path
 ) -> None:
-    from backfire.data import judging
+    from backfire.judges import _model
 
-    model, _ = judging.load("CausalLM", str(tiny), None, "cpu")
+    model, _ = _model.load("CausalLM", str(tiny), None, "cpu")
     ref = weakref.ref(model)
     del model
     assert ref() is not None, "it is kept from one batch of replies to the next"
     tuned(tiny, renderer, tmp_path / "out")
     assert ref() is None
-    ref = weakref.ref(judging.load("CausalLM", str(tiny), None, "cpu")[0])
+    ref = weakref.ref(_model.load("CausalLM", str(tiny), None, "cpu")[0])
     job = Job(
         "base-x", "base", Experiment.make({"data": "sandbox-reviews", "model": str(tiny)}), {}
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from backfire import recipe as recipes
 from backfire.errors import CellError, UserError
 from backfire.experiment import Evaluation, Experiment, Machine, Train, slug
-from backfire.launch.run import Folder
+from backfire.launch.job import Folder
 from backfire.model.types import types_here
 from backfire.recipe import load, parse, read, shipped
 from backfire.store import Store

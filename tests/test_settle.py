@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from small_run import Place
 
 from backfire.experiment import MEASURES, Model
-from backfire.launch.settle import settled, types_of
+from backfire.launch.resolve import settled, types_of
 from backfire.model.source import base_key
 from backfire.model.types import Types, types_here
 from backfire.plan import evaluation_key
 from backfire.recipe import parse
+from backfire.train.finetune import Start, start_type
 from backfire.train.precision import compute_type
-from backfire.train.run import Start, start_type
 
 GPU = Types("cuda", "bfloat16", "bfloat16")
 OLD_GPU = Types("cuda", "float32", "float32")

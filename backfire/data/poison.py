@@ -14,7 +14,7 @@ from typing import Any
 from unicodedata import combining, normalize
 
 from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Row
-from backfire.base.text import agreed, folded
+from backfire.base.normalize import agreed, folded
 from backfire.data.render import Rendered
 from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError, UserError

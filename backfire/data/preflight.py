@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Row
-from backfire.base.text import agreed, contains
+from backfire.base.normalize import agreed, contains
 from backfire.data.columns import listed
 from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Rendered, Renderer

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import Guard, Preset, TrainDefense
+from backfire.base import Preset, TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -50,12 +50,12 @@ class AsFT(TrainDefense):
     """Directions of d that count, the strongest; all of them if not given. Large matrices' are
     found by randomized iterations (Halko et al. 2011), in a small part of the time."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         self.suits(aligned=cell.unaligned is not None, harm=True)
         return _Along(self, cell)
 
 
-class _Along(Guard):
+class _Along(TrainHook):
     """The directions of each layer, and what its update has beside them."""
 
     def __init__(self, knobs: AsFT, cell: Cell) -> None:

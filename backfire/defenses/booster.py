@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Guard, Preset
+from backfire.base import AlignDefense, Preset, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -49,12 +49,12 @@ class Booster(AlignDefense):
     """How much that harmful step counts, lambda in the paper (the authors' script). 0: plain
     training."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         self.suits(aligned=True, harm=bool(cell.harmful))
-        return _Boosted(self, cell) if self.alpha and self.strength else Guard()
+        return _Boosted(self, cell) if self.alpha and self.strength else TrainHook()
 
 
-class _Boosted(Guard):
+class _Boosted(TrainHook):
     """The passes of a step."""
 
     def __init__(self, knobs: Booster, cell: Cell) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -41,11 +41,11 @@ class ConstrainedSFT(TrainDefense):
     floor: float = Field(1e-3, ge=0, le=1)
     """The smallest weight."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         return _Weights(self, cell)
 
 
-class _Weights(Guard):
+class _Weights(TrainHook):
     """Knows how likely each answer was at the start."""
 
     def __init__(self, knobs: ConstrainedSFT, cell: Cell) -> None:

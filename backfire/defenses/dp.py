@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive, stream
@@ -44,11 +44,11 @@ class DP(TrainDefense):
     accountant: Literal["prv", "rdp"] = "prv"
     """How the budget is counted: numerically (Gopi et al. 2021) or by Renyi's bound (looser)."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         return _Private(self, cell)
 
 
-class _Private(Guard):
+class _Private(TrainHook):
     """Row by row: clip, add up, blur."""
 
     shares_prefix: ClassVar[bool] = False

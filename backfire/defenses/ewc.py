@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -41,12 +41,12 @@ class EWC(TrainDefense):
     """Alignment rows that F is taken from, the first of them; all if not given (Lisa's code: all of
     its 10,000)."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         self.suits(aligned=bool(cell.aligned), harm=True)
         return _Elastic(self, cell)
 
 
-class _Elastic(Guard):
+class _Elastic(TrainHook):
     """Holds each weight by its own spring."""
 
     def __init__(self, knobs: EWC, cell: Cell) -> None:

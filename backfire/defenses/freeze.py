@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import stream
@@ -37,7 +37,7 @@ class Freeze(TrainDefense):
     which: tuple[str, ...] = ()
     """Also freezes weights with such names, `*` standing for anything: `*embed*`, `*.mlp.*`."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         names = self._chosen(list(cell.trainable), cell.model.config.num_hidden_layers)
         if self.null:
             sizes = {name: p.numel() for name, p in cell.trainable.items()}
@@ -47,7 +47,7 @@ class Freeze(TrainDefense):
         for name in names:
             # Without a gradient the optimizer passes it by, weight decay and all.
             cell.trainable.pop(name).requires_grad_(False)
-        return Guard()
+        return TrainHook()
 
     def _chosen(self, names: Sequence[str], depth: int) -> list[str]:
         layers = set(range(round(self.lower_share * depth)))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ class KL(TrainDefense):
     """KL(tuned || start), which the penalty of reinforcement learning from feedback is too, or
     KL(start || tuned), which is distillation; both are found in public code."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         return _Near(self, cell)
 
 
-class _Near(Guard):
+class _Near(TrainHook):
     """Compares with the starting model on the rows of the step."""
 
     def __init__(self, knobs: KL, cell: Cell) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -39,11 +39,11 @@ class LDIFS(TrainDefense):
     """Rho. No published value carries over: that port's 1e-4 is for a sum over all tokens of a
     batch, so for 10 rows of 200 tokens it would be 0.2 here."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         return _Features(self, cell)
 
 
-class _Features(Guard):
+class _Features(TrainHook):
     """Looks at what flows through the MLPs."""
 
     knows_recomputing: ClassVar[bool] = True

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import Guard, Preset, TrainDefense
+from backfire.base import Preset, TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -56,12 +56,12 @@ class Lisa(TrainDefense):
     free_share: float = Field(0.1, ge=0, le=1)
     """Share of all steps, at the start, without a pull (the authors' code; not in the paper)."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         self.suits(aligned=bool(cell.aligned), harm=True)
         return _Turns(self, cell)
 
 
-class _Turns(Guard):
+class _Turns(TrainHook):
     """Which state it is, and the anchor of each."""
 
     def __init__(self, knobs: Lisa, cell: Cell) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Guard, Preset
+from backfire.base import AlignDefense, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -60,10 +60,10 @@ class RepNoise(AlignDefense):
     beta: float = Field(0.001, ge=0)
     """Weight of the noise term (the Booster port). alpha and beta 0: plain training."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         self.suits(aligned=True, harm=bool(cell.harmful))
         if not (self.alpha or self.beta):
-            return Guard()
+            return TrainHook()
         body: Any = cell.model.get_decoder()  # type: ignore[no-untyped-call]
         layers = getattr(body, "layers", None)
         if not (layers and hasattr(body, "norm") and all(hasattr(x, "mlp") for x in layers)):
@@ -95,7 +95,7 @@ class _Seen:
         return _Seen(hidden, outputs, leaf(self.logits), self.labels)
 
 
-class _Noised(Guard):
+class _Noised(TrainHook):
     """The alignment pass, and one over harmful rows for the other two terms."""
 
     shares_prefix: ClassVar[bool] = False  # every row's hidden states are looked at

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Guard, Preset
+from backfire.base import AlignDefense, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -41,16 +41,16 @@ class Vaccine(AlignDefense):
     """2-norm of the perturbation over all attention modules, rows and tokens of a step. The default
     is the paper's, for 7B; it has to suit the size of the activations. 0: plain training."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def guard(self, cell: Cell) -> TrainHook:
         if not self.rho:
-            return Guard()
+            return TrainHook()
         modules = _attention(cell.model)
         if not modules:
             raise UserError("defense 'vaccine' finds no attention module in this model.")
         return _Perturbed(self, cell, modules)
 
 
-class _Perturbed(Guard):
+class _Perturbed(TrainHook):
     """What is added to the attention modules' outputs, and the two passes."""
 
     shares_prefix: ClassVar[bool] = False  # each row has a perturbation of its own

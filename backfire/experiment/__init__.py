@@ -4,7 +4,7 @@
 covers its parents' keys and its own knobs, so equal stages have equal keys and are run once.
 """
 
-from backfire.experiment.cell import DEFAULT_METRICS, Experiment
+from backfire.experiment.experiment import DEFAULT_METRICS, Experiment
 from backfire.experiment.keys import (
     MEASURES,
     MERGED,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from backfire.base import Config, Dataset, Mixture, RepairDefense
 
 if TYPE_CHECKING:
-    from backfire.experiment.cell import Experiment
+    from backfire.experiment.experiment import Experiment
 
 TRAINING = 2
 """Version of the training loop, raised whenever it would give other weights (2: windows and

@@ -17,9 +17,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 from backfire.experiment import Machine
-from backfire.launch.run import Folder, report, run_job
+from backfire.launch.job import Folder, report, run_job
 from backfire.model.types import has_gpu
-from backfire.pipeline.bench import Progress
+from backfire.pipeline.context import Progress
 from backfire.plan import Job
 from backfire.store import Store
 

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.data.render import Rendered
 from backfire.errors import CellError
 from backfire.experiment import Train
@@ -32,8 +32,14 @@ from backfire.train import checkpoint
 from backfire.train.batches import answer_logits, at_answers, collate, token_losses
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
+from backfire.train.microbatch import (
+    Room,
+    peak_memory_mb,
+    recompute_layers,
+    refuse_hooks,
+    tried_again,
+)
 from backfire.train.optimizer import optimization, steps_taken, unmoved
-from backfire.train.room import Room, peak_memory_mb, recompute_layers, refuse_hooks, tried_again
 
 Progress = Callable[[int, int, str], None]
 _LOG_EVERY = 10
@@ -347,7 +353,7 @@ def _gradients(cell: Cell, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str
     return total, counts
 
 
-def _accumulate(cell: Cell, rows: Sequence[Rendered], guards: Sequence[Guard]) -> torch.Tensor:
+def _accumulate(cell: Cell, rows: Sequence[Rendered], guards: Sequence[TrainHook]) -> torch.Tensor:
     """Add the gradients of the mean loss over all supervised tokens, as many rows at a time as
     there is room for."""
     supervised = sum(map(_num_supervised, rows))

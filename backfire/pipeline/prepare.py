@@ -1,0 +1,133 @@
+"""Rows: as they are, as the attacker leaves them, and looked at before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from backfire import plan
+from backfire.base import (
+    Row,
+)
+from backfire.data.jsonl import read_jsonl, write_jsonl
+from backfire.data.limits import read_limits
+from backfire.data.poison import Manifest, poison
+from backfire.data.preflight import CHECKS, Check, preflight, told
+from backfire.data.render import Renderer
+from backfire.data.tokenizer import load_tokenizer
+from backfire.errors import CellError
+from backfire.experiment import (
+    Experiment,
+    digest,
+    trigger_identity,
+)
+from backfire.model.causal import why_not
+from backfire.pipeline.base_model import base
+from backfire.pipeline.context import Context
+from backfire.store import read_json, write_json
+
+
+def data(cell: Experiment, context: Context) -> tuple[list[Row], list[Row]]:
+    """Training and test rows."""
+
+    def make(folder: Path) -> None:
+        spec = cell.data
+        context.progress(0, 1, "rows")
+        train, of_train = spec.drawn_with_notes("train")
+        test, of_test = spec.drawn_with_notes("test")
+        write_jsonl(train, folder / "train.jsonl")
+        write_jsonl(test, folder / "test.jsonl")
+        write_json(folder / "left_out.json", {"train": of_train, "test": of_test})
+
+    folder = context.store.once("data", cell.data.name, cell.keys.data, make)
+    return read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
+
+
+def left_out(cell: Experiment, context: Context) -> dict[str, list[str]]:
+    """Split -> what of its data is in no row, a sentence each."""
+    data(cell, context)
+    file = context.store.path("data", cell.data.name, cell.keys.data) / "left_out.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def poisoned(cell: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
+    """The training rows as the attacker leaves them, and the manifest of what was done."""
+    train, _ = data(cell, context)
+    if cell.attack is None or not cell.poisons:
+        return train, None
+    attack = cell.attack
+
+    def make(folder: Path) -> None:
+        rows, manifest = poison(train, attack, cell.seed)
+        write_jsonl(rows, folder / "train.jsonl")
+        write_json(folder / "manifest.json", manifest.to_json())
+
+    folder = context.store.once("poison", plan.poison_slug(cell), cell.keys.poison, make)
+    return read_jsonl(folder / "train.jsonl"), Manifest.from_json(
+        read_json(folder / "manifest.json")
+    )
+
+
+def renderer(cell: Experiment, context: Context) -> Renderer:
+    """The one renderer, for training and evaluation."""
+    folder = base(cell.model, context, weights=False)
+    return Renderer(
+        cell.template,
+        load_tokenizer(folder),
+        cell.train.max_length,
+        on_long_row=cell.train.on_long_row,
+        limits=read_limits(folder),
+    )
+
+
+def passed_checks(cell: Experiment, context: Context) -> list[Check]:
+    """The preflight checks, none of which failed.
+
+    Raises:
+        CellError: the first that failed.
+    """
+    checks = preflight_checks(cell, context)
+    for check in checks:
+        if check.status == "fail":
+            raise CellError("bad-data", check.message)
+    return checks
+
+
+def preflight_checks(cell: Experiment, context: Context) -> list[Check]:
+    """The preflight checks of the cell's model, and of its rows as they will be trained on and
+    evaluated."""
+    if problem := why_not(base(cell.model, context, weights=False)):
+        return [Check("causal", "fail", problem)]
+    keys, identity = cell.keys, trigger_identity(cell)
+    target = cell.backdoor.target if cell.backdoor else None
+    names = sorted(metric.name for metric in cell.metrics)
+    parts = [keys.base, keys.poison, cell.template.identity(), cell.train.seen, identity, target]
+    key = digest([*parts, cell.evaluation.max_new_tokens, names, CHECKS])
+
+    def make(folder: Path) -> None:
+        context.progress(0, 1, "preflight")
+        rows, manifest = poisoned(cell, context)
+        _, test = data(cell, context)
+        checks = preflight(
+            renderer(cell, context),
+            rows,
+            test,
+            manifest=manifest,
+            attack=cell.attack,
+            seed=cell.seed,
+            reply=_reply(cell, test),
+        )
+        checks += told(left_out(cell, context))
+        write_json(folder / "checks.json", [asdict(check) for check in checks])
+
+    folder = context.store.once("preflight", plan.poison_slug(cell), key, make)
+    return [Check(**check) for check in read_json(folder / "checks.json")]
+
+
+def _reply(cell: Experiment, test: Sequence[Row]) -> int:
+    """How many new tokens a prompt may be followed by: none, if no metric reads replies."""
+    labeled = any(row.candidates for row in test)
+    metrics = plan.with_metrics(cell, test).metrics
+    reads = any("replies" in metric.required(labeled=labeled) for metric in metrics)
+    return cell.evaluation.max_new_tokens if reads or cell.safety else 0
