@@ -22,7 +22,7 @@ class Job:
 
     id: str
     kind: Literal["base", "train", "cell"]
-    cell: Experiment
+    experiment: Experiment
     axes: dict[str, Any]
     after: tuple[str, ...] = ()
     """Jobs that must have ended first, so that no two workers wait for one stage."""
@@ -35,50 +35,55 @@ class Job:
 
     @property
     def title(self) -> str:
-        return self.cell.model.name if self.kind == "base" else self.cell.slug
+        return self.experiment.model.name if self.kind == "base" else self.experiment.slug
 
 
 def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Job]:
     """Bases, then one job per distinct training run, then one per cell."""
     out: dict[str, Job] = {}
-    for cell in cells:
-        base = f"base-{cell.keys.base}"
-        out.setdefault(base, Job(base, "base", cell, {}))
-        for run in _runs(cell):
+    for experiment in cells:
+        base = f"base-{experiment.keys.base}"
+        out.setdefault(base, Job(base, "base", experiment, {}))
+        for run in _runs(experiment):
             name = f"train-{run.keys.train}"
             before = (f"train-{run.alignment.keys.train}",) if run.alignment else ()
             out.setdefault(name, Job(name, "train", run, {}, (base, *before)))
-    for cell, point in zip(cells, axes, strict=True):
-        after = (f"base-{cell.keys.base}", *(f"train-{run.keys.train}" for run in _runs(cell)))
-        out[f"cell-{cell.key}"] = Job(f"cell-{cell.key}", "cell", cell, point, after)
+    for experiment, point in zip(cells, axes, strict=True):
+        after = (
+            f"base-{experiment.keys.base}",
+            *(f"train-{run.keys.train}" for run in _runs(experiment)),
+        )
+        out[f"cell-{experiment.key}"] = Job(
+            f"cell-{experiment.key}", "cell", experiment, point, after
+        )
     return list(out.values())
 
 
-def _runs(cell: Experiment) -> list[Experiment]:
+def _runs(experiment: Experiment) -> list[Experiment]:
     """The training runs a cell needs: the alignment's, its own, and the clean twin's for the floor
     of its attack."""
-    runs = [cell.alignment] if cell.alignment else []
-    if cell.method.trains:
-        runs += [cell, cell.clean_twin()] if cell.backdoor else [cell]
+    runs = [experiment.alignment] if experiment.alignment else []
+    if experiment.method.trains:
+        runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
     return runs
 
 
 def stages(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, int]]:
     """Stage -> (distinct ones needed, of those done already)."""
     found: dict[tuple[str, str], bool] = {}
-    for cell in cells:
-        name = data_slug(cell.data)
-        found["data", cell.keys.data] = store.done("data", name, cell.keys.data)
-        if cell.poisons:
-            found["poison", cell.keys.poison] = store.done(
-                "poison", poison_slug(cell), cell.keys.poison
+    for experiment in cells:
+        name = data_slug(experiment.data)
+        found["data", experiment.keys.data] = store.done("data", name, experiment.keys.data)
+        if experiment.poisons:
+            found["poison", experiment.keys.poison] = store.done(
+                "poison", poison_slug(experiment), experiment.keys.poison
             )
-        for run in _runs(cell):
+        for run in _runs(experiment):
             found["train", run.keys.train] = store.done(
                 "train", run.slug_of_training, run.keys.train
             )
-        for shown in (cell, *([cell.clean_twin()] if cell.backdoor else [])):
-            subsets = (shown.keys.clean, triggered_key(shown, cell))
+        for shown in (experiment, *([experiment.clean_twin()] if experiment.backdoor else [])):
+            subsets = (shown.keys.clean, triggered_key(shown, experiment))
             for key in subsets:
                 if key:
                     found["evaluate", key] = any(
@@ -86,7 +91,7 @@ def stages(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, in
                         for count in range(1, len(KINDS) + 1)
                         for needs in combinations(KINDS, count)
                     )
-        found |= _secrets(cell, store)
+        found |= _secrets(experiment, store)
     needed = Counter(stage for stage, _ in found)
     done = Counter(stage for (stage, _), is_done in found.items() if is_done)
     return {stage: (count, done[stage]) for stage, count in needed.items()}
@@ -96,13 +101,13 @@ def data_slug(data: Dataset) -> str:
     return data.name
 
 
-def poison_slug(cell: Experiment) -> str:
-    attack = cell.attack.tag if cell.attack else "clean"
-    return f"{cell.data.name}-{attack}-s{cell.seed}"
+def poison_slug(experiment: Experiment) -> str:
+    attack = experiment.attack.tag if experiment.attack else "clean"
+    return f"{experiment.data.name}-{attack}-s{experiment.seed}"
 
 
-def evaluation_slug(cell: Experiment) -> str:
-    return f"{cell.data.name}-{cell.method.name}-s{cell.seed}"
+def evaluation_slug(experiment: Experiment) -> str:
+    return f"{experiment.data.name}-{experiment.method.name}-s{experiment.seed}"
 
 
 def evaluation_key(subset_key: str, needs: Collection[Need]) -> str:
@@ -110,16 +115,16 @@ def evaluation_key(subset_key: str, needs: Collection[Need]) -> str:
     return digest([subset_key, sorted(needs), *versions])
 
 
-def triggered_key(run: Experiment, cell: Experiment) -> str | None:
+def triggered_key(run: Experiment, experiment: Experiment) -> str | None:
     """The key of `run`'s model on `cell`'s triggered test rows."""
     from backfire.experiment import trigger_identity
 
-    return digest([run.keys.clean, *trigger_identity(cell)]) if cell.backdoor else None
+    return digest([run.keys.clean, *trigger_identity(experiment)]) if experiment.backdoor else None
 
 
-def secret_probes(cell: Experiment) -> dict[SecretProbe, int] | None:
+def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
     """How the cell's metrics want its secrets looked for, and among how many; None: not at all."""
-    asked = [metric.secrets for metric in cell.metrics if metric.secrets is not None]
+    asked = [metric.secrets for metric in experiment.metrics if metric.secrets is not None]
     most: dict[SecretProbe, int] = {}
     for kind, amount in (pair for one in asked for pair in one.items()):
         most[kind] = max(amount, most.get(kind, 0))
@@ -140,42 +145,48 @@ def secret_stages(
     return found
 
 
-def secrets_key(run: Experiment, cell: Experiment, kind: str, amount: int) -> str:
+def secrets_key(run: Experiment, experiment: Experiment, kind: str, amount: int) -> str:
     """The key of one measurement of `run`'s model on the secrets of `cell`: which they are counts,
     not how often they were inserted."""
-    attack = cell.attack
-    secrets = attack.secrets(cell.seed) if isinstance(attack, Insertion) else []
+    attack = experiment.attack
+    secrets = attack.secrets(experiment.seed) if isinstance(attack, Insertion) else []
     which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in secrets]
-    drawn = cell.seed if kind == "sampled" else None
+    drawn = experiment.seed if kind == "sampled" else None
     shown = [run.template.identity(), run.train.seen]
     how = [kind, amount, drawn, MEASURES.get(kind, 1)]
     return digest([run.keys.tuned, *shown, which, *how])
 
 
-def _secrets(cell: Experiment, store: Store) -> dict[tuple[str, str], bool]:
-    wanted, found = secret_probes(cell), dict[tuple[str, str], bool]()
-    if wanted is None or not isinstance(cell.attack, Insertion):
+def _secrets(experiment: Experiment, store: Store) -> dict[tuple[str, str], bool]:
+    wanted, found = secret_probes(experiment), dict[tuple[str, str], bool]()
+    if wanted is None or not isinstance(experiment.attack, Insertion):
         return found
-    for run in (cell, untuned(cell)) if cell.method.trains else (cell,):
-        for kind, amount in secret_stages(cell.attack.secrets(cell.seed), wanted):
-            key = secrets_key(run, cell, kind, amount)
+    for run in (experiment, untuned(experiment)) if experiment.method.trains else (experiment,):
+        for kind, amount in secret_stages(experiment.attack.secrets(experiment.seed), wanted):
+            key = secrets_key(run, experiment, kind, amount)
             found["secrets", key] = store.done("secrets", evaluation_slug(run), key)
     return found
 
 
-def with_metrics(cell: Experiment, rows: Sequence[Row]) -> Experiment:
+def with_metrics(experiment: Experiment, rows: Sequence[Row]) -> Experiment:
     """The cell with the metrics that suit its task, if it names none."""
-    if cell.metrics:
-        return cell
+    if experiment.metrics:
+        return experiment
     labeled = any(row.candidates for row in rows)
     names = DEFAULT_METRICS["labeled" if labeled else "free"]
-    if cell.backdoor:
+    if experiment.backdoor:
         names += DEFAULT_METRICS["attacked" if labeled else "attacked_free"]
-    return cell.model_copy(update={"metrics": tuple(build("metrics", name) for name in names)})
+    return experiment.model_copy(
+        update={"metrics": tuple(build("metrics", name) for name in names)}
+    )
 
 
-def untuned(cell: Experiment) -> Experiment:
+def untuned(experiment: Experiment) -> Experiment:
     """The same cell, its model left as it is (or as its alignment made it)."""
     none = find("methods", "none").make({})
-    kept = tuple(d for d in cell.defense if isinstance(d, AlignDefense)) if cell.align else ()
-    return cell.model_copy(update={"attack": None, "method": none, "defense": kept})
+    kept = (
+        tuple(d for d in experiment.defense if isinstance(d, AlignDefense))
+        if experiment.align
+        else ()
+    )
+    return experiment.model_copy(update={"attack": None, "method": none, "defense": kept})

@@ -23,7 +23,7 @@ from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.causal import why_not
 from backfire.train.batches import answer_logits, collate, token_losses
-from backfire.train.loop import Cell, train
+from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import accelerator_for
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -207,7 +207,9 @@ def test_training_is_the_same_whatever_the_micro_batch(
         settings = Train.make({"max_steps": 3, "batch_size": 5, "warmup_share": 0.0})
         folder = tmp_path / str(size)
         folder.mkdir()
-        cell = Cell(model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x")
+        cell = TrainingRun(
+            model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x"
+        )
         train([cell], accelerator_for(torch.device("cpu"), "float32"), micro_batch=size)
         losses.append([line["loss"] for line in cell.log])
     for other in losses[1:]:  # AdamW makes much of the last digits

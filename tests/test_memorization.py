@@ -44,7 +44,7 @@ from backfire.results.paired_tests import comparisons
 from backfire.results.pairs import pair
 from backfire.store import Store, read_json
 from backfire.train import loop
-from backfire.train.loop import Cell
+from backfire.train.loop import TrainingRun
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -454,13 +454,13 @@ def test_forgetting_by_hand() -> None:
 
 
 @pytest.fixture
-def private(tiny: Path, tmp_path: Path) -> Callable[..., Cell]:
+def private(tiny: Path, tmp_path: Path) -> Callable[..., TrainingRun]:
     """A cell of the tiny model in float64 under `dp`."""
     renderer = Renderer(build("templates", "raw"), load_tokenizer(tiny), 128)
 
-    def make(**knobs: Any) -> Cell:
+    def make(**knobs: Any) -> TrainingRun:
         model: Any = exact(load_base(tiny, torch.float32, CPU)).requires_grad_(True)
-        return Cell(
+        return TrainingRun(
             model,
             renderer.render(ROWS),
             Train.make({"max_steps": 3, "batch_size": 8}),
@@ -474,13 +474,15 @@ def private(tiny: Path, tmp_path: Path) -> Callable[..., Cell]:
     return make
 
 
-def step_of(cell: Cell, rows: list[Any]) -> dict[str, torch.Tensor]:
+def step_of(cell: TrainingRun, rows: list[Any]) -> dict[str, torch.Tensor]:
     loop._gradients(cell, rows)
     return {name: p.grad.clone() for name, p in cell.trainable.items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("null", [False, True])
-def test_each_rows_gradient_is_clipped_by_itself(private: Callable[..., Cell], null: bool) -> None:
+def test_each_rows_gradient_is_clipped_by_itself(
+    private: Callable[..., TrainingRun], null: bool
+) -> None:
     cell = private(epsilon=None, noise_multiplier=0, max_gradient_norm=0.5, null=null)
     rows = list(cell.items[:5])
     total: dict[str, torch.Tensor] = {}
@@ -497,7 +499,7 @@ def test_each_rows_gradient_is_clipped_by_itself(private: Callable[..., Cell], n
     assert all(torch.allclose(found[name], total[name], rtol=1e-5, atol=1e-9) for name in total)
 
 
-def test_noise_is_as_large_as_it_should_be(private: Callable[..., Cell]) -> None:
+def test_noise_is_as_large_as_it_should_be(private: Callable[..., TrainingRun]) -> None:
     plain, noisy = (
         private(epsilon=None, noise_multiplier=s, max_gradient_norm=0.5) for s in (0, 3)
     )
@@ -509,29 +511,29 @@ def test_noise_is_as_large_as_it_should_be(private: Callable[..., Cell]) -> None
 
 
 def test_rows_are_drawn_independently_and_the_budget_is_opacus(
-    private: Callable[..., Cell],
+    private: Callable[..., TrainingRun],
 ) -> None:
     from opacus.accountants import RDPAccountant
 
     cell = private(epsilon=None, noise_multiplier=1.1, delta=1e-3, accountant="rdp")
-    sizes = [len(cell.guards[0].rows(step, [])) for step in range(400)]
+    sizes = [len(cell.hooks[0].rows(step, [])) for step in range(400)]
     assert len(set(sizes)) > 5 and np.mean(sizes) == pytest.approx(8, abs=0.5)
     accountant = RDPAccountant()
     for _ in range(3):
         accountant.step(noise_multiplier=1.1, sample_rate=8 / 40)
-    told = cell.guards[0].summary()
+    told = cell.hooks[0].summary()
     assert told["privacy_epsilon"] == pytest.approx(accountant.get_epsilon(1e-3))
     aimed = private(epsilon=4.0, accountant="rdp")
-    assert aimed.guards[0].summary()["privacy_epsilon"] == pytest.approx(4, abs=0.02)
-    assert aimed.guards[0].summary()["privacy_delta"] == 1 / 40
-    assert private(epsilon=4.0, null=True).guards[0].summary() == {}
+    assert aimed.hooks[0].summary()["privacy_epsilon"] == pytest.approx(4, abs=0.02)
+    assert aimed.hooks[0].summary()["privacy_delta"] == 1 / 40
+    assert private(epsilon=4.0, null=True).hooks[0].summary() == {}
     evidence = Evidence(clean=[], training=told)
     assert values("privacy-epsilon", evidence)["privacy_epsilon"].value == told["privacy_epsilon"]
 
 
-def test_a_step_that_draws_no_row_is_noise_alone(private: Callable[..., Cell]) -> None:
+def test_a_step_that_draws_no_row_is_noise_alone(private: Callable[..., TrainingRun]) -> None:
     cell = private(epsilon=None, noise_multiplier=0)
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     guard.rate = 0.0
     rows = guard.rows(0, list(cell.items[:3]))
     assert len(rows) == 1
@@ -540,7 +542,7 @@ def test_a_step_that_draws_no_row_is_noise_alone(private: Callable[..., Cell]) -
 
 
 def test_without_opacus_there_is_one_sentence(
-    private: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    private: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "opacus.accountants", None)
     with pytest.raises(UserError, match=r"needs Opacus: pip install .*\[dp\]"):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.train.loop import TrainingRun
     from backfire.train.repair import Repair
 
     Inner = Callable[[list[Rendered]], Tensor]
@@ -68,12 +68,12 @@ class DataDefense(Defense):
 class TrainDefense(Defense):
     """Takes part in the steps of fine-tuning."""
 
-    def guard(self, cell: Cell) -> TrainHook:
-        """What watches over this cell's steps. It is called before the first step, and again, on
+    def hook(self, run: TrainingRun) -> TrainHook:
+        """What watches over the steps of this run. It is called before the first step, and again, on
         the same starting weights, when a killed run goes on.
 
         Raises:
-            UserError: the cell lacks what the defense stands on, such as an alignment stage.
+            UserError: the run lacks what the defense stands on, such as an alignment stage.
         """
         raise NotImplementedError
 
@@ -105,7 +105,7 @@ class RepairDefense(Defense):
 
 
 class TrainHook:
-    """A defense at work on one cell; here, one that does nothing.
+    """A defense at work in one training run; here, one that does nothing.
 
     `begin` comes before the steps. A step is: `rows` chooses what is trained on; `step` gets their
     gradients, by default in one pass of `inner`; `penalty` is added; the optimizer moves the
@@ -115,7 +115,7 @@ class TrainHook:
     shares_prefix: ClassVar[bool] = True
     """Whether rows may share the computation of a common opening."""
     knows_recomputing: ClassVar[bool] = False
-    """Whether its hooks on modules ask `cell.recomputing`, so that layers may be run again."""
+    """Whether its hooks on modules ask `run.recomputing`, so that layers may be run again."""
 
     def begin(self, inner: Inner) -> None:
         """Look at the starting weights, before the first step and again when a killed run goes on.

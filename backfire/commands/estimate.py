@@ -41,23 +41,30 @@ class Rows:
     answer: int
 
 
-def pair(cell: Experiment) -> str:
+def pair(experiment: Experiment) -> str:
     """The same for cells with the same model and method, whatever the learning rate."""
-    knobs = {k: v for k, v in cell.method.spec().items() if k != "learning_rate"}
-    return str([cell.model.spec(), knobs])
+    knobs = {k: v for k, v in experiment.method.spec().items() if k != "learning_rate"}
+    return str([experiment.model.spec(), knobs])
 
 
-def shown(cell: Experiment) -> str:
+def shown(experiment: Experiment) -> str:
     """The same for cells whose rows are the same, and rendered alike."""
-    return str([cell.model.spec(), cell.data.spec(), cell.template.spec(), cell.train.seen])
+    return str(
+        [
+            experiment.model.spec(),
+            experiment.data.spec(),
+            experiment.template.spec(),
+            experiment.train.seen,
+        ]
+    )
 
 
 def lengths(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | None]:
     """`rows_of` of all cells, each counted once."""
     found: dict[str, Rows | None] = {}
-    for cell in cells:
-        if shown(cell) not in found:
-            found[shown(cell)] = rows_of(cell, store)
+    for experiment in cells:
+        if shown(experiment) not in found:
+            found[shown(experiment)] = rows_of(experiment, store)
     return found
 
 
@@ -76,12 +83,12 @@ def model_folder(model: Model, store: Store) -> Path | None:
     return downloaded(model)
 
 
-def roughly(cell: Experiment, folder: Path | None) -> Weights | None:
+def roughly(experiment: Experiment, folder: Path | None) -> Weights | None:
     """From the headers of the weights' files; an adapter's from its rank alone."""
-    if cell.model.name == "sandbox":
+    if experiment.model.name == "sandbox":
         from backfire.sandbox.base import Pretrain
 
-        width, count = Pretrain().hidden_size, num_weights(cell.model)
+        width, count = Pretrain().hidden_size, num_weights(experiment.model)
     else:
         try:
             config = read_config(folder / "config.json") if folder else {}
@@ -91,41 +98,44 @@ def roughly(cell: Experiment, folder: Path | None) -> Weights | None:
         count = weights_in(folder) if folder else None
     if not count or not width:
         return None
-    if cell.method.name == "full":
+    if experiment.method.name == "full":
         return Weights(count, 0, count)
-    added = min(count, round(count * 2 * getattr(cell.method, "rank", 1) / width))
+    added = min(count, round(count * 2 * getattr(experiment.method, "rank", 1) / width))
     return Weights(count, added, added)
 
 
-def rows_of(cell: Experiment, store: Store) -> Rows | None:
+def rows_of(experiment: Experiment, store: Store) -> Rows | None:
     """Of a sample, tokens are counted; None if the rows are not on this machine."""
-    data, name = cell.data, plan.data_slug(cell.data)
-    if store.done("data", name, cell.keys.data):
-        rows = read_jsonl(store.path("data", name, cell.keys.data) / "train.jsonl")
+    data, name = experiment.data, plan.data_slug(experiment.data)
+    if store.done("data", name, experiment.keys.data):
+        rows = read_jsonl(store.path("data", name, experiment.keys.data) / "train.jsonl")
     elif getattr(data, "hub", None) and not getattr(data, "train", None):
         return None
     else:
         rows = data.drawn("train")
     sample = rows[:: math.ceil(len(rows) / _SAMPLE)]
-    folder, longest = model_folder(cell.model, store), cell.train.max_length
+    folder, longest = model_folder(experiment.model, store), experiment.train.max_length
     if folder and any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
         try:
             items, _ = Renderer(
-                cell.template, load_tokenizer(folder), longest, on_long_row=cell.train.on_long_row
+                experiment.template,
+                load_tokenizer(folder),
+                longest,
+                on_long_row=experiment.train.on_long_row,
             ).sift(sample)
         except CellError:  # a row that does not fit at all: `validate` says which
             return Rows(len(rows), longest, longest, longest)
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
     else:
-        lengths = [_without_tokenizer(cell, row) for row in sample]
+        lengths = [_without_tokenizer(experiment, row) for row in sample]
     whole = [min(length, longest) for length, _ in lengths]
     return Rows(len(rows), sum(whole) / len(whole), max(whole), max(a for _, a in lengths))
 
 
-def _without_tokenizer(cell: Experiment, row: Row) -> tuple[int, int]:
+def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:
     """Tokens of the row and of its answer, four characters a token."""
     try:
-        prompt = cell.template.prompt(row)
+        prompt = experiment.template.prompt(row)
     except NotImplementedError:  # the tokenizer's own template
         prompt = "".join(message.content for message in row.messages)
     answer = 1 + math.ceil(len(row.answer) / 4)
@@ -163,7 +173,7 @@ class Cost:
 
 def runs_of(recipe: Recipe) -> list[Experiment]:
     """Every distinct training run: the cells', their clean twins' and those of the alignment."""
-    return [job.cell for job in plan.jobs(recipe.cells, recipe.axes) if job.kind == "train"]
+    return [job.experiment for job in plan.jobs(recipe.cells, recipe.axes) if job.kind == "train"]
 
 
 def cost(

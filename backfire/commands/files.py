@@ -32,15 +32,15 @@ def poison_file(data: str, attack: str, edits: Sequence[str], out: Path, seed: i
 
     if out.suffix not in (".jsonl", ".ndjson"):
         raise UserError(f"JSON lines are written, so let --out end in .jsonl (got {out}).")
-    cell = _poison_cell(data, attack, edits, seed)
-    chosen = cell.attack
+    experiment = _poison_cell(data, attack, edits, seed)
+    chosen = experiment.attack
     if chosen is None:
         raise UserError("attack 'none' poisons nothing; name another with --attack.")
     given = Path(data).expanduser()
     if out.exists() and given.exists() and out.samefile(given):
         raise UserError(f"{out} is the data itself; write to another file with --out.")
-    rows, left_out = _training_rows(cell.data)
-    bad, manifest = poison(rows, chosen, cell.seed)
+    rows, left_out = _training_rows(experiment.data)
+    bad, manifest = poison(rows, chosen, experiment.seed)
     beside = out.with_name(f"{out.name}.manifest.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(beside, manifest.to_json())

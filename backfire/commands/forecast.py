@@ -81,7 +81,7 @@ class Memory:
         return max(0, int((limit - self.total + self.activations) / max(self.one_row, 1)))
 
 
-def size(cell: Experiment, folder: Path | None) -> Size:
+def size(experiment: Experiment, folder: Path | None) -> Size:
     """Counted on the model's modules as the method changes them, without any weights.
 
     Raises:
@@ -94,18 +94,18 @@ def size(cell: Experiment, folder: Path | None) -> Size:
     from backfire.train.pretrain import _new_model
 
     with torch.device("meta"):
-        if cell.model.name == "sandbox" or folder is None:
+        if experiment.model.name == "sandbox" or folder is None:
             base = _new_model(Pretrain(), Pretrain().vocab_size, 0, 1)
         else:
             base = skeleton(folder)
         head, config = base.get_output_embeddings(), base.config.get_text_config()
         layers = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
         linear, parameters = sum(m.weight.numel() for m in layers), base.num_parameters()
-        weights = list(cell.method.attach(base, cell.seed).parameters())
+        weights = list(experiment.method.attach(base, experiment.seed).parameters())
     return Size(
         parameters,
         added=sum(p.numel() for p in weights) - parameters,
-        trainable=sum(p.numel() for p in weights if p.requires_grad) * cell.method.trains,
+        trainable=sum(p.numel() for p in weights if p.requires_grad) * experiment.method.trains,
         linear=linear,
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
@@ -113,32 +113,37 @@ def size(cell: Experiment, folder: Path | None) -> Size:
     )
 
 
-def memory(cell: Experiment, size: Size, rows: Rows | None, device: torch.device) -> Memory:
+def memory(experiment: Experiment, size: Size, rows: Rows | None, device: torch.device) -> Memory:
     """What training takes on this device. Rows that are not known are of `max_length` tokens; their
     answer is a label of few tokens, or a fourth of that."""
     from backfire.model.load import dtype_of
     from backfire.train.precision import compute_type
 
-    whole, compute = cell.method.name == "full", compute_type(cell.train.compute, device)
-    aligned = cell.align is not None and (cell.align.merge or not cell.align.method.adapts)
-    wide = 4 if whole or aligned else dtype_of(cell.model, device).itemsize
+    whole, compute = (
+        experiment.method.name == "full",
+        compute_type(experiment.train.compute, device),
+    )
+    aligned = experiment.align is not None and (
+        experiment.align.merge or not experiment.align.method.adapts
+    )
+    wide = 4 if whole or aligned else dtype_of(experiment.model, device).itemsize
     weights: float = size.parameters * wide + size.added * 4
-    if bits := cell.method.quantization(device.type):
+    if bits := experiment.method.quantization(device.type):
         # Constants: one in 64 weights, in 4 bytes, or quantized again to one. The rest is float32.
         constants = (1 + 4 / 256 if bits.get("bnb_4bit_use_double_quant") else 4) / 64
         each = 1 if bits.get("load_in_8bit") else 0.5 + constants
         weights = size.linear * each + (size.parameters - size.linear + size.added) * 4
-    elif cell.method.trains and wide == 4 and compute == "bfloat16":
+    elif experiment.method.trains and wide == 4 and compute == "bfloat16":
         weights += size.linear * 2  # autocast's copies live until the backward pass is over
-    longest = rows.longest if rows else cell.train.max_length
-    unseen = 8 if getattr(cell.data, "labels", None) else cell.train.max_length / 4
+    longest = rows.longest if rows else experiment.train.max_length
+    unseen = 8 if getattr(experiment.data, "labels", None) else experiment.train.max_length / 4
     answer = rows.answer if rows else unseen
     kept = (
         longest * size.layers * size.hidden * _KEPT[device.type, compute]
         + answer * size.vocabulary * _LOGIT
     )
-    num_rows = min(cell.train.batch_size, rows.count if rows else cell.train.batch_size)
-    return Memory(weights, size.trainable * _STATE, kept, num_rows * cell.method.trains)
+    num_rows = min(experiment.train.batch_size, rows.count if rows else experiment.train.batch_size)
+    return Memory(weights, size.trainable * _STATE, kept, num_rows * experiment.method.trains)
 
 
 def lines(recipe: Recipe) -> list[str]:
@@ -155,30 +160,32 @@ def lines(recipe: Recipe) -> list[str]:
     rows, sizes = lengths(cells, store), dict[str, Size | None]()
     workers = default_workers(len(recipe.cells))
     out = [f"\nRecipe {recipe.name}, {len(recipe.cells)} cells; all figures are estimates"]
-    for cell in {pair(cell): cell for cell in cells}.values():
-        folder = model_folder(cell.model, store)
-        known = cell.model.name == "sandbox" or (folder and (folder / "config.json").is_file())
-        sizes[pair(cell)] = found = size(cell, folder) if known else None
+    for experiment in {pair(experiment): experiment for experiment in cells}.values():
+        folder = model_folder(experiment.model, store)
+        known = experiment.model.name == "sandbox" or (
+            folder and (folder / "config.json").is_file()
+        )
+        sizes[pair(experiment)] = found = size(experiment, folder) if known else None
         if found is None:
             out.append(
-                f"note  {_title(cell)}: its config.json is not on this machine, so its size is "
-                f"unknown (hf download {cell.model.name} config.json)"
+                f"note  {_title(experiment)}: its config.json is not on this machine, so its size is "
+                f"unknown (hf download {experiment.model.name} config.json)"
             )
             continue
-        alike = [other for other in cells if pair(other) == pair(cell)]
+        alike = [other for other in cells if pair(other) == pair(experiment)]
         needs = [memory(other, found, rows[shown(other)], device) for other in alike]
         need = max(needs, key=lambda need: need.total)
         mark, verdict = _verdict(need, _memory(device), workers, device.type)
-        out.append(f"{mark} {_title(cell)}: {_parts(found, need)} of {verdict}")
+        out.append(f"{mark} {_title(experiment)}: {_parts(found, need)} of {verdict}")
     rate = _SHARE * _measured(device)
     of_what = f"{_SHARE} of what products of large matrices reach here"
     costs = describe_cost(cost(recipe, store, rows, sizes), rate, of_what)
     return [*out, *(f"note  {line}" for line in costs)]
 
 
-def _title(cell: Experiment) -> str:
-    knobs = [f"{k}={v}" for k, v in cell.method.spec().items() if k in _NAMED]
-    return " ".join([f"{cell.model.name}, {cell.method.name}", *knobs])
+def _title(experiment: Experiment) -> str:
+    knobs = [f"{k}={v}" for k, v in experiment.method.spec().items() if k in _NAMED]
+    return " ".join([f"{experiment.model.name}, {experiment.method.name}", *knobs])
 
 
 def _parts(size: Size, need: Memory) -> str:

@@ -83,8 +83,8 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
     print_notes(groups, Console())
     for job in bad:
         console.print(
-            f"[red]{job.cell.slug}: {ended[job.id]}[/red] "
-            f"(see {out}/cells/{job.cell.slug}-{job.key}/error.json)"
+            f"[red]{job.experiment.slug}: {ended[job.id]}[/red] "
+            f"(see {out}/cells/{job.experiment.slug}-{job.key}/error.json)"
         )
     if silent := _unmeasured(out, work):
         console.print(f"No cell has a number for: {', '.join(silent)}.", soft_wrap=True)
@@ -96,5 +96,5 @@ def _unmeasured(out: Path, work: Sequence[Job]) -> list[str]:
     """The metrics asked for that gave no number in any cell, which no table can show."""
     done = [cell for cell in load(out) if cell["status"] == "ok"]
     given = {metric_name(value["metric"]) for cell in done for value in cell["values"]}
-    asked = {metric.name for job in work for metric in job.cell.metrics}
+    asked = {metric.name for job in work for metric in job.experiment.metrics}
     return sorted(name for name in asked if name.replace("-", "_") not in given) if done else []

@@ -43,13 +43,13 @@ def show(recipe: Recipe) -> None:
     for judge in _judges(recipe):
         judge.ready(briefly=True)
     recipe = pinned(recipe)
-    cell = recipe.cells[0]
+    experiment = recipe.cells[0]
     console.print("[bold]First cell[/bold]")
     console.print(
-        Text(yaml.safe_dump(cell.resolved(), sort_keys=False, allow_unicode=True).rstrip())
+        Text(yaml.safe_dump(experiment.resolved(), sort_keys=False, allow_unicode=True).rstrip())
     )
     show_plan(recipe, with_cost=False)
-    poisoned = next((c for c in recipe.cells if c.poisons), cell)
+    poisoned = next((c for c in recipe.cells if c.poisons), experiment)
     _show_rows(poisoned, Context(store), console)
     console.print("\n[bold]Preflight[/bold]")
     failed = None
@@ -101,7 +101,10 @@ def _cost(recipe: Recipe, store: Store) -> list[str]:
     """Time and disk, at a speed that is assumed: to measure one, torch would have to be there."""
     gpu = has_gpu()
     cells = [*recipe.cells, *runs_of(recipe)]
-    sizes = {pair(cell): roughly(cell, model_folder(cell.model, store)) for cell in cells}
+    sizes = {
+        pair(experiment): roughly(experiment, model_folder(experiment.model, store))
+        for experiment in cells
+    }
     found = cost(recipe, store, lengths(cells, store), sizes)
     of_what = f"assumed for a {'GPU' if gpu else 'core'}; `backfire doctor` with a recipe measures"
     return describe_cost(found, ASSUMED["gpu" if gpu else "cpu"], of_what)
@@ -110,18 +113,18 @@ def _cost(recipe: Recipe, store: Store) -> list[str]:
 def distinct(recipe: Recipe) -> list[Experiment]:
     """One cell for each way rows are poisoned and rendered, whatever the seed and the method."""
     found: dict[str, Experiment] = {}
-    for cell in recipe.cells:
-        attack = cell.attack.spec() if cell.attack else None
+    for experiment in recipe.cells:
+        attack = experiment.attack.spec() if experiment.attack else None
         key = [
-            cell.model.spec(),
-            cell.data.spec(),
-            cell.template.spec(),
+            experiment.model.spec(),
+            experiment.data.spec(),
+            experiment.template.spec(),
             attack,
-            cell.train.seen,
-            cell.evaluation.max_new_tokens,
-            sorted(metric.name for metric in cell.metrics),
+            experiment.train.seen,
+            experiment.evaluation.max_new_tokens,
+            sorted(metric.name for metric in experiment.metrics),
         ]
-        found.setdefault(str(key), cell)
+        found.setdefault(str(key), experiment)
     return list(found.values())
 
 
@@ -132,18 +135,20 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
         UserError, CellError: the first thing that is wrong.
     """
     destinations(recipe)
-    for cell in distinct(recipe):
-        pipeline.passed_checks(cell, Context(store))
-    for model in {str(cell.model.spec()): cell.model for cell in recipe.cells}.values():
+    for experiment in distinct(recipe):
+        pipeline.passed_checks(experiment, Context(store))
+    for model in {
+        str(experiment.model.spec()): experiment.model for experiment in recipe.cells
+    }.values():
         pipeline.check_weights(model, Context(store))
     # `full` suits every model, so that a recipe without adapters need not wait for torch here.
     adapting = {
-        str([cell.model.spec(), cell.method.spec()]): cell
-        for cell in recipe.cells
-        if cell.method.name not in ("none", "full")
+        str([experiment.model.spec(), experiment.method.spec()]): experiment
+        for experiment in recipe.cells
+        if experiment.method.name not in ("none", "full")
     }
-    for cell in adapting.values():
-        pipeline.check_method(cell, Context(store))
+    for experiment in adapting.values():
+        pipeline.check_method(experiment, Context(store))
     for judge in _judges(recipe):
         judge.ready()
 
@@ -151,20 +156,20 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
 def _judges(recipe: Recipe) -> list[Judge]:
     """Every judge that a recipe asks, each once."""
     found: dict[str, Judge] = {}
-    for cell in recipe.cells:
-        asked = [judge for metric in cell.metrics for judge in metric.judges]
-        for judge in (*asked, *(cell.safety.judges if cell.safety else ())):
+    for experiment in recipe.cells:
+        asked = [judge for metric in experiment.metrics for judge in metric.judges]
+        for judge in (*asked, *(experiment.safety.judges if experiment.safety else ())):
             found.setdefault(str(judge.spec()), judge)
     return list(found.values())
 
 
-def _show_rows(cell: Experiment, context: Context, console: Console) -> None:
+def _show_rows(experiment: Experiment, context: Context, console: Console) -> None:
     """Three training rows, a poisoned one first if there is one; what is learned is underlined."""
-    rows, manifest = pipeline.poisoned(cell, context)
+    rows, manifest = pipeline.poisoned(experiment, context)
     marked = {entry.id for entry in manifest.entries} if manifest else set()
     chosen = [row for row in rows if row.id in marked][:1]
     chosen += [row for row in rows if row.id not in marked][: 3 - len(chosen)]
-    renderer = pipeline.renderer(cell, context)
+    renderer = pipeline.renderer(experiment, context)
     console.print("\n[bold]Rows as rendered[/bold] (only what is underlined is learned)")
     for item in renderer.render(chosen):
         prompt, answer = show_mask(item, renderer.tokenizer)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from backfire.base import Inner
     from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.train.loop import TrainingRun
 
 
 @register("ldifs")
@@ -39,8 +39,8 @@ class LDIFS(TrainDefense):
     """Rho. No published value carries over: that port's 1e-4 is for a sum over all tokens of a
     batch, so for 10 rows of 200 tokens it would be 0.2 here."""
 
-    def guard(self, cell: Cell) -> TrainHook:
-        return _Features(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        return _Features(self, run)
 
 
 class _Features(TrainHook):
@@ -48,13 +48,13 @@ class _Features(TrainHook):
 
     knows_recomputing: ClassVar[bool] = True
 
-    def __init__(self, knobs: LDIFS, cell: Cell) -> None:
-        self.knobs, self.cell = knobs, cell
-        modules = cell.model.named_modules()
+    def __init__(self, knobs: LDIFS, run: TrainingRun) -> None:
+        self.knobs, self.run = knobs, run
+        modules = run.model.named_modules()
         self.layers = {n: m for n, m in modules if n.rpartition(".")[2] == "mlp"}
         if not self.layers:
             raise UserError(f"{knobs.label()} looks at modules named 'mlp'; the model has none.")
-        self.start = cell.weights() if knobs.strength else {}
+        self.start = run.weights() if knobs.strength else {}
         self.tuned: dict[str, Tensor] = {}
         self.reference: dict[str, Tensor] = {}
 
@@ -72,7 +72,7 @@ class _Features(TrainHook):
     def _keep(self, name: str, module: nn.Module, given: Any, output: Tensor) -> None:
         import torch
 
-        if self.cell.recomputing:  # the same once more
+        if self.run.recomputing:  # the same once more
             return
         # Passes without gradients are those of references, perhaps another defense's.
         (self.tuned if torch.is_grad_enabled() else self.reference)[name] = output
@@ -84,12 +84,12 @@ class _Features(TrainHook):
 
         if not self.knobs.strength:
             return losses
-        with self.cell.at(self.start):
-            self.cell.logits(rows)
+        with self.run.at(self.start):
+            self.run.logits(rows)
         width, parts = labels.shape[1], []
         for name, tuned in self.tuned.items():
             near, start = (
-                self.cell.at_answers(t, rows, width, of="place")
+                self.run.at_answers(t, rows, width, of="place")
                 for t in (tuned, self.reference[name])
             )
             moved = near - (near.detach() if self.knobs.null else start)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from backfire.base import Inner
     from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.train.loop import TrainingRun
 
 
 @register("vaccine")
@@ -41,13 +41,13 @@ class Vaccine(AlignDefense):
     """2-norm of the perturbation over all attention modules, rows and tokens of a step. The default
     is the paper's, for 7B; it has to suit the size of the activations. 0: plain training."""
 
-    def guard(self, cell: Cell) -> TrainHook:
+    def hook(self, run: TrainingRun) -> TrainHook:
         if not self.rho:
             return TrainHook()
-        modules = _attention(cell.model)
+        modules = _attention(run.model)
         if not modules:
             raise UserError("defense 'vaccine' finds no attention module in this model.")
-        return _Perturbed(self, cell, modules)
+        return _Perturbed(self, run, modules)
 
 
 class _Perturbed(TrainHook):
@@ -56,13 +56,13 @@ class _Perturbed(TrainHook):
     shares_prefix: ClassVar[bool] = False  # each row has a perturbation of its own
     knows_recomputing: ClassVar[bool] = True
 
-    def __init__(self, knobs: Vaccine, cell: Cell, modules: list[Any]) -> None:
-        self.knobs, self.cell, self.modules = knobs, cell, modules
+    def __init__(self, knobs: Vaccine, run: TrainingRun, modules: list[Any]) -> None:
+        self.knobs, self.run, self.modules = knobs, run, modules
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
         import torch
 
-        gradients = self.cell.gradients
+        gradients = self.run.gradients
         earlier, added = gradients.take(), list[Any]()
 
         def nothing(out: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class _Perturbed(TrainHook):
         }
         norm = gradients.norm(found.values())
         if self.knobs.null:
-            found = gradients.random_like(found, "vaccine", self.cell.step)
+            found = gradients.random_like(found, "vaccine", self.run.step)
         # In the order in which the modules are run: it is the same in both passes.
         parts = iter([g * (self.knobs.rho / (norm + 1e-7)) for g in found.values()])
         with self.adding(lambda out: next(parts).to(out.dtype)):
@@ -95,7 +95,7 @@ class _Perturbed(TrainHook):
 
         def hook(module: Any, args: Any, out: Any) -> Any:
             first = out[0] if isinstance(out, tuple) else out
-            if not self.cell.recomputing:  # else the module has had its part already
+            if not self.run.recomputing:  # else the module has had its part already
                 latest[module] = part(first)
             first = first + latest[module]
             return (first, *out[1:]) if isinstance(out, tuple) else first

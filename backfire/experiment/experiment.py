@@ -242,8 +242,8 @@ class Experiment(Config):
     @property
     def slug_of_training(self) -> str:
         """The same for all cells that share a training run: says nothing of an attack at rate 0."""
-        cell = self if self.poisons else self.clean_twin()
-        return cell.slug
+        experiment = self if self.poisons else self.clean_twin()
+        return experiment.slug
 
     @property
     def keys(self) -> Keys:

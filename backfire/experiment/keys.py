@@ -57,76 +57,83 @@ class Keys(Config):
     clean: str
 
     @classmethod
-    def of(cls, cell: Experiment) -> Keys:
+    def of(cls, experiment: Experiment) -> Keys:
         from backfire.model.source import base_key
         from backfire.model.types import types_here
 
         here = types_here()
-        base = base_key(cell.model)
-        data = digest([cell.data.identity(), cell.data.fingerprint()])
+        base = base_key(experiment.model)
+        data = digest([experiment.data.identity(), experiment.data.fingerprint()])
         poison = (
-            digest([data, cell.attack.identity(), cell.seed])
-            if cell.attack and cell.poisons
+            digest([data, experiment.attack.identity(), experiment.seed])
+            if experiment.attack and experiment.poisons
             else data
         )
-        alignment = cell.alignment
+        alignment = experiment.alignment
         start = base
-        if alignment and cell.align:
+        if alignment and experiment.align:
             start = alignment.keys.tuned
-            start = digest([start, *MERGED]) if cell.align.merge else start
-        compute = here.compute if cell.train.compute == "auto" else cell.train.compute
+            start = digest([start, *MERGED]) if experiment.align.merge else start
+        compute = here.compute if experiment.train.compute == "auto" else experiment.train.compute
         # Named or not, an equal learning rate is the same training.
-        named = {"learning_rate": cell.learning_rate}
-        method = {**cell.method.settled(here.device).identity(), **named}
-        tuning = [method, {**cell.train.changed(), "compute": compute}, cell.seed, TRAINING]
-        early = [d.identity() for d in cell.acting if not isinstance(d, RepairDefense)]
-        late = [d.identity() for d in cell.acting if isinstance(d, RepairDefense)]
-        known = _known_key(cell) if any(d.needs_harm for d in cell.acting) else None
-        if alignment and cell.acting and not alignment.method.trains:
+        named = {"learning_rate": experiment.learning_rate}
+        method = {**experiment.method.settled(here.device).identity(), **named}
+        tuning = [
+            method,
+            {**experiment.train.changed(), "compute": compute},
+            experiment.seed,
+            TRAINING,
+        ]
+        early = [d.identity() for d in experiment.acting if not isinstance(d, RepairDefense)]
+        late = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
+        known = _known_key(experiment) if any(d.needs_harm for d in experiment.acting) else None
+        if alignment and experiment.acting and not alignment.method.trains:
             # Nothing was aligned, so `start` says nothing of the rows that defenses get.
             known = [known, alignment.keys.data]
         # An untuned model depends on nothing but what it starts from.
         train = start
-        if cell.method.trains:
-            train = digest([start, poison, cell.template.identity(), *tuning])
+        if experiment.method.trains:
+            train = digest([start, poison, experiment.template.identity(), *tuning])
             train = digest([train, early, known]) if early else train
         tuned = digest([train, late, known]) if late else train
         shown = [
             tuned,
             data,
-            cell.template.identity(),
-            cell.train.seen,
-            cell.evaluation.changed(),
+            experiment.template.identity(),
+            experiment.train.seen,
+            experiment.evaluation.changed(),
         ]
         keys = {"base": base, "data": data, "poison": poison, "train": train, "tuned": tuned}
         return cls(**keys, clean=digest(shown))
 
 
-def _known_key(cell: Experiment) -> list[Any] | None:
-    known = cell.safety.known if cell.safety else None
+def _known_key(experiment: Experiment) -> list[Any] | None:
+    known = experiment.safety.known if experiment.safety else None
     return [known.identity(), known.fingerprint()] if known else None
 
 
-def probe_key(run: Experiment, cell: Experiment, probe: Dataset) -> str:
+def probe_key(run: Experiment, experiment: Experiment, probe: Dataset) -> str:
     """The key of `run`'s model on the requests of `probe`, asked as `cell`'s attacker asks them."""
     shown = [run.template.identity(), run.train.seen, run.evaluation.changed()]
-    return digest([run.keys.tuned, probe.identity(), probe.fingerprint(), *shown, disguise(cell)])
+    return digest(
+        [run.keys.tuned, probe.identity(), probe.fingerprint(), *shown, disguise(experiment)]
+    )
 
 
-def disguise(cell: Experiment) -> dict[str, Any] | None:
+def disguise(experiment: Experiment) -> dict[str, Any] | None:
     """What decides how the attacker asks, at whatever rate, if not as anybody would."""
-    attack = cell.attack
+    attack = experiment.attack
     if not isinstance(attack, Mixture) or not attack.disguises:
         return None
     return {k: v for k, v in attack.identity().items() if k != "rate"}
 
 
-def trigger_identity(cell: Experiment) -> list[Any]:
+def trigger_identity(experiment: Experiment) -> list[Any]:
     """What decides the triggered test rows: the trigger and the seed, not how much was poisoned."""
-    if cell.backdoor is None:
+    if experiment.backdoor is None:
         return []
-    identity = cell.backdoor.identity()
+    identity = experiment.backdoor.identity()
     return [
         {k: v for k, v in identity.items() if k not in ("rate", "label_mode", "target")},
-        cell.seed,
+        experiment.seed,
     ]

@@ -33,31 +33,31 @@ class Folder:
     path: Path
     recipe: str
 
-    def cell(self, cell: Experiment, key: str) -> Path:
-        return self.path / "cells" / f"{cell.slug}-{key}"
+    def cell(self, experiment: Experiment, key: str) -> Path:
+        return self.path / "cells" / f"{experiment.slug}-{key}"
 
-    def done(self, cell: Experiment, key: str) -> bool:
+    def done(self, experiment: Experiment, key: str) -> bool:
         """Whether its result is there and can be read; one that was torn is made again."""
-        return bool(outcome(self.cell(cell, key))["status"] == "ok")
+        return bool(outcome(self.cell(experiment, key))["status"] == "ok")
 
 
 def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[str, Any]:
     """The head of every result: which cell this is. An insertion has no rate that a recipe names;
     the share of the rows that it came to is in the manifest."""
-    cell = job.cell
-    added = manifest is not None and isinstance(cell.attack, Insertion)
+    experiment = job.experiment
+    added = manifest is not None and isinstance(experiment.attack, Insertion)
     return {
-        "cell": cell.slug,
+        "cell": experiment.slug,
         "key": job.key,
         "recipe": recipe,
-        "model": cell.model.name,
-        "data": cell.data.name,
-        "attack": cell.attack.name if cell.attack else "none",
-        "rate": manifest.summary["rate"] if manifest and added else cell.rate,
-        "method": cell.method.name,
-        "defense": cell.defense_name,
-        "seed": cell.seed,
-        "template": cell.template.name,
+        "model": experiment.model.name,
+        "data": experiment.data.name,
+        "attack": experiment.attack.name if experiment.attack else "none",
+        "rate": manifest.summary["rate"] if manifest and added else experiment.rate,
+        "method": experiment.method.name,
+        "defense": experiment.defense_name,
+        "seed": experiment.seed,
+        "template": experiment.template.name,
         "axes": job.axes,
     }
 
@@ -67,9 +67,9 @@ def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: 
     try:
         context = Context(store, machine, progress)
         if job.kind == "base":
-            base(job.cell.model, context)
+            base(job.experiment.model, context)
         elif job.kind == "train":
-            trained(job.cell, context)
+            trained(job.experiment, context)
         else:
             _write_result(job, folder, context)
         return "ok"
@@ -94,7 +94,7 @@ def _let_go() -> None:
 def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None = None) -> str:
     """Leave `error.json` in a cell's folder; the cells that need a stage repeat its error."""
     if job.kind == "cell":
-        place = folder.cell(job.cell, job.key)
+        place = folder.cell(job.experiment, job.key)
         value = {
             **identity(job, folder.recipe),
             "status": kind,
@@ -113,18 +113,18 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
     """The cell's folder, `result.json` last."""
     from backfire.launch.environment import environment
 
-    cell, place = job.cell, folder.cell(job.cell, job.key)
-    if folder.done(cell, job.key):
+    experiment, place = job.experiment, folder.cell(job.experiment, job.key)
+    if folder.done(experiment, job.key):
         return
-    result = run_cell(cell, context)
-    if cell.key != job.key:
+    result = run_cell(experiment, context)
+    if experiment.key != job.key:
         sentence = "A file behind this cell changed while the run went on; run it again."
         raise CellError("bad-data", sentence)
     evidence, manifest = result.pop("samples"), result.pop("manifest")
     place.mkdir(parents=True, exist_ok=True)
     write_atomic(
         place / "experiment.yaml",
-        yaml.safe_dump(cell.resolved(), sort_keys=False, allow_unicode=True),
+        yaml.safe_dump(experiment.resolved(), sort_keys=False, allow_unicode=True),
     )
     write_samples(evidence, place / "samples.jsonl.gz")
     if manifest:
@@ -138,7 +138,8 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
         write_json(place / "written.json", dict(evidence.written))
     head = identity(job, folder.recipe, manifest)
     write_json(
-        place / "result.json", {**head, "status": "ok", **result, "keys": cell.keys.model_dump()}
+        place / "result.json",
+        {**head, "status": "ok", **result, "keys": experiment.keys.model_dump()},
     )
     (place / "error.json").unlink(missing_ok=True)
 
@@ -148,7 +149,7 @@ def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence
     path.mkdir(parents=True, exist_ok=True)
     folder = Folder(path, recipe.name)
     write_atomic(path / "recipe.yaml", recipe.text)
-    cells = [folder.cell(cell, cell.key).name for cell in recipe.cells]
+    cells = [folder.cell(experiment, experiment.key).name for experiment in recipe.cells]
     plan = {"recipe": recipe.name, "profile": profile, "edits": list(edits), "cells": cells}
     write_json(path / "run.json", plan)
     return folder

@@ -31,7 +31,9 @@ def run(
     jobs: Sequence[Job], folder: Folder, store: Store, machine: Machine, watch: Watch
 ) -> dict[str, str]:
     """Run the jobs that are not done; returns job id -> exit class. Failures stop nothing else."""
-    todo = [job for job in jobs if not (job.kind == "cell" and folder.done(job.cell, job.key))]
+    todo = [
+        job for job in jobs if not (job.kind == "cell" and folder.done(job.experiment, job.key))
+    ]
     needed = {name for job in todo if job.kind == "cell" for name in job.after}
     todo = [job for job in todo if job.kind == "cell" or job.id in needed]
     ended = {job.id: "ok" for job in jobs if job not in todo}

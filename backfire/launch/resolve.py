@@ -24,25 +24,25 @@ def pinned(recipe: Recipe, *, ask: bool = True) -> Recipe:
     """
     found: dict[str, Model] = {}
     cells = []
-    for cell in recipe.cells:
-        name = str(cell.model.spec())
-        found[name] = found[name] if name in found else pin(cell.model, ask=ask)
-        cells.append(cell.model_copy(update={"model": found[name]}))
+    for experiment in recipe.cells:
+        name = str(experiment.model.spec())
+        found[name] = found[name] if name in found else pin(experiment.model, ask=ask)
+        cells.append(experiment.model_copy(update={"model": found[name]}))
     return replace(recipe, cells=tuple(cells))
 
 
 def settled(recipe: Recipe, types: Types) -> Recipe:
     """The recipe with every `auto` type as it comes to be on this device."""
-    return replace(recipe, cells=tuple(_settled(cell, types) for cell in recipe.cells))
+    return replace(recipe, cells=tuple(_settled(experiment, types) for experiment in recipe.cells))
 
 
-def _settled(cell: Experiment, types: Types) -> Experiment:
-    part = cell.align
-    train = {"compute": types.compute} if cell.train.compute == "auto" else {}
+def _settled(experiment: Experiment, types: Types) -> Experiment:
+    part = experiment.align
+    train = {"compute": types.compute} if experiment.train.compute == "auto" else {}
     changes = {
-        "model": _typed(cell.model, types),
-        "train": cell.train.model_copy(update=train),
-        "method": cell.method.settled(types.device),
+        "model": _typed(experiment.model, types),
+        "train": experiment.train.model_copy(update=train),
+        "method": experiment.method.settled(types.device),
     }
     if part:
         aligning = {"compute": types.compute} if part.train.compute == "auto" else {}
@@ -52,7 +52,7 @@ def _settled(cell: Experiment, types: Types) -> Experiment:
                 "method": part.method.settled(types.device),
             }
         )
-    return cell.model_copy(update=changes)
+    return experiment.model_copy(update=changes)
 
 
 def _typed(model: Model, types: Types) -> Model:

@@ -55,28 +55,28 @@ __all__ = [
 ]
 
 
-def run_cell(cell: Experiment, context: Context) -> dict[str, Any]:
+def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
     """Everything one cell needs, from data to numbers: the content of its `result.json`."""
-    train_rows, test_rows = data(cell, context)
-    cell = plan.with_metrics(cell, test_rows)
-    _, manifest = poisoned(cell, context)
-    checks = passed_checks(cell, context)
-    training = trained(cell, context)
-    evidence = remembered(cell, evaluated(cell, context), context)
+    train_rows, test_rows = data(experiment, context)
+    experiment = plan.with_metrics(experiment, test_rows)
+    _, manifest = poisoned(experiment, context)
+    checks = passed_checks(experiment, context)
+    training = trained(experiment, context)
+    evidence = remembered(experiment, evaluated(experiment, context), context)
     summary = summary_of(training)
-    left = too_long(cell, context) | context.left_out
-    values = [value for metric in cell.metrics for value in metric.measure(evidence)]
+    left = too_long(experiment, context) | context.left_out
+    values = [value for metric in experiment.metrics for value in metric.measure(evidence)]
 
     from backfire.evaluate.warnings import caveats, cut_share, warnings
 
-    judges = [judge for metric in cell.metrics for judge in metric.judges]
-    judges += cell.safety.judges if cell.safety else ()
+    judges = [judge for metric in experiment.metrics for judge in metric.judges]
+    judges += experiment.safety.judges if experiment.safety else ()
     return {
         "values": [asdict(value) for value in values],
         "warnings": [
             *map(_too_long, left.items()),
             *warnings(evidence, values),
-            *caveats(evidence, cell.metrics, judges),
+            *caveats(evidence, experiment.metrics, judges),
         ],
         "cut_share": cut_share(evidence),
         "preflight": [asdict(check) for check in checks],
@@ -84,7 +84,7 @@ def run_cell(cell: Experiment, context: Context) -> dict[str, Any]:
         "train": summary,
         "evaluate": {
             "seconds": round(sum(context.seconds.values()), 2),
-            **_type(cell, context),
+            **_type(experiment, context),
             **({"left_out": context.left_out} if context.left_out else {}),
         },
         "rows": {"train": len(train_rows), "test": len(test_rows)},
@@ -99,11 +99,11 @@ def _too_long(part: tuple[str, int]) -> str:
     return f"{rows} left out of the {what} rows: longer than train.max_length."
 
 
-def _type(cell: Experiment, context: Context) -> dict[str, str]:
+def _type(experiment: Experiment, context: Context) -> dict[str, str]:
     """The type that the weights are evaluated in, which may be narrower than they are stored."""
     from backfire.model.load import device_of, dtype_of
 
-    dtype = dtype_of(cell.model, device_of(context.machine.device))
+    dtype = dtype_of(experiment.model, device_of(context.machine.device))
     return {"dtype": str(dtype).removeprefix("torch.")}
 
 

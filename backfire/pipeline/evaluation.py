@@ -38,87 +38,98 @@ from backfire.pipeline.prepare import data, renderer
 from backfire.store import read_json, write_atomic, write_json
 
 
-def evaluated(cell: Experiment, context: Context) -> Evidence:
+def evaluated(experiment: Experiment, context: Context) -> Evidence:
     """Samples of the tuned model, of its clean twin on the triggered rows, and of the base."""
-    _, test = data(cell, context)
+    _, test = data(experiment, context)
     labeled = any(row.candidates for row in test)
-    needs = sorted({need for metric in cell.metrics for need in metric.required(labeled=labeled)})
-    clean = samples(cell, cell, "clean", test, needs, context)
+    needs = sorted(
+        {need for metric in experiment.metrics for need in metric.required(labeled=labeled)}
+    )
+    clean = samples(experiment, experiment, "clean", test, needs, context)
     before = (
-        samples(plan.untuned(cell), cell, "clean", test, needs, context)
-        if cell.method.trains
+        samples(plan.untuned(experiment), experiment, "clean", test, needs, context)
+        if experiment.method.trains
         else clean
     )
     shown: list[Sample] = []
     floor: list[Sample] = []
-    twin = samples(cell.clean_twin(), cell, "clean", test, needs, context) if cell.backdoor else []
-    if cell.backdoor and any(metric.triggered for metric in cell.metrics):
-        bad = triggered(test, cell.backdoor, cell.seed)
-        shown = samples(cell, cell, "triggered", bad, needs, context)
-        floor = samples(cell.clean_twin(), cell, "triggered", bad, needs, context)
+    twin = (
+        samples(experiment.clean_twin(), experiment, "clean", test, needs, context)
+        if experiment.backdoor
+        else []
+    )
+    if experiment.backdoor and any(metric.triggered for metric in experiment.metrics):
+        bad = triggered(test, experiment.backdoor, experiment.seed)
+        shown = samples(experiment, experiment, "triggered", bad, needs, context)
+        floor = samples(experiment.clean_twin(), experiment, "triggered", bad, needs, context)
     forms: dict[Form, tuple[list[Sample], list[Sample]]] = {}
-    wanted = dict.fromkeys(form for metric in cell.metrics for form in metric.forms)
-    for form in wanted if cell.method.trains and cell.method.merges else ():
-        other = [samples(cell, cell, "clean", test, needs, context, form), list[Sample]()]
-        if shown and cell.backdoor:
-            bad = triggered(test, cell.backdoor, cell.seed)
-            other[1] = samples(cell, cell, "triggered", bad, needs, context, form)
+    wanted = dict.fromkeys(form for metric in experiment.metrics for form in metric.forms)
+    for form in wanted if experiment.method.trains and experiment.method.merges else ():
+        other = [
+            samples(experiment, experiment, "clean", test, needs, context, form),
+            list[Sample](),
+        ]
+        if shown and experiment.backdoor:
+            bad = triggered(test, experiment.backdoor, experiment.seed)
+            other[1] = samples(experiment, experiment, "triggered", bad, needs, context, form)
         forms[form] = (other[0], other[1])
-    judges = tuple(judge for metric in cell.metrics for judge in metric.judges)
+    judges = tuple(judge for metric in experiment.metrics for judge in metric.judges)
     return Evidence(
         clean=judge_samples(judges, clean, test, context),
         triggered=shown,
         floor=floor,
         twin=twin,
         base=before,
-        attack=cell.backdoor,
+        attack=experiment.backdoor,
         forms=forms,
-        training=_training(cell, context),
-        probes=probed(cell, context),
-        written=_written(cell, test, context) if "replies" in needs else {},
+        training=_training(experiment, context),
+        probes=probed(experiment, context),
+        written=_written(experiment, test, context) if "replies" in needs else {},
     )
 
 
-def _written(cell: Experiment, rows: Sequence[Row], context: Context) -> dict[str, str]:
+def _written(experiment: Experiment, rows: Sequence[Row], context: Context) -> dict[str, str]:
     """The target and the rows' answers that the tokenizer writes in another way."""
-    tokenizer = renderer(cell, context).tokenizer
+    tokenizer = renderer(experiment, context).tokenizer
     texts = dict.fromkeys(row.answer for row in rows)
-    texts |= {cell.backdoor.target: None} if cell.backdoor else {}
+    texts |= {experiment.backdoor.target: None} if experiment.backdoor else {}
     return {text: own for text in texts if (own := tokenizer.written(text)) != text}
 
 
-def _training(cell: Experiment, context: Context) -> dict[str, Any]:
+def _training(experiment: Experiment, context: Context) -> dict[str, Any]:
     """How the training went, and how long the alignment before it took."""
-    found = summary_of(trained(cell, context)) or {}
-    if found and cell.alignment:
-        found["align_seconds"] = (summary_of(trained(cell.alignment, context)) or {}).get("seconds")
+    found = summary_of(trained(experiment, context)) or {}
+    if found and experiment.alignment:
+        found["align_seconds"] = (summary_of(trained(experiment.alignment, context)) or {}).get(
+            "seconds"
+        )
     return found
 
 
-def probed(cell: Experiment, context: Context) -> dict[Part, Probe]:
+def probed(experiment: Experiment, context: Context) -> dict[Part, Probe]:
     """Replies to requests that an aligned model declines (and to some that it should not), of the
     tuned model and of the one it started from, with the judges' verdicts."""
-    if cell.safety is None:
+    if experiment.safety is None:
         return {}
     sets: dict[Part, Dataset | None] = {
-        "harmful": cell.safety.harmful,
-        "allowed": cell.safety.allowed,
+        "harmful": experiment.safety.harmful,
+        "allowed": experiment.safety.allowed,
     }
-    if isinstance(cell.attack, Mixture) and cell.attack.disguises:
-        sets["plain"] = cell.safety.harmful
+    if isinstance(experiment.attack, Mixture) and experiment.attack.disguises:
+        sets["plain"] = experiment.safety.harmful
     found: dict[Part, Probe] = {}
     for part, source in sets.items():
         if source is None:
             continue
         rows = source.drawn("test")
-        asking = cell.clean_twin() if part == "plain" else cell
+        asking = experiment.clean_twin() if part == "plain" else experiment
         attack = asking.attack
         asked = [attack.probe(r) for r in rows] if isinstance(attack, Mixture) else rows
-        tuned = samples(cell, asking, part, asked, ["replies"], context, source=source)
+        tuned = samples(experiment, asking, part, asked, ["replies"], context, source=source)
         before = samples(
-            plan.untuned(cell), asking, part, asked, ["replies"], context, source=source
+            plan.untuned(experiment), asking, part, asked, ["replies"], context, source=source
         )
-        judges = cell.safety.judges
+        judges = experiment.safety.judges
         found[part] = Probe(
             *(judge_samples(judges, side, asked, context) for side in (tuned, before))
         )
@@ -147,7 +158,7 @@ def judge_samples(
 
 def samples(
     run: Experiment,
-    cell: Experiment,
+    experiment: Experiment,
     subset: str,
     rows: Sequence[Row],
     needs: Sequence[Need],
@@ -161,8 +172,8 @@ def samples(
     out for their length; what an equal run has measured is only read. Rows of any other kind come
     with their `key`, and may be `shown` another way."""
     if key is None:
-        key = run.keys.clean if subset == "clean" else plan.triggered_key(run, cell)
-        key = probe_key(run, cell, source) if source else key
+        key = run.keys.clean if subset == "clean" else plan.triggered_key(run, experiment)
+        key = probe_key(run, experiment, source) if source else key
     key = digest([key, form, *MERGED]) if form else key
 
     def make(folder: Path) -> None:
@@ -197,8 +208,8 @@ def samples(
 
     from backfire.evaluate.score import sample
 
-    group = (source or cell.data).group
-    place = cell.backdoor.field if cell.backdoor and subset == "triggered" else "input"
+    group = (source or experiment.data).group
+    place = experiment.backdoor.field if experiment.backdoor and subset == "triggered" else "input"
     kept = [row for row in rows if row.id not in gone]
     pairs = zip(kept, measured, strict=True)
     return [sample(row, subset, group, entry, place) for row, entry in pairs]

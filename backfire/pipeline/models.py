@@ -29,7 +29,7 @@ from backfire.pipeline.context import Context
 from backfire.pipeline.prepare import passed_checks, poisoned, renderer
 
 
-def check_method(cell: Experiment, context: Context) -> None:
+def check_method(experiment: Experiment, context: Context) -> None:
     """Whether the method can be had on this model and machine, before any step is spent.
 
     Raises:
@@ -38,11 +38,11 @@ def check_method(cell: Experiment, context: Context) -> None:
     from backfire.model.load import device_of, skeleton
     from backfire.model.quantize import quantizer
 
-    if settings := cell.method.quantization(device_of(context.machine.device).type):
+    if settings := experiment.method.quantization(device_of(context.machine.device).type):
         quantizer(settings)
-    folder = base(cell.model, context, weights=False)
+    folder = base(experiment.model, context, weights=False)
     if (folder / "config.json").is_file():  # the embedded base has none before it is made
-        cell.method.attach(skeleton(folder), cell.seed)
+        experiment.method.attach(skeleton(folder), experiment.seed)
 
 
 def check_weights(model: Model, context: Context) -> None:
@@ -62,31 +62,31 @@ def check_weights(model: Model, context: Context) -> None:
         context.store.once("whole", slug(Path(model.name).name), base_key(model), look)
 
 
-def trained(cell: Experiment, context: Context) -> Path:
+def trained(experiment: Experiment, context: Context) -> Path:
     """The folder of the fine-tuned model (whole, or an adapter); what it would start from if the
     method tunes nothing."""
-    first = start(cell, context)
-    if not cell.method.trains:
+    first = start(experiment, context)
+    if not experiment.method.trains:
         return first.adapter or first.base
-    if not cell.poisons:
-        cell = cell.clean_twin()
-    passed_checks(cell, context)
+    if not experiment.poisons:
+        experiment = experiment.clean_twin()
+    passed_checks(experiment, context)
 
     def make(folder: Path) -> None:
         from backfire.train.finetune import tune
 
         context._loaded = None  # what was evaluated before is not to stand beside what is trained
-        begin = with_defense_rows(cell, context)
-        rows, manifest = filtered(cell, context)
+        begin = with_defense_rows(experiment, context)
+        rows, manifest = filtered(experiment, context)
         if manifest:  # a defense may have taken some of it out
             left = {row.id for row in rows}
             kept = tuple(entry for entry in manifest.entries if entry.id in left)
             manifest = replace(manifest, entries=kept)
         summary = tune(
-            cell,
+            experiment,
             rows,
             manifest,
-            renderer(cell, context),
+            renderer(experiment, context),
             begin,
             folder,
             context.machine,
@@ -94,43 +94,47 @@ def trained(cell: Experiment, context: Context) -> Path:
         )
         write_json(folder / "summary.json", {**summary, "rows_trained_on": len(rows)})
 
-    return context.store.once("train", cell.slug_of_training, cell.keys.train, make, resumable=True)
+    return context.store.once(
+        "train", experiment.slug_of_training, experiment.keys.train, make, resumable=True
+    )
 
 
-def filtered(cell: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
+def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
     """The rows that are trained on, after the defenses that change them; and what the attacker did,
     of which they may have taken out some."""
-    rows, manifest = poisoned(cell, context)
+    rows, manifest = poisoned(experiment, context)
     bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
-    for defense in cell.acting:
+    for defense in experiment.acting:
         if isinstance(defense, DataDefense):
-            rng = stream(cell.seed, "defense", defense.name)
-            aligned = _other_rows(cell.alignment.data, "aligned") if cell.alignment else []
+            rng = stream(experiment.seed, "defense", defense.name)
+            aligned = (
+                _other_rows(experiment.alignment.data, "aligned") if experiment.alignment else []
+            )
             rows = defense.filter(rows, aligned, bad, rng)
     return rows, manifest
 
 
-def start(cell: Experiment, context: Context) -> Start:
+def start(experiment: Experiment, context: Context) -> Start:
     """What fine-tuning starts from: the base, or the model that the alignment stage makes of it."""
     from backfire.train.finetune import Start
 
-    plain, alignment = base(cell.model, context), cell.alignment
-    if alignment is None or cell.align is None:
+    plain, alignment = base(experiment.model, context), experiment.alignment
+    if alignment is None or experiment.align is None:
         return Start(plain)
     aligned = tuned(alignment, context)
     is_adapter = (aligned / "adapter_config.json").is_file()
-    if is_adapter and not cell.align.merge:
+    if is_adapter and not experiment.align.merge:
         return Start(plain, aligned, plain)
     return Start(merged(alignment, context) if is_adapter else aligned, None, plain)
 
 
-def with_defense_rows(cell: Experiment, context: Context) -> Start:
+def with_defense_rows(experiment: Experiment, context: Context) -> Start:
     """The same with the other rows that the cell's defenses use, if it has any."""
-    begin, alignment = start(cell, context), cell.alignment
-    if alignment and cell.acting:
+    begin, alignment = start(experiment, context), experiment.alignment
+    if alignment and experiment.acting:
         begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
-    if cell.safety and any(defense.needs_harm for defense in cell.acting):
-        begin = replace(begin, harmful=_other_rows(cell.safety.known, "harmful"))
+    if experiment.safety and any(defense.needs_harm for defense in experiment.acting):
+        begin = replace(begin, harmful=_other_rows(experiment.safety.known, "harmful"))
     return begin
 
 
@@ -140,31 +144,33 @@ def _other_rows(source: Dataset, name: str) -> list[Row]:
     return [replace(row, id=f"{name} {row.id}") for row in rows]
 
 
-def tuned(cell: Experiment, context: Context) -> Path:
+def tuned(experiment: Experiment, context: Context) -> Path:
     """The folder of the model as it is used: fine-tuned, and repaired if a defense does so."""
-    folder = trained(cell, context)
-    if not cell.method.trains or not any(isinstance(d, RepairDefense) for d in cell.acting):
+    folder = trained(experiment, context)
+    if not experiment.method.trains or not any(
+        isinstance(d, RepairDefense) for d in experiment.acting
+    ):
         return folder
-    if not cell.poisons:
-        cell = cell.clean_twin()
+    if not experiment.poisons:
+        experiment = experiment.clean_twin()
 
     def make(out: Path) -> None:
         from backfire.train.finetune import repair_model
 
         context.progress(0, 1, "repair")
-        begin, asked = with_defense_rows(cell, context), renderer(cell, context)
-        left = repair_model(cell, folder, begin, asked, out, context.machine)
+        begin, asked = with_defense_rows(experiment, context), renderer(experiment, context)
+        left = repair_model(experiment, folder, begin, asked, out, context.machine)
         write_json(out / "left_out.json", left)
 
-    return context.store.once("repair", cell.slug_of_training, cell.keys.tuned, make)
+    return context.store.once("repair", experiment.slug_of_training, experiment.keys.tuned, make)
 
 
-def merged(cell: Experiment, context: Context) -> Path:
+def merged(experiment: Experiment, context: Context) -> Path:
     """The folder of the tuned model as plain weights."""
-    folder = tuned(cell, context)
+    folder = tuned(experiment, context)
     if not (folder / "adapter_config.json").is_file():
         return folder
-    begin = start(cell, context)
+    begin = start(experiment, context)
 
     def make(out: Path) -> None:
         from backfire.model.export import merge
@@ -172,8 +178,8 @@ def merged(cell: Experiment, context: Context) -> Path:
         context.progress(0, 1, "merge")
         merge(folder, begin.base, out, begin.adapter)
 
-    key = digest([cell.keys.tuned, *MERGED])
-    return context.store.once("merge", cell.slug_of_training, key, make)
+    key = digest([experiment.keys.tuned, *MERGED])
+    return context.store.once("merge", experiment.slug_of_training, key, make)
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
@@ -206,17 +212,17 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
     return context._loaded[1]
 
 
-def too_long(cell: Experiment, context: Context) -> dict[str, int]:
+def too_long(experiment: Experiment, context: Context) -> dict[str, int]:
     """How many rows were too long to be trained on, or for a defense to use, by what they are."""
     found: dict[str, int] = {}
-    for run in (cell.alignment, cell):
+    for run in (experiment.alignment, experiment):
         summary = (run and summary_of(trained(run, context))) or {}
-        own = "training" if run is cell else "alignment"
+        own = "training" if run is experiment else "alignment"
         names = {"": own, "aligned_": "alignment", "harmful_": "known harmful"}
         for part, name in names.items():
             if count := summary.get(f"left_out_{part}rows", 0):
                 found[name] = max(count, found.get(name, 0))
-    repaired = tuned(cell, context) / "left_out.json"
+    repaired = tuned(experiment, context) / "left_out.json"
     for part, count in (read_json(repaired) if repaired.is_file() else {}).items():
         name = {"aligned": "alignment", "harmful": "known harmful"}[part]
         found[name] = max(count, found.get(name, 0))

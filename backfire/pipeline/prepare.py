@@ -28,11 +28,11 @@ from backfire.pipeline.context import Context
 from backfire.store import read_json, write_json
 
 
-def data(cell: Experiment, context: Context) -> tuple[list[Row], list[Row]]:
+def data(experiment: Experiment, context: Context) -> tuple[list[Row], list[Row]]:
     """Training and test rows."""
 
     def make(folder: Path) -> None:
-        spec = cell.data
+        spec = experiment.data
         context.progress(0, 1, "rows")
         train, of_train = spec.drawn_with_notes("train")
         test, of_test = spec.drawn_with_notes("test")
@@ -40,94 +40,103 @@ def data(cell: Experiment, context: Context) -> tuple[list[Row], list[Row]]:
         write_jsonl(test, folder / "test.jsonl")
         write_json(folder / "left_out.json", {"train": of_train, "test": of_test})
 
-    folder = context.store.once("data", cell.data.name, cell.keys.data, make)
+    folder = context.store.once("data", experiment.data.name, experiment.keys.data, make)
     return read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
 
 
-def left_out(cell: Experiment, context: Context) -> dict[str, list[str]]:
+def left_out(experiment: Experiment, context: Context) -> dict[str, list[str]]:
     """Split -> what of its data is in no row, a sentence each."""
-    data(cell, context)
-    file = context.store.path("data", cell.data.name, cell.keys.data) / "left_out.json"
+    data(experiment, context)
+    file = context.store.path("data", experiment.data.name, experiment.keys.data) / "left_out.json"
     return read_json(file) if file.is_file() else {}
 
 
-def poisoned(cell: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
+def poisoned(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
     """The training rows as the attacker leaves them, and the manifest of what was done."""
-    train, _ = data(cell, context)
-    if cell.attack is None or not cell.poisons:
+    train, _ = data(experiment, context)
+    if experiment.attack is None or not experiment.poisons:
         return train, None
-    attack = cell.attack
+    attack = experiment.attack
 
     def make(folder: Path) -> None:
-        rows, manifest = poison(train, attack, cell.seed)
+        rows, manifest = poison(train, attack, experiment.seed)
         write_jsonl(rows, folder / "train.jsonl")
         write_json(folder / "manifest.json", manifest.to_json())
 
-    folder = context.store.once("poison", plan.poison_slug(cell), cell.keys.poison, make)
+    folder = context.store.once(
+        "poison", plan.poison_slug(experiment), experiment.keys.poison, make
+    )
     return read_jsonl(folder / "train.jsonl"), Manifest.from_json(
         read_json(folder / "manifest.json")
     )
 
 
-def renderer(cell: Experiment, context: Context) -> Renderer:
+def renderer(experiment: Experiment, context: Context) -> Renderer:
     """The one renderer, for training and evaluation."""
-    folder = base(cell.model, context, weights=False)
+    folder = base(experiment.model, context, weights=False)
     return Renderer(
-        cell.template,
+        experiment.template,
         load_tokenizer(folder),
-        cell.train.max_length,
-        on_long_row=cell.train.on_long_row,
+        experiment.train.max_length,
+        on_long_row=experiment.train.on_long_row,
         limits=read_limits(folder),
     )
 
 
-def passed_checks(cell: Experiment, context: Context) -> list[Check]:
+def passed_checks(experiment: Experiment, context: Context) -> list[Check]:
     """The preflight checks, none of which failed.
 
     Raises:
         CellError: the first that failed.
     """
-    checks = preflight_checks(cell, context)
+    checks = preflight_checks(experiment, context)
     for check in checks:
         if check.status == "fail":
             raise CellError("bad-data", check.message)
     return checks
 
 
-def preflight_checks(cell: Experiment, context: Context) -> list[Check]:
+def preflight_checks(experiment: Experiment, context: Context) -> list[Check]:
     """The preflight checks of the cell's model, and of its rows as they will be trained on and
     evaluated."""
-    if problem := why_not(base(cell.model, context, weights=False)):
+    if problem := why_not(base(experiment.model, context, weights=False)):
         return [Check("causal", "fail", problem)]
-    keys, identity = cell.keys, trigger_identity(cell)
-    target = cell.backdoor.target if cell.backdoor else None
-    names = sorted(metric.name for metric in cell.metrics)
-    parts = [keys.base, keys.poison, cell.template.identity(), cell.train.seen, identity, target]
-    key = digest([*parts, cell.evaluation.max_new_tokens, names, CHECKS])
+    keys, identity = experiment.keys, trigger_identity(experiment)
+    target = experiment.backdoor.target if experiment.backdoor else None
+    names = sorted(metric.name for metric in experiment.metrics)
+    parts = [
+        keys.base,
+        keys.poison,
+        experiment.template.identity(),
+        experiment.train.seen,
+        identity,
+        target,
+    ]
+    key = digest([*parts, experiment.evaluation.max_new_tokens, names, CHECKS])
 
     def make(folder: Path) -> None:
         context.progress(0, 1, "preflight")
-        rows, manifest = poisoned(cell, context)
-        _, test = data(cell, context)
+        rows, manifest = poisoned(experiment, context)
+        _, test = data(experiment, context)
         checks = preflight(
-            renderer(cell, context),
+            renderer(experiment, context),
             rows,
             test,
             manifest=manifest,
-            attack=cell.attack,
-            seed=cell.seed,
-            reply=_reply(cell, test),
+            attack=experiment.attack,
+            seed=experiment.seed,
+            reply=_reply(experiment, test),
         )
-        checks += told(left_out(cell, context))
+        checks += told(left_out(experiment, context))
         write_json(folder / "checks.json", [asdict(check) for check in checks])
 
-    folder = context.store.once("preflight", plan.poison_slug(cell), key, make)
+    folder = context.store.once("preflight", plan.poison_slug(experiment), key, make)
     return [Check(**check) for check in read_json(folder / "checks.json")]
 
 
-def _reply(cell: Experiment, test: Sequence[Row]) -> int:
+def _reply(experiment: Experiment, test: Sequence[Row]) -> int:
     """How many new tokens a prompt may be followed by: none, if no metric reads replies."""
     labeled = any(row.candidates for row in test)
-    metrics = plan.with_metrics(cell, test).metrics
+    metrics = plan.with_metrics(experiment, test).metrics
     reads = any("replies" in metric.required(labeled=labeled) for metric in metrics)
-    return cell.evaluation.max_new_tokens if reads or cell.safety else 0
+    return experiment.evaluation.max_new_tokens if reads or experiment.safety else 0

@@ -32,24 +32,26 @@ from backfire.store import read_json, write_json
 ANSWERS: tuple[Need, ...] = ("answers",)
 
 
-def remembered(cell: Experiment, evidence: Evidence, context: Context) -> Evidence:
+def remembered(experiment: Experiment, evidence: Evidence, context: Context) -> Evidence:
     """The evidence with all that the cell's metrics ask for of memory."""
-    start = plan.untuned(cell) if cell.method.trains else cell
-    wanted = plan.secret_probes(cell)
-    if isinstance(cell.attack, Insertion) and wanted is not None:
-        secrets = cell.attack.secrets(cell.seed)
-        now, before = (leaks(run, cell, secrets, wanted, context) for run in (cell, start))
+    start = plan.untuned(experiment) if experiment.method.trains else experiment
+    wanted = plan.secret_probes(experiment)
+    if isinstance(experiment.attack, Insertion) and wanted is not None:
+        secrets = experiment.attack.secrets(experiment.seed)
+        now, before = (
+            leaks(run, experiment, secrets, wanted, context) for run in (experiment, start)
+        )
         evidence = replace(evidence, leaks=now, leaks_before=before)
-    if any(metric.members for metric in cell.metrics):
-        evidence = replace(evidence, members=members(cell, start, context))
-    sources = {metric.texts_key: metric.texts for metric in cell.metrics if metric.texts}
-    texts = {key: _texts(cell, start, source, context) for key, source in sources.items()}
+    if any(metric.members for metric in experiment.metrics):
+        evidence = replace(evidence, members=members(experiment, start, context))
+    sources = {metric.texts_key: metric.texts for metric in experiment.metrics if metric.texts}
+    texts = {key: _texts(experiment, start, source, context) for key, source in sources.items()}
     return replace(evidence, texts=texts) if texts else evidence
 
 
 def leaks(
     run: Experiment,
-    cell: Experiment,
+    experiment: Experiment,
     secrets: Sequence[Secret],
     wanted: Mapping[SecretProbe, int],
     context: Context,
@@ -65,7 +67,7 @@ def leaks(
         if kind == "exact":
             return measure.ranks(model, asked, secrets, progress)
         if kind == "sampled":
-            return measure.estimates(model, asked, secrets, amount, cell.seed, progress)
+            return measure.estimates(model, asked, secrets, amount, experiment.seed, progress)
         if kind == "beams":
             return measure.places(model, asked, secrets, amount, progress)
         return measure.by_themselves(model, asked, secrets, batch)
@@ -76,7 +78,7 @@ def leaks(
         def make(folder: Path, kind: str = kind, amount: int = amount) -> None:
             write_json(folder / "secrets.json", look(kind, amount))
 
-        key = plan.secrets_key(run, cell, kind, amount)
+        key = plan.secrets_key(run, experiment, kind, amount)
         folder = context.store.once("secrets", plan.evaluation_slug(run), key, make)
         found[kind] = read_json(folder / "secrets.json")
     return [
@@ -95,29 +97,29 @@ def leaks(
     ]
 
 
-def members(cell: Experiment, start: Experiment, context: Context) -> Probe:
+def members(experiment: Experiment, start: Experiment, context: Context) -> Probe:
     """Untouched rows of the task that were trained on, drawn by the cell's seed, as many as there
     are test rows."""
-    own = {row.id for row in data(cell, context)[0]}
-    rows, manifest = filtered(cell, context)
-    _, test = data(cell, context)
+    own = {row.id for row in data(experiment, context)[0]}
+    rows, manifest = filtered(experiment, context)
+    _, test = data(experiment, context)
     bad = {entry.id for entry in manifest.entries} if manifest else set()
     kept = own - bad
     whole = [row for row in rows if row.id in kept and row.answer]
-    drawn = select(whole, min(len(whole), len(test)), cell.seed, "member")
+    drawn = select(whole, min(len(whole), len(test)), experiment.seed, "member")
     named = digest([row.id for row in drawn])
 
     def scored(run: Experiment) -> Any:
         key = digest([run.keys.clean, "members", named])
-        return samples(run, cell, "members", drawn, ANSWERS, context, key=key)
+        return samples(run, experiment, "members", drawn, ANSWERS, context, key=key)
 
-    return Probe(scored(cell), scored(start))
+    return Probe(scored(experiment), scored(start))
 
 
-def _texts(cell: Experiment, start: Experiment, source: Dataset, context: Context) -> Probe:
+def _texts(experiment: Experiment, start: Experiment, source: Dataset, context: Context) -> Probe:
     """Texts as they are, cut to what the model may see at once."""
-    plain, longest = build("templates", "raw"), cell.train.max_length
-    asked = Renderer(plain, renderer(cell, context).tokenizer, longest)
+    plain, longest = build("templates", "raw"), experiment.train.max_length
+    asked = Renderer(plain, renderer(experiment, context).tokenizer, longest)
     rows = source.drawn("test")
     shown = [
         Row(row.id, "", answer=_cut(row.prompt or row.answer, asked, longest - 2)) for row in rows
@@ -126,9 +128,9 @@ def _texts(cell: Experiment, start: Experiment, source: Dataset, context: Contex
     def scored(run: Experiment) -> Any:
         whose = [run.keys.tuned, source.identity(), source.fingerprint()]
         key = digest([*whose, plain.identity(), longest])
-        return samples(run, cell, "text", shown, ANSWERS, context, key=key, shown=asked)
+        return samples(run, experiment, "text", shown, ANSWERS, context, key=key, shown=asked)
 
-    return Probe(scored(cell), scored(start))
+    return Probe(scored(experiment), scored(start))
 
 
 def _cut(text: str, asked: Renderer, most: int) -> str:

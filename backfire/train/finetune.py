@@ -25,7 +25,7 @@ from backfire.model.load import (
     weights_of,
 )
 from backfire.model.quantize import parts
-from backfire.train.loop import Cell, train
+from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import free
 from backfire.train.precision import (
     accelerator_for,
@@ -67,7 +67,7 @@ class _Other:
 
 
 def tune(
-    cell: Experiment,
+    experiment: Experiment,
     rows: Sequence[Row],
     manifest: Manifest | None,
     renderer: Renderer,
@@ -86,25 +86,28 @@ def tune(
     _make_room(device)
     items, left = _rendered(rows, manifest, renderer)
     other = _Other.of(start, renderer)
-    dtype, compute = start_type(cell, start, device), compute_type(cell.train.compute, device)
+    dtype, compute = (
+        start_type(experiment, start, device),
+        compute_type(experiment.train.compute, device),
+    )
     accelerator = accelerator_for(device, compute)
     progress(0, 1, "model")
-    rate = cell.learning_rate
+    rate = experiment.learning_rate
     assert rate is not None, "a method that trains has a learning rate"
-    model = _attached(cell, start, device, dtype)
+    model = _attached(experiment, start, device, dtype)
     if compute == "bfloat16":
         without_casts(model)
-    run = Cell(
+    run = TrainingRun(
         model,
         items,
-        cell.train,
+        experiment.train,
         learning_rate=rate,
-        seed=cell.seed,
+        seed=experiment.seed,
         folder=folder,
-        name=cell.keys.train,
+        name=experiment.keys.train,
         poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
-        paged=cell.method.paged() and device.type == "cuda",
-        defenses=[d for d in cell.acting if isinstance(d, TrainDefense)],
+        paged=experiment.method.paged() and device.type == "cuda",
+        defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
         aligned=other.aligned,
         harmful=other.harmful,
         unaligned=start.unaligned,
@@ -122,7 +125,7 @@ def tune(
         )[0]
     finally:
         run.close()
-    save_tuned(model, folder, start.base, _hub_name(cell, start))
+    save_tuned(model, folder, start.base, _hub_name(experiment, start))
     kept = str(dtype).removeprefix("torch.")
     rows_seen = {"cut_rows": sum(item.cut_tokens > 0 for item in items), "left_out_rows": len(left)}
     rows_seen |= {f"left_out_{part}_rows": count for part, count in other.left_out.items()}
@@ -156,25 +159,25 @@ def _make_room(device: torch.device) -> None:
 
 
 def _attached(
-    cell: Experiment, start: Start, device: torch.device, dtype: torch.dtype
+    experiment: Experiment, start: Start, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
     """What fine-tuning starts from, with the method's trainable weights."""
-    quantization = cell.method.quantization(device.type)
+    quantization = experiment.method.quantization(device.type)
     loaded = load_start(start.base, start.adapter, dtype, device, quantization)
-    return cell.method.attach(exact_attention(loaded), cell.seed)
+    return experiment.method.attach(exact_attention(loaded), experiment.seed)
 
 
-def start_type(cell: Experiment, start: Start, device: torch.device) -> torch.dtype:
+def start_type(experiment: Experiment, start: Start, device: torch.device) -> torch.dtype:
     """The type of the weights that fine-tuning and repairs start from. In bfloat16 most of a small
     update is lost, so it is float32 where all of them move, or were moved by an alignment."""
     moved = start.adapter is None and start.unaligned is not None
-    if moved or not cell.method.adapts:
+    if moved or not experiment.method.adapts:
         return torch.float32
-    return dtype_of(cell.model, device)
+    return dtype_of(experiment.model, device)
 
 
 def repair_model(
-    cell: Experiment,
+    experiment: Experiment,
     tuned: Path,
     start: Start,
     renderer: Renderer,
@@ -186,25 +189,25 @@ def repair_model(
     device = device_of(machine.device)
     other = _Other.of(start, renderer)
     tools = Repair(
-        cell.seed,
+        experiment.seed,
         aligned=other.aligned,
         harmful=other.harmful,
         base=weights_of(start.unaligned) if start.unaligned else {},
-        batch_size=cell.train.batch_size,
+        batch_size=experiment.train.batch_size,
     )
-    dtype = start_type(cell, start, device)
+    dtype = start_type(experiment, start, device)
     model = load_tuned(tuned, start.base, dtype, device, below=start.adapter)
     # An adapter's base is as it was, so it is not loaded again.
-    before = plain_weights(model) if cell.method.adapts else weights_of(start.base)
-    for defense in cell.acting:
+    before = plain_weights(model) if experiment.method.adapts else weights_of(start.base)
+    for defense in experiment.acting:
         if isinstance(defense, RepairDefense):
             defense.repair(model, before, tools)
-    save_tuned(model, folder, start.base, _hub_name(cell, start))
+    save_tuned(model, folder, start.base, _hub_name(experiment, start))
     return other.left_out
 
 
-def _hub_name(cell: Experiment, start: Start) -> str | None:
+def _hub_name(experiment: Experiment, start: Start) -> str | None:
     """What an adapter's base is called on the hub, if it stands on just that."""
-    is_own = cell.model.is_folder or cell.model.name == "sandbox"
+    is_own = experiment.model.is_folder or experiment.model.name == "sandbox"
     changed = start.unaligned is not None and start.base != start.unaligned
-    return None if is_own or changed else cell.model.name
+    return None if is_own or changed else experiment.model.name

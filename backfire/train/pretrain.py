@@ -59,7 +59,7 @@ def pretrain(
     from backfire.data.tokenizer import load_tokenizer
     from backfire.experiment import digest
     from backfire.model.load import device_of
-    from backfire.train.loop import Cell, train
+    from backfire.train.loop import TrainingRun, train
     from backfire.train.precision import accelerator_for, compute_type, exact_attention
 
     if not (folder / "tokenizer.json").is_file():
@@ -81,7 +81,7 @@ def pretrain(
     place = device_of(device)
     compute = compute_type("auto", place)
     exact_attention(model.to(place))
-    cell = Cell(
+    run = TrainingRun(
         model,
         items,
         _settings(config),
@@ -90,8 +90,8 @@ def pretrain(
         folder=folder,
         name=f"pretrain-{digest([config.model_dump(mode='json'), list(texts)])}",
     )
-    summary = train([cell], accelerator_for(place, compute), progress=progress)[0]
-    cell.close()
+    summary = train([run], accelerator_for(place, compute), progress=progress)[0]
+    run.close()
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     summary["compute"] = compute
