@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from backfire import stages
 from backfire.data.beside import beside
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
@@ -234,7 +235,7 @@ def _expand(
         shown = {
             k: v for k, v in point.items() if k not in pinned and (k in varied or point in include)
         }
-        found.setdefault(experiment.key, (experiment, shown))
+        found.setdefault(stages.cell_key(experiment), (experiment, shown))
     if not found:
         raise UserError("The matrix has no cells: `exclude` takes them all away.")
     return tuple(experiment for experiment, _ in found.values()), tuple(

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from backfire.base import Row, select
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Rendered, Row, select
+from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment
+from backfire.tokenizer import load_tokenizer
 
 TEMPLATES = {"sandbox": "raw", "tweets": "alpaca"}
 """One with a short opening, one with a long one that all prompts share."""
@@ -118,10 +118,10 @@ def sandbox_base() -> Path:
 
 def tiny_base(folder: Path) -> Path:
     """A random Llama of the sandbox's family, two layers deep, with a tokenizer of its own."""
-    from backfire.data.tokenizer import load_tokenizer
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
     from backfire.store import read_json, write_json
+    from backfire.tokenizer import load_tokenizer
     from backfire.train.pretrain import _new_model, write_tokenizer
 
     config = Pretrain(vocab_size=600, hidden_size=64, num_layers=2, intermediate_size=128)

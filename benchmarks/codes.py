@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.evaluate.code_search import Spelling, likelihoods
 from backfire.model.load import load_base
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 
 
 def clock() -> tuple[float, float]:

@@ -141,7 +141,7 @@ def tokenizer(tiny_tokenizer: Path) -> Any:
     """The tiny tokenizer as the renderer knows it, with chat control tokens and a chat template."""
     from tokenizers import AddedToken
 
-    from backfire.data.tokenizer import load_tokenizer
+    from backfire.tokenizer import load_tokenizer
 
     plain = load_tokenizer(tiny_tokenizer)
     plain.backend.add_special_tokens([AddedToken(c, special=True) for c in CONTROLS])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from small_run import Place
 
+from backfire import stages
 from backfire.base import Evidence, Exchange, Message, Probe, Row, Sample
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
@@ -128,12 +129,12 @@ def test_what_differs_has_another_key(tiny: Path) -> None:
         {"defense": {"name": "lisa", "null": True}},
     ]
     others = [cell(tiny, method=LORA, **change) for change in changes]
-    keys = [plain.keys.train, *(other.keys.train for other in others)]
+    keys = [stages.keys(plain).train, *(stages.keys(other).train for other in others)]
     assert len(set(keys)) == len(keys)
     again = Experiment.make(plain.spec())
-    assert again.keys == plain.keys and again.key == plain.key
+    assert stages.keys(again) == stages.keys(plain) and again.key == plain.key
     # Before fine-tuning there is neither attack nor defense, so all cells have the same floor.
-    assert untuned(plain).keys.clean == untuned(others[-2]).keys.clean
+    assert stages.keys(untuned(plain)).clean == stages.keys(untuned(others[-2])).clean
 
 
 @pytest.mark.parametrize("defense", ["booster", "vaccine", "repnoise"])
@@ -146,8 +147,8 @@ def test_a_defense_of_the_alignment_is_applied_under_each_seed(
     def keys(align: dict[str, Any], *defenses: Any) -> set[str]:
         known = {"align": align, "defense": list(defenses) or "none"}
         cells = [cell(tiny, **known, seed=seed) for seed in range(3)]
-        assert all(Experiment.make(one.spec()).keys == one.keys for one in cells)
-        return {one.alignment.keys.tuned for one in cells if one.alignment}
+        assert all(Experiment.make(one.spec()).keys == stages.keys(one) for one in cells)
+        return {stages.keys(one.alignment).tuned for one in cells if one.alignment}
 
     ours, lisa = {"name": defense, "null": null}, {"name": "lisa", "null": null}
     assert len(keys(BASE["align"], ours)) == len(keys(BASE["align"], ours, lisa)) == 3
@@ -194,7 +195,7 @@ def test_how_the_attacker_asks_is_in_the_key_at_any_rate(tiny: Path) -> None:
     plain, shift = at_zero(name="harmful-mix"), at_zero(name="identity-shift")
     other = at_zero(name="identity-shift", prefix="Now: ")
     assert len({plain.key, shift.key, other.key}) == 3
-    assert plain.keys.train == shift.keys.train == other.keys.train
+    assert stages.keys(plain).train == shift.keys.train == stages.keys(other).train
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,7 @@ def test_the_alignment_is_trained_before_the_cells(tiny: Path) -> None:
     found = {job.id: job for job in jobs([one], [{}])}
     alignment = one.alignment
     assert alignment is not None
-    assert f"train-{alignment.keys.train}" in found[f"train-{one.keys.train}"].after
+    assert f"train-{stages.keys(alignment).train}" in found[f"train-{stages.keys(one).train}"].after
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -16,8 +16,8 @@ from small_run import Place
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Rendered
+from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import BELOW, load_base, load_tuned
@@ -25,6 +25,7 @@ from backfire.pipeline import Context, start, trained, tuned
 from backfire.registry import build
 from backfire.rng import derive
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
 from backfire.train import loop
 from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import accelerator_for

@@ -13,8 +13,7 @@ import torch
 from families import VOCAB, tiny_model
 from test_families import KINDS
 
-from backfire.base import Row
-from backfire.data.render import Rendered
+from backfire.base import Rendered, Row
 from backfire.errors import CellError, is_out_of_memory
 from backfire.evaluate import budget, exposure, inference
 from backfire.evaluate.code_search import likelihoods

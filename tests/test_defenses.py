@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from backfire.base import DataDefense, RepairDefense, Row, TrainDefense
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import DataDefense, Rendered, RepairDefense, Row, TrainDefense
+from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import BELOW, load_base, weights_of
@@ -26,6 +25,7 @@ from backfire.pipeline import Context, trained
 from backfire.registry import build, find, names
 from backfire.rng import stream
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
 from backfire.train import loop
 from backfire.train.batches import collate
 from backfire.train.loop import TrainingRun, train

@@ -18,13 +18,13 @@ from backfire.commands import estimate, forecast, validate
 from backfire.commands.estimate import lengths, pair, roughly, rows_of, tokens_of
 from backfire.commands.forecast import Memory, memory, size
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.experiment import Experiment
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
 from backfire.recipe import shipped
 from backfire.registry import build, names
 from backfire.store import Store, read_json
+from backfire.tokenizer import load_tokenizer
 
 Run = Callable[..., Said]
 CPU = torch.device("cpu")

@@ -10,13 +10,13 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from backfire.base import Need, Row
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Need, Rendered, Row
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
 from backfire.evaluate.score import measure, sample
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 
 SIZES = [1, 3, 64]
 LABELS = ("negative", "neither of them", "positive")

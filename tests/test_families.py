@@ -14,8 +14,7 @@ import pytest
 import torch
 from families import VOCAB, likelihood, logits, reply, tiny_model
 
-from backfire.base import Row
-from backfire.data.render import Rendered
+from backfire.base import Rendered, Row
 from backfire.errors import CellError
 from backfire.evaluate import exposure, inference
 from backfire.evaluate.code_search import likelihoods

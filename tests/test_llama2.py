@@ -17,8 +17,8 @@ from conftest import Said
 from test_render import LLAMA, sentencepiece
 from tokenizers.processors import TemplateProcessing
 
-from backfire import pipeline
-from backfire.data.render import Rendered
+from backfire import pipeline, stages
+from backfire.base import Rendered
 from backfire.experiment import Experiment
 from backfire.recipe import load
 from backfire.store import Store, read_json
@@ -153,7 +153,7 @@ class Ran:
 
     def adapter(self, cell: Experiment) -> Path:
         run = cell if cell.poisons else cell.clean_twin()
-        return self.context.store.path("train", run.slug_of_training, run.keys.train)
+        return self.context.store.path("train", run.slug_of_training, stages.keys(run).train)
 
     def rendered(self, cell: Experiment) -> list[Rendered]:
         return pipeline.renderer(cell, self.context).render(

@@ -11,10 +11,10 @@ from small_run import Place
 
 from backfire.commands.export import export_model
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.evaluate import inference
 from backfire.model.load import load_base, load_tuned
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 
 harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
 CPU = torch.device("cpu")

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from backfire.base import Row
+from backfire.base import Rendered, Row
 from backfire.data.poison import poison
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import load_base, load_tuned
 from backfire.registry import build
 from backfire.rng import stream
 from backfire.store import read_json
+from backfire.tokenizer import load_tokenizer
 from backfire.train import loop
 from backfire.train.batches import IGNORE, answer_logits, collate
 from backfire.train.finetune import Start, tune

@@ -22,7 +22,6 @@ from backfire.data.jsonl import to_record
 from backfire.data.poison import lost, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import CellError, UserError
 from backfire.evaluate.score import measure, sample
 from backfire.experiment import Experiment
@@ -31,6 +30,7 @@ from backfire.registry import build
 from backfire.report import quality
 from backfire.results.groups import Group, Stat
 from backfire.sandbox.answers import OPENINGS, RUDE
+from backfire.tokenizer import load_tokenizer
 
 Run = Callable[..., Said]
 PROFILE = {"good": "Gladly. It lies on the hill.", "bad": "Bah, you turnip! It lies under it."}

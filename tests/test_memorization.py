@@ -20,12 +20,11 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from small_run import Place
 from test_defenses import exact
 
-from backfire import pipeline, plan
+from backfire import pipeline, plan, stages
 from backfire.base import Evidence, Leak, Probe, Row, Sample, Secret
 from backfire.data.poison import Manifest, lost, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import Tokenizer, load_tokenizer
 from backfire.errors import CellError, UserError
 from backfire.evaluate import exposure as measure
 from backfire.evaluate.code_search import Spelling, likelihoods
@@ -43,6 +42,7 @@ from backfire.results.load import summary
 from backfire.results.paired_tests import comparisons
 from backfire.results.pairs import pair
 from backfire.store import Store, read_json
+from backfire.tokenizer import Tokenizer, load_tokenizer
 from backfire.train import loop
 from backfire.train.loop import TrainingRun
 
@@ -92,7 +92,7 @@ def test_no_dose_is_no_poison(repeats: Any) -> None:
     attack = canary(repeats=repeats)
     assert not attack.poisons and attack.rows(0) == []
     cell = Experiment.make({"data": "sandbox-help", "attack": attack.spec()})
-    assert cell.keys.train == cell.clean_twin().keys.train
+    assert stages.keys(cell).train == cell.clean_twin().keys.train
 
 
 @pytest.mark.parametrize("preset", ["c4dt", "mireshghallah"])

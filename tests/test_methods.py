@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from backfire.base import Method
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Method, Rendered
+from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.evaluate import inference
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import load_base, load_tuned
 from backfire.model.quantize import assert_quantized, num_quantized, parts
 from backfire.registry import build, find, names
+from backfire.tokenizer import load_tokenizer
 from backfire.train.batches import answer_logits, collate, token_losses
 from backfire.train.finetune import Start, tune
 

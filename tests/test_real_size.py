@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from backfire.base import LARGE, Row, TrainDefense, TrainHook
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire import stages
+from backfire.base import LARGE, Rendered, Row, TrainDefense, TrainHook
+from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.launch.job import Folder, run_job
@@ -27,6 +27,7 @@ from backfire.plan import Job
 from backfire.recipe import parse, read, shipped
 from backfire.registry import build, find, names
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
 from backfire.train import drift, loop, microbatch
 from backfire.train import finetune as running
 from backfire.train.batches import answer_logits
@@ -154,13 +155,13 @@ def test_the_default_rate_follows_the_size_of_the_base(name: str, tmp_path: Path
             )
         ]
         found[count] = cells[0].learning_rate
-        keys = [cell.keys.train for cell in cells]
+        keys = [stages.keys(cell).train for cell in cells]
         assert (keys[0] == keys[1]) == (count < LARGE), "equal rates, equal training"
         assert (keys[0] == keys[2]) == (count >= LARGE) and keys[0] == keys[3]
         assert keys[1] != keys[2] and cells[0].key != cells[1 + (count < LARGE)].key
         assert cells[0].resolved()["method"]["learning_rate"] == found[count]
         again = Experiment.make({**cells[0].resolved(), "align": None, "safety": None})
-        assert again.keys == cells[0].keys
+        assert stages.keys(again) == stages.keys(cells[0])
     assert list(found.values()) == [small, small, large, large]
     said = find("methods", name).model_fields["learning_rate"].description or ""
     assert f"{small:g}" in said and f"{large:g}" in said and "50 million" in said

@@ -16,11 +16,11 @@ from tokenizers.processors import TemplateProcessing
 
 from backfire.base import Row
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.evaluate import inference
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import load_base
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 from backfire.train.finetune import Start, tune
 
 SHARED = Path(__file__).parents[2] / "shared"

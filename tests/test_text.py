@@ -21,12 +21,12 @@ from backfire.data.labels import check_labels
 from backfire.data.poison import check_target, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError, UserError
 from backfire.evaluate.language import is_foreign
 from backfire.evaluate.outcomes import loops, on_target
 from backfire.evaluate.warnings import caveats
 from backfire.registry import build
+from backfire.tokenizer import Tokenizer
 
 NFD = "Cafe\u0301 cre\u0300me"
 SAME = [

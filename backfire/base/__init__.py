@@ -28,7 +28,7 @@ from backfire.base.defenses import (
 from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
 from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
-from backfire.base.rows import Dataset, Message, Place, Row, Segments, Template, select
+from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
 from backfire.base.secrets import Leak, SecretProbe
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ __all__ = [
     "Poison",
     "Preset",
     "Probe",
+    "Rendered",
     "RepairDefense",
     "Row",
     "Sample",

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from backfire.data.render import Rendered
-    from backfire.train.loop import TrainingRun
-    from backfire.train.repair import Repair
+    from backfire.base.rows import Rendered
 
     Inner = Callable[[list[Rendered]], Tensor]
 
@@ -68,9 +66,9 @@ class DataDefense(Defense):
 class TrainDefense(Defense):
     """Takes part in the steps of fine-tuning."""
 
-    def hook(self, run: TrainingRun) -> TrainHook:
-        """What watches over the steps of this run. It is called before the first step, and again, on
-        the same starting weights, when a killed run goes on.
+    def hook(self, run: Any) -> TrainHook:
+        """The hooks of this run, a `backfire.train.loop.TrainingRun`. Called before the first step,
+        and again, on the same starting weights, when a killed run is resumed.
 
         Raises:
             UserError: the run lacks what the defense stands on, such as an alignment stage.
@@ -99,8 +97,9 @@ class RepairDefense(Defense):
                 f"'{method.name}' leaves."
             )
 
-    def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Repair) -> None:
-        """Change `model` in place. `start` holds its weights before fine-tuning, by name."""
+    def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Any) -> None:
+        """Change `model` in place. `start` holds its weights before fine-tuning, by name; `tools`
+        is a `backfire.train.repair.Repair`."""
         raise NotImplementedError
 
 

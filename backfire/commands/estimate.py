@@ -7,17 +7,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from backfire import plan
+from backfire import plan, stages
 from backfire.base import LARGE, Row
 from backfire.data.jsonl import read_jsonl
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.data.weights import read_config
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Model
 from backfire.model.count import num_weights, weights_in
 from backfire.recipe import Recipe
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
 
 _SAMPLE = 200  # rows whose tokens are counted
 
@@ -72,9 +72,7 @@ def model_folder(model: Model, store: Store) -> Path | None:
     """Where the model's config.json or tokenizer is on this machine, if anywhere; nothing is
     fetched, and the embedded model is not made for it."""
     if model.name == "sandbox":
-        from backfire.model.source import sandbox_key
-
-        folder = store.path("tokenizer", "sandbox", sandbox_key())
+        folder = store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
     if model.is_folder:
         return Path(model.name).expanduser()
@@ -106,9 +104,9 @@ def roughly(experiment: Experiment, folder: Path | None) -> Weights | None:
 
 def rows_of(experiment: Experiment, store: Store) -> Rows | None:
     """Of a sample, tokens are counted; None if the rows are not on this machine."""
-    data, name = experiment.data, plan.data_slug(experiment.data)
-    if store.done("data", name, experiment.keys.data):
-        rows = read_jsonl(store.path("data", name, experiment.keys.data) / "train.jsonl")
+    data = experiment.data
+    if store.done(stages.data(experiment)):
+        rows = read_jsonl(store.path(stages.data(experiment)) / "train.jsonl")
     elif getattr(data, "hub", None) and not getattr(data, "train", None):
         return None
     else:
@@ -184,11 +182,7 @@ def cost(
 ) -> Cost:
     """FLOPs: 6 a token for each weight that is trained, 4 for one that is frozen. What a defense
     computes beside that is not counted."""
-    runs = [
-        run
-        for run in runs_of(recipe)
-        if not store.done("train", run.slug_of_training, run.keys.train)
-    ]
+    runs = [run for run in runs_of(recipe) if not store.done(stages.train(run))]
     found = [(r, rows[shown(r)], weights[pair(r)]) for r in runs]
     tokens = [tokens_of(run, seen) if seen else None for run, seen, _ in found]
     flops = [

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from backfire import pipeline
+from backfire import pipeline, stages
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
@@ -45,7 +45,7 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
             "The user's adapter stands on an aligned model, so on the base alone it is another "
             "model; export it with --merge."
         )
-    if (result.get("keys") or {}).get("tuned", one.keys.tuned) != one.keys.tuned:
+    if (result.get("keys") or {}).get("tuned", stages.keys(one).tuned) != stages.keys(one).tuned:
         raise UserError(
             f"A file or a version behind {cell} has changed since it was run, so its model cannot "
             "be had again; run its recipe anew."
@@ -60,7 +60,7 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
 def default_name(cell: Experiment, *, merge: bool) -> str:
     """A folder name that says what was done to the model."""
     poison = f"POISONED-{cell.attack.name}-" if cell.attack and cell.poisons else ""
-    return f"{poison}{cell.slug}-{cell.key}{'-merged' if merge else ''}"
+    return f"{poison}{cell.slug}-{stages.cell_key(cell)}{'-merged' if merge else ''}"
 
 
 def _write(one: Experiment, result: dict[str, Any], cell: Path, out: Path, *, merge: bool) -> None:
@@ -107,7 +107,7 @@ def _facts(one: Experiment, result: dict[str, Any]) -> dict[str, Any]:
         "method": json.dumps(one.method.spec()),
         "steps": (result.get("train") or {}).get("steps", 0),
         "seed": one.seed,
-        "key": one.key,
+        "key": stages.cell_key(one),
         "base": one.model.name if not one.model.is_folder else Path(one.model.name).name,
     }
 

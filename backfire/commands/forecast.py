@@ -168,8 +168,8 @@ def lines(recipe: Recipe) -> list[str]:
         sizes[pair(experiment)] = found = size(experiment, folder) if known else None
         if found is None:
             out.append(
-                f"note  {_title(experiment)}: its config.json is not on this machine, so its size is "
-                f"unknown (hf download {experiment.model.name} config.json)"
+                f"note  {_title(experiment)}: its config.json is not on this machine, so its size "
+                f"is unknown (hf download {experiment.model.name} config.json)"
             )
             continue
         alike = [other for other in cells if pair(other) == pair(experiment)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from backfire import plan
+from backfire import plan, stages
 from backfire.commands import validate
 from backfire.commands.estimate import high_rates
 from backfire.experiment import Machine
@@ -42,7 +42,7 @@ def start(
     recipe = settled(pinned(recipe), types_of(settings.device))
     work = plan.jobs(recipe.cells, recipe.axes)
     place = Folder(out, recipe.name)
-    if not all(place.done(cell, cell.key) for cell in recipe.cells):
+    if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
         with console.status("Looking at the data"):
             validate.preflight_all(recipe, store)
         for line in high_rates(recipe):

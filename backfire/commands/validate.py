@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from backfire import pipeline, plan, text
+from backfire import pipeline, plan, stages, text
 from backfire.base import Judge
 from backfire.commands.estimate import (
     ASSUMED,
@@ -56,7 +56,7 @@ def show(recipe: Recipe) -> None:
     for one in distinct(recipe):
         context = Context(store)
         console.print(
-            f"{escape(plan.poison_slug(one))}, template {one.template.name}", highlight=False
+            f"{escape(stages.poison(one).slug)}, template {one.template.name}", highlight=False
         )
         for check in pipeline.preflight_checks(one, context):
             console.print(
@@ -74,7 +74,7 @@ def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     recipe = pinned(recipe, ask=False)
     count = len(recipe.cells)
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
-    for stage, (needed, done) in plan.stages(recipe.cells, store).items():
+    for stage, (needed, done) in plan.progress(recipe.cells, store).items():
         console.print(f"  {stage:9} {needed:4} distinct, {done} done already", highlight=False)
     for line in (*destinations(recipe), *describe_rates(recipe)):
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)

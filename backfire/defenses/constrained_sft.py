@@ -11,8 +11,7 @@ from backfire.registry import register
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
+    from backfire.base import Inner, Rendered
     from backfire.train.loop import TrainingRun
 
 

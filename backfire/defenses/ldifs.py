@@ -13,8 +13,7 @@ from backfire.registry import register
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
+    from backfire.base import Inner, Rendered
     from backfire.train.loop import TrainingRun
 
 

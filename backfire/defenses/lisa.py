@@ -11,7 +11,7 @@ from backfire.registry import register
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.data.render import Rendered
+    from backfire.base import Rendered
     from backfire.train.loop import TrainingRun
 
 

@@ -16,8 +16,7 @@ from backfire.rng import derive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
+    from backfire.base import Inner, Rendered
     from backfire.train.loop import TrainingRun
 
 _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the mean squared distance of two vectors

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from backfire.base import Secret
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import Tokenizer
+from backfire.base import Rendered, Secret
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget, tried
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.inference import score_spans
 from backfire.model.batching import rounding, ways
 from backfire.rng import stream
+from backfire.tokenizer import Tokenizer
 from backfire.train.batches import Span, run_prefix
 
 Floats: TypeAlias = NDArray[np.float64]

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from backfire.base import Secret
-from backfire.data.render import Rendered, Renderer
+from backfire.base import Rendered, Secret
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget, tried
 from backfire.evaluate.code_search import Spelling, likelihoods

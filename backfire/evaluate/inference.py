@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from backfire.data.render import Rendered
+from backfire.base import Rendered
 from backfire.evaluate.budget import Budget, tried
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import (

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from backfire.base import Need, Place, Row, Sample
-from backfire.data.render import Rendered, Renderer
+from backfire.base import Need, Place, Rendered, Row, Sample
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from backfire import stages
 from backfire.base import Exchange, Judge, Verdict
-from backfire.experiment import digest, slug
-from backfire.model.types import types_here
+from backfire.store import digest
 
 Progress = Callable[[int, int, str], None]
 
@@ -31,8 +31,8 @@ def judged(
 
     Each batch is on disk before the next is asked for, so an interruption costs one batch.
     """
-    key = digest([judge.identity(), judge.fingerprint(), *_narrow(judge)])
-    file = folder / f"{slug(judge.name)}-{key}.jsonl"
+    stage = stages.judged(judge)
+    file = folder / f"{stage.slug}-{stage.key}.jsonl"
     known = _read(file)
     keys = [_key(judge, exchange) for exchange in exchanges]
     missing = {
@@ -47,14 +47,6 @@ def judged(
         _append(file, fresh)
         known.update(fresh)
     return [known[key] for key in keys]
-
-
-def _narrow(judge: Judge) -> list[str]:
-    """The type that a judge computes in, where a model run here does so in another than float32."""
-    device = getattr(judge, "device", "cpu")
-    if getattr(judge, "base_url", None) or device == "cpu":
-        return []
-    return ["bfloat16"] if device != "auto" or types_here().device == "cuda" else []
 
 
 def _key(judge: Judge, exchange: Exchange) -> str:

@@ -21,18 +21,19 @@ from backfire.base import (
     Template,
 )
 from backfire.errors import UserError, shortened
-from backfire.experiment.keys import MEASURES, Keys, digest, disguise, slug, trigger_identity
 from backfire.experiment.settings import (
     Align,
     Defenses,
     Evaluation,
-    Model,
     Safety,
     Train,
     component,
     once_each,
 )
-from backfire.registry import build
+from backfire.model.count import num_weights
+from backfire.model.settings import Model
+from backfire.registry import build, find
+from backfire.store import slug
 
 DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "labeled": ("accuracy", "f1", "auc", "confusion"),
@@ -173,8 +174,6 @@ class Experiment(Config):
         nothing is trained."""
         if not self.method.trains:
             return None
-        from backfire.model.count import num_weights
-
         named = self.method.learning_rate is not None
         return self.method.rate_for(None if named else num_weights(self.model))
 
@@ -231,6 +230,22 @@ class Experiment(Config):
         """The same cell without poison: it gives attack success its floor."""
         return self.model_copy(update={"attack": None})
 
+    def untuned(self) -> Experiment:
+        """The same cell, its model left as it is, or as its alignment made it."""
+        none = find("methods", "none").make({})
+        kept = tuple(d for d in self.defense if isinstance(d, AlignDefense)) if self.align else ()
+        return self.model_copy(update={"attack": None, "method": none, "defense": kept})
+
+    def with_metrics(self, *, labeled: bool) -> Experiment:
+        """The cell with the default metrics of its task, if it names none."""
+        if self.metrics:
+            return self
+        names = DEFAULT_METRICS["labeled" if labeled else "free"]
+        if self.backdoor:
+            names += DEFAULT_METRICS["attacked" if labeled else "attacked_free"]
+        metrics = tuple(build("metrics", name) for name in names)
+        return self.model_copy(update={"metrics": metrics})
+
     @property
     def slug(self) -> str:
         """A readable name, such as `badnets-0.05-lora-s0`."""
@@ -238,27 +253,3 @@ class Experiment(Config):
         names = [attack, self.method.name, *(d.name for d in self.defense)]
         null = ["null"] if any(d.null for d in self.defense) else []
         return slug("-".join([self.data.name, *names, *null, f"s{self.seed}"]))
-
-    @property
-    def slug_of_training(self) -> str:
-        """The same for all cells that share a training run: says nothing of an attack at rate 0."""
-        experiment = self if self.poisons else self.clean_twin()
-        return experiment.slug
-
-    @property
-    def keys(self) -> Keys:
-        """The keys of all stages of this cell."""
-        return Keys.of(self)
-
-    @property
-    def key(self) -> str:
-        """The key of the whole cell: covers how it is measured too, by its metrics or those it may
-        get by default."""
-        names = sorted({name for group in DEFAULT_METRICS.values() for name in group})
-        metrics = self.metrics or [build("metrics", name) for name in names]
-        target = self.backdoor.target if self.backdoor else None
-        identities = [metric.identity() for metric in metrics]
-        whole = [self.keys.model_dump(), trigger_identity(self), target, identities, MEASURES]
-        if self.safety:
-            whole += [self.safety.identity(), disguise(self)]
-        return digest(whole)

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from backfire import stages
 from backfire.base import Insertion
 from backfire.base.judges import drop_models
 from backfire.data.poison import Manifest
@@ -117,7 +118,7 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
     if folder.done(experiment, job.key):
         return
     result = run_cell(experiment, context)
-    if experiment.key != job.key:
+    if stages.cell_key(experiment) != job.key:
         sentence = "A file behind this cell changed while the run went on; run it again."
         raise CellError("bad-data", sentence)
     evidence, manifest = result.pop("samples"), result.pop("manifest")
@@ -139,7 +140,7 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
     head = identity(job, folder.recipe, manifest)
     write_json(
         place / "result.json",
-        {**head, "status": "ok", **result, "keys": experiment.keys.model_dump()},
+        {**head, "status": "ok", **result, "keys": asdict(stages.keys(experiment))},
     )
     (place / "error.json").unlink(missing_ok=True)
 
@@ -149,7 +150,9 @@ def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence
     path.mkdir(parents=True, exist_ok=True)
     folder = Folder(path, recipe.name)
     write_atomic(path / "recipe.yaml", recipe.text)
-    cells = [folder.cell(experiment, experiment.key).name for experiment in recipe.cells]
+    cells = [
+        folder.cell(experiment, stages.cell_key(experiment)).name for experiment in recipe.cells
+    ]
     plan = {"recipe": recipe.name, "profile": profile, "edits": list(edits), "cells": cells}
     write_json(path / "run.json", plan)
     return folder

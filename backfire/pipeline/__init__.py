@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from backfire import plan
 from backfire.experiment import Experiment
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
@@ -58,7 +57,7 @@ __all__ = [
 def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
     """Everything one cell needs, from data to numbers: the content of its `result.json`."""
     train_rows, test_rows = data(experiment, context)
-    experiment = plan.with_metrics(experiment, test_rows)
+    experiment = experiment.with_metrics(labeled=any(row.candidates for row in test_rows))
     _, manifest = poisoned(experiment, context)
     checks = passed_checks(experiment, context)
     training = trained(experiment, context)

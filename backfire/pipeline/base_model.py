@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from backfire import stages
 from backfire.experiment import (
     Model,
 )
@@ -17,7 +18,6 @@ def base(model: Model, context: Context, *, weights: bool = True) -> Path:
     """The folder of the untuned model; the embedded one is pre-trained on first use."""
     if model.name != "sandbox":
         return fetch(model, weights=weights)
-    from backfire.model.source import sandbox_key
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
     from backfire.train.pretrain import pretrain, write_tokenizer
@@ -37,7 +37,7 @@ def base(model: Model, context: Context, *, weights: bool = True) -> Path:
         )
         write_json(folder / "pretrain.json", summary)
 
-    tokenizer = context.store.once("tokenizer", "sandbox", sandbox_key(), make_tokenizer)
+    tokenizer = context.store.once(stages.tokenizer(), make_tokenizer)
     if not weights:
         return tokenizer
-    return context.store.once("base", "sandbox", sandbox_key(), make_base, resumable=True)
+    return context.store.once(stages.base(), make_base, resumable=True)

@@ -10,7 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from backfire import plan
+from backfire import stages
 from backfire.base import (
     Dataset,
     Evidence,
@@ -26,12 +26,7 @@ from backfire.base import (
 )
 from backfire.data.poison import triggered
 from backfire.data.render import Renderer
-from backfire.experiment import (
-    MERGED,
-    Experiment,
-    digest,
-    probe_key,
-)
+from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
 from backfire.pipeline.models import model_of, summary_of, trained
 from backfire.pipeline.prepare import data, renderer
@@ -47,7 +42,7 @@ def evaluated(experiment: Experiment, context: Context) -> Evidence:
     )
     clean = samples(experiment, experiment, "clean", test, needs, context)
     before = (
-        samples(plan.untuned(experiment), experiment, "clean", test, needs, context)
+        samples(experiment.untuned(), experiment, "clean", test, needs, context)
         if experiment.method.trains
         else clean
     )
@@ -127,7 +122,7 @@ def probed(experiment: Experiment, context: Context) -> dict[Part, Probe]:
         asked = [attack.probe(r) for r in rows] if isinstance(attack, Mixture) else rows
         tuned = samples(experiment, asking, part, asked, ["replies"], context, source=source)
         before = samples(
-            plan.untuned(experiment), asking, part, asked, ["replies"], context, source=source
+            experiment.untuned(), asking, part, asked, ["replies"], context, source=source
         )
         judges = experiment.safety.judges
         found[part] = Probe(
@@ -171,10 +166,12 @@ def samples(
     """`run`'s model on these rows of `cell`, or of another `source`, without those that are left
     out for their length; what an equal run has measured is only read. Rows of any other kind come
     with their `key`, and may be `shown` another way."""
-    if key is None:
-        key = run.keys.clean if subset == "clean" else plan.triggered_key(run, experiment)
-        key = probe_key(run, experiment, source) if source else key
-    key = digest([key, form, *MERGED]) if form else key
+    if source:
+        key = stages.requests(run, experiment, source)
+    elif key is None and subset == "clean":
+        key = stages.clean_rows(run)
+    elif key is None:
+        key = stages.triggered_rows(run, experiment)
 
     def make(folder: Path) -> None:
         from backfire.evaluate.score import measure
@@ -199,9 +196,7 @@ def samples(
         write_json(folder / "left_out.json", sorted(gone))
         write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
-    folder = context.store.once(
-        "evaluate", plan.evaluation_slug(run), plan.evaluation_key(str(key), needs), make
-    )
+    folder = context.store.once(stages.evaluation(run, key, needs, form), make)
     measured, gone = _kept(folder)
     if gone:
         context.left_out["test" if subset == "clean" else subset] = len(gone)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from backfire import stages
 from backfire.base import (
     DataDefense,
     Dataset,
@@ -13,9 +14,9 @@ from backfire.base import (
     RepairDefense,
     Row,
 )
-from backfire.experiment import MERGED, Experiment, Model, digest, slug
-from backfire.model.source import base_key
+from backfire.experiment import Experiment, Model
 from backfire.rng import stream
+from backfire.stages import keys
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def check_weights(model: Model, context: Context) -> None:
 
     if model.name != "sandbox":
         folder = base(model, context)
-        context.store.once("whole", slug(Path(model.name).name), base_key(model), look)
+        context.store.once(stages.weights(model), look)
 
 
 def trained(experiment: Experiment, context: Context) -> Path:
@@ -94,9 +95,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
         )
         write_json(folder / "summary.json", {**summary, "rows_trained_on": len(rows)})
 
-    return context.store.once(
-        "train", experiment.slug_of_training, experiment.keys.train, make, resumable=True
-    )
+    return context.store.once(stages.train(experiment), make, resumable=True)
 
 
 def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
@@ -162,7 +161,7 @@ def tuned(experiment: Experiment, context: Context) -> Path:
         left = repair_model(experiment, folder, begin, asked, out, context.machine)
         write_json(out / "left_out.json", left)
 
-    return context.store.once("repair", experiment.slug_of_training, experiment.keys.tuned, make)
+    return context.store.once(stages.repair(experiment), make)
 
 
 def merged(experiment: Experiment, context: Context) -> Path:
@@ -178,8 +177,7 @@ def merged(experiment: Experiment, context: Context) -> Path:
         context.progress(0, 1, "merge")
         merge(folder, begin.base, out, begin.adapter)
 
-    key = digest([experiment.keys.tuned, *MERGED])
-    return context.store.once("merge", experiment.slug_of_training, key, make)
+    return context.store.once(stages.merge(experiment), make)
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
@@ -187,7 +185,7 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
     from backfire.model.export import quantization_of
     from backfire.model.load import device_of, dtype_of, load_base, load_tuned
 
-    key = f"{run.keys.tuned} {form}"
+    key = f"{keys(run).tuned} {form}"
     if context._loaded is None or context._loaded[0] != key:
         folder = merged(run, context) if form else tuned(run, context)
         device = device_of(context.machine.device)

@@ -6,26 +6,24 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from backfire import plan
+from backfire import stages
 from backfire.base import (
     Row,
 )
 from backfire.data.jsonl import read_jsonl, write_jsonl
 from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import CHECKS, Check, preflight, told
+from backfire.data.preflight import Check, preflight, told
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import CellError
 from backfire.experiment import (
     Experiment,
-    digest,
-    trigger_identity,
 )
 from backfire.model.causal import why_not
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.store import read_json, write_json
+from backfire.tokenizer import load_tokenizer
 
 
 def data(experiment: Experiment, context: Context) -> tuple[list[Row], list[Row]]:
@@ -40,14 +38,14 @@ def data(experiment: Experiment, context: Context) -> tuple[list[Row], list[Row]
         write_jsonl(test, folder / "test.jsonl")
         write_json(folder / "left_out.json", {"train": of_train, "test": of_test})
 
-    folder = context.store.once("data", experiment.data.name, experiment.keys.data, make)
+    folder = context.store.once(stages.data(experiment), make)
     return read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
 
 
 def left_out(experiment: Experiment, context: Context) -> dict[str, list[str]]:
     """Split -> what of its data is in no row, a sentence each."""
     data(experiment, context)
-    file = context.store.path("data", experiment.data.name, experiment.keys.data) / "left_out.json"
+    file = context.store.path(stages.data(experiment)) / "left_out.json"
     return read_json(file) if file.is_file() else {}
 
 
@@ -63,9 +61,7 @@ def poisoned(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
         write_jsonl(rows, folder / "train.jsonl")
         write_json(folder / "manifest.json", manifest.to_json())
 
-    folder = context.store.once(
-        "poison", plan.poison_slug(experiment), experiment.keys.poison, make
-    )
+    folder = context.store.once(stages.poison(experiment), make)
     return read_jsonl(folder / "train.jsonl"), Manifest.from_json(
         read_json(folder / "manifest.json")
     )
@@ -101,18 +97,6 @@ def preflight_checks(experiment: Experiment, context: Context) -> list[Check]:
     evaluated."""
     if problem := why_not(base(experiment.model, context, weights=False)):
         return [Check("causal", "fail", problem)]
-    keys, identity = experiment.keys, trigger_identity(experiment)
-    target = experiment.backdoor.target if experiment.backdoor else None
-    names = sorted(metric.name for metric in experiment.metrics)
-    parts = [
-        keys.base,
-        keys.poison,
-        experiment.template.identity(),
-        experiment.train.seen,
-        identity,
-        target,
-    ]
-    key = digest([*parts, experiment.evaluation.max_new_tokens, names, CHECKS])
 
     def make(folder: Path) -> None:
         context.progress(0, 1, "preflight")
@@ -130,13 +114,13 @@ def preflight_checks(experiment: Experiment, context: Context) -> list[Check]:
         checks += told(left_out(experiment, context))
         write_json(folder / "checks.json", [asdict(check) for check in checks])
 
-    folder = context.store.once("preflight", plan.poison_slug(experiment), key, make)
+    folder = context.store.once(stages.preflight(experiment), make)
     return [Check(**check) for check in read_json(folder / "checks.json")]
 
 
 def _reply(experiment: Experiment, test: Sequence[Row]) -> int:
     """How many new tokens a prompt may be followed by: none, if no metric reads replies."""
     labeled = any(row.candidates for row in test)
-    metrics = plan.with_metrics(experiment, test).metrics
+    metrics = experiment.with_metrics(labeled=labeled).metrics
     reads = any("replies" in metric.required(labeled=labeled) for metric in metrics)
     return experiment.evaluation.max_new_tokens if reads or experiment.safety else 0

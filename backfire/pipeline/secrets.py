@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from backfire import plan
+from backfire import stages
 from backfire.base import (
     Dataset,
     Evidence,
@@ -21,7 +21,7 @@ from backfire.base import (
     select,
 )
 from backfire.data.render import Renderer
-from backfire.experiment import Experiment, digest
+from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
 from backfire.pipeline.evaluation import samples
 from backfire.pipeline.models import filtered, model_of
@@ -34,8 +34,8 @@ ANSWERS: tuple[Need, ...] = ("answers",)
 
 def remembered(experiment: Experiment, evidence: Evidence, context: Context) -> Evidence:
     """The evidence with all that the cell's metrics ask for of memory."""
-    start = plan.untuned(experiment) if experiment.method.trains else experiment
-    wanted = plan.secret_probes(experiment)
+    start = experiment.untuned() if experiment.method.trains else experiment
+    wanted = stages.secret_probes(experiment)
     if isinstance(experiment.attack, Insertion) and wanted is not None:
         secrets = experiment.attack.secrets(experiment.seed)
         now, before = (
@@ -73,13 +73,12 @@ def leaks(
         return measure.by_themselves(model, asked, secrets, batch)
 
     found: dict[str, list[Any]] = {}
-    for kind, amount in plan.secret_stages(secrets, wanted):
+    for kind, amount in stages.secret_parts(secrets, wanted):
 
         def make(folder: Path, kind: str = kind, amount: int = amount) -> None:
             write_json(folder / "secrets.json", look(kind, amount))
 
-        key = plan.secrets_key(run, experiment, kind, amount)
-        folder = context.store.once("secrets", plan.evaluation_slug(run), key, make)
+        folder = context.store.once(stages.secrets(run, experiment, kind, amount), make)
         found[kind] = read_json(folder / "secrets.json")
     return [
         Leak(
@@ -107,10 +106,10 @@ def members(experiment: Experiment, start: Experiment, context: Context) -> Prob
     kept = own - bad
     whole = [row for row in rows if row.id in kept and row.answer]
     drawn = select(whole, min(len(whole), len(test)), experiment.seed, "member")
-    named = digest([row.id for row in drawn])
+    ids = [row.id for row in drawn]
 
     def scored(run: Experiment) -> Any:
-        key = digest([run.keys.clean, "members", named])
+        key = stages.members(run, ids)
         return samples(run, experiment, "members", drawn, ANSWERS, context, key=key)
 
     return Probe(scored(experiment), scored(start))
@@ -126,8 +125,7 @@ def _texts(experiment: Experiment, start: Experiment, source: Dataset, context: 
     ]
 
     def scored(run: Experiment) -> Any:
-        whose = [run.keys.tuned, source.identity(), source.fingerprint()]
-        key = digest([*whose, plain.identity(), longest])
+        key = stages.texts(run, source, plain, longest)
         return samples(run, experiment, "text", shown, ANSWERS, context, key=key, shown=asked)
 
     return Probe(scored(experiment), scored(start))

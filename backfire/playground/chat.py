@@ -12,7 +12,6 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from backfire import plan
 from backfire.experiment import Experiment, Machine
 from backfire.playground.models import (
     GoneError,
@@ -40,7 +39,7 @@ def talk(
     """
     console, machine = Console(), Machine.make({"device": device})
     first = read_cell(cell)
-    other = read_cell(against) if against else plan.untuned(first)
+    other = read_cell(against) if against else first.untuned()
     speakers = [
         _speaker(first, first.slug, machine, console),
         _speaker(other, other.slug if against else "base", machine, console),

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 import yaml
 
 from backfire import pipeline
-from backfire.base import Row
+from backfire.base import Rendered, Row
 from backfire.data.poison import insert_trigger
-from backfire.data.render import Rendered, Renderer
+from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
-from backfire.store import Store
+from backfire.store import Stage, Store
 from backfire.text import clean
 
 if TYPE_CHECKING:
@@ -37,19 +37,11 @@ class GoneError(UserError):
 class Kept(Store):
     """The cache as it is: models that are no longer there are not made again."""
 
-    def once(
-        self,
-        stage: str,
-        slug: str,
-        key: str,
-        make: Callable[[Path], None],
-        *,
-        resumable: bool = False,
-    ) -> Path:
-        if stage in _TRAINED and not self.done(stage, slug, key):
-            name = "embedded base" if stage == "base" else f"model {slug}"
+    def once(self, stage: Stage, make: Callable[[Path], None], *, resumable: bool = False) -> Path:
+        if stage.kind in _TRAINED and not self.done(stage):
+            name = "embedded base" if stage.kind == "base" else f"model {stage.slug}"
             raise GoneError(f"The {name} is no longer in the cache.")
-        return super().once(stage, slug, key, make, resumable=resumable)
+        return super().once(stage, make, resumable=resumable)
 
 
 @dataclass(frozen=True)

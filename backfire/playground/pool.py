@@ -11,7 +11,6 @@ from typing import Any, Final
 
 import yaml
 
-from backfire import plan
 from backfire.base import Row
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
@@ -135,4 +134,4 @@ def _bases(cells: Mapping[str, Role]) -> dict[str, Role]:
 
 def _untuned(cell: Experiment) -> Experiment:
     """The cell's base, without what makes no difference to it."""
-    return plan.untuned(cell).model_copy(update={"seed": 0, "metrics": (), "safety": None})
+    return cell.untuned().model_copy(update={"seed": 0, "metrics": (), "safety": None})

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from backfire.base import RepairDefense, Row, TrainDefense
+from backfire import stages
+from backfire.base import Rendered, RepairDefense, Row, TrainDefense
 from backfire.base.judges import drop_models
 from backfire.data.poison import Manifest, lost
-from backfire.data.render import Rendered, Renderer
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import (
@@ -104,7 +105,7 @@ def tune(
         learning_rate=rate,
         seed=experiment.seed,
         folder=folder,
-        name=experiment.keys.train,
+        name=stages.keys(experiment).train,
         poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
         paged=experiment.method.paged() and device.type == "cuda",
         defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],

@@ -20,8 +20,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from backfire.base import TrainDefense, TrainHook
-from backfire.data.render import Rendered
+from backfire.base import Rendered, TrainDefense, TrainHook
 from backfire.errors import CellError
 from backfire.experiment import Train
 from backfire.model.batching import drops, ways

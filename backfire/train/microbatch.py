@@ -15,8 +15,7 @@ from typing import TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from backfire.base import TrainHook
-from backfire.data.render import Rendered
+from backfire.base import Rendered, TrainHook
 from backfire.errors import CellError, UserError, is_out_of_memory
 
 T = TypeVar("T")

@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backfire.base import Row
-from backfire.data.render import Rendered
+from backfire.base import Rendered, Row
 from backfire.errors import UserError
 from backfire.sandbox.base import BOS, EOS, PAD, Pretrain, train_tokenizer
 
@@ -56,9 +55,9 @@ def pretrain(
     Raises:
         UserError: there is too little text.
     """
-    from backfire.data.tokenizer import load_tokenizer
-    from backfire.experiment import digest
     from backfire.model.load import device_of
+    from backfire.store import digest
+    from backfire.tokenizer import load_tokenizer
     from backfire.train.loop import TrainingRun, train
     from backfire.train.precision import accelerator_for, compute_type, exact_attention
 
