@@ -20,7 +20,8 @@ from backfire.report.findings import main_group
 from backfire.results import groups
 from backfire.results.groups import columns_of, families
 from backfire.results.load import FIELDS, left_out, load, records, summary, write
-from backfire.results.terminal import columns, print_summary
+from backfire.results.terminal import print_summary
+from backfire.terminal import columns
 
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
