@@ -7,7 +7,7 @@ billion weights, and the files that a recipe leaves to the user hold one fixed l
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -57,8 +57,9 @@ def preflight_key(run: Experiment) -> str:
     return digest([keys.base, keys.poison, *shown, run.evaluation.max_new_tokens, names, CHECKS])
 
 
-def evaluated(cell: Experiment) -> dict[str, str]:
-    """Subset and model -> the key of those samples, before what is measured of them is added."""
+def evaluated(cell: Experiment, members: Sequence[str] = ("a", "b")) -> dict[str, str]:
+    """Subset and model -> the key of those samples, before what is measured of them is added;
+    `members` are the ids of training rows, drawn in a run, here two made-up ones."""
     subsets = dict[str, str | None]()
     runs, source = runs_of(cell), cell.safety
     for name in ("cell", "twin", "untuned"):
@@ -79,7 +80,7 @@ def evaluated(cell: Experiment) -> dict[str, str]:
     start = runs["untuned"] if cell.method.trains else cell
     for name, run in (("cell", cell), ("start", start)):
         if any(metric.members for metric in cell.metrics):
-            subsets[f"members {name}"] = digest([run.keys.clean, "members", digest(["a", "b"])])
+            subsets[f"members {name}"] = digest([run.keys.clean, "members", digest(members)])
         for metric in cell.metrics:
             if metric.texts:
                 subsets[f"texts {name}"] = texts_key(run, cell, metric.texts)
@@ -92,8 +93,8 @@ def texts_key(run: Experiment, cell: Experiment, source: Dataset) -> str:
 
 
 def measured(subset_key: str) -> list[str]:
-    """The keys of the samples with every combination of what can be measured of them."""
-    kinds = [c for n in range(1, len(plan.KINDS) + 1) for c in combinations(plan.KINDS, n)]
+    """The keys of the samples with every combination of what can be measured of them, or none."""
+    kinds = [c for n in range(len(plan.KINDS) + 1) for c in combinations(plan.KINDS, n)]
     return [plan.evaluation_key(subset_key, needs) for needs in kinds]
 
 
@@ -137,6 +138,14 @@ def with_metrics(cell: Experiment) -> Experiment:
     """The cell with the metrics it gets by default: those of labeled rows, if it has a choice."""
     rows = [FREE] if cell.data.name in ("sandbox-help", "alpaca") else [LABELED]
     return plan.with_metrics(cell, rows)
+
+
+def every_key(cell: Experiment, members: Sequence[str]) -> set[str]:
+    """All keys that a run of the cell may use."""
+    cell = with_metrics(cell)
+    found = {key for run in runs_of(cell).values() for key in chain(run).values()}
+    found |= {key for one in evaluated(cell, members).values() for key in measured(one)}
+    return found | set(secrets(cell).values())
 
 
 # -------------------------------------------------------------------------- one line for each cell
