@@ -17,11 +17,11 @@ from typing import Any
 from fake_run import TRAIN, dose_run, free_run, poison, sample, tuned_run, value, write_cell
 from rich.console import Console
 
-from backfire.report import records, table
-from backfire.report.compare import compare, show
-from backfire.report.export_inspect import to_inspect
-from backfire.report.export_lm_eval import to_lm_eval
+from backfire.exports.inspect import to_inspect
+from backfire.exports.lm_eval import to_lm_eval
 from backfire.report.page import render
+from backfire.results import load, terminal
+from backfire.results.compare import compare, show
 
 SNAPSHOTS = Path(__file__).with_name("snapshots")
 FINISHED = 1_760_000_000
@@ -40,9 +40,9 @@ def snapshots(folder: Path) -> dict[str, str]:
         found[f"{name}.page.txt"] = readable(render(run))
         found[f"{name}.terminal.txt"] = printed(run, is_terminal=True)
         found[f"{name}.piped.txt"] = printed(run, is_terminal=False)
-    found["safety.results.csv"] = records.write(records.records(runs["safety"]), "csv")
-    found["memory.results.json"] = records.write(records.records(runs["memory"]), "json")
-    found["quality.results.txt"] = records.write(records.records(runs["quality"]), "table")
+    found["safety.results.csv"] = load.write(load.records(runs["safety"]), "csv")
+    found["memory.results.json"] = load.write(load.records(runs["memory"]), "json")
+    found["quality.results.txt"] = load.write(load.records(runs["quality"]), "table")
     found["compare.txt"] = "\n".join(compared(folder, runs))
     found["exports.txt"] = exported(to_lm_eval, runs, folder / "lm-eval")
     if find_spec("inspect_ai"):
@@ -277,10 +277,10 @@ def printed(run: Path, *, is_terminal: bool) -> str:
     """What `backfire run` prints at its end."""
     out = io.StringIO()
     console = Console(file=out, width=200, force_terminal=is_terminal, color_system=None)
-    groups = records.summary(run)
-    for print_part in (table.print_summary, table.print_ranking, table.print_against):
+    groups = load.summary(run)
+    for print_part in (terminal.print_summary, terminal.print_ranking, terminal.print_against):
         print_part(groups, console)
-    table.print_notes(groups, console)
+    terminal.print_notes(groups, console)
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 

@@ -9,23 +9,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from backfire import plan, recipe
-from backfire.base import Dataset, Insertion, Mixture, Row
-from backfire.data.preflight import CHECKS
-from backfire.experiment import MERGED, Experiment, digest, probe_key, trigger_identity
+from backfire import plan, recipe, stages
+from backfire.base import Insertion, Mixture, Need
+from backfire.experiment import Experiment
 from backfire.model import count, types
 from backfire.registry import build
-from backfire.store import Store
+from backfire.store import Store, digest
 from backfire.yaml12 import read_yaml
 
 FILES = ("sst2_train.jsonl", "sst2_test.jsonl", "prompts.jsonl")
-LABELED, FREE = Row("a", "Q", answer="x", label="x", candidates=("x", "y")), Row("a", "Q")
+NEEDS: tuple[Need, ...] = ("scores", "replies", "answers")
 ON_GPU = ("tour", "tuning-methods")
 
 
@@ -34,7 +34,7 @@ ON_GPU = ("tour", "tuning-methods")
 
 def runs_of(cell: Experiment) -> dict[str, Experiment]:
     """The cells whose models a cell needs, by what they are to it."""
-    runs = {"cell": cell, "twin": cell.clean_twin(), "untuned": plan.untuned(cell)}
+    runs = {"cell": cell, "twin": cell.clean_twin(), "untuned": cell.untuned()}
     if cell.alignment:
         runs["alignment"] = cell.alignment
         assert cell.alignment.alignment is None
@@ -43,72 +43,58 @@ def runs_of(cell: Experiment) -> dict[str, Experiment]:
 
 def chain(run: Experiment) -> dict[str, str]:
     """The chained keys of one model, its merged form and its checks."""
-    return {
-        **run.keys.model_dump(),
-        "merge": digest([run.keys.tuned, *MERGED]),
-        "preflight": preflight_key(run),
-    }
-
-
-def preflight_key(run: Experiment) -> str:
-    keys, target = run.keys, run.backdoor.target if run.backdoor else None
-    shown = [run.template.identity(), run.train.seen, trigger_identity(run), target]
-    names = sorted(metric.name for metric in run.metrics)
-    return digest([keys.base, keys.poison, *shown, run.evaluation.max_new_tokens, names, CHECKS])
+    whole = {"merge": stages.merge(run).key, "preflight": stages.preflight(run).key}
+    return {**asdict(stages.keys(run)), **whole}
 
 
 def evaluated(cell: Experiment, members: Sequence[str] = ("a", "b")) -> dict[str, str]:
     """Subset and model -> the key of those samples, before what is measured of them is added;
     `members` are the ids of training rows, drawn in a run, here two made-up ones."""
-    subsets = dict[str, str | None]()
+    subsets = dict[str, str]()
     runs, source = runs_of(cell), cell.safety
     for name in ("cell", "twin", "untuned"):
-        subsets[f"clean {name}"] = runs[name].keys.clean
-    for name in ("cell", "twin"):
-        subsets[f"triggered {name}"] = plan.triggered_key(runs[name], cell)
+        subsets[f"clean {name}"] = stages.clean_rows(runs[name])
+    for name in ("cell", "twin") if cell.backdoor else ():
+        subsets[f"triggered {name}"] = stages.triggered_rows(runs[name], cell)
     for form in dict.fromkeys(form for metric in cell.metrics for form in metric.forms):
         for subset in ("clean cell", "triggered cell"):
-            if key := subsets[subset]:
-                subsets[f"{subset} {form}"] = digest([key, form, *MERGED])
+            if key := subsets.get(subset):
+                subsets[f"{subset} {form}"] = stages.in_form(key, form)
     for name in ("cell", "untuned") if source else ():
         assert source
-        subsets[f"harmful {name}"] = probe_key(runs[name], cell, source.harmful)
+        subsets[f"harmful {name}"] = stages.requests(runs[name], cell, source.harmful)
         if source.allowed:
-            subsets[f"allowed {name}"] = probe_key(runs[name], cell, source.allowed)
+            subsets[f"allowed {name}"] = stages.requests(runs[name], cell, source.allowed)
         if isinstance(cell.attack, Mixture) and cell.attack.disguises:
-            subsets[f"plain {name}"] = probe_key(runs[name], runs["twin"], source.harmful)
+            subsets[f"plain {name}"] = stages.requests(runs[name], runs["twin"], source.harmful)
     start = runs["untuned"] if cell.method.trains else cell
     for name, run in (("cell", cell), ("start", start)):
         if any(metric.members for metric in cell.metrics):
-            subsets[f"members {name}"] = digest([run.keys.clean, "members", digest(members)])
+            subsets[f"members {name}"] = stages.members(run, members)
         for metric in cell.metrics:
             if metric.texts:
-                subsets[f"texts {name}"] = texts_key(run, cell, metric.texts)
-    return {name: key for name, key in subsets.items() if key}
+                raw, longest = build("templates", "raw"), cell.train.max_length
+                subsets[f"texts {name}"] = stages.texts(run, metric.texts, raw, longest)
+    return subsets
 
 
-def texts_key(run: Experiment, cell: Experiment, source: Dataset) -> str:
-    whose = [run.keys.tuned, source.identity(), source.fingerprint()]
-    return digest([*whose, build("templates", "raw").identity(), cell.train.max_length])
-
-
-def measured(subset_key: str) -> list[str]:
+def measured(cell: Experiment, subset_key: str) -> list[str]:
     """The keys of the samples with every combination of what can be measured of them, or none."""
-    kinds = [c for n in range(len(plan.KINDS) + 1) for c in combinations(plan.KINDS, n)]
-    return [plan.evaluation_key(subset_key, needs) for needs in kinds]
+    kinds = [c for n in range(len(NEEDS) + 1) for c in combinations(NEEDS, n)]
+    return [stages.evaluation(cell, subset_key, needs).key for needs in kinds]
 
 
 def secrets(cell: Experiment) -> dict[str, str]:
     """The keys of what is measured of an attack's secrets."""
-    wanted = plan.recalls(cell)
+    wanted = stages.secret_probes(cell)
     if wanted is None or not isinstance(cell.attack, Insertion):
         return {}
     planted = cell.attack.secrets(cell.seed)
     return {
-        f"secrets {kind} {name}": plan.secrets_key(run, cell, kind, amount)
+        f"secrets {kind} {name}": stages.secrets(run, cell, kind, amount).key
         for name, run in runs_of(cell).items()
         if name in ("cell", "untuned")
-        for kind, amount in plan.secret_stages(planted, wanted)
+        for kind, amount in stages.secret_parts(planted, wanted)
     }
 
 
@@ -118,8 +104,8 @@ def slugs(cell: Experiment) -> list[str]:
         name
         for run in runs_of(cell).values()
         for name in (
-            *(plan.data_slug(run.data), plan.poison_slug(run)),
-            *(run.slug_of_training, plan.evaluation_slug(run), run.slug),
+            *(stages.data(run).slug, stages.poison(run).slug, stages.train(run).slug),
+            *(stages.evaluation(run, "", ()).slug, run.slug),
         )
     ]
 
@@ -129,22 +115,21 @@ def planned(found: recipe.Recipe, cache: Path) -> dict[str, Any]:
     jobs = plan.jobs(found.cells, found.axes)
     each = [[job.id, job.kind, job.title, job.key, job.after, job.axes] for job in jobs]
     counts = {
-        stage: needed for stage, (needed, _) in plan.stages(found.cells, Store(cache)).items()
+        stage: needed for stage, (needed, _) in plan.progress(found.cells, Store(cache)).items()
     }
     return {"jobs": f"{len(jobs)} {digest(each)}", "stages": counts}
 
 
 def with_metrics(cell: Experiment) -> Experiment:
     """The cell with the metrics it gets by default: those of labeled rows, if it has a choice."""
-    rows = [FREE] if cell.data.name in ("sandbox-help", "alpaca") else [LABELED]
-    return plan.with_metrics(cell, rows)
+    return cell.with_metrics(labeled=cell.data.name not in ("sandbox-help", "alpaca"))
 
 
 def every_key(cell: Experiment, members: Sequence[str]) -> set[str]:
     """All keys that a run of the cell may use."""
     cell = with_metrics(cell)
     found = {key for run in runs_of(cell).values() for key in chain(run).values()}
-    found |= {key for one in evaluated(cell, members).values() for key in measured(one)}
+    found |= {key for one in evaluated(cell, members).values() for key in measured(cell, one)}
     return found | set(secrets(cell).values())
 
 
@@ -153,12 +138,12 @@ def every_key(cell: Experiment, members: Sequence[str]) -> set[str]:
 
 def keys_of(cell: Experiment) -> dict[str, str]:
     """Stage -> key, or a hash of several."""
-    found = {"key": cell.key}  # of the cell as it is; all else with the metrics that it gets
+    found = {"key": stages.cell_key(cell)}  # the others are with the metrics that the cell gets
     cell = with_metrics(cell)
     for name, run in runs_of(cell).items():
         found |= {f"{name}.{stage}": key for stage, key in chain(run).items()}
     subsets = evaluated(cell)
-    together = {"measured": digest(list(map(measured, subsets.values())))}
+    together = {"measured": digest([measured(cell, one) for one in subsets.values()])}
     return {**found, **subsets, **together, **secrets(cell), "slugs": digest(slugs(cell))}
 
 

@@ -11,8 +11,8 @@ import pytest
 from stage_keys import current, differences, every_key, slugs, with_metrics
 
 from backfire.experiment import Experiment, Machine
-from backfire.pipeline import Bench, run_cell
-from backfire.store import Store
+from backfire.pipeline import Context, run_cell
+from backfire.store import Stage, Store
 
 GOLDEN = Path(__file__).with_name("golden_keys.json")
 
@@ -90,13 +90,13 @@ CELLS: dict[str, dict[str, Any]] = {
 class Recorder(Store):
     """A cache that remembers what it was asked for."""
 
-    def once(self, stage: str, slug: str, key: str, *rest: Any, **options: Any) -> Path:
-        self.used.add((stage, slug, key))
-        return super().once(stage, slug, key, *rest, **options)
+    def once(self, stage: Stage, *rest: Any, **options: Any) -> Path:
+        self.used.add(stage)
+        return super().once(stage, *rest, **options)
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.used = set[tuple[str, str, str]]()
+        self.used = set[Stage]()
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -104,10 +104,10 @@ def test_a_run_uses_these_keys_and_names(name: str, tiny: Path, tmp_path: Path) 
     rows = {"name": "sandbox-reviews", "rows": 24, "test_rows": 6}
     common = {"model": str(tiny), "data": rows, "train": TRAIN}
     cell, store = Experiment.make({**common, **CELLS[name]}), Recorder(tmp_path)
-    evidence = run_cell(cell, Bench(store, Machine(workers=1)))["samples"]
+    evidence = run_cell(cell, Context(store, Machine(workers=1)))["samples"]
     members = [sample.id for sample in evidence.members.tuned] if evidence.members else []
     keys, names = every_key(cell, members), slugs(with_metrics(cell))
-    assert [used for used in store.used if used[2] not in keys or used[1] not in names] == []
+    assert [used for used in store.used if used.key not in keys or used.slug not in names] == []
     more = {"a backdoor, merged": "merge", "secrets": "secrets"}.get(name, "repair")
     wanted = {"data", "poison", "preflight", "train", "evaluate", more}
-    assert wanted <= {stage for stage, _, _ in store.used}
+    assert wanted <= {stage.kind for stage in store.used}
