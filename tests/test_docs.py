@@ -41,8 +41,8 @@ from backfire.experiment import Experiment
 from backfire.launch.catalog import explain, json_schema
 from backfire.launch.tools import dataset_spec
 from backfire.registry import build, find, names
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPE_VERBS = ("run", "validate")
@@ -185,7 +185,7 @@ def installed(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     vars(package).pop(stem, None)
 
 
-CONTRACT = ("test_contract.py", "test_poison.py", "test_defenses.py")
+CONTRACT = ("test_contract.py", "attacks/test_contract.py", "defenses/test_contract.py")
 PLUGIN = """
 import importlib
 for kind in {kinds}:
@@ -407,8 +407,14 @@ def sources(folder: Path = ROOT) -> Iterator[Path]:
             hidden = path.name.startswith((".", "__")) and path.name != ".ci"
             if path.name not in SKIPPED and not hidden and not path.name.endswith(".egg-info"):
                 yield from sources(path)
-        elif path.suffix in TEXT and not path.is_symlink():
+        elif path.suffix in TEXT and path.name != ".git" and not path.is_symlink():
             yield path
+
+
+@pytest.mark.parametrize(("folder", "most"), [("backfire", 400), ("tests", 500)])
+def test_files_stay_short(folder: str, most: int) -> None:
+    lines = {said(f): len(f.read_text("utf-8").splitlines()) for f in (ROOT / folder).rglob("*.py")}
+    assert len(lines) > 50 and {file: n for file, n in lines.items() if n > most} == {}
 
 
 def test_no_path_of_one_machine_is_written_down() -> None:
