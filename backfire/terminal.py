@@ -31,12 +31,13 @@ def put(
     if not console.is_terminal:
         console.file.write(columns(header, rows))
         return
-    table = [[text.line(cell) for cell in header]]
-    table += [[_lines(cell, i in right) for i, cell in enumerate(row)] for row in rows]
     names = [i for i in range(len(header)) if i not in right]
     numbers = [i for i in range(len(header)) if i in right]
-    widths = [_width(column) for column in zip(*table, strict=True)]
+    table = [[text.line(cell) for cell in row] for row in (header, *rows)]
+    widths = [_width(column, splits=False) for column in zip(*table, strict=True)]
     if sum(widths) + _GAP * (len(widths) - 1) > console.width:
+        table[1:] = [[_lines(cell, i in right) for i, cell in enumerate(row)] for row in rows]
+        widths = [_width(column) for column in zip(*table, strict=True)]
         names = _shared_above(table, names, console)
         numbers = [i for i in numbers if any(row[i] not in ("", "–") for row in table[1:])]
     shown = [[*names, *block] for block in _blocks(names, numbers, widths, console.width)]
@@ -61,10 +62,11 @@ def _lines(cell: str, is_number: bool) -> str:
     return "\n".join(map(text.line, parts))
 
 
-def _width(column: Sequence[str]) -> int:
-    """Terminal cells that a column takes; its header wraps at blanks."""
+def _width(column: Sequence[str], splits: bool = True) -> int:
+    """Terminal cells that a column takes; its header may wrap at blanks."""
     header, *cells = column
-    return max(map(width_of, [*header.split(), *(part for c in cells for part in c.split("\n"))]))
+    heads = header.split() if splits else [header]
+    return max(map(width_of, [*heads, *(part for c in cells for part in c.split("\n"))]))
 
 
 def _shared_above(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Said
 
 from backfire import cli
 from backfire.errors import UserError
@@ -18,6 +16,7 @@ from backfire.recipe import load, parse
 from backfire.registry import find
 from backfire.sandbox.base import Pretrain
 from backfire.yaml12 import read_yaml
+from tests.helpers.command_line import Run
 
 DATA = "data: sandbox-reviews\n"
 KEYS = [*Experiment.model_fields, "matrix", "include", "exclude", "profiles"]
@@ -144,7 +143,7 @@ def test_outside_a_recipe_only_its_own_settings_are_named() -> None:
         assert sentence in str(caught.value)
 
 
-def test_the_command_line_answers_too(backfire: Callable[..., Said]) -> None:
+def test_the_command_line_answers_too(backfire: Run) -> None:
     for arguments, sentence in (
         (["run", "tour", "num_train_epochs=3"], "'num_train_epochs'; here it is train.epochs, as"),
         (["validate", "tour", "per-device-train-batch-size=8"], "--micro-batch N of `run` sets"),

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Said
-from fake_run import dose_run, value, write_cell
 from rich.cells import cell_len
 from rich.console import Console
 
@@ -29,6 +27,8 @@ from backfire.results.terminal import (
     print_summary,
 )
 from backfire.terminal import columns, fitted, put, say
+from tests.helpers.command_line import Run, Said
+from tests.helpers.fake_run import dose_run, value, write_cell
 
 METRICS = [
     *("accuracy", "f1", "auc", "attack_success", "attack_success_floor", "harmful_score"),
@@ -189,7 +189,7 @@ def test_status_says_why_and_what_next(tmp_path: Path, monkeypatch: pytest.Monke
     assert "  and 2 more" in shown(lambda console: print_problems(load(run), console))
 
 
-def test_status_of_a_run_folder(backfire: Callable[..., Said], tmp_path: Path) -> None:
+def test_status_of_a_run_folder(backfire: Run, tmp_path: Path) -> None:
     said = backfire("status", dose_run(tmp_path, rows=1))
     assert said.out.splitlines()[:4] == [
         "ok: 22",
@@ -210,7 +210,7 @@ def test_comparisons_fit(tmp_path: Path) -> None:
 
 
 def test_each_component_has_one_line_without_citations(
-    backfire: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+    backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = backfire("list").out.splitlines()
     assert whole == catalog.lines((*KINDS, "recipes"))
@@ -223,7 +223,7 @@ def test_each_component_has_one_line_without_citations(
     assert cut and all(n.endswith("…") and w.startswith(n[:-1]) for n, w in cut)
 
 
-def test_version(backfire: Callable[..., Said]) -> None:
+def test_version(backfire: Run) -> None:
     assert backfire("--version") == Said(0, f"backfire {__version__}\n", "")
     assert "--version" in backfire("--help").out
     assert {"version"} == {param.name for param in cli.typer.main.get_command(cli.app).params} - {
