@@ -263,9 +263,18 @@ def show(
     name: Annotated[str, typer.Argument(help="A component or a recipe.", show_default=False)],
 ) -> None:
     """Explain one component (its knobs, defaults and source) or print one recipe."""
-    from backfire.commands.catalog import explain
+    from rich.console import Console
 
-    _echo(explain(name))
+    from backfire.commands.catalog import explain, kind_of
+    from backfire.registry import KINDS
+    from backfire.terminal import say
+
+    text = explain(name)
+    if not (Console().is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
+        _echo(text)
+        return
+    for line in text.splitlines():
+        say(line, lead=line[: len(line) - len(line.lstrip())])
 
 
 @app.command()

@@ -38,7 +38,7 @@ def put(
     if sum(widths) + _GAP * (len(widths) - 1) > console.width:
         table[1:] = [[_lines(cell, i in right) for i, cell in enumerate(row)] for row in rows]
         widths = [_width(column) for column in zip(*table, strict=True)]
-        names = _shared_above(table, names, console)
+        names = _shared_above(table, names, console) if numbers else names
         numbers = [i for i in numbers if any(row[i] not in ("", "–") for row in table[1:])]
     shown = [[*names, *block] for block in _blocks(names, numbers, widths, console.width)]
     mark = len(header)  # a column with the number of the row
@@ -47,7 +47,7 @@ def put(
     apart = _blocks([mark], numbers, widths, console.width)
     if names and len(apart) + 1 < len(shown):
         shown = [[mark, *names], *([mark, *block] for block in apart)]
-    for chosen in shown:
+    for chosen in filter(None, shown):
         console.print()
         console.print(_ruled(table, chosen, widths, {*right, mark}))
 

@@ -127,6 +127,12 @@ def test_rows_with_long_names_are_told_by_a_number() -> None:
     assert sum(line.startswith("3 ") for line in lines) == len(heads)
 
 
+def test_a_table_of_words_wraps_and_one_without_rows_is_empty() -> None:
+    text = shown(lambda console: put(["setting", "a"], [["train", "word " * 30]], console))
+    assert text.count("word") == 30 and "setting" in text
+    assert "n" in shown(lambda console: put(["a", "n"], [], console, [1]))
+
+
 def test_brackets_and_escapes_from_a_file_are_text() -> None:
     rows = [["[red]x[/red]\x1b[2J\n\nnext", "1\n(floor \x1b[31m2)"]]
     text = shown(lambda console: put(["a", "b"], rows, console, [1]))
