@@ -130,7 +130,9 @@ def _component(item: type[Component], shared: type[Component]) -> str:
         if name not in parent.model_fields or _default(info) != _default(parent.model_fields[name])
     }
     version = f"\n(Version {item.version}.)\n" if item.version > 1 else ""
-    inherited = "" if parent is shared else f"\nHas all settings of [`{parent.name}`](#{parent.name}).\n"
+    inherited = ""
+    if parent is not shared:
+        inherited = f"\nHas all settings of [`{parent.name}`](#{parent.name}).\n"
     knobs = f"\n{_knobs(own)}" if own else ""
     return f"### {item.name}\n\n{_paragraphs(item)}\n{version}{inherited}{knobs}{_presets(item)}"
 
