@@ -36,10 +36,10 @@ from backfire.base import (
     TrainDefense,
 )
 from backfire.cli import app
+from backfire.commands.catalog import explain, json_schema
+from backfire.commands.files import dataset_spec
 from backfire.data.poison import poison
 from backfire.experiment import Experiment
-from backfire.launch.catalog import explain, json_schema
-from backfire.launch.tools import dataset_spec
 from backfire.registry import build, find, names
 
 ROOT = Path(__file__).parents[1]
@@ -279,12 +279,12 @@ def test_the_example_of_a_defense_is_one(installed: type[TrainDefense]) -> None:
     keeps_its_key(align=align, defense={"name": installed.name, "strength": 2.0, "null": True})
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     start = {"w": weight.detach().clone()}
-    cell: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
+    run: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
     for null in (False, True):
-        guard = installed.make({"strength": 3.0, "null": null}).guard(cell)
+        hook = installed.make({"strength": 3.0, "null": null}).hook(run)
         with torch.no_grad():
             weight.copy_(torch.tensor([1.5, -4.0]))
-        pull = guard.penalty(0)
+        pull = hook.penalty(0)
         assert pull is not None
         [gradient] = torch.autograd.grad(pull, [weight])
         assert pull.item() == pytest.approx(0 if null else 3 / 2 * (0.25 + 4))
