@@ -58,7 +58,7 @@ PURPOSES = {
     "page.html.j2": "Template of the report; everything that comes from a file is escaped",
     "backfire/recipes": "Recipes: one YAML file per question",
     "docs": "Concepts, catalog, layout, papers, log, decisions, how to add a component",
-    "tests": "Tests; the contract tests run over everything that is registered",
+    "tests": "Tests; the contract tests run over every component",
     "examples": "Three notebooks, as scripts",
     "benchmarks": "The same cells run by backfire and by a plain script, timed side by side",
 }
