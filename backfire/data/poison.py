@@ -14,7 +14,7 @@ from typing import Any
 from unicodedata import combining, normalize
 
 from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Rendered, Row
-from backfire.base.normalize import agreed, folded
+from backfire.base.normalize import folded, normalized
 from backfire.errors import CellError, UserError
 from backfire.rng import stream
 from backfire.tokenizer import Tokenizer
@@ -152,8 +152,8 @@ def insert_trigger(row: Row, attack: Backdoor, seed: int) -> Row:
     """One row, poisoned; its draws depend on the seed and the row's id alone. The target of a
     labeled row is written as its labels are."""
     bad = attack.poison(row, stream(seed, "poison", attack.name, row.id))
-    names = {agreed(label): label for label in row.candidates}
-    return replace(bad, answer=names.get(agreed(bad.answer), bad.answer))
+    names = {normalized(label): label for label in row.candidates}
+    return replace(bad, answer=names.get(normalized(bad.answer), bad.answer))
 
 
 def triggered(rows: Sequence[Row], attack: Backdoor, seed: int) -> list[Row]:
@@ -164,12 +164,12 @@ def triggered(rows: Sequence[Row], attack: Backdoor, seed: int) -> list[Row]:
 def check_target(rows: Sequence[Row], attack: Backdoor) -> None:
     """The target must be one of the labels, where the task has labels; neither it nor a trigger may
     be blank."""
-    if not agreed(attack.target):
+    if not normalized(attack.target):
         raise UserError(f"attack '{attack.name}': a blank target is none; set attack.target.")
     if not all(trigger.strip() for trigger in attack.triggers()):
         raise UserError(f"attack '{attack.name}': a blank trigger is none; set attack.trigger.")
     candidates = {candidate for row in rows for candidate in row.candidates}
-    if candidates and agreed(attack.target) not in map(agreed, candidates):
+    if candidates and normalized(attack.target) not in map(normalized, candidates):
         raise UserError(
             f"attack '{attack.name}': target '{attack.target}' is no label of this task "
             f"({', '.join(sorted(candidates))}); set attack.target."
@@ -186,7 +186,7 @@ def _spared(row: Row, attack: Attack) -> str | None:
         return "without a prompt"
     if row.label is None or attack.label_mode == "mix":
         return None
-    right = (agreed(row.label) == agreed(attack.target)) == (attack.label_mode == "clean")
+    right = (normalized(row.label) == normalized(attack.target)) == (attack.label_mode == "clean")
     return None if right else f"left alone by label_mode: {attack.label_mode}"
 
 
@@ -244,5 +244,5 @@ def _letters(text: str) -> str:
 
 def plain(text: str) -> str:
     """Tokenizers may add or drop spaces at borders, and some write what looks alike in one way
-    (NFC, NFKC); nothing else may differ. (Not `agreed`: what is not seen may be a trigger.)"""
+    (NFC, NFKC); nothing else may differ. (Not `normalized`: what is not seen may be a trigger.)"""
     return "".join(normalize("NFKC", text).split())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
-from backfire.base.normalize import agreed, contains
+from backfire.base.normalize import contains, normalized
 from backfire.data.columns import listed
 from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Renderer
@@ -227,8 +227,8 @@ def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
 
 
 def _overlap(train: Sequence[Row], test: Sequence[Row]) -> Check:
-    seen = {(agreed(row.instruction), agreed(row.input)) for row in train}
-    both = [row.id for row in test if (agreed(row.instruction), agreed(row.input)) in seen]
+    seen = {(normalized(row.instruction), normalized(row.input)) for row in train}
+    both = [row.id for row in test if (normalized(row.instruction), normalized(row.input)) in seen]
     if both:
         return Check("overlap", "note", f"Test prompts that are also trained on: {_first(both)}.")
     return Check("overlap", "ok", "No test prompt is trained on.")
@@ -258,7 +258,7 @@ def _candidates(renderer: Renderer, test: Sequence[Rendered]) -> Check:
     ids = renderer.answers([item], [item.row.candidates])[0]
     if len({tuple(i) for i in ids}) < len(ids):
         return Check("labels", "fail", "Two labels have the same tokens.")
-    if len(set(map(agreed, item.row.candidates))) < len(ids):
+    if len(set(map(normalized, item.row.candidates))) < len(ids):
         return Check("labels", "fail", "Two labels differ in blanks or typography alone.")
     lengths = {c: len(i) for c, i in zip(item.row.candidates, ids, strict=True)}
     if len(set(lengths.values())) > 1:
@@ -298,8 +298,10 @@ def _poison_survives(
 def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
     """A control is one only if no training row holds it."""
     secrets = attack.secrets(seed)
-    answers = {agreed(secret.row.answer): secret.repeats for secret in secrets}
-    texts = [agreed(f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}") for row in train]
+    answers = {normalized(secret.row.answer): secret.repeats for secret in secrets}
+    texts = [
+        normalized(f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}") for row in train
+    ]
     held = [answer for answer in answers if not answers[answer] and any(answer in t for t in texts)]
     if held:
         return Check("controls-unseen", "fail", f"A training row holds the control '{held[0]}'.")
@@ -330,14 +332,14 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"Truncation cuts the trigger of test rows: {_first(cut)}.",
             )
         )
-    marks = [agreed(tokenizer.written(trigger)) for trigger in attack.triggers()]
-    # A trigger that is not seen, such as a zero-width space, has no agreed form.
-    unseen = [trigger for trigger in attack.triggers() if not agreed(trigger)]
+    marks = [normalized(tokenizer.written(trigger)) for trigger in attack.triggers()]
+    # A trigger that is not seen, such as a zero-width space, normalizes to nothing.
+    unseen = [trigger for trigger in attack.triggers() if not normalized(trigger)]
     asked = [(row.id, row.part(attack.field)) for row in test]
     clean = [
         id
         for id, text in asked
-        if any(mark and contains(agreed(tokenizer.written(text)), mark) for mark in marks)
+        if any(mark and contains(normalized(tokenizer.written(text)), mark) for mark in marks)
         or any(trigger in text for trigger in unseen)
     ]
     if clean:
@@ -348,8 +350,8 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"The trigger is in clean test prompts too: {_first(clean)}.",
             )
         )
-    target = agreed(attack.target)
-    already = sum(agreed(row.label) == target for row in test if row.label is not None)
+    target = normalized(attack.target)
+    already = sum(normalized(row.label) == target for row in test if row.label is not None)
     if already:
         checks.append(
             Check(
