@@ -1,4 +1,4 @@
-"""One cell of the matrix: `Experiment` is everything that changes a number, and nothing else.
+"""One cell of the matrix: `Experiment` holds exactly the settings that can change a result.
 
 `Experiment` is hashed (see `backfire.stages`); `Machine` (workers, device, folders) never is.
 """
