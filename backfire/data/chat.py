@@ -1,8 +1,8 @@
 """Renders conversations by a tokenizer's chat template, and finds what it writes around an answer.
 
 Content is passed to the template itself, not as a placeholder, since templates trim it, split it at
-`</think>` or change its case. Only control tokens in it are put between two marks: text between marks is never
-encoded as a control token, and a template cannot assemble one across a mark.
+`</think>` or change its case. Only control tokens in it are put between two marks: text between
+marks is never encoded as a control token, and a template cannot assemble one across a mark.
 """
 
 from __future__ import annotations

@@ -30,8 +30,7 @@ from backfire.data.shapes import Shape, Task, shape_of
 from backfire.errors import UserError
 
 READER = 3
-"""Version, raised whenever the same bytes give other rows; part of the key of every data set that
-is read from files."""
+"""Raised whenever the same bytes give other rows; part of the keys of data sets read from files."""
 YES_NO = ("no", "yes")
 Numbered = Iterator[tuple[int, Record]]
 
@@ -108,8 +107,7 @@ def _formed(records: Numbered, left: LeftOut, file: str, joined: set[tuple[str, 
 def _with_all_labels(
     problem: UnnamedLabelError, record: Record, shape: Shape, rest: Numbered, left: LeftOut
 ) -> str:
-    """The problem and how to name the labels; reads the remaining labels if the file is rejected
-    anyway."""
+    """The problem and a hint with the labels, of the whole file if it is rejected anyway."""
     column = shape.columns["label"]
     labels = {written(record[column])}
     if left.on_bad_row == "fail":
@@ -249,8 +247,7 @@ _PROMPTS = {"messages": "messages", "prompt": "instruction"}
 
 
 def _compared(record: Record, shape: Shape) -> dict[str, Any]:
-    """Fields of a row with better and worse answers. The answer to learn is the reference, if a
-    column has one, else the first of the better answers."""
+    """A row with better and worse answers; it learns the reference if there is one, else the best."""
     columns = shape.columns
     sides = [record[columns[side]] if side in columns else None for side in ("better", "worse")]
     if are_dialogs(*sides):
