@@ -22,7 +22,7 @@ import typer
 import yaml
 
 import backfire
-from backfire import recipe
+from backfire import recipe, stages
 from backfire.base import (
     Attack,
     Dataset,
@@ -41,8 +41,8 @@ from backfire.commands.files import dataset_spec
 from backfire.data.poison import poison
 from backfire.experiment import Experiment
 from backfire.registry import build, find, names
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPE_VERBS = ("run", "validate")
@@ -185,7 +185,7 @@ def installed(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     vars(package).pop(stem, None)
 
 
-CONTRACT = ("test_contract.py", "test_poison.py", "test_defenses.py")
+CONTRACT = ("test_contract.py", "attacks/test_contract.py", "defenses/test_contract.py")
 PLUGIN = """
 import importlib
 for kind in {kinds}:
@@ -219,7 +219,7 @@ def test_the_examples_fulfil_the_contract_of_every_component(tmp_path: Path) -> 
 def keeps_its_key(**settings: Any) -> None:
     cell = Experiment.make({"data": "sandbox-reviews", **settings})
     again = Experiment.make(yaml.safe_load(yaml.safe_dump(cell.spec())))
-    assert again.key == cell.key
+    assert stages.cell_key(again) == stages.cell_key(cell)
 
 
 @pytest.mark.parametrize("installed", ["attacks"], indirect=True)
@@ -279,12 +279,12 @@ def test_the_example_of_a_defense_is_one(installed: type[TrainDefense]) -> None:
     keeps_its_key(align=align, defense={"name": installed.name, "strength": 2.0, "null": True})
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     start = {"w": weight.detach().clone()}
-    cell: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
+    run: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
     for null in (False, True):
-        guard = installed.make({"strength": 3.0, "null": null}).guard(cell)
+        hook = installed.make({"strength": 3.0, "null": null}).hook(run)
         with torch.no_grad():
             weight.copy_(torch.tensor([1.5, -4.0]))
-        pull = guard.penalty(0)
+        pull = hook.penalty(0)
         assert pull is not None
         [gradient] = torch.autograd.grad(pull, [weight])
         assert pull.item() == pytest.approx(0 if null else 3 / 2 * (0.25 + 4))
@@ -322,7 +322,7 @@ def test_the_example_of_a_data_set_is_one(installed: type[Dataset], tmp_path: Pa
     assert data.fingerprint() != before
 
 
-# ------------------------------------------------------------------------- catalog, tree, links
+# ----------------------------------------------------------------------- catalog, layout, links
 
 
 def catalog() -> ModuleType:
@@ -333,16 +333,17 @@ def catalog() -> ModuleType:
     return module
 
 
-def test_catalog_and_file_tree_are_up_to_date() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     stale = [
         said(page) for page, text in catalog().pages().items() if page.read_text("utf-8") != text
     ]
     assert not stale, f"{', '.join(stale)}: run python docs/make_catalog.py"
 
 
-def test_every_file_of_the_package_is_in_the_readme_with_what_it_is_for() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
+def test_every_file_and_folder_of_the_package_is_listed_with_its_purpose() -> None:
     package = ROOT / "backfire"
+    layout = (ROOT / "docs/layout.md").read_text("utf-8")
+    listed = {Path(path): text for path, text in re.findall(r"\]\(\.\./(\S+)\) \| (.*) \|", layout)}
     files = [
         path
         for path in package.rglob("*")
@@ -350,20 +351,18 @@ def test_every_file_of_the_package_is_in_the_readme_with_what_it_is_for() -> Non
         and path.suffix != ".pyc"
         and (path.stat().st_size or path.name == "py.typed")
     ]
-    listed = Path("?")
-    found: dict[Path, str] = {}
-    stack: list[tuple[int, Path]] = []
-    for line in readme.partition("<!-- file-tree -->")[2].splitlines():
-        if match := re.match(r"(\s*)(\S+?)(/?)(?:\s+(.*))?$", line):
-            indent, name, is_folder, text = match.groups()
-            stack = [item for item in stack if item[0] < len(indent)]
-            listed = (stack[-1][1] if stack else ROOT) / name
-            if is_folder:
-                stack.append((len(indent), listed))
-            else:
-                found[listed] = text or ""
-    missing = [said(file) for file in files if not found.get(file)]
-    assert not missing, "run python docs/make_catalog.py; a file without a docstring has no line"
+    assert len(files) > 200
+    missing = [said(file) for file in files if not listed.get(file.relative_to(ROOT))]
+    assert not missing, "run python docs/make_catalog.py; a file needs a docstring"
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    tree = dict(re.findall(r"^  (\w+)/ +(\S.*)$", readme, re.MULTILINE))
+    folders = {path.parent.name for path in files if path.parent.parent == package}
+    assert set(tree) == folders
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
 
 
 def anchors(page: Path) -> set[str]:
@@ -407,8 +406,14 @@ def sources(folder: Path = ROOT) -> Iterator[Path]:
             hidden = path.name.startswith((".", "__")) and path.name != ".ci"
             if path.name not in SKIPPED and not hidden and not path.name.endswith(".egg-info"):
                 yield from sources(path)
-        elif path.suffix in TEXT and not path.is_symlink():
+        elif path.suffix in TEXT and path.name != ".git" and not path.is_symlink():
             yield path
+
+
+@pytest.mark.parametrize(("folder", "most"), [("backfire", 400), ("tests", 500)])
+def test_files_stay_short(folder: str, most: int) -> None:
+    lines = {said(f): len(f.read_text("utf-8").splitlines()) for f in (ROOT / folder).rglob("*.py")}
+    assert len(lines) > 50 and {file: n for file, n in lines.items() if n > most} == {}
 
 
 def test_no_path_of_one_machine_is_written_down() -> None:

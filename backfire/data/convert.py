@@ -247,7 +247,7 @@ _PROMPTS = {"messages": "messages", "prompt": "instruction"}
 
 
 def _compared(record: Record, shape: Shape) -> dict[str, Any]:
-    """A row with better and worse answers; it learns the reference if there is one, else the best."""
+    """A row with better and worse answers; the answer is the reference if given, else the best."""
     columns = shape.columns
     sides = [record[columns[side]] if side in columns else None for side in ("better", "worse")]
     if are_dialogs(*sides):

@@ -1,6 +1,7 @@
-"""One cell of the matrix: `Experiment` holds exactly the settings that can change a result.
+"""The settings of one cell.
 
-`Experiment` is hashed (see `backfire.stages`); `Machine` (workers, device, folders) never is.
+`Experiment` holds everything that changes a number and is hashed (see `backfire.stages`); `Machine`
+holds workers, device and folders, and is not.
 """
 
 from backfire.experiment.experiment import DEFAULT_METRICS, Experiment
