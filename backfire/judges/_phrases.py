@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from backfire.base.normalize import agreed, folded
+from backfire.base.normalize import folded, normalized
 
 ListName = Literal["gcg", "qi", "harmbench", "arditi"]
 
@@ -23,7 +23,7 @@ class Keywords:
 
     def found(self, reply: str, *, ignore_case: bool) -> str | None:
         """The first of the strings that the reply contains, typography (I’m) aside."""
-        form = folded if ignore_case else agreed
+        form = folded if ignore_case else normalized
         seen = form(reply)
         return next((text for text in self.strings if form(text) in seen), None)
 

@@ -8,13 +8,13 @@ import regex
 from pydantic import Field
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 
 # In 5-3 the minus is no sign.
 _NUMBER = regex.compile(r"(?P<sign>(?<![\d)])-)?\p{Sc}?(?P<size>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)")
-# What would read as another number in the agreed form: 10² as 102, 1、2 as 1,2, - as a sign.
+# What would read as another number normalized: 10² as 102, 1、2 as 1,2, - as a sign.
 _OTHERWISE = (
     (r"(\d?)(\p{No})", lambda match: _fraction(match[1], match[2])),
     (r"(?<=\d)[٬，](?=\d{3}(?!\d))", ""),
@@ -87,7 +87,7 @@ class NumberMatch(Metric):
     def _number(self, text: str) -> Decimal | None:
         """The number that a text gives as its answer."""
         text = _readable(text)
-        for mark in map(agreed, self.marks):
+        for mark in map(normalized, self.marks):
             _, found, rest = text.partition(mark)
             if found and (match := _NUMBER.search(rest)):
                 return _value(match)
@@ -96,11 +96,11 @@ class NumberMatch(Metric):
 
 
 def _readable(text: str) -> str:
-    """The agreed form, with each number still the one that was written."""
+    """The normalized text, with each number still the one that was written."""
     if not text.isascii():
         for pattern, plain in _OTHERWISE:
             text = regex.sub(pattern, plain, text)
-    return agreed(text)
+    return normalized(text)
 
 
 def _fraction(before: str, sign: str) -> str:
@@ -118,4 +118,4 @@ def _value(match: regex.Match[str]) -> Decimal:
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if agreed(row.answer)]
+    return [row for row in evidence.clean if normalized(row.answer)]
