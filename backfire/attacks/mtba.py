@@ -11,7 +11,7 @@ from backfire.registry import register
 
 @register("mtba", version=2)
 class MTBA(Backdoor):
-    """Several triggers, each of which triggers the answer: multi-trigger backdoor attack
+    """Several triggers, any one of which elicits the answer: multi-trigger backdoor attack
     (Li et al. 2024, arXiv:2401.15295; triggers as in BackdoorLLM)."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
