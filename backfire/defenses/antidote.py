@@ -42,7 +42,7 @@ class Antidote(RepairDefense):
         import torch
 
         if not tools.harmful:
-            raise UserError("defense 'antidote' needs harmful rows; add safety.known.")
+            raise UserError("defense 'antidote' requires harmful rows; add safety.known.")
         named = [(u.name, factor) for u in tools.updates(model, start) for factor in u.factors]
         power = tools.input_power(model, [factor.layer for _, factor in named], tools.harmful)
         for place, ((name, factor), inputs) in enumerate(zip(named, power, strict=True)):
