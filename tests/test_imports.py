@@ -17,7 +17,18 @@ from backfire.registry import KINDS
 ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("errors", "yaml12", "text", "rng", "tokenizer", "store", "registry", "base", "sandbox"),
+    *(
+        "errors",
+        "yaml12",
+        "text",
+        "rng",
+        "progress",
+        "tokenizer",
+        "store",
+        "registry",
+        "base",
+        "sandbox",
+    ),
     *("data", "model", "experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline"),
     *("results", "report", "exports", "launch", "playground", "commands", "cli"),
 )
