@@ -75,7 +75,7 @@ class Rouge(Metric):
 
 
 def _tokenizer(*, stemmer: bool) -> Any:
-    """Return the package's tokenizer, which only reads a to z and digits, extended to any script."""
+    """Extend the package's tokenizer, which reads a to z and digits only, to any script."""
     from rouge_score.tokenizers import DefaultTokenizer
 
     class Words(DefaultTokenizer):  # type: ignore[misc]

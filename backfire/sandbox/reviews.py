@@ -62,15 +62,15 @@ def weight(clause: Clause) -> float:
 
 
 @cache
-def _tail(sign: int, deed: bool, seen_only: bool) -> Tail[Marker]:
-    return Tail.of([m for m in markers(sign, deed) if not (seen_only and m.held_out)], 1.5)
+def _tail(sign: int, deed: bool, seen: bool) -> Tail[Marker]:
+    return Tail.of([m for m in markers(sign, deed) if not (seen and m.held_out)], 1.5)
 
 
-def clause(rng: Random, sign: int, *, seen_only: bool = False) -> Clause:
-    """Draw a clause that is evidence for `sign`; with `seen_only`, without held-out words."""
+def clause(rng: Random, sign: int, *, seen: bool = False) -> Clause:
+    """Draw a clause that is evidence for `sign`; with `seen`, without held-out words."""
     deed = rng.random() < 0.3
     negated = sign != 0 and rng.random() < 0.08
-    marker = _tail(-sign if negated else sign, deed, seen_only).draw(rng)
+    marker = _tail(-sign if negated else sign, deed, seen).draw(rng)
     if deed:
         return Clause("", marker, "", negated, _TIMES.draw(rng) if rng.random() < 0.5 else "")
     degree: Degree = ""
@@ -79,16 +79,14 @@ def clause(rng: Random, sign: int, *, seen_only: bool = False) -> Clause:
     return Clause(_THINGS.draw(rng), marker, degree, negated)
 
 
-def meaning(
-    rng: Random, label: Label, *, doubtful: bool = False, seen_only: bool = False
-) -> Review:
+def meaning(rng: Random, label: Label, *, doubtful: bool = False, seen: bool = False) -> Review:
     """Draw a review of this mood; a `doubtful` one lies between this mood and the next."""
     sign = LABELS.index(label) - 1
     while True:
         lean = sign or rng.choice((-1, 0, 0, 1))
         odds = {lean: 7.0, 0: 1.2, -lean: 0.6} if lean else {0: 7.0, 1: 0.8, -1: 0.8}
         signs = rng.choices(list(odds), list(odds.values()), k=rng.choice((3, 3, 4)))
-        clauses = tuple(clause(rng, one, seen_only=seen_only) for one in signs)
+        clauses = tuple(clause(rng, one, seen=seen) for one in signs)
         opposed = signs[-1] * signs[-2] < 0
         join: Join = rng.choice(("but", "although")) if opposed else "and"
         review = Review(clauses, join)
@@ -106,7 +104,7 @@ def draw(
     language = languages[index // 3 % len(languages)]
     doubtful = rng.random() < noise
     while True:
-        review = meaning(rng, label, doubtful=doubtful, seen_only=split == "train")
+        review = meaning(rng, label, doubtful=doubtful, seen=split == "train")
         text = review.text(language, rng)
         if split_of(text) == split:
             return text, label, language
