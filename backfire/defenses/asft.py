@@ -53,10 +53,10 @@ class AsFT(TrainDefense):
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=run.unaligned is not None, harm=True)
-        return _Along(self, run)
+        return _AsFTHook(self, run)
 
 
-class _Along(TrainHook):
+class _AsFTHook(TrainHook):
     """Adds the penalty on the part of each layer's update outside the alignment directions."""
 
     def __init__(self, knobs: AsFT, run: TrainingRun) -> None:
@@ -70,7 +70,7 @@ class _Along(TrainHook):
             coded = knobs.projection == "as-coded"
             old, update = before.get(f"{plain}.weight"), _update(module, coded=coded)
             if old is not None and update is not None and module is not head:
-                moved, rounded = _moved(module, old)
+                moved, rounded = _alignment_update(module, old)
                 if all(part.any() for part in moved):
                     if rounded and knobs.projection == "exact" and knobs.rank is None:
                         raise UserError(
@@ -91,7 +91,7 @@ class _Along(TrainHook):
         """Return orthonormal directions [out, rank], and the share of each that C keeps [rank]."""
         import torch
 
-        left, sizes, norm = _strongest(moved, self.knobs.rank, seed)
+        left, sizes, norm = _left_singular(moved, self.knobs.rank, seed)
         # Smaller singular values are rounding errors of a merged adapter.
         count = min(int((sizes > 1e-4 * sizes[0]).sum()), self.knobs.rank or len(sizes))
         left, sizes = left[:, :count].contiguous(), sizes[:count]
@@ -133,7 +133,7 @@ def _update(module: Any, *, coded: bool) -> Update | None:
     return None
 
 
-def _moved(module: Any, old: Tensor) -> tuple[list[Tensor], bool]:
+def _alignment_update(module: Any, old: Tensor) -> tuple[list[Tensor], bool]:
     """Return the alignment's update of a layer's weight, in float32 or wider, whole [out, in] or as
     two factors, and whether it was rounded to less than 32 bits."""
     import torch
@@ -146,12 +146,14 @@ def _moved(module: Any, old: Tensor) -> tuple[list[Tensor], bool]:
     base: Tensor = getattr(module, "base_layer", module).weight.detach()
     if not base.is_floating_point():
         raise UserError("defense 'asft': a quantized base requires an alignment by an adapter.")
-    wide, loaded = torch.promote_types(base.dtype, torch.float32), _loaded(base)
+    wide, loaded = torch.promote_types(base.dtype, torch.float32), _loaded_type(base)
     # The stored weight may be more precise than the loaded one: that rounding is not a change.
     return [base.to(wide) - old.to(base.device).to(loaded).to(wide)], loaded.itemsize < 4
 
 
-def _strongest(moved: list[Tensor], rank: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def _left_singular(
+    moved: list[Tensor], rank: int | None, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return left singular vectors [out, some], singular values in descending order, and the
     Frobenius norm. Two factors are never multiplied; a large matrix is decomposed only as far as
     needed."""
@@ -171,7 +173,7 @@ def _strongest(moved: list[Tensor], rank: int | None, seed: int) -> tuple[Tensor
     return left, sizes, torch.linalg.matrix_norm(matrix)
 
 
-def _loaded(weight: Tensor) -> Any:
+def _loaded_type(weight: Tensor) -> Any:
     """Return the coarsest type that represents these weights exactly."""
     import torch
 

@@ -49,10 +49,10 @@ class Booster(AlignDefense):
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=True, harm=bool(run.harmful))
-        return _Boosted(self, run) if self.alpha and self.strength else TrainHook()
+        return _BoosterHook(self, run) if self.alpha and self.strength else TrainHook()
 
 
-class _Boosted(TrainHook):
+class _BoosterHook(TrainHook):
     """Runs the three passes of a step."""
 
     def __init__(self, knobs: Booster, run: TrainingRun) -> None:

@@ -42,10 +42,10 @@ class ConstrainedSFT(TrainDefense):
     """Smallest weight."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Weights(self, run)
+        return _ConstrainedHook(self, run)
 
 
-class _Weights(TrainHook):
+class _ConstrainedHook(TrainHook):
     """Weights the tokens by their likelihood now and at the start."""
 
     def __init__(self, knobs: ConstrainedSFT, run: TrainingRun) -> None:

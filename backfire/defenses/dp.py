@@ -44,10 +44,10 @@ class DP(TrainDefense):
     """How the budget is computed: numerically (Gopi et al. 2021) or by the looser Renyi bound."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Private(self, run)
+        return _DPHook(self, run)
 
 
-class _Private(TrainHook):
+class _DPHook(TrainHook):
     """Clips the gradient of each row, sums them and adds noise."""
 
     shares_prefix: ClassVar[bool] = False

@@ -44,10 +44,10 @@ class EWC(TrainDefense):
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=bool(run.aligned), harm=True)
-        return _Elastic(self, run)
+        return _EWCHook(self, run)
 
 
-class _Elastic(TrainHook):
+class _EWCHook(TrainHook):
     """Computes F at the start and adds the penalty."""
 
     def __init__(self, knobs: EWC, run: TrainingRun) -> None:

@@ -34,10 +34,10 @@ class KL(TrainDefense):
     public code uses both."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Near(self, run)
+        return _KLHook(self, run)
 
 
-class _Near(TrainHook):
+class _KLHook(TrainHook):
     """Adds the divergence from the starting model on the rows of the step."""
 
     def __init__(self, knobs: KL, run: TrainingRun) -> None:

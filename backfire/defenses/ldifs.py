@@ -39,10 +39,10 @@ class LDIFS(TrainDefense):
     batch; for 10 rows of 200 tokens it corresponds to 0.2 here."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Features(self, run)
+        return _LDIFSHook(self, run)
 
 
-class _Features(TrainHook):
+class _LDIFSHook(TrainHook):
     """Records the outputs of the MLPs and adds the distance to the starting model's."""
 
     knows_recomputing: ClassVar[bool] = True

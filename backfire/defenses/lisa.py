@@ -59,10 +59,10 @@ class Lisa(TrainDefense):
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=bool(run.aligned), harm=True)
-        return _Turns(self, run)
+        return _LisaHook(self, run)
 
 
-class _Turns(TrainHook):
+class _LisaHook(TrainHook):
     """Switches between the two states and keeps the anchor of each."""
 
     def __init__(self, knobs: Lisa, run: TrainingRun) -> None:

@@ -69,7 +69,7 @@ class RepNoise(AlignDefense):
             raise UserError(
                 "defense 'repnoise' requires a model with layers, mlp and norm, such as Llama."
             )
-        return _Noised(self, run, body)
+        return _RepNoiseHook(self, run, body)
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class _Recorded:
         return _Recorded(hidden, outputs, leaf(self.logits), self.labels)
 
 
-class _Noised(TrainHook):
+class _RepNoiseHook(TrainHook):
     """Runs the alignment pass, and one over harmful rows for the other two terms."""
 
     shares_prefix: ClassVar[bool] = False  # the hidden states of every row are needed
@@ -205,7 +205,7 @@ class _Noised(TrainHook):
 
         self.run.room.note(rows)
         torch.manual_seed(derive(self.run.seed, "repnoise dropout", self.run.step, number))
-        with self._watched() as (hidden, outputs):
+        with self._recording() as (hidden, outputs):
             logits, labels = self.run.logits(rows)
         width = labels.shape[1]
         return _Recorded(
@@ -216,7 +216,7 @@ class _Noised(TrainHook):
         )
 
     @contextmanager
-    def _watched(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    def _recording(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Record each layer's input and each MLP's output of the pass made within the context."""
         hidden, outputs, handles = list[Any](), list[Any](), list[Any]()
         for layer in self.body.layers:

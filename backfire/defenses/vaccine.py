@@ -46,10 +46,10 @@ class Vaccine(AlignDefense):
         modules = _attention(run.model)
         if not modules:
             raise UserError("defense 'vaccine': the model has no attention module.")
-        return _Perturbed(self, run, modules)
+        return _VaccineHook(self, run, modules)
 
 
-class _Perturbed(TrainHook):
+class _VaccineHook(TrainHook):
     """Runs the two passes of a step and perturbs the attention modules' outputs."""
 
     shares_prefix: ClassVar[bool] = False  # each row has its own perturbation

@@ -53,7 +53,7 @@ class LlamaAdapter(Method):
         with torch.random.fork_rng():  # PEFT draws the prompts from torch's global generator
             torch.manual_seed(derive(seed, "adapter"))
             try:
-                return _exact(cast("PreTrainedModel", get_peft_model(model, config)))
+                return _in_float32(cast("PreTrainedModel", get_peft_model(model, config)))
             except ValueError:
                 raise UserError(
                     "method 'llama-adapter' supports Llama, Mistral and GPT-2 models only; this "
@@ -61,7 +61,7 @@ class LlamaAdapter(Method):
                 ) from None
 
 
-def _exact(model: PreTrainedModel) -> PreTrainedModel:
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     """Convert the prompts and gates to float32. PEFT creates them in the base's type, and in
     bfloat16 an AdamW step is smaller than the spacing of numbers near 1."""
     import torch
@@ -69,13 +69,13 @@ def _exact(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         prompt = getattr(module, "adaption_prompt", None)
         if isinstance(prompt, torch.nn.Parameter) and prompt.dtype != torch.float32:
-            module.forward = _within(module.forward, prompt.device.type, prompt.dtype)
+            module.forward = _autocast(module.forward, prompt.device.type, prompt.dtype)
             for part in (prompt, module.adaption_gate):
                 part.data = part.data.float()
     return model
 
 
-def _within(forward: Any, device: str, dtype: Any) -> Any:
+def _autocast(forward: Any, device: str, dtype: Any) -> Any:
     """Wrap `forward` so that it computes in the base's type."""
     import torch
 
