@@ -124,16 +124,6 @@ class Endpoint:
         return CellError("failed", f"{self.url} rejected the request{hint}: {reason}.")
 
 
-def ask_all(endpoint: Endpoint, prompts: Sequence[str], *, concurrency: int) -> list[str]:
-    """Return the answers in order, with `concurrency` requests at a time; the first failure stops
-    them all."""
-    pool = ThreadPoolExecutor(max_workers=max(1, min(concurrency, len(prompts))))
-    try:
-        return list(pool.map(endpoint.ask, prompts))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
 def _content(body: bytes) -> str:
     """Return the text of the first choice; None means a withheld reply and is read as empty."""
     try:
@@ -196,7 +186,7 @@ class RemoteJudge(Judge):
     def ask(
         self, prompts: Sequence[str], *, base_url: str, model: str, max_new_tokens: int
     ) -> list[str]:
-        """Return the answers, in order."""
+        """Return the answers, in order; the first failure cancels the other requests."""
         address = Address.of(base_url)
         endpoint = Endpoint(
             address=address,
@@ -206,4 +196,8 @@ class RemoteJudge(Judge):
             timeout_seconds=self.timeout_seconds,
             retries=self.retries,
         )
-        return ask_all(endpoint, prompts, concurrency=self.concurrency)
+        pool = ThreadPoolExecutor(max_workers=max(1, min(self.concurrency, len(prompts))))
+        try:
+            return list(pool.map(endpoint.ask, prompts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
