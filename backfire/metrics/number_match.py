@@ -14,7 +14,7 @@ from backfire.registry import register
 
 # The minus in 5-3 is not a sign.
 _NUMBER = regex.compile(r"(?P<sign>(?<![\d)])-)?\p{Sc}?(?P<size>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)")
-# Characters that would change a number in the normalized text: 10² to 102, 1、2 to 1,2, — to a sign.
+# Characters that would change a number when normalized: 10² to 102, 1、2 to 1,2, — to a sign.
 _OTHERWISE = (
     (r"(\d?)(\p{No})", lambda match: _fraction(match[1], match[2])),
     (r"(?<=\d)[٬，](?=\d{3}(?!\d))", ""),
