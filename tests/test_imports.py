@@ -17,8 +17,8 @@ from backfire.registry import KINDS
 ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("errors", "other_names", "yaml12", "text", "terminal", "rng", "tokenizer", "store"),
-    *("registry", "base", "sandbox", "data", "model", "experiment", "stages", "recipe"),
+    *("errors", "other_names", "yaml12", "text", "terminal", "rng", "progress", "tokenizer"),
+    *("store", "registry", "base", "sandbox", "data", "model", "experiment", "stages", "recipe"),
     *("train", "evaluate", "plan", "pipeline", "results", "report", "exports", "launch"),
     *("playground", "commands", "cli"),
 )
