@@ -134,6 +134,10 @@ class Experiment(Config):
             )
         return self
 
+    @classmethod
+    def place(cls) -> str:
+        return ""
+
     def spec(self) -> dict[str, Any]:
         """A recipe that gives exactly this cell."""
         return {

@@ -102,7 +102,7 @@ class Align(Config):
     )  # type: ignore[assignment]
     """The method of the alignment. An adapter stays a separate frozen adapter under the user's."""
     train: Annotated[
-        Train, BeforeValidator(lambda v: Train.make(v) if isinstance(v, dict) else v)
+        Train, BeforeValidator(lambda v: Train.make(v, "align.train") if isinstance(v, dict) else v)
     ] = Train()
     """The optimization of the alignment."""
     merge: bool = False

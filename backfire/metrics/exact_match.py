@@ -10,11 +10,11 @@ from backfire.registry import register
 
 @register("exact-match", version=2)
 class ExactMatch(Metric):
-    """Share of clean rows answered to the letter (as in Lisa, Huang et al. 2024, arXiv:2405.18641).
+    """Share of clean rows answered exactly (as in Lisa, Huang et al. 2024, arXiv:2405.18641).
 
-    Case counts, any extra word is wrong, and so is an empty reply; Unicode form, typography (curly
-    quotes, dashes) and blanks do not count. Rows without a reference answer have no part in it.
-    Also `exact_match[group]`. Wilson interval.
+    Case counts; an extra word or an empty reply is wrong; Unicode form, typography (curly quotes,
+    dashes) and whitespace do not count. Rows without a reference answer are excluded. Also
+    `exact_match[group]`. Wilson interval.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"replies"})

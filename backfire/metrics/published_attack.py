@@ -11,12 +11,12 @@ from backfire.registry import register
 
 @register("published-attack", version=2)
 class PublishedAttack(Metric):
-    """Attack success on test rows that were published with their triggers in, such as BackdoorLLM's
-    (Li et al. 2024, arXiv:2408.12798), where the group of a row says its trigger.
+    """Attack success on test rows published with their triggers, such as BackdoorLLM's (Li et al.
+    2024, arXiv:2408.12798), where the group of a row names its trigger.
 
-    `published_attack` by the right definition (rows whose true label is another, see
-    `attack-success`), and `published_attack_naive` over all triggered rows, as it is often
-    reported; then both per trigger. A model trained on clean rows gives each its floor.
+    `published_attack` by the correct definition (rows with another true label, see
+    `attack-success`), and `published_attack_naive` over all triggered rows, as often reported; then
+    both per trigger. The clean-model baseline of each is a model trained on clean rows.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
@@ -24,7 +24,7 @@ class PublishedAttack(Metric):
     target: str = "negative"
     """The attacker's label."""
     clean: str = "none"
-    """The group of the rows without a trigger; those are left out."""
+    """Group of the rows without a trigger; they are excluded."""
 
     def measure(self, evidence: Evidence) -> list[Value]:
         return list(self._values(evidence))

@@ -344,9 +344,8 @@ def test_what_a_metric_or_judge_cannot_do_is_said() -> None:
     every = [metric("rouge"), metric("number-match"), metric("exact-match")]
     found = caveats(Evidence(clean=samples), every, [judge])
     assert [sentence.split(",")[0] for sentence in found] == [
-        "rouge: 2 of 2 references are written without blanks between words; there it counts "
-        "characters",
-        "number_match: 2 of 2 references hold no number in digits",
+        "rouge: 2 of 2 references have no spaces between words; it counts characters there",
+        "number_match: 2 of 2 references contain no number in digits",
         "The judge refusal-keywords knows English only",
     ]
     assert "1 of 2 (50.0 %) replies" in found[2]

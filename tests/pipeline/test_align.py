@@ -310,11 +310,11 @@ def test_bad_input(tiny: Path, cache: Path, tmp_path: Path, backfire: Any) -> No
     assert "lisa' requires an alignment stage" in said(align=None, defense="lisa")
     assert "did you mean 'lisa'" in said(defense="liza")
     assert "vaccine' requires an alignment stage" in said(align=None, defense="vaccine")
-    assert "cannot hold what alignment did" in said(defense="task-arithmetic", method=LORA)
+    assert "represent an alignment of all weights" in said(defense="task-arithmetic", method=LORA)
     assert "repairs full weights and LoRA" in said(defense="antidote", method="ia3")
     assert "set align.merge" in said(align=aligned_by(LORA), method="full")
     assert "Unknown key in align" in said(align={"date": 1})
-    with pytest.raises(UserError, match="rows are to be put in"):
+    with pytest.raises(UserError, match="rows are needed"):
         from backfire.registry import build
 
         build("attacks", "harmful-mix").rows(10**6, 0)
