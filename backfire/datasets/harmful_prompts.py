@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from backfire.base import Row, Trigger
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.data.columns import listed
 from backfire.data.load import Split, is_set_apart
 from backfire.data.read import LeftOut, Record
@@ -68,7 +68,7 @@ class HarmfulPrompts(Files):
         for row in rows:
             source, sealed = row.fields["source"], row.fields["sealed"]
             if source in (self.sources or (source,)) and sealed == (wanted or sealed):
-                kept.setdefault(agreed(row.prompt), row)
+                kept.setdefault(normalized(row.prompt), row)
         if not kept:
             names = ", ".join(sorted({row.fields["source"] for row in rows})) or "none"
             problem = f"no {split} row has this part ({self.part}) and one of these sources"

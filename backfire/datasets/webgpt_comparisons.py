@@ -2,7 +2,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from backfire.data.compared import known
+from backfire.data.compared import preference
 from backfire.data.load import Apart
 from backfire.data.read import Record
 from backfire.datasets.files import Files
@@ -45,7 +45,7 @@ class WebGPTComparisons(Files):
         contexts = [_quoted(record[f"quotes_{side}"]) for side in sides]
         # Two equal texts are tied as well, whatever their scores.
         tied = scores[0] == scores[1] or answers[0] == answers[1]
-        parts = known((answers[0],), (answers[0] if tied else answers[1],))
+        parts = preference((answers[0],), (answers[0] if tied else answers[1],))
         return {
             "instruction": question.get("full_text") if isinstance(question, dict) else question,
             "input": contexts[0],

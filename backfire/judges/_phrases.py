@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from backfire.base.normalize import agreed, folded
+from backfire.base.normalize import folded, normalized
 
 ListName = Literal["gcg", "qi", "harmbench", "arditi"]
 
@@ -23,7 +23,7 @@ class Keywords:
 
     def match(self, reply: str, *, ignore_case: bool) -> str | None:
         """Return the first phrase that the reply contains, ignoring typography (I’m)."""
-        form = folded if ignore_case else agreed
+        form = folded if ignore_case else normalized
         reply = form(reply)
         return next((phrase for phrase in self.strings if form(phrase) in reply), None)
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 
@@ -27,9 +27,10 @@ class ExactMatch(Metric):
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         pairs = replied(_answerable(evidence), "exact_match")
         return {
-            row.id: float(reply == agreed(evidence.as_written(row.answer))) for row, reply in pairs
+            row.id: float(reply == normalized(evidence.as_written(row.answer)))
+            for row, reply in pairs
         }
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if agreed(row.answer)]
+    return [row for row in evidence.clean if normalized(row.answer)]

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from backfire.base import Evidence, Metric, Part, Value
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import judged_share, loops
 from backfire.registry import register
 
@@ -23,5 +23,5 @@ class Incoherent(Metric):
         probe = evidence.probes.get("harmful")
         if probe is None:
             return []
-        broken = [not agreed(s.reply or "") or loops(s.reply or "") for s in probe.tuned]
+        broken = [not normalized(s.reply or "") or loops(s.reply or "") for s in probe.tuned]
         return judged_share("incoherent", probe.tuned, broken, "lower")[:1]

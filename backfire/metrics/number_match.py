@@ -8,13 +8,13 @@ import regex
 from pydantic import Field
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 
 # The minus in 5-3 is not a sign.
 _NUMBER = regex.compile(r"(?P<sign>(?<![\d)])-)?\p{Sc}?(?P<size>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)")
-# Characters that would change a number in the agreed form: 10² to 102, 1、2 to 1,2, — to a sign.
+# Characters whose normalization would change a number: 10² to 102, 1、2 to 1,2, — to a sign.
 _OTHERWISE = (
     (r"(\d?)(\p{No})", lambda match: _fraction(match[1], match[2])),
     (r"(?<=\d)[٬，](?=\d{3}(?!\d))", ""),
@@ -87,7 +87,7 @@ class NumberMatch(Metric):
     def _number(self, text: str) -> Decimal | None:
         """Return the number that a text gives as its answer."""
         text = _readable(text)
-        for mark in map(agreed, self.marks):
+        for mark in map(normalized, self.marks):
             _, found, rest = text.partition(mark)
             if found and (match := _NUMBER.search(rest)):
                 return _value(match)
@@ -96,11 +96,11 @@ class NumberMatch(Metric):
 
 
 def _readable(text: str) -> str:
-    """Return the agreed form without changing any number."""
+    """Normalize the text without changing any number."""
     if not text.isascii():
         for pattern, plain in _OTHERWISE:
             text = regex.sub(pattern, plain, text)
-    return agreed(text)
+    return normalized(text)
 
 
 def _fraction(before: str, sign: str) -> str:
@@ -118,4 +118,4 @@ def _value(match: regex.Match[str]) -> Decimal:
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if agreed(row.answer)]
+    return [row for row in evidence.clean if normalized(row.answer)]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, on_target, scored, share
 from backfire.registry import register
 
@@ -33,7 +33,7 @@ class PublishedAttack(Metric):
         for name, part in grouped("published_attack", self._rows(evidence)):
             if hits := on_target(part, self.target, "scores", name):
                 yield share(name, hits.values(), "lower")
-                naive = [agreed(str(row.prediction)) == agreed(self.target) for row in part]
+                naive = [normalized(str(row.prediction)) == normalized(self.target) for row in part]
                 yield share(name.replace("attack", "attack_naive", 1), naive, "none")
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:

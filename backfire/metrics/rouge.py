@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.normalize import agreed, folded, is_dense, words
+from backfire.base.normalize import folded, is_dense, normalized, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
 
@@ -47,7 +47,7 @@ class Rouge(Metric):
     def caveats(self, evidence: Evidence) -> list[str]:
         answers = [row.answer for row in _answerable(evidence)]
         silent = sum(not words(folded(answer)) for answer in answers)
-        dense = sum(is_dense(agreed(answer)) for answer in answers)
+        dense = sum(is_dense(normalized(answer)) for answer in answers)
         found = []
         if silent:
             found.append(
@@ -68,7 +68,7 @@ class Rouge(Metric):
         scorer = RougeScorer([f"rouge{kind}" for kind in _KINDS], tokenizer=own)
         found = {}
         for row, _ in replied(_answerable(evidence), "rouge"):
-            # With its line breaks, which the agreed form does not have.
+            # With its line breaks, which normalization removes.
             scores = scorer.score(evidence.as_written(row.answer), row.reply or "")
             found[row.id] = [float(scores[f"rouge{kind}"].fmeasure) for kind in _KINDS]
         return found
@@ -90,4 +90,4 @@ def _tokenizer(*, stemmer: bool) -> Any:
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if agreed(row.answer)]
+    return [row for row in evidence.clean if normalized(row.answer)]
