@@ -1,22 +1,29 @@
-"""Finds a component by importing the one file that bears its name.
+"""Finds a component by importing the one file that has its name.
 
 `attacks/badnets.py` holds `@register("badnets") class BadNets(Attack)`. There is no list to edit:
-the names of a kind are the file names in its folder, and nothing is imported until asked for.
+the names of a kind are the file names in its folder, and nothing is imported before it is needed.
+Components of plug-ins come after them; installed plug-ins are loaded when a name is unknown.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from backfire import plugins
 from backfire.errors import UserError, shortened, unknown
+from backfire.plugins import Plugin
 
 if TYPE_CHECKING:
     from backfire.base import Component
 
 KINDS = ("attacks", "methods", "defenses", "metrics", "judges", "datasets", "templates")
+
+LOADED: list[Plugin] = []
+"""The plug-ins in use, in the order they were loaded."""
 
 C = TypeVar("C", bound="type[Component]")
 
@@ -29,6 +36,8 @@ def register(name: str, *, version: int = 1) -> Callable[[C], C]:
         if cls.__module__.startswith("backfire.") and file != name:
             raise TypeError(f"component '{name}' must live in a file of its own name, not '{file}'")
         cls.name, cls.version = name, version
+        if not cls.__module__.startswith("backfire."):
+            plugins.MARKED.append(cls)
         return cls
 
     return mark
@@ -36,22 +45,78 @@ def register(name: str, *, version: int = 1) -> Callable[[C], C]:
 
 def names(kind: str) -> list[str]:
     """All names of a kind, sorted; nothing is imported but the folder."""
+    return sorted([*_built_in(kind), *(cls.name for cls in _outside(kind))])
+
+
+def _built_in(kind: str) -> list[str]:
     package = importlib.import_module(f"backfire.{kind}")
-    found = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
+    modules = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return [name.replace("_", "-") for name in modules if not name.startswith("_")]
+
+
+def _outside(kind: str) -> list[type[Component]]:
+    return [cls for plugin in LOADED for cls in plugin.components if cls.kind == kind]
 
 
 def find(kind: str, name: str) -> type[Component]:
     """The class of this name; an unknown name is an error that says the nearest one."""
     wanted = name.replace("_", "-")
+    problems = [] if wanted in names(kind) else use_installed()
     if wanted not in names(kind):
-        raise unknown(kind.removesuffix("s"), name, names(kind))
+        error = unknown(kind.removesuffix("s"), name, names(kind))
+        raise UserError(" ".join([str(error), *problems]))
+    if outside := next((cls for cls in _outside(kind) if cls.name == wanted), None):
+        return outside
     module = importlib.import_module(f"backfire.{kind}.{wanted.replace('-', '_')}")
     for item in vars(module).values():
         own = isinstance(item, type) and item.__module__ == module.__name__
         if own and getattr(item, "name", None) == wanted:
             return cast("type[Component]", item)
     raise TypeError(f'{module.__name__} has no class marked @register("{wanted}")')
+
+
+def use_installed() -> list[str]:
+    """Make the components of all installed plug-ins known. Returns a sentence for each plug-in that
+    cannot be used: a broken package must not stop what does not need it."""
+    problems = []
+    for package in plugins.packages():
+        try:
+            use(plugins.from_package(package))
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def use(plugin: Plugin) -> None:
+    """Make the components of a plug-in known.
+
+    Raises:
+        UserError: a class is no component, or its name is taken.
+    """
+    if plugin in LOADED:
+        return
+    for cls in plugin.components:
+        if problem := _refusal(cls, plugin.components):
+            raise UserError(f"Plug-in '{plugin.name}': {problem}")
+    for cls in plugin.components:
+        cls.plugin = plugin
+    LOADED.append(plugin)
+
+
+def _refusal(cls: Any, others: Sequence[Any]) -> str | None:
+    """Why a class of a plug-in cannot be a component; None if it can."""
+    kind, name = getattr(cls, "kind", None), cls.name
+    if kind not in KINDS:
+        return f"'{cls.__name__}' derives from no base class of backfire.base, such as Attack."
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or name == "none":
+        return f"'{shortened(name)}' is no name; use small letters, digits and single dashes."
+    if name in _built_in(kind):
+        return f"{cls.label()} exists in backfire already; register yours under another name."
+    if sum((other.kind, other.name) == (kind, name) for other in others) > 1:
+        return f"{cls.label()} is registered twice."
+    if known := next((other for other in _outside(kind) if other.name == name), None):
+        return f"{cls.label()} exists in {known.plugin.title} already; use one of the two."
+    return None
 
 
 def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from backfire.errors import UserError, shortened, unknown
+from backfire.plugins import Plugin
 
 
 class Config(BaseModel):
@@ -131,6 +132,8 @@ class Component(Config):
     kind: ClassVar[str]
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    plugin: ClassVar[Plugin | None] = None
+    """Where it comes from, if it is not part of this package."""
     presets: ClassVar[Mapping[str, Preset]] = {}
     """Knobs as somebody published them, asked for by `{name: ..., preset: ...}`."""
 
@@ -143,8 +146,9 @@ class Component(Config):
         return {"name": self.name, **self.changed()}
 
     def identity(self) -> dict[str, Any]:
-        """What is hashed: the spec and the version of the behavior."""
-        return {**self.spec(), "version": self.version}
+        """What is hashed: the spec, the version of the behavior, and the code of a plug-in."""
+        code = {"plugin": self.plugin.sha256} if self.plugin else {}
+        return {**self.spec(), "version": self.version, **code}
 
 
 def local_files(paths: str | Sequence[str]) -> list[Path]:
