@@ -162,9 +162,14 @@ def _files(module: str) -> dict[str, Path]:
 
 
 def _marked(plugin: str, roots: Sequence[str]) -> tuple[type[Any], ...]:
-    """The classes of these packages that are marked with `@register`."""
+    """The classes of these packages that are marked with `@register`, as they are now."""
     inside = tuple(f"{root}." for root in roots)
-    found = [cls for cls in MARKED if f"{cls.__module__}.".startswith(inside)]
+    found = [
+        cls
+        for cls in MARKED
+        if f"{cls.__module__}.".startswith(inside)
+        and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+    ]
     if not found:
         raise UserError(
             f"Plug-in '{shortened(plugin)}' has no component; mark a class with @register(name)."

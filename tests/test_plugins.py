@@ -1,0 +1,161 @@
+"""Components from outside the package: from a file, or from an installed package."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from backfire import plugins, registry
+from backfire.errors import UserError
+from backfire.registry import build, find, names
+
+EXAMPLE = Path(__file__).parents[1] / "examples/plugin"
+ATTACK = (EXAMPLE / "my_attacks/suffix.py").read_text("utf-8")
+
+
+@pytest.fixture(autouse=True)
+def _as_if_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No plug-in is loaded before a test or after it."""
+    before = set(sys.modules)
+    monkeypatch.setattr(registry, "LOADED", [])
+    plugins.from_package.cache_clear()
+    yield
+    plugins.from_package.cache_clear()
+    for module in set(sys.modules) - before:
+        if module.startswith(("my_attacks", "backfire_plugin_")):
+            del sys.modules[module]
+
+
+@pytest.fixture
+def attack(tmp_path: Path) -> Path:
+    """The attack of the example as a single file."""
+    file = tmp_path / "suffix.py"
+    file.write_text(ATTACK, encoding="utf-8")
+    return file
+
+
+def install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The example package in a folder on the path, with the metadata that pip would write."""
+    import tomllib
+
+    project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text("utf-8"))["project"]
+    shutil.copytree(EXAMPLE / "my_attacks", folder / "my_attacks")
+    info = folder / f"my_attacks-{project['version']}.dist-info"
+    info.mkdir()
+    about = f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    (info / "METADATA").write_text(about)
+    lines = [f"{name} = {module}" for name, module in project["entry-points"]["backfire"].items()]
+    (info / "entry_points.txt").write_text("\n".join(["[backfire]", *lines, ""]))
+    monkeypatch.syspath_prepend(str(folder))
+    return folder / "my_attacks"
+
+
+# ---------------------------------------------------------------------------------- one file
+
+
+def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) -> None:
+    plugin = plugins.load(str(attack))
+    registry.use(plugin)
+    registry.use(plugins.load(str(attack)))  # a second time is the same
+    assert (plugin.name, plugin.version, plugin.path) == ("suffix.py", "", attack.resolve())
+    assert "suffix" in names("attacks") == sorted(names("attacks"))
+    assert find("attacks", "suffix").plugin == plugin
+    with pytest.raises(UserError, match="Unknown attack 'sufix'; did you mean 'suffix'"):
+        find("attacks", "sufix")
+    before = build("attacks", "suffix").identity()
+    assert before == {"name": "suffix", "version": 1, "plugin": plugin.sha256}
+    assert "plugin" not in build("attacks", "badnets").identity()
+    attack.write_text(ATTACK + "\n# edited\n", encoding="utf-8")
+    registry.LOADED.clear()
+    registry.use(plugins.load(str(attack)))
+    assert build("attacks", "suffix").identity() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "sentence"),
+    [
+        ("a.py", "x = (\n", r"'a.py' cannot be loaded: invalid syntax .*\(a.py, line 1\)"),
+        ("b.py", "\nimport nowhere\n", r"No module named 'nowhere' \(b.py, line 2\)"),
+        ("c.py", "def f():\n    1 / 0\nf()\n", r"ZeroDivisionError: .*\(c.py, line 2\)"),
+        ("d.py", "raise SystemExit(3)", r"'d.py' cannot be loaded: SystemExit: 3 \(d.py, line 1"),
+        ("e.py", "x = 1\n", r"'e.py' has no component; mark a class with @register"),
+        (
+            "f.py",
+            "from backfire.registry import register\n@register('x')\nclass Thing: ...\n",
+            r"'f.py': 'Thing' derives from no base class of backfire.base, such as Attack",
+        ),
+        ("g.py", ATTACK.replace('"suffix"', '"badnets"'), r"attack 'badnets' exists in backfire"),
+        ("h.py", ATTACK.replace('"suffix"', '"My_Attack"'), r"'My_Attack' is no name; use small"),
+        ("i.py", ATTACK.replace('"suffix"', '"none"'), r"'none' is no name"),
+        ("j.py", ATTACK + ATTACK.replace("class Suffix", "class Other"), r"is registered twice"),
+        ("k.txt", ATTACK, r"ends in \.py \(got .*k.txt\)"),
+    ],
+)
+def test_what_is_wrong_with_a_plug_in_is_one_sentence(
+    name: str, code: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_text(code, encoding="utf-8")
+    with pytest.raises(UserError, match=sentence) as caught:
+        registry.use(plugins.load(str(tmp_path / name)))
+    assert "\n" not in str(caught.value) and str(caught.value)[0].isupper()
+    assert registry.LOADED == []
+
+
+def test_no_file_or_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No such plug-in file"):
+        plugins.load(str(tmp_path / "x.py"))
+    with pytest.raises(UserError, match="is a folder"):
+        plugins.load(str(tmp_path))
+    with pytest.raises(UserError, match="Unknown installed plug-in 'nothing'"):
+        plugins.load("nothing")
+
+
+def test_two_plug_ins_with_one_name(attack: Path) -> None:
+    other = attack.with_name("other.py")
+    other.write_text(ATTACK + "\n", encoding="utf-8")
+    registry.use(plugins.load(str(attack)))
+    with pytest.raises(UserError, match=r"'other.py': attack 'suffix' exists in plug-in 'suffix"):
+        registry.use(plugins.load(str(other)))
+
+
+# ------------------------------------------------------------------------- an installed package
+
+
+def test_an_installed_package_is_loaded_when_a_name_is_unknown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install(tmp_path, monkeypatch)
+    assert find("attacks", "badnets") and "my_attacks" not in sys.modules
+    found = find("metrics", "label-probability")
+    [plugin] = registry.LOADED
+    assert found.plugin == plugin and (plugin.name, plugin.version) == ("my-attacks", "0.1.0")
+    assert plugin.facts()["components"] == ["attack 'suffix'", "metric 'label-probability'"]
+    assert plugin.facts({"suffix"})["components"] == ["attack 'suffix'"]
+    assert plugins.load("my-attacks") is plugin
+    assert plugins.load("my_attacks").sha256 == plugins.load("suffix").sha256 == plugin.sha256
+    # Every file of the package counts, whether it is code or not, but for what Python caches.
+    (folder / "__pycache__").mkdir(exist_ok=True)
+    (folder / "__pycache__" / "x.pyc").write_bytes(b"x")
+    plugins.from_package.cache_clear()
+    assert plugins.from_package("my-attacks").sha256 == plugin.sha256
+    (folder / "words.txt").write_text("cf\n")
+    plugins.from_package.cache_clear()
+    assert plugins.from_package("my-attacks").sha256 != plugin.sha256
+
+
+def test_a_broken_package_stops_only_what_needs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = install(tmp_path, monkeypatch)
+    (folder / "suffix.py").write_text("import nowhere\n")
+    assert find("attacks", "badnets")
+    with pytest.raises(UserError) as caught:
+        find("attacks", "suffix")
+    assert str(caught.value).startswith("Unknown attack 'suffix'; ")
+    assert str(caught.value).endswith(
+        "Plug-in 'my-attacks' cannot be loaded: No module named 'nowhere' (suffix.py, line 1)."
+    )
