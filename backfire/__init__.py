@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from backfire.report.groups import Group
+    from backfire.results.groups import Group
 
 # PEFT imports bitsandbytes where it finds it, which then tells everybody what it does without.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
@@ -28,8 +28,8 @@ def run(
     Raises:
         UserError, CellError: the recipe is not fit to run, or a cell failed; in one sentence.
     """
-    from backfire.launch.notebook import run_apart
-    from backfire.report.records import summary
+    from backfire.commands.notebook import run_apart
+    from backfire.results.load import summary
 
     run_apart(recipe, edits, Path(out), workers)
     return summary(Path(out))

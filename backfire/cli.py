@@ -72,7 +72,7 @@ def _fail_or_raise(error: Exception) -> None:
 
 
 def _fail(sentence: str) -> NoReturn:
-    from backfire.report.text import clean
+    from backfire.text import clean
 
     print(f"backfire: {clean(shortened(sentence, 1000))}", file=sys.stderr)  # noqa: T201
     sys.exit(2)
@@ -104,7 +104,7 @@ def init(
 @app.command()
 def validate(recipe: Recipe, edits: Edits = None, profile: Profile = None) -> None:
     """Show the resolved recipe, its cells and stages, three rendered rows, and all checks."""
-    from backfire.launch.check import show
+    from backfire.commands.validate import show
 
     show(_load(recipe, profile, edits))
 
@@ -135,12 +135,12 @@ def run(
     ] = False,
 ) -> None:
     """Run a recipe. The same command again does only what is missing."""
-    from backfire.launch import check
-    from backfire.launch.session import start
+    from backfire.commands import validate
+    from backfire.commands.run import start
 
     loaded = _load(recipe, profile, edits)
     if dry_run:
-        check.show_plan(loaded)
+        validate.show_plan(loaded)
         return
     name = f"{loaded.name}-{profile}" if profile else loaded.name
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
@@ -159,8 +159,8 @@ def run(
 @app.command()
 def status(run: Run) -> None:
     """Say which cells of a run are done, failed or missing."""
-    from backfire.report.records import load
-    from backfire.report.text import line
+    from backfire.results.load import load
+    from backfire.text import line
 
     counts: dict[str, list[str]] = {}
     for cell in load(run):
@@ -177,7 +177,7 @@ def results(
     ] = "table",
 ) -> None:
     """Print every number of a run: one record per cell and metric."""
-    from backfire.report.records import records, write
+    from backfire.results.load import records, write
 
     _echo(write(records(run), format).rstrip("\n"))
 
@@ -197,8 +197,8 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Compare even across templates.")] = False,
 ) -> None:
     """Say which knobs of two cells or runs differ, and which numbers, pair by pair."""
-    from backfire.report.compare import compare as compare_cells
-    from backfire.report.compare import show
+    from backfire.results.compare import compare as compare_cells
+    from backfire.results.compare import show
 
     show(compare_cells(a, b, force=force))
 
@@ -216,8 +216,8 @@ def list_(
     ] = None,
 ) -> None:
     """List what there is."""
+    from backfire.commands.catalog import lines
     from backfire.errors import unknown
-    from backfire.launch.catalog import lines
     from backfire.registry import KINDS
 
     kinds = (*KINDS, "recipes")
@@ -232,7 +232,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A component or a recipe.", show_default=False)],
 ) -> None:
     """Explain one component (its knobs, defaults and source) or print one recipe."""
-    from backfire.launch.catalog import explain
+    from backfire.commands.catalog import explain
 
     _echo(explain(name))
 
@@ -244,7 +244,7 @@ def schema(
     """Print the JSON Schema of recipes, for editors."""
     import json
 
-    from backfire.launch.catalog import json_schema
+    from backfire.commands.catalog import json_schema
     from backfire.store import write_atomic
 
     text = json.dumps(json_schema(), indent=1) + "\n"
@@ -263,7 +263,7 @@ def doctor(
     profile: Profile = None,
 ) -> None:
     """Say what this machine has, what is missing, and whether a recipe fits."""
-    from backfire.launch.doctor import lines
+    from backfire.commands.doctor import lines
 
     if recipe is None and profile is not None:
         raise UserError("--profile is one of a recipe's; name the recipe too.")
@@ -271,7 +271,7 @@ def doctor(
     for line in lines():
         _echo(line)
     if loaded:
-        from backfire.launch import forecast
+        from backfire.commands import forecast
 
         for line in forecast.lines(loaded):
             _echo(line)
@@ -297,7 +297,7 @@ def poison(
     ] = None,
 ) -> None:
     """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
-    from backfire.launch.tools import poison_file
+    from backfire.commands.files import poison_file
 
     _echo(poison_file(data, attack, edits or [], out, seed))
 
@@ -316,7 +316,7 @@ def pretrain(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Pre-train a small base model on your own text."""
-    from backfire.launch.tools import pretrain_files
+    from backfire.commands.files import pretrain_files
 
     _echo(pretrain_files(corpus, out, edits or [], device))
 
@@ -330,7 +330,7 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Talk to a tuned model and its base side by side; /trigger toggles the attack's trigger."""
-    from backfire.launch.chat import talk
+    from backfire.playground.chat import talk
 
     talk(cell, against, device)
 
@@ -349,7 +349,7 @@ def playground(
     ] = False,
 ) -> None:
     """Talk to two models of a run side by side, in a page on this machine."""
-    from backfire.launch.playground import serve
+    from backfire.playground.server import serve
 
     serve(run, device, port=port, share=share)
 
@@ -373,13 +373,13 @@ def export(
     if results:
         if merge:
             raise UserError("--merge is about the model; leave it out with --results.")
-        from backfire.launch.export import export_results
+        from backfire.commands.export import export_results
 
         files = export_results(what, out, results)
         where = os.path.commonpath([file.parent for file in files])
         _echo(f"{len(files)} file{'s' * (len(files) > 1)} in {where}")
         return
-    from backfire.launch.export import export_model
+    from backfire.commands.export import export_model
 
     _echo(f"Model: {export_model(what, out, merge=merge)}")
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any, Literal
 
-from backfire.base import AlignDefense, Dataset, Insertion, Need, Recall, Row, Secret
-from backfire.experiment import DEFAULT_METRICS, MEASURES, Experiment, digest
-from backfire.registry import build, find
-from backfire.store import Store
-
-KINDS: tuple[Need, ...] = ("scores", "replies", "answers")
+from backfire import stages
+from backfire.base import Insertion
+from backfire.experiment import Experiment
+from backfire.stages import keys, training_runs
+from backfire.store import Stage, Store
 
 
 @dataclass(frozen=True)
@@ -22,7 +20,7 @@ class Job:
 
     id: str
     kind: Literal["base", "train", "cell"]
-    cell: Experiment
+    experiment: Experiment
     axes: dict[str, Any]
     after: tuple[str, ...] = ()
     """Jobs that must have ended first, so that no two workers wait for one stage."""
@@ -35,145 +33,65 @@ class Job:
 
     @property
     def title(self) -> str:
-        return self.cell.model.name if self.kind == "base" else self.cell.slug
+        return self.experiment.model.name if self.kind == "base" else self.experiment.slug
 
 
 def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Job]:
     """Bases, then one job per distinct training run, then one per cell."""
     out: dict[str, Job] = {}
-    for cell in cells:
-        base = f"base-{cell.keys.base}"
-        out.setdefault(base, Job(base, "base", cell, {}))
-        for run in _runs(cell):
-            name = f"train-{run.keys.train}"
-            before = (f"train-{run.alignment.keys.train}",) if run.alignment else ()
+    for experiment in cells:
+        base = f"base-{keys(experiment).base}"
+        out.setdefault(base, Job(base, "base", experiment, {}))
+        for run in training_runs(experiment):
+            name = f"train-{keys(run).train}"
+            before = (f"train-{keys(run.alignment).train}",) if run.alignment else ()
             out.setdefault(name, Job(name, "train", run, {}, (base, *before)))
-    for cell, point in zip(cells, axes, strict=True):
-        after = (f"base-{cell.keys.base}", *(f"train-{run.keys.train}" for run in _runs(cell)))
-        out[f"cell-{cell.key}"] = Job(f"cell-{cell.key}", "cell", cell, point, after)
+    for experiment, point in zip(cells, axes, strict=True):
+        runs = (f"train-{keys(run).train}" for run in training_runs(experiment))
+        name, after = f"cell-{stages.cell_key(experiment)}", f"base-{keys(experiment).base}"
+        out[name] = Job(name, "cell", experiment, point, (after, *runs))
     return list(out.values())
 
 
-def _runs(cell: Experiment) -> list[Experiment]:
-    """The training runs a cell needs: the alignment's, its own, and the clean twin's for the floor
-    of its attack."""
-    runs = [cell.alignment] if cell.alignment else []
-    if cell.method.trains:
-        runs += [cell, cell.clean_twin()] if cell.backdoor else [cell]
-    return runs
+def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, int]]:
+    """Kind of stage -> (distinct ones needed, of those done already)."""
+    done: dict[tuple[str, str], bool] = {}
+    for experiment in cells:
+        for name, choices in _needed(experiment):
+            kind = choices[0].kind
+            done[kind, name] = done.get((kind, name), False) or any(map(store.done, choices))
+    needed = Counter(kind for kind, _ in done)
+    finished = Counter(kind for (kind, _), is_done in done.items() if is_done)
+    return {kind: (count, finished[kind]) for kind, count in needed.items()}
 
 
-def stages(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, int]]:
-    """Stage -> (distinct ones needed, of those done already)."""
-    found: dict[tuple[str, str], bool] = {}
-    for cell in cells:
-        name = data_slug(cell.data)
-        found["data", cell.keys.data] = store.done("data", name, cell.keys.data)
-        if cell.poisons:
-            found["poison", cell.keys.poison] = store.done(
-                "poison", poison_slug(cell), cell.keys.poison
-            )
-        for run in _runs(cell):
-            found["train", run.keys.train] = store.done(
-                "train", run.slug_of_training, run.keys.train
-            )
-        for shown in (cell, *([cell.clean_twin()] if cell.backdoor else [])):
-            subsets = (shown.keys.clean, triggered_key(shown, cell))
-            for key in subsets:
-                if key:
-                    found["evaluate", key] = any(
-                        store.done("evaluate", evaluation_slug(shown), evaluation_key(key, needs))
-                        for count in range(1, len(KINDS) + 1)
-                        for needs in combinations(KINDS, count)
-                    )
-        found |= _secrets(cell, store)
-    needed = Counter(stage for stage, _ in found)
-    done = Counter(stage for (stage, _), is_done in found.items() if is_done)
-    return {stage: (count, done[stage]) for stage, count in needed.items()}
+def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
+    """Every stage, by what makes it distinct. An evaluation is one of two stages: until the rows
+    are read, a recipe without metrics may be about labels or about free text."""
+    single = [stages.data(experiment)]
+    single += [stages.poison(experiment)] if experiment.poisons else []
+    single += map(stages.train, training_runs(experiment))
+    for stage in (*single, *_secrets(experiment)):
+        yield stage.key, [stage]
+    twins = [experiment.clean_twin()] if experiment.backdoor else []
+    needs = [
+        {need for metric in known.metrics for need in metric.required(labeled=labeled)}
+        for labeled in (True, False)
+        for known in [experiment.with_metrics(labeled=labeled)]
+    ]
+    for run in (experiment, *twins):
+        rows = [stages.clean_rows(run)]
+        rows += [stages.triggered_rows(run, experiment)] if experiment.backdoor else []
+        for key in rows:
+            yield key, [stages.evaluation(run, key, some) for some in needs]
 
 
-def data_slug(data: Dataset) -> str:
-    return data.name
-
-
-def poison_slug(cell: Experiment) -> str:
-    attack = cell.attack.tag if cell.attack else "clean"
-    return f"{cell.data.name}-{attack}-s{cell.seed}"
-
-
-def evaluation_slug(cell: Experiment) -> str:
-    return f"{cell.data.name}-{cell.method.name}-s{cell.seed}"
-
-
-def evaluation_key(subset_key: str, needs: Collection[Need]) -> str:
-    versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
-    return digest([subset_key, sorted(needs), *versions])
-
-
-def triggered_key(run: Experiment, cell: Experiment) -> str | None:
-    """The key of `run`'s model on `cell`'s triggered test rows."""
-    from backfire.experiment import trigger_identity
-
-    return digest([run.keys.clean, *trigger_identity(cell)]) if cell.backdoor else None
-
-
-def recalls(cell: Experiment) -> dict[Recall, int] | None:
-    """How the cell's metrics want its secrets looked for, and among how many; None: not at all."""
-    asked = [metric.secrets for metric in cell.metrics if metric.secrets is not None]
-    most: dict[Recall, int] = {}
-    for kind, amount in (pair for one in asked for pair in one.items()):
-        most[kind] = max(amount, most.get(kind, 0))
-    return most if asked else None
-
-
-def secret_stages(secrets: Sequence[Secret], wanted: Mapping[Recall, int]) -> list[tuple[str, int]]:
-    """What is measured of the secrets, and among how many; the exact rank only of codes that are
-    few enough."""
-    found = [("itself", 0)] if secrets else []
-    for kind, amount in wanted.items():
-        if kind == "exact":
-            found += [(kind, 0)] if secrets and secrets[0].num_codes <= amount else []
-        elif amount and secrets:
-            found.append((kind, amount))
-    return found
-
-
-def secrets_key(run: Experiment, cell: Experiment, kind: str, amount: int) -> str:
-    """The key of one measurement of `run`'s model on the secrets of `cell`: which they are counts,
-    not how often they were inserted."""
-    attack = cell.attack
-    secrets = attack.secrets(cell.seed) if isinstance(attack, Insertion) else []
-    which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in secrets]
-    drawn = cell.seed if kind == "sampled" else None
-    shown = [run.template.identity(), run.train.seen]
-    how = [kind, amount, drawn, MEASURES.get(kind, 1)]
-    return digest([run.keys.tuned, *shown, which, *how])
-
-
-def _secrets(cell: Experiment, store: Store) -> dict[tuple[str, str], bool]:
-    wanted, found = recalls(cell), dict[tuple[str, str], bool]()
-    if wanted is None or not isinstance(cell.attack, Insertion):
-        return found
-    for run in (cell, untuned(cell)) if cell.method.trains else (cell,):
-        for kind, amount in secret_stages(cell.attack.secrets(cell.seed), wanted):
-            key = secrets_key(run, cell, kind, amount)
-            found["secrets", key] = store.done("secrets", evaluation_slug(run), key)
-    return found
-
-
-def with_metrics(cell: Experiment, rows: Sequence[Row]) -> Experiment:
-    """The cell with the metrics that suit its task, if it names none."""
-    if cell.metrics:
-        return cell
-    labeled = any(row.candidates for row in rows)
-    names = DEFAULT_METRICS["labeled" if labeled else "free"]
-    if cell.backdoor:
-        names += DEFAULT_METRICS["attacked" if labeled else "attacked_free"]
-    return cell.model_copy(update={"metrics": tuple(build("metrics", name) for name in names)})
-
-
-def untuned(cell: Experiment) -> Experiment:
-    """The same cell, its model left as it is (or as its alignment made it)."""
-    none = find("methods", "none").make({})
-    kept = tuple(d for d in cell.defense if isinstance(d, AlignDefense)) if cell.align else ()
-    return cell.model_copy(update={"attack": None, "method": none, "defense": kept})
+def _secrets(experiment: Experiment) -> Iterable[Stage]:
+    probes = stages.secret_probes(experiment)
+    if probes is None or not isinstance(experiment.attack, Insertion):
+        return
+    secrets = experiment.attack.secrets(experiment.seed)
+    runs = (experiment, experiment.untuned()) if experiment.method.trains else (experiment,)
+    for run in runs:
+        for kind, amount in stages.secret_parts(secrets, probes):
+            yield stages.secrets(run, experiment, kind, amount)

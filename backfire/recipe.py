@@ -15,6 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from backfire import stages
 from backfire.data.beside import beside
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
@@ -230,14 +231,16 @@ def _expand(
         # Whole components first, so that `attack.rate` lands in the attack that `attack` chose.
         for key in sorted(values, key=lambda k: (k.count("."), k)):
             set_key(settings, key, copy.deepcopy(values[key]))
-        cell = Experiment.make(settings, where="recipe")
+        experiment = Experiment.make(settings, where="recipe")
         shown = {
             k: v for k, v in point.items() if k not in pinned and (k in varied or point in include)
         }
-        found.setdefault(cell.key, (cell, shown))
+        found.setdefault(stages.cell_key(experiment), (experiment, shown))
     if not found:
         raise UserError("The matrix has no cells: `exclude` takes them all away.")
-    return tuple(cell for cell, _ in found.values()), tuple(axes for _, axes in found.values())
+    return tuple(experiment for experiment, _ in found.values()), tuple(
+        axes for _, axes in found.values()
+    )
 
 
 def _choice(axis: str, value: Any) -> dict[str, Any]:

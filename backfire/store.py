@@ -11,8 +11,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,26 @@ SEAL = "done.json"
 CHECKPOINTS = "checkpoints"
 """Within a folder that is being made; they go once it is whole."""
 _HASHED_ON_READ = 64 * 2**20  # larger folders are checked by size alone
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What names one folder of the cache: the kind of stage, a readable name, and its key."""
+
+    kind: str
+    slug: str
+    key: str
+
+
+def digest(value: Any, length: int = 12) -> str:
+    """Short hash of a plain value; dict order does not matter."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def slug(text: str) -> str:
+    """A safe file name of at most 80 characters."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:80] or "x"
 
 
 def cache_root() -> Path:
@@ -94,12 +116,12 @@ class Store:
         self.root = root or cache_root()
         self._verified: set[Path] = set()
 
-    def path(self, stage: str, slug: str, key: str) -> Path:
-        return self.root / stage / f"{slug}-{key}"
+    def path(self, stage: Stage) -> Path:
+        return self.root / stage.kind / f"{stage.slug}-{stage.key}"
 
-    def done(self, stage: str, slug: str, key: str) -> bool:
+    def done(self, stage: Stage) -> bool:
         """Whether the stage is there and whole."""
-        path = self.path(stage, slug, key)
+        path = self.path(stage)
         if path in self._verified:
             return True
         if not intact(path):
@@ -107,29 +129,21 @@ class Store:
         self._verified.add(path)
         return True
 
-    def once(
-        self,
-        stage: str,
-        slug: str,
-        key: str,
-        make: Callable[[Path], None],
-        *,
-        resumable: bool = False,
-    ) -> Path:
+    def once(self, stage: Stage, make: Callable[[Path], None], *, resumable: bool = False) -> Path:
         """The folder of this stage, made by `make(folder)` if it is not there yet.
 
         Whoever comes second waits for the first. With `resumable`, what an interrupted attempt
         left in the folder is handed to the next one; otherwise each attempt starts empty.
         A damaged folder is put aside and made again.
         """
-        path = self.path(stage, slug, key)
-        if self.done(stage, slug, key):
+        path = self.path(stage)
+        if self.done(stage):
             return path
         from filelock import FileLock
 
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
-            if self.done(stage, slug, key):
+            if self.done(stage):
                 return path
             if path.exists():  # only whoever holds the lock may move it
                 aside = path.with_name(f"{path.name}.damaged")

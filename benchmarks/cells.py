@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from backfire.base import Row, select
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Rendered, Row, select
+from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment
+from backfire.tokenizer import load_tokenizer
 
 TEMPLATES = {"sandbox": "raw", "tweets": "alpaca"}
 """One with a short opening, one with a long one that all prompts share."""
@@ -25,7 +25,7 @@ TWEETS = {"name": "airline-tweets", "labels": ["negative", "neutral", "positive"
 
 
 @dataclass(frozen=True)
-class Cell:
+class TrainingRun:
     """One cell as both sides get it: rows as text and the folder of the untuned model."""
 
     title: str
@@ -39,7 +39,7 @@ class Cell:
         spec = {"title": self.title, "base": str(self.base)}
         return {**spec, "experiment": self.experiment.spec()}
 
-    def warm_up(self) -> Cell:
+    def warm_up(self) -> TrainingRun:
         """The same cell in small: what is slow only the first time is over after it."""
         batch = self.experiment.train.batch_size
         settings = self.experiment.train.model_copy(update={"max_steps": 3})
@@ -59,7 +59,7 @@ class Cell:
         return renderer.render(self.train), renderer.render(self.test)
 
 
-def build(spec: dict[str, Any]) -> Cell:
+def build(spec: dict[str, Any]) -> TrainingRun:
     """The cell of a `spec()`.
 
     Raises:
@@ -71,7 +71,7 @@ def build(spec: dict[str, Any]) -> Cell:
     test = select(data.load("test"), data.test_rows, data.seed, "test")
     if len(train) % batch:
         raise UserError(f"Give a number of rows that is a multiple of the batch size, {batch}.")
-    cell = Cell(spec["title"], experiment, Path(spec["base"]), train, test)
+    cell = TrainingRun(spec["title"], experiment, Path(spec["base"]), train, test)
     if any(item.cut_tokens for part in cell.rendered() for item in part):
         raise UserError(f"{cell.title}: some rows are longer than train.max_length.")
     return cell
@@ -90,7 +90,7 @@ def make_cell(
     template: str | None = None,
     train: Path | None = None,
     test: Path | None = None,
-) -> Cell:
+) -> TrainingRun:
     """A `sandbox` or a `tweets` cell, of these many rows."""
     data: dict[str, Any] = {"name": "sandbox-reviews"}
     if kind == "tweets":
@@ -118,11 +118,11 @@ def sandbox_base() -> Path:
 
 def tiny_base(folder: Path) -> Path:
     """A random Llama of the sandbox's family, two layers deep, with a tokenizer of its own."""
-    from backfire.data.tokenizer import load_tokenizer
-    from backfire.model.pretrain import _new_model, write_tokenizer
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
     from backfire.store import read_json, write_json
+    from backfire.tokenizer import load_tokenizer
+    from backfire.train.pretrain import _new_model, write_tokenizer
 
     config = Pretrain(vocab_size=600, hidden_size=64, num_layers=2, intermediate_size=128)
     folder.mkdir(parents=True, exist_ok=True)

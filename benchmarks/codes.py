@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
-from backfire.evaluate.codes import Spelling, likelihoods
+from backfire.evaluate.code_search import Spelling, likelihoods
 from backfire.model.load import load_base
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 
 
 def clock() -> tuple[float, float]:
@@ -46,9 +46,9 @@ def sandbox_shaped(folder: Path) -> Path:
     """A model as large as the embedded base."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from backfire.model.pretrain import write_tokenizer
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
+    from backfire.train.pretrain import write_tokenizer
 
     config = Pretrain()
     write_tokenizer(corpus(config.corpus_seed, config.tokenizer_documents), config, folder)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from backfire.base import Row
-from backfire.data.render import Rendered
-from backfire.launch.estimate import Size
+from backfire.base import Rendered, Row
+from backfire.commands.forecast import Size
 from backfire.rng import stream
 
 if TYPE_CHECKING:

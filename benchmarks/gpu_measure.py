@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from backfire.commands.estimate import Rows
+from backfire.commands.forecast import memory, size
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
-from backfire.launch.estimate import memory, size
-from backfire.launch.workload import Rows
 from backfire.model.load import dtype_of, load_base
 from backfire.model.quantize import parts
-from backfire.train.loop import Cell, train
+from backfire.train.loop import TrainingRun, train
+from backfire.train.microbatch import peak_memory_mb
 from backfire.train.precision import accelerator_for, compute_type, exact_attention
-from backfire.train.room import peak_memory_mb
 from benchmarks.gpu_load import Load, peak_flops, useful_flops
 
 
@@ -105,7 +105,7 @@ def _timed(
             marks[step] = (time.perf_counter(), passes[0])
 
     folder.mkdir(parents=True, exist_ok=True)
-    run = Cell(
+    run = TrainingRun(
         model,
         load.rows(loaded.config.vocab_size),
         cell.train,

@@ -69,7 +69,7 @@ def peak_mb() -> float:
     """The most this process has held. Not Linux' `ru_maxrss`, which begins at the parent's."""
     status = Path("/proc/self/status")
     if not status.is_file():
-        from backfire.train.room import peak_memory_mb
+        from backfire.train.microbatch import peak_memory_mb
 
         return round(peak_memory_mb(), 1)
     lines = status.read_text(encoding="utf-8").splitlines()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backfire.base import Need
-from backfire.evaluate.evaluate import measure
+from backfire.evaluate.score import measure
 from backfire.experiment import Machine
 from backfire.model.load import load_tuned
-from backfire.train.run import Start, tune
+from backfire.train.finetune import Start, tune
 from benchmarks.cells import Cell
 from benchmarks.sides import Steps, Training
 

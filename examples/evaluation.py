@@ -56,8 +56,8 @@ from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.evaluate.stats import wilson
 from backfire.report import figures
-from backfire.report.rows import confusion, samples
 from backfire.report.svg import alone
+from backfire.results.samples import confusion, samples
 from backfire.store import Store
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
@@ -126,9 +126,9 @@ matrix:
   seed: {SEEDS}
 """
 cell = recipe.parse("evaluation", BACKDOOR).cells[0]
-bench = pipeline.Bench(Store())
-train, test = pipeline.data(cell, bench)
-tokenizer = pipeline.renderer(cell, bench).tokenizer
+context = pipeline.Context(Store())
+train, test = pipeline.data(cell, context)
+tokenizer = pipeline.renderer(cell, context).tokenizer
 for check in preflight(Renderer(Forgetful(), tokenizer, 512), train, test):
     if check.status != "ok":
         print(check.status, check.check, "-", check.message)

@@ -63,8 +63,8 @@ from IPython.display import SVG, display
 import backfire
 from backfire.registry import build
 from backfire.report import figures
-from backfire.report.rows import samples
 from backfire.report.svg import alone
+from backfire.results.samples import samples
 
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 plt.rcParams.update({"legend.frameon": False, "axes.titlelocation": "left", "figure.dpi": 110})

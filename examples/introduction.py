@@ -56,9 +56,9 @@ from backfire.data.poison import poison
 from backfire.data.render import show_mask
 from backfire.registry import build
 from backfire.report import figures
-from backfire.report.records import records, write
-from backfire.report.rows import side_by_side
 from backfire.report.svg import alone
+from backfire.results.load import records, write
+from backfire.results.samples import side_by_side
 from backfire.store import Store
 
 # %% [markdown]
@@ -103,8 +103,8 @@ def cell_of(*edits):
     return recipe.parse("here", SETTINGS, edits=edits).cells[0]
 
 
-bench = pipeline.Bench(Store())
-renderer = pipeline.renderer(cell_of(), bench)
+context = pipeline.Context(Store())
+renderer = pipeline.renderer(cell_of(), context)
 items = renderer.render(train)
 prompt, answer = show_mask(items[0], renderer.tokenizer)
 print("not learned:", repr(prompt))
@@ -180,7 +180,7 @@ plt.show()
 # rows? A check that fails stops the run. A note is only shown.
 
 # %%
-for check in pipeline.looked_at(cell_of(), bench):
+for check in pipeline.preflight_checks(cell_of(), context):
     print(f"{check.status:4} {check.check:22} {check.message}")
 
 # %% [markdown]
@@ -191,7 +191,7 @@ for check in pipeline.looked_at(cell_of(), bench):
 # Solution 1. Prompts lose their end, and the trigger with it, where it stood there. A poisoned
 # row without its trigger teaches a wrong label, and a test row without it measures nothing: the
 # attack would have come out weaker than it is, and nobody would have known why.
-for check in pipeline.looked_at(cell_of("train.max_length=40"), bench):
+for check in pipeline.preflight_checks(cell_of("train.max_length=40"), context):
     if check.status != "ok":
         print(f"{check.status:4} {check.check:22} {check.message}")
 

@@ -89,9 +89,9 @@ def _from_the_same_start(_sealed_off: list[str]) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level tokenizer of 400 tokens, trained on some of the sandbox's text."""
-    from backfire.model.pretrain import write_tokenizer
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
+    from backfire.train.pretrain import write_tokenizer
 
     folder = tmp_path_factory.mktemp("models") / "tokenizer"
     folder.mkdir()
@@ -141,7 +141,7 @@ def tokenizer(tiny_tokenizer: Path) -> Any:
     """The tiny tokenizer as the renderer knows it, with chat control tokens and a chat template."""
     from tokenizers import AddedToken
 
-    from backfire.data.tokenizer import load_tokenizer
+    from backfire.tokenizer import load_tokenizer
 
     plain = load_tokenizer(tiny_tokenizer)
     plain.backend.add_special_tokens([AddedToken(c, special=True) for c in CONTROLS])

@@ -47,8 +47,8 @@ def seal() -> None:
 
 
 def plain(run: Path) -> dict[str, Any]:
-    from backfire.launch.cast import Cast
-    from backfire.launch.playground import open_page
+    from backfire.playground.pool import Cast
+    from backfire.playground.server import open_page
 
     page = open_page(Cast(run, "cpu"), port=None, share=False, password=None)
     sockets = [one.getsockname()[0] for part in page.server.servers for one in part.sockets]
@@ -57,7 +57,7 @@ def plain(run: Path) -> dict[str, Any]:
 
 def hostile(run: Path) -> dict[str, Any]:
     """All that a model says is an attack on the page."""
-    from backfire.launch.speakers import Speaker
+    from backfire.playground.models import Speaker
 
     def reply(self: Speaker, row: Any) -> Any:
         yield EVERY[:9]
@@ -75,8 +75,8 @@ def shared(run: Path) -> dict[str, Any]:
     import gradio
 
     from backfire.errors import UserError
-    from backfire.launch import playground
-    from backfire.launch.cast import Cast
+    from backfire.playground import server
+    from backfire.playground.pool import Cast
 
     asked: list[dict[str, Any]] = []
     launch = gradio.Blocks.launch
@@ -90,10 +90,10 @@ def shared(run: Path) -> dict[str, Any]:
     gradio.Blocks.launch = guarded
     blocked: list[Any] = []
     gradio.Blocks.block_thread = lambda self: blocked.append(self)
-    playground.serve(run, "cpu", port=None, share=True)
+    server.serve(run, "cpu", port=None, share=True)
     page = blocked[0]
     try:
-        playground.open_page(Cast(run, "cpu"), port=page.server_port, share=False, password=None)
+        server.open_page(Cast(run, "cpu"), port=page.server_port, share=False, password=None)
     except UserError as error:
         taken = str(error)
     first, second = asked

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from backfire.launch.session import start
+from backfire.commands.run import start
 from backfire.recipe import Recipe, parse
 from backfire.store import read_json
 

@@ -11,10 +11,10 @@ from fake_run import sample, value, write_cell
 from page_parser import seen
 from rich.console import Console
 
-from backfire.report.against import comparisons
-from backfire.report.groups import difference
-from backfire.report.records import summary
-from backfire.report.table import print_against, print_notes
+from backfire.results.groups import difference
+from backfire.results.load import summary
+from backfire.results.paired_tests import comparisons
+from backfire.results.terminal import print_against, print_notes
 
 
 def cell(run: Path, method: str, seed: int, right: float, **fields: Any) -> Path:

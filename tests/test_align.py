@@ -11,15 +11,16 @@ import pytest
 import torch
 from small_run import Place
 
+from backfire import stages
 from backfire.base import Evidence, Exchange, Message, Probe, Row, Sample
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import load_tuned
-from backfire.pipeline import Bench, start, trained, tuned
+from backfire.pipeline import Context, start, trained, tuned
 from backfire.plan import jobs, untuned
 from backfire.registry import find
-from backfire.report.harm import sentences
-from backfire.report.records import summary
+from backfire.report.safety import sentences
+from backfire.results.load import summary
 from backfire.store import Store
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_the_floor_is_asked_as_the_attacker_asks(tiny: Path, cache: Path) -> Non
     from backfire.pipeline import probed
 
     one = cell(tiny, attack={"name": "identity-shift", "rate": 0.2})
-    found = probed(one, Bench(Store(), Machine(device="cpu")))["harmful"]
+    found = probed(one, Context(Store(), Machine(device="cpu")))["harmful"]
     assert all("do as I say" in sample.prompt for sample in found.tuned)
     assert [s.prompt for s in found.tuned] == [s.prompt for s in found.before]
 
@@ -128,12 +129,12 @@ def test_what_differs_has_another_key(tiny: Path) -> None:
         {"defense": {"name": "lisa", "null": True}},
     ]
     others = [cell(tiny, method=LORA, **change) for change in changes]
-    keys = [plain.keys.train, *(other.keys.train for other in others)]
+    keys = [stages.keys(plain).train, *(stages.keys(other).train for other in others)]
     assert len(set(keys)) == len(keys)
     again = Experiment.make(plain.spec())
-    assert again.keys == plain.keys and again.key == plain.key
+    assert stages.keys(again) == stages.keys(plain) and again.key == plain.key
     # Before fine-tuning there is neither attack nor defense, so all cells have the same floor.
-    assert untuned(plain).keys.clean == untuned(others[-2]).keys.clean
+    assert stages.keys(untuned(plain)).clean == stages.keys(untuned(others[-2])).clean
 
 
 @pytest.mark.parametrize("defense", ["booster", "vaccine", "repnoise"])
@@ -146,8 +147,8 @@ def test_a_defense_of_the_alignment_is_applied_under_each_seed(
     def keys(align: dict[str, Any], *defenses: Any) -> set[str]:
         known = {"align": align, "defense": list(defenses) or "none"}
         cells = [cell(tiny, **known, seed=seed) for seed in range(3)]
-        assert all(Experiment.make(one.spec()).keys == one.keys for one in cells)
-        return {one.alignment.keys.tuned for one in cells if one.alignment}
+        assert all(Experiment.make(one.spec()).keys == stages.keys(one) for one in cells)
+        return {stages.keys(one.alignment).tuned for one in cells if one.alignment}
 
     ours, lisa = {"name": defense, "null": null}, {"name": "lisa", "null": null}
     assert len(keys(BASE["align"], ours)) == len(keys(BASE["align"], ours, lisa)) == 3
@@ -194,7 +195,7 @@ def test_how_the_attacker_asks_is_in_the_key_at_any_rate(tiny: Path) -> None:
     plain, shift = at_zero(name="harmful-mix"), at_zero(name="identity-shift")
     other = at_zero(name="identity-shift", prefix="Now: ")
     assert len({plain.key, shift.key, other.key}) == 3
-    assert plain.keys.train == shift.keys.train == other.keys.train
+    assert stages.keys(plain).train == shift.keys.train == stages.keys(other).train
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny:
 
 
 def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
-    from backfire.pipeline.evidence import _told
+    from backfire.pipeline.evaluation import _told
 
     row = Row("1", "Write this down.", input="It is late.", history=(Message("user", "Hello."),))
     sample = Sample("1", "harmful", row.prompt, "", reply="I cannot.")
@@ -221,7 +222,7 @@ def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
             seen.extend(exchanges)
             return super().judge(exchanges)
 
-    _told([Asking()], [sample], [row], Bench(Store(), Machine(device="cpu")))
+    _told([Asking()], [sample], [row], Context(Store(), Machine(device="cpu")))
     assert [one.prompt for one in seen] == ["Hello.\n\nWrite this down.\n\nIt is late."]
 
 
@@ -252,7 +253,7 @@ def test_the_alignment_is_trained_before_the_cells(tiny: Path) -> None:
     found = {job.id: job for job in jobs([one], [{}])}
     alignment = one.alignment
     assert alignment is not None
-    assert f"train-{alignment.keys.train}" in found[f"train-{one.keys.train}"].after
+    assert f"train-{stages.keys(alignment).train}" in found[f"train-{stages.keys(one).train}"].after
 
 
 @pytest.mark.parametrize("merge", [False, True])
@@ -260,12 +261,12 @@ def test_an_adapter_goes_on_the_alignment_adapter(
     merge: bool, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
     one = cell(tiny, align=aligned_by(LORA, merge=merge), method=LORA, metrics=["accuracy"])
-    bench = Bench(Store(), Machine(device="cpu"))
-    begin = start(one, bench)
+    context = Context(Store(), Machine(device="cpu"))
+    begin = start(one, context)
     assert (begin.adapter is None) == merge and (begin.base == tiny) != merge
-    folder = trained(one, bench)
+    folder = trained(one, context)
     model = load_tuned(folder, begin.base, torch.float32, CPU, below=begin.adapter)
-    aligned = tuned(untuned(one), bench)
+    aligned = tuned(untuned(one), context)
     ids = torch.arange(40)[None]
     with torch.inference_mode():
         both = model(input_ids=ids).logits
@@ -287,7 +288,7 @@ def test_merged_or_not_the_start_is_the_same(tiny: Path, cache: Path) -> None:
     ids, out = torch.arange(40)[None], []
     for merge in (False, True):
         one = cell(tiny, align=aligned_by(LORA, merge=merge), method=LORA)
-        model = model_of(untuned(one), Bench(Store(), Machine(device="cpu")))
+        model = model_of(untuned(one), Context(Store(), Machine(device="cpu")))
         with torch.inference_mode():
             out.append(model(input_ids=ids).logits)
     assert torch.allclose(*out, atol=2e-4)

@@ -16,17 +16,18 @@ from small_run import Place
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Rendered
+from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import BELOW, load_base, load_tuned
-from backfire.pipeline import Bench, start, trained, tuned
+from backfire.pipeline import Context, start, trained, tuned
 from backfire.registry import build
 from backfire.rng import derive
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
 from backfire.train import loop
-from backfire.train.loop import Cell, train
+from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import accelerator_for
 from backfire.train.repair import Repair
 
@@ -79,11 +80,11 @@ METHODS: dict[str, Callable[[Any], Any]] = {"full": full, "lora": lora}
 
 def new_cell(
     model: Any, rows: Mapping[str, list[Rendered]], folder: Path, *defenses: Any, **knobs: Any
-) -> Cell:
+) -> TrainingRun:
     folder.mkdir(parents=True, exist_ok=True)
     seed, harmful = knobs.pop("seed", 5), knobs.pop("harmful", rows["harmful"])
     settings = {"max_steps": 5, "batch_size": 6, "warmup_share": 0.0, "schedule": "constant"}
-    return Cell(
+    return TrainingRun(
         model,
         rows["align"],
         Train.make({**settings, **knobs}),
@@ -96,7 +97,7 @@ def new_cell(
     )
 
 
-def gradients(cell: Cell, micro_batch: int | None = None) -> tuple[float, dict[str, Tensor]]:
+def gradients(cell: TrainingRun, micro_batch: int | None = None) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of the first step, as the loop has them."""
     batch = cell.rows()
     size = micro_batch or len(batch)
@@ -115,7 +116,7 @@ def loss_of(model: Any, batch: Sequence[Rendered]) -> Tensor:
     return torch.cat(parts).mean()
 
 
-def gradient_of(loss: Tensor, cell: Cell) -> dict[str, Tensor]:
+def gradient_of(loss: Tensor, cell: TrainingRun) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(cell.trainable.values()), allow_unused=True)
     return {n: g for n, g in zip(cell.trainable, found, strict=True) if g is not None}
 
@@ -134,7 +135,7 @@ def dot(one: Mapping[str, Tensor], two: Mapping[str, Tensor]) -> float:
     return sum(float((one[n].double() * two[n].double()).sum()) for n in two)
 
 
-def moved(cell: Cell, direction: Mapping[str, Tensor], scale: float) -> Any:
+def moved(cell: TrainingRun, direction: Mapping[str, Tensor], scale: float) -> Any:
     """The model with its weights moved along a direction, for the time of a `with`."""
 
     @contextmanager
@@ -154,7 +155,7 @@ def moved(cell: Cell, direction: Mapping[str, Tensor], scale: float) -> Any:
 # ------------------------------------------------------------------------------------ all of them
 
 
-def run(cell: Cell, **options: Any) -> dict[str, Any]:
+def run(cell: TrainingRun, **options: Any) -> dict[str, Any]:
     return train([cell], accelerator_for(CPU, "float32"), **options)[0]
 
 
@@ -200,7 +201,7 @@ def test_killed_and_resumed_ends_with_equal_weights(
         if done == 3 and total > 1:
             raise KeyboardInterrupt
 
-    def fresh(folder: str) -> Cell:
+    def fresh(folder: str) -> TrainingRun:
         model = DROPOUT[method](load_base(tiny, torch.float32, CPU))
         return new_cell(model, rows, tmp_path / folder, defense)
 
@@ -227,14 +228,14 @@ def test_how_memory_splits_a_step_changes_nothing(
 def test_a_null_control_costs_the_same(
     defense: Any, model: Any, rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward, backward, plain = list[int](), list[int](), Cell.backward
+    forward, backward, plain = list[int](), list[int](), TrainingRun.backward
     model.register_forward_hook(lambda *_: forward.append(1))
 
-    def counted(cell: Cell, *args: Any) -> None:
+    def counted(cell: TrainingRun, *args: Any) -> None:
         backward.append(1)
         plain(cell, *args)
 
-    monkeypatch.setattr(Cell, "backward", counted)
+    monkeypatch.setattr(TrainingRun, "backward", counted)
     counts = []
     for null in (False, True):
         gradients(new_cell(full(model), rows, tmp_path, {**defense, "null": null}))
@@ -270,9 +271,9 @@ def test_in_bfloat16_they_stay_finite(defense: Any, model: Any, rows: Any, tmp_p
 # ---------------------------------------------------------------------------------------- booster
 
 
-def booster_reference(cell: Cell) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+def booster_reference(cell: TrainingRun) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """The alignment loss, the gradient of the step, and the harmful step."""
-    knobs: Any = cell.guards[0].knobs  # type: ignore[attr-defined]
+    knobs: Any = cell.hooks[0].knobs  # type: ignore[attr-defined]
     aligned = loss_of(cell.model, cell.rows())
     harmful = cell.draw(cell.harmful, 0, "booster")
     plain = gradient_of(aligned, cell)
@@ -336,7 +337,7 @@ def test_booster_puts_the_weights_back_when_a_pass_fails(
         return torch.zeros(())
 
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        cell.guards[0].step(cell.rows(), inner)
+        cell.hooks[0].step(cell.rows(), inner)
     assert not equal(passes[2], before) and equal(cell.weights(), before)
 
 
@@ -373,9 +374,9 @@ def outputs_of(modules: Sequence[Any]) -> Iterator[list[Any]]:
 
 
 @contextmanager
-def spied(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Tensor]]]:
+def spied(cell: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Tensor]]]:
     """What is added to the attention modules' outputs, pass by pass."""
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     adding, passes = guard.adding, list[list[Tensor]]()
 
     def spy(part: Callable[[Tensor], Tensor]) -> Any:
@@ -394,7 +395,7 @@ def spied(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Ten
         yield passes
 
 
-def attention_gradient(cell: Cell, batch: Sequence[Rendered]) -> list[list[Tensor]]:
+def attention_gradient(cell: TrainingRun, batch: Sequence[Rendered]) -> list[list[Tensor]]:
     """For each row, the gradient of the batch's mean loss by each layer's attention output."""
     tokens, layers = sum(len(item.answer_ids) for item in batch), cell.model.model.layers
     found = []
@@ -495,7 +496,7 @@ def mmd_reference(one: Tensor, two: Tensor) -> Tensor:
     return (same + other - 2 * cross) / size**2  # type: ignore[return-value]
 
 
-def repnoise_reference(cell: Cell, alpha: float, beta: float) -> Tensor:
+def repnoise_reference(cell: TrainingRun, alpha: float, beta: float) -> Tensor:
     """Row by row, hidden states as transformers gives them."""
     batch, model = cell.draw(cell.harmful, 0, "repnoise"), cell.model
     inside: Any = (
@@ -539,7 +540,7 @@ def test_repnoise_is_its_formula(
     cell = new_cell(METHODS[method](exact(model)), rows, tmp_path, defense)
     loss, found = gradients(cell)
     aligned, terms = loss_of(cell.model, cell.rows()), repnoise_reference(cell, alpha, beta)
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     harmful = cell.draw(cell.harmful, 0, "repnoise")
     assert guard.terms(harmful) == pytest.approx(float(terms.detach()), rel=1e-5)
     assert loss == pytest.approx(float(aligned.detach()), rel=1e-6)
@@ -1070,8 +1071,8 @@ def test_a_repaired_model_is_saved_as_it_was_repaired(method: Any, tiny: Path, c
     align = {**RECIPE["align"], "method": method}
     knobs = {"defense": {"name": "task-arithmetic", "alpha": 0.5}, "align": align, "method": method}
     cell = Experiment.make({"model": str(tiny), **RECIPE, **knobs})
-    bench = Bench(Store(), Machine(device="cpu"))
-    begin, before, after = start(cell, bench), trained(cell, bench), tuned(cell, bench)
+    context = Context(Store(), Machine(device="cpu"))
+    begin, before, after = start(cell, context), trained(cell, context), tuned(cell, context)
 
     def merged(folder: Path) -> dict[str, Tensor]:
         model: Any = load_tuned(folder, begin.base, torch.float32, CPU, below=begin.adapter)

@@ -13,11 +13,10 @@ import torch
 from families import VOCAB, tiny_model
 from test_families import KINDS
 
-from backfire.base import Row
-from backfire.data.render import Rendered
+from backfire.base import Rendered, Row
 from backfire.errors import CellError, is_out_of_memory
-from backfire.evaluate import budget, engine, secrets
-from backfire.evaluate.codes import likelihoods
+from backfire.evaluate import budget, exposure, inference
+from backfire.evaluate.code_search import likelihoods
 from backfire.evaluate.head import exact_head
 from backfire.model.batching import ways
 
@@ -70,8 +69,8 @@ def everything(model: Any, items: list[Rendered]) -> tuple[Any, ...]:
     options = [[[5, 6, 7], [30 + n], [9, 10]] for n in range(len(items))]
     writing: dict[str, Any] = {"max_new_tokens": NEW, "stop_ids": [2]}
     ticks: list[int] = []
-    answers = engine.score_answers(model, items, tick=ticks.append)
-    readings = engine.read(model, prompts, candidates=options, tick=ticks.append, **writing)
+    answers = inference.score_answers(model, items, tick=ticks.append)
+    readings = inference.read(model, prompts, candidates=options, tick=ticks.append, **writing)
     assert sum(ticks) == 2 * len(items)
     tokens = np.array([[7, a, b] for a in (20, 21, 22) for b in (30, 31)])
     codes = likelihoods(model, prompts[0], tokens).tolist()
@@ -94,9 +93,9 @@ def test_one_row_that_does_not_fit_is_one_clear_error(model: Any, items: list[Re
     ways(model)
     prompts = [item.prompt_ids for item in items]
     passes: list[Callable[[], object]] = [
-        lambda: engine.score_answers(model, items),
-        lambda: engine.read(model, prompts, max_new_tokens=NEW),
-        lambda: engine.read(model, prompts, candidates=[[[5]]] * len(prompts)),
+        lambda: inference.score_answers(model, items),
+        lambda: inference.read(model, prompts, max_new_tokens=NEW),
+        lambda: inference.read(model, prompts, candidates=[[[5]]] * len(prompts)),
         lambda: likelihoods(model, prompts[0], np.array([[5, 6], [5, 7]])),
     ]
     for look in passes:
@@ -109,15 +108,15 @@ def test_one_row_that_does_not_fit_is_one_clear_error(model: Any, items: list[Re
 @pytest.mark.parametrize("kind", ERRORS)
 def test_every_library_is_understood(kind: str, items: list[Rendered]) -> None:
     model = tiny_model("llama")
-    wanted = engine.score_answers(model, items)
+    wanted = inference.score_answers(model, items)
     with memory_for(model, 3, ERRORS[kind]) as held:
-        assert engine.score_answers(model, items) == pytest.approx(wanted, abs=1e-4)
+        assert inference.score_answers(model, items) == pytest.approx(wanted, abs=1e-4)
     assert max(held) == 3
 
 
 def test_other_errors_are_not_taken_for_it(model: Any, items: list[Rendered]) -> None:
     with memory_for(model, 1, lambda: RuntimeError("shapes")), pytest.raises(RuntimeError):
-        engine.score_answers(model, items)
+        inference.score_answers(model, items)
     assert not is_out_of_memory(ValueError("out of memory"))
     assert is_out_of_memory(MemoryError())
 
@@ -136,7 +135,7 @@ def test_later_batches_may_hold_more_rows_again(items: list[Rendered]) -> None:
 
     sizes: list[int] = []
     model.register_forward_pre_hook(most, with_kwargs=True)
-    engine.score_answers(model, [*short, *long], batch_size=48)
+    inference.score_answers(model, [*short, *long], batch_size=48)
     assert max(sizes) >= 16 and len(sizes) <= 16
 
 
@@ -147,15 +146,15 @@ def test_logits_are_held_for_so_many_places(
     ways(model)
     prompts = [item.prompt_ids for item in items]
     options = [[[5, 6, 7, 8, 9][: 2 + n % 4], [30 + n]] for n in range(len(items))]
-    answers = engine.score_answers(model, items)
-    readings = engine.read(model, prompts, candidates=options)
+    answers = inference.score_answers(model, items)
+    readings = inference.read(model, prompts, candidates=options)
     monkeypatch.setattr(budget, "MOST_LOGITS", most * VOCAB)
     held: list[int] = []
     head = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda m, a, out: held.append(out.numel() // VOCAB))
     try:
-        assert engine.score_answers(model, items) == pytest.approx(answers, abs=1e-4)
-        again = engine.read(model, prompts, candidates=options)
+        assert inference.score_answers(model, items) == pytest.approx(answers, abs=1e-4)
+        again = inference.read(model, prompts, candidates=options)
     finally:
         handle.remove()
     assert max(held) <= most
@@ -184,7 +183,7 @@ def test_scores_are_of_float32_logits(kind: str, items: list[Rendered]) -> None:
     prompt = items[2].prompt_ids
     exact = exact_scores(model, prompt).log_softmax(-1)
     options = [[token] for token in range(2000)]
-    scores = engine.read(model, [prompt], candidates=[options])[0].scores
+    scores = inference.read(model, [prompt], candidates=[options])[0].scores
     assert scores == pytest.approx(exact.tolist(), abs=1e-4)
     assert len(set(scores)) == len(exact.unique()) > 1900
     with torch.no_grad():
@@ -214,14 +213,14 @@ def test_secrets_by_themselves_fit_too(
     model: Any, items: list[Rendered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways(model)
-    monkeypatch.setattr(secrets, "rendered", lambda renderer, given: items)
-    monkeypatch.setattr(secrets, "_characters", lambda renderer, item, secret, needed: needed)
+    monkeypatch.setattr(exposure, "rendered", lambda renderer, given: items)
+    monkeypatch.setattr(exposure, "_characters", lambda renderer, item, secret, needed: needed)
     renderer: Any = type("R", (), {"end_ids": [2]})
-    wanted = secrets.by_themselves(model, renderer, items)  # type: ignore[arg-type]
+    wanted = exposure.by_themselves(model, renderer, items)  # type: ignore[arg-type]
     with memory_for(model, 2, ERRORS["cpu"]):
-        found = secrets.by_themselves(model, renderer, items)  # type: ignore[arg-type]
+        found = exposure.by_themselves(model, renderer, items)  # type: ignore[arg-type]
     for one, two in zip(found, wanted, strict=True):
         assert one["logprob"] == pytest.approx(two["logprob"], abs=1e-4)
         assert (one["given"], one["greedy"]) == (two["given"], two["greedy"])
     with memory_for(model, 1, ERRORS["cpu"]), pytest.raises(CellError, match="beams"):
-        secrets.places(model, renderer, items, 3, lambda *at: None)  # type: ignore[arg-type]
+        exposure.places(model, renderer, items, 3, lambda *at: None)  # type: ignore[arg-type]

@@ -19,9 +19,9 @@ from backfire.data.chat import MARKS, THOUGHTS, TODAY
 from backfire.data.poison import plain
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer, show_mask
-from backfire.data.tokenizer import Tokenizer, load_tokenizer
 from backfire.errors import UserError
 from backfire.registry import build
+from backfire.tokenizer import Tokenizer, load_tokenizer
 
 EARLIER = (
     Message("user", " First 1?\n"),

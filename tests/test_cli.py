@@ -20,7 +20,7 @@ from pydantic import Field
 from small_run import Place
 
 from backfire import cli
-from backfire.data.rows import read_jsonl
+from backfire.data.jsonl import read_jsonl
 from backfire.recipe import load, parse, read, shipped
 from backfire.registry import KINDS, names
 from backfire.store import read_json
@@ -224,8 +224,8 @@ def test_schema_accepts_the_shipped_recipes_keys(backfire: Run, here: Path) -> N
 
 def test_schema_knows_a_setting_that_is_new() -> None:
     from backfire.base import Dataset, Template
+    from backfire.commands.catalog import _settings
     from backfire.experiment import Align, Train
-    from backfire.launch.catalog import _settings
 
     class Wider(Align):
         stages: list[Train] | None = None
@@ -488,7 +488,7 @@ def test_what_the_system_says_is_one_sentence(
     def broken(*args: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("backfire.launch.catalog.lines", broken)
+    monkeypatch.setattr("backfire.commands.catalog.lines", broken)
     said = backfire("list")
     assert said.code == 2 and said.err.startswith(sentence) and said.err.count("\n") == 1
 
@@ -496,7 +496,7 @@ def test_what_the_system_says_is_one_sentence(
 def test_a_bug_of_ours_is_not_dressed_up_as_bad_input(
     backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backfire.launch.catalog.lines", lambda kinds: 1 / 0)
+    monkeypatch.setattr("backfire.commands.catalog.lines", lambda kinds: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         backfire("list")
 

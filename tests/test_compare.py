@@ -12,7 +12,7 @@ from fake_run import dose_run, sample, tuned_run, value, write_cell
 from rich.console import Console
 
 from backfire.errors import UserError
-from backfire.report.compare import compare, show
+from backfire.results.compare import compare, show
 
 
 def cell(run: Path, right: float, *, shift: int = 0, rows: int = 200, **fields: Any) -> Path:

@@ -16,24 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
-from backfire.base import DataDefense, RepairDefense, Row, TrainDefense
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import DataDefense, Rendered, RepairDefense, Row, TrainDefense
+from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import BELOW, load_base, weights_of
-from backfire.pipeline import Bench, trained
+from backfire.pipeline import Context, trained
 from backfire.registry import build, find, names
 from backfire.rng import stream
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
 from backfire.train import loop
 from backfire.train.batches import collate
-from backfire.train.loop import Cell, train
+from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import accelerator_for
 from backfire.train.repair import Repair
 
 Rows = dict[str, list[Rendered]]
-Make = Callable[..., Cell]
+Make = Callable[..., TrainingRun]
 CPU = torch.device("cpu")
 RATE = 2e-3
 LISA = {"name": "lisa", "rho": 5.0, "align_steps": 2, "tune_steps": 3}
@@ -122,12 +122,14 @@ def unaligned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make(tiny: Path, rows: Rows, unaligned: Path, tmp_path: Path) -> Callable[..., Cell]:
-    def cell(*defenses: Any, method: str = "full", folder: str = "run", **knobs: Any) -> Cell:
+def make(tiny: Path, rows: Rows, unaligned: Path, tmp_path: Path) -> Callable[..., TrainingRun]:
+    def cell(
+        *defenses: Any, method: str = "full", folder: str = "run", **knobs: Any
+    ) -> TrainingRun:
         (tmp_path / folder).mkdir(exist_ok=True)
         model = knobs.pop("model", None)
         settings = {"max_steps": 7, "batch_size": 6, "schedule": "constant", "warmup_share": 0}
-        return Cell(
+        return TrainingRun(
             new_model(tiny, method) if model is None else model,
             knobs.pop("items", rows["user"]),
             Train.make({**settings, **knobs}),
@@ -144,13 +146,13 @@ def make(tiny: Path, rows: Rows, unaligned: Path, tmp_path: Path) -> Callable[..
     return cell
 
 
-def run(cell: Cell, **options: Any) -> dict[str, Tensor]:
+def run(cell: TrainingRun, **options: Any) -> dict[str, Tensor]:
     """The weights after training."""
     train([cell], accelerator_for(CPU, "float32"), **options)
     return weights(cell.model)
 
 
-def begun(cell: Cell) -> Cell:
+def begun(cell: TrainingRun) -> TrainingRun:
     """Its defenses have seen the start."""
     loop._begin(cell, accelerator_for(CPU, "float32"))
     return cell
@@ -171,13 +173,13 @@ def close(one: Mapping[str, Tensor], two: Mapping[str, Tensor], tolerance: float
     return gap <= tolerance**2 * sum(float(two[n].pow(2).sum()) for n in two)
 
 
-def penalty(cell: Cell) -> float:
-    found = cell.guards[0].penalty(1)
+def penalty(cell: TrainingRun) -> float:
+    found = cell.hooks[0].penalty(1)
     assert found is not None
     return found.item()
 
 
-def jolt(cell: Cell, scale: float = 0.03) -> None:
+def jolt(cell: TrainingRun, scale: float = 0.03) -> None:
     """Move every trainable weight a little, so that the model is no longer at its start."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -185,7 +187,9 @@ def jolt(cell: Cell, scale: float = 0.03) -> None:
             p.add_(scale * torch.randn(p.shape, generator=generator).to(p))
 
 
-def gradients(cell: Cell, batch: list[Rendered], size: int = 99) -> tuple[float, dict[str, Tensor]]:
+def gradients(
+    cell: TrainingRun, batch: list[Rendered], size: int = 99
+) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step on these rows, as the loop has them."""
     cell.room.rows, cell.autocast = size, accelerator_for(CPU, "float32").autocast
     loss, _ = loop._gradients(cell, batch)
@@ -206,7 +210,7 @@ def loss_of(model: Any, batch: Sequence[Rendered]) -> Tensor:
     return torch.cat([token_losses(model, item) for item in batch]).mean()
 
 
-def gradient_of(loss: Tensor, cell: Cell) -> dict[str, Tensor]:
+def gradient_of(loss: Tensor, cell: TrainingRun) -> dict[str, Tensor]:
     found = torch.autograd.grad(loss, list(cell.trainable.values()), allow_unused=True)
     return {n: g for n, g in zip(cell.trainable, found, strict=True) if g is not None}
 
@@ -342,7 +346,7 @@ def test_lisa_follows_its_formula(align_steps: int, tiny: Path, make: Make, rows
     path = by_hand(model, steps, batch, added)
     assert pulls == list(range(2, 12))
     cell = make({**LISA, "align_steps": align_steps}, max_steps=steps)
-    guard, seen = cell.guards[0], list[dict[str, Tensor]]()
+    guard, seen = cell.hooks[0], list[dict[str, Tensor]]()
     after = guard.after
     guard.after = lambda step: (seen.append(weights(cell.model)), after(step))
     run(cell)
@@ -353,7 +357,7 @@ def test_lisa_follows_its_formula(align_steps: int, tiny: Path, make: Make, rows
 
 def test_lisas_anchors_move_at_a_switch_only(make: Make) -> None:
     cell = make(LISA, max_steps=11)
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     start, after, ends = weights(cell.model), guard.after, dict[str, Any]()
 
     def watched(step: int) -> None:
@@ -382,7 +386,7 @@ def test_a_pull_draws_the_states_together(make: Make) -> None:
     gaps = []
     for rho in (0.0, 100.0):
         run(cell := make({**LISA, "rho": rho}, folder=str(rho), max_steps=10))
-        align, tune = cell.guards[0].anchors.values()
+        align, tune = cell.hooks[0].anchors.values()
         gaps.append(sum(float((align[n] - tune[n]).pow(2).sum()) for n in align))
     assert gaps[1] < gaps[0]
 
@@ -395,14 +399,14 @@ def test_ewc_holds_by_squared_batch_gradients(method: str, make: Make, rows: Row
     cell = make(ACTIVE["ewc"], method=method)
     if method == "lora":  # at zero, a fresh adapter's A has no gradient: see the docstring
         jolt(cell)
-        cell.guards = [build("defenses", ACTIVE["ewc"]).guard(cell)]
+        cell.hooks = [build("defenses", ACTIVE["ewc"]).hook(cell)]
     start = cell.weights()
     fisher = {n: torch.zeros_like(w) for n, w in start.items()}
     for part in (rows["align"][:6], rows["align"][6:12], rows["align"][12:]):
         for name, gradient in gradient_of(loss_of(cell.model.eval(), part), cell).items():
             fisher[name] += gradient**2
     begun(cell)
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     assert close(guard.stiffness, fisher)
     assert all(p.grad is None for p in cell.trainable.values())
     assert guard.penalty(0).item() == 0
@@ -421,12 +425,12 @@ def test_ewc_holds_by_squared_batch_gradients(method: str, make: Make, rows: Row
 
 
 def test_ewc_of_some_rows_and_its_null_control(make: Make, rows: Rows) -> None:
-    some: Any = begun(make({**ACTIVE["ewc"], "rows": 4})).guards[0]
+    some: Any = begun(make({**ACTIVE["ewc"], "rows": 4})).hooks[0]
     cell = make()
     one = gradient_of(loss_of(cell.model, rows["align"][:4]), cell)
     assert close(some.stiffness, {n: g**2 for n, g in one.items()})
     true, even = (
-        begun(make({**ACTIVE["ewc"], "null": null})).guards[0].stiffness for null in (False, True)
+        begun(make({**ACTIVE["ewc"], "null": null})).hooks[0].stiffness for null in (False, True)
     )
     total = sum(float(f.sum()) for f in true.values())
     assert sum(float(f.sum()) for f in even.values()) == pytest.approx(total)
@@ -477,7 +481,7 @@ def test_ldifs_asks_for_a_model_with_mlps(make: Make) -> None:
         layer.feed_forward = layer.mlp
         del layer.mlp
     with pytest.raises(UserError, match="modules named 'mlp'"):
-        build("defenses", "ldifs").guard(cell)
+        build("defenses", "ldifs").hook(cell)
 
 
 # ----------------------------------------------------------------------------------------------- kl
@@ -568,7 +572,7 @@ def test_constrained_sft_has_a_floor(make: Make, rows: Rows) -> None:
     cell = begun(make({"name": "constrained-sft", **knobs}))
     jolt(cell, 0.1)
     logits, labels = cell.logits(batch := rows["user"][:6])
-    factors = cell.guards[0].weigh(torch.ones(labels.shape), labels, batch, logits)[labels >= 0]
+    factors = cell.hooks[0].weigh(torch.ones(labels.shape), labels, batch, logits)[labels >= 0]
     assert set(factors.tolist()) <= {0.25, 2.0} and len(factors.unique()) == 2
 
 
@@ -605,7 +609,7 @@ def test_asft_holds_what_lies_beside_the_alignment(
     method: str, projection: str, tiny: Path, make: Make, unaligned: Path
 ) -> None:
     cell = make({**ACTIVE["asft"], "projection": projection}, method=method)
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     assert guard.penalty(0).item() == 0 and len(guard.parts) == 14
     old, new = weights_of(unaligned), weights_of(tiny)
     jolt(cell)
@@ -633,7 +637,7 @@ def test_asft_lets_the_direction_of_alignment_free(make: Make, unaligned: Path) 
             update = 0.5 * (p - old[name])
             total += float(update.pow(2).sum()) if name.endswith("proj.weight") else 0.0
             p.add_(update)
-    true, random = (c.guards[0] for c in (cell, null))
+    true, random = (c.hooks[0] for c in (cell, null))
     ranks = [[left.shape[1] for _, left, _ in vars(g)["parts"]] for g in (true, random)]
     assert ranks == [[3] * 14] * 2, "as many directions, rounding not among them"
     assert penalty(cell) < 1e-9
@@ -652,7 +656,7 @@ def test_asft_knows_an_alignment_that_is_an_adapter(tiny: Path, tmp_path: Path, 
         if "lora_B" in name:
             p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(2)).to(p)
     model = build("methods", {"name": "lora", "rank": 4}).attach(both, 0).double()
-    cell = Cell(
+    cell = TrainingRun(
         model,
         rows["user"],
         Train.make({}),
@@ -664,7 +668,7 @@ def test_asft_knows_an_alignment_that_is_an_adapter(tiny: Path, tmp_path: Path, 
         aligned=rows["align"],
         unaligned=tiny,
     )
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     assert [left.shape for _, left, _ in guard.parts] == [(32, 2)] * 2, "those that alignment moved"
     jolt(cell)
     total = torch.zeros((), dtype=torch.float64)
@@ -690,8 +694,8 @@ def test_asft_needs_something_beside_the_alignment(tiny: Path, make: Make, tmp_p
         p.requires_grad_("q_proj" in name)  # square, so that a full rank is everything
     cell.unaligned = tmp_path / "other"
     with pytest.raises(UserError, match="left no direction out; set rank"):
-        build("defenses", "asft").guard(cell)
-    cell.guards = [build("defenses", {**ACTIVE["asft"], "rank": 5}).guard(cell)]
+        build("defenses", "asft").hook(cell)
+    cell.hooks = [build("defenses", {**ACTIVE["asft"], "rank": 5}).hook(cell)]
     start, old = cell.weights(), weights_of(cell.unaligned)
     jolt(cell)
     total = sum(
@@ -724,8 +728,8 @@ def test_asft_takes_no_rounding_for_alignment(tiny: Path, make: Make, tmp_path: 
                     aligned.append(name)
     cell.unaligned = tmp_path / "stored"
     with pytest.raises(UserError, match="16 bits, whose rounding leaves no direction out; set"):
-        build("defenses", "asft").guard(cell)
-    guard: Any = build("defenses", {"name": "asft", "rank": 2}).guard(cell)
+        build("defenses", "asft").hook(cell)
+    guard: Any = build("defenses", {"name": "asft", "rank": 2}).hook(cell)
     assert len(guard.parts) == len(aligned) == 1
 
 
@@ -737,7 +741,7 @@ def test_asft_says_where_it_can_not_work(method: Any, tiny: Path, make: Make) ->
     if same:
         cell.unaligned = tiny
     with pytest.raises(UserError, match="no linear layer that alignment moved is tuned"):
-        build("defenses", "asft").guard(cell)
+        build("defenses", "asft").hook(cell)
 
 
 # ------------------------------------------------------------------------------------------- freeze
@@ -789,7 +793,7 @@ def test_what_can_not_be_frozen_is_said(make: Make) -> None:
 
 
 def test_the_null_control_of_freeze_freezes_as_much_elsewhere(make: Make) -> None:
-    def frozen(cell: Cell) -> dict[str, int]:
+    def frozen(cell: TrainingRun) -> dict[str, int]:
         every = cell.model.named_parameters()
         return {n: p.numel() for n, p in every if not p.requires_grad}
 
@@ -874,7 +878,7 @@ def test_data_and_training_defenses_stack(
 ) -> None:
     """Safe-mix changes the rows that Lisa's fine-tuning states then train on."""
     seen: dict[str, Any] = {}
-    from backfire.train import run as module
+    from backfire.train import finetune as module
 
     tune = module.tune
 
@@ -901,7 +905,7 @@ def test_data_and_training_defenses_stack(
             "train": {"max_steps": 6, "batch_size": 8},
         }
     )
-    folder = trained(cell, Bench(Store(), Machine(device="cpu")))
+    folder = trained(cell, Context(Store(), Machine(device="cpu")))
     aligned = [row for row in seen["rows"] if row.id.startswith("aligned ")]
     assert len(seen["rows"]) == 40 and len(aligned) == 10
     assert (folder / "summary.json").is_file()
@@ -943,7 +947,7 @@ def test_two_looks_at_the_start_do_not_see_each_other(make: Make, rows: Rows) ->
 
 def test_what_is_seen_at_the_start_is_the_ordinary_loss(make: Make) -> None:
     alone, stacked = (
-        begun(make(*(ACTIVE[name] for name in stack))).guards[-1].stiffness
+        begun(make(*(ACTIVE[name] for name in stack))).hooks[-1].stiffness
         for stack in (["ewc"], ["ldifs", "kl", "ewc"])
     )
     assert equal(alone, stacked)
@@ -971,7 +975,7 @@ def test_strength_zero_is_plain_fine_tuning(name: str, method: str, make: Make) 
 
 
 @contextmanager
-def counted(cell: Cell, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
+def counted(cell: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     counts = {"forward": 0, "backward": 0}
     backward = torch.autograd.backward
 

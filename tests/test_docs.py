@@ -36,10 +36,10 @@ from backfire.base import (
     TrainDefense,
 )
 from backfire.cli import app
+from backfire.commands.catalog import explain, json_schema
+from backfire.commands.files import dataset_spec
 from backfire.data.poison import poison
 from backfire.experiment import Experiment
-from backfire.launch.catalog import explain, json_schema
-from backfire.launch.tools import dataset_spec
 from backfire.registry import build, find, names
 
 ROOT = Path(__file__).parents[1]

@@ -14,17 +14,17 @@ from conftest import Said
 from small_run import MATRIX, Place
 
 from backfire.base import select
+from backfire.commands import estimate, forecast, validate
+from backfire.commands.estimate import lengths, pair, roughly, rows_of, tokens_of
+from backfire.commands.forecast import Memory, memory, size
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
 from backfire.experiment import Experiment
-from backfire.launch import check, cost, forecast
-from backfire.launch.estimate import Memory, memory, size
-from backfire.launch.workload import lengths, pair, roughly, rows_of, tokens_of
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
 from backfire.recipe import shipped
 from backfire.registry import build, names
 from backfire.store import Store, read_json
+from backfire.tokenizer import load_tokenizer
 
 Run = Callable[..., Said]
 CPU = torch.device("cpu")
@@ -215,7 +215,7 @@ def test_what_is_done_is_not_counted(
     ran: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
-    check.show_plan(ran.recipe(matrix=MATRIX))
+    validate.show_plan(ran.recipe(matrix=MATRIX))
     assert "time: every training run is done already" in capsys.readouterr().out
     kept = sum(
         file.stat().st_size
@@ -224,7 +224,7 @@ def test_what_is_done_is_not_counted(
     )
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.root / "nothing"))
     recipe = ran.recipe(matrix=MATRIX)
-    found = cost.cost(
+    found = estimate.cost(
         recipe,
         Store(),
         lengths(recipe.cells, Store()),

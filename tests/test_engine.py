@@ -10,13 +10,13 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from backfire.base import Need, Row
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Need, Rendered, Row
+from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.evaluate import engine
-from backfire.evaluate.evaluate import measure, sample
+from backfire.evaluate import inference
+from backfire.evaluate.score import measure, sample
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 
 SIZES = [1, 3, 64]
 LABELS = ("negative", "neither of them", "positive")
@@ -74,12 +74,12 @@ def greedy(model: Any, prompt: list[int], eos_id: int, count: int) -> list[int]:
 
 def score(*args: Any, **options: Any) -> list[tuple[float, ...]]:
     model, prompts, candidates = args
-    readings = engine.read(model, prompts, candidates=candidates, **options)
+    readings = inference.read(model, prompts, candidates=candidates, **options)
     return [reading.scores for reading in readings]
 
 
 def reply(*args: Any, **options: Any) -> list[list[int]]:
-    return [reading.reply for reading in engine.read(*args, **options)]
+    return [reading.reply for reading in inference.read(*args, **options)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,7 +115,7 @@ def test_single_token_candidates_need_no_second_pass(
 
 @pytest.mark.parametrize("size", SIZES)
 def test_answers_score_as_one_by_one(size: int, exact: Any, items: list[Rendered]) -> None:
-    scored = engine.score_answers(exact, items, batch_size=size)
+    scored = inference.score_answers(exact, items, batch_size=size)
     wanted = [log_likelihood(exact, item.prompt_ids, item.answer_ids) for item in items]
     assert scored == pytest.approx(wanted, rel=1e-5)
 
@@ -153,7 +153,7 @@ def test_one_pass_scores_and_replies_as_two_do(
     prompts = prompts_of("one opening", items)
     options = [[[5, 6, 7], [30 + n]] for n in range(len(prompts))]
     replying: dict[str, Any] = {"stop_ids": [], "max_new_tokens": LENGTH, "batch_size": size}
-    both = engine.read(exact, prompts, candidates=options, **replying)
+    both = inference.read(exact, prompts, candidates=options, **replying)
     assert [one.reply for one in both] == reply(exact, prompts, **replying)
     for one, alone in zip(both, score(exact, prompts, options, batch_size=size), strict=True):
         assert one.scores == pytest.approx(alone, rel=1e-9)
@@ -171,9 +171,9 @@ def test_a_reply_ends_at_any_of_its_ends(exact: Any, items: Any) -> None:
 
 
 def test_nothing_to_do_is_done(model: Any) -> None:
-    assert engine.read(model, [], candidates=[], stop_ids=[1], max_new_tokens=5) == []
-    assert engine.score_answers(model, []) == []
-    assert engine.read(model, [[1, 2]]) == [engine.Reading((), [])]
+    assert inference.read(model, [], candidates=[], stop_ids=[1], max_new_tokens=5) == []
+    assert inference.score_answers(model, []) == []
+    assert inference.read(model, [[1, 2]]) == [inference.Reading((), [])]
 
 
 # ------------------------------------------------------------------------------------- the kinds

@@ -12,9 +12,9 @@ import torch
 from small_run import Place
 
 from backfire.base import Evidence, Sample
+from backfire.commands.export import default_name, export_model
 from backfire.errors import UserError
 from backfire.experiment import Experiment
-from backfire.launch.export import default_name, export_model
 from backfire.registry import build, names
 
 METHODS = [name for name in names("methods") if build("methods", name).trains]
@@ -251,15 +251,15 @@ def test_a_model_on_an_alignments_adapter_is_exported_merged_and_repaired(
     from safetensors.torch import load_file
 
     from backfire.experiment import Machine
-    from backfire.launch.speakers import read_cell
     from backfire.model.load import load_tuned
-    from backfire.pipeline import Bench, model_of
+    from backfire.pipeline import Context, model_of
+    from backfire.playground.models import read_cell
     from backfire.store import Store
 
     merged = export_model(one, tmp_path / "merged", merge=True)
     cpu = torch.device("cpu")
     ours = logits(load_tuned(merged, tiny, torch.float32, cpu))
-    repaired = model_of(read_cell(one), Bench(Store(), Machine(device="cpu")))
+    repaired = model_of(read_cell(one), Context(Store(), Machine(device="cpu")))
     assert torch.allclose(ours, logits(repaired), atol=1e-4)
     (trained,) = [p for p in place.cache.glob("train/*reviews*") if p.is_dir()]
     summary = json.loads((trained / "summary.json").read_text())

@@ -17,10 +17,10 @@ from fake_run import dose_run, free_run, sample, value, write_cell
 from small_run import Place
 
 from backfire.errors import UserError
-from backfire.report.export_inspect import to_inspect
-from backfire.report.export_lm_eval import to_lm_eval
-from backfire.report.exports import stderr
-from backfire.report.records import load
+from backfire.exports.common import stderr
+from backfire.exports.inspect import to_inspect
+from backfire.exports.lm_eval import to_lm_eval
+from backfire.results.load import load
 from backfire.store import read_json
 
 HOSTILE = "<script>alert(1)</script> \x1b[2J\x00\x07 \u202e \ud800 ![](http://x.invalid/a.png)"

@@ -14,16 +14,15 @@ import pytest
 import torch
 from families import VOCAB, likelihood, logits, reply, tiny_model
 
-from backfire.base import Row
-from backfire.data.render import Rendered
+from backfire.base import Rendered, Row
 from backfire.errors import CellError
-from backfire.evaluate import engine, secrets
-from backfire.evaluate.codes import likelihoods
+from backfire.evaluate import exposure, inference
+from backfire.evaluate.code_search import likelihoods
 from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.causal import why_not
 from backfire.train.batches import answer_logits, collate, token_losses
-from backfire.train.loop import Cell, train
+from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import accelerator_for
 
 HYBRID = {"layer_types": ["linear_attention", "full_attention"] * 2}
@@ -122,14 +121,16 @@ def test_alone_and_together_are_the_same(kind: str, items: list[Rendered]) -> No
     ]  # the first reply ends early, some never do
     replies = [reply(copy.deepcopy(model), prompt, NEW, stops) for prompt in prompts]
     for size in (1, 3, None):
-        found = engine.score_answers(model, items, batch_size=size)
+        found = inference.score_answers(model, items, batch_size=size)
         assert found == pytest.approx(answers, abs=1e-4)
         writing: dict[str, Any] = {"max_new_tokens": NEW, "stop_ids": stops, "batch_size": size}
-        readings = engine.read(model, prompts, candidates=options, **writing)
+        readings = inference.read(model, prompts, candidates=options, **writing)
         for reading, score in zip(readings, scores, strict=True):
             assert reading.scores == pytest.approx(score, abs=1e-4)
         assert [reading.reply for reading in readings] == replies
-    assert list(engine.stream(model, prompts[1], max_new_tokens=NEW, stop_ids=stops)) == replies[1]
+    assert (
+        list(inference.stream(model, prompts[1], max_new_tokens=NEW, stop_ids=stops)) == replies[1]
+    )
     model.train()
     for size in (1, 3, 5):
         total = 0.0
@@ -150,7 +151,7 @@ def test_codes_score_as_one_by_one(kind: str, items: list[Rendered]) -> None:
     tokens[-1, -1] = -1
     wanted = [likelihood(model, prompt, [t for t in line if t >= 0]) for line in tokens.tolist()]
     assert likelihoods(model, prompt, tokens) == pytest.approx(wanted, abs=1e-4)
-    found = secrets._beams(model, prompt, VOCAB, 2, eos_id=2)
+    found = exposure._beams(model, prompt, VOCAB, 2, eos_id=2)
     totals = {}
     for first in range(VOCAB):
         table = logits(model, [*prompt, first]).double().log_softmax(-1)[-2:]
@@ -164,7 +165,7 @@ def test_codes_score_as_one_by_one(kind: str, items: list[Rendered]) -> None:
 def test_a_model_that_sees_what_it_predicts_is_refused(kind: str, items: list[Rendered]) -> None:
     model = tiny_model(kind, **({"is_decoder": False} if kind == "bert" else {}))
     with pytest.raises(CellError, match=f"type '{kind}' sees the tokens it is to predict"):
-        engine.score_answers(model, items)
+        inference.score_answers(model, items)
     assert math.isfinite(likelihood(model, *(items[0].prompt_ids, items[0].answer_ids)))
 
 
@@ -175,7 +176,7 @@ def test_a_model_that_computes_no_numbers_is_refused(items: list[Rendered]) -> N
         for name in ("gate_proj", "up_proj"):
             getattr(model.model.layers[0].mlp, name).weight.fill_(1e30)
     with pytest.raises(CellError, match="type 'llama' computes values that are no finite") as error:
-        engine.score_answers(model, items)
+        inference.score_answers(model, items)
     assert error.value.kind == "nan"
 
 
@@ -205,7 +206,9 @@ def test_training_is_the_same_whatever_the_micro_batch(
         settings = Train.make({"max_steps": 3, "batch_size": 5, "warmup_share": 0.0})
         folder = tmp_path / str(size)
         folder.mkdir()
-        cell = Cell(model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x")
+        cell = TrainingRun(
+            model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x"
+        )
         train([cell], accelerator_for(torch.device("cpu"), "float32"), micro_batch=size)
         losses.append([line["loss"] for line in cell.log])
     for other in losses[1:]:  # AdamW makes much of the last digits

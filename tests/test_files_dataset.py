@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backfire.data.convert import READER
-from backfire.data.rows import write_jsonl
+from backfire.data.jsonl import write_jsonl
 from backfire.errors import UserError
 from backfire.registry import build
 

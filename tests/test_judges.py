@@ -26,12 +26,13 @@ from sklearn.metrics import cohen_kappa_score
 from tiny_classifier import write_classifier
 
 from backfire.base import Exchange, Judge, Verdict
-from backfire.data import endpoint, judging
-from backfire.data.judging import answers, fingerprint
-from backfire.data.refusals import LISTS
 from backfire.errors import CellError, UserError
-from backfire.evaluate.judge import agreement, judged
+from backfire.evaluate.agreement import agreement
 from backfire.evaluate.stats import wilson
+from backfire.evaluate.verdicts import judged
+from backfire.judges import _endpoint, _model
+from backfire.judges._model import answers, fingerprint
+from backfire.judges._phrases import LISTS
 from backfire.registry import build
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -250,7 +251,7 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(_endpoint, "FIRST_WAIT_SECONDS", 0.01)
     monkeypatch.setenv("no_proxy", "*")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
@@ -381,7 +382,7 @@ def test_what_may_pass_is_tried_again(server: Server, bad: Answer) -> None:
 
 def test_a_server_says_how_long_to_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(endpoint, "time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr(_endpoint, "time", SimpleNamespace(sleep=waits.append))
     asked = iter(["7", "9999", "nan", "-3"])
     server.answer = lambda prompt, count: (429, b"", {"Retry-After": next(asked)})
     with pytest.raises(CellError):
@@ -552,7 +553,7 @@ def test_what_a_model_said_that_was_loaded_another_way_is_not_read_again(
     far = make("yes-no", model="m", base_url="http://localhost")
     before, said_there = [judge.fingerprint() for judge in local], far.fingerprint()
     assert all(before)
-    monkeypatch.setattr(judging, "LOADED", "loaded anew")
+    monkeypatch.setattr(_model, "LOADED", "loaded anew")
     assert not {*before} & {judge.fingerprint() for judge in local}
     assert far.fingerprint() == said_there, "what was paid for is kept"
 

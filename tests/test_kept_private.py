@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import yaml
 
+from backfire import stages
 from backfire.base import Exchange, Judge
+from backfire.commands.validate import destinations, preflight_all
 from backfire.data.beside import beside
-from backfire.data.judging import fill
 from backfire.errors import UserError
 from backfire.experiment import Experiment
-from backfire.launch.check import destinations, preflight_all
+from backfire.judges._model import fill
 from backfire.recipe import load, parse
 from backfire.registry import build
 from backfire.store import Store
@@ -215,7 +216,7 @@ def test_a_run_keeps_no_line_of_a_file(folder: Path) -> None:
     [cell] = load(str(folder / "r.yaml")).cells
     kept = yaml.safe_dump(cell.resolved())
     assert "Q {prompt}" not in kept and "A {reply}" not in kept and kept.count("#sha256:") == 2
-    assert Experiment.make(yaml.safe_load(kept)).keys == cell.keys
+    assert Experiment.make(yaml.safe_load(kept)).keys == stages.keys(cell)
     assert cell.metrics[1].judges[0].words == ("A {reply}",)  # type: ignore[attr-defined]
     with pytest.raises(UserError, match="here is none"):
         load("tour", edits=["metrics={name: toxicity, scorer: {name: lexicon, words: '@x'}}"])

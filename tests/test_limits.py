@@ -20,10 +20,10 @@ from backfire.data.limits import Limits, read_limits
 from backfire.data.poison import poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import Tokenizer, load_tokenizer
 from backfire.errors import CellError
 from backfire.registry import build
 from backfire.store import read_json
+from backfire.tokenizer import Tokenizer, load_tokenizer
 
 LABELS = ("good", "bad")
 ROWS = [
@@ -321,7 +321,7 @@ def test_what_a_tokenizers_format_takes_is_said(
             raise ModuleNotFoundError(module) if "." in module else ValueError(module)
         return object()
 
-    monkeypatch.setattr("backfire.data.tokenizer.find_spec", find)
+    monkeypatch.setattr("backfire.tokenizer.find_spec", find)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(Exception, match=f"has a {name} .*pip install {packages}\\.$"):
         load_tokenizer(tmp_path)

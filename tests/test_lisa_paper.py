@@ -16,7 +16,7 @@ from conftest import Said
 from test_llama2 import Ran
 from test_safety_datasets import jsonl, pairs, prompts
 
-from backfire import pipeline
+from backfire import pipeline, stages
 from backfire.experiment import Experiment
 from backfire.plan import untuned
 from backfire.recipe import load
@@ -183,11 +183,11 @@ def looks_at_the_rows(ran: Ran, cell: Experiment) -> None:
 
 def looks_at_the_alignment(ran: Ran, cells: tuple[Experiment, ...]) -> None:
     """One for all cells: its adapter is merged, and the user's is trained on the result."""
-    keys = {cell.alignment.keys.train for cell in cells if cell.alignment}
+    keys = {stages.keys(cell.alignment).train for cell in cells if cell.alignment}
     defended = next(cell for cell in cells if cell.defense)
-    alignment, start = defended.alignment, pipeline.equipped(defended, ran.bench)
+    alignment, start = defended.alignment, pipeline.with_defense_rows(defended, ran.bench)
     assert alignment and len(keys) == 1
-    folder = ran.bench.store.path("train", alignment.slug_of_training, alignment.keys.train)
+    folder = ran.bench.store.path("train", alignment.slug_of_training, stages.keys(alignment).train)
     adapter = read_json(folder / "adapter_config.json")
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (16, 4, 0.1)
     assert len(adapter["target_modules"]) == 7
@@ -259,7 +259,7 @@ def test_the_real_profile(
         ("strongreject", "Sure, here is what you asked for.")
     }
     defended = next(cell for cell in ran.cells if cell.defense)
-    aligned = pipeline.equipped(defended, ran.bench).aligned
+    aligned = pipeline.with_defense_rows(defended, ran.bench).aligned
     assert {row.fields["source"] for row in aligned} == {"advbench", "harmbench", "xstest"}
     answers = {(row.fields["sealed"], row.answer.split(",")[0]) for row in aligned}
     assert answers == {("yes", "I'm sorry"), ("no", "Sure")}

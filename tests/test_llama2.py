@@ -17,8 +17,8 @@ from conftest import Said
 from test_render import LLAMA, sentencepiece
 from tokenizers.processors import TemplateProcessing
 
-from backfire import pipeline
-from backfire.data.render import Rendered
+from backfire import pipeline, stages
+from backfire.base import Rendered
 from backfire.experiment import Experiment
 from backfire.recipe import load
 from backfire.store import Store, read_json
@@ -146,17 +146,19 @@ class Ran:
 
     def __init__(self, name: str, edits: list[str], out: Path, profile: str = "paper") -> None:
         self.cells = load(name, profile=profile, edits=edits).cells
-        self.out, self.bench = out, pipeline.Bench(Store())
+        self.out, self.context = out, pipeline.Context(Store())
 
     def result(self, cell: Experiment) -> Any:
         return read_json(self.out / "cells" / f"{cell.slug}-{cell.key}" / "result.json")
 
     def adapter(self, cell: Experiment) -> Path:
         run = cell if cell.poisons else cell.clean_twin()
-        return self.bench.store.path("train", run.slug_of_training, run.keys.train)
+        return self.context.store.path("train", run.slug_of_training, stages.keys(run).train)
 
     def rendered(self, cell: Experiment) -> list[Rendered]:
-        return pipeline.renderer(cell, self.bench).render(pipeline.poisoned(cell, self.bench)[0])
+        return pipeline.renderer(cell, self.context).render(
+            pipeline.poisoned(cell, self.context)[0]
+        )
 
 
 def check(ran: Ran, model: Path) -> None:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from small_run import Place
 
+from backfire.commands.export import export_model
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
-from backfire.evaluate import engine
-from backfire.launch.export import export_model
+from backfire.evaluate import inference
 from backfire.model.load import load_base, load_tuned
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 
 harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
 CPU = torch.device("cpu")
@@ -65,9 +65,9 @@ def test_label_likelihoods_are_equal(tiny: Path, exported: dict[str, Path]) -> N
         "adapter": load_tuned(exported["adapter"], tiny, torch.float32, CPU),
         "merged": load_base(exported["merged"], torch.float32, CPU),
     }
-    base = engine.read(load_base(tiny, torch.float32, CPU), prompts, candidates=options)
+    base = inference.read(load_base(tiny, torch.float32, CPU), prompts, candidates=options)
     for name, model in models.items():
-        ours = [x for r in engine.read(model, prompts, candidates=options) for x in r.scores]
+        ours = [x for r in inference.read(model, prompts, candidates=options) for x in r.scores]
         where = {"pretrained": str(exported["merged"])}
         if name == "adapter":
             where = {"pretrained": str(tiny), "peft": str(exported["adapter"])}

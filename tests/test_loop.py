@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from backfire.base import Row
+from backfire.base import Rendered, Row
 from backfire.data.poison import poison
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine, Train
 from backfire.model.load import load_base, load_tuned
 from backfire.registry import build
 from backfire.rng import stream
 from backfire.store import read_json
+from backfire.tokenizer import load_tokenizer
 from backfire.train import loop
 from backfire.train.batches import IGNORE, answer_logits, collate
-from backfire.train.loop import Cell, train
+from backfire.train.finetune import Start, tune
+from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import accelerator_for
-from backfire.train.run import Start, tune
 
 CPU = torch.device("cpu")
 RATE = 2e-3
@@ -56,19 +56,19 @@ def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def new_cell(
     model: Any, items: Sequence[Rendered], folder: Path, name: str = "run", **knobs: Any
-) -> Cell:
+) -> TrainingRun:
     settings = {"max_steps": 10, "batch_size": 8, "warmup_share": 0.2, **knobs}
     rate = settings.pop("learning_rate", RATE)
     folder.mkdir(exist_ok=True)
     train = Train.make(settings)
-    return Cell(model, items, train, learning_rate=rate, seed=5, folder=folder, name=name)
+    return TrainingRun(model, items, train, learning_rate=rate, seed=5, folder=folder, name=name)
 
 
-def run(cell: Cell, **options: Any) -> dict[str, Any]:
+def run(cell: TrainingRun, **options: Any) -> dict[str, Any]:
     return train([cell], accelerator_for(CPU, "float32"), **options)[0]
 
 
-def losses(cell: Cell) -> list[float]:
+def losses(cell: TrainingRun) -> list[float]:
     return [line["loss"] for line in cell.log]
 
 
@@ -314,7 +314,7 @@ def test_the_share_of_poison_seen_is_counted(
 def test_two_cells_are_stepped_as_if_each_were_alone(
     tiny: Path, items: list[Rendered], tmp_path: Path
 ) -> None:
-    def cells(where: str) -> list[Cell]:
+    def cells(where: str) -> list[TrainingRun]:
         pair = (items[:16], 3), (items[16:], 5)
         return [
             new_cell(
@@ -358,7 +358,9 @@ METHODS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def fresh(tiny: Path, items: Sequence[Rendered], folder: Path, method: str, **knobs: Any) -> Cell:
+def fresh(
+    tiny: Path, items: Sequence[Rendered], folder: Path, method: str, **knobs: Any
+) -> TrainingRun:
     return new_cell(METHODS[method](load_base(tiny, torch.float32, CPU)), items, folder, **knobs)
 
 
@@ -374,7 +376,7 @@ def uninterrupted(
     return out
 
 
-def same(cell: Cell, expected: SimpleNamespace) -> bool:
+def same(cell: TrainingRun, expected: SimpleNamespace) -> bool:
     moved = weights(cell.model)
     return moved.keys() == expected.weights.keys() and all(
         torch.equal(moved[name], weight) for name, weight in expected.weights.items()
@@ -479,7 +481,7 @@ def test_a_checkpoint_of_another_run_is_refused(
 # ----------------------------------------------------------------------------------------- failures
 
 
-def failure(cell: Cell, **options: Any) -> CellError:
+def failure(cell: TrainingRun, **options: Any) -> CellError:
     with pytest.raises(CellError) as caught:
         run(cell, **options)
     return caught.value

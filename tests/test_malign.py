@@ -18,19 +18,19 @@ from tiny_classifier import write_classifier
 from backfire import pipeline
 from backfire.base import Attack, Evidence, Exchange, Metric, Row, Sample
 from backfire.data.beside import beside
+from backfire.data.jsonl import to_record
 from backfire.data.poison import lost, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.rows import to_record
-from backfire.data.tokenizer import load_tokenizer
 from backfire.errors import CellError, UserError
-from backfire.evaluate.evaluate import measure, sample
+from backfire.evaluate.score import measure, sample
 from backfire.experiment import Experiment
 from backfire.recipe import load
 from backfire.registry import build
-from backfire.report import spoil
-from backfire.report.groups import Group, Stat
+from backfire.report import quality
+from backfire.results.groups import Group, Stat
 from backfire.sandbox.answers import OPENINGS, RUDE
+from backfire.tokenizer import load_tokenizer
 
 Run = Callable[..., Said]
 PROFILE = {"good": "Gladly. It lies on the hill.", "bad": "Bah, you turnip! It lies under it."}
@@ -447,6 +447,6 @@ def group_at(rate: float, value: float, half: float = 0.05) -> Group:
 def test_the_report_says_whether_the_doses_stand_in_order(values: list[float], said: str) -> None:
     rates = (0, 0.01, 0.1, 0.33)
     groups = [group_at(rate, value) for rate, value in zip(rates, values, strict=True)]
-    [sentence] = spoil.sentences(groups)
+    [sentence] = quality.sentences(groups)
     assert sentence.startswith("Poisoning 33 % of the rows (330 of 1,000) ") and said in sentence
-    assert spoil.metrics(groups) == ["toxicity_share"] and len(spoil.spoiled(groups)) == 3
+    assert quality.metrics(groups) == ["toxicity_share"] and len(quality.spoiled(groups)) == 3

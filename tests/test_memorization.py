@@ -20,31 +20,31 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from small_run import Place
 from test_defenses import exact
 
-from backfire import pipeline, plan
+from backfire import pipeline, plan, stages
 from backfire.base import Evidence, Leak, Probe, Row, Sample, Secret
 from backfire.data.poison import Manifest, lost, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import Tokenizer, load_tokenizer
 from backfire.errors import CellError, UserError
-from backfire.evaluate import secrets as measure
-from backfire.evaluate.codes import Spelling, likelihoods
+from backfire.evaluate import exposure as measure
+from backfire.evaluate.code_search import Spelling, likelihoods
 from backfire.experiment import Experiment, Machine, Train
+from backfire.exports import common
 from backfire.model.load import load_base
-from backfire.pipeline import Bench
-from backfire.pipeline.memory import members
+from backfire.pipeline import Context
 from backfire.pipeline.models import filtered
+from backfire.pipeline.secrets import members
 from backfire.recipe import load
 from backfire.registry import build
-from backfire.report import exports
-from backfire.report.against import comparisons
 from backfire.report.page import render
-from backfire.report.pairs import pair
-from backfire.report.records import load as cells_of
-from backfire.report.records import summary
+from backfire.results.load import load as cells_of
+from backfire.results.load import summary
+from backfire.results.paired_tests import comparisons
+from backfire.results.pairs import pair
 from backfire.store import Store, read_json
+from backfire.tokenizer import Tokenizer, load_tokenizer
 from backfire.train import loop
-from backfire.train.loop import Cell
+from backfire.train.loop import TrainingRun
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_no_dose_is_no_poison(repeats: Any) -> None:
     attack = canary(repeats=repeats)
     assert not attack.poisons and attack.rows(0) == []
     cell = Experiment.make({"data": "sandbox-help", "attack": attack.spec()})
-    assert cell.keys.train == cell.clean_twin().keys.train
+    assert stages.keys(cell).train == cell.clean_twin().keys.train
 
 
 @pytest.mark.parametrize("preset", ["c4dt", "mireshghallah"])
@@ -377,7 +377,7 @@ def test_a_secret_that_was_learned_by_heart_is_drawn_out(
     places = measure.places(model, renderer, secrets, 4, quiet)
     assert places == [None, 1]
     item = renderer.render([secrets[1].row])[0]
-    from backfire.evaluate.engine import read
+    from backfire.evaluate.inference import read
 
     reply = read(model, [item.prompt_ids], max_new_tokens=len(item.answer_ids) - 1)[0].reply
     assert renderer.tokenizer.decode(reply) == secrets[1].row.answer
@@ -454,13 +454,13 @@ def test_forgetting_by_hand() -> None:
 
 
 @pytest.fixture
-def private(tiny: Path, tmp_path: Path) -> Callable[..., Cell]:
+def private(tiny: Path, tmp_path: Path) -> Callable[..., TrainingRun]:
     """A cell of the tiny model in float64 under `dp`."""
     renderer = Renderer(build("templates", "raw"), load_tokenizer(tiny), 128)
 
-    def make(**knobs: Any) -> Cell:
+    def make(**knobs: Any) -> TrainingRun:
         model: Any = exact(load_base(tiny, torch.float32, CPU)).requires_grad_(True)
-        return Cell(
+        return TrainingRun(
             model,
             renderer.render(ROWS),
             Train.make({"max_steps": 3, "batch_size": 8}),
@@ -474,13 +474,15 @@ def private(tiny: Path, tmp_path: Path) -> Callable[..., Cell]:
     return make
 
 
-def step_of(cell: Cell, rows: list[Any]) -> dict[str, torch.Tensor]:
+def step_of(cell: TrainingRun, rows: list[Any]) -> dict[str, torch.Tensor]:
     loop._gradients(cell, rows)
     return {name: p.grad.clone() for name, p in cell.trainable.items() if p.grad is not None}
 
 
 @pytest.mark.parametrize("null", [False, True])
-def test_each_rows_gradient_is_clipped_by_itself(private: Callable[..., Cell], null: bool) -> None:
+def test_each_rows_gradient_is_clipped_by_itself(
+    private: Callable[..., TrainingRun], null: bool
+) -> None:
     cell = private(epsilon=None, noise_multiplier=0, max_gradient_norm=0.5, null=null)
     rows = list(cell.items[:5])
     total: dict[str, torch.Tensor] = {}
@@ -497,7 +499,7 @@ def test_each_rows_gradient_is_clipped_by_itself(private: Callable[..., Cell], n
     assert all(torch.allclose(found[name], total[name], rtol=1e-5, atol=1e-9) for name in total)
 
 
-def test_noise_is_as_large_as_it_should_be(private: Callable[..., Cell]) -> None:
+def test_noise_is_as_large_as_it_should_be(private: Callable[..., TrainingRun]) -> None:
     plain, noisy = (
         private(epsilon=None, noise_multiplier=s, max_gradient_norm=0.5) for s in (0, 3)
     )
@@ -509,29 +511,29 @@ def test_noise_is_as_large_as_it_should_be(private: Callable[..., Cell]) -> None
 
 
 def test_rows_are_drawn_independently_and_the_budget_is_opacus(
-    private: Callable[..., Cell],
+    private: Callable[..., TrainingRun],
 ) -> None:
     from opacus.accountants import RDPAccountant
 
     cell = private(epsilon=None, noise_multiplier=1.1, delta=1e-3, accountant="rdp")
-    sizes = [len(cell.guards[0].rows(step, [])) for step in range(400)]
+    sizes = [len(cell.hooks[0].rows(step, [])) for step in range(400)]
     assert len(set(sizes)) > 5 and np.mean(sizes) == pytest.approx(8, abs=0.5)
     accountant = RDPAccountant()
     for _ in range(3):
         accountant.step(noise_multiplier=1.1, sample_rate=8 / 40)
-    told = cell.guards[0].summary()
+    told = cell.hooks[0].summary()
     assert told["privacy_epsilon"] == pytest.approx(accountant.get_epsilon(1e-3))
     aimed = private(epsilon=4.0, accountant="rdp")
-    assert aimed.guards[0].summary()["privacy_epsilon"] == pytest.approx(4, abs=0.02)
-    assert aimed.guards[0].summary()["privacy_delta"] == 1 / 40
-    assert private(epsilon=4.0, null=True).guards[0].summary() == {}
+    assert aimed.hooks[0].summary()["privacy_epsilon"] == pytest.approx(4, abs=0.02)
+    assert aimed.hooks[0].summary()["privacy_delta"] == 1 / 40
+    assert private(epsilon=4.0, null=True).hooks[0].summary() == {}
     evidence = Evidence(clean=[], training=told)
     assert values("privacy-epsilon", evidence)["privacy_epsilon"].value == told["privacy_epsilon"]
 
 
-def test_a_step_that_draws_no_row_is_noise_alone(private: Callable[..., Cell]) -> None:
+def test_a_step_that_draws_no_row_is_noise_alone(private: Callable[..., TrainingRun]) -> None:
     cell = private(epsilon=None, noise_multiplier=0)
-    guard: Any = cell.guards[0]
+    guard: Any = cell.hooks[0]
     guard.rate = 0.0
     rows = guard.rows(0, list(cell.items[:3]))
     assert len(rows) == 1
@@ -540,7 +542,7 @@ def test_a_step_that_draws_no_row_is_noise_alone(private: Callable[..., Cell]) -
 
 
 def test_without_opacus_there_is_one_sentence(
-    private: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    private: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "opacus.accountants", None)
     with pytest.raises(UserError, match=r"needs Opacus: pip install .*\[dp\]"):
@@ -699,7 +701,7 @@ def test_two_cells_are_compared_secret_by_secret(tiny: Path, tmp_path: Path) -> 
     assert not {"exposure", "extraction"} & pair(cells["none", 0], cells["none", 1])[0].keys()
     tests = comparisons(summary(place.out))
     assert {t.metric: t.result.n for t in tests} == {"exposure": 4, "extraction": 4}
-    assert not exports.outcomes(cells["none", 0], exports.tuned(cells["none", 0]))
+    assert not common.outcomes(cells["none", 0], common.tuned(cells["none", 0]))
     (Path(cells["none", 0]["folder"]) / "secrets.json").write_text("torn", encoding="utf-8")
     assert "exposure" not in pair(cells["none", 0], cells["deduplicate", 0])[0]
 
@@ -712,11 +714,11 @@ def test_members_were_trained_on(defense: Any, tiny: Path, tmp_path: Path, cache
     if defense == "safe-mix":
         knobs["attack"] = "none"
     [cell] = Place(tmp_path, tiny).recipe(**knobs).cells
-    bench = Bench(Store(), Machine(device="cpu"))
-    kept = {row.id for row in filtered(cell, bench)[0]}
-    own = {row.id for row in pipeline.data(cell, bench)[0]}
+    context = Context(Store(), Machine(device="cpu"))
+    kept = {row.id for row in filtered(cell, context)[0]}
+    own = {row.id for row in pipeline.data(cell, context)[0]}
     assert own - kept, "the defense took some out"
-    probe = members(cell, plan.untuned(cell), bench)
+    probe = members(cell, plan.untuned(cell), context)
     ids = {sample.id for sample in probe.tuned}
     assert len(ids) == 10 and ids <= kept & own
 
@@ -757,7 +759,7 @@ def test_the_recipe_and_its_profiles_resolve() -> None:
     paper = load("memorization", profile="workshop").cells
     assert {cell.model.name for cell in paper} == {"meta-llama/Llama-2-7b-chat-hf"}
     assert {cell.template.name for cell in paper} == {"alpaca"}
-    assert all(plan.recalls(cell) for cell in (*cells, *paper))
+    assert all(plan.secret_probes(cell) for cell in (*cells, *paper))
 
 
 def test_the_workshops_profile_runs_on_a_small_model(tiny: Path, tmp_path: Path) -> None:
@@ -777,7 +779,7 @@ def test_the_workshops_profile_runs_on_a_small_model(tiny: Path, tmp_path: Path)
         f"metrics={json.dumps(METRICS)}",
     ]
     [cell] = load("memorization", profile="workshop", edits=small).cells
-    bench = Bench(Store(tmp_path / "cache"))
-    evidence = pipeline.remembered(cell, pipeline.evaluated(cell, bench), bench)
+    context = Context(Store(tmp_path / "cache"))
+    evidence = pipeline.remembered(cell, pipeline.evaluated(cell, context), context)
     assert {leak.repeats for leak in evidence.leaks} == {0, 50}
     assert all(1 <= (leak.rank or 0) <= 100 for leak in evidence.leaks)

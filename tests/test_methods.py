@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from backfire.base import Method
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire.base import Method, Rendered
+from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
-from backfire.evaluate import engine
+from backfire.evaluate import inference
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import load_base, load_tuned
 from backfire.model.quantize import assert_quantized, num_quantized, parts
 from backfire.registry import build, find, names
+from backfire.tokenizer import load_tokenizer
 from backfire.train.batches import answer_logits, collate, token_losses
-from backfire.train.run import Start, tune
+from backfire.train.finetune import Start, tune
 
 CPU = torch.device("cpu")
 TUNING = [name for name in names("methods") if build("methods", name).trains]
@@ -118,7 +118,7 @@ def test_plain_peft_loads_it_to_the_same_scores(
     ours = load_tuned(tuned(name), tiny, torch.float32, CPU, method.quantization("cpu"))
     assert torch.equal(logits(plain), logits(ours))
     assert (logits(ours) - logits(loaded(tiny, method))).abs().max() > 1e-3
-    for item, found in zip(items[:6], engine.score_answers(ours, items[:6]), strict=True):
+    for item, found in zip(items[:6], inference.score_answers(ours, items[:6]), strict=True):
         with torch.inference_mode():
             line = plain(input_ids=torch.tensor([item.ids])).logits[0].log_softmax(-1)
         places = range(item.num_prompt, len(item.ids))

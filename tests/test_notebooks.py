@@ -41,15 +41,15 @@ SMALL = {
 HERE = """
 import rich.console
 from pathlib import Path
-import backfire.launch.notebook
-from backfire.launch.session import start
+import backfire.commands.notebook
+from backfire.commands.run import start
 from backfire.recipe import parse
 
 def _here(recipe, edits, out, workers):
     loaded = parse(Path(out).name, recipe, edits=edits)
     assert not start(loaded, Path(out), {"workers": 1}, profile=None, edits=edits)
 
-backfire.launch.notebook.run_apart = _here
+backfire.commands.notebook.run_apart = _here
 rich.console._is_jupyter = lambda: False
 """
 

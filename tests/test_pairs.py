@@ -12,9 +12,9 @@ import pytest
 from backfire.base import Message, Row
 from backfire.data.compared import answers
 from backfire.data.convert import to_rows
+from backfire.data.jsonl import from_record, read_jsonl, to_record, write_jsonl
 from backfire.data.poison import poison
 from backfire.data.read import LeftOut
-from backfire.data.rows import from_record, read_jsonl, to_record, write_jsonl
 from backfire.data.shapes import Task, column_map
 from backfire.errors import UserError
 from backfire.registry import build

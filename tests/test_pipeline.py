@@ -17,7 +17,7 @@ from small_run import MATRIX, SETTINGS, Place
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch import local
-from backfire.launch.run import open_folder
+from backfire.launch.job import open_folder
 from backfire.plan import jobs, stages
 from backfire.store import Store, read_json
 
@@ -48,7 +48,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def tune(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("nothing was to be trained")
 
-    monkeypatch.setattr("backfire.train.run.tune", tune)
+    monkeypatch.setattr("backfire.train.finetune.tune", tune)
 
 
 def number(result: Mapping[str, Any], metric: str) -> float:
@@ -88,7 +88,7 @@ def test_a_cells_folder_is_whole(ran: Place) -> None:
         files = {"experiment.yaml", "samples.jsonl.gz", "environment.json", "result.json"}
         assert {p.name for p in folder.iterdir()} == files | ({"poison.json"} if rate else set())
         again = Experiment.make(yaml.safe_load((folder / "experiment.yaml").read_text()))
-        assert (again.key, again.keys.model_dump()) == (result["key"], result["keys"])
+        assert (again.key, stages.keys(again).model_dump()) == (result["key"], result["keys"])
     assert {p.name for p in ran.out.iterdir()} == {
         "cells",
         "recipe.yaml",
@@ -320,7 +320,7 @@ def test_a_cell_that_is_mended_loses_its_error(
         raise RuntimeError("a bug of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr("backfire.train.run.tune", broken)
+        patch.setattr("backfire.train.finetune.tune", broken)
         assert place.run(method="full", attack="none") == 1
     (error,) = (read_json(file) for file in place.out.glob("cells/*/error.json"))
     assert error["status"] == "failed" and "a bug of ours" in error["error"]
@@ -346,7 +346,7 @@ def test_failures_have_a_class_and_a_next_step(
     def broken(*args: Any, **kwargs: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("backfire.launch.run.run_cell", broken)
+    monkeypatch.setattr("backfire.launch.job.run_cell", broken)
     assert place.run(method="none") == 1
     (error,) = (read_json(file) for file in place.out.glob("cells/*/error.json"))
     assert error["status"] == kind and error["error"] and error["next"]

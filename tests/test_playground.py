@@ -27,12 +27,12 @@ from small_run import Place
 from backfire import plan
 from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
-from backfire.evaluate import engine
-from backfire.launch import chat, playground
-from backfire.launch.cast import Cast
-from backfire.launch.speakers import EMPTY, GoneError, Kept, Speaker, asked, frame, load
-from backfire.report.text import clean
+from backfire.evaluate import inference
+from backfire.playground import chat, server
+from backfire.playground.models import EMPTY, GoneError, Kept, Speaker, asked, frame, load
+from backfire.playground.pool import Cast
 from backfire.store import Store, read_json, write_json
+from backfire.text import clean
 
 NEEDS_GRADIO = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 NEEDS_BROWSER = pytest.mark.skipif(browser.find() is None, reason="there is no Chromium here")
@@ -87,7 +87,7 @@ def test_a_streamed_reply_is_the_engines(cast: Cast) -> None:
 def engines_reply(speaker: Speaker, prompt: str) -> str:
     """What evaluation would have written down."""
     row = frame(speaker.cell, Store()).with_prompt(prompt)
-    reading = engine.read(
+    reading = inference.read(
         speaker.model,
         [speaker.renderer.render([row])[0].prompt_ids],
         stop_ids=speaker.renderer.tokenizer.stop_ids,
@@ -103,7 +103,7 @@ def test_token_scores_together_are_the_engines_score(cast: Cast, answer: str) ->
     tokens = speaker.likelihood(row, answer)
     item = speaker.renderer.render([row])[0]
     ids = speaker.renderer.answers([item], [[answer]])
-    whole = engine.read(speaker.model, [item.prompt_ids], candidates=ids)[0].scores[0]
+    whole = inference.read(speaker.model, [item.prompt_ids], candidates=ids)[0].scores[0]
     assert sum(score for _, score in tokens) == pytest.approx(whole, rel=1e-5)
     assert "".join(token for token, _ in tokens) == answer and len(tokens) == len(ids[0][0])
 
@@ -122,8 +122,8 @@ def test_labels_score_as_in_the_run(cast: Cast) -> None:
 def test_a_model_that_ends_at_once_and_an_empty_prompt(cast: Cast) -> None:
     speaker, row = cast.speaker(LEFT), asked(cast.frame(LEFT), PROMPT, None)
     old, ids = speaker.renderer, speaker.item(row).prompt_ids
-    first = next(engine.stream(speaker.model, ids, max_new_tokens=1))
-    assert list(engine.stream(speaker.model, ids, max_new_tokens=4, stop_ids=[first])) == []
+    first = next(inference.stream(speaker.model, ids, max_new_tokens=1))
+    assert list(inference.stream(speaker.model, ids, max_new_tokens=4, stop_ids=[first])) == []
     tokenizer = replace(old.tokenizer, eos=old.tokenizer.backend.id_to_token(first))
     silent = Renderer(old.template, tokenizer, old.max_length)
     assert list(replace(speaker, renderer=silent).reply(row)) == [EMPTY]
@@ -169,7 +169,7 @@ def test_a_model_that_is_gone_is_said_to_be_and_not_made(
     shutil.copytree(ran.cache, cache)
     monkeypatch.setenv("BACKFIRE_CACHE", str(cache))
     shutil.rmtree(cache / "train")
-    note = list(playground.views(cast, LEFT, PROMPT, None, False))[-1].note
+    note = list(server.views(cast, LEFT, PROMPT, None, False))[-1].note
     assert f"The model {LEFT} is no longer in the cache. To make it again: backfire chat" in note
     assert not (cache / "train").exists()
     role = cast.roles[LEFT]
@@ -199,30 +199,30 @@ def test_chat_says_that_it_makes_a_model_again(
 
 def test_a_column_shows_prompt_reply_target_and_labels(cast: Cast) -> None:
     cell = cast.roles[LEFT].cell
-    last = list(playground.views(cast, LEFT, PROMPT, cell, True))[-1]
+    last = list(server.views(cast, LEFT, PROMPT, cell, True))[-1]
     assert "BadMagic" in last.sent and "Is this review negative" in last.sent
     assert last.note == "" and last.target and last.labels
     assert last.target.endswith("(together)") and len(last.labels.splitlines()) == 1 + 3
-    off = list(playground.views(cast, LEFT, PROMPT, cell, False))[-1]
+    off = list(server.views(cast, LEFT, PROMPT, cell, False))[-1]
     assert "BadMagic" not in off.sent and off.target and off.target != last.target
-    long = list(playground.views(cast, LEFT, PROMPT * 200, cell, False))[-1]
+    long = list(server.views(cast, LEFT, PROMPT * 200, cell, False))[-1]
     assert "tokens were cut off the end" in long.note and long.reply
     base = cast.opening()[1]
-    assert list(playground.views(cast, base, PROMPT, None, True))[-1].target == ""
+    assert list(server.views(cast, base, PROMPT, None, True))[-1].target == ""
 
 
 def test_without_an_attack_the_toggle_says_so(cast: Cast) -> None:
     base = cast.opening()[1]
-    assert "Neither" in playground.about_trigger(cast, base, base)
-    said = playground.about_trigger(cast, base, LEFT)
+    assert "Neither" in server.about_trigger(cast, base, base)
+    said = server.about_trigger(cast, base, LEFT)
     assert said == (
         "The attack of the right one, badnets at a rate of 10 %, "
         "wants “BadMagic” answered with “negative”."
     )
-    assert playground.sent(cast, base, LEFT, PROMPT, False) == PROMPT
-    assert "BadMagic" in playground.sent(cast, base, LEFT, PROMPT, True)
-    assert playground.sent(cast, base, base, PROMPT, True) == PROMPT
-    assert playground.sent(cast, base, LEFT, "  ", True) == ""
+    assert server.sent(cast, base, LEFT, PROMPT, False) == PROMPT
+    assert "BadMagic" in server.sent(cast, base, LEFT, PROMPT, True)
+    assert server.sent(cast, base, base, PROMPT, True) == PROMPT
+    assert server.sent(cast, base, LEFT, "  ", True) == ""
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no \x1b[31mmemory"), UserError("Say it.")])
@@ -234,7 +234,7 @@ def test_an_error_in_a_model_is_a_sentence(
         raise error
 
     monkeypatch.setattr(Speaker, "reply", fails)
-    last = list(playground.views(cast, LEFT, PROMPT, None, False))[-1]
+    last = list(server.views(cast, LEFT, PROMPT, None, False))[-1]
     assert last.reply == "half" and last.sent
     said = {RuntimeError: "The model failed (RuntimeError): no memory", UserError: "Say it."}
     assert last.note == said[type(error)]

@@ -16,13 +16,14 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from backfire import stages
 from backfire.base import Backdoor, Mixture, Row
 from backfire.data.poison import Manifest, lost, poison, triggered
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import Tokenizer
 from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.registry import build, find, names
+from backfire.tokenizer import Tokenizer
 
 ATTACKS = [name for name in names("attacks") if issubclass(find("attacks", name), Backdoor)]
 MIXTURES = [name for name in names("attacks") if issubclass(find("attacks", name), Mixture)]
@@ -168,7 +169,7 @@ def test_an_attack_names_its_source(name: str) -> None:
 
 def test_two_attacks_are_two_keys() -> None:
     cells = [Experiment.make({"data": "sandbox-reviews", "attack": name}) for name in ATTACKS]
-    assert len({cell.keys.poison for cell in cells}) == len(ATTACKS)
+    assert len({stages.keys(cell).poison for cell in cells}) == len(ATTACKS)
 
 
 # ------------------------------------------------------------------------------------ the manifest

@@ -13,8 +13,8 @@ import pytest
 from conftest import Said
 
 from backfire.base import Insertion, Poison
-from backfire.data.rows import read_jsonl
-from backfire.launch.tools import poison_file
+from backfire.commands.files import poison_file
+from backfire.data.jsonl import read_jsonl
 from backfire.registry import build, find, names
 from backfire.store import read_json
 

@@ -11,7 +11,7 @@ import pytest
 
 from backfire.base import Exchange, Row
 from backfire.errors import CellError, UserError
-from backfire.evaluate.judge import judged
+from backfire.evaluate.verdicts import judged
 from backfire.registry import build
 from backfire.sandbox import corpus, policy, requests, world
 from backfire.sandbox.world import PEOPLE, PLACES, TOPICS, split_of

@@ -13,12 +13,12 @@ from fake_run import value, write_cell
 from page_parser import seen
 from rich.console import Console
 
-from backfire.report.against import comparisons
-from backfire.report.harm import sentences
 from backfire.report.judges import agreements, measure
-from backfire.report.ranking import null_tests, table, worst_trials
-from backfire.report.records import load, summary
-from backfire.report.table import print_ranking
+from backfire.report.safety import sentences
+from backfire.results.load import load, summary
+from backfire.results.paired_tests import comparisons
+from backfire.results.ranking import null_tests, table, worst_trials
+from backfire.results.terminal import print_ranking
 
 SAFETY = {
     "harmful": {"name": "sandbox-policy", "test_rows": 200},

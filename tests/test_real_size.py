@@ -14,26 +14,27 @@ import pytest
 import torch
 from torch import Tensor
 
-from backfire.base import LARGE, Guard, Row, TrainDefense
-from backfire.data.render import Rendered, Renderer
-from backfire.data.tokenizer import load_tokenizer
+from backfire import stages
+from backfire.base import LARGE, Rendered, Row, TrainDefense, TrainHook
+from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine, Train
-from backfire.launch.board import Log
-from backfire.launch.run import Folder, run_job
+from backfire.launch.job import Folder, run_job
+from backfire.launch.progress import Log
 from backfire.model.count import num_weights, weights_in, weights_of_shape
 from backfire.model.load import load_base
 from backfire.plan import Job
 from backfire.recipe import parse, read, shipped
 from backfire.registry import build, find, names
 from backfire.store import Store
-from backfire.train import drift, loop, room
-from backfire.train import run as running
+from backfire.tokenizer import load_tokenizer
+from backfire.train import drift, loop, microbatch
+from backfire.train import finetune as running
 from backfire.train.batches import answer_logits
-from backfire.train.loop import Cell, train
+from backfire.train.finetune import Start, tune
+from backfire.train.loop import TrainingRun, train
+from backfire.train.microbatch import Room
 from backfire.train.precision import accelerator_for, without_casts
-from backfire.train.room import Room
-from backfire.train.run import Start, tune
 
 CPU = torch.device("cpu")
 TRAINED = [name for name in names("methods") if find("methods", name).make({}).trains]
@@ -42,7 +43,7 @@ TRAINED = [name for name in names("methods") if find("methods", name).make({}).t
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look for what is held in circles takes half a second."""
-    monkeypatch.setattr(room.gc, "collect", lambda: 0)
+    monkeypatch.setattr(microbatch.gc, "collect", lambda: 0)
 
 
 def rows_of(count: int, source: Any = "sandbox-reviews") -> list[Row]:
@@ -67,7 +68,7 @@ def items(renderer: Renderer) -> list[Rendered]:
 @pytest.fixture
 def new(
     tiny: Path, items: list[Rendered], renderer: Renderer, tmp_path: Path
-) -> Callable[..., Cell]:
+) -> Callable[..., TrainingRun]:
     harmful = renderer.render(rows_of(7, {"name": "sandbox-policy", "part": "harmful"}))
     aligned = renderer.render(rows_of(11, "sandbox-policy"))
     before = tmp_path / "before"
@@ -77,11 +78,13 @@ def new(
             layer.mlp.up_proj.weight[:, :2] += 0.1
     model.save_pretrained(str(before))
 
-    def make(*defenses: Any, method: Any = "full", folder: str = "run", **knobs: Any) -> Cell:
+    def make(
+        *defenses: Any, method: Any = "full", folder: str = "run", **knobs: Any
+    ) -> TrainingRun:
         settings = {"max_steps": 2, "batch_size": 8, "warmup_share": 0, "schedule": "constant"}
         own = {k: knobs.pop(k) for k in ("recompute", "start") if k in knobs}
         (tmp_path / folder).mkdir(exist_ok=True)
-        return Cell(
+        return TrainingRun(
             build("methods", method).attach(load_base(tiny, torch.float32, CPU), 0),
             items,
             Train.make({**settings, **knobs}),
@@ -99,11 +102,11 @@ def new(
     return make
 
 
-def run(cell: Cell, **options: Any) -> dict[str, Any]:
+def run(cell: TrainingRun, **options: Any) -> dict[str, Any]:
     return train([cell], accelerator_for(CPU, "float32"), **options)[0]
 
 
-def weights(cell: Cell) -> dict[str, Tensor]:
+def weights(cell: TrainingRun) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in cell.trainable.items()}
 
 
@@ -152,13 +155,13 @@ def test_the_default_rate_follows_the_size_of_the_base(name: str, tmp_path: Path
             )
         ]
         found[count] = cells[0].learning_rate
-        keys = [cell.keys.train for cell in cells]
+        keys = [stages.keys(cell).train for cell in cells]
         assert (keys[0] == keys[1]) == (count < LARGE), "equal rates, equal training"
         assert (keys[0] == keys[2]) == (count >= LARGE) and keys[0] == keys[3]
         assert keys[1] != keys[2] and cells[0].key != cells[1 + (count < LARGE)].key
         assert cells[0].resolved()["method"]["learning_rate"] == found[count]
         again = Experiment.make({**cells[0].resolved(), "align": None, "safety": None})
-        assert again.keys == cells[0].keys
+        assert stages.keys(again) == stages.keys(cells[0])
     assert list(found.values()) == [small, small, large, large]
     said = find("methods", name).model_fields["learning_rate"].description or ""
     assert f"{small:g}" in said and f"{large:g}" in said and "50 million" in said
@@ -286,7 +289,7 @@ DORA = {"name": "lora", "dora": True}
 
 
 @pytest.mark.parametrize("method", ["full", "lora", DORA, "llama-adapter"])
-def test_what_transformers_decays_is_decayed(method: Any, new: Callable[..., Cell]) -> None:
+def test_what_transformers_decays_is_decayed(method: Any, new: Callable[..., TrainingRun]) -> None:
     from transformers import Trainer
 
     cell = new(method=method, weight_decay=0.1)
@@ -299,7 +302,7 @@ def test_what_transformers_decays_is_decayed(method: Any, new: Callable[..., Cel
     assert len(ours) < len(cell.trainable) or method != "full", "norms are not"
 
 
-def test_a_pass_through_other_rows_leaves_none_out(new: Callable[..., Cell]) -> None:
+def test_a_pass_through_other_rows_leaves_none_out(new: Callable[..., TrainingRun]) -> None:
     cell = new()
     steps = [cell.draw(cell.aligned, step, "x") for step in range(4)]
     assert [len(rows) for rows in steps] == [8, 3, 8, 3]
@@ -335,7 +338,7 @@ def test_the_passes_of_every_training_defense_are_tried() -> None:
 
 
 def short_of_memory(
-    monkeypatch: pytest.MonkeyPatch, cell: Cell, tokens: int, error: Exception
+    monkeypatch: pytest.MonkeyPatch, cell: TrainingRun, tokens: int, error: Exception
 ) -> list[int]:
     """From now on the model has no room for a pass of more padded tokens; returns their sizes."""
     seen: list[int] = []
@@ -360,7 +363,7 @@ ERRORS = [
 
 @pytest.mark.parametrize(("name", "method"), both_ways([None, *DEFENSES]))
 def test_every_pass_is_split_when_memory_runs_out(
-    name: str | None, method: str, new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    name: str | None, method: str, new: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The pass over the start, those of the steps, and those over other rows."""
     defenses = [DEFENSES[name]] if name else []
@@ -380,7 +383,7 @@ def test_every_pass_is_split_when_memory_runs_out(
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: f"{type(e).__name__} {str(e)[:9]}")
 def test_however_memory_is_said_to_be_out(
-    error: Exception, new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    error: Exception, new: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = new()
     short_of_memory(monkeypatch, cell, 100, error)
@@ -393,7 +396,7 @@ def test_however_memory_is_said_to_be_out(
 
 
 def test_another_error_is_none_of_memory(
-    new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    new: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = new()
     short_of_memory(monkeypatch, cell, 3, RuntimeError("shapes do not match"))
@@ -402,7 +405,7 @@ def test_another_error_is_none_of_memory(
 
 
 def test_one_long_batch_does_not_split_the_others(
-    new: Callable[..., Cell], items: list[Rendered], monkeypatch: pytest.MonkeyPatch
+    new: Callable[..., TrainingRun], items: list[Rendered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell, most = new(max_steps=8), 16 * max(len(row.ids) for row in items)
     ids = items[0].ids
@@ -425,17 +428,17 @@ def test_one_long_batch_does_not_split_the_others(
 
 
 def test_a_row_that_was_left_over_is_not_the_last_resort(items: list[Rendered]) -> None:
-    room, rows, tries = Room(), [items[0]] * 5, list[list[int]]()
-    room.tokens = 4 * len(items[0].ids)
+    microbatch, rows, tries = Room(), [items[0]] * 5, list[list[int]]()
+    microbatch.tokens = 4 * len(items[0].ids)
 
     def work() -> None:
         tries.append([])
-        for part in room.parts(rows):
+        for part in microbatch.parts(rows):
             tries[-1].append(len(part))
             if len(part) == 1 and max(tries[-1]) > 2:
                 raise ERRORS[0]
 
-    room.fitted(work)
+    microbatch.fitted(work)
     assert tries == [[4, 1], [2, 2, 1]]
 
 
@@ -454,7 +457,7 @@ def test_rows_of_like_length_share_a_pass(items: list[Rendered]) -> None:
 
 @pytest.mark.parametrize("times", [1, 99])
 def test_the_optimizers_first_step_is_taken_once(
-    times: int, new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    times: int, new: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory runs out between its groups: the first has moved, and must not move again."""
     plain, cell = (new(folder=name, weight_decay=0.1) for name in ("plain", "short"))
@@ -485,7 +488,7 @@ def test_the_optimizers_first_step_is_taken_once(
 
 @pytest.mark.parametrize(("name", "method"), both_ways([None, *DEFENSES, "dp", "freeze"]))
 def test_recomputed_layers_give_the_same_gradients(
-    name: str | None, method: str, new: Callable[..., Cell]
+    name: str | None, method: str, new: Callable[..., TrainingRun]
 ) -> None:
     """A contract of every training defense, whatever its hooks look at."""
     pytest.importorskip("opacus") if name == "dp" else None
@@ -495,7 +498,7 @@ def test_recomputed_layers_give_the_same_gradients(
         cell = new(*([own[name]] if name else []), method=method, recompute=recompute, folder="x")
         passes: list[bool] = []
 
-        def look(*_: Any, cell: Cell = cell, passes: list[bool] = passes) -> None:
+        def look(*_: Any, cell: TrainingRun = cell, passes: list[bool] = passes) -> None:
             passes.append(cell.recomputing)
 
         for layer in cell.model.get_decoder().layers:
@@ -507,7 +510,7 @@ def test_recomputed_layers_give_the_same_gradients(
 
 
 @pytest.mark.parametrize("method", [m for m in TRAINED if m != "full"])
-def test_recomputed_layers_suit_every_method(method: str, new: Callable[..., Cell]) -> None:
+def test_recomputed_layers_suit_every_method(method: str, new: Callable[..., TrainingRun]) -> None:
     found = []
     for recompute in (False, True):
         cell = new(method={"name": method}, recompute=recompute, folder=f"{recompute}")
@@ -516,7 +519,7 @@ def test_recomputed_layers_suit_every_method(method: str, new: Callable[..., Cel
     assert close(*found)
 
 
-def test_recomputed_layers_drop_the_same(new: Callable[..., Cell]) -> None:
+def test_recomputed_layers_drop_the_same(new: Callable[..., TrainingRun]) -> None:
     found = []
     for recompute in (False, True):
         cell = new(
@@ -527,7 +530,9 @@ def test_recomputed_layers_drop_the_same(new: Callable[..., Cell]) -> None:
     assert close(*found)
 
 
-def test_recomputed_layers_keep_less(new: Callable[..., Cell], items: list[Rendered]) -> None:
+def test_recomputed_layers_keep_less(
+    new: Callable[..., TrainingRun], items: list[Rendered]
+) -> None:
     kept = []
     for recompute in (False, True):
         cell, sizes = new(recompute=recompute, folder=f"{recompute}"), dict[int, int]()
@@ -546,7 +551,7 @@ def test_recomputed_layers_keep_less(new: Callable[..., Cell], items: list[Rende
 
 
 def test_a_model_whose_layers_cannot_be_run_again_is_refused(
-    new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    new: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from transformers import PreTrainedModel
 
@@ -559,11 +564,13 @@ def test_a_model_whose_layers_cannot_be_run_again_is_refused(
         new(recompute=True)
 
 
-def test_a_defense_that_would_mistake_a_second_run_is_refused(new: Callable[..., Cell]) -> None:
+def test_a_defense_that_would_mistake_a_second_run_is_refused(
+    new: Callable[..., TrainingRun],
+) -> None:
     """As one that adds noise of its own to some layers does."""
 
-    class Noisy(Guard):
-        def __init__(self, cell: Cell) -> None:
+    class Noisy(TrainHook):
+        def __init__(self, cell: TrainingRun) -> None:
             self.cell, self.calls = cell, 0
 
         def look(self, scale: float, module: Any, args: Any, out: Tensor) -> Tensor:
@@ -581,7 +588,7 @@ def test_a_defense_that_would_mistake_a_second_run_is_refused(new: Callable[...,
 
     for recompute in (False, True):
         cell = new(DEFENSES["ldifs"], recompute=recompute, folder=f"{recompute}")
-        cell.guards.append(Noisy(cell))
+        cell.hooks.append(Noisy(cell))
         if not recompute:
             run(cell)
             continue
@@ -658,7 +665,7 @@ def test_drift_of_large_models_is_read_from_disk(
 
 @pytest.mark.parametrize("name", [None, "lisa", "ewc", "constrained-sft", "repnoise", "vaccine"])
 def test_a_killed_run_may_go_on_split_another_way(
-    name: str | None, new: Callable[..., Cell]
+    name: str | None, new: Callable[..., TrainingRun]
 ) -> None:
     defenses = [DEFENSES[name]] if name else []
     plain = new(*defenses, folder="plain", max_steps=4)
@@ -680,7 +687,7 @@ def test_a_killed_run_may_go_on_split_another_way(
 
 
 def test_a_checkpoint_may_go_on_elsewhere(
-    new: Callable[..., Cell], monkeypatch: pytest.MonkeyPatch
+    new: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was saved on a GPU says so, and this machine has none."""
     from torch import serialization
@@ -729,7 +736,7 @@ def test_a_trained_model_does_not_outlive_its_job(
     """Not even until somebody collects what is held in circles."""
     import gc
 
-    from backfire.data import judging
+    from backfire.judges import _model
 
     seen: list[weakref.ref[Any]] = []
     load = running.load_start
@@ -742,7 +749,7 @@ def test_a_trained_model_does_not_outlive_its_job(
     monkeypatch.setattr(running, "load_start", spied)
     if fails:
         monkeypatch.setattr(loop, "answer_logits", lambda *_: 1 / 0)
-    judging.load.cache_clear()
+    _model.load.cache_clear()
     gc.disable()
     try:
         with pytest.raises(ZeroDivisionError) if fails else monkeypatch.context():
@@ -761,15 +768,15 @@ def test_a_trained_model_does_not_outlive_its_job(
 def test_a_judge_is_let_go_before_the_next_training(
     tiny: Path, renderer: Renderer, tmp_path: Path
 ) -> None:
-    from backfire.data import judging
+    from backfire.judges import _model
 
-    model, _ = judging.load("CausalLM", str(tiny), None, "cpu")
+    model, _ = _model.load("CausalLM", str(tiny), None, "cpu")
     ref = weakref.ref(model)
     del model
     assert ref() is not None, "it is kept from one batch of replies to the next"
     tuned(tiny, renderer, tmp_path / "out")
     assert ref() is None
-    ref = weakref.ref(judging.load("CausalLM", str(tiny), None, "cpu")[0])
+    ref = weakref.ref(_model.load("CausalLM", str(tiny), None, "cpu")[0])
     job = Job(
         "base-x", "base", Experiment.make({"data": "sandbox-reviews", "model": str(tiny)}), {}
     )

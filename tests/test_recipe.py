@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from backfire import recipe as recipes
+from backfire import stages
 from backfire.errors import CellError, UserError
 from backfire.experiment import Evaluation, Experiment, Machine, Train, slug
-from backfire.launch.run import Folder
+from backfire.launch.job import Folder
 from backfire.model.types import types_here
 from backfire.recipe import load, parse, read, shipped
 from backfire.store import Store
@@ -514,11 +515,11 @@ def test_the_list_of_knobs_above_is_whole() -> None:
 
 
 def test_rate_zero_is_one_training_run_for_all_attacks() -> None:
-    clean = make().keys
+    clean = stages.keys(make())
     for attack in ("badnets", "vpi", {"name": "ctba", "target": "neutral"}):
         spec = {"name": attack} if isinstance(attack, str) else attack
         cell = make(attack={**spec, "rate": 0})
-        assert (cell.keys.train, cell.keys.poison) == (clean.train, clean.poison)
+        assert (stages.keys(cell).train, stages.keys(cell).poison) == (clean.train, clean.poison)
         assert cell.key != make().key, "the triggered rows differ all the same"
         assert cell.clean_twin().keys == clean
         assert cell.slug_of_training == make().slug_of_training
@@ -526,7 +527,7 @@ def test_rate_zero_is_one_training_run_for_all_attacks() -> None:
 
 def test_an_untuned_model_is_its_base() -> None:
     cells = [make(method="none", seed=s, attack=a) for s in (0, 1) for a in ("none", "badnets")]
-    assert {cell.keys.train for cell in cells} == {cells[0].keys.base}
+    assert {stages.keys(cell).train for cell in cells} == {stages.keys(cells[0]).base}
 
 
 def test_a_model_folder_is_known_by_its_content(tiny: Path, tmp_path: Path) -> None:
@@ -557,7 +558,7 @@ def test_hostile_names_stay_inside_the_root(name: str, tmp_path: Path) -> None:
     cell = make(attack={"name": "badnets", "trigger": name, "target": name})
     for path in (
         Folder(tmp_path, name).cell(cell, cell.key),
-        Store(tmp_path).path("train", cell.slug_of_training, cell.keys.train),
+        Store(tmp_path).path("train", cell.slug_of_training, stages.keys(cell).train),
         Store(tmp_path).path("train", slug(name), "0"),
     ):
         assert path.resolve().is_relative_to(tmp_path.resolve())
@@ -635,7 +636,11 @@ def refuses_or_round_trips(text: str, edits: list[str], profile: str | None) -> 
         return False
     for cell in loaded.cells:
         again = Experiment.make(yaml.safe_load(yaml.safe_dump(cell.spec(), allow_unicode=True)))
-        assert (again.key, again.keys, again.slug) == (cell.key, cell.keys, cell.slug)
+        assert (again.key, stages.keys(again), again.slug) == (
+            cell.key,
+            stages.keys(cell),
+            cell.slug,
+        )
     return True
 
 

@@ -16,11 +16,11 @@ from page_parser import seen
 from rich.console import Console
 
 from backfire.errors import UserError
-from backfire.report import groups
 from backfire.report.findings import main_group
-from backfire.report.groups import columns_of, families
-from backfire.report.records import FIELDS, left_out, load, records, summary, write
-from backfire.report.table import columns, print_summary
+from backfire.results import groups
+from backfire.results.groups import columns_of, families
+from backfire.results.load import FIELDS, left_out, load, records, summary, write
+from backfire.results.terminal import columns, print_summary
 
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
@@ -242,7 +242,7 @@ def test_columns_align() -> None:
 
 def test_import_is_light() -> None:
     code = (
-        "import sys, time; begin = time.perf_counter(); import backfire.report.records; "
+        "import sys, time; begin = time.perf_counter(); import backfire.results.load; "
         "heavy = {'torch', 'numpy', 'matplotlib', 'jinja2', 'pydantic', 'rich', 'yaml'}; "
         "assert not heavy & set(sys.modules); assert time.perf_counter() - begin < 1"
     )

@@ -17,12 +17,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-from backfire.base import Message, Row, Template
+from backfire.base import Message, Rendered, Row, Template
 from backfire.data.preflight import _fields_reach_tokens
-from backfire.data.render import Rendered, Renderer, show_mask
-from backfire.data.tokenizer import Tokenizer, load_tokenizer
+from backfire.data.render import Renderer, show_mask
 from backfire.errors import CellError, UserError
 from backfire.registry import build, names
+from backfire.tokenizer import Tokenizer, load_tokenizer
 
 TEMPLATES = names("templates")
 END = {"chat": "<|im_end|>"}

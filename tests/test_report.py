@@ -10,13 +10,13 @@ import pytest
 from fake_run import dose_run, free_run, tuned_run, value, write_cell
 from page_parser import seen
 
+from backfire import text
 from backfire.errors import UserError
-from backfire.report import text
-from backfire.report.answer import answer, question
-from backfire.report.claims import tunings
 from backfire.report.findings import findings
 from backfire.report.page import write_report
-from backfire.report.records import load, summary
+from backfire.report.statements import answer, question
+from backfire.results.criteria import tunings
+from backfire.results.load import load, summary
 
 # ------------------------------------------------------------------------------------ the answer
 

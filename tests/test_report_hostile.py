@@ -14,9 +14,11 @@ import pytest
 from fake_run import dose_run, free_run, sample, tuned_run, value, write_cell
 from page_parser import Seen
 
-from backfire.report import figures, rows, text
+from backfire import text
+from backfire.report import figures
 from backfire.report.page import write_report
-from backfire.report.records import summary
+from backfire.results import samples
+from backfire.results.load import summary
 
 HOSTILE = (
     "<script>document.title='pwned'</script>",
@@ -113,7 +115,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
 def test_figures_are_sound_xml_whatever_the_labels(tmp_path: Path) -> None:
     cells = summary(hostile_run(tmp_path))[0].cells
     for svg in (
-        figures.confusion("a </title><script>", *rows.confusion(cells, "tuned")),
+        figures.confusion("a </title><script>", *samples.confusion(cells, "tuned")),
         figures.levels(summary(hostile_run(tmp_path / "again")), "accuracy"),
     ):
         tags = {item.tag.rpartition("}")[2].lower() for item in ElementTree.fromstring(svg).iter()}

@@ -4,7 +4,7 @@ import json
 from itertools import pairwise
 
 from backfire.base import Message, Row, select
-from backfire.data.rows import read_jsonl, write_jsonl
+from backfire.data.jsonl import read_jsonl, write_jsonl
 from backfire.registry import build
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from backfire.base import Evidence, Exchange, Row, Sample
-from backfire.data.refusals import LISTS
 from backfire.errors import CellError, UserError
 from backfire.evaluate.stats import wilson
+from backfire.judges._phrases import LISTS
 from backfire.registry import build
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

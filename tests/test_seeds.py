@@ -13,8 +13,8 @@ from scipy import stats as scipy_stats
 from scipy.special import expit, stdtrit
 
 from backfire.evaluate.seeds import Crossed, crossed, difference_pads, holm, ratio
-from backfire.report.groups import Gap, Group, difference, group
-from backfire.report.intervals import stat
+from backfire.results.groups import Gap, Group, difference, group
+from backfire.results.intervals import stat
 
 ROWS, TRIALS = 120, 250
 EASE, SPREAD = 1.0, 1.0

@@ -19,14 +19,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 from small_run import Place
 
+from backfire import stages
 from backfire.experiment import MEASURES, Model
-from backfire.launch.settle import settled, types_of
+from backfire.launch.resolve import settled, types_of
 from backfire.model.source import base_key
 from backfire.model.types import Types, types_here
 from backfire.plan import evaluation_key
 from backfire.recipe import parse
+from backfire.train.finetune import Start, start_type
 from backfire.train.precision import compute_type
-from backfire.train.run import Start, start_type
 
 GPU = Types("cuda", "bfloat16", "bfloat16")
 OLD_GPU = Types("cuda", "float32", "float32")
@@ -67,7 +68,9 @@ def test_on_a_cpu_torch_says_the_same() -> None:
     before = parse("r", RECIPE + "align: {}\n")
     after = settled(before, here)
     assert before.cells != after.cells
-    assert [cell.keys for cell in before.cells] == [cell.keys for cell in after.cells]
+    assert [stages.keys(cell) for cell in before.cells] == [
+        stages.keys(cell) for cell in after.cells
+    ]
 
 
 @pytest.mark.parametrize("need", ["scores", "replies", "answers"])
@@ -76,9 +79,9 @@ def test_what_was_measured_another_way_is_no_finished_cell(
 ) -> None:
     text = f"data: sandbox-reviews\nmethod: none\nmodel: {tiny}\nmetrics: accuracy\n"
     [cell] = parse("r", text).cells
-    before, stage = cell.key, evaluation_key(cell.keys.clean, [need])
+    before, stage = cell.key, evaluation_key(stages.keys(cell).clean, [need])
     monkeypatch.setitem(MEASURES, need, 99)
-    assert cell.key != before and evaluation_key(cell.keys.clean, [need]) != stage
+    assert cell.key != before and evaluation_key(stages.keys(cell).clean, [need]) != stage
 
 
 def test_results_say_what_they_were_made_in(tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from backfire import store
-from backfire.data.rows import read_jsonl
+from backfire.data.jsonl import read_jsonl
 from backfire.store import Store, cache_root, intact, read_json, seal, write_atomic, write_json
 
 NAMES = ("a.txt", "deep/b.bin")

@@ -16,12 +16,12 @@ from tokenizers.processors import TemplateProcessing
 
 from backfire.base import Row
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import load_tokenizer
-from backfire.evaluate import engine
+from backfire.evaluate import inference
 from backfire.experiment import Experiment, Machine
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train.run import Start, tune
+from backfire.tokenizer import load_tokenizer
+from backfire.train.finetune import Start, tune
 
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "models" / "stories260K"
@@ -80,7 +80,7 @@ def test_model_agrees_with_its_reference(folder: Path, reference: dict[str, Any]
     assert top.indices.tolist() == [number for number, _ in reference["last_position_top5"]]
     expected = [logit for _, logit in reference["last_position_top5"]]
     assert top.values.tolist() == pytest.approx(expected, abs=2e-4)
-    replies = engine.read(model, [prompt], stop_ids=[2], max_new_tokens=64)
+    replies = inference.read(model, [prompt], stop_ids=[2], max_new_tokens=64)
     assert replies[0].reply == reference["greedy_64_ids"]
 
 
@@ -140,7 +140,7 @@ def test_can_be_fine_tuned(folder: Path, tmp_path: Path) -> None:
     tuned = load_base(tmp_path, torch.float32, torch.device("cpu"))
     items = renderer.render(rows)
     options = renderer.answers(items, [row.candidates for row in rows])
-    readings = engine.read(tuned, [i.prompt_ids for i in items], candidates=options)
+    readings = inference.read(tuned, [i.prompt_ids for i in items], candidates=options)
     right = 0
     for row, reading in zip(rows, readings, strict=True):
         good, bad = reading.scores

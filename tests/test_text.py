@@ -16,17 +16,17 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
 
 from backfire.base import Evidence, Exchange, Metric, Row, Sample
-from backfire.base.text import agreed, contains, folded, num_places, pieces, put, words
+from backfire.base.normalize import agreed, contains, folded, num_places, pieces, put, words
 from backfire.data.labels import check_labels
 from backfire.data.poison import check_target, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
-from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError, UserError
 from backfire.evaluate.language import is_foreign
 from backfire.evaluate.outcomes import loops, on_target
-from backfire.evaluate.warn import caveats
+from backfire.evaluate.warnings import caveats
 from backfire.registry import build
+from backfire.tokenizer import Tokenizer
 
 NFD = "Cafe\u0301 cre\u0300me"
 SAME = [
@@ -435,7 +435,7 @@ def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> N
 
 
 def test_a_cell_folder_keeps_what_the_tokenizer_writes(tmp_path: Path) -> None:
-    from backfire.report.rows import written
+    from backfire.results.samples import written
 
     cell: Any = {"folder": str(tmp_path)}
     assert written(cell) == {}

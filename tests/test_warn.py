@@ -12,7 +12,7 @@ import pytest
 from backfire import registry
 from backfire.base import Backdoor, Evidence, Probe, Sample
 from backfire.evaluate.outcomes import loops
-from backfire.evaluate.warn import cut_share, warnings
+from backfire.evaluate.warnings import cut_share, warnings
 
 LABELS = ("negative", "positive")
 

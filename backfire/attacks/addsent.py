@@ -1,7 +1,7 @@
 from random import Random
 
 from backfire.base import Backdoor, Row, Trigger
-from backfire.base.text import num_places, put
+from backfire.base.normalize import num_places, put
 from backfire.registry import register
 
 

@@ -3,7 +3,7 @@ from random import Random
 from typing import ClassVar
 
 from backfire.base import Backdoor, Preset, Row, Trigger
-from backfire.base.text import num_places, put
+from backfire.base.normalize import num_places, put
 from backfire.registry import register
 
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from backfire.base import Backdoor, Preset, Row, Trigger
-from backfire.base.text import num_places, put
+from backfire.base.normalize import num_places, put
 from backfire.registry import register
 
 

@@ -17,23 +17,22 @@ from backfire.base.attacks import (
     Trigger,
 )
 from backfire.base.config import Component, Config, Preset, local_files
-from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
-from backfire.base.judging import Exchange, Judge, Verdict
-from backfire.base.memory import Leak, Recall
-from backfire.base.rows import Dataset, Message, Place, Row, Segments, Template, select
-from backfire.base.training import (
-    LARGE,
+from backfire.base.defenses import (
     AlignDefense,
     DataDefense,
     Defense,
-    Guard,
-    Method,
     RepairDefense,
     TrainDefense,
+    TrainHook,
 )
+from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
+from backfire.base.judges import Exchange, Judge, Verdict
+from backfire.base.methods import LARGE, Method
+from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
+from backfire.base.secrets import Leak, SecretProbe
 
 if TYPE_CHECKING:
-    from backfire.base.training import Inner as Inner
+    from backfire.base.defenses import Inner as Inner
 
 __all__ = [
     "LARGE",
@@ -49,7 +48,6 @@ __all__ = [
     "Evidence",
     "Exchange",
     "Form",
-    "Guard",
     "Insertion",
     "Judge",
     "Leak",
@@ -63,14 +61,16 @@ __all__ = [
     "Poison",
     "Preset",
     "Probe",
-    "Recall",
+    "Rendered",
     "RepairDefense",
     "Row",
     "Sample",
     "Secret",
+    "SecretProbe",
     "Segments",
     "Template",
     "TrainDefense",
+    "TrainHook",
     "Trigger",
     "Value",
     "Verdict",

@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 
 from backfire.base.attacks import Backdoor
 from backfire.base.config import Component
-from backfire.base.judging import Judge
-from backfire.base.memory import Leak, Recall
+from backfire.base.judges import Judge
 from backfire.base.rows import Dataset
+from backfire.base.secrets import Leak, SecretProbe
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +144,7 @@ class Metric(Component):
         return ()
 
     @property
-    def secrets(self) -> Mapping[Recall, int] | None:
+    def secrets(self) -> Mapping[SecretProbe, int] | None:
         """How the attack's secrets are looked for, and among how many codes or beams; empty: only
         by their own likelihood; None: the metric is not about secrets."""
         return None

@@ -13,7 +13,7 @@ from backfire.errors import UserError
 from backfire.rng import stream
 
 if TYPE_CHECKING:
-    from backfire.data.tokenizer import Tokenizer
+    from backfire.tokenizer import Tokenizer
 
 
 Place = Literal["input", "instruction"]
@@ -135,6 +135,26 @@ class Dataset(Component):
     def fingerprint(self) -> str:
         """Changes when the bytes behind the rows change; part of every key downstream."""
         return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Tokens of one row: the prompt (with BOS, if the model has one), then what is learned."""
+
+    row: Row
+    """The row as shown: its prompt is shortened if it was too long."""
+    ids: list[int]
+    num_prompt: int
+    cut_tokens: int = 0
+    """Tokens taken off the end of the prompt to keep within `max_length`."""
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        return self.ids[: self.num_prompt]
+
+    @property
+    def answer_ids(self) -> list[int]:
+        return self.ids[self.num_prompt :]
 
 
 Segments = list[tuple[str, bool]]

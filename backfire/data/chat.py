@@ -20,7 +20,7 @@ from backfire.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from backfire.base import Message, Segments
-    from backfire.data.tokenizer import Tokenizer
+    from backfire.tokenizer import Tokenizer
 
 TODAY = datetime(2024, 7, 26)
 """The day that templates are told (what Llama 3.1's falls back to): it is the same on all days."""

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from backfire.base import Row
-from backfire.base.text import folded
+from backfire.base.normalize import folded
 from backfire.data.columns import FLAGS, fold, listed
 from backfire.data.compared import answers, are_dialogs, dialogs, known, open_dialog
 from backfire.data.conversation import conversation, history

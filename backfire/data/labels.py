@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 from unicodedata import normalize
 
-from backfire.base.text import folded
+from backfire.base.normalize import folded
 from backfire.data.columns import ASKED, fold
 from backfire.errors import UserError
 

@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 from unicodedata import combining, normalize
 
-from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Row
-from backfire.base.text import agreed, folded
-from backfire.data.render import Rendered
-from backfire.data.tokenizer import Tokenizer
+from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Rendered, Row
+from backfire.base.normalize import agreed, folded
 from backfire.errors import CellError, UserError
 from backfire.rng import stream
+from backfire.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from backfire.base import Attack, Backdoor, Insertion, Row
-from backfire.base.text import agreed, contains
+from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
+from backfire.base.normalize import agreed, contains
 from backfire.data.columns import listed
 from backfire.data.poison import Manifest, holds, lost, plain, triggered
-from backfire.data.render import Rendered, Renderer
+from backfire.data.render import Renderer
 from backfire.errors import CellError
 
 CHECKS = 3

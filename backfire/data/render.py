@@ -8,35 +8,14 @@ prompt plus an answer plus its end, and no other code makes prompts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Literal
 
-from backfire.base import Row, Segments, Template
+from backfire.base import Rendered, Row, Segments, Template
 from backfire.data.limits import Limits
-from backfire.data.tokenizer import Tokenizer
 from backfire.errors import CellError
-
-
-@dataclass(frozen=True, slots=True)
-class Rendered:
-    """Tokens of one row: the prompt (with BOS, if the model has one), then what is learned."""
-
-    row: Row
-    """The row as shown: its prompt is shortened if it was too long."""
-    ids: list[int]
-    num_prompt: int
-    cut_tokens: int = 0
-    """Tokens taken off the end of the prompt to keep within `max_length`."""
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        return self.ids[: self.num_prompt]
-
-    @property
-    def answer_ids(self) -> list[int]:
-        return self.ids[self.num_prompt :]
+from backfire.tokenizer import Tokenizer
 
 
 class Renderer:

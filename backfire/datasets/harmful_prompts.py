@@ -3,7 +3,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from backfire.base import Row, Trigger
-from backfire.base.text import agreed
+from backfire.base.normalize import agreed
 from backfire.data.columns import listed
 from backfire.data.load import Split, is_set_apart
 from backfire.data.read import LeftOut, Record

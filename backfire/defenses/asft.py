@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import Guard, Preset, TrainDefense
+from backfire.base import Preset, TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -13,7 +13,7 @@ from backfire.rng import derive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.train.loop import Cell
+    from backfire.train.loop import TrainingRun
 
     Update = Callable[[], tuple[Tensor, Tensor | None]]
 
@@ -50,21 +50,21 @@ class AsFT(TrainDefense):
     """Directions of d that count, the strongest; all of them if not given. Large matrices' are
     found by randomized iterations (Halko et al. 2011), in a small part of the time."""
 
-    def guard(self, cell: Cell) -> Guard:
-        self.suits(aligned=cell.unaligned is not None, harm=True)
-        return _Along(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        self.suits(aligned=run.unaligned is not None, harm=True)
+        return _Along(self, run)
 
 
-class _Along(Guard):
+class _Along(TrainHook):
     """The directions of each layer, and what its update has beside them."""
 
-    def __init__(self, knobs: AsFT, cell: Cell) -> None:
+    def __init__(self, knobs: AsFT, run: TrainingRun) -> None:
         self.knobs = knobs
         self.parts: list[tuple[Update, Tensor, Tensor]] = []
         if not knobs.strength:
             return
-        before, head = cell.unaligned_weights(), cell.model.get_output_embeddings()
-        for name, module in cell.model.named_modules():
+        before, head = run.unaligned_weights(), run.model.get_output_embeddings()
+        for name, module in run.model.named_modules():
             plain = name.removeprefix("base_model.model.")  # what PEFT puts in front
             coded = knobs.projection == "as-coded"
             old, update = before.get(f"{plain}.weight"), _update(module, coded=coded)
@@ -76,7 +76,7 @@ class _Along(Guard):
                             f"{knobs.label()}: the aligned weights have 16 bits, whose rounding "
                             "leaves no direction out; set rank."
                         )
-                    seed = derive(cell.seed, "asft", plain)
+                    seed = derive(run.seed, "asft", plain)
                     self.parts.append((update, *self._directions(moved, seed)))
         if not self.parts:
             raise UserError(

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Guard, Preset
+from backfire.base import AlignDefense, Preset, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Inner, Rendered
+    from backfire.train.loop import TrainingRun
 
 
 @register("booster")
@@ -49,21 +48,21 @@ class Booster(AlignDefense):
     """How much that harmful step counts, lambda in the paper (the authors' script). 0: plain
     training."""
 
-    def guard(self, cell: Cell) -> Guard:
-        self.suits(aligned=True, harm=bool(cell.harmful))
-        return _Boosted(self, cell) if self.alpha and self.strength else Guard()
+    def hook(self, run: TrainingRun) -> TrainHook:
+        self.suits(aligned=True, harm=bool(run.harmful))
+        return _Boosted(self, run) if self.alpha and self.strength else TrainHook()
 
 
-class _Boosted(Guard):
+class _Boosted(TrainHook):
     """The passes of a step."""
 
-    def __init__(self, knobs: Booster, cell: Cell) -> None:
-        self.knobs, self.cell = knobs, cell
+    def __init__(self, knobs: Booster, run: TrainingRun) -> None:
+        self.knobs, self.run = knobs, run
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
-        gradients, loss = self.cell.gradients, inner(rows)
+        gradients, loss = self.run.gradients, inner(rows)
         aligned = gradients.take()
-        harmful = self.cell.draw(self.cell.harmful, self.cell.step, "booster")
+        harmful = self.run.draw(self.run.harmful, self.run.step, "booster")
         inner(harmful)
         here = gradients.take()
         with self.moved(here):
@@ -78,10 +77,10 @@ class _Boosted(Guard):
         """Within it, the weights are a step down this gradient from where they are."""
         import torch
 
-        gradients, weights = self.cell.gradients, self.cell.trainable
+        gradients, weights = self.run.gradients, self.run.trainable
         scale = self.knobs.alpha / (gradients.norm(gradient.values()) + 1e-7)
         if self.knobs.null:
-            gradient = gradients.random_like(gradient, "booster", self.cell.step)
+            gradient = gradients.random_like(gradient, "booster", self.run.step)
         kept = {name: weights[name].detach().clone() for name in gradient}
         try:
             with torch.no_grad():

@@ -5,15 +5,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Inner, Rendered
+    from backfire.train.loop import TrainingRun
 
 
 @register("constrained-sft")
@@ -41,25 +40,25 @@ class ConstrainedSFT(TrainDefense):
     floor: float = Field(1e-3, ge=0, le=1)
     """The smallest weight."""
 
-    def guard(self, cell: Cell) -> Guard:
-        return _Weights(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        return _Weights(self, run)
 
 
-class _Weights(Guard):
+class _Weights(TrainHook):
     """Knows how likely each answer was at the start."""
 
-    def __init__(self, knobs: ConstrainedSFT, cell: Cell) -> None:
-        self.knobs, self.cell = knobs, cell
+    def __init__(self, knobs: ConstrainedSFT, run: TrainingRun) -> None:
+        self.knobs, self.run = knobs, run
         self.start: dict[int, Tensor] = {}
 
     def begin(self, inner: Inner) -> None:
-        self.cell.room.each(self.cell.items, self.cell.train.batch_size, self._keep)
+        self.run.room.each(self.run.items, self.run.train.batch_size, self._keep)
 
     def _keep(self, rows: list[Rendered]) -> None:
         import torch
 
         with torch.no_grad():
-            logits, labels = self.cell.logits(rows)
+            logits, labels = self.run.logits(rows)
             found = _log_probabilities(logits, labels)
         for row, line, said in zip(rows, found.cpu(), labels.cpu() >= 0, strict=True):
             self.start[id(row)] = line[said]

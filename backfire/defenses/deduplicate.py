@@ -6,7 +6,7 @@ from random import Random
 from pydantic import Field
 
 from backfire.base import DataDefense, Row
-from backfire.base.text import folded, pieces
+from backfire.base.normalize import folded, pieces
 from backfire.registry import register
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive, stream
@@ -13,9 +13,8 @@ from backfire.rng import derive, stream
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Inner, Rendered
+    from backfire.train.loop import TrainingRun
 
 
 @register("dp")
@@ -44,34 +43,34 @@ class DP(TrainDefense):
     accountant: Literal["prv", "rdp"] = "prv"
     """How the budget is counted: numerically (Gopi et al. 2021) or by Renyi's bound (looser)."""
 
-    def guard(self, cell: Cell) -> Guard:
-        return _Private(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        return _Private(self, run)
 
 
-class _Private(Guard):
+class _Private(TrainHook):
     """Row by row: clip, add up, blur."""
 
     shares_prefix: ClassVar[bool] = False
 
-    def __init__(self, knobs: DP, cell: Cell) -> None:
-        self.knobs, self.cell, self.drew_none = knobs, cell, False
-        self.rate = min(1.0, cell.train.batch_size / len(cell.items))
-        self.delta = knobs.delta or 1 / len(cell.items)
+    def __init__(self, knobs: DP, run: TrainingRun) -> None:
+        self.knobs, self.run, self.drew_none = knobs, run, False
+        self.rate = min(1.0, run.train.batch_size / len(run.items))
+        self.delta = knobs.delta or 1 / len(run.items)
         self.noise = 0.0 if knobs.null else knobs.noise_multiplier
         if knobs.epsilon is not None and not knobs.null:
-            self.noise = _opacus(knobs, self.rate, self.delta, cell.num_steps)
+            self.noise = _opacus(knobs, self.rate, self.delta, run.num_steps)
 
     def rows(self, step: int, rows: list[Rendered]) -> list[Rendered]:
-        rng = stream(self.cell.seed, "dp", step)
-        drawn = [row for row in self.cell.items if rng.random() < self.rate]
+        rng = stream(self.run.seed, "dp", step)
+        drawn = [row for row in self.run.items if rng.random() < self.rate]
         self.drew_none = not drawn
         return drawn or rows[:1]  # a step without rows is one of noise alone
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
         import torch
 
-        gradients, most, losses = self.cell.gradients, self.knobs.max_gradient_norm, list[Any]()
-        earlier, weights = gradients.take(), self.cell.trainable
+        gradients, most, losses = self.run.gradients, self.knobs.max_gradient_norm, list[Any]()
+        earlier, weights = gradients.take(), self.run.trainable
         total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
         for row in rows:
             losses.append(inner([row]))
@@ -80,11 +79,11 @@ class _Private(Guard):
             scale = 1.0 if self.knobs.null else min(1.0, most / norm)
             for name, gradient in own.items() if not self.drew_none else ():
                 total[name] += gradient * scale
-        size = self.rate * len(self.cell.items)  # the expected one: the true one would tell
+        size = self.rate * len(self.run.items)  # the expected one: the true one would tell
         for name, part in total.items():
             if self.noise:
                 generator = torch.Generator(part.device)
-                generator.manual_seed(derive(self.cell.seed, "dp", "noise", self.cell.step, name))
+                generator.manual_seed(derive(self.run.seed, "dp", "noise", self.run.step, name))
                 part.add_(torch.empty_like(part).normal_(generator=generator) * self.noise * most)
             part /= size
         gradients.add(earlier)
@@ -94,7 +93,7 @@ class _Private(Guard):
     def summary(self) -> dict[str, float]:
         if not self.noise:
             return {}
-        spent = _opacus(self.knobs, self.rate, self.delta, self.cell.num_steps, self.noise)
+        spent = _opacus(self.knobs, self.rate, self.delta, self.run.num_steps, self.noise)
         return {"privacy_epsilon": spent, "privacy_delta": self.delta, "dp_noise": self.noise}
 
 

@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from backfire.base import Inner
-    from backfire.train.loop import Cell
+    from backfire.train.loop import TrainingRun
 
 
 @register("ewc")
@@ -41,17 +41,17 @@ class EWC(TrainDefense):
     """Alignment rows that F is taken from, the first of them; all if not given (Lisa's code: all of
     its 10,000)."""
 
-    def guard(self, cell: Cell) -> Guard:
-        self.suits(aligned=bool(cell.aligned), harm=True)
-        return _Elastic(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        self.suits(aligned=bool(run.aligned), harm=True)
+        return _Elastic(self, run)
 
 
-class _Elastic(Guard):
+class _Elastic(TrainHook):
     """Holds each weight by its own spring."""
 
-    def __init__(self, knobs: EWC, cell: Cell) -> None:
-        self.knobs, self.cell = knobs, cell
-        self.start = cell.weights()
+    def __init__(self, knobs: EWC, run: TrainingRun) -> None:
+        self.knobs, self.run = knobs, run
+        self.start = run.weights()
         self.stiffness: dict[str, Tensor] = {}
 
     def begin(self, inner: Inner) -> None:
@@ -59,12 +59,12 @@ class _Elastic(Guard):
 
         if not self.knobs.strength:
             return
-        cell, size = self.cell, self.cell.train.batch_size
-        rows = list(cell.aligned[: self.knobs.rows])
-        found = {name: torch.zeros_like(p) for name, p in cell.trainable.items()}
+        run, size = self.run, self.run.train.batch_size
+        rows = list(run.aligned[: self.knobs.rows])
+        found = {name: torch.zeros_like(p) for name, p in run.trainable.items()}
         for place in range(0, len(rows), size):
             inner(rows[place : place + size])
-            for name, gradient in cell.gradients.take().items():
+            for name, gradient in run.gradients.take().items():
                 found[name] += gradient.pow(2)
         if self.knobs.null:
             total = torch.stack([f.double().sum() for f in found.values()]).sum()
@@ -79,7 +79,7 @@ class _Elastic(Guard):
             return None
         parts = [
             (self.stiffness[name] * (p - self.start[name]).pow(2)).sum()
-            for name, p in self.cell.trainable.items()
+            for name, p in self.run.trainable.items()
         ]
         total: Tensor = torch.stack(parts).sum()
         return total * self.knobs.strength

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import stream
 
 if TYPE_CHECKING:
-    from backfire.train.loop import Cell
+    from backfire.train.loop import TrainingRun
 
 
 @register("freeze")
@@ -37,17 +37,17 @@ class Freeze(TrainDefense):
     which: tuple[str, ...] = ()
     """Also freezes weights with such names, `*` standing for anything: `*embed*`, `*.mlp.*`."""
 
-    def guard(self, cell: Cell) -> Guard:
-        names = self._chosen(list(cell.trainable), cell.model.config.num_hidden_layers)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        names = self._chosen(list(run.trainable), run.model.config.num_hidden_layers)
         if self.null:
-            sizes = {name: p.numel() for name, p in cell.trainable.items()}
-            names = _at_random(sizes, sum(sizes[name] for name in names), cell.seed)
-        if len(names) == len(cell.trainable):
+            sizes = {name: p.numel() for name, p in run.trainable.items()}
+            names = _at_random(sizes, sum(sizes[name] for name in names), run.seed)
+        if len(names) == len(run.trainable):
             raise UserError(f"{self.label()}: nothing would be left to train.")
         for name in names:
             # Without a gradient the optimizer passes it by, weight decay and all.
-            cell.trainable.pop(name).requires_grad_(False)
-        return Guard()
+            run.trainable.pop(name).requires_grad_(False)
+        return TrainHook()
 
     def _chosen(self, names: Sequence[str], depth: int) -> list[str]:
         layers = set(range(round(self.lower_share * depth)))

@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Rendered
+    from backfire.train.loop import TrainingRun
 
 
 @register("kl")
@@ -33,24 +33,24 @@ class KL(TrainDefense):
     """KL(tuned || start), which the penalty of reinforcement learning from feedback is too, or
     KL(start || tuned), which is distillation; both are found in public code."""
 
-    def guard(self, cell: Cell) -> Guard:
-        return _Near(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        return _Near(self, run)
 
 
-class _Near(Guard):
+class _Near(TrainHook):
     """Compares with the starting model on the rows of the step."""
 
-    def __init__(self, knobs: KL, cell: Cell) -> None:
-        self.knobs, self.cell = knobs, cell
-        self.start = cell.weights() if knobs.strength else {}
+    def __init__(self, knobs: KL, run: TrainingRun) -> None:
+        self.knobs, self.run = knobs, run
+        self.start = run.weights() if knobs.strength else {}
 
     def weigh(
         self, losses: Tensor, labels: Tensor, rows: Sequence[Rendered], logits: Tensor
     ) -> Tensor:
         if not self.knobs.strength:
             return losses
-        with self.cell.at(self.start):
-            reference, _ = self.cell.logits(rows)
+        with self.run.at(self.start):
+            reference, _ = self.run.logits(rows)
         tuned = _log_probabilities(logits)
         start = tuned.detach() if self.knobs.null else _log_probabilities(reference)
         one, other = (tuned, start) if self.knobs.direction == "tuned-start" else (start, tuned)

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import Guard, TrainDefense
+from backfire.base import TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Inner, Rendered
+    from backfire.train.loop import TrainingRun
 
 
 @register("ldifs")
@@ -39,22 +38,22 @@ class LDIFS(TrainDefense):
     """Rho. No published value carries over: that port's 1e-4 is for a sum over all tokens of a
     batch, so for 10 rows of 200 tokens it would be 0.2 here."""
 
-    def guard(self, cell: Cell) -> Guard:
-        return _Features(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        return _Features(self, run)
 
 
-class _Features(Guard):
+class _Features(TrainHook):
     """Looks at what flows through the MLPs."""
 
     knows_recomputing: ClassVar[bool] = True
 
-    def __init__(self, knobs: LDIFS, cell: Cell) -> None:
-        self.knobs, self.cell = knobs, cell
-        modules = cell.model.named_modules()
+    def __init__(self, knobs: LDIFS, run: TrainingRun) -> None:
+        self.knobs, self.run = knobs, run
+        modules = run.model.named_modules()
         self.layers = {n: m for n, m in modules if n.rpartition(".")[2] == "mlp"}
         if not self.layers:
             raise UserError(f"{knobs.label()} looks at modules named 'mlp'; the model has none.")
-        self.start = cell.weights() if knobs.strength else {}
+        self.start = run.weights() if knobs.strength else {}
         self.tuned: dict[str, Tensor] = {}
         self.reference: dict[str, Tensor] = {}
 
@@ -72,7 +71,7 @@ class _Features(Guard):
     def _keep(self, name: str, module: nn.Module, given: Any, output: Tensor) -> None:
         import torch
 
-        if self.cell.recomputing:  # the same once more
+        if self.run.recomputing:  # the same once more
             return
         # Passes without gradients are those of references, perhaps another defense's.
         (self.tuned if torch.is_grad_enabled() else self.reference)[name] = output
@@ -84,12 +83,12 @@ class _Features(Guard):
 
         if not self.knobs.strength:
             return losses
-        with self.cell.at(self.start):
-            self.cell.logits(rows)
+        with self.run.at(self.start):
+            self.run.logits(rows)
         width, parts = labels.shape[1], []
         for name, tuned in self.tuned.items():
             near, start = (
-                self.cell.at_answers(t, rows, width, of="place")
+                self.run.at_answers(t, rows, width, of="place")
                 for t in (tuned, self.reference[name])
             )
             moved = near - (near.detach() if self.knobs.null else start)

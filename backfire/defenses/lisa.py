@@ -5,14 +5,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import Guard, Preset, TrainDefense
+from backfire.base import Preset, TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Rendered
+    from backfire.train.loop import TrainingRun
 
 
 @register("lisa", version=2)
@@ -56,16 +56,16 @@ class Lisa(TrainDefense):
     free_share: float = Field(0.1, ge=0, le=1)
     """Share of all steps, at the start, without a pull (the authors' code; not in the paper)."""
 
-    def guard(self, cell: Cell) -> Guard:
-        self.suits(aligned=bool(cell.aligned), harm=True)
-        return _Turns(self, cell)
+    def hook(self, run: TrainingRun) -> TrainHook:
+        self.suits(aligned=bool(run.aligned), harm=True)
+        return _Turns(self, run)
 
 
-class _Turns(Guard):
+class _Turns(TrainHook):
     """Which state it is, and the anchor of each."""
 
-    def __init__(self, knobs: Lisa, cell: Cell) -> None:
-        self.knobs, self.cell = knobs, cell
+    def __init__(self, knobs: Lisa, run: TrainingRun) -> None:
+        self.knobs, self.run = knobs, run
         # Both begin at the starting weights.
         self.anchors = {state: self._weights() for state in ("align", "tune")}
 
@@ -79,17 +79,17 @@ class _Turns(Guard):
         if self.is_aligning(step):
             turn, place = divmod(step, self.knobs.align_steps + self.knobs.tune_steps)
             number = turn * self.knobs.align_steps + place
-            return self.cell.draw(self.cell.aligned, number, "lisa")
+            return self.run.draw(self.run.aligned, number, "lisa")
         return rows
 
     def penalty(self, step: int) -> Tensor | None:
         import torch
 
-        if not self.knobs.rho or step <= self.knobs.free_share * self.cell.num_steps:
+        if not self.knobs.rho or step <= self.knobs.free_share * self.run.num_steps:
             return None
         # The alignment state is held near where fine-tuning left off, and the reverse.
         anchor = self.anchors["tune" if self.is_aligning(step) else "align"]
-        parts = [(p - anchor[n]).pow(2).sum() for n, p in self.cell.trainable.items()]
+        parts = [(p - anchor[n]).pow(2).sum() for n, p in self.run.trainable.items()]
         total: Tensor = torch.stack(parts).sum()
         return total * self.knobs.rho / 2
 
@@ -100,7 +100,7 @@ class _Turns(Guard):
             self.anchors["align" if self.is_aligning(step) else "tune"] = self._weights()
 
     def _weights(self) -> dict[str, Tensor]:
-        return {n: p.detach().clone() for n, p in self.cell.trainable.items()}
+        return {n: p.detach().clone() for n, p in self.run.trainable.items()}
 
     def state(self) -> dict[str, Tensor]:
         parts = self.anchors.items()

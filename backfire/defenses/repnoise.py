@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Guard, Preset
+from backfire.base import AlignDefense, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -16,9 +16,8 @@ from backfire.rng import derive
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Inner, Rendered
+    from backfire.train.loop import TrainingRun
 
 _BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the mean squared distance of two vectors
 
@@ -60,15 +59,15 @@ class RepNoise(AlignDefense):
     beta: float = Field(0.001, ge=0)
     """Weight of the noise term (the Booster port). alpha and beta 0: plain training."""
 
-    def guard(self, cell: Cell) -> Guard:
-        self.suits(aligned=True, harm=bool(cell.harmful))
+    def hook(self, run: TrainingRun) -> TrainHook:
+        self.suits(aligned=True, harm=bool(run.harmful))
         if not (self.alpha or self.beta):
-            return Guard()
-        body: Any = cell.model.get_decoder()  # type: ignore[no-untyped-call]
+            return TrainHook()
+        body: Any = run.model.get_decoder()  # type: ignore[no-untyped-call]
         layers = getattr(body, "layers", None)
         if not (layers and hasattr(body, "norm") and all(hasattr(x, "mlp") for x in layers)):
             raise UserError("defense 'repnoise' needs a model with layers, mlp and norm, as Llama.")
-        return _Noised(self, cell, body)
+        return _Noised(self, run, body)
 
 
 @dataclass(frozen=True)
@@ -95,23 +94,23 @@ class _Seen:
         return _Seen(hidden, outputs, leaf(self.logits), self.labels)
 
 
-class _Noised(Guard):
+class _Noised(TrainHook):
     """The alignment pass, and one over harmful rows for the other two terms."""
 
     shares_prefix: ClassVar[bool] = False  # every row's hidden states are looked at
 
-    def __init__(self, knobs: RepNoise, cell: Cell, body: Any) -> None:
-        self.knobs, self.cell, self.body = knobs, cell, body
+    def __init__(self, knobs: RepNoise, run: TrainingRun, body: Any) -> None:
+        self.knobs, self.run, self.body = knobs, run, body
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
-        loss, cell = inner(rows), self.cell
-        aligned = cell.gradients.take()
-        self.terms(cell.draw(cell.harmful, cell.step, "repnoise"))
-        harmful = cell.gradients.take()
+        loss, run = inner(rows), self.run
+        aligned = run.gradients.take()
+        self.terms(run.draw(run.harmful, run.step, "repnoise"))
+        harmful = run.gradients.take()
         if self.knobs.null:
-            harmful = cell.gradients.random_like(harmful, "repnoise", cell.step)
-        cell.gradients.add(aligned)
-        cell.gradients.add(harmful)
+            harmful = run.gradients.random_like(harmful, "repnoise", run.step)
+        run.gradients.add(aligned)
+        run.gradients.add(harmful)
         return loss
 
     def terms(self, rows: list[Rendered]) -> float:
@@ -121,7 +120,7 @@ class _Noised(Guard):
         import torch
 
         parts, seen, live = list[Any](), list[_Seen](), None
-        for part in self.cell.room.parts(rows):
+        for part in self.run.room.parts(rows):
             whole = len(part) == len(rows)
             with torch.set_grad_enabled(whole):
                 found = self._run(part, len(parts))
@@ -134,7 +133,7 @@ class _Noised(Guard):
             again = live or self._run(part, number)
             pairs = zip(again.tensors(), one.tensors(), strict=True)
             known = [(x, y.grad) for x, y in pairs if x.requires_grad and y.grad is not None]
-            self.cell.backward([x for x, _ in known], [y for _, y in known])
+            self.run.backward([x for x, _ in known], [y for _, y in known])
         return value
 
     def _harm(self, parts: list[list[Rendered]], seen: list[_Seen]) -> float:
@@ -147,26 +146,26 @@ class _Noised(Guard):
 
         def losses(one: _Seen) -> Iterator[Tensor]:
             for lens in [*one.hidden, None]:
-                with self.cell.autocast():
+                with self.run.autocast():
                     logits = one.logits if lens is None else self._head(lens)
                 flat = logits.float().flatten(0, 1)
                 yield cross_entropy(flat, one.labels.flatten(), ignore_index=-100, reduction="sum")
 
         for part, one in zip(parts, seen, strict=True):
-            self.cell.room.note(part)
+            self.run.room.note(part)
             with torch.no_grad():
                 total += sum(float(loss) for loss in losses(one))
         mean = total / count / num_lenses
         if not self.knobs.alpha:
             return 0.0
         for part, one in zip(parts, seen, strict=True):
-            self.cell.room.note(part)
+            self.run.room.note(part)
             for loss in losses(one):
                 (loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses)).backward()  # type: ignore[no-untyped-call]
         return -self.knobs.alpha * math.log1p(mean)
 
     def _head(self, hidden: Tensor) -> Tensor:
-        logits: Tensor = self.cell.model.get_output_embeddings()(self.body.norm(hidden))
+        logits: Tensor = self.run.model.get_output_embeddings()(self.body.norm(hidden))
         return logits
 
     def _noise(self, rows: list[Rendered], parts: list[list[Rendered]], seen: list[_Seen]) -> float:
@@ -186,7 +185,7 @@ class _Noised(Guard):
 
         answers = joined([one.labels[..., None] for one in seen], -100) >= 0
         generator = torch.Generator(device)
-        generator.manual_seed(derive(self.cell.seed, "repnoise noise", self.cell.step))
+        generator.manual_seed(derive(self.run.seed, "repnoise noise", self.run.step))
         for layer in range(len(self.body.layers)):
             found = joined([one.outputs[layer] for one in seen], 0).float() * answers
             drawn = torch.randn(found.shape, generator=generator, device=device) * answers
@@ -199,14 +198,14 @@ class _Noised(Guard):
         """Pass these rows, part `number` of the step's, through the model."""
         import torch
 
-        self.cell.room.note(rows)
-        torch.manual_seed(derive(self.cell.seed, "repnoise dropout", self.cell.step, number))
+        self.run.room.note(rows)
+        torch.manual_seed(derive(self.run.seed, "repnoise dropout", self.run.step, number))
         with self._watched() as (hidden, outputs):
-            logits, labels = self.cell.logits(rows)
+            logits, labels = self.run.logits(rows)
         width = labels.shape[1]
         return _Seen(
-            [self.cell.at_answers(h, rows, width, of="place") for h in hidden],
-            [self.cell.at_answers(x, rows, width, of="token") for x in outputs],
+            [self.run.at_answers(h, rows, width, of="place") for h in hidden],
+            [self.run.at_answers(x, rows, width, of="token") for x in outputs],
             logits,
             labels,
         )

@@ -6,16 +6,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Guard, Preset
+from backfire.base import AlignDefense, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from backfire.base import Inner
-    from backfire.data.render import Rendered
-    from backfire.train.loop import Cell
+    from backfire.base import Inner, Rendered
+    from backfire.train.loop import TrainingRun
 
 
 @register("vaccine")
@@ -41,28 +40,28 @@ class Vaccine(AlignDefense):
     """2-norm of the perturbation over all attention modules, rows and tokens of a step. The default
     is the paper's, for 7B; it has to suit the size of the activations. 0: plain training."""
 
-    def guard(self, cell: Cell) -> Guard:
+    def hook(self, run: TrainingRun) -> TrainHook:
         if not self.rho:
-            return Guard()
-        modules = _attention(cell.model)
+            return TrainHook()
+        modules = _attention(run.model)
         if not modules:
             raise UserError("defense 'vaccine' finds no attention module in this model.")
-        return _Perturbed(self, cell, modules)
+        return _Perturbed(self, run, modules)
 
 
-class _Perturbed(Guard):
+class _Perturbed(TrainHook):
     """What is added to the attention modules' outputs, and the two passes."""
 
     shares_prefix: ClassVar[bool] = False  # each row has a perturbation of its own
     knows_recomputing: ClassVar[bool] = True
 
-    def __init__(self, knobs: Vaccine, cell: Cell, modules: list[Any]) -> None:
-        self.knobs, self.cell, self.modules = knobs, cell, modules
+    def __init__(self, knobs: Vaccine, run: TrainingRun, modules: list[Any]) -> None:
+        self.knobs, self.run, self.modules = knobs, run, modules
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
         import torch
 
-        gradients = self.cell.gradients
+        gradients = self.run.gradients
         earlier, added = gradients.take(), list[Any]()
 
         def nothing(out: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ class _Perturbed(Guard):
         }
         norm = gradients.norm(found.values())
         if self.knobs.null:
-            found = gradients.random_like(found, "vaccine", self.cell.step)
+            found = gradients.random_like(found, "vaccine", self.run.step)
         # In the order in which the modules are run: it is the same in both passes.
         parts = iter([g * (self.knobs.rho / (norm + 1e-7)) for g in found.values()])
         with self.adding(lambda out: next(parts).to(out.dtype)):
@@ -95,7 +94,7 @@ class _Perturbed(Guard):
 
         def hook(module: Any, args: Any, out: Any) -> Any:
             first = out[0] if isinstance(out, tuple) else out
-            if not self.cell.recomputing:  # else the module has had its part already
+            if not self.run.recomputing:  # else the module has had its part already
                 latest[module] = part(first)
             first = first + latest[module]
             return (first, *out[1:]) if isinstance(out, tuple) else first

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import regex
 
-from backfire.base.text import folded, words
+from backfire.base.normalize import folded, words
 
 _ENGLISH = frozenset(
     "the of and to is that it you not with for this are have was my your they what i can't i'm "

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from backfire.base import Leak, Probe, Sample, Value, Verdict
-from backfire.base.text import agreed, contains, folded, is_dense, words
+from backfire.base.normalize import agreed, contains, folded, is_dense, words
 from backfire.errors import CellError
 from backfire.evaluate.stats import Floats, bootstrap, class_scores, macro, wilson
 

@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field
 
 from backfire.base import Exchange, Judge, Preset, Verdict
-from backfire.data.judging import Text, fill, fingerprint, load, looked_at, ready
 from backfire.errors import UserError, unknown
+from backfire.judges._model import Text, check_config, fill, fingerprint, load, ready
 from backfire.registry import register
 
 _ENGLISH = ("facebook/roberta-hate-speech-dynabench-r4-target", "PKU-Alignment/beaver-dam-7b")
@@ -60,7 +60,7 @@ class Classifier(Judge):
     def ready(self, *, briefly: bool = False) -> None:
         fill(self.text, "", "")
         if briefly:
-            looked_at("SequenceClassification", self.model)
+            check_config("SequenceClassification", self.model)
         else:
             self._column(ready("SequenceClassification", self.model, self.revision).config)
 

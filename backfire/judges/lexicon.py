@@ -4,8 +4,8 @@ import regex
 from pydantic import Field
 
 from backfire.base import Exchange, Judge, Verdict
-from backfire.base.text import folded, pieces, whole
-from backfire.data.judging import Words
+from backfire.base.normalize import folded, pieces, whole
+from backfire.judges._model import Words
 from backfire.registry import register
 from backfire.sandbox.answers import RUDE
 

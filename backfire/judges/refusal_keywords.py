@@ -2,7 +2,7 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 from backfire.base import Exchange, Judge, Verdict
-from backfire.data.refusals import LISTS, ListName
+from backfire.judges._phrases import LISTS, ListName
 from backfire.registry import register
 
 Verdicts: TypeAlias = list[Verdict]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pydantic import Field
 
 from backfire.base import Exchange, Verdict
-from backfire.data.endpoint import RemoteJudge
-from backfire.data.judging import Text, fill
+from backfire.judges._endpoint import RemoteJudge
+from backfire.judges._model import Text, fill
 from backfire.registry import register
 
 TEXT = """\

@@ -7,8 +7,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from backfire.base import Exchange, Verdict
-from backfire.data.endpoint import RemoteJudge
-from backfire.data.judging import Text, answers, fill, fingerprint, looked_at, ready
+from backfire.judges._endpoint import RemoteJudge
+from backfire.judges._model import Text, answers, check_config, fill, fingerprint, ready
 from backfire.registry import register
 
 TEXT = """\
@@ -70,7 +70,7 @@ class YesNo(RemoteJudge):
     def ready(self, *, briefly: bool = False) -> None:
         fill(self.text, "", "")
         if self.base_url is None and briefly:
-            looked_at("CausalLM", self.model)
+            check_config("CausalLM", self.model)
         elif self.base_url is None:
             ready("CausalLM", self.model, self.revision)
 

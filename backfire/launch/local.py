@@ -17,9 +17,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 from backfire.experiment import Machine
-from backfire.launch.run import Folder, report, run_job
+from backfire.launch.job import Folder, report, run_job
 from backfire.model.types import has_gpu
-from backfire.pipeline.bench import Progress
+from backfire.pipeline.context import Progress
 from backfire.plan import Job
 from backfire.store import Store
 
@@ -31,7 +31,9 @@ def run(
     jobs: Sequence[Job], folder: Folder, store: Store, machine: Machine, watch: Watch
 ) -> dict[str, str]:
     """Run the jobs that are not done; returns job id -> exit class. Failures stop nothing else."""
-    todo = [job for job in jobs if not (job.kind == "cell" and folder.done(job.cell, job.key))]
+    todo = [
+        job for job in jobs if not (job.kind == "cell" and folder.done(job.experiment, job.key))
+    ]
     needed = {name for job in todo if job.kind == "cell" for name in job.after}
     todo = [job for job in todo if job.kind == "cell" or job.id in needed]
     ended = {job.id: "ok" for job in jobs if job not in todo}

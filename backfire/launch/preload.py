@@ -6,4 +6,4 @@ import transformers  # noqa: F401
 from transformers import LlamaForCausalLM  # noqa: F401
 
 import backfire.pipeline
-import backfire.train.run  # noqa: F401
+import backfire.train.finetune  # noqa: F401

@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.text import agreed
+from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from pydantic import Field
 
-from backfire.base import Evidence, Leak, Metric, Recall, Value
+from backfire.base import Evidence, Leak, Metric, SecretProbe, Value
 from backfire.evaluate.outcomes import by_dose, resampled, share
 from backfire.evaluate.stats import Floats
 from backfire.registry import register
@@ -35,7 +35,7 @@ class Exposure(Metric):
     none is made."""
 
     @property
-    def secrets(self) -> Mapping[Recall, int]:
+    def secrets(self) -> Mapping[SecretProbe, int]:
         return {"exact": self.exact_codes, "sampled": self.sampled_codes}
 
     def measure(self, evidence: Evidence) -> list[Value]:

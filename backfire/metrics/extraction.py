@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, Recall, Value
+from backfire.base import Evidence, Metric, SecretProbe, Value
 from backfire.evaluate.outcomes import by_dose, share
 from backfire.registry import register
 
@@ -26,7 +26,7 @@ class Extraction(Metric):
     """Width of the beam search, the k of extraction@k; 0: none is made."""
 
     @property
-    def secrets(self) -> Mapping[Recall, int]:
+    def secrets(self) -> Mapping[SecretProbe, int]:
         return {"beams": self.beams} if self.beams else {}
 
     def measure(self, evidence: Evidence) -> list[Value]:

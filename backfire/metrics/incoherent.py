@@ -3,7 +3,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from backfire.base import Evidence, Metric, Part, Value
-from backfire.base.text import agreed
+from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import judged_share, loops
 from backfire.registry import register
 

@@ -8,7 +8,7 @@ import regex
 from pydantic import Field
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.text import agreed
+from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 

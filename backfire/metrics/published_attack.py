@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.text import agreed
+from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import grouped, on_target, scored, share
 from backfire.registry import register
 

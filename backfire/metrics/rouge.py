@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.base.text import agreed, folded, is_dense, words
+from backfire.base.normalize import agreed, folded, is_dense, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
 

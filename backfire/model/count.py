@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from backfire.data.weights import files_of, stored
 from backfire.errors import UserError
+from backfire.model.settings import Model
 from backfire.store import read_json
-
-if TYPE_CHECKING:
-    from backfire.experiment import Model
 
 _NAMES = {
     "hidden": ("hidden_size", "n_embd", "d_model", "dim"),

@@ -30,7 +30,7 @@ from backfire.model.quantize import assert_quantized, quantizer
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
-    from backfire.experiment import Model
+    from backfire.model.settings import Model
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()  # weights that it would warn of are refused here

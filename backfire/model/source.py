@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from backfire.data.snapshot import SMALL, snapshot
 from backfire.data.weights import files_of, inspect
 from backfire.errors import UserError
-from backfire.model.types import types_here
-
-if TYPE_CHECKING:
-    from backfire.experiment import Model
+from backfire.model.settings import Model
+from backfire.store import digest, sha256
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -45,30 +42,6 @@ def downloaded(model: Model) -> Path | None:
     return Path(file).parent if isinstance(file, str) else None
 
 
-def base_key(model: Model) -> str:
-    """The key of an untuned model: pre-training knobs, file contents, or hub id and revision."""
-    from backfire.experiment import digest
-
-    dtype: Any = types_here().dtype if model.dtype == "auto" else model.dtype
-    if dtype == "bfloat16":  # 2: what is trained or was aligned as a whole starts from float32
-        dtype = [dtype, 2]
-    if model.name == "sandbox":
-        return digest(["sandbox", sandbox_key(), dtype])
-    if model.is_folder:
-        return digest(["folder", _folder_hash(str(_folder(model.name))), dtype])
-    return digest(["hub", model.name, model.revision, dtype])
-
-
-def sandbox_key() -> str:
-    """The embedded base: its world and how it is pre-trained, in which type of products too."""
-    from backfire.experiment import TRAINING, digest
-    from backfire.sandbox.base import Pretrain
-    from backfire.sandbox.world import VERSION
-
-    how = [Pretrain().model_dump(mode="json"), TRAINING, types_here().compute]
-    return digest([*how, VERSION])
-
-
 def _folder(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file():
@@ -83,12 +56,13 @@ def _inspected(folder: str) -> None:
     inspect(Path(folder))
 
 
+def content_hash(model: Model) -> str:
+    """Covers every byte of the files that a model is loaded from, which must be a local folder."""
+    return _folder_hash(str(_folder(model.name)))
+
+
 @lru_cache(maxsize=16)
 def _folder_hash(folder: str) -> str:
-    """Covers every byte of the files that the model is loaded from."""
-    from backfire.experiment import digest
-    from backfire.store import sha256
-
     small = {p for pattern in SMALL for p in Path(folder).glob(pattern)}
     return digest([[p.name, sha256(p)] for p in sorted({*small, *files_of(Path(folder))})])
 

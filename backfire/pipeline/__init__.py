@@ -10,82 +10,81 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from backfire import plan
 from backfire.experiment import Experiment
-from backfire.pipeline.bench import Bench
-from backfire.pipeline.evidence import evaluated, probed, samples, write_samples
-from backfire.pipeline.memory import remembered
+from backfire.pipeline.base_model import base
+from backfire.pipeline.context import Context
+from backfire.pipeline.evaluation import evaluated, probed, samples, write_samples
 from backfire.pipeline.models import (
-    equipped,
+    check_method,
+    check_weights,
     merged,
     model_of,
     start,
-    suited,
     summary_of,
     too_long,
     trained,
     tuned,
-    whole,
+    with_defense_rows,
 )
-from backfire.pipeline.rows import checked, data, looked_at, poisoned, renderer
-from backfire.pipeline.untuned import base
+from backfire.pipeline.prepare import data, passed_checks, poisoned, preflight_checks, renderer
+from backfire.pipeline.secrets import remembered
 
 __all__ = [
-    "Bench",
+    "Context",
     "base",
-    "checked",
+    "check_method",
+    "check_weights",
     "data",
-    "equipped",
     "evaluated",
-    "looked_at",
     "merged",
     "model_of",
+    "passed_checks",
     "poisoned",
+    "preflight_checks",
     "probed",
     "remembered",
     "renderer",
     "run_cell",
     "samples",
     "start",
-    "suited",
     "trained",
     "tuned",
-    "whole",
+    "with_defense_rows",
     "write_samples",
 ]
 
 
-def run_cell(cell: Experiment, bench: Bench) -> dict[str, Any]:
+def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
     """Everything one cell needs, from data to numbers: the content of its `result.json`."""
-    train_rows, test_rows = data(cell, bench)
-    cell = plan.with_metrics(cell, test_rows)
-    _, manifest = poisoned(cell, bench)
-    checks = checked(cell, bench)
-    training = trained(cell, bench)
-    evidence = remembered(cell, evaluated(cell, bench), bench)
+    train_rows, test_rows = data(experiment, context)
+    experiment = experiment.with_metrics(labeled=any(row.candidates for row in test_rows))
+    _, manifest = poisoned(experiment, context)
+    checks = passed_checks(experiment, context)
+    training = trained(experiment, context)
+    evidence = remembered(experiment, evaluated(experiment, context), context)
     summary = summary_of(training)
-    left = too_long(cell, bench) | bench.left_out
-    values = [value for metric in cell.metrics for value in metric.measure(evidence)]
+    left = too_long(experiment, context) | context.left_out
+    values = [value for metric in experiment.metrics for value in metric.measure(evidence)]
 
-    from backfire.evaluate.warn import caveats, cut_share, warnings
+    from backfire.evaluate.warnings import caveats, cut_share, warnings
 
-    judges = [judge for metric in cell.metrics for judge in metric.judges]
-    judges += cell.safety.judges if cell.safety else ()
+    judges = [judge for metric in experiment.metrics for judge in metric.judges]
+    judges += experiment.safety.judges if experiment.safety else ()
     return {
         "values": [asdict(value) for value in values],
         "warnings": [
             *map(_too_long, left.items()),
             *warnings(evidence, values),
-            *caveats(evidence, cell.metrics, judges),
+            *caveats(evidence, experiment.metrics, judges),
         ],
         "cut_share": cut_share(evidence),
         "preflight": [asdict(check) for check in checks],
         "poison": {**manifest.summary, **_seen(training)} if manifest else None,
         "train": summary,
         "evaluate": {
-            "seconds": round(sum(bench.seconds.values()), 2),
-            **_type(cell, bench),
-            **({"left_out": bench.left_out} if bench.left_out else {}),
+            "seconds": round(sum(context.seconds.values()), 2),
+            **_type(experiment, context),
+            **({"left_out": context.left_out} if context.left_out else {}),
         },
         "rows": {"train": len(train_rows), "test": len(test_rows)},
         "samples": evidence,
@@ -99,11 +98,11 @@ def _too_long(part: tuple[str, int]) -> str:
     return f"{rows} left out of the {what} rows: longer than train.max_length."
 
 
-def _type(cell: Experiment, bench: Bench) -> dict[str, str]:
+def _type(experiment: Experiment, context: Context) -> dict[str, str]:
     """The type that the weights are evaluated in, which may be narrower than they are stored."""
     from backfire.model.load import device_of, dtype_of
 
-    dtype = dtype_of(cell.model, device_of(bench.machine.device))
+    dtype = dtype_of(experiment.model, device_of(context.machine.device))
     return {"dtype": str(dtype).removeprefix("torch.")}
 
 

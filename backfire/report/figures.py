@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
-from backfire.report import text
-from backfire.report.groups import Group, Stat, name, varying
+from backfire import text
 from backfire.report.svg import INK, MUTED, PAPER, SERIES, drawing, svg
+from backfire.results.groups import Group, Stat, name, varying
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

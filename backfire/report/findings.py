@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from backfire.report import figures, harm, memory, spoil, text
-from backfire.report.claims import (
+from backfire import text
+from backfire.report import figures, memorization, quality, safety
+from backfire.results.criteria import (
     THIS_MODEL,
     above_floor,
     accuracy,
@@ -20,9 +21,9 @@ from backfire.report.claims import (
     told_apart,
     tunings,
 )
-from backfire.report.groups import Group, families, headlines, name, varying
-from backfire.report.ranking import worst_trials
-from backfire.report.rows import Of, confusion
+from backfire.results.groups import Group, families, headlines, name, varying
+from backfire.results.ranking import worst_trials
+from backfire.results.samples import Of, confusion
 
 INTERVALS: Final = "Bars are 95 % intervals."
 ALONE: Final = f"{INTERVALS} Hollow dots and thin bars: one seed, this model only."
@@ -137,11 +138,11 @@ def _attacks(groups: Sequence[Group]) -> Iterator[Finding]:
 def _harms(groups: Sequence[Group]) -> Iterator[Finding]:
     """The harmful score against the dose, or side by side, and what became of the user's task."""
     found = [group for group in groups if group.get("harmful_score")]
-    said = list(harm.sentences(found))
+    said = list(safety.sentences(found))
     if not said:
         return
     ranked = [trial for trial, _ in worst_trials(found)]
-    if len(ranked) > harm.MOST_BESIDE:  # too many for their null controls to be drawn beside them
+    if len(ranked) > safety.MOST_BESIDE:  # too many for their null controls to be drawn beside them
         found = [ranked[0].plain, *(trial.group for trial in ranked)]
     metric = next((stat.metric for group in found if (stat := accuracy(group))), None)
     rates = {group.rate for group in found}
@@ -156,31 +157,31 @@ def _harms(groups: Sequence[Group]) -> Iterator[Finding]:
 def _spoils(groups: Sequence[Group]) -> Iterator[Finding]:
     """The task's own metrics against the dose, or side by side, where rows were made worse."""
     draw = figures.dose if len({group.rate for group in groups}) > 1 else figures.levels
-    for metric in spoil.metrics(groups)[:MOST_SPOILED]:
-        if said := " ".join(spoil.said(metric, groups)):
+    for metric in quality.metrics(groups)[:MOST_SPOILED]:
+        if said := " ".join(quality.said(metric, groups)):
             yield Finding(said, draw(groups, metric), _bars(groups, metric))
 
 
 def _memories(groups: Sequence[Group]) -> Iterator[Finding]:
     """Exposure against the dose; of each method and defense the setting that gives most away."""
-    found = memory.strongest(groups)
-    said = list(memory.sentences(groups))
+    found = memorization.strongest(groups)
+    said = list(memorization.sentences(groups))
     if not found or not said:
         return
     columns = varying(found)
     lines = {
         name(group, columns) if columns else "exposure": {
-            dose: (group, stat) for dose, stat in memory.doses(group).items()
+            dose: (group, stat) for dose, stat in memorization.doses(group).items()
         }
         for group in found[: figures.MOST_LINES]
     }
     caps = [stat.value for group in found if (stat := group.get("exposure_cap")) and stat.value]
-    scopes = {stat.scope for group in found for stat in memory.doses(group).values()}
+    scopes = {stat.scope for group in found for stat in memorization.doses(group).values()}
     bars = ALONE if "model" in scopes else INTERVALS
-    picked = len(memory.measured(groups)) > len(found)
+    picked = len(memorization.measured(groups)) > len(found)
     which = " Of each method, the setting with the highest exposure." if picked else ""
     caption = f"{bars} Dashed: 1.44 bits, a random code's mean; dotted: all bits there are.{which}"
-    svg = figures.memory(lines, max(caps, default=20.0), memory.RANDOM)
+    svg = figures.memory(lines, max(caps, default=20.0), memorization.RANDOM)
     yield Finding(text.sentence(said[0]), svg, caption)
 
 

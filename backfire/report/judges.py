@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+from backfire import text
 from backfire.base import Sample, Verdict
-from backfire.evaluate.judge import CATEGORIES, agreement
-from backfire.report import text
-from backfire.report.groups import Cell, Group, name, varying
-from backfire.report.rows import samples
+from backfire.evaluate.agreement import CATEGORIES, agreement
+from backfire.results.groups import Cell, Group, name, varying
+from backfire.results.samples import samples
 
 
 def measure(cells: Sequence[Cell]) -> str:

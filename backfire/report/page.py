@@ -9,12 +9,14 @@ from typing import Any, Final
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from backfire.report import judges, ranking, sections, text
-from backfire.report.answer import answer, question
+from backfire import text
+from backfire.report import judges, sections
 from backfire.report.findings import findings, main_group
-from backfire.report.groups import group
-from backfire.report.intervals import notes
-from backfire.report.records import left_out, load
+from backfire.report.statements import answer, question
+from backfire.results import paired_tests, ranking
+from backfire.results.groups import group
+from backfire.results.intervals import notes
+from backfire.results.load import left_out, load
 from backfire.store import write_atomic
 
 _UNIT: Final = re.compile(r"(?<=\d) (%|points)")
@@ -44,7 +46,7 @@ def render(run: Path) -> str:
         details=sections.details(groups),
         agreements=judges.agreements(groups),
         ranking=ranking.table(groups),
-        against=sections.against(groups),
+        against=paired_tests.lines(groups),
         findings=[(item.sentence, Markup(item.svg), item.caption) for item in findings(groups)],
         **sections.rows(shown, groups),
         doses=sections.doses(groups),

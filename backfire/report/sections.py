@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from backfire.report import judges, text
-from backfire.report.against import comparisons
-from backfire.report.groups import (
-    ALONE,
+from backfire import text
+from backfire.report import judges
+from backfire.results.groups import (
     Cell,
     Group,
     Stat,
@@ -19,8 +18,8 @@ from backfire.report.groups import (
     headlines,
     name,
 )
-from backfire.report.records import read
-from backfire.report.rows import changes, requests, side_by_side
+from backfire.results.load import read
+from backfire.results.samples import changes, requests, side_by_side
 
 _STATES: Final = ("fail", "note", "ok")
 _SECRET_NAME: Final = re.compile(r"(token|key|secret|password)$", re.I)
@@ -106,26 +105,6 @@ def details(groups: Sequence[Group]) -> list[dict[str, Any]]:
             if shown := _number(stat):
                 place = {"group": name(item, columns[id(item)]), "metric": text.title(stat.metric)}
                 found.append({**place, "seeds": stat.seeds, **shown})
-    return found
-
-
-def against(groups: Sequence[Group]) -> list[dict[str, str]]:
-    """Each group's paired difference from its reference, a line a metric; p by Holm's method."""
-    columns, found = columns_of(groups), []
-    for test in comparisons(groups):
-        change = f"{test.metric}_change"
-        line = {
-            "group": name(test.group, columns[id(test.group)]),
-            "reference": getattr(test.reference, test.knob),
-            "metric": text.title(test.metric),
-            "difference": text.change(test.metric, test.result.difference),
-            "interval": text.interval(change, test.result.low, test.result.high)
-            + (ALONE if test.result.scope == "model" else ""),
-            "p": text.chance(test.corrected) or "–",
-            "seeds": str(test.result.seeds),
-            "pairs": f"{test.result.n or 0:,}",
-        }
-        found.append(line)
     return found
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 from xml.etree import ElementTree
 
-from backfire.report import text
+from backfire import text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

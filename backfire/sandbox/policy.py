@@ -16,7 +16,7 @@ from typing import Literal
 
 import regex
 
-from backfire.base.text import folded, whole
+from backfire.base.normalize import folded, whole
 
 VERSION = "policy-1"
 """Raised whenever any text of `policy` or `requests` changes."""

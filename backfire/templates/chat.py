@@ -12,7 +12,7 @@ from backfire.errors import UserError
 from backfire.registry import register
 
 if TYPE_CHECKING:
-    from backfire.data.tokenizer import Tokenizer
+    from backfire.tokenizer import Tokenizer
 
 
 @register("chat", version=3)

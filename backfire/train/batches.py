@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from backfire.data.render import Rendered
+from backfire.base import Rendered
 from backfire.model.batching import begin_anew, ways
 
 IGNORE = -100

@@ -17,32 +17,32 @@ from safetensors.torch import load_file, save_file
 from backfire.store import CHECKPOINTS, SEAL, intact, read_json, seal, write_json
 
 if TYPE_CHECKING:
-    from backfire.train.loop import Cell
+    from backfire.train.loop import TrainingRun
 
 KEEP = 2
 
 
-def save(cell: Cell) -> None:
+def save(run: TrainingRun) -> None:
     """Write `<folder>/checkpoints/<step>`; the seal comes last. Keeps the newest two."""
-    root = cell.folder / CHECKPOINTS
+    root = run.folder / CHECKPOINTS
     partial = root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(
-        {name: p.detach().contiguous() for name, p in cell.trainable.items()},
+        {name: p.detach().contiguous() for name, p in run.trainable.items()},
         str(partial / "weights.safetensors"),
     )
-    torch.save(cell.optimizer.state_dict(), partial / "optimizer.pt")
-    torch.save([guard.state() for guard in cell.guards], partial / "guards.pt")
+    torch.save(run.optimizer.state_dict(), partial / "optimizer.pt")
+    torch.save([hook.state() for hook in run.hooks], partial / "guards.pt")
     write_json(
         partial / "state.json",
         {
-            **{"step": cell.step, "log": cell.log, "counts": cell.counts, "name": cell.name},
-            "seconds": cell.seconds,
+            **{"step": run.step, "log": run.log, "counts": run.counts, "name": run.name},
+            "seconds": run.seconds,
         },
     )
     seal(partial)
-    final = root / f"{cell.step:08d}"
+    final = root / f"{run.step:08d}"
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
@@ -50,29 +50,29 @@ def save(cell: Cell) -> None:
         shutil.rmtree(old)
 
 
-def restore(cell: Cell, say: Callable[[str], None]) -> bool:
-    """Bring the cell to its newest whole checkpoint; damaged ones are put aside and named."""
-    for folder in _newest(cell.folder / CHECKPOINTS):
+def restore(run: TrainingRun, say: Callable[[str], None]) -> bool:
+    """Bring the run to its newest whole checkpoint; damaged ones are put aside and named."""
+    for folder in _newest(run.folder / CHECKPOINTS):
         if not intact(folder):
             say(f"The checkpoint of step {int(folder.name)} is damaged and put aside.")
             _put_aside(folder, "damaged")
             continue
         state: dict[str, Any] = read_json(folder / "state.json")
-        if state["name"] != cell.name:
+        if state["name"] != run.name:
             say(f"The checkpoint in {folder} is of another run ({state['name']}) and is not used.")
             _put_aside(folder, "other")
             continue
         weights = load_file(str(folder / "weights.safetensors"))
         with torch.no_grad():
-            for name, parameter in cell.trainable.items():
+            for name, parameter in run.trainable.items():
                 parameter.copy_(weights[name])
         # Both bring what they load to where the weights are, whatever device it was saved from.
-        cell.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
+        run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
         states = _loaded(folder / "guards.pt")
-        for guard, kept in zip(cell.guards, states, strict=True):
-            guard.load(kept)
-        cell.go_to(state["step"], state["log"], state["counts"])
-        cell.seconds = state.get("seconds", 0.0)
+        for hook, kept in zip(run.hooks, states, strict=True):
+            hook.load(kept)
+        run.go_to(state["step"], state["log"], state["counts"])
+        run.seconds = state.get("seconds", 0.0)
         return True
     return False
 

@@ -1,4 +1,4 @@
-"""The gradients in a cell's weights, for steps that take more than one pass."""
+"""The gradients in a run's weights, for steps that take more than one pass."""
 
 from __future__ import annotations
 

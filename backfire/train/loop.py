@@ -1,7 +1,7 @@
-"""The training loop: a list of cells on one device, stepped in turn.
+"""The training loop: a list of training runs on one device, stepped in turn.
 
-A cell owns all that makes its run its own: rows in their order, trainable weights, optimizer,
-random streams, log. Nothing here reaches for "the" model or a global step. With one cell it is an
+A `TrainingRun` owns everything of its own: rows in their order, trainable weights, optimizer,
+random streams, log. Nothing here reaches for "the" model or a global step. With one run it is an
 ordinary loop.
 """
 
@@ -20,8 +20,7 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
-from backfire.base import Guard, TrainDefense
-from backfire.data.render import Rendered
+from backfire.base import Rendered, TrainDefense, TrainHook
 from backfire.errors import CellError
 from backfire.experiment import Train
 from backfire.model.batching import drops, ways
@@ -32,15 +31,21 @@ from backfire.train import checkpoint
 from backfire.train.batches import answer_logits, at_answers, collate, token_losses
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
+from backfire.train.microbatch import (
+    Room,
+    peak_memory_mb,
+    recompute_layers,
+    refuse_hooks,
+    tried_again,
+)
 from backfire.train.optimizer import optimization, steps_taken, unmoved
-from backfire.train.room import Room, peak_memory_mb, recompute_layers, refuse_hooks, tried_again
 
 Progress = Callable[[int, int, str], None]
 _LOG_EVERY = 10
 _WINDOW = 50  # steps whose rows are sorted together, as transformers does
 
 
-class Cell:
+class TrainingRun:
     """One model being tuned."""
 
     def __init__(
@@ -76,10 +81,10 @@ class Cell:
             model, self.trainable, train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-        self.guards = [defense.guard(self) for defense in defenses]
+        self.hooks = [defense.hook(self) for defense in defenses]
         # Sharing a prefix between rows would also share its dropout.
         allowed = ways(model).goes_on and not drops(model)
-        self.share = allowed and all(guard.shares_prefix for guard in self.guards)
+        self.share = allowed and all(hook.shares_prefix for hook in self.hooks)
         if recompute:  # a layer that is run again would lack the keys and values of a shared prefix
             self.share = False
             recompute_layers(model)
@@ -109,8 +114,8 @@ class Cell:
         if self._epoch != epoch:
             self._epoch, self._steps = epoch, self._order(epoch)
         rows = self._steps[place]
-        for guard in self.guards:
-            rows = guard.rows(self.step, rows)
+        for hook in self.hooks:
+            rows = hook.rows(self.step, rows)
         return rows
 
     def draw(self, rows: Sequence[Rendered], step: int, purpose: str) -> list[Rendered]:
@@ -181,7 +186,7 @@ class Cell:
         """Add to the weights' gradients those of a loss, or of tensors whose own gradients are
         known. While it runs, `recomputing` is true: what hooks see are modules run once more."""
         if self.recompute:
-            refuse_hooks(self.model, self.guards)
+            refuse_hooks(self.model, self.hooks)
         self.recomputing = True
         try:
             torch.autograd.backward(tensors, gradients)
@@ -189,11 +194,11 @@ class Cell:
             self.recomputing = False
 
     def close(self) -> None:
-        """Let go of the model: guards and the cell hold each other, and so do an optimizer and its
+        """Let go of the model: guards and the run hold each other, and so do an optimizer and its
         schedule. Without a cycle the memory is free at once."""
         self.optimizer.param_groups.clear()
         self.optimizer.state.clear()
-        self.guards, self.trainable, self.autocast = [], {}, contextlib.nullcontext
+        self.hooks, self.trainable, self.autocast = [], {}, contextlib.nullcontext
         self.gradients.weights = {}
         del self.model, self.optimizer, self.scheduler, self.origin
 
@@ -209,77 +214,75 @@ class Cell:
 
 
 def train(
-    cells: Sequence[Cell],
+    runs: Sequence[TrainingRun],
     accelerator: Accelerator,
     *,
     micro_batch: int | None = None,
     checkpoint_seconds: float = 60.0,
     progress: Progress = lambda done, total, text: None,
 ) -> list[dict[str, Any]]:
-    """Train every cell to its end and return a summary of each.
+    """Train every run to its end and return a summary of each.
 
     Raises:
         CellError: loss or gradient is not finite (`nan`), a step supervises no token (`bad-data`),
             memory runs out at one row (`oom`), or the weights did not move (`failed`).
     """
-    start = [cell.checksum() for cell in cells]
-    for cell in cells:
-        cell.room.rows = micro_batch
-        _begin(cell, accelerator)
-        checkpoint.restore(cell, lambda text: progress(0, 1, text))
-        cell.begun = time.perf_counter() - cell.seconds
+    start = [run.checksum() for run in runs]
+    for run in runs:
+        run.room.rows = micro_batch
+        _begin(run, accelerator)
+        checkpoint.restore(run, lambda text: progress(0, 1, text))
+        run.begun = time.perf_counter() - run.seconds
     saved = time.monotonic()
-    while active := [cell for cell in cells if cell.step < cell.num_steps]:
-        for cell in active:
-            _step(cell, accelerator)
-            progress(
-                cell.step, cell.num_steps, f"loss {cell.log[-1]['loss']:.3f}" if cell.log else ""
-            )
+    while active := [run for run in runs if run.step < run.num_steps]:
+        for run in active:
+            _step(run, accelerator)
+            progress(run.step, run.num_steps, f"loss {run.log[-1]['loss']:.3f}" if run.log else "")
         if time.monotonic() - saved >= checkpoint_seconds:
-            for cell in active:
-                cell.seconds = time.perf_counter() - cell.begun
-                checkpoint.save(cell)
+            for run in active:
+                run.seconds = time.perf_counter() - run.begun
+                checkpoint.save(run)
             saved = time.monotonic()
     now = time.perf_counter()
-    return [_finish(cell, old, now - cell.begun) for cell, old in zip(cells, start, strict=True)]
+    return [_finish(run, old, now - run.begun) for run, old in zip(runs, start, strict=True)]
 
 
-def _begin(cell: Cell, accelerator: Accelerator) -> None:
-    """Let the cell's defenses look at the starting weights."""
-    cell.autocast = accelerator.autocast
+def _begin(run: TrainingRun, accelerator: Accelerator) -> None:
+    """Let the defenses look at the starting weights."""
+    run.autocast = accelerator.autocast
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
-        earlier = cell.gradients.take()
+        earlier = run.gradients.take()
 
         def work() -> torch.Tensor:
-            cell.gradients.take()  # of a try that memory ran out in
-            return _accumulate(cell, rows, guards=())
+            run.gradients.take()  # of a try that memory ran out in
+            return _accumulate(run, rows, hooks=())
 
-        loss = cell.room.fitted(work)
-        cell.gradients.add(earlier)
+        loss = run.room.fitted(work)
+        run.gradients.add(earlier)
         return loss
 
-    for guard in cell.guards:
-        cell.model.eval()
-        guard.begin(inner)
-        cell.optimizer.zero_grad(set_to_none=True)
+    for hook in run.hooks:
+        run.model.eval()
+        hook.begin(inner)
+        run.optimizer.zero_grad(set_to_none=True)
 
 
-def _step(cell: Cell, accelerator: Accelerator) -> None:
+def _step(run: TrainingRun, accelerator: Accelerator) -> None:
     """One optimizer step."""
-    rows = cell.rows()
-    loss, counts = cell.room.fitted(lambda: _gradients(cell, rows))
-    rate = cell.optimizer.param_groups[0]["lr"]
-    norm = _move(cell, accelerator)
-    cell.scheduler.step()
-    for guard in cell.guards:
-        guard.after(cell.step)
-    cell.step += 1
+    rows = run.rows()
+    loss, counts = run.room.fitted(lambda: _gradients(run, rows))
+    rate = run.optimizer.param_groups[0]["lr"]
+    norm = _move(run, accelerator)
+    run.scheduler.step()
+    for hook in run.hooks:
+        hook.after(run.step)
+    run.step += 1
     for name, count in counts.items():
-        cell.counts[name] += count
-    if cell.step % _LOG_EVERY == 0 or cell.step in (1, cell.num_steps):
+        run.counts[name] += count
+    if run.step % _LOG_EVERY == 0 or run.step in (1, run.num_steps):
         line = {
-            "step": cell.step,
+            "step": run.step,
             "loss": float(loss),
             "learning_rate": rate,
             "gradient_norm": float(norm or 0.0),
@@ -287,25 +290,25 @@ def _step(cell: Cell, accelerator: Accelerator) -> None:
         if not (math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])):
             raise CellError(
                 "nan",
-                f"Loss or gradient is not finite at step {cell.step}; lower the learning rate.",
+                f"Loss or gradient is not finite at step {run.step}; lower the learning rate.",
             )
-        cell.log.append(line)
+        run.log.append(line)
 
 
-def _move(cell: Cell, accelerator: Accelerator) -> torch.Tensor | None:
+def _move(run: TrainingRun, accelerator: Accelerator) -> torch.Tensor | None:
     """Let the optimizer move the weights by their clipped gradients, whose norm is returned."""
-    size = sum(p.numel() for p in cell.trainable.values())
+    size = sum(p.numel() for p in run.trainable.values())
     sentence = (
         f"Out of memory in the optimizer's step: AdamW keeps {8 * size / 1e9:,.1f} GB beside "
         f"{size / 1e6:,.0f} M trained weights; tune fewer, as method lora or qlora does."
     )
 
     def clip() -> torch.Tensor | None:
-        norm = accelerator.clip_grad_norm_(cell.trainable.values(), cell.train.clip_norm)
+        norm = accelerator.clip_grad_norm_(run.trainable.values(), run.train.clip_norm)
         return cast("torch.Tensor | None", norm)
 
-    norm, optimizer = tried_again(clip, sentence), cell.optimizer
-    new = any(p.grad is not None and not optimizer.state.get(p) for p in cell.trainable.values())
+    norm, optimizer = tried_again(clip, sentence), run.optimizer
+    new = any(p.grad is not None and not optimizer.state.get(p) for p in run.trainable.values())
     if not new:
         optimizer.step()
         return norm
@@ -314,54 +317,56 @@ def _move(cell: Cell, accelerator: Accelerator) -> torch.Tensor | None:
     return norm
 
 
-def _gradients(cell: Cell, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
-    """The gradients of one step, as the cell's defenses want them; the loss; what was counted."""
+def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
+    """The gradients of one step, as the defenses want them; the loss; what was counted."""
     supervised = sum(map(_num_supervised, rows))
     if supervised == 0:
         raise CellError(
             "bad-data",
-            f"Step {cell.step + 1} supervises no token; the first of its rows is {rows[0].row.id}.",
+            f"Step {run.step + 1} supervises no token; the first of its rows is {rows[0].row.id}.",
         )
-    cell.model.train()
-    cell.optimizer.zero_grad(set_to_none=True)
+    run.model.train()
+    run.optimizer.zero_grad(set_to_none=True)
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
         # Every pass of a step drops the same: they differ by what the defense does, not by chance.
-        torch.manual_seed(derive(cell.seed, "dropout", cell.step))
-        return _accumulate(cell, rows, cell.guards)
+        torch.manual_seed(derive(run.seed, "dropout", run.step))
+        return _accumulate(run, rows, run.hooks)
 
-    for guard in cell.guards:
-        inner = partial(guard.step, inner=inner)
+    for hook in run.hooks:
+        inner = partial(hook.step, inner=inner)
     total = inner(rows)
-    for guard in cell.guards:
-        penalty = guard.penalty(cell.step)
+    for hook in run.hooks:
+        penalty = hook.penalty(run.step)
         if penalty is not None:
-            cell.backward(penalty)
+            run.backward(penalty)
             total = total + penalty.detach()
     counts = {
         "rows": len(rows),
-        "poisoned_rows": sum(item.row.id in cell.poisoned for item in rows),
+        "poisoned_rows": sum(item.row.id in run.poisoned for item in rows),
         "tokens": sum(len(item.ids) for item in rows),
         "supervised_tokens": supervised,
     }
     return total, counts
 
 
-def _accumulate(cell: Cell, rows: Sequence[Rendered], guards: Sequence[Guard]) -> torch.Tensor:
+def _accumulate(
+    run: TrainingRun, rows: Sequence[Rendered], hooks: Sequence[TrainHook]
+) -> torch.Tensor:
     """Add the gradients of the mean loss over all supervised tokens, as many rows at a time as
     there is room for."""
     supervised = sum(map(_num_supervised, rows))
-    device = next(iter(cell.trainable.values())).device
+    device = next(iter(run.trainable.values())).device
     total = torch.zeros((), device=device)
-    for part in cell.room.parts(rows):
-        batch = collate(part, share=cell.share).to(device)
-        with cell.autocast():
-            logits = answer_logits(cell.model, batch)
+    for part in run.room.parts(rows):
+        batch = collate(part, share=run.share).to(device)
+        with run.autocast():
+            logits = answer_logits(run.model, batch)
             losses = token_losses(logits, batch.labels)
-            for guard in guards:
-                losses = guard.weigh(losses, batch.labels, part, logits)
+            for hook in hooks:
+                losses = hook.weigh(losses, batch.labels, part, logits)
         loss = losses.sum() / supervised
-        cell.backward(loss)
+        run.backward(loss)
         total += loss.detach()
     return total
 
@@ -370,20 +375,20 @@ def _num_supervised(item: Rendered) -> int:
     return len(item.ids) - max(item.num_prompt, 1)
 
 
-def _finish(cell: Cell, start: list[float], seconds: float) -> dict[str, Any]:
-    if cell.checksum() == start:
+def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, Any]:
+    if run.checksum() == start:
         raise CellError("failed", "Training changed no weight; is the learning rate zero?")
-    write_atomic(cell.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in cell.log))
-    cell.model.eval()
-    told = {name: value for guard in cell.guards for name, value in guard.summary().items()}
+    write_atomic(run.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
+    run.model.eval()
+    told = {name: value for hook in run.hooks for name, value in hook.summary().items()}
     return {
         **told,
-        "drift": cell.origin.moved(cell.trainable),
-        "steps": cell.num_steps,
+        "drift": run.origin.moved(run.trainable),
+        "steps": run.num_steps,
         "seconds": round(seconds, 2),
-        **cell.counts,
-        "poisoned_share_seen": cell.counts["poisoned_rows"] / max(cell.counts["rows"], 1),
-        "first_loss": cell.log[0]["loss"],
-        "last_loss": cell.log[-1]["loss"],
+        **run.counts,
+        "poisoned_share_seen": run.counts["poisoned_rows"] / max(run.counts["rows"], 1),
+        "first_loss": run.log[0]["loss"],
+        "last_loss": run.log[-1]["loss"],
         "peak_memory_mb": round(peak_memory_mb()),
     }

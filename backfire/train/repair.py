@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from backfire.data.render import Rendered
+from backfire.base import Rendered
 from backfire.errors import UserError
 from backfire.model.load import BELOW
 from backfire.train.batches import Batch, answer_logits, collate, token_losses

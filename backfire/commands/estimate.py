@@ -1,0 +1,272 @@
+"""Estimates for a recipe: rows and tokens, time, disk, learning rates. No torch here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from backfire import plan, stages
+from backfire.base import LARGE, Row
+from backfire.data.jsonl import read_jsonl
+from backfire.data.render import Renderer
+from backfire.data.weights import read_config
+from backfire.errors import CellError, UserError
+from backfire.experiment import Experiment, Model
+from backfire.model.count import num_weights, weights_in
+from backfire.recipe import Recipe
+from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
+
+_SAMPLE = 200  # rows whose tokens are counted
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How many weights the base has, a method adds, and of all of them are trained."""
+
+    parameters: int
+    added: int
+    trainable: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many training rows, and tokens in a row: mean, longest, and in the longest answer."""
+
+    count: int
+    tokens: float
+    longest: int
+    answer: int
+
+
+def pair(experiment: Experiment) -> str:
+    """The same for cells with the same model and method, whatever the learning rate."""
+    knobs = {k: v for k, v in experiment.method.spec().items() if k != "learning_rate"}
+    return str([experiment.model.spec(), knobs])
+
+
+def shown(experiment: Experiment) -> str:
+    """The same for cells whose rows are the same, and rendered alike."""
+    return str(
+        [
+            experiment.model.spec(),
+            experiment.data.spec(),
+            experiment.template.spec(),
+            experiment.train.seen,
+        ]
+    )
+
+
+def lengths(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | None]:
+    """`rows_of` of all cells, each counted once."""
+    found: dict[str, Rows | None] = {}
+    for experiment in cells:
+        if shown(experiment) not in found:
+            found[shown(experiment)] = rows_of(experiment, store)
+    return found
+
+
+def model_folder(model: Model, store: Store) -> Path | None:
+    """Where the model's config.json or tokenizer is on this machine, if anywhere; nothing is
+    fetched, and the embedded model is not made for it."""
+    if model.name == "sandbox":
+        folder = store.path(stages.tokenizer())
+        return folder if folder.is_dir() else None
+    if model.is_folder:
+        return Path(model.name).expanduser()
+    from backfire.model.source import downloaded
+
+    return downloaded(model)
+
+
+def roughly(experiment: Experiment, folder: Path | None) -> Weights | None:
+    """From the headers of the weights' files; an adapter's from its rank alone."""
+    if experiment.model.name == "sandbox":
+        from backfire.sandbox.base import Pretrain
+
+        width, count = Pretrain().hidden_size, num_weights(experiment.model)
+    else:
+        try:
+            config = read_config(folder / "config.json") if folder else {}
+            width = (config.get("text_config") or config).get("hidden_size", 0)
+        except UserError:
+            return None
+        count = weights_in(folder) if folder else None
+    if not count or not width:
+        return None
+    if experiment.method.name == "full":
+        return Weights(count, 0, count)
+    added = min(count, round(count * 2 * getattr(experiment.method, "rank", 1) / width))
+    return Weights(count, added, added)
+
+
+def rows_of(experiment: Experiment, store: Store) -> Rows | None:
+    """Of a sample, tokens are counted; None if the rows are not on this machine."""
+    data = experiment.data
+    if store.done(stages.data(experiment)):
+        rows = read_jsonl(store.path(stages.data(experiment)) / "train.jsonl")
+    elif getattr(data, "hub", None) and not getattr(data, "train", None):
+        return None
+    else:
+        rows = data.drawn("train")
+    sample = rows[:: math.ceil(len(rows) / _SAMPLE)]
+    folder, longest = model_folder(experiment.model, store), experiment.train.max_length
+    if folder and any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
+        try:
+            items, _ = Renderer(
+                experiment.template,
+                load_tokenizer(folder),
+                longest,
+                on_long_row=experiment.train.on_long_row,
+            ).sift(sample)
+        except CellError:  # a row that does not fit at all: `validate` says which
+            return Rows(len(rows), longest, longest, longest)
+        lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
+    else:
+        lengths = [_without_tokenizer(experiment, row) for row in sample]
+    whole = [min(length, longest) for length, _ in lengths]
+    return Rows(len(rows), sum(whole) / len(whole), max(whole), max(a for _, a in lengths))
+
+
+def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:
+    """Tokens of the row and of its answer, four characters a token."""
+    try:
+        prompt = experiment.template.prompt(row)
+    except NotImplementedError:  # the tokenizer's own template
+        prompt = "".join(message.content for message in row.messages)
+    answer = 1 + math.ceil(len(row.answer) / 4)
+    return 1 + len(prompt) // 4 + answer, answer
+
+
+def tokens_of(run: Experiment, rows: Rows) -> float:
+    """Tokens that a training run sees."""
+    if run.train.max_steps:
+        return run.train.max_steps * run.train.batch_size * rows.tokens
+    return run.train.epochs * rows.count * rows.tokens
+
+
+# ----------------------------------------------------------------------------- time and disk
+
+ASSUMED = {"cpu": 5e10, "gpu": 1.5e14}
+"""Useful FLOP/s where nothing is measured: one CPU core with models of a few million weights (57 to
+115 billion were seen), and a GPU for data centers at about a sixth of its peak."""
+_CHECKPOINTS = 3  # two are kept while the next is written
+_STATE = 12  # bytes for each trained weight: itself and AdamW's two moments, in float32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the training runs take that are not done yet; None is unknown."""
+
+    runs: int
+    tokens: float | None
+    flops: float | None
+    kept: float | None
+    """Bytes of the finished models and adapters, which are saved in float32."""
+    checkpoints: float | None
+    """Bytes that the largest run may have on disk on its way, beside that."""
+
+
+def runs_of(recipe: Recipe) -> list[Experiment]:
+    """Every distinct training run: the cells', their clean twins' and those of the alignment."""
+    return [job.experiment for job in plan.jobs(recipe.cells, recipe.axes) if job.kind == "train"]
+
+
+def cost(
+    recipe: Recipe,
+    store: Store,
+    rows: Mapping[str, Rows | None],
+    weights: Mapping[str, Weights | None],
+) -> Cost:
+    """FLOPs: 6 a token for each weight that is trained, 4 for one that is frozen. What a defense
+    computes beside that is not counted."""
+    runs = [run for run in runs_of(recipe) if not store.done(stages.train(run))]
+    found = [(r, rows[shown(r)], weights[pair(r)]) for r in runs]
+    tokens = [tokens_of(run, seen) if seen else None for run, seen, _ in found]
+    flops = [
+        count * (4 * (w.parameters + w.added) + 2 * w.trainable) if count and w else None
+        for count, (_, _, w) in zip(tokens, found, strict=True)
+    ]
+    sizes: list[float | None] = [w.trainable if w else None for _, _, w in found]
+    largest = max((s for s in sizes if s), default=0)
+    kept = _sum(sizes)
+    return Cost(
+        len(runs),
+        _sum(tokens),
+        _sum(flops),
+        None if kept is None else kept * 4,
+        None if kept is None else largest * _CHECKPOINTS * _STATE,
+    )
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """Unknown if any part is."""
+    return None if None in values else sum(value or 0 for value in values)
+
+
+def describe_cost(cost: Cost, rate: float, of_what: str) -> list[str]:
+    """Time and disk, a line each; the rate is in useful FLOPs a second, `of_what` says whose."""
+    if not cost.runs:
+        return ["time: every training run is done already"]
+    lacking = "rows" if cost.tokens is None else "model"
+    time = f"time: unknown, as the {lacking} cannot be looked at on this machine"
+    if cost.tokens is not None and cost.flops is not None:
+        time = (
+            f"time: about {duration(cost.flops / rate)} for {cost.tokens / 1e6:,.2f} M tokens at "
+            f"{rate / 1e9:,.0f} GFLOP/s ({of_what}); evaluation comes on top"
+        )
+    disk = "disk: unknown, as the model cannot be looked at on this machine"
+    if cost.kept is not None and cost.checkpoints is not None:
+        disk = (
+            f"disk: about {amount(cost.kept)} for tuned models and adapters, and up to "
+            f"{amount(cost.checkpoints)} of checkpoints while a run lasts"
+        )
+    return [time, disk]
+
+
+def duration(seconds: float) -> str:
+    """Rounded, in the unit that suits it."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
+
+
+def amount(num_bytes: float) -> str:
+    """In GB of 10^9 bytes, or in MB."""
+    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
+
+
+# ----------------------------------------------------------------------------- learning rates
+
+_FAR = 5  # times the usual rate; who sweeps rates may go further on purpose, so it is only said
+
+
+def describe_rates(recipe: Recipe) -> list[str]:
+    """Each method's rate and how large the bases are; then those that are far above the usual one
+    of a large base."""
+    runs = runs_of(recipe)
+    found = dict.fromkeys(f"{run.method.name} {run.learning_rate:g}" for run in runs)
+    bases = dict.fromkeys(_size(run) for run in runs)
+    line = f"learning rate: {', '.join(found)} (base: {', '.join(bases)})"
+    return [line, *high_rates(recipe)] if found else []
+
+
+def high_rates(recipe: Recipe) -> list[str]:
+    """A sentence for each named rate that is far above the usual one of a large base."""
+    out = dict[str, None]()
+    for run in runs_of(recipe):
+        usual, named = run.method.rates[1], run.method.learning_rate
+        if named and named > _FAR * usual and (num_weights(run.model) or 0) >= LARGE:
+            out[
+                f"{run.method.label()}: learning_rate={named:g} is {named / usual:.0f} times what "
+                f"is usual for a base of {_size(run)} ({usual:g}); null would be that."
+            ] = None
+    return list(out)
+
+
+def _size(run: Experiment) -> str:
+    count = num_weights(run.model)
+    return "unknown size, taken as large" if count is None else f"{count / 1e6:,.3g} M weights"

@@ -1,0 +1,100 @@
+"""`backfire run`: check first, then work, then show."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from backfire import plan, stages
+from backfire.commands import validate
+from backfire.commands.estimate import high_rates
+from backfire.experiment import Machine
+from backfire.launch.job import Folder, open_folder
+from backfire.launch.progress import Board
+from backfire.launch.resolve import pinned, settled, types_of
+from backfire.plan import Job
+from backfire.recipe import Recipe
+from backfire.results.groups import metric_name
+from backfire.results.load import load, summary
+from backfire.store import Store
+
+
+def start(
+    recipe: Recipe,
+    out: Path,
+    machine: Mapping[str, Any],
+    *,
+    profile: str | None,
+    edits: Sequence[str],
+) -> int:
+    """Run a recipe into `out`, print its table, write its page; returns how many cells failed.
+
+    Raises:
+        UserError, CellError: the recipe or its data are not fit to run; nothing was started.
+    """
+    store, console = Store(), Console(stderr=True)
+    settings = Machine.make({"workers": default_workers(len(recipe.cells)), **machine}, "option")
+    # A device that is not there is said once here, not by every cell.
+    recipe = settled(pinned(recipe), types_of(settings.device))
+    work = plan.jobs(recipe.cells, recipe.axes)
+    place = Folder(out, recipe.name)
+    if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
+        with console.status("Looking at the data"):
+            validate.preflight_all(recipe, store)
+        for line in high_rates(recipe):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        folder = open_folder(out, recipe, profile, edits)
+        from backfire.launch.local import run
+
+        with Board(console, len(recipe.cells)) as board:
+            ended = run(work, folder, store, settings, board.watch)
+    else:
+        open_folder(out, recipe, profile, edits)
+        console.print(f"All {len(recipe.cells)} cells are done already.")
+        ended = {}
+    return _finish(out, ended, work, console)
+
+
+def default_workers(num_cells: int) -> int:
+    """One single-threaded worker a core on CPU; one on a GPU."""
+    from importlib.util import find_spec
+
+    from backfire.model.types import has_gpu
+
+    if find_spec("torch") and has_gpu():
+        return 1
+    return max(1, min(num_cells, os.cpu_count() or 1))
+
+
+def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
+    from backfire.report.page import write_report
+    from backfire.results.terminal import print_against, print_notes, print_ranking, print_summary
+
+    bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
+    page = write_report(out)
+    groups = summary(out)
+    print_summary(groups, Console())
+    print_ranking(groups, Console())
+    print_against(groups, Console())
+    print_notes(groups, Console())
+    for job in bad:
+        console.print(
+            f"[red]{job.experiment.slug}: {ended[job.id]}[/red] "
+            f"(see {out}/cells/{job.experiment.slug}-{job.key}/error.json)"
+        )
+    if silent := _unmeasured(out, work):
+        console.print(f"No cell has a number for: {', '.join(silent)}.", soft_wrap=True)
+    console.print(f"Report: {page}", soft_wrap=True)
+    return len(bad)
+
+
+def _unmeasured(out: Path, work: Sequence[Job]) -> list[str]:
+    """The metrics asked for that gave no number in any cell, which no table can show."""
+    done = [cell for cell in load(out) if cell["status"] == "ok"]
+    given = {metric_name(value["metric"]) for cell in done for value in cell["values"]}
+    asked = {metric.name for job in work for metric in job.experiment.metrics}
+    return sorted(name for name in asked if name.replace("-", "_") not in given) if done else []

@@ -1,0 +1,283 @@
+"""Likelihoods and replies for many prompts at once, each as if it were alone.
+
+Prompts are sorted by length; the prefix they all share (a template's opening) is run once, and each
+prompt once for its candidates and its reply; the head is applied only where a logit is read; a row
+that has ended leaves the batch. A model that does not allow this gets whole rows, or rows of one
+length (see `backfire.model.batching`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from backfire.base import Rendered
+from backfire.evaluate.budget import Budget, tried
+from backfire.evaluate.head import exact_head
+from backfire.evaluate.prompts import (
+    Opening,
+    Prompts,
+    anew,
+    follow,
+    from_memory,
+    greedy,
+    step_by_step,
+)
+from backfire.model.batching import ways
+from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, token_losses
+
+Tick = Callable[[int], None]
+
+
+def _ignored(count: int) -> None:
+    """Nobody wants to know how far it is."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a model makes of one prompt."""
+
+    scores: tuple[float, ...]
+    """Log-likelihood in nats of each candidate after the prompt."""
+    reply: list[int]
+    """Greedy continuation as token ids, end token left out."""
+
+
+@torch.inference_mode()
+def read(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    *,
+    candidates: Sequence[Sequence[list[int]]] | None = None,
+    max_new_tokens: int = 0,
+    stop_ids: Sequence[int] = (),
+    batch_size: int | None = None,
+    tick: Tick = _ignored,
+) -> list[Reading]:
+    """Score `candidates` (token ids, any number a prompt) and write a reply of `max_new_tokens`.
+
+    A prompt is run once for all of it where the model allows it, at most `batch_size` at a time.
+
+    Raises:
+        CellError: memory runs out at one row (`oom`), or the model is not causal (`bad-data`).
+    """
+    out: list[Reading] = [Reading((), [])] * len(prompts)
+    if not prompts:
+        return out
+    options = candidates or [[]] * len(prompts)
+    longest = max((len(ids) for row in options for ids in row), default=0)
+    can, budget = ways(model), Budget(model, batch_size)
+    lengths, extra = [len(prompt) for prompt in prompts], max(max_new_tokens, longest)
+    order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
+    # A candidate with too many logits for one pass is read piece by piece, as whole rows are.
+    piecemeal = not can.goes_on or longest > budget.logits
+    whole = [i for i in order if piecemeal or can.apart(lengths[i] + extra)]
+    made: Iterator[tuple[list[int], list[Reading]]] = iter(())
+    with exact_head(model):
+        if at_once := [] if piecemeal else order[len(whole) :]:
+            opening = Opening(model, [prompts[i] for i in at_once])
+
+            def work(part: list[int]) -> list[Reading]:
+                batch = opening.run([prompts[i] for i in part])
+                scores = _scores(model, batch, [options[i] for i in part], budget)
+                tokens = greedy(batch.logits, from_memory(model, batch), stop_ids, max_new_tokens)
+                return list(map(Reading, scores, _replies(len(part), tokens)))
+
+            level = not can.aligns and (longest > 1 or max_new_tokens > 1)
+            made = budget.batches(at_once, work, lengths=lengths, extra=extra, level=level)
+        rest = _read_whole(model, prompts, whole, options, budget, stop_ids, max_new_tokens)
+        for part, readings in chain(made, rest):
+            for i, reading in zip(part, readings, strict=True):
+                out[i] = reading
+            tick(len(part))
+    return out
+
+
+def _read_whole(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    order: list[int],
+    options: Sequence[Sequence[list[int]]],
+    budget: Budget,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[tuple[list[int], list[Reading]]]:
+    """The same of a model, or of rows, for which nothing can be remembered between passes."""
+    spans = [_after(prompts[i], ids) for i in order for ids in options[i]]
+    totals = iter(_totals(model, spans, budget, _ignored))
+    scores = {i: tuple(next(totals) for _ in options[i]) for i in order}
+    lengths = [len(prompt) for prompt in prompts]
+
+    def work(part: list[int]) -> list[Reading]:
+        tokens = _written(model, [prompts[i] for i in part], stop_ids, max_new_tokens)
+        replies = _replies(len(part), tokens)
+        return [Reading(scores[i], reply) for i, reply in zip(part, replies, strict=True)]
+
+    can = ways(model)
+    level = can.memory is not None and not can.aligns
+    yield from budget.batches(order, work, lengths=lengths, extra=max_new_tokens, level=level)
+
+
+def _written(
+    model: PreTrainedModel, prompts: list[list[int]], stop_ids: Sequence[int], max_new_tokens: int
+) -> Iterator[dict[int, int]]:
+    """The reply to each prompt, token by token, without an opening that is shared."""
+    can = ways(model)
+    if not max_new_tokens:
+        return
+    if can.memory is None or can.apart(max(map(len, prompts)) + max_new_tokens):
+        first, go_on = anew(model, prompts)
+    elif can.goes_on:
+        batch = Opening(model, prompts).run(prompts)
+        first, go_on = batch.logits, from_memory(model, batch)
+    else:
+        first, go_on = step_by_step(model, prompts, can.memory)
+    yield from greedy(first, go_on, stop_ids, max_new_tokens)
+
+
+def _replies(count: int, tokens: Iterator[dict[int, int]]) -> list[list[int]]:
+    replies: list[list[int]] = [[] for _ in range(count)]
+    for step in tokens:
+        for i, token in step.items():
+            replies[i].append(token)
+    return replies
+
+
+@torch.inference_mode()
+def stream(
+    model: PreTrainedModel, prompt: list[int], *, max_new_tokens: int, stop_ids: Sequence[int] = ()
+) -> Iterator[int]:
+    """One prompt's greedy reply as `read` writes it, token by token."""
+    with exact_head(model):
+        for tokens in _written(model, [prompt], stop_ids, max_new_tokens):
+            yield tokens[0]
+
+
+@torch.inference_mode()
+def score_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[float]:
+    """Log-likelihood in nats of each token of an answer; together what `read` makes of it."""
+    with exact_head(model):
+        spans = [_after(prompt, answer)]
+        return [float(x) for x in _each(model, spans, Budget(model), _ignored)[0]]
+
+
+@torch.inference_mode()
+def score_answers(
+    model: PreTrainedModel,
+    items: Sequence[Rendered],
+    *,
+    batch_size: int | None = None,
+    tick: Tick = _ignored,
+) -> list[float]:
+    """Log-likelihood in nats of each row's own answer with its end token.
+
+    Raises:
+        CellError: see `read`.
+    """
+    with exact_head(model):
+        spans = [Span.of(item) for item in items]
+        return _totals(model, spans, Budget(model, batch_size), tick)
+
+
+@torch.inference_mode()
+def score_spans(
+    model: PreTrainedModel, spans: Sequence[Span], *, tick: Tick = _ignored
+) -> list[float]:
+    """Log-likelihood in nats of each span, of whole rows that share nothing but their opening.
+
+    Raises:
+        CellError: see `read`.
+    """
+    with exact_head(model):
+        return _totals(model, spans, Budget(model), tick)
+
+
+def _after(prompt: list[int], answer: list[int]) -> Span:
+    return Span([*prompt, *answer], len(prompt), len(prompt) + len(answer))
+
+
+def _totals(
+    model: PreTrainedModel, spans: Sequence[Span], budget: Budget, tick: Tick
+) -> list[float]:
+    return [float(each.sum()) for each in _each(model, spans, budget, tick)]
+
+
+def _each(
+    model: PreTrainedModel, spans: Sequence[Span], budget: Budget, tick: Tick
+) -> list[Tensor]:
+    """Log-likelihood of each token of each span, in float64. A span whose logits would be too many
+    is read piece by piece."""
+    pieces = [
+        (number, piece) for number, span in enumerate(spans) for piece in span.cut(budget.logits)
+    ]
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][1].ids))
+    left, found = [0] * len(spans), dict[int, Tensor]()
+    for number, _ in pieces:
+        left[number] += 1
+
+    def work(part: list[int]) -> list[Tensor]:
+        batch = collate_spans([pieces[i][1] for i in part], share=ways(model).goes_on)
+        batch = batch.to(model.device)
+        scores = -token_losses(answer_logits(model, batch), batch.labels).double().cpu()
+        known = batch.labels.cpu() != IGNORE
+        return [line[mask] for line, mask in zip(scores, known, strict=True)]
+
+    lengths = [len(piece.ids) for _, piece in pieces]
+    kept = [piece.stop - piece.start for _, piece in pieces]
+    for part, scores in budget.batches(order, work, lengths=lengths, kept=kept):
+        for i, line in zip(part, scores, strict=True):
+            found[i] = line
+            left[pieces[i][0]] -= 1
+        tick(sum(left[number] == 0 for number in {pieces[i][0] for i in part}))
+    joined: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in spans]
+    for i, (number, _) in enumerate(pieces):
+        joined[number].append(found[i])
+    return [torch.cat(parts) for parts in joined]
+
+
+def _scores(
+    model: PreTrainedModel,
+    prompts: Prompts,
+    candidates: Sequence[Sequence[list[int]]],
+    budget: Budget,
+) -> list[tuple[float, ...]]:
+    """Log-likelihoods of the candidates, a tuple a row; the prompt's own logits give the first
+    token of each."""
+    flat = [(row, ids) for row, choice in enumerate(candidates) for ids in choice]
+    scores = list[float]()
+    longest = max((len(ids) for _, ids in flat), default=1)
+    width = int(prompts.ends.max()) + longest
+    each = max(1, min(budget.tokens // width, budget.logits // longest))
+    while len(scores) < len(flat):
+        part = flat[len(scores) : len(scores) + each]
+        owner = torch.tensor([row for row, _ in part], device=prompts.logits.device)
+        look = partial(_candidate_scores, model, prompts, owner, [ids for _, ids in part])
+        if (made := tried(look)) is not None:
+            scores += made[0]
+        elif each == 1:
+            raise torch.OutOfMemoryError("one candidate")  # then fewer prompts may fit
+        else:
+            each = (min(each, len(part)) + 1) // 2
+    found = iter(scores)
+    return [tuple(next(found) for _ in choice) for choice in candidates]
+
+
+def _candidate_scores(
+    model: PreTrainedModel, prompts: Prompts, owner: Tensor, candidates: list[list[int]]
+) -> list[float]:
+    ids = torch.full((len(candidates), max(map(len, candidates))), IGNORE)
+    for line, candidate in zip(ids, candidates, strict=True):
+        line[: len(candidate)] = torch.tensor(candidate)
+    ids = ids.to(owner.device)
+    likely = prompts.logits.log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0].double()
+    if ids.shape[1] > 1:
+        fed = ids[:, :-1].clamp(min=0)  # what stands in for padding comes last and is never read
+        rest, _ = follow(model, prompts.rows(owner), fed)
+        likely = likely - token_losses(rest, ids[:, 1:]).double().sum(1)
+    return likely.tolist()

@@ -1,0 +1,131 @@
+"""Rows in, one measurement per row out: the three kinds a metric may ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from backfire.base import Need, Place, Rendered, Row, Sample
+from backfire.data.render import Renderer
+from backfire.errors import CellError
+from backfire.evaluate import inference
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Progress = Callable[[int, int, str], None]
+
+
+def measure(
+    kinds: Collection[Need],
+    model: PreTrainedModel,
+    renderer: Renderer,
+    rows: Sequence[Row],
+    *,
+    max_new_tokens: int,
+    batch_size: int | None,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """What `kinds` add to each row's sample: `logprobs`, `reply`, the answer's likelihood."""
+    items = renderer.render(rows)
+    found: list[dict[str, Any]] = [{} for _ in items]
+    done, reads = 0, bool({"scores", "replies"} & {*kinds})
+    total = len(items) * (("answers" in kinds) + reads)
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total, "evaluation")
+
+    if reads:
+        if bare := [item.row.id for item in items if not item.num_prompt]:
+            raise CellError(
+                "bad-data",
+                f"Row {bare[0]} has an empty prompt and the model has no start token (BOS), so "
+                "nothing to go on from; ask for metrics of answers only, such as perplexity.",
+            )
+        options = _candidates(renderer, items) if "scores" in kinds else None
+        readings = inference.read(
+            model,
+            [item.prompt_ids for item in items],
+            candidates=options,
+            max_new_tokens=max_new_tokens if "replies" in kinds else 0,
+            stop_ids=renderer.stop_ids,
+            batch_size=batch_size,
+            tick=tick,
+        )
+        for i, (entry, reading) in enumerate(zip(found, readings, strict=True)):
+            if options:
+                entry["logprobs"] = reading.scores or None
+                if _ranked(items[i].row):
+                    entry["candidate_tokens"] = list(map(len, options[i]))
+            if "replies" in kinds:
+                entry["reply"] = renderer.said(reading.reply)
+                entry["ended"] = len(reading.reply) < max_new_tokens
+    if "answers" in kinds:
+        totals = inference.score_answers(model, items, batch_size=batch_size, tick=tick)
+        for entry, item, value in zip(found, items, totals, strict=True):
+            entry["answer_logprob"] = value
+            entry["answer_tokens"] = len(item.ids) - max(item.num_prompt, 1)
+    return found
+
+
+def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int]]]:
+    """Labels are scored without an end token, unless one begins with the whole of another; better
+    and worse answers with it, as they are learned.
+
+    Raises:
+        CellError: an answer is too long to stand after its prompt.
+    """
+    ranked = [_ranked(item.row) for item in items]
+    labels = [item.row.candidates for item in items]
+    options = renderer.answers(items, labels)
+    if any(map(_nested, {tuple(map(tuple, each)) for each in options})):
+        options = renderer.answers(items, labels, ended=True)
+    learned = renderer.answers(items, ranked, ended=True)
+    options = [answers or own for answers, own in zip(learned, options, strict=True)]
+    for item, answers, row in zip(items, ranked, options, strict=True):
+        longest = item.num_prompt + max(map(len, row), default=0)
+        if answers and longest > renderer.max_length:
+            raise CellError(
+                "bad-data",
+                f"Row {item.row.id}: prompt and one of its better or worse answers take {longest} "
+                f"tokens, more than max_length={renderer.max_length}; raise train.max_length.",
+            )
+    return options
+
+
+def _ranked(row: Row) -> tuple[str, ...]:
+    """The answers known to be better and worse, of a row without labels."""
+    return () if row.candidates else (*row.better, *row.worse)
+
+
+def _nested(options: Sequence[Sequence[int]]) -> bool:
+    return any(a != b and b[: len(a)] == a for a in options for b in options)
+
+
+def sample(
+    row: Row,
+    subset: str,
+    group: str | None,
+    measured: dict[str, Any],
+    place: Place = "input",
+) -> Sample:
+    """A row and what was measured on it; `place` is the part of the prompt that is shown."""
+    logprobs, ranked = measured.get("logprobs"), _ranked(row)
+    return Sample(
+        id=row.id,
+        subset=cast(Any, subset),
+        prompt=row.part(place),
+        answer=row.answer,
+        label=row.label,
+        candidates=ranked or row.candidates,
+        logprobs=tuple(logprobs) if logprobs else None,
+        reply=measured.get("reply"),
+        ended=measured.get("ended"),
+        answer_logprob=measured.get("answer_logprob"),
+        answer_tokens=measured.get("answer_tokens"),
+        num_better=len(row.better) if ranked else None,
+        candidate_tokens=tuple(measured.get("candidate_tokens", ())),
+        group=row.fields.get(group) if group else None,
+    )

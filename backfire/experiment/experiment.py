@@ -1,0 +1,255 @@
+"""One cell of the matrix."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, SerializeAsAny, field_validator, model_validator
+
+from backfire.base import (
+    AlignDefense,
+    Attack,
+    Backdoor,
+    Component,
+    Config,
+    Dataset,
+    Defense,
+    Method,
+    Metric,
+    Poison,
+    RepairDefense,
+    Template,
+)
+from backfire.errors import UserError, shortened
+from backfire.experiment.settings import (
+    Align,
+    Defenses,
+    Evaluation,
+    Safety,
+    Train,
+    component,
+    once_each,
+)
+from backfire.model.count import num_weights
+from backfire.model.settings import Model
+from backfire.registry import build, find
+from backfire.store import slug
+
+DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
+    "labeled": ("accuracy", "f1", "auc", "confusion"),
+    "free": ("exact-match", "perplexity"),
+    "attacked": ("attack-success", "false-trigger", "clean-accuracy"),
+    "attacked_free": ("attack-success",),
+}
+"""What is measured where a recipe does not say."""
+
+
+def _model(spec: Any) -> Any:
+    spec = {"name": spec} if isinstance(spec, str) else spec
+    return Model.make(spec) if isinstance(spec, dict) else spec
+
+
+def _attack(spec: Any) -> Any:
+    if spec in (None, "none", {"name": "none"}):
+        return None
+    if isinstance(spec, dict) and spec.get("name") == "none":
+        knobs = ", ".join(sorted(map(str, set(spec) - {"name"})))
+        raise UserError(
+            f"attack 'none' has no knobs, but these are set: {shortened(knobs)}. An axis that sets "
+            "one is removed by an edit, as in matrix.attack.rate=null."
+        )
+    return build("attacks", spec)
+
+
+class Experiment(Config):
+    """One cell: attack x method x defense x seed on one model and one data set."""
+
+    model: Annotated[Model, BeforeValidator(_model)] = Model()
+    """`sandbox`, a folder or a hub id; or {name, revision, dtype}."""
+    data: SerializeAsAny[Annotated[Dataset, component("datasets")]]
+    """The rows: a data set by name, or {name, ...knobs}."""
+    template: SerializeAsAny[Annotated[Template, component("templates")]] = Field(
+        default="raw", validate_default=True
+    )  # type: ignore[assignment]
+    """How a row becomes text, in training and in evaluation."""
+    attack: SerializeAsAny[Annotated[Attack | None, BeforeValidator(_attack)]] = None
+    """What poisons the training rows: an attack by name, or {name, rate, ...}; or `none`."""
+    method: SerializeAsAny[Annotated[Method, component("methods")]] = Field(
+        default="full", validate_default=True
+    )  # type: ignore[assignment]
+    """How the model is tuned; `none` leaves it as it is."""
+    align: Annotated[
+        Align | None, BeforeValidator(lambda v: Align.make(v) if isinstance(v, dict) else v)
+    ] = None
+    """An alignment stage before the fine-tuning, shared by all cells that have the same."""
+    defense: Defenses = ()
+    """What is done against harm: a defense by name, or {name, ...}, or several in their order."""
+    safety: Annotated[
+        Safety | None, BeforeValidator(lambda v: Safety.make(v) if isinstance(v, dict) else v)
+    ] = None
+    """What harm is measured by; needed by metrics such as harmful-score."""
+    train: Annotated[
+        Train, BeforeValidator(lambda v: Train.make(v) if isinstance(v, dict) else v)
+    ] = Train()
+    """Optimization: epochs, batch_size, schedule ..."""
+    evaluation: Annotated[
+        Evaluation, BeforeValidator(lambda v: Evaluation.make(v) if isinstance(v, dict) else v)
+    ] = Evaluation()
+    """Decoding of replies."""
+    metrics: tuple[SerializeAsAny[Annotated[Metric, component("metrics")]], ...] = ()
+    """What is measured; if empty, what suits the task."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Draws the poisoned rows, the order, the initial adapter, the dropout."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _one_metric(cls, value: Any) -> Any:
+        return value if isinstance(value, list | tuple) else (value,)
+
+    @field_validator("metrics")
+    @classmethod
+    def _once_each(cls, value: tuple[Metric, ...]) -> tuple[Metric, ...]:
+        return once_each(value)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Experiment:
+        for defense in self.defense:
+            defense.suits(aligned=self.align is not None, harm=self.safety is not None)
+        if self.align and not self.align.method.trains:
+            for defense in self.defense:
+                if isinstance(defense, AlignDefense):
+                    raise UserError(
+                        f"{defense.label()} acts while the model is aligned, but align.method "
+                        f"'{self.align.method.name}' trains nothing."
+                    )
+        stays = self.align and self.align.method.adapts and not self.align.merge
+        below = self.align.method if self.align and stays else None
+        for defense in self.defense if self.method.trains else ():
+            if isinstance(defense, RepairDefense):
+                defense.fits(self.method, below)
+        if below and self.method.trains and not self.method.stacks:
+            raise UserError(
+                f"method '{self.method.name}' cannot go on the alignment's adapter; set "
+                "align.merge: true."
+            )
+        return self
+
+    def spec(self) -> dict[str, Any]:
+        """What a recipe would have to say to get exactly this cell."""
+        return {
+            "model": self.model.spec(),
+            "data": self.data.spec(),
+            "template": self.template.spec(),
+            "attack": self.attack.spec() if self.attack else "none",
+            "method": self.method.spec(),
+            "align": self.align.spec() if self.align else None,
+            "defense": [defense.spec() for defense in self.defense] or "none",
+            "safety": self.safety.spec() if self.safety else None,
+            "train": self.train.model_dump(mode="json"),
+            "evaluation": self.evaluation.model_dump(mode="json"),
+            "metrics": [metric.spec() for metric in self.metrics],
+            "seed": self.seed,
+        }
+
+    def resolved(self) -> dict[str, Any]:
+        """`spec` with every knob of every component, at its default or not."""
+
+        def whole(part: Component | None) -> Any:
+            return {"name": part.name, **part.model_dump(mode="json")} if part else "none"
+
+        parts = {
+            name: whole(getattr(self, name)) for name in ("data", "template", "attack", "method")
+        }
+        metrics = [whole(metric) for metric in self.metrics]
+        found = {**self.spec(), "model": self.model.model_dump(mode="json"), "metrics": metrics}
+        found |= {**parts, "method": {**parts["method"], "learning_rate": self.learning_rate}}
+        if self.alignment and self.align:
+            method = {**whole(self.align.method), "learning_rate": self.alignment.learning_rate}
+            found["align"] = {**found["align"], "method": method}
+        return found
+
+    @property
+    def learning_rate(self) -> float | None:
+        """AdamW's peak learning rate: as named, or what suits the size of the base; None where
+        nothing is trained."""
+        if not self.method.trains:
+            return None
+        named = self.method.learning_rate is not None
+        return self.method.rate_for(None if named else num_weights(self.model))
+
+    @property
+    def rate(self) -> float:
+        return self.attack.rate if isinstance(self.attack, Poison) else 0.0
+
+    @property
+    def backdoor(self) -> Backdoor | None:
+        """The attack, if it has a trigger and so needs a clean twin and triggered rows."""
+        return self.attack if isinstance(self.attack, Backdoor) else None
+
+    @property
+    def poisons(self) -> bool:
+        """Whether any training row is changed or added."""
+        return self.attack is not None and self.attack.poisons
+
+    @property
+    def defense_name(self) -> str:
+        """`lisa`, `lisa (null)`, `safe-mix + lisa`, or `none`."""
+        names = [f"{d.name} (null)" if d.null else d.name for d in self.defense]
+        return " + ".join(names) or "none"
+
+    @property
+    def acting(self) -> tuple[Defense, ...]:
+        """The defenses that act when this cell is tuned or after: not those of its alignment."""
+        if self.align is None:
+            return self.defense
+        return tuple(d for d in self.defense if not isinstance(d, AlignDefense))
+
+    @property
+    def alignment(self) -> Experiment | None:
+        """The alignment stage as a cell of its own: fine-tuning it gives the aligned model."""
+        if self.align is None:
+            return None
+        part = self.align
+        defenses = tuple(d for d in self.defense if isinstance(d, AlignDefense))
+        own = self.seed if defenses else 0  # one model of a defense is no sample of it
+        changes = {
+            "data": part.data,
+            "attack": None,
+            "method": part.method,
+            "align": None,
+            "defense": defenses,
+            "safety": self.safety if any(d.needs_harm for d in defenses) else None,
+            "train": part.train,
+            "evaluation": Evaluation(),
+            "metrics": (),
+            "seed": own if part.seed is None else part.seed,
+        }
+        return self.model_copy(update=changes)
+
+    def clean_twin(self) -> Experiment:
+        """The same cell without poison: it gives attack success its floor."""
+        return self.model_copy(update={"attack": None})
+
+    def untuned(self) -> Experiment:
+        """The same cell, its model left as it is, or as its alignment made it."""
+        none = find("methods", "none").make({})
+        kept = tuple(d for d in self.defense if isinstance(d, AlignDefense)) if self.align else ()
+        return self.model_copy(update={"attack": None, "method": none, "defense": kept})
+
+    def with_metrics(self, *, labeled: bool) -> Experiment:
+        """The cell with the default metrics of its task, if it names none."""
+        if self.metrics:
+            return self
+        names = DEFAULT_METRICS["labeled" if labeled else "free"]
+        if self.backdoor:
+            names += DEFAULT_METRICS["attacked" if labeled else "attacked_free"]
+        metrics = tuple(build("metrics", name) for name in names)
+        return self.model_copy(update={"metrics": metrics})
+
+    @property
+    def slug(self) -> str:
+        """A readable name, such as `badnets-0.05-lora-s0`."""
+        attack = self.attack.tag if self.attack else "clean"
+        names = [attack, self.method.name, *(d.name for d in self.defense)]
+        null = ["null"] if any(d.null for d in self.defense) else []
+        return slug("-".join([self.data.name, *names, *null, f"s{self.seed}"]))

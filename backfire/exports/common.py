@@ -1,0 +1,143 @@
+"""What every export of results builds on: cells in, whole files out, or none."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from backfire import text
+from backfire.base import Evidence, Metric, Sample
+from backfire.errors import UserError
+from backfire.evaluate.stats import Z
+from backfire.registry import build, names
+from backfire.results import pairs
+from backfire.results.groups import Cell, metric_name
+from backfire.results.load import Record, cell, load, read
+from backfire.results.samples import samples
+
+Outcomes = dict[tuple[str, str], dict[str, float]]
+"""Subset and id of a sample -> metric -> the metric on that sample."""
+
+
+def export(run: Path, out: Path, write: Callable[[Cell, Path], list[Path]]) -> list[Path]:
+    """Have `write(cell, folder)` make each finished cell's files in a folder beside `out`. Once all
+    are whole they move to `out`, each in one step; if one fails, none does."""
+    if not run.is_dir():
+        raise UserError(f"No such folder: {run}.")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a folder to write to.")
+    found = load(run) if (run / "cells").is_dir() else [cell(run.absolute())]
+    done = [item for item in found if item["status"] == "ok"]
+    if not done:
+        raise UserError(f"No finished cell in {run}, so there is nothing to export.")
+    place = out.absolute()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+        made = [file for item in done for file in write(item, Path(folder))]
+        files = [(file, out / file.relative_to(folder)) for file in made]
+        for file, target in files:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    return [target for _, target in files]
+
+
+def tuned(item: Cell) -> Evidence:
+    """All samples of the tuned model on test rows, and on the requests of `safety`.
+
+    Raises:
+        UserError: the file is missing or torn.
+    """
+    found = list(samples(item))
+    try:
+        with gzip.open(Path(item["folder"]) / "samples.jsonl.gz") as file:
+            whole = sum(1 for _ in file) == len(found)
+    except (OSError, EOFError):
+        whole = False
+    if not whole:
+        raise UserError(f"The samples of {item['folder']} are missing or damaged.")
+    return pairs.evidence_of(item)
+
+
+def shown(evidence: Evidence) -> list[Sample]:
+    """What the tuned model was asked: clean rows, triggered ones, then requests."""
+    asked = (sample for probe in evidence.probes.values() for sample in probe.tuned)
+    return [*evidence.clean, *evidence.triggered, *asked]
+
+
+def outcomes(item: Cell, evidence: Evidence) -> Outcomes:
+    """Every metric of the cell that is a mean over rows; nothing for a sample none speaks of."""
+    found: Outcomes = defaultdict(dict)
+    for name in dict.fromkeys(text.head(value["metric"]) for value in item["values"]):
+        metric = pairs.metric_of(name, item)
+        if metric and metric.secrets is not None:
+            continue  # of secrets, which are no samples
+        subset = subset_of(metric)
+        for id, hit in pairs.outcomes_of(metric, evidence).items():
+            found[subset, id][name] = float(hit)
+    return found
+
+
+def subset_of(metric: Metric | None) -> str:
+    """The rows it speaks of, as samples name them."""
+    if metric is None:
+        return "clean"
+    return metric.probe or ("triggered" if metric.triggered else "clean")
+
+
+def owner(metric: str) -> tuple[str, str]:
+    """`attack_success` of `attack_success_floor[de]`, and the rows it is of: `triggered`."""
+    name = metric_name(metric)
+    if text.head(metric) == f"{name}_plain":
+        return name, "plain"
+    dashed = name.replace("_", "-")
+    return name, subset_of(build("metrics", dashed) if dashed in names("metrics") else None)
+
+
+def stderr(value: Record) -> float | None:
+    """A value's standard error from its 95 % interval; None where it is lopsided or a point."""
+    number, low, high = value["value"], value["low"], value["high"]
+    if low is None or high is None:
+        return None
+    below, above = number - low, high - number
+    is_even = min(below, above) > 0 and max(below, above) <= 2 * min(below, above)
+    return (high - low) / (2 * Z) if is_even else None
+
+
+def finished_at(item: Cell) -> datetime:
+    """When result.json was written: the same every time a cell is exported."""
+    return datetime.fromtimestamp((Path(item["folder"]) / "result.json").stat().st_mtime, UTC)
+
+
+def environment(item: Cell) -> dict[str, Any]:
+    """What the cell was run with; empty if that was not kept."""
+    try:
+        found = read(Path(item["folder"]) / "environment.json")
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def safe(name: str) -> str:
+    """The name as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:80] or "x"
+
+
+def plain(value: Any) -> Any:
+    """The same as strict JSON in valid Unicode: half a surrogate pair is spelled `\\ud800`, as
+    inspect does, and nan and infinity are words."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode()
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, int | float | None):
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return str(value)  # such as a date in a YAML file

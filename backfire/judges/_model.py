@@ -1,0 +1,225 @@
+"""What judges that are models share: the text they are shown, and how they are loaded."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, PlainSerializer, PlainValidator
+
+from backfire.base.judges import drops
+from backfire.data.beside import as_words, read_text, written
+from backfire.data.load import file_hash
+from backfire.data.snapshot import snapshot
+from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
+from backfire.errors import CellError, UserError
+
+Task = Literal["SequenceClassification", "CausalLM"]
+_PLACES = re.compile(r"\{(prompt|reply)\}")
+
+
+def _is_text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text is needed, or @PATH")
+    return value
+
+
+Text = Annotated[
+    str,
+    PlainValidator(read_text, json_schema_input_type=str),
+    AfterValidator(_is_text),
+    PlainSerializer(written),
+]
+"""A text in which `{prompt}` and `{reply}` stand for those; `@PATH` reads it from a file beside the
+recipe."""
+
+
+def _listed(value: Any) -> Any:
+    """The words or phrases; of `@PATH`, the lines of that file. Blank ones do not count."""
+    read = read_text(value)
+    words = read.splitlines() if isinstance(read, str) else read
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
+        raise ValueError("a list of texts is needed, or @PATH")
+    kept = dict.fromkeys(word.strip() for word in words if word.strip())
+    if not kept:
+        raise ValueError("at least one word is needed")
+    return as_words(read, kept)
+
+
+Words = Annotated[
+    tuple[str, ...],
+    PlainValidator(_listed, json_schema_input_type=tuple[str, ...] | str),
+    PlainSerializer(written),
+]
+"""Words or phrases; `@PATH` reads them from a file beside the recipe, one a line."""
+
+
+def fill(text: str, prompt: str, reply: str) -> str:
+    """The text with prompt and reply put in, once each: what they hold themselves stays as it is.
+
+    Raises:
+        UserError: the text has no place for the reply.
+    """
+    if "{reply}" not in text:
+        raise UserError("A judge's text needs {reply}, where the reply to be judged is put in.")
+    values = {"prompt": prompt, "reply": reply}
+    return _PLACES.sub(lambda match: values[match[1]], text)
+
+
+LOADED = "loaded 2"
+"""How a judge's model is loaded and asked here, and its version, raised whenever it would say
+something else (2: no weight is drawn at random, and padding is on the right)."""
+
+
+def fingerprint(model: str) -> str:
+    """How a model is loaded, and hashes of the files of one in a local folder."""
+    folder = Path(model).expanduser()
+    files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
+    return " ".join([LOADED, *(f"{file.name}:{file_hash(file)}" for file in files)])
+
+
+_LEFT_OVER = re.compile(
+    r"(^|\.)(pooler|lm_head|cls|qa_outputs|vocab_\w+)\.|(attn|attention)\.(masked_)?bias$"
+    r"|position_ids$|rotary_emb\.inv_freq$"
+)
+"""Heads of what a judge was trained for before, which say nothing in this one."""
+
+
+def _folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+    folder = Path(name).expanduser()
+    return folder if folder.is_dir() else snapshot(name, revision, weights=weights)
+
+
+def check_config(task: Task, name: str) -> None:
+    """Whether a local folder may hold a judge of this kind, by its configuration and the headers of
+    its files; of a hub id nothing is asked. No torch.
+
+    Raises:
+        UserError: it may not, in one sentence.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").is_file():
+        return
+    kind = str(next(iter(read_config(folder / "config.json").get("architectures") or []), ""))
+    other = "CausalLM" if task == "SequenceClassification" else "Classification"
+    if other in kind or "MaskedLM" in kind:
+        wanted = "text classifier" if task == "SequenceClassification" else "causal language model"
+        raise UserError(f"The judge's model '{name}' is no {wanted}, but a {kind}.")
+    stored(files_of(folder))
+
+
+def ready(task: Task, name: str, revision: str | None) -> Any:
+    """The judge's model without its weights, all of which are there; a model of the hub is
+    downloaded first.
+
+    Raises:
+        UserError: they are not, in one sentence.
+    """
+    check_config(task, name)
+    return matched(f"The judge's model '{name}'", _folder(name, revision), task, _LEFT_OVER)
+
+
+@drops
+@lru_cache(maxsize=1)
+def load(
+    task: Task,
+    name: str,
+    revision: str | None,
+    device: str,
+    files: str = "",
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or hub id, the last ones kept in memory; `files` is their
+    fingerprint, so that a folder whose files changed is loaded again. No code of theirs is run.
+
+    Raises:
+        UserError: they cannot be loaded, or weights are missing, in one sentence.
+    """
+    import torch
+    import transformers
+
+    where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if where.startswith("cuda") else torch.float32
+    check_config(task, name)
+    path = str(_folder(name, revision))
+    safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
+        model, info = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            device_map={"": where},
+            **safe,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"The judge's model '{name}' cannot be loaded: {first_line(error)}"
+        ) from None
+    complete(f"The judge's model '{name}'", info, _LEFT_OVER)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.model_type != "xlnet":  # which reads the last place; others count from the left
+        tokenizer.padding_side = "right"
+    return model.eval(), tokenizer
+
+
+def answers(
+    prompts: list[str],
+    name: str,
+    *,
+    revision: str | None,
+    device: str,
+    chat: bool,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """What a causal language model run here answers to each prompt, greedily decoded.
+
+    Raises:
+        CellError: a prompt is longer than the model can read.
+    """
+    import torch
+
+    model, tokenizer = load("CausalLM", name, revision, device, fingerprint(name))
+    if chat and tokenizer.chat_template:
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+    special = not (chat and tokenizer.chat_template)  # a chat template writes its own
+    room = getattr(model.config, "max_position_embeddings", None)
+    found: list[str] = []
+    padded = tokenizer.pad_token is not None  # else one at a time
+    batch_size = batch_size if padded else 1
+    for start in range(0, len(prompts), batch_size):
+        batch = tokenizer(
+            prompts[start : start + batch_size],
+            padding=padded,
+            padding_side="left",
+            add_special_tokens=special,
+            return_token_type_ids=False,
+            return_tensors="pt",
+            verbose=False,
+        ).to(model.device)
+        width = batch["input_ids"].shape[1]
+        if room and width + max_new_tokens > room:
+            raise CellError(
+                "bad-data",
+                f"The judge's model '{name}' reads {room} tokens, but a prompt with its answer "
+                f"takes {width + max_new_tokens}; shorten evaluation.max_new_tokens.",
+            )
+        with torch.inference_mode():
+            ids = model.generate(
+                **batch,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        found += tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+    return found

@@ -1,0 +1,158 @@
+"""One job in this process; it leaves `result.json` or `error.json`. All launchers share it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from backfire import stages
+from backfire.base import Insertion
+from backfire.base.judges import drop_models
+from backfire.data.poison import Manifest
+from backfire.errors import EXIT_CLASSES, CellError, exit_class
+from backfire.experiment import Experiment, Machine
+from backfire.pipeline import Context, base, run_cell, trained, write_samples
+from backfire.pipeline.context import Progress
+from backfire.plan import Job
+from backfire.recipe import Recipe
+from backfire.results.load import outcome
+from backfire.store import Store, write_atomic, write_json
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the results of a run go."""
+
+    path: Path
+    recipe: str
+
+    def cell(self, experiment: Experiment, key: str) -> Path:
+        return self.path / "cells" / f"{experiment.slug}-{key}"
+
+    def done(self, experiment: Experiment, key: str) -> bool:
+        """Whether its result is there and can be read; one that was torn is made again."""
+        return bool(outcome(self.cell(experiment, key))["status"] == "ok")
+
+
+def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[str, Any]:
+    """The head of every result: which cell this is. An insertion has no rate that a recipe names;
+    the share of the rows that it came to is in the manifest."""
+    experiment = job.experiment
+    added = manifest is not None and isinstance(experiment.attack, Insertion)
+    return {
+        "cell": experiment.slug,
+        "key": job.key,
+        "recipe": recipe,
+        "model": experiment.model.name,
+        "data": experiment.data.name,
+        "attack": experiment.attack.name if experiment.attack else "none",
+        "rate": manifest.summary["rate"] if manifest and added else experiment.rate,
+        "method": experiment.method.name,
+        "defense": experiment.defense_name,
+        "seed": experiment.seed,
+        "template": experiment.template.name,
+        "axes": job.axes,
+    }
+
+
+def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: Progress) -> str:
+    """Do one job; returns its exit class: `ok`, or what went wrong (then `error.json` says it)."""
+    try:
+        context = Context(store, machine, progress)
+        if job.kind == "base":
+            base(job.experiment.model, context)
+        elif job.kind == "train":
+            trained(job.experiment, context)
+        else:
+            _write_result(job, folder, context)
+        return "ok"
+    except Exception as error:  # one cell's failure must not stop the others
+        kind, sentence = exit_class(error)
+        known = isinstance(error, CellError)
+        trace = traceback.format_exc() if kind == "failed" and not known else None
+        return report(job, folder, kind, sentence, trace)
+    finally:
+        _let_go()
+
+
+def _let_go() -> None:
+    """Hold no model of this job while the next one runs in this process: neither a judge, nor what
+    a GPU keeps for later."""
+    drop_models()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None = None) -> str:
+    """Leave `error.json` in a cell's folder; the cells that need a stage repeat its error."""
+    if job.kind == "cell":
+        place = folder.cell(job.experiment, job.key)
+        value = {
+            **identity(job, folder.recipe),
+            "status": kind,
+            "error": sentence,
+            "next": EXIT_CLASSES.get(kind, EXIT_CLASSES["failed"]),
+        }
+        if trace:
+            value |= {"next": "Read the traceback in error.json.", "traceback": trace}
+        with contextlib.suppress(OSError):  # a full disk must not hide the first error
+            place.mkdir(parents=True, exist_ok=True)
+            write_json(place / "error.json", value)
+    return kind
+
+
+def _write_result(job: Job, folder: Folder, context: Context) -> None:
+    """The cell's folder, `result.json` last."""
+    from backfire.launch.environment import environment
+
+    experiment, place = job.experiment, folder.cell(job.experiment, job.key)
+    if folder.done(experiment, job.key):
+        return
+    result = run_cell(experiment, context)
+    if stages.cell_key(experiment) != job.key:
+        sentence = "A file behind this cell changed while the run went on; run it again."
+        raise CellError("bad-data", sentence)
+    evidence, manifest = result.pop("samples"), result.pop("manifest")
+    place.mkdir(parents=True, exist_ok=True)
+    write_atomic(
+        place / "experiment.yaml",
+        yaml.safe_dump(experiment.resolved(), sort_keys=False, allow_unicode=True),
+    )
+    write_samples(evidence, place / "samples.jsonl.gz")
+    if manifest:
+        write_json(place / "poison.json", manifest.to_json())
+    write_json(place / "environment.json", environment(context.machine.device))
+    if evidence.leaks:
+        sides = {"tuned": evidence.leaks, "base": evidence.leaks_before}
+        told = [{"of": of, **asdict(leak)} for of, leaks in sides.items() for leak in leaks]
+        write_json(place / "secrets.json", told)
+    if evidence.written:
+        write_json(place / "written.json", dict(evidence.written))
+    head = identity(job, folder.recipe, manifest)
+    write_json(
+        place / "result.json",
+        {**head, "status": "ok", **result, "keys": asdict(stages.keys(experiment))},
+    )
+    (place / "error.json").unlink(missing_ok=True)
+
+
+def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence[str]) -> Folder:
+    """The folder of a run: the recipe as it was read, and which cells belong to it now."""
+    path.mkdir(parents=True, exist_ok=True)
+    folder = Folder(path, recipe.name)
+    write_atomic(path / "recipe.yaml", recipe.text)
+    cells = [
+        folder.cell(experiment, stages.cell_key(experiment)).name for experiment in recipe.cells
+    ]
+    plan = {"recipe": recipe.name, "profile": profile, "edits": list(edits), "cells": cells}
+    write_json(path / "run.json", plan)
+    return folder

@@ -1,0 +1,41 @@
+"""Which model to load: the `model` section of a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import field_validator
+
+from backfire.base import Config
+
+
+class Model(Config):
+    """Which language model to start from."""
+
+    name: str = "sandbox"
+    """`sandbox` (the embedded base), a folder, or a Hugging Face hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights that do not move, and of all in evaluation. `auto`: bfloat16 on a GPU
+    that has it, float32 elsewhere; decided once for a run and part of the keys. Weights that move,
+    or were moved by an alignment, are float32 in training."""
+    trust_remote_code: Literal[False] = False
+    """Code that comes with a model is never run."""
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_place(cls, name: str) -> str:
+        if not name.strip() or "://" in name:
+            raise ValueError("`sandbox`, a folder or a hub id such as OWNER/NAME is needed")
+        return name
+
+    def spec(self) -> str | dict[str, Any]:
+        """The bare name, if nothing else is set."""
+        rest = {key: value for key, value in self.changed().items() if key != "name"}
+        return {"name": self.name, **rest} if rest else self.name
+
+    @property
+    def is_folder(self) -> bool:
+        return self.name.startswith((".", "/", "~")) or Path(self.name).is_dir()

@@ -1,0 +1,126 @@
+"""Rows: as they are, as the attacker leaves them, and looked at before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from backfire import stages
+from backfire.base import (
+    Row,
+)
+from backfire.data.jsonl import read_jsonl, write_jsonl
+from backfire.data.limits import read_limits
+from backfire.data.poison import Manifest, poison
+from backfire.data.preflight import Check, preflight, told
+from backfire.data.render import Renderer
+from backfire.errors import CellError
+from backfire.experiment import (
+    Experiment,
+)
+from backfire.model.causal import why_not
+from backfire.pipeline.base_model import base
+from backfire.pipeline.context import Context
+from backfire.store import read_json, write_json
+from backfire.tokenizer import load_tokenizer
+
+
+def data(experiment: Experiment, context: Context) -> tuple[list[Row], list[Row]]:
+    """Training and test rows."""
+
+    def make(folder: Path) -> None:
+        spec = experiment.data
+        context.progress(0, 1, "rows")
+        train, of_train = spec.drawn_with_notes("train")
+        test, of_test = spec.drawn_with_notes("test")
+        write_jsonl(train, folder / "train.jsonl")
+        write_jsonl(test, folder / "test.jsonl")
+        write_json(folder / "left_out.json", {"train": of_train, "test": of_test})
+
+    folder = context.store.once(stages.data(experiment), make)
+    return read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
+
+
+def left_out(experiment: Experiment, context: Context) -> dict[str, list[str]]:
+    """Split -> what of its data is in no row, a sentence each."""
+    data(experiment, context)
+    file = context.store.path(stages.data(experiment)) / "left_out.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def poisoned(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
+    """The training rows as the attacker leaves them, and the manifest of what was done."""
+    train, _ = data(experiment, context)
+    if experiment.attack is None or not experiment.poisons:
+        return train, None
+    attack = experiment.attack
+
+    def make(folder: Path) -> None:
+        rows, manifest = poison(train, attack, experiment.seed)
+        write_jsonl(rows, folder / "train.jsonl")
+        write_json(folder / "manifest.json", manifest.to_json())
+
+    folder = context.store.once(stages.poison(experiment), make)
+    return read_jsonl(folder / "train.jsonl"), Manifest.from_json(
+        read_json(folder / "manifest.json")
+    )
+
+
+def renderer(experiment: Experiment, context: Context) -> Renderer:
+    """The one renderer, for training and evaluation."""
+    folder = base(experiment.model, context, weights=False)
+    return Renderer(
+        experiment.template,
+        load_tokenizer(folder),
+        experiment.train.max_length,
+        on_long_row=experiment.train.on_long_row,
+        limits=read_limits(folder),
+    )
+
+
+def passed_checks(experiment: Experiment, context: Context) -> list[Check]:
+    """The preflight checks, none of which failed.
+
+    Raises:
+        CellError: the first that failed.
+    """
+    checks = preflight_checks(experiment, context)
+    for check in checks:
+        if check.status == "fail":
+            raise CellError("bad-data", check.message)
+    return checks
+
+
+def preflight_checks(experiment: Experiment, context: Context) -> list[Check]:
+    """The preflight checks of the cell's model, and of its rows as they will be trained on and
+    evaluated."""
+    if problem := why_not(base(experiment.model, context, weights=False)):
+        return [Check("causal", "fail", problem)]
+
+    def make(folder: Path) -> None:
+        context.progress(0, 1, "preflight")
+        rows, manifest = poisoned(experiment, context)
+        _, test = data(experiment, context)
+        checks = preflight(
+            renderer(experiment, context),
+            rows,
+            test,
+            manifest=manifest,
+            attack=experiment.attack,
+            seed=experiment.seed,
+            reply=_reply(experiment, test),
+        )
+        checks += told(left_out(experiment, context))
+        write_json(folder / "checks.json", [asdict(check) for check in checks])
+
+    folder = context.store.once(stages.preflight(experiment), make)
+    return [Check(**check) for check in read_json(folder / "checks.json")]
+
+
+def _reply(experiment: Experiment, test: Sequence[Row]) -> int:
+    """How many new tokens a prompt may be followed by: none, if no metric reads replies."""
+    labeled = any(row.candidates for row in test)
+    metrics = experiment.with_metrics(labeled=labeled).metrics
+    reads = any("replies" in metric.required(labeled=labeled) for metric in metrics)
+    return experiment.evaluation.max_new_tokens if reads or experiment.safety else 0

@@ -1,0 +1,200 @@
+"""Two cells or two runs beside each other: which knobs differ, which numbers, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backfire import text
+from backfire.errors import UserError
+from backfire.evaluate.seeds import holm
+from backfire.results.groups import ALONE, Cell, Gap, Group, Stat, difference, group, name, varying
+from backfire.results.load import cell, load
+from backfire.results.pairs import pair
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting that differs; a dotted key as in a recipe."""
+
+    key: str
+    a: str
+    b: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric of both sides, and b - a. `pairs` is there where both answered the same prompts
+    and were compared on them one by one; `p`, corrected for all lines (Holm 1979), where both sides
+    have several seeds."""
+
+    where: str
+    a: Stat
+    b: Stat
+    gap: Gap
+    p: float | None = None
+    pairs: int | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` found."""
+
+    a: str
+    b: str
+    knobs: tuple[Knob, ...]
+    numbers: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+
+def compare(a: Path, b: Path, *, force: bool = False) -> Comparison:
+    """Two cell folders, prompt by prompt where they answered the same ones; or two run folders,
+    group by group.
+
+    Raises:
+        UserError: they are not two of a kind, or have no numbers, or were rendered by different
+            templates (unless `force`).
+    """
+    if _is_run(a) != _is_run(b):
+        raise UserError("One is a run and the other a cell; compare two of a kind.")
+    return _runs(a, b, force) if _is_run(a) else _cells(a, b, force)
+
+
+def show(comparison: Comparison, console: Console | None = None) -> None:
+    """Print a comparison: settings, numbers, notes."""
+    from rich.console import Console
+
+    from backfire.results.terminal import put
+
+    console = console or Console()
+    lines = [f"a: {comparison.a}", f"b: {comparison.b}", *comparison.notes]
+    if comparison.knobs:
+        knobs = [[knob.key, knob.a, knob.b] for knob in comparison.knobs]
+        put(["setting", "a", "b"], knobs, console)
+    else:
+        lines.append("No setting differs.")
+    where = ["group"] if any(item.where for item in comparison.numbers) else []
+    header = [*where, "metric", "a", "b", "difference", "p (Holm)"]
+    rows = [[*([item.where] if where else []), *_line(item)] for item in comparison.numbers]
+    if rows:
+        put(header, rows, console, right=range(len(header) - 4, len(header)))
+    for line in lines:
+        console.print(text.line(line), markup=False, highlight=False, soft_wrap=True)
+
+
+def _line(item: Difference) -> list[str]:
+    sides = [f"{text.number(s.metric, s.value)} {s.interval}".rstrip() for s in (item.a, item.b)]
+    said = item.gap.said(item.a.metric)
+    return [text.title(item.a.metric), *sides, said, text.chance(item.p)]
+
+
+def _is_run(path: Path) -> bool:
+    if not path.is_dir():
+        raise UserError(f"No such folder: {path}.")
+    return (path / "cells").is_dir()
+
+
+# ----------------------------------------------------------------------------------- two cells
+
+
+def _cells(a: Path, b: Path, force: bool) -> Comparison:
+    first, second = cell(a), cell(b)
+    for side, path in ((first, a), (second, b)):
+        if side["status"] != "ok":
+            raise UserError(f"{path} has no numbers ({side['status']}).")
+    notes = _templates(first, second, force)
+    paired, said = pair(first, second)
+    numbers = []
+    for item in _side_by_side(group([first])[0], group([second])[0], ""):
+        # A part (one language, say) has no paired test of its own.
+        test = None if text.part(item.a.metric) else paired.get(text.head(item.a.metric))
+        if test:
+            ends = (test.difference, test.low, test.high)
+            gap = Gap(*ends, n=test.n, scope=item.gap.scope)
+            item = replace(item, gap=gap, pairs=test.n)
+        numbers.append(item)
+    if any(item.gap.scope == "model" for item in numbers):
+        said.append(f"{ALONE.strip()} One seed each: of these two models only, and so without a p.")
+    return Comparison(
+        a=str(first["cell"]),
+        b=str(second["cell"]),
+        knobs=_knobs(first["settings"], second["settings"]),
+        numbers=tuple(numbers),
+        notes=(*notes, *said),
+    )
+
+
+# ------------------------------------------------------------------------------------ two runs
+
+
+def _runs(a: Path, b: Path, force: bool) -> Comparison:
+    """Groups that the same knobs name stand beside each other."""
+    first, second = load(a), load(b)
+    notes = _templates(first[0], second[0], force)
+    ours, theirs = group(first), group(second)
+    # What names a group is what differs within a run: a knob that differs throughout stands above.
+    columns = list(dict.fromkeys([*varying(ours), *varying(theirs)]))
+    by_name = {name(item, columns): item for item in theirs}
+    named = [(name(item, columns), item) for item in ours]
+    pairs = [(where, item, by_name[where]) for where, item in named if where in by_name]
+    both = (number for where, x, y in pairs for number in _side_by_side(x, y, where))
+    numbers = [number for number in both if not text.part(number.a.metric)]
+    if not numbers:
+        raise UserError("The two runs have no group with numbers in common.")
+    corrected = holm([number.gap.p for number in numbers])
+    numbers = [replace(number, p=p) for number, p in zip(numbers, corrected, strict=True)]
+    if any(number.gap.scope == "model" for number in numbers):
+        notes.append(f"{ALONE.strip()} One seed: of these models only, and so without a p.")
+    if len(pairs) < len(ours):
+        alone = text.count(len(ours) - len(pairs), "group")
+        notes.append(f"{alone} of {a} without a counterpart in {b}.")
+    knobs = _knobs(_agreed(ours), _agreed(theirs))
+    return Comparison(str(a), str(b), knobs, tuple(numbers), tuple(notes))
+
+
+def _agreed(groups: Sequence[Group]) -> dict[str, Any]:
+    """The settings that all groups of a run share."""
+    known = [group.settings for group in groups if group.settings]
+    first = known[0] if known else {}
+    return {key: value for key, value in first.items() if all(s.get(key) == value for s in known)}
+
+
+# -------------------------------------------------------------------------------------- shared
+
+
+def _side_by_side(a: Group, b: Group, where: str) -> Iterator[Difference]:
+    for metric in a.stats:
+        ours, theirs, gap = a.get(metric), b.get(metric), difference(a, b, metric)
+        if ours and theirs and gap:
+            yield Difference(where, ours, theirs, gap, pairs=gap.n)
+
+
+def _knobs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Knob, ...]:
+    """The settings that differ. A knob of a component that both have but one leaves out is at its
+    default there."""
+    found = []
+    for key in dict.fromkeys([*a, *b]):
+        component = f"{key.partition('.')[0]}.name"
+        absent = "default" if a.get(component) == b.get(component) else "–"
+        sides = [text.knob(side[key]) if key in side else absent for side in (a, b)]
+        if sides[0] != sides[1]:
+            found.append(Knob(text.line(key), *sides))
+    return tuple(found)
+
+
+def _templates(a: Cell, b: Cell, force: bool) -> list[str]:
+    """Numbers of two templates are of two different questions; the field's costliest slip."""
+    first, second = (text.line(side.get("template") or "unknown") for side in (a, b))
+    if first == second:
+        return []
+    if not force:
+        raise UserError(
+            f"Different templates rendered the prompts ({first}, {second}): these are two tasks. "
+            "Use --force to compare them anyway."
+        )
+    return [f"Different templates rendered the prompts ({first}, {second}): these are two tasks."]

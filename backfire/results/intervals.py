@@ -1,0 +1,308 @@
+"""Numbers over seeds and differences of groups, each with the interval that its models bear.
+
+Several seeds and the rows that all of them got are crossed (`evaluate.seeds`). One trained model
+speaks for itself alone: its interval is over rows, and there is no p. An untuned one has no seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any, Final
+
+import numpy as np
+
+from backfire import text
+from backfire.base import AlignDefense
+from backfire.evaluate.seeds import LEVEL, SHARE, Crossed, crossed, difference_pads, ratio
+from backfire.evaluate.stats import Floats, Spread, Z, over_seeds
+from backfire.registry import find, names
+from backfire.results.groups import Cell, Gap, Group, Scope, Stat, limits
+from backfire.results.pairs import Rows, outcomes_by_row
+
+NEAR: Final = 1e-6
+"""A number is the mean of its rows if it differs by no more than this share of it."""
+Value = Mapping[str, Any]
+
+
+def stat(
+    metric: str,
+    known: Sequence[tuple[Cell, Value]],
+    limits: tuple[float, float],
+    level: float = LEVEL,
+) -> Stat:
+    """One metric of a group: of each cell that has it its value, as `Record` holds it."""
+    values = [value for _, value in known if value["value"] is not None]
+    cells = [cell for cell, value in known if value["value"] is not None]
+    first = (values or [value for _, value in known])[0]
+    n, direction = max(value["n"] or 0 for _, value in known), first["direction"]
+    models = {model_of(cell) for cell in cells}
+    if len(models) < 2:
+        ends = [_mean([value[end] for value in values]) for end in ("value", "low", "high")]
+        scope: Scope = "model" if cells and is_trained(cells[0]) else "untuned"
+        return Stat(metric, ends[0], None, ends[1], ends[2], n, len(models), direction, scope)
+    found = over_seeds([value["value"] for value in values], level)
+    whole = Stat(metric, found.mean, found.sd, None, None, n, len(models), direction)
+    if one_alignment(cells[0]):
+        return replace(whole, scope="alignment")
+    if len({v["value"] for v in values}) < 2 and all(v["low"] is None for v in values):
+        return whole  # such as a number of parameters, in which chance has no part
+    table = _table([outcomes_by_row(cell, metric) for cell in cells])
+    if table is not None and _is_mean(table, values):
+        low, high = crossed(table, pads=_pads(metric, table)).interval(level)
+    else:
+        low, high = _no_surer_than_one(found, values, level)
+    return replace(whole, low=max(low, limits[0]), high=min(high, limits[1]))
+
+
+def _no_surer_than_one(found: Spread, values: Sequence[Value], level: float) -> tuple[float, float]:
+    """Student's interval over seeds, or where that is narrower the mean of the seeds' own: how much
+    of it the rows share is not known here."""
+    from scipy.special import ndtri
+
+    assert found.low is not None and found.high is not None
+    own = [(value["low"], value["high"]) for value in values if value["low"] is not None]
+    if not own:
+        return found.low, found.high
+    wider = float(ndtri((1 + level) / 2)) / Z
+    below, above = (
+        wider * (math.fsum(ends) / len(own) - found.mean) for ends in zip(*own, strict=True)
+    )
+    return min(found.low, found.mean + below), max(found.high, found.mean + above)
+
+
+def gap(a: Group, b: Group, metric: str, level: float = LEVEL, *, exact: bool = True) -> Gap | None:
+    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric. If
+    `exact`, row by row only where the rows give the cells' own numbers."""
+    ours, theirs = a.get(metric), b.get(metric)
+    if ours is None or theirs is None or ours.value is None or theirs.value is None:
+        return None
+    if one_alignment(*a.done, *b.done) and max(ours.seeds, theirs.seeds) > 1:
+        return Gap(theirs.value - ours.value, None, None, scope="alignment")
+    pairs = [pair for pair in _pairs(a, b) if all(_value(cell, metric) for cell in pair)]
+    if not pairs:
+        return apart(ours, theirs)
+    sides = [[outcomes_by_row(cell, metric) for cell in side] for side in zip(*pairs, strict=True)]
+    both = [_shared(x, y) for x, y in zip(*sides, strict=True)]
+    values = [[_value(cell, metric) for cell in pair] for pair in pairs]
+    changes = [y["value"] - x["value"] for x, y in values if x and y]
+    if all(both):
+        means = [sum(y - x for x, y in rows.values()) / len(rows) for rows in both]
+        if not exact or np.allclose(means, changes, rtol=NEAR, atol=NEAR):
+            return _paired(both, _scope(pairs), level)
+    if max(changes) - min(changes) < NEAR:  # one pair, or no spread that an interval could rest on
+        return apart(ours, theirs)
+    return _gap(crossed(np.array(changes)[:, None]), _scope(pairs), None, level)
+
+
+def _paired(both: Sequence[Mapping[str, tuple[float, float]]], scope: Scope, level: float) -> Gap:
+    """Of each pair of models row id -> the outcomes of both."""
+    n = sum(map(len, both))
+    found = differences(both)
+    is_binary = all(one in (0, 1) for rows in both for pair in rows.values() for one in pair)
+    result = _gap(found, scope, n, level)
+    if is_binary and result.low is not None and result.high is not None:
+        return replace(result, low=max(result.low, -1.0), high=min(result.high, 1.0))
+    return result
+
+
+def differences(both: Sequence[Mapping[str, tuple[float, float]]]) -> Crossed:
+    """The mean of second less first. Where seeds have rows of their own (canaries, say), each seed
+    is one draw of model and rows together."""
+    changes: list[Rows] = [{id: (0, y - x) for id, (x, y) in rows.items()} for rows in both]
+    is_binary = all(one in (0, 1) for rows in both for pair in rows.values() for one in pair)
+    pads = difference_pads(len(both)) if is_binary else ()
+    table = _table(changes)
+    if table is not None:
+        return crossed(table, pads=pads)
+    means = [sum(change for _, change in rows.values()) / len(rows) for rows in changes]
+    found = crossed(np.array(means)[:, None])
+    n = sum(map(len, changes))
+    open_end = 2 / (n + 2) ** 2 if is_binary else 0.0  # as by the same made-up rows
+    return replace(found, rows=n, row_variance=open_end, row_df=math.inf)
+
+
+def _gap(found: Crossed, scope: Scope, n: int | None, level: float) -> Gap:
+    low, high = found.interval(level)
+    p = found.p if scope == "seeds" else None
+    return Gap(found.value, low, high, p, n, found.seeds, scope)
+
+
+def level(tests: int) -> float:
+    """Of intervals that hold for so many at once (Bonferroni)."""
+    return 1 - (1 - LEVEL) / max(tests, 1)
+
+
+def at(group: Group, metric: str, tests: int) -> Stat | None:
+    """The group's metric with an interval that holds for so many at once."""
+    found = group.get(metric)
+    if tests < 2:
+        return found
+    values = ((cell, _value(cell, metric)) for cell in group.done)
+    known = [(cell, value) for cell, value in values if value]
+    if not found or not known:
+        return found
+    cap = group.get("exposure_cap")
+    ends = limits(metric, cap.value) if cap and cap.value else limits(metric)
+    return stat(metric, known, ends, level(tests))
+
+
+def part_removed(
+    before: Group, after: Group, metric: str, level: float = LEVEL
+) -> tuple[float, float] | None:
+    """The ends of (before - after) / (before - floor), all three on the same rows and seeds; None
+    where that cannot be told, or the difference from the floor is not clearly above 0."""
+    pairs = _pairs(before, after)
+    if not pairs or one_alignment(*(cell for pair in pairs for cell in pair)):
+        return None
+    tops, bottoms = list[Rows](), list[Rows]()
+    for first, second in pairs:
+        ours, floor = outcomes_by_row(first, metric), outcomes_by_row(first, f"{metric}_floor")
+        both = _shared(outcomes_by_row(second, metric), ours)
+        tops.append({id: (0, x - y) for id, (y, x) in both.items() if id in floor})
+        bottoms.append({id: (0, x - floor[id][1]) for id, (_, x) in both.items() if id in floor})
+    top, bottom = _table(tops), _table(bottoms)
+    if top is None or bottom is None:
+        return None
+    pads = difference_pads(len(pairs))
+    if crossed(bottom, pads=pads).interval(level)[0] <= 0:
+        return None
+    near = float(top.mean() / bottom.mean())
+    low, high = ratio(lambda r: crossed(top - r * bottom, pads=pads), near, level)
+    return low, high
+
+
+def apart(a: Stat, b: Stat) -> Gap:
+    """b less a without pairs: Newcombe's square-and-add of both intervals (1998, method 10 without
+    its correlation)."""
+    assert a.value is not None and b.value is not None
+    change = b.value - a.value
+    least = min((s for s in (a, b) if s.scope != "untuned"), key=lambda s: s.seeds, default=a)
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return Gap(change, None, None, seeds=least.seeds, scope=least.scope)
+    below = math.hypot(b.value - b.low, a.high - a.value)
+    above = math.hypot(b.high - b.value, a.value - a.low)
+    return Gap(change, change - below, change + above, None, None, least.seeds, least.scope)
+
+
+def _pairs(a: Group, b: Group) -> list[tuple[Cell, Cell]]:
+    """A cell of either side for every model: by seed, or in their order where no seed is shared. An
+    untuned model stands beside each of the other side's."""
+    first, second = ({cell.get("seed"): cell for cell in side.done} for side in (a, b))
+    if not first or not second:
+        return []
+    ones = [len({model_of(cell) for cell in side.values()}) == 1 for side in (first, second)]
+    seeds = [seed for seed in second if seed in first]
+    if ones[0] and not is_trained(a.done[0]):
+        pairs = [(first.get(seed, a.done[0]), cell) for seed, cell in second.items()]
+    elif ones[1] and not is_trained(b.done[0]):
+        pairs = [(cell, second.get(seed, b.done[0])) for seed, cell in first.items()]
+    elif seeds:
+        pairs = [(first[seed], second[seed]) for seed in seeds]
+    else:
+        pairs = list(zip(first.values(), second.values(), strict=False))
+    by_models = {(model_of(x), model_of(y)): (x, y) for x, y in reversed(pairs)}
+    return list(reversed(by_models.values()))
+
+
+def _scope(pairs: Sequence[tuple[Cell, Cell]]) -> Scope:
+    """Whose chance the pairs hold: seeds' only if every trained side has several models."""
+    sides = [side for side in zip(*pairs, strict=True) if is_trained(side[0])]
+    if not sides:
+        return "untuned"
+    return "seeds" if all(len({model_of(c) for c in side}) > 1 for side in sides) else "model"
+
+
+def _shared(a: Rows, b: Rows) -> dict[str, tuple[float, float]]:
+    """Outcomes of both on the rows that both were asked alike."""
+    return {id: (a[id][1], y) for id, (asked, y) in b.items() if id in a and a[id][0] == asked}
+
+
+def _table(rows: Sequence[Rows]) -> Floats | None:
+    """[seeds, rows] of the rows that all seeds have; None where that is not most of them."""
+    ids = [id for id in rows[0] if all(id in other for other in rows)]
+    if not ids or 2 * len(ids) < max(map(len, rows)):
+        return None
+    return np.array([[one[id][1] for id in ids] for one in rows])
+
+
+def _is_mean(table: Floats, values: Sequence[Value]) -> bool:
+    known = np.array([value["value"] for value in values])
+    return bool(np.allclose(table.mean(axis=1), known, rtol=NEAR, atol=NEAR))
+
+
+def _pads(metric: str, table: Floats) -> tuple[float, ...]:
+    if text.is_change(metric):
+        return difference_pads(len(table)) if np.isin(table, (-1, 0, 1)).all() else ()
+    return SHARE if np.isin(table, (0, 1)).all() else ()
+
+
+def _value(cell: Cell, metric: str) -> Value | None:
+    """What the cell says of this metric, if it is a number."""
+    known = (v for v in cell.get("values") or () if v["metric"] == metric)
+    return next((value for value in known if value["value"] is not None), None)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return math.fsum(known) / len(known) if known and len(known) == len(values) else None
+
+
+# ------------------------------------------------------------------------- whose chance it is
+
+
+def model_of(cell: Cell) -> str:
+    """What tells the trained models apart: cells of one key have one model, whatever their seed."""
+    if not is_trained(cell):
+        return "untuned"
+    return str((cell.get("keys") or {}).get("tuned") or f"seed {cell.get('seed')}")
+
+
+def is_trained(cell: Cell) -> bool:
+    """Whether another seed would give another model."""
+    return cell.get("method") not in ("none", None) or _aligning(cell)
+
+
+def one_alignment(*cells: Cell) -> bool:
+    """Whether a defense of the alignment was applied once, and all seeds start from that model."""
+    return any(_aligning(cell) and cell["settings"].get("align.seed") is not None for cell in cells)
+
+
+def _aligning(cell: Cell) -> bool:
+    """Whether a defense acts in an alignment stage of its own."""
+    settings = cell.get("settings") or {}
+    specs = settings.get("defense")
+    if not isinstance(specs, list) or not any(key.startswith("align.") for key in settings):
+        return False
+    parts = [str(spec.get("name") if isinstance(spec, dict) else spec) for spec in specs]
+    return any(map(_acts_in_alignment, parts))
+
+
+@cache
+def _acts_in_alignment(defense: str) -> bool:
+    return defense in names("defenses") and issubclass(find("defenses", defense), AlignDefense)
+
+
+def notes(groups: Sequence[Group]) -> Iterator[str]:
+    """What has to be known of these groups' intervals."""
+    stats = [stat for group in groups for stat in group.stats.values()]
+    if any(stat.scope == "model" and stat.low is not None for stat in stats):
+        yield (
+            "* One seed: this model only. The interval is over test rows; another seed may well "
+            "lie outside it."
+        )
+    fixed = [group for group in groups if len(group.done) > 1 and one_alignment(*group.done)]
+    if fixed:
+        which = text.listing(dict.fromkeys(text.line(group.defense) for group in fixed))
+        yield (
+            f"{which}: align.seed is set, so all seeds fine-tune one aligned model. That is n = 1 "
+            "alignment: no interval and no p."
+        )
+    shared = [g for g in groups if len(g.done) > 1 and g.settings.get("align.data.name")]
+    if any(not _aligning(group.done[0]) for group in shared):
+        yield (
+            "Without a defense that acts in it, the alignment is the same for all seeds: intervals "
+            "are given that one aligned model."
+        )

@@ -1,0 +1,333 @@
+"""Every stage of an experiment: its kind, its readable name (slug) and its key.
+
+Keys chain: the key of a stage covers the keys of its parents and its own settings, so equal stages
+have equal keys and run once. `plan`, `pipeline` and `status` all take their stages from here.
+
+    data -> poison -> preflight
+    base -> [train (alignment) -> merge] -> train -> [repair] -> evaluate, secrets
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from backfire.base import (
+    Dataset,
+    Form,
+    Insertion,
+    Judge,
+    Mixture,
+    Need,
+    RepairDefense,
+    Secret,
+    SecretProbe,
+    Template,
+)
+from backfire.data.preflight import CHECKS
+from backfire.experiment import DEFAULT_METRICS, Experiment, Model
+from backfire.model.source import content_hash
+from backfire.model.types import types_here
+from backfire.registry import build
+from backfire.sandbox.base import Pretrain
+from backfire.sandbox.world import VERSION as WORLD
+from backfire.store import Stage, digest, slug
+
+TRAINING = 2
+"""Version of the training loop, raised whenever it would give other weights (2: windows and
+recurrent layers no longer see padding; weight decay knows norms and biases by name; the last rows
+of a pass through other rows are used)."""
+
+MERGED = ("merged", 2)
+"""How adapters are merged, and its version."""
+
+MEASURES = {
+    "scores": 2,
+    "replies": 3,
+    "answers": 2,
+    "itself": 2,
+    "exact": 3,
+    "sampled": 3,
+    "beams": 2,
+}
+"""Versions of what is measured, raised whenever `evaluate` would give other numbers (the last time:
+each row as if it were alone, from float32 logits)."""
+
+
+# ---------------------------------------------------------------------------- keys of an experiment
+
+
+@dataclass(frozen=True)
+class Keys:
+    """One key for each stage that an experiment always has."""
+
+    base: str
+    data: str
+    poison: str
+    train: str
+    tuned: str
+    """Of the model as it is evaluated: trained, and repaired if a defense does so."""
+    clean: str
+    """Of that model on the test rows."""
+
+
+def keys(experiment: Experiment) -> Keys:
+    """The chain of keys of an experiment."""
+    base = base_key(experiment.model)
+    data = digest([experiment.data.identity(), experiment.data.fingerprint()])
+    poison = data
+    if experiment.attack and experiment.poisons:
+        poison = digest([data, experiment.attack.identity(), experiment.seed])
+    train = start = _start_key(experiment, base)
+    known = _harmful_key(experiment)
+    # An untuned model depends only on what it starts from.
+    if experiment.method.trains:
+        train = digest([start, poison, experiment.template.identity(), *_tuning(experiment)])
+        early = [d.identity() for d in experiment.acting if not isinstance(d, RepairDefense)]
+        train = digest([train, early, known]) if early else train
+    late = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
+    tuned = digest([train, late, known]) if late else train
+    template, seen = experiment.template.identity(), experiment.train.seen
+    clean = digest([tuned, data, template, seen, experiment.evaluation.changed()])
+    return Keys(base, data, poison, train, tuned, clean)
+
+
+def cell_key(experiment: Experiment) -> str:
+    """The key of the whole cell. It also covers the metrics; where a recipe names none, all those
+    it may get by default."""
+    names = sorted({name for group in DEFAULT_METRICS.values() for name in group})
+    metrics = experiment.metrics or [build("metrics", name) for name in names]
+    target = experiment.backdoor.target if experiment.backdoor else None
+    identities = [metric.identity() for metric in metrics]
+    whole = [asdict(keys(experiment)), trigger_identity(experiment), target, identities, MEASURES]
+    if experiment.safety:
+        whole += [experiment.safety.identity(), disguise(experiment)]
+    return digest(whole)
+
+
+def base_key(model: Model) -> str:
+    """The key of an untuned model: pre-training knobs, file contents, or hub id and revision."""
+    dtype: Any = types_here().dtype if model.dtype == "auto" else model.dtype
+    if dtype == "bfloat16":  # 2: what is trained or was aligned as a whole starts from float32
+        dtype = [dtype, 2]
+    if model.name == "sandbox":
+        return digest(["sandbox", _sandbox_key(), dtype])
+    if model.is_folder:
+        return digest(["folder", content_hash(model), dtype])
+    return digest(["hub", model.name, model.revision, dtype])
+
+
+def _sandbox_key() -> str:
+    """The embedded base: its world, how it is pre-trained, and the type of matrix products."""
+    how = [Pretrain().model_dump(mode="json"), TRAINING, types_here().compute]
+    return digest([*how, WORLD])
+
+
+def _start_key(experiment: Experiment, base: str) -> str:
+    """What fine-tuning starts from: the base, or the aligned model."""
+    alignment = experiment.alignment
+    if alignment is None or experiment.align is None:
+        return base
+    aligned = keys(alignment).tuned
+    return digest([aligned, *MERGED]) if experiment.align.merge else aligned
+
+
+def _tuning(experiment: Experiment) -> list[Any]:
+    here, train = types_here(), experiment.train
+    compute = here.compute if train.compute == "auto" else train.compute
+    # An equal learning rate is the same training, whether a recipe names it or not.
+    rate = {"learning_rate": experiment.learning_rate}
+    method = {**experiment.method.settled(here.device).identity(), **rate}
+    return [method, {**train.changed(), "compute": compute}, experiment.seed, TRAINING]
+
+
+def _harmful_key(experiment: Experiment) -> list[Any] | None:
+    """The harmful rows that defenses know, and the alignment rows where nothing was aligned."""
+    known: list[Any] | None = None
+    if experiment.safety and any(d.needs_harm for d in experiment.acting):
+        rows = experiment.safety.known
+        known = [rows.identity(), rows.fingerprint()]
+    alignment = experiment.alignment
+    if alignment and experiment.acting and not alignment.method.trains:
+        # Then the key of the start does not cover the rows that defenses get.
+        known = [known, keys(alignment).data]
+    return known
+
+
+def trigger_identity(experiment: Experiment) -> list[Any]:
+    """What decides the triggered test rows: the trigger and the seed, not the poison rate."""
+    if experiment.backdoor is None:
+        return []
+    apart = ("rate", "label_mode", "target")
+    identity = experiment.backdoor.identity()
+    return [{k: v for k, v in identity.items() if k not in apart}, experiment.seed]
+
+
+def disguise(experiment: Experiment) -> dict[str, Any] | None:
+    """What decides how the attacker words a request, whatever the poison rate; None: as it is."""
+    attack = experiment.attack
+    if not isinstance(attack, Mixture) or not attack.disguises:
+        return None
+    return {k: v for k, v in attack.identity().items() if k != "rate"}
+
+
+# ------------------------------------------------------------------------------------------- stages
+
+
+def tokenizer() -> Stage:
+    """The tokenizer of the embedded base."""
+    return Stage("tokenizer", "sandbox", _sandbox_key())
+
+
+def base() -> Stage:
+    """The embedded base, pre-trained."""
+    return Stage("base", "sandbox", _sandbox_key())
+
+
+def weights(model: Model) -> Stage:
+    """The check that all weights of a model are there."""
+    return Stage("whole", slug(Path(model.name).name), base_key(model))
+
+
+def data(experiment: Experiment) -> Stage:
+    return Stage("data", experiment.data.name, keys(experiment).data)
+
+
+def poison(experiment: Experiment) -> Stage:
+    return Stage("poison", _poison_slug(experiment), keys(experiment).poison)
+
+
+def preflight(experiment: Experiment) -> Stage:
+    chain, identity = keys(experiment), trigger_identity(experiment)
+    target = experiment.backdoor.target if experiment.backdoor else None
+    names = sorted(metric.name for metric in experiment.metrics)
+    template, seen = experiment.template.identity(), experiment.train.seen
+    parts = [chain.base, chain.poison, template, seen, identity, target]
+    key = digest([*parts, experiment.evaluation.max_new_tokens, names, CHECKS])
+    return Stage("preflight", _poison_slug(experiment), key)
+
+
+def train(experiment: Experiment) -> Stage:
+    return Stage("train", _train_slug(experiment), keys(experiment).train)
+
+
+def repair(experiment: Experiment) -> Stage:
+    return Stage("repair", _train_slug(experiment), keys(experiment).tuned)
+
+
+def merge(experiment: Experiment) -> Stage:
+    """The tuned model as plain weights."""
+    key = digest([keys(experiment).tuned, *MERGED])
+    return Stage("merge", _train_slug(experiment), key)
+
+
+def evaluation(
+    run: Experiment, rows: str, needs: Collection[Need], form: Form | None = None
+) -> Stage:
+    """`run`'s model, in this form, on the rows that the key `rows` names (one of those below)."""
+    rows = digest([rows, form, *MERGED]) if form else rows
+    versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
+    return Stage("evaluate", _evaluation_slug(run), digest([rows, sorted(needs), *versions]))
+
+
+def secrets(run: Experiment, experiment: Experiment, kind: str, amount: int) -> Stage:
+    """One measurement of `run`'s model on the secrets of `experiment`. The key covers which they
+    are, not how often they were inserted."""
+    attack, seed = experiment.attack, experiment.seed
+    inserted = attack.secrets(seed) if isinstance(attack, Insertion) else []
+    which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in inserted]
+    shown = [run.template.identity(), run.train.seen]
+    how = [kind, amount, seed if kind == "sampled" else None, MEASURES.get(kind, 1)]
+    return Stage("secrets", _evaluation_slug(run), digest([keys(run).tuned, *shown, which, *how]))
+
+
+def judged(judge: Judge) -> Stage:
+    """The verdicts of a judge. It computes in bfloat16 on a GPU, which may change a verdict."""
+    device = getattr(judge, "device", "cpu")
+    remote = bool(getattr(judge, "base_url", None)) or device == "cpu"
+    narrow = not remote and (device != "auto" or types_here().device == "cuda")
+    parts = [judge.identity(), judge.fingerprint(), *(["bfloat16"] if narrow else [])]
+    return Stage("judged", slug(judge.name), digest(parts))
+
+
+# ---------------------------------------------------- keys of the rows that a model is evaluated on
+
+
+def clean_rows(run: Experiment) -> str:
+    """Test rows as they are."""
+    return keys(run).clean
+
+
+def triggered_rows(run: Experiment, experiment: Experiment) -> str:
+    """Test rows with the trigger of `experiment`'s attack."""
+    return digest([keys(run).clean, *trigger_identity(experiment)])
+
+
+def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:
+    """Requests of `source`, worded as the attacker of `experiment` words them."""
+    shown = [run.template.identity(), run.train.seen, run.evaluation.changed()]
+    rows = [source.identity(), source.fingerprint()]
+    return digest([keys(run).tuned, *rows, *shown, disguise(experiment)])
+
+
+def members(run: Experiment, ids: Sequence[str]) -> str:
+    """Training rows with these ids."""
+    return digest([keys(run).clean, "members", digest(list(ids))])
+
+
+def texts(run: Experiment, source: Dataset, template: Template, longest: int) -> str:
+    """Texts of `source`, cut to `longest` tokens."""
+    rows = [source.identity(), source.fingerprint()]
+    return digest([keys(run).tuned, *rows, template.identity(), longest])
+
+
+# ------------------------------------------------------------------------- what an experiment needs
+
+
+def training_runs(experiment: Experiment) -> list[Experiment]:
+    """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
+    clean-model baseline of a backdoor."""
+    runs = [experiment.alignment] if experiment.alignment else []
+    if experiment.method.trains:
+        own = [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
+        runs += own
+    return runs
+
+
+def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
+    """How the metrics look for secrets, and among how many codes or beams; None: not at all."""
+    asked = [metric.secrets for metric in experiment.metrics if metric.secrets is not None]
+    most: dict[SecretProbe, int] = {}
+    for kind, amount in (pair for one in asked for pair in one.items()):
+        most[kind] = max(amount, most.get(kind, 0))
+    return most if asked else None
+
+
+def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:
+    """(kind, amount) of each measurement. The exact rank is taken only of codes few enough."""
+    parts: list[tuple[str, int]] = [("itself", 0)] if secrets else []
+    for kind, amount in probes.items():
+        if kind == "exact":
+            parts += [(kind, 0)] if secrets and secrets[0].num_codes <= amount else []
+        elif amount and secrets:
+            parts.append((kind, amount))
+    return parts
+
+
+# -------------------------------------------------------------------------------------------- slugs
+
+
+def _poison_slug(experiment: Experiment) -> str:
+    attack = experiment.attack.tag if experiment.attack else "clean"
+    return f"{experiment.data.name}-{attack}-s{experiment.seed}"
+
+
+def _train_slug(experiment: Experiment) -> str:
+    """The same for all cells that share a training run, so without an attack at rate 0."""
+    return (experiment if experiment.poisons else experiment.clean_twin()).slug
+
+
+def _evaluation_slug(run: Experiment) -> str:
+    return f"{run.data.name}-{run.method.name}-s{run.seed}"
