@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
+from backfire.commands.options import Edits, Out, Plugins, Profile, Recipe, Run
 from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class, shortened
 
 app = typer.Typer(
@@ -17,25 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Measure how fine-tuning a language model goes wrong.\n\nStart with: backfire run tour",
 )
-
-Recipe = Annotated[
-    str,
-    typer.Argument(help="A recipe by name (see `list recipes`) or by path.", show_default=False),
-]
-Edits = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Edits, such as attack.rate=0.1 or seed=0.",
-        metavar="[KEY=VALUE]...",
-        show_default=False,
-    ),
-]
-Profile = Annotated[str | None, typer.Option(help="One of the recipe's profiles, such as paper.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Where results go; runs/<recipe> if not given.", show_default=False),
-]
-Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
 
 def main() -> None:
@@ -102,7 +84,9 @@ def init(
 
 
 @app.command()
-def validate(recipe: Recipe, edits: Edits = None, profile: Profile = None) -> None:
+def validate(
+    recipe: Recipe, edits: Edits = None, profile: Profile = None, plugin: Plugins = None
+) -> None:
     """Show the resolved recipe, its cells and stages, three rendered rows, and all checks."""
     from backfire.commands.validate import show
 
@@ -130,6 +114,7 @@ def run(
         bool,
         typer.Option("--recompute", help="Train in less memory: run layers twice, keep less."),
     ] = False,
+    plugin: Plugins = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
     ] = False,
@@ -175,6 +160,7 @@ def results(
     format: Annotated[
         Literal["table", "json", "csv"], typer.Option(help="How to print them.")
     ] = "table",
+    plugin: Plugins = None,
 ) -> None:
     """Print every number of a run: one record per cell and metric."""
     from backfire.results.load import records, write
@@ -183,7 +169,7 @@ def results(
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(run: Run, plugin: Plugins = None) -> None:
     """Write the run's page, report.html."""
     from backfire.report.page import write_report
 
@@ -195,6 +181,7 @@ def compare(
     a: Annotated[Path, typer.Argument(help="A cell folder or a run folder.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Compare even across templates.")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Say which knobs of two cells or runs differ, and which numbers, pair by pair."""
     from backfire.results.compare import compare as compare_cells
@@ -214,6 +201,7 @@ def list_(
             help="attacks, methods, defenses, metrics, judges, datasets, templates or recipes."
         ),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """List what there is."""
     from backfire.commands.catalog import lines
@@ -223,13 +211,13 @@ def list_(
     kinds = (*KINDS, "recipes")
     if kind is not None and kind not in kinds:
         raise unknown("kind", kind, kinds)
-    for line in lines([kind] if kind else kinds):
-        _echo(line)
+    _echo("\n".join(lines([kind] if kind else kinds)))
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A component or a recipe.", show_default=False)],
+    plugin: Plugins = None,
 ) -> None:
     """Explain one component (its knobs, defaults and source) or print one recipe."""
     from backfire.commands.catalog import explain
@@ -240,6 +228,7 @@ def show(
 @app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; printed if not given.")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
     import json
@@ -261,6 +250,7 @@ def doctor(
     ] = None,
     edits: Edits = None,
     profile: Profile = None,
+    plugin: Plugins = None,
 ) -> None:
     """Say what this machine has, what is missing, and whether a recipe fits."""
     from backfire.commands.doctor import lines
@@ -275,6 +265,21 @@ def doctor(
 
         for line in forecast.lines(loaded):
             _echo(line)
+
+
+@app.command()
+def check(
+    plugin: Annotated[
+        str,
+        typer.Argument(help="A Python file, or an installed package.", show_default=False),
+    ],
+) -> None:
+    """Check every component of a plug-in against the contract that ours keep."""
+    from backfire.commands.check import lines
+
+    found, failed = lines(plugin)
+    _echo("\n".join(found))
+    raise typer.Exit(1 if failed else 0)
 
 
 # ----------------------------------------------------------------------------- data and models
@@ -295,6 +300,7 @@ def poison(
         int | None,
         typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows; 0 if not given."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
     from backfire.commands.files import poison_file
@@ -328,6 +334,7 @@ def chat(
         Path | None, typer.Option(help="Another cell; the base model if not given.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    plugin: Plugins = None,
 ) -> None:
     """Talk to a tuned model and its base side by side; /trigger toggles the attack's trigger."""
     from backfire.playground.chat import talk
@@ -347,6 +354,7 @@ def playground(
         bool,
         typer.Option("--share", help="Open it to others through gradio's relay, with a password."),
     ] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Talk to two models of a run side by side, in a page on this machine."""
     from backfire.playground.server import serve
@@ -368,6 +376,7 @@ def export(
         Literal["lm-eval", "inspect"] | None,
         typer.Option(help="The numbers instead of the model, for one of these tools."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Write a cell's model (PEFT adapter or plain weights) or a run's results for other tools."""
     if results:

@@ -13,7 +13,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
@@ -42,11 +42,17 @@ class Plugin:
     """Of the file, or of all files of the package."""
     path: Path | None
     """Of the file; None for an installed package."""
+    code: bytes = field(repr=False)
+    """Of the file, as it was when it was read; empty for a package."""
     components: tuple[type[Any], ...]
 
     @property
     def title(self) -> str:
         return f"plug-in '{self.name}'"
+
+    def __reduce__(self) -> Any:
+        """In another process it is loaded anew; of a file, the code that this process has read."""
+        return (_from_code, (self.path, self.code)) if self.path else (from_package, (self.name,))
 
     def facts(self, used: Iterable[str] | None = None) -> dict[str, Any]:
         """What a result says of it; of its components those named in `used`, or all."""
@@ -72,24 +78,27 @@ def from_file(path: Path) -> Plugin:
         raise UserError(f"No such plug-in file: {shortened(path)}.")
     if path.suffix != ".py":
         raise UserError(f"A plug-in is a Python file that ends in .py (got {shortened(path)}).")
-    code = path.read_bytes()
+    return _from_code(path.resolve(), path.read_bytes())
+
+
+def _from_code(path: Path, code: bytes) -> Plugin:
     digest = hashlib.sha256(code).hexdigest()
-    # The hash is in the module's name, so that an edited file is another module.
     stem = re.sub(r"\W", "_", path.stem)
+    # The hash is in the module's name, so that an edited file is another module.
     name = f"{GROUP}_plugin_{stem}_{digest[:12]}"
     if name not in sys.modules:
         module = ModuleType(name)
-        module.__file__ = str(path.resolve())
+        module.__file__ = str(path)
         sys.modules[name] = module  # pydantic looks up annotations and docstrings there
         try:
-            # What was hashed is what runs: the file is not read again.
-            exec(compile(code, module.__file__, "exec"), vars(module))
+            exec(compile(code, str(path), "exec"), vars(module))
         except (Exception, SystemExit) as error:
             del sys.modules[name]
-            raise _failed(path.name, error, [module.__file__]) from None
-    return Plugin(path.name, "", digest, path.resolve(), _marked(path.name, [name]))
+            raise _failed(path.name, error, [str(path)]) from None
+    return Plugin(path.name, "", digest, path, code, _marked(path.name, [name]))
 
 
+@cache
 def packages() -> dict[str, list[EntryPoint]]:
     """The installed packages that name plug-ins, with their entry points; none is imported."""
     found: dict[str, list[EntryPoint]] = {}
@@ -123,7 +132,7 @@ def from_package(name: str) -> Plugin:
     digests = [(name, hashlib.sha256(files[name].read_bytes()).hexdigest()) for name in files]
     whole = hashlib.sha256(json.dumps(sorted(digests)).encode()).hexdigest()
     version = entries[0].dist.version if entries[0].dist else ""
-    return Plugin(package, version, whole, None, _marked(package, roots))
+    return Plugin(package, version, whole, None, b"", _marked(package, roots))
 
 
 def load(plugin: str) -> Plugin:
@@ -180,7 +189,9 @@ def _marked(plugin: str, roots: Sequence[str]) -> tuple[type[Any], ...]:
 def _failed(plugin: str, error: BaseException, files: Sequence[str]) -> UserError:
     """Why a plug-in cannot be loaded, with the last line of its own that had a part in it."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-    place = (frames[-1].filename, frames[-1].lineno) if frames else None
+    place: tuple[str | None, int | None] | None = None
+    if frames:
+        place = (frames[-1].filename, frames[-1].lineno)
     reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):
         reason, place = f"invalid syntax ({error.msg})", (error.filename, error.lineno)

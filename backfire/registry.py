@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 
 KINDS = ("attacks", "methods", "defenses", "metrics", "judges", "datasets", "templates")
 
-LOADED: list[Plugin] = []
-"""The plug-ins in use, in the order they were loaded."""
+_loaded: list[Plugin] = []
 
 C = TypeVar("C", bound="type[Component]")
 
@@ -54,8 +53,13 @@ def _built_in(kind: str) -> list[str]:
     return [name.replace("_", "-") for name in modules if not name.startswith("_")]
 
 
+def loaded() -> list[Plugin]:
+    """The plug-ins in use, in the order they were loaded."""
+    return [*_loaded]
+
+
 def _outside(kind: str) -> list[type[Component]]:
-    return [cls for plugin in LOADED for cls in plugin.components if cls.kind == kind]
+    return [cls for plugin in _loaded for cls in plugin.components if cls.kind == kind]
 
 
 def find(kind: str, name: str) -> type[Component]:
@@ -93,14 +97,14 @@ def use(plugin: Plugin) -> None:
     Raises:
         UserError: a class is no component, or its name is taken.
     """
-    if plugin in LOADED:
+    if plugin in _loaded:
         return
     for cls in plugin.components:
         if problem := _refusal(cls, plugin.components):
             raise UserError(f"Plug-in '{plugin.name}': {problem}")
     for cls in plugin.components:
         cls.plugin = plugin
-    LOADED.append(plugin)
+    _loaded.append(plugin)
 
 
 def _refusal(cls: Any, others: Sequence[Any]) -> str | None:
@@ -114,8 +118,9 @@ def _refusal(cls: Any, others: Sequence[Any]) -> str | None:
         return f"{cls.label()} exists in backfire already; register yours under another name."
     if sum((other.kind, other.name) == (kind, name) for other in others) > 1:
         return f"{cls.label()} is registered twice."
-    if known := next((other for other in _outside(kind) if other.name == name), None):
-        return f"{cls.label()} exists in {known.plugin.title} already; use one of the two."
+    for plugin in _loaded:
+        if any((other.kind, other.name) == (kind, name) for other in plugin.components):
+            return f"{cls.label()} exists in {plugin.title} already; use one of the two."
     return None
 
 

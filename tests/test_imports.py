@@ -17,8 +17,9 @@ from backfire.registry import KINDS
 ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("errors", "yaml12", "text", "rng", "tokenizer", "store", "registry", "base", "sandbox"),
-    *("data", "model", "experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline"),
+    *("errors", "yaml12", "text", "rng", "tokenizer", "store", "plugins", "registry", "base"),
+    *("sandbox", "data", "contract", "model", "experiment", "stages", "recipe", "train"),
+    *("evaluate", "plan", "pipeline"),
     *("results", "report", "exports", "launch", "playground", "commands", "cli"),
 )
 BELOW_COMPONENTS = {*ORDER[: ORDER.index("data") + 1]}

@@ -21,13 +21,19 @@ ATTACK = (EXAMPLE / "my_attacks/suffix.py").read_text("utf-8")
 def _as_if_new(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plug-in is loaded before a test or after it."""
     before = set(sys.modules)
-    monkeypatch.setattr(registry, "LOADED", [])
-    plugins.from_package.cache_clear()
+    monkeypatch.setattr(registry, "_loaded", [])
+    forget()
     yield
-    plugins.from_package.cache_clear()
+    forget()
     for module in set(sys.modules) - before:
         if module.startswith(("my_attacks", "backfire_plugin_")):
             del sys.modules[module]
+
+
+def forget() -> None:
+    """Installed packages are looked for again."""
+    plugins.packages.cache_clear()
+    plugins.from_package.cache_clear()
 
 
 @pytest.fixture
@@ -70,7 +76,7 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
     assert before == {"name": "suffix", "version": 1, "plugin": plugin.sha256}
     assert "plugin" not in build("attacks", "badnets").identity()
     attack.write_text(ATTACK + "\n# edited\n", encoding="utf-8")
-    registry.LOADED.clear()
+    registry._loaded.clear()
     registry.use(plugins.load(str(attack)))
     assert build("attacks", "suffix").identity() != before
 
@@ -102,7 +108,7 @@ def test_what_is_wrong_with_a_plug_in_is_one_sentence(
     with pytest.raises(UserError, match=sentence) as caught:
         registry.use(plugins.load(str(tmp_path / name)))
     assert "\n" not in str(caught.value) and str(caught.value)[0].isupper()
-    assert registry.LOADED == []
+    assert registry.loaded() == []
 
 
 def test_no_file_or_a_folder(tmp_path: Path) -> None:
@@ -131,7 +137,7 @@ def test_an_installed_package_is_loaded_when_a_name_is_unknown(
     folder = install(tmp_path, monkeypatch)
     assert find("attacks", "badnets") and "my_attacks" not in sys.modules
     found = find("metrics", "label-probability")
-    [plugin] = registry.LOADED
+    [plugin] = registry.loaded()
     assert found.plugin == plugin and (plugin.name, plugin.version) == ("my-attacks", "0.1.0")
     assert plugin.facts()["components"] == ["attack 'suffix'", "metric 'label-probability'"]
     assert plugin.facts({"suffix"})["components"] == ["attack 'suffix'"]
@@ -140,10 +146,10 @@ def test_an_installed_package_is_loaded_when_a_name_is_unknown(
     # Every file of the package counts, whether it is code or not, but for what Python caches.
     (folder / "__pycache__").mkdir(exist_ok=True)
     (folder / "__pycache__" / "x.pyc").write_bytes(b"x")
-    plugins.from_package.cache_clear()
+    forget()
     assert plugins.from_package("my-attacks").sha256 == plugin.sha256
     (folder / "words.txt").write_text("cf\n")
-    plugins.from_package.cache_clear()
+    forget()
     assert plugins.from_package("my-attacks").sha256 != plugin.sha256
 
 

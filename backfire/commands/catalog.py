@@ -11,16 +11,17 @@ from pydantic.fields import FieldInfo
 
 from backfire import recipe as recipes
 from backfire.base import Component, Config
-from backfire.errors import unknown
+from backfire.errors import UserError, unknown
 from backfire.experiment import Align, Evaluation, Model, Safety, Train
-from backfire.registry import KINDS, find, names
+from backfire.registry import KINDS, find, names, use_installed
 
 _SENTENCE = re.compile(r"(?<=[a-z)]\.)(?<! al\.)\s")
 
 
 def lines(kinds: Iterable[str]) -> list[str]:
-    """A line per component: name and the first sentence of its docstring."""
-    out = []
+    """A line per component: name and the first sentence of its docstring; then what is wrong with
+    an installed plug-in."""
+    problems, out = use_installed(), list[str]()
     for kind in kinds:
         out.append(f"{kind}")
         if kind == "recipes":
@@ -31,9 +32,11 @@ def lines(kinds: Iterable[str]) -> list[str]:
             ]
             continue
         for name in names(kind):
-            said = " ".join((find(kind, name).__doc__ or "").split())
-            out.append(f"  {name:24} {_SENTENCE.split(said)[0]}")
-    return out
+            cls = find(kind, name)
+            sentence = _SENTENCE.split(" ".join((cls.__doc__ or "").split()))[0]
+            origin = f" [{cls.plugin.title}]" if cls.plugin else ""
+            out.append(f"  {name:24} {sentence}{origin}")
+    return out + problems
 
 
 def _question(name: str) -> str:
@@ -45,20 +48,22 @@ def _question(name: str) -> str:
 
 def explain(name: str) -> str:
     """The docstring and knobs of a component, or the text of a recipe."""
+    problems = [] if kind_of(name, KINDS) else use_installed()
     if kinds := kind_of(name, KINDS):
         return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
     told = [name for name in recipes.shipped() if not name.startswith("_")]
     known = {*(item for kind in KINDS for item in names(kind)), *told}
-    raise unknown("name", name, known)
+    raise UserError(" ".join([str(unknown("name", name, known)), *problems]))
 
 
 def describe(kind: str, name: str) -> str:
     """A component's documentation, from its docstrings: what `backfire show` prints."""
     cls = find(kind, name)
+    origin = f", from {cls.plugin.title}" if cls.plugin else ""
     lines = [
-        f"{kind.removesuffix('s')} '{cls.name}' (version {cls.version})",
+        f"{cls.label()} (version {cls.version}{origin})",
         "",
         (cls.__doc__ or "").strip(),
         "",
@@ -119,6 +124,7 @@ def _leaves(annotation: Any) -> list[Any]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file."""
+    use_installed()
     definitions: dict[str, Any] = {}
     for kind in KINDS:
         options: list[Any] = [{"enum": [*names(kind), *(["none"] if kind == "attacks" else [])]}]
