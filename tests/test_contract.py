@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from update_golden import GOLDEN, current, stale
 
 from backfire import contract
 from backfire.base import Component
@@ -17,6 +16,7 @@ from backfire.errors import UserError
 from backfire.experiment import Evaluation, Experiment, Machine, Model, Train
 from backfire.registry import KINDS, find, names
 from backfire.sandbox.base import Pretrain
+from tests.update_golden import GOLDEN, current, stale
 
 EVERY = [(kind, name) for kind in KINDS for name in names(kind)]
 SETTINGS = (Model, Train, Evaluation, Experiment, Machine, Pretrain)

@@ -1,7 +1,10 @@
-"""Writes golden_defaults.json: the version and the defaults of every component and setting.
+"""Writes golden_defaults.json: the version and the defaults of every component and setting;
+golden_keys.json: the keys of every shipped recipe; and the texts in snapshots/.
 
 Run it after raising a component's version (`@register("badnets", version=2)`), or to add new
-components. It refuses to bless a default that changed under the same version.
+components or recipes. It refuses to bless a default that changed under the same version, and keys
+that changed, unless --keys is given: whoever has a run of such a recipe has to run it again.
+--snapshots writes what the outputs say now; read the diff.
 """
 
 from __future__ import annotations
@@ -9,12 +12,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from backfire.experiment import Evaluation, Model, Train
 from backfire.registry import KINDS, build, names
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `tests.helpers`
 GOLDEN = Path(__file__).with_name("golden_defaults.json")
+KEYS = Path(__file__).with_name("golden_keys.json")
 
 
 def current() -> dict[str, Any]:
@@ -64,6 +70,27 @@ def main() -> None:
     ]
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"Wrote {GOLDEN.name}: {len(new)} entries.")
+    write_keys()
+    if "--snapshots" in sys.argv:
+        from tests.helpers.outputs import SNAPSHOTS, write_snapshots
+
+        with TemporaryDirectory() as folder:
+            print(f"Wrote {len(write_snapshots(Path(folder), SNAPSHOTS))} files in snapshots/.")
+
+
+def write_keys() -> None:
+    """Write golden_keys.json, unless a key in it changed and --keys is not given."""
+    from tests.helpers.stage_keys import current as current_keys
+    from tests.helpers.stage_keys import differences
+
+    with TemporaryDirectory() as folder:
+        new = current_keys(Path(folder))
+    old = json.loads(KEYS.read_text()) if KEYS.is_file() else {"layouts": {}, "recipes": {}}
+    changed = [line for line in differences(old, new) if not line.endswith((": new", ": gone"))]
+    if changed and "--keys" not in sys.argv:
+        sys.exit("\n".join([*changed[:20], f"{len(changed)} keys changed (--keys writes them)."]))
+    KEYS.write_text(json.dumps(new, indent=0, sort_keys=True) + "\n")
+    print(f"Wrote {KEYS.name}: {len(new['recipes'])} recipes and profiles.")
 
 
 if __name__ == "__main__":
