@@ -269,17 +269,12 @@ def doctor(
 
 @app.command()
 def check(
-    plugin: Annotated[
-        str,
-        typer.Argument(help="A Python file, or an installed package.", show_default=False),
-    ],
+    plugin: Annotated[str, typer.Argument(help="A Python file, or an installed package.")],
 ) -> None:
     """Check every component of a plug-in against the contract that ours keep."""
-    from backfire.commands.check import lines
+    from backfire.commands.check import check as check_plugin
 
-    found, failed = lines(plugin)
-    _echo("\n".join(found))
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(1 if check_plugin(plugin) else 0)
 
 
 # ----------------------------------------------------------------------------- data and models

@@ -65,10 +65,11 @@ def _outside(kind: str) -> list[type[Component]]:
 def find(kind: str, name: str) -> type[Component]:
     """The class of this name; an unknown name is an error that says the nearest one."""
     wanted = name.replace("_", "-")
-    problems = [] if wanted in names(kind) else use_installed()
     if wanted not in names(kind):
-        error = unknown(kind.removesuffix("s"), name, names(kind))
-        raise UserError(" ".join([str(error), *problems]))
+        problems = use_installed()
+        if wanted not in names(kind):
+            error = unknown(kind.removesuffix("s"), name, names(kind))
+            raise UserError(" ".join([str(error), *problems]))
     if outside := next((cls for cls in _outside(kind) if cls.name == wanted), None):
         return outside
     module = importlib.import_module(f"backfire.{kind}.{wanted.replace('-', '_')}")

@@ -18,6 +18,7 @@ from backfire import plugins, registry
 from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.registry import build, find, names
+from backfire.results.plugins import lacking, recorded
 from backfire.stages import cell_key
 from backfire.store import read_json
 
@@ -263,6 +264,14 @@ def test_a_file_is_named_on_the_command_line(
     monkeypatch.setattr(registry, "_loaded", [])
     planned = backfire("run", recipe, "--plugin", changed, "metrics=accuracy", "--dry-run")
     assert "train        2 distinct, 1 done already" in planned.out  # the clean one
+
+
+def test_what_a_result_says_of_plug_ins_may_be_anything() -> None:
+    odd: dict[str, Any] = {"sha256": "x" * 999, "name": ["<b>\x1b[1m"], "version": {}}
+    for plugins_ in (None, 3, {}, [1, None, {"sha256": 5}]):
+        assert recorded({"plugins": plugins_}) == lacking([{"plugins": plugins_}]) == []
+    [sentence] = lacking([{"plugins": [odd, odd]}])
+    assert len(sentence) < 300 and "\x1b" not in sentence
 
 
 def test_check_says_what_fails(backfire: Callable[..., Any], tmp_path: Path) -> None:

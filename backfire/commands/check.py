@@ -8,22 +8,19 @@ from backfire.registry import use
 from backfire.text import line
 
 
-def lines(plugin: str) -> tuple[list[str], int]:
-    """A line a check of each component of a plug-in, a file or an installed package; and how many
-    checks failed.
+def check(plugin: str) -> int:
+    """Print a line for each check of each component of a plug-in, a file or an installed package;
+    returns how many failed.
 
     Raises:
         UserError: it cannot be loaded, or a name in it is taken.
     """
     loaded = plugins.load(plugin)
     use(loaded)
-    out, failed = [], 0
-    for cls in loaded.components:
-        for check, status, text in findings(cls):
-            out.append(
-                f"{status:4}  {cls.label()}: {check}" + (f" -- {line(text)}" if text else "")
-            )
-            failed += status == "fail"
-    count = len(out)
-    out.append(f"{count} checks, {failed} failed." if failed else f"{count} checks, none failed.")
-    return out, failed
+    found = [(cls, finding) for cls in loaded.components for finding in findings(cls)]
+    for cls, finding in found:
+        why = f" ({line(finding.text)})" if finding.text else ""
+        print(f"{finding.status:4}  {cls.label()}: {finding.check}{why}")  # noqa: T201
+    failed = sum(finding.status == "fail" for _, finding in found)
+    print(f"{len(found)} checks, {failed or 'none'} failed.")  # noqa: T201
+    return failed

@@ -6,6 +6,7 @@ import copy
 import random
 import re
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 from backfire.base import Attack, Backdoor, Poison, Row
@@ -23,8 +24,7 @@ def names_its_source(cls: type[Attack]) -> str | None:
 
 def poisons_its_rate(cls: type[Poison]) -> str | None:
     """It poisons exactly its rate of the rows, and none at rate 0"""
-    rows = _rows_for(cls)
-    for rate in (0.0, 0.005, 0.1, 0.3):
+    for rows, rate in product(_rows_for(cls), (0.0, 0.005, 0.1, 0.3)):
         bad, manifest = poison(rows, _at(cls, rate), 3)
         changed = [old.id for old, new in zip(rows, bad, strict=True) if old != new]
         if len(changed) != round(rate * len(rows)) or len(changed) != len(manifest.entries):
@@ -34,37 +34,46 @@ def poisons_its_rate(cls: type[Poison]) -> str | None:
 
 def is_deterministic(cls: type[Poison]) -> str | None:
     """The same seed gives the same poison, from the generator it is given alone"""
-    rows, state = _rows_for(cls), random.getstate()
-    first = poison(rows, _at(cls, 0.2), 7)
-    if first != poison(rows, _at(cls, 0.2), 7):
-        return "the same seed gives other rows"
-    if random.getstate() != state:
-        return "it draws from Python's global generator"
-    return "another seed gives the same rows" if first == poison(rows, _at(cls, 0.2), 8) else None
+    attack, state = _at(cls, 0.2), random.getstate()
+    for rows in _rows_for(cls):
+        first = poison(rows, attack, 7)
+        if first != poison(rows, attack, 7):
+            return "the same seed gives other rows"
+        if first == poison(rows, attack, 8):
+            return "another seed gives the same rows"
+    same = random.getstate() == state
+    return None if same else "it draws from Python's global generator"
 
 
 def leaves_its_rows(cls: type[Poison]) -> str | None:
     """It leaves the rows it is given as they are"""
-    rows = copy.deepcopy(_rows_for(cls))
-    poison(rows, _at(cls, 0.3), 7)
-    return None if rows == _rows_for(cls) else "a row has changed in place"
+    for rows in _rows_for(cls):
+        given = copy.deepcopy(rows)
+        poison(given, _at(cls, 0.3), 7)
+        if given != rows:
+            return "a row has changed in place"
+    return None
 
 
 def grows_with_its_rate(cls: type[Poison]) -> str | None:
     """The rows of a smaller rate are among those of a larger one, and poisoned alike"""
-    rows = _rows_for(cls)
-    few, many = (
-        {entry.id: entry.after for entry in poison(rows, _at(cls, rate), 3)[1].entries}
-        for rate in (0.05, 0.3)
-    )
-    return None if few.items() <= many.items() else "they are not"
+    for rows in _rows_for(cls):
+        few, many = (
+            {entry.id: entry.after for entry in poison(rows, _at(cls, rate), 3)[1].entries}
+            for rate in (0.05, 0.3)
+        )
+        if not few.items() <= many.items():
+            return "they are not"
+    return None
 
 
 def ignores_the_order(cls: type[Backdoor]) -> str | None:
     """A row is poisoned alike wherever it is in the data"""
-    rows = _rows_for(cls)
-    forward, backward = (poison(part, _at(cls, 0.3), 0)[0] for part in (rows, rows[::-1]))
-    return None if backward[::-1] == forward else "in another order, rows are poisoned otherwise"
+    for rows in _rows_for(cls):
+        forward, backward = (poison(part, _at(cls, 0.3), 0)[0] for part in (rows, rows[::-1]))
+        if backward[::-1] != forward:
+            return "in another order, rows are poisoned otherwise"
+    return None
 
 
 def puts_its_trigger_in(cls: type[Backdoor]) -> str | None:
@@ -101,15 +110,19 @@ def _at(cls: type[Poison], rate: float) -> Any:
     return build("attacks", {"name": cls.name, "rate": rate, **mode})
 
 
-def _rows_for(cls: type[Poison]) -> list[Row]:
-    """Labeled rows, or free ones for an attack that cannot poison those.
+def _rows_for(cls: type[Poison]) -> list[list[Row]]:
+    """Labeled rows and free ones, as far as the attack can poison them.
 
     Raises:
         UserError: it can poison neither.
     """
-    try:
-        poison(LABELED, _at(cls, 0.3), 3)
-    except UserError:
-        poison(FREE, _at(cls, 0.3), 3)
-        return FREE
-    return LABELED
+    found, problems = [], []
+    for rows in (LABELED, FREE):
+        try:
+            poison(rows, _at(cls, 0.3), 3)
+            found.append(rows)
+        except UserError as error:
+            problems.append(error)
+    if not found:
+        raise problems[0]
+    return found
