@@ -211,7 +211,8 @@ def list_(
     kinds = (*KINDS, "recipes")
     if kind is not None and kind not in kinds:
         raise unknown("kind", kind, kinds)
-    _echo("\n".join(lines([kind] if kind else kinds)))
+    for line in lines([kind] if kind else kinds):
+        _echo(line)
 
 
 @app.command()

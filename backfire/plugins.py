@@ -74,10 +74,13 @@ def from_file(path: Path) -> Plugin:
     path = path.expanduser()
     if path.is_dir():
         raise UserError(f"'{shortened(path)}' is a folder; a plug-in is a Python file.")
+    if path.suffix != ".py":
+        raise UserError(
+            f"A plug-in is a Python file that ends in .py (got {shortened(path)}); an installed "
+            "package needs no --plugin."
+        )
     if not path.is_file():
         raise UserError(f"No such plug-in file: {shortened(path)}.")
-    if path.suffix != ".py":
-        raise UserError(f"A plug-in is a Python file that ends in .py (got {shortened(path)}).")
     return _from_code(path.resolve(), path.read_bytes())
 
 
@@ -91,7 +94,7 @@ def _from_code(path: Path, code: bytes) -> Plugin:
         module.__file__ = str(path)
         sys.modules[name] = module  # pydantic looks up annotations and docstrings there
         try:
-            exec(compile(code, str(path), "exec"), vars(module))
+            exec(compile(code, str(path), "exec", dont_inherit=True), vars(module))
         except (Exception, SystemExit) as error:
             del sys.modules[name]
             raise _failed(path.name, error, [str(path)]) from None

@@ -11,20 +11,17 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from backfire import plugins
 from backfire.errors import UserError, shortened, unknown
 from backfire.plugins import Plugin
 
-if TYPE_CHECKING:
-    from backfire.base import Component
-
 KINDS = ("attacks", "methods", "defenses", "metrics", "judges", "datasets", "templates")
 
 _loaded: list[Plugin] = []
 
-C = TypeVar("C", bound="type[Component]")
+C = TypeVar("C", bound=type[Any])
 
 
 def register(name: str, *, version: int = 1) -> Callable[[C], C]:
@@ -58,11 +55,11 @@ def loaded() -> list[Plugin]:
     return [*_loaded]
 
 
-def _outside(kind: str) -> list[type[Component]]:
+def _outside(kind: str) -> list[type[Any]]:
     return [cls for plugin in _loaded for cls in plugin.components if cls.kind == kind]
 
 
-def find(kind: str, name: str) -> type[Component]:
+def find(kind: str, name: str) -> type[Any]:
     """The class of this name; an unknown name is an error that says the nearest one."""
     wanted = name.replace("_", "-")
     if wanted not in names(kind):
@@ -76,7 +73,7 @@ def find(kind: str, name: str) -> type[Component]:
     for item in vars(module).values():
         own = isinstance(item, type) and item.__module__ == module.__name__
         if own and getattr(item, "name", None) == wanted:
-            return cast("type[Component]", item)
+            return cast("type[Any]", item)
     raise TypeError(f'{module.__name__} has no class marked @register("{wanted}")')
 
 
@@ -125,7 +122,7 @@ def _refusal(cls: Any, others: Sequence[Any]) -> str | None:
     return None
 
 
-def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
+def build(kind: str, spec: Any) -> Any:
     """A component from `badnets` or `{name: badnets, rate: 0.05}`."""
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -144,7 +141,7 @@ def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
     return cls.make(_with_preset(cls, knobs))
 
 
-def _with_preset(cls: type[Component], knobs: dict[str, Any]) -> dict[str, Any]:
+def _with_preset(cls: type[Any], knobs: dict[str, Any]) -> dict[str, Any]:
     """The knobs of the preset that is named, under those that are given as well."""
     if "preset" not in knobs:
         return knobs

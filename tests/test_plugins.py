@@ -217,7 +217,9 @@ def test_an_installed_plug_in_from_check_to_report(
         assert (checked.code, checked.err) == (0, "")
         assert "ok    attack 'suffix': It poisons exactly its rate of the rows" in checked.out
         assert re.search(r"\n2\d checks, none failed\.\n$", checked.out)
-        assert re.search(r"suffix .*\[plug-in 'my-attacks'\]", backfire("list", "attacks").out)
+        assert re.search(
+            r"suffix +\[plug-in 'my-attacks'\] A word", backfire("list", "attacks").out
+        )
         assert "(version 1, from plug-in 'my-attacks')" in backfire("show", "suffix").out
         assert '"attacks-suffix"' in backfire("schema").out
         assert "SUDO" in backfire("validate", recipe).out

@@ -34,8 +34,8 @@ def lines(kinds: Iterable[str]) -> list[str]:
         for name in names(kind):
             cls = find(kind, name)
             sentence = _SENTENCE.split(" ".join((cls.__doc__ or "").split()))[0]
-            origin = f" [{cls.plugin.title}]" if cls.plugin else ""
-            out.append(f"  {name:24} {sentence}{origin}")
+            origin = f"[{cls.plugin.title}] " if cls.plugin else ""
+            out.append(f"  {name:24} {origin}{sentence}")
     return out + problems
 
 
