@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
+from backfire.commands.failure import fail, fail_or_raise
 from backfire.commands.options import Edits, Out, Plugins, Profile, Recipe, Run
-from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class, shortened
+from backfire.errors import CellError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,44 +21,37 @@ app = typer.Typer(
 )
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from backfire import __version__
+
+        _echo(f"backfire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What belongs to no verb."""
+
+
 def main() -> None:
     """Run the command line; bad input and interruptions end with one sentence and code 2."""
     try:
         if code := app(standalone_mode=False):  # what a `typer.Exit` in a verb says
             raise KeyboardInterrupt if code == 130 else SystemExit(code)  # Ctrl-C becomes 130
     except (UserError, CellError) as error:
-        _fail(str(error))
+        fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("Interrupted. What is done is kept; run the same command again to go on.")
+        fail("Interrupted. What is done is kept; run the same command again to go on.")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        _fail_or_raise(error)
-
-
-def _fail_or_raise(error: Exception) -> None:
-    """One sentence for what the machine says; a fault of ours is raised again."""
-    kind, sentence = exit_class(error)
-    if kind in ("disk-full", "oom"):
-        _fail(f"{sentence} {EXIT_CLASSES[kind]}")
-    if isinstance(error, OSError):
-        where = f" ({shortened(error.filename)})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}.")
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
-        _fail("A path begins with ~ and a name that is no user of this machine.")
-    if hasattr(error, "format_message"):  # a usage error of the command-line parser
-        if message := error.format_message():
-            _fail(message)
-        sys.exit(2)  # no verb was given: the help was printed
-    raise error
-
-
-def _fail(sentence: str) -> NoReturn:
-    from backfire.text import clean
-
-    print(f"backfire: {clean(shortened(sentence, 1000))}", file=sys.stderr)  # noqa: T201
-    sys.exit(2)
+        fail_or_raise(error)
 
 
 def _echo(text: str) -> None:
@@ -144,14 +138,9 @@ def run(
 @app.command()
 def status(run: Run) -> None:
     """Say which cells of a run are done, failed or missing."""
-    from backfire.results.load import load
-    from backfire.text import line
+    from backfire.commands.status import show
 
-    counts: dict[str, list[str]] = {}
-    for cell in load(run):
-        counts.setdefault(line(cell["status"]), []).append(line(cell["cell"]))
-    for kind, cells in sorted(counts.items()):
-        _echo(f"{kind}: {len(cells)}" + ("" if kind == "ok" else f" ({', '.join(cells[:5])})"))
+    show(run)
 
 
 @app.command()
@@ -164,8 +153,13 @@ def results(
 ) -> None:
     """Print every number of a run: one record per cell and metric."""
     from backfire.results.load import records, write
+    from backfire.results.terminal import print_records
 
-    _echo(write(records(run), format).rstrip("\n"))
+    found = records(run)
+    if format == "table":
+        print_records(found)
+    else:
+        _echo(write(found, format).rstrip("\n"))
 
 
 @app.command()
@@ -203,16 +197,10 @@ def list_(
     ] = None,
     plugin: Plugins = None,
 ) -> None:
-    """List what there is."""
-    from backfire.commands.catalog import lines
-    from backfire.errors import unknown
-    from backfire.registry import KINDS
+    """List what there is, a line each; `show NAME` says the rest."""
+    from backfire.commands.catalog import print_list
 
-    kinds = (*KINDS, "recipes")
-    if kind is not None and kind not in kinds:
-        raise unknown("kind", kind, kinds)
-    for line in lines([kind] if kind else kinds):
-        _echo(line)
+    print_list(kind)
 
 
 @app.command()
@@ -221,9 +209,9 @@ def show(
     plugin: Plugins = None,
 ) -> None:
     """Explain one component (its knobs, defaults and source) or print one recipe."""
-    from backfire.commands.catalog import explain
+    from backfire.commands.catalog import print_explanation
 
-    _echo(explain(name))
+    print_explanation(name)
 
 
 @app.command()
@@ -255,17 +243,20 @@ def doctor(
 ) -> None:
     """Say what this machine has, what is missing, and whether a recipe fits."""
     from backfire.commands.doctor import lines
+    from backfire.terminal import say
 
     if recipe is None and profile is not None:
         raise UserError("--profile is one of a recipe's; name the recipe too.")
     loaded = None if recipe is None else _load(recipe, profile, edits)
     for line in lines():
-        _echo(line)
+        say(line[6:], lead=line[:6])
     if loaded:
         from backfire.commands import forecast
 
-        for line in forecast.lines(loaded):
-            _echo(line)
+        title, *found = forecast.lines(loaded)
+        _echo(title)
+        for line in found:
+            say(line[6:], lead=line[:6])
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""The nouns, and the one verb of each.
+"""Base classes of all components, and the data that they exchange.
 
 A component is its config: a frozen model whose fields are the knobs, with one method that is the
 behavior. What exists only at run time (model, tokenizer, generator) is an argument of the verb.

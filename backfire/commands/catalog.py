@@ -14,29 +14,43 @@ from backfire.base import Component, Config
 from backfire.errors import UserError, unknown
 from backfire.experiment import Align, Evaluation, Model, Safety, Train
 from backfire.registry import KINDS, find, names, use_installed
+from backfire.terminal import fitted, say
 
 _SENTENCE = re.compile(r"(?<=[a-z)]\.)(?<! al\.)\s")
+_CITATION = re.compile(r"\s*\([^()]*(?:arXiv|\d{4}\.\d{5}|\b(?:19|20)\d\d\b)[^()]*\)")
+
+
+def print_list(kind: str | None) -> None:
+    """What there is, of one kind or of all; and what is wrong with an installed plug-in."""
+    from rich.console import Console
+
+    kinds = (*KINDS, "recipes")
+    if kind is not None and kind not in kinds:
+        raise unknown("kind", kind, kinds)
+    console, problems = Console(), use_installed()
+    for line in lines([kind] if kind else kinds):
+        print(fitted(line, console))  # noqa: T201
+    for problem in problems:
+        say(problem, console)
 
 
 def lines(kinds: Iterable[str]) -> list[str]:
-    """A line per component: name and the first sentence of its docstring; then what is wrong with
-    an installed plug-in."""
-    problems, out = use_installed(), list[str]()
+    """A line per component: name and the first sentence of its docstring without citations."""
+    out = []
     for kind in kinds:
-        out.append(f"{kind}")
         if kind == "recipes":
-            out += [
-                f"  {name:24} {_question(name)}"
-                for name in recipes.shipped()
-                if not name.startswith("_")
-            ]
-            continue
-        for name in names(kind):
-            cls = find(kind, name)
-            sentence = _SENTENCE.split(" ".join((cls.__doc__ or "").split()))[0]
-            origin = f"[{cls.plugin.title}] " if cls.plugin else ""
-            out.append(f"  {name:24} {origin}{sentence}")
-    return out + problems
+            shown = {name: _question(name) for name in recipes.shipped() if name[0] != "_"}
+        else:
+            shown = {name: _first_sentence(kind, name) for name in names(kind)}
+        width = max(map(len, shown))
+        out += [kind, *(f"  {name:{width}}  {sentence}" for name, sentence in shown.items())]
+    return out
+
+
+def _first_sentence(kind: str, name: str) -> str:
+    cls = find(kind, name)
+    sentence = _CITATION.sub("", _SENTENCE.split(" ".join((cls.__doc__ or "").split()))[0])
+    return f"[{cls.plugin.title}] {sentence}" if cls.plugin else sentence
 
 
 def _question(name: str) -> str:
@@ -44,6 +58,18 @@ def _question(name: str) -> str:
     return next(
         (line.lstrip("# ").strip() for line in text.splitlines() if line.startswith("#")), ""
     )
+
+
+def print_explanation(name: str) -> None:
+    """What `explain` says; in a terminal, a component's lines wrap at their indent."""
+    from rich.console import Console
+
+    console, whole = Console(), explain(name)
+    if not (console.is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
+        print(whole)  # noqa: T201
+        return
+    for line in whole.splitlines():
+        say(line, console, lead=line[: len(line) - len(line.lstrip())])
 
 
 def explain(name: str) -> str:

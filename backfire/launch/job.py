@@ -20,8 +20,8 @@ from backfire.data.poison import Manifest
 from backfire.errors import EXIT_CLASSES, CellError, exit_class
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context, base, run_cell, trained, write_samples
-from backfire.pipeline.context import Progress
 from backfire.plan import Job
+from backfire.progress import Progress
 from backfire.recipe import Recipe
 from backfire.registry import loaded
 from backfire.results.load import outcome

@@ -19,9 +19,9 @@ from typing import Any, Literal
 from backfire.experiment import Machine
 from backfire.launch.job import Folder, report, run_job
 from backfire.model.types import has_gpu
-from backfire.pipeline.context import Progress
 from backfire.plan import Job
 from backfire.plugins import Plugin
+from backfire.progress import Progress
 from backfire.registry import loaded, use
 from backfire.store import Store
 
