@@ -18,9 +18,9 @@ ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("errors", "other_names", "yaml12", "text", "terminal", "rng", "progress", "tokenizer"),
-    *("store", "registry", "base", "sandbox", "data", "model", "experiment", "stages", "recipe"),
-    *("train", "evaluate", "plan", "pipeline", "results", "report", "exports", "launch"),
-    *("playground", "commands", "cli"),
+    *("store", "plugins", "registry", "base", "sandbox", "data", "contract", "model"),
+    *("experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline", "results"),
+    *("report", "exports", "launch", "playground", "commands", "cli"),
 )
 BELOW_COMPONENTS = {*ORDER[: ORDER.index("data") + 1]}
 NUMBERS = {"backfire.evaluate.outcomes", "backfire.evaluate.stats"}

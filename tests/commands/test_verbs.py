@@ -36,7 +36,7 @@ def test_every_verb_has_a_test_here(backfire: Run) -> None:
     verbs = {
         *("init", "validate", "run", "status", "results", "report", "compare", "list", "show"),
         *("schema", "doctor", "poison", "pretrain", "chat", "export"),
-        "playground",
+        *("playground", "check"),
     }
     found = {info.name or info.callback.__name__ for info in cli.app.registered_commands}
     assert found == verbs
