@@ -333,10 +333,15 @@ BAD_JUDGES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
         {},
         "does not define",
     ),
-    "a language model": (dict, {"architectures": ["LlamaForCausalLM"]}, {}, "no text classifier"),
+    "a language model": (
+        dict,
+        {"architectures": ["LlamaForCausalLM"]},
+        {},
+        "not a text classifier",
+    ),
     "unknown label": (dict, {}, {"harmful_label": "hat"}, "did you mean 'hate'"),
-    "no place": (dict, {}, {"text": "{prompt}"}, r"needs \{reply\}"),
-    "a classifier": (dict, {}, {"name": "yes-no"}, "no causal language model, but a Roberta"),
+    "no place": (dict, {}, {"text": "{prompt}"}, r"must contain \{reply\}"),
+    "a classifier": (dict, {}, {"name": "yes-no"}, "not a causal language model, but a Roberta"),
 }
 
 
