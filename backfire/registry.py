@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -43,10 +44,12 @@ def names(kind: str) -> list[str]:
 
 def find(kind: str, name: str) -> type[Component]:
     """The class of this name; an unknown name is an error that says the nearest one."""
-    wanted = name.replace("_", "-")
-    if wanted not in names(kind):
-        raise unknown(kind.removesuffix("s"), name, names(kind))
-    module = importlib.import_module(f"backfire.{kind}.{wanted.replace('-', '_')}")
+    wanted, file = name.replace("_", "-"), name.replace("-", "_")
+    module = sys.modules.get(f"backfire.{kind}.{file}")  # the folder is listed only if it must be
+    if module is None or file.startswith("_"):
+        if wanted not in names(kind):
+            raise unknown(kind.removesuffix("s"), name, names(kind))
+        module = importlib.import_module(f"backfire.{kind}.{file}")
     for item in vars(module).values():
         own = isinstance(item, type) and item.__module__ == module.__name__
         if own and getattr(item, "name", None) == wanted:
