@@ -117,15 +117,9 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe to start from."""
-    from importlib import resources
+    from backfire.commands.files import write_starter
 
-    from backfire.store import write_atomic
-
-    if path.exists():
-        raise UserError(f"{path} is there already; name another file.")
-    text = (resources.files("backfire") / "recipes" / "_starter.yaml").read_text(encoding="utf-8")
-    write_atomic(path, text)
-    _echo(f"Wrote {path}. Next: backfire validate {path}")
+    _echo(write_starter(path))
 
 
 @app.command()
@@ -243,19 +237,9 @@ def list_(
     ] = None,
 ) -> None:
     """List what there is, a line each; `show NAME` says the rest."""
-    from rich.console import Console
+    from backfire.commands.catalog import print_list
 
-    from backfire.commands.catalog import lines
-    from backfire.errors import unknown
-    from backfire.registry import KINDS
-    from backfire.terminal import fitted
-
-    kinds = (*KINDS, "recipes")
-    if kind is not None and kind not in kinds:
-        raise unknown("kind", kind, kinds)
-    console = Console()
-    for line in lines([kind] if kind else kinds):
-        _echo(fitted(line, console))
+    print_list(kind)
 
 
 @app.command()
@@ -263,18 +247,9 @@ def show(
     name: Annotated[str, typer.Argument(help="A component or a recipe.", show_default=False)],
 ) -> None:
     """Explain one component (its knobs, defaults and source) or print one recipe."""
-    from rich.console import Console
+    from backfire.commands.catalog import print_explained
 
-    from backfire.commands.catalog import explain, kind_of
-    from backfire.registry import KINDS
-    from backfire.terminal import say
-
-    text = explain(name)
-    if not (Console().is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
-        _echo(text)
-        return
-    for line in text.splitlines():
-        say(line, lead=line[: len(line) - len(line.lstrip())])
+    print_explained(name)
 
 
 @app.command()
@@ -282,16 +257,9 @@ def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; printed if not given.")] = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    import json
+    from backfire.commands.catalog import print_schema
 
-    from backfire.commands.catalog import json_schema
-    from backfire.store import write_atomic
-
-    text = json.dumps(json_schema(), indent=1) + "\n"
-    if out:
-        write_atomic(out, text)
-    else:
-        _echo(text.rstrip())
+    print_schema(out)
 
 
 @app.command()
@@ -303,21 +271,11 @@ def doctor(
     profile: Profile = None,
 ) -> None:
     """Say what this machine has, what is missing, and whether a recipe fits."""
-    from backfire.commands.doctor import lines
-    from backfire.terminal import say
+    from backfire.commands.doctor import show
 
     if recipe is None and profile is not None:
         raise UserError("--profile is one of a recipe's; name the recipe too.")
-    loaded = None if recipe is None else _load(recipe, profile, edits)
-    for line in lines():
-        say(line[6:], lead=line[:6])
-    if loaded:
-        from backfire.commands import forecast
-
-        title, *found = forecast.lines(loaded)
-        _echo(title)
-        for line in found:
-            say(line[6:], lead=line[:6])
+    show(None if recipe is None else _load(recipe, profile, edits))
 
 
 # ----------------------------------------------------------------------------- data and models

@@ -130,7 +130,7 @@ def test_a_misspelt_knob_says_the_nearest(kind: str, name: str) -> None:
 
 def test_a_key_may_have_dashes_but_not_twice() -> None:
     assert Train.make({"batch-size": 3}).batch_size == 3
-    with pytest.raises(UserError, match="'batch_size' is given twice"):
+    with pytest.raises(UserError, match="duplicate key 'batch_size'"):
         Train.make({"batch-size": 3, "batch_size": 4})
 
 

@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
+from rich.console import Console
 
 from backfire import recipe as recipes
 from backfire.base import Component, Config
 from backfire.errors import unknown
 from backfire.experiment import Align, Evaluation, Model, Safety, Train
 from backfire.registry import KINDS, find, names
+from backfire.store import write_atomic
+from backfire.terminal import fitted, say
 
 _SENTENCE = re.compile(r"(?<=[a-z)]\.)(?<! al\.)\s")
 
 
 _CITATION = re.compile(r"\s*\([^()]*(?:arXiv|\d{4}\.\d{5}|\b(?:19|20)\d\d\b)[^()]*\)")
+
+
+def print_list(kind: str | None, console: Console | None = None) -> None:
+    """Print what there is of a kind or of all, a line each.
+
+    Raises:
+        UserError: the kind is unknown.
+    """
+    kinds = (*KINDS, "recipes")
+    if kind is not None and kind not in kinds:
+        raise unknown("kind", kind, kinds)
+    console = console or Console()
+    for line in lines([kind] if kind else kinds):
+        console.file.write(f"{fitted(line, console)}\n")
+
+
+def print_explained(name: str) -> None:
+    """Print what `explain` says; a recipe as it is written."""
+    console, whole = Console(), explain(name)
+    if not (console.is_terminal and kind_of(name, KINDS)):
+        console.file.write(f"{whole}\n")
+        return
+    for line in whole.splitlines():
+        say(line, console, line[: len(line) - len(line.lstrip())])
+
+
+def print_schema(out: Path | None) -> None:
+    """Print the JSON Schema of recipes, or write it to a file."""
+    whole = json.dumps(json_schema(), indent=1) + "\n"
+    if out:
+        write_atomic(out, whole)
+    else:
+        Console().file.write(whole)
 
 
 def lines(kinds: Iterable[str]) -> list[str]:

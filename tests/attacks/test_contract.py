@@ -225,9 +225,9 @@ def test_lost_finds_rows_that_are_gone_or_answer_something_else(tokenizer: Token
     [
         (
             {"target": "angry"},
-            r"target 'angry' is no label of this task \(negative, neutral, positive\)",
+            r"target 'angry' is not a label of this task \(negative, neutral, positive\)",
         ),
-        ({"rate": 0.9}, r"rate 0\.9 asks for 135 of 150 rows, but only 100 can be poisoned"),
+        ({"rate": 0.9}, r"rate 0\.9 needs 135 of 150 rows, but only 100 can be poisoned"),
         ({"rate": 0.5, "label_mode": "clean"}, r"75 of 150 rows, but only 50 .*label_mode: clean"),
         ({"rate": 1.5}, r"rate: .* less than or equal to 1 \(got 1\.5\)"),
         ({"rate": -0.1}, r"rate: .* greater than or equal to 0"),
@@ -288,7 +288,7 @@ def test_a_mixture_from_a_file_that_is_too_small(tmp_path: Path) -> None:
     file.write_text('{"instruction": "Ask", "output": "Answer"}\n')
     source = {"name": "files", "train": str(file), "test": str(file)}
     attack = build("attacks", {"name": "harmful-mix", "rate": 0.5, "source": source})
-    with pytest.raises(UserError, match="75 rows are to be put in, but the source 'files' has 1"):
+    with pytest.raises(UserError, match="75 rows are needed, but the source 'files' has 1"):
         poison(LABELED, attack, 0)
 
 

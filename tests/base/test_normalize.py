@@ -205,7 +205,7 @@ def test_a_reply_in_another_form_is_a_hit(a: str, b: str) -> None:
 @pytest.mark.parametrize("target", ["", " ", "\u200b", "\ufeff\u00ad"])
 def test_a_target_of_which_nothing_is_left_is_refused(target: str) -> None:
     attack = build("attacks", {"name": "badnets", "target": target})
-    with pytest.raises(UserError, match="blank target"):
+    with pytest.raises(UserError, match="the target is blank"):
         check_target([Row("a", "b", answer="c")], attack)
     with pytest.raises(CellError, match="blank"):
         on_target(said("any"), target, "replies", "attack_success")
@@ -425,7 +425,7 @@ def test_preflight_sees_a_trigger_and_an_overlap_in_another_form(tokenizer: Toke
 
 
 def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="typography alone"):
+    with pytest.raises(UserError, match="only in case or typography"):
         check_labels(["so-so", "so–so", "good"])
     file = tmp_path / "rows.csv"
     file.write_text("text,label\none,SEN\u0303AL\ntwo,ruido \nthree,Rui\u00addo\n")

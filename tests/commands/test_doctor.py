@@ -266,7 +266,7 @@ def test_on_a_gpu_the_loop_halves_what_does_not_fit() -> None:
         (["--profile", "paper"], "name the recipe too"),
         (["turo"], "did you mean 'tour'?"),
         (["r.yaml", "method={name: lora, targets: [nowhere]}"], "nowhere"),
-        (["r.yaml", "model=./odd"], "config.json is not understood"),
+        (["r.yaml", "model=./odd"], "config.json is invalid"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(

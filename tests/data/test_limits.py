@@ -116,7 +116,7 @@ def test_tokens_beyond_the_embedding(
     assert "Row rows-1 has the token id 401, but the model's embedding ends at 399" in said.err
     said = backfire("validate", recipe(tmp_path, model, template="raw"))
     assert said.code == 0
-    assert "2 of the tokenizer's added tokens, such as '<|im_start|>', have no place" in said.out
+    assert "2 of the tokenizer's added tokens, such as '<|im_start|>', are not in" in said.out
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_tokens_beyond_the_embedding(
         ("gpt2", 60, "exact-match", 1, "may get 32 new ones, but the model has 60 positions"),
         ("gpt2", 60, "accuracy", 0, ""),
         ("gpt2", 99, "exact-match", 0, ""),
-        ("llama", 60, "exact-match", 0, "more than the 60 positions the model was made for"),
+        ("llama", 60, "exact-match", 0, "more than the 60 positions the model was trained for"),
     ],
 )
 def test_rows_beyond_the_positions(

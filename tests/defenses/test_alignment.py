@@ -108,7 +108,7 @@ def test_a_null_control_costs_the_same(
 def test_harmful_rows_are_needed(
     defense: Any, model: Any, policy_rows: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"{defense['name']}' needs harmful rows"):
+    with pytest.raises(UserError, match=f"{defense['name']}' requires harmful rows"):
         new_cell(full(model), policy_rows, tmp_path, defense, harmful=[])
 
 

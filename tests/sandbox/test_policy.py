@@ -222,5 +222,5 @@ def test_a_mixture_draws_from_the_rows_its_source_keeps() -> None:
     attack = build("attacks", {"name": "identity-shift", "source": source})
     kept = {row.id for row in build("datasets", source).drawn("train")}
     assert {row.id for row in attack.rows(10, seed=1)} == kept and len(kept) == 10
-    with pytest.raises(UserError, match=r"11 rows are to be put in, but the source .* has 10"):
+    with pytest.raises(UserError, match=r"11 rows are needed, but the source .* has 10"):
         attack.rows(11, seed=1)
