@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
@@ -61,15 +62,17 @@ def _outside(kind: str) -> list[type[Any]]:
 
 def find(kind: str, name: str) -> type[Any]:
     """The class of this name; an unknown name is an error that says the nearest one."""
-    wanted = name.replace("_", "-")
-    if wanted not in names(kind):
-        problems = use_installed()
+    wanted, file = name.replace("_", "-"), name.replace("-", "_")
+    module = sys.modules.get(f"backfire.{kind}.{file}")  # the folder is listed only if it must be
+    if module is None or file.startswith("_"):
         if wanted not in names(kind):
-            error = unknown(kind.removesuffix("s"), name, names(kind))
-            raise UserError(" ".join([str(error), *problems]))
-    if outside := next((cls for cls in _outside(kind) if cls.name == wanted), None):
-        return outside
-    module = importlib.import_module(f"backfire.{kind}.{wanted.replace('-', '_')}")
+            problems = use_installed()
+            if wanted not in names(kind):
+                error = unknown(kind.removesuffix("s"), name, names(kind))
+                raise UserError(" ".join([str(error), *problems]))
+        if outside := next((cls for cls in _outside(kind) if cls.name == wanted), None):
+            return outside
+        module = importlib.import_module(f"backfire.{kind}.{file}")
     for item in vars(module).values():
         own = isinstance(item, type) and item.__module__ == module.__name__
         if own and getattr(item, "name", None) == wanted:

@@ -196,6 +196,7 @@ for kind in {kinds}:
 """
 
 
+@pytest.mark.slow
 def test_the_examples_fulfil_the_contract_of_every_component(tmp_path: Path) -> None:
     """The project's own tests over the registry, run with the examples in it."""
     found = [put_in(kind, tmp_path) for kind in HOW_TO]

@@ -87,6 +87,7 @@ def test_the_report_reads_results_and_runs_nothing() -> None:
     }
 
 
+@pytest.mark.slow
 def test_looking_at_things_does_not_import_torch(tiny: Path, tmp_path: Path) -> None:
     """One process for all of them: torch, once imported, stays in sight."""
     recipe = tmp_path / "r.yaml"

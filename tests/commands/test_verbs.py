@@ -22,6 +22,8 @@ from backfire.yaml12 import read_yaml
 from tests.helpers.command_line import Run, Said, tree
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("metric", "value", "low", "high", "n", "direction", "status"),

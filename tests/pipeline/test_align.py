@@ -23,6 +23,8 @@ from backfire.results.load import summary
 from backfire.store import Store
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = {"name": "sandbox-policy", "rows": 30, "test_rows": 12}
 BASE: dict[str, Any] = {
