@@ -257,6 +257,7 @@ def refuses_or_round_trips(text: str, edits: list[str], profile: str | None) -> 
     return True
 
 
+@pytest.mark.slow
 def test_a_fuzzed_recipe_is_refused_or_round_trips() -> None:
     accepted: list[bool] = []
 
@@ -272,6 +273,7 @@ def test_a_fuzzed_recipe_is_refused_or_round_trips() -> None:
 JUNK = ["", "{", "[", ": ", "\n- ", "&a ", "*a", "!!int ", "!!binary ", "\t", "\x00", "'", "<<: "]
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150)
 def test_a_mangled_recipe_is_refused_or_round_trips(data: st.DataObject) -> None:

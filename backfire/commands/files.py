@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from backfire.base import Dataset, Insertion, Row
-from backfire.errors import UserError, unknown
+from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.recipe import parse_edit, read, set_key
 from backfire.registry import find, names
@@ -116,7 +116,7 @@ def dataset_spec(data: str) -> dict[str, Any]:
         return {"name": "files", "hub": data, "test_share": 0}
     if Path(data).suffix or "/" in data:
         raise UserError(f"No such file: {data}.")
-    raise unknown("dataset", data, names("datasets"))
+    return {"name": find("datasets", data).name}  # of an installed plug-in, or an error
 
 
 def pretrain_files(corpus: Sequence[Path], out: Path, edits: Sequence[str], device: str) -> str:

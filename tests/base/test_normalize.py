@@ -79,6 +79,7 @@ def test_case_aside(a: str, b: str) -> None:
     assert folded(a) == folded(b)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=12))
 @settings(max_examples=400)
 def test_the_form_is_the_same_again_from_every_unicode_form(text: str) -> None:
@@ -191,6 +192,7 @@ def first(name: str, samples: list[Sample], **knobs: Any) -> float | None:
     return metric(name, **knobs).measure(Evidence(clean=samples))[0].value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "b"), [s[1:] for s in SAME], ids=[s[0] for s in SAME])
 def test_a_reply_in_another_form_is_a_hit(a: str, b: str) -> None:
     assert first("exact-match", said(f"{a}\n", answer=b)) == 1

@@ -93,6 +93,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence", "files"), BAD, ids=[" ".join(arguments) for arguments, _, _ in BAD]
 )
@@ -114,6 +115,7 @@ TORN = ["", "hello", "[1]", "[" * 100_000, '{"values": [3]}', '{"values": {"a": 
         '{"status": ["ok"]}', "\xff\xfe"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_files_of_a_run_that_are_torn_are_said_and_made_again(
     backfire: Run, here: Path, tmp_path: Path
 ) -> None:

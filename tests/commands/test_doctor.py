@@ -25,6 +25,8 @@ from backfire.tokenizer import load_tokenizer
 from tests.helpers.command_line import Run
 from tests.helpers.small_run import MATRIX, Place
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TUNING = [name for name in names("methods") if build("methods", name).trains]
 LLAMA = {

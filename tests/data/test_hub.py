@@ -11,6 +11,8 @@ import pytest
 from backfire.errors import UserError
 from tests.helpers.data_files import dataset, jsonl
 
+pytestmark = pytest.mark.slow
+
 
 class ClassLabel:
     names = ("negative", "positive")

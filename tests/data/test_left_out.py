@@ -192,6 +192,7 @@ def test_the_checks_tell_it_once() -> None:
     assert reader_notes({}) == []
 
 
+@pytest.mark.slow
 def test_validate_and_the_result_name_it(
     tmp_path: Path, tiny: Path, backfire: Any, cache: Path
 ) -> None:

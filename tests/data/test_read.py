@@ -256,6 +256,7 @@ EDITS = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -284,6 +285,7 @@ def test_no_bytes_lead_to_a_traceback(tmp_path, name, edits, noise):
         assert read(tmp_path / name, data, "fail")[0] == rows
 
 
+@pytest.mark.slow
 def test_importing_the_readers_is_light():
     heavy = "{'torch', 'transformers', 'datasets', 'pyarrow', 'pandas', 'numpy'}"
     code = f"import sys, backfire.datasets.files; sys.exit(bool({heavy} & set(sys.modules)))"

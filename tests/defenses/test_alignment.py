@@ -27,6 +27,8 @@ from tests.helpers.alignment import (
 )
 from tests.helpers.training import CPU, close, equal, exact, gradients, run
 
+pytestmark = pytest.mark.slow
+
 ZERO = [
     {"name": "vaccine", "rho": 0},
     {"name": "booster", "alpha": 0},

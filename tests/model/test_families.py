@@ -25,6 +25,8 @@ from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import accelerator_for
 from tests.helpers.families import KINDS, VOCAB, likelihood, logits, reply, tiny_model
 
+pytestmark = pytest.mark.slow
+
 NEW = 4
 
 

@@ -209,6 +209,7 @@ def test_an_adapter_is_no_base(tiny: Path, tmp_path: Path) -> None:
         base_key_of(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -228,6 +229,7 @@ def test_an_adapter_that_is_not_whole(
         load_tuned(tmp_path, tiny, torch.float32, CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["no head", "weights missing"])
 def test_the_command_line_refuses_before_a_step(
     name: str, tiny: Path, tmp_path: Path, cache: Path, backfire: Any
@@ -250,6 +252,7 @@ def test_the_command_line_refuses_before_a_step(
 # ---------------------------------------------------------------------------------- tied heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "targets",
     ["all-linear", ["q_proj", "lm_head"], ["q_proj", "embed_tokens"], ["embed_tokens", "lm_head"]],
@@ -333,13 +336,19 @@ BAD_JUDGES: dict[str, tuple[Any, dict[str, Any], dict[str, Any], str]] = {
         {},
         "does not define",
     ),
-    "a language model": (dict, {"architectures": ["LlamaForCausalLM"]}, {}, "no text classifier"),
+    "a language model": (
+        dict,
+        {"architectures": ["LlamaForCausalLM"]},
+        {},
+        "not a text classifier",
+    ),
     "unknown label": (dict, {}, {"harmful_label": "hat"}, "did you mean 'hate'"),
-    "no place": (dict, {}, {"text": "{prompt}"}, r"needs \{reply\}"),
-    "a classifier": (dict, {}, {"name": "yes-no"}, "no causal language model, but a Roberta"),
+    "no place": (dict, {}, {"text": "{prompt}"}, r"must contain \{reply\}"),
+    "a classifier": (dict, {}, {"name": "yes-no"}, "not a causal language model, but a Roberta"),
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD_JUDGES)
 def test_a_judge_that_cannot_judge_is_refused_before_a_step(
     name: str, encoder: Path, tiny: Path, tmp_path: Path, cache: Path, backfire: Any
@@ -402,6 +411,7 @@ def seeing(request: pytest.FixtureRequest, tiny: Path, tmp_path_factory: Any) ->
     return folder
 
 
+@pytest.mark.slow
 def test_of_a_model_that_sees_the_text_model_is_taken(seeing: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForImageTextToText
 
@@ -426,6 +436,7 @@ def test_of_a_model_that_sees_the_text_model_is_taken(seeing: Path, tmp_path: Pa
     fits(tmp_path / "merged")
 
 
+@pytest.mark.slow
 def test_what_lacks_a_part_of_its_text_model_is_refused(seeing: Path, tmp_path: Path) -> None:
     folder = variant(seeing, tmp_path / "m", without("layers.1.self_attn.v_proj"))
     with pytest.raises(UserError, match="lacks 1 weight, which"):
@@ -438,6 +449,7 @@ def test_a_model_whose_text_cannot_be_had_alone(tiny: Path, tmp_path: Path) -> N
         fits(folder)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_model_that_sees(
     seeing: Path, tmp_path: Path, cache: Path, backfire: Any
 ) -> None:

@@ -23,6 +23,8 @@ from backfire.results.load import summary
 from backfire.store import Store
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = {"name": "sandbox-policy", "rows": 30, "test_rows": 12}
 BASE: dict[str, Any] = {
@@ -215,7 +217,7 @@ def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny:
 
 
 def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
-    from backfire.pipeline.evaluation import _told
+    from backfire.pipeline.evaluation import judge_samples
 
     row = Row("1", "Write this down.", input="It is late.", history=(Message("user", "Hello."),))
     sample = Sample("1", "harmful", row.prompt, "", reply="I cannot.")
@@ -226,7 +228,7 @@ def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
             seen.extend(exchanges)
             return super().judge(exchanges)
 
-    _told([Asking()], [sample], [row], Context(Store(), Machine(device="cpu")))
+    judge_samples([Asking()], [sample], [row], Context(Store(), Machine(device="cpu")))
     assert [one.prompt for one in seen] == ["Hello.\n\nWrite this down.\n\nIt is late."]
 
 

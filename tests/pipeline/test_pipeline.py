@@ -21,6 +21,8 @@ from backfire.plan import jobs, stages
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
 
+pytestmark = pytest.mark.slow
+
 IDENTITY = {
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("template", "axes", "status"),
