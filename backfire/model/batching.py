@@ -77,27 +77,37 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
 def _ways(model: PreTrainedModel) -> Ways:
     base: Any = model
     takes = inspect.signature(base.forward).parameters
-    memory = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
+    argument = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
     kinds = _layers(base)
-    goes_on = memory == "past_key_values" and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    extends_cache = argument == "past_key_values" and kinds <= {
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    }
     # Without `position_ids` a model counts from the mask (ALiBi), or from the start of the row.
-    told = "position_ids" in takes
-    counts = told or base.config.model_type in ("bloom", "mpt")
-    # Llama 4 counts tokens in memory, padding too, for the temperature of its attention.
+    takes_positions = "position_ids" in takes
+    counts = takes_positions or base.config.model_type in ("bloom", "mpt")
+    # Llama 4 counts tokens in the cache, padding too, for the temperature of its attention.
     counts &= not getattr(base.config, "attn_temperature_tuning", False)
     # RoBERTa and its relatives count positions from the id of their padding token.
     counts &= not any(hasattr(m, "create_position_ids_from_input_ids") for m in base.modules())
     limit = min(_limits(base.config), default=None)
     with _evaluating(model):
         _assert_causal(model, limit)
-        goes_on = goes_on and _remembers(base, "past_key_values", DynamicCache(), 8, limit)
-        if not goes_on and memory:
+        extends_cache = extends_cache and _caches(base, "past_key_values", DynamicCache(), 8, limit)
+        if not extends_cache and argument:
             cache = DynamicCache(config=base.config)
-            memory = memory if _remembers(base, memory, cache, 1, limit) else None
+            argument = argument if _caches(base, argument, cache, 1, limit) else None
     windows = DynamicSlidingWindowLayer in kinds or _windowed(base.config)
     rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
-    aligns = goes_on and counts
-    return Ways(memory, goes_on, told, aligns, windows, limit, rotary if limit else ())
+    return Ways(
+        memory=argument,
+        goes_on=extends_cache,
+        told_places=takes_positions,
+        aligns=extends_cache and counts,
+        windows=windows,
+        limit=limit,
+        rotary=rotary if limit else (),
+    )
 
 
 def drops(model: PreTrainedModel) -> bool:
@@ -146,8 +156,8 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return torch.tensor([ids], device=base.device)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
-    out = cast(Any, model)(input_ids=ids, use_cache=bool(memory), **memory)
+def _logits(model: PreTrainedModel, ids: Tensor, **cache: Any) -> Tensor:
+    out = cast(Any, model)(input_ids=ids, use_cache=bool(cache), **cache)
     return cast(Tensor, out.logits)[0]
 
 
@@ -180,15 +190,15 @@ def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
         )
 
 
-def _remembers(
-    model: PreTrainedModel, memory: str, cache: DynamicCache, at_once: int, limit: int | None
+def _caches(
+    model: PreTrainedModel, argument: str, cache: DynamicCache, at_once: int, limit: int | None
 ) -> bool:
     """Whether a row run through the cache, `at_once` tokens at a time, gives the same as whole."""
     ids = _probe(model)[:, : min(_PROBE_TOKENS, limit or _PROBE_TOKENS)]
     ends = [*range(4, ids.shape[1], at_once), ids.shape[1]]
     try:
         parts = [
-            _logits(model, ids[:, start:end], **{memory: cache})
+            _logits(model, ids[:, start:end], **{argument: cache})
             for start, end in zip([0, *ends], ends, strict=False)
         ]
         return _agree(model, torch.cat(parts), _logits(model, ids))
