@@ -120,7 +120,7 @@ class _Noised(TrainHook):
         import torch
 
         parts, seen, live = list[Any](), list[_Seen](), None
-        for part in self.run.room.parts(rows):
+        for part in self.run.micro_batches.split(rows):
             whole = len(part) == len(rows)
             with torch.set_grad_enabled(whole):
                 found = self._run(part, len(parts))
@@ -152,14 +152,14 @@ class _Noised(TrainHook):
                 yield cross_entropy(flat, one.labels.flatten(), ignore_index=-100, reduction="sum")
 
         for part, one in zip(parts, seen, strict=True):
-            self.run.room.note(part)
+            self.run.micro_batches.record(part)
             with torch.no_grad():
                 total += sum(float(loss) for loss in losses(one))
         mean = total / count / num_lenses
         if not self.knobs.alpha:
             return 0.0
         for part, one in zip(parts, seen, strict=True):
-            self.run.room.note(part)
+            self.run.micro_batches.record(part)
             for loss in losses(one):
                 (loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses)).backward()  # type: ignore[no-untyped-call]
         return -self.knobs.alpha * math.log1p(mean)
@@ -198,7 +198,7 @@ class _Noised(TrainHook):
         """Pass these rows, part `number` of the step's, through the model."""
         import torch
 
-        self.run.room.note(rows)
+        self.run.micro_batches.record(rows)
         torch.manual_seed(derive(self.run.seed, "repnoise dropout", self.run.step, number))
         with self._watched() as (hidden, outputs):
             logits, labels = self.run.logits(rows)

@@ -71,7 +71,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["pretrain", "--corpus", "gone.txt", "--out", "m"], "gone.txt", {}),
     (["pretrain", "--corpus", "r.yaml", "--out", "m"], "r.yaml", {}),
     (["pretrain", "--corpus", "x.txt", "--out", "m"], "x.txt is not UTF-8", {"x.txt": b"\xff\xff"}),
-    (["pretrain", "--corpus", "x.csv", "--out", "m"], "no column 'text'", {"x.csv": "a,b\n1,2\n"}),
+    (["pretrain", "--corpus", "x.csv", "--out", "m"], "'text' is missing", {"x.csv": "a,b\n1,2\n"}),
     (["pretrain", "--corpus", "x.txt", "--out", "m", "steps=1"], "Unknown key in", {"x.txt": "a"}),
     (["chat", "gone"], "gone is no finished cell", {}),
     (["run", "r.yaml", "model=https://a.b/c"], "model: name: `sandbox`, a folder or a hub id", {}),
