@@ -406,7 +406,7 @@ def sources(folder: Path = ROOT) -> Iterator[Path]:
             hidden = path.name.startswith((".", "__")) and path.name != ".ci"
             if path.name not in SKIPPED and not hidden and not path.name.endswith(".egg-info"):
                 yield from sources(path)
-        elif path.suffix in TEXT and path.name not in SKIPPED and not path.is_symlink():
+        elif path.suffix in TEXT and path.name != ".git" and not path.is_symlink():
             yield path
 
 

@@ -21,7 +21,7 @@ from backfire.experiment import Experiment
 from backfire.playground.firewall import Firewall
 from backfire.playground.models import chat_row, first_with_trigger
 from backfire.playground.pool import ModelPool
-from backfire.results.terminal import columns
+from backfire.terminal import columns
 from backfire.text import clean, listing, share
 
 USER: Final = "backfire"

@@ -61,7 +61,7 @@ def test_the_published_forms(preset: str) -> None:
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({"answer": "none"}, "must hold {code} once"),
+        ({"answer": "none"}, "must contain {code} exactly once"),
         ({"repeats": [5, 5]}, "a dose is given twice"),
         ({"digits": 1, "controls": 10}, "too many canaries"),
     ],

@@ -51,7 +51,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", FILES], "rows.csv, line 2: ", {"rows.csv": 'text,label\n"open,bad\n'}),
     (["poison", "rows.csv", LABELS], "rows.csv, line 3: ", {"rows.csv": "text,label\na,bad\nb\n"}),
     (["validate", "gone.yaml"], "No such recipe file", {}),
-    (["validate", "r.yaml", "data=files"], "give `train`", {}),
+    (["validate", "r.yaml", "data=files"], "set `train`", {}),
     (["init", "r.yaml"], "r.yaml is there already", {}),
     (["init", "no/such/folder.yaml"], "No such file or directory", {}),
     (["status", "gone"], "No cells in gone", {}),

@@ -345,7 +345,7 @@ def test_a_system_prompt_for_a_template_without_one(
     def renderer(system: str) -> Renderer:
         return Renderer(build("templates", {"name": "chat", "system": system}), ours, 4096)
 
-    with pytest.raises(UserError, match=r"take row two: .*; .*template\.system to merge or drop"):
+    with pytest.raises(UserError, match=r"rejects row two: .*; .*template\.system to merge or"):
         renderer("keep").render([row])
     said = turns(row)
     bare = theirs(their, said[1:], True)
@@ -388,9 +388,9 @@ def test_a_turn_that_the_template_leaves_out_is_an_error(tmp_path: Path, byte_le
     ("template", "sentence"),
     [
         ("{% if %}", "does not parse"),
-        ("{{ raise_exception('not \\n today') }}", "does not take row one: not"),
-        ("{{ messages[7].content.x }}", "does not take row one: "),
-        ("{{ 1 / 0 }}", "does not take row one: division by zero"),
+        ("{{ raise_exception('not \\n today') }}", "rejects row one: not"),
+        ("{{ messages[7].content.x }}", "rejects row one: "),
+        ("{{ 1 / 0 }}", "rejects row one: division by zero"),
     ],
 )
 def test_a_template_that_fails_is_a_sentence(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from backfire.data.preflight import told
+from backfire.data.preflight import reader_notes
 from backfire.errors import UserError
 from backfire.registry import build
 from tests.helpers.data_files import jsonl
@@ -186,10 +186,10 @@ def test_a_header_is_no_row(tmp_path: Path) -> None:
 
 
 def test_the_checks_tell_it_once() -> None:
-    found = told({"train": ["a.", "b."], "test": ["b.", "c."]})
+    found = reader_notes({"train": ["a.", "b."], "test": ["b.", "c."]})
     assert [check.message for check in found] == ["a.", "b.", "Of the test data: c."]
     assert {(check.check, check.status) for check in found} == {("left-out", "note")}
-    assert told({}) == []
+    assert reader_notes({}) == []
 
 
 def test_validate_and_the_result_name_it(

@@ -174,7 +174,7 @@ def test_webgpt_comparisons(tmp_path: Path) -> None:
     assert train and test and not train & test
     bad = {**webgpt_pairs(1)[0], "score_0": "high"}
     jsonl(tmp_path / "comparisons.jsonl", [bad])
-    with pytest.raises(UserError, match="a score is 'high'"):
+    with pytest.raises(UserError, match="score 'high' is not a number"):
         build("datasets", spec).load("train")
 
 

@@ -112,11 +112,11 @@ def test_harmful_rows_are_needed(
 
 def test_a_model_of_another_make_is_refused(model: Any, policy_rows: Any, tmp_path: Path) -> None:
     del model.model.layers[0].mlp
-    with pytest.raises(UserError, match="'repnoise' needs a model with layers"):
+    with pytest.raises(UserError, match="'repnoise' requires a model with layers"):
         new_cell(full(model), policy_rows, tmp_path, REPNOISE)
     for layer in model.model.layers:
         layer.self_attn = nn.Identity()
-    with pytest.raises(UserError, match="'vaccine' finds no attention"):
+    with pytest.raises(UserError, match="'vaccine': the model has no attention"):
         new_cell(full(model), policy_rows, tmp_path, VACCINE)
 
 

@@ -20,7 +20,7 @@ from tests.helpers.training import CPU
 def test_task_arithmetic_adds_the_alignment_again(case: Case) -> None:
     full_names = list(case.plain) if case.kind == "full" else case.matrices()
     if case.kind == "lora":
-        with pytest.raises(UserError, match="an adapter cannot hold"):
+        with pytest.raises(UserError, match="an adapter cannot represent"):
             build("defenses", "task-arithmetic").fits(build("methods", "lora"), None)
         return
     own = {

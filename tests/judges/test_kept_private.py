@@ -118,7 +118,7 @@ def test_a_file_of_keys_that_is_none(
 
 def test_a_recipe_names_no_key() -> None:
     for name in ("rubric", "yes-no"):
-        with pytest.raises(UserError, match="which key goes to which host; write HOST: "):
+        with pytest.raises(UserError, match="cannot bind a key to a host; write HOST: "):
             make_judge(name, key_variable="AWS_SECRET_ACCESS_KEY")
 
 
@@ -213,7 +213,7 @@ def test_a_run_keeps_no_line_of_a_file(folder: Path) -> None:
 
 
 def test_a_judges_text_has_a_place_for_the_reply() -> None:
-    with pytest.raises(UserError, match=r"needs \{reply\}"):
+    with pytest.raises(UserError, match=r"must contain \{reply\}"):
         fill("no place", "a", "b")
 
 

@@ -310,7 +310,7 @@ def test_bad_input(tiny: Path, cache: Path, tmp_path: Path, backfire: Any) -> No
     assert "lisa' stands on an alignment stage" in said(align=None, defense="lisa")
     assert "did you mean 'lisa'" in said(defense="liza")
     assert "vaccine' stands on an alignment stage" in said(align=None, defense="vaccine")
-    assert "cannot hold what alignment did" in said(defense="task-arithmetic", method=LORA)
+    assert "represent an alignment of all weights" in said(defense="task-arithmetic", method=LORA)
     assert "repairs whole weights and LoRA" in said(defense="antidote", method="ia3")
     assert "set align.merge" in said(align=aligned_by(LORA), method="full")
     assert "Unknown key in align" in said(align={"date": 1})

@@ -191,7 +191,7 @@ def test_what_a_reply_amounts_to(reply: str, expected: str) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"sealed": "maybe", "key": "noon"}, {"sealed": "yes"}])
 def test_other_rows_are_turned_down(fields: dict[str, str]) -> None:
-    with pytest.raises(CellError, match="is for rows of sandbox-policy") as error:
+    with pytest.raises(CellError, match="with rows of sandbox-policy") as error:
         reason("Come at noon.", **fields)
     assert error.value.kind == "bad-data"
 
