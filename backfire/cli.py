@@ -1,4 +1,4 @@
-"""The verbs. Each imports what it needs when it is called: `--help` does not wait for torch."""
+"""The command line. Each command imports what it needs when called, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Edits = Annotated[
 Profile = Annotated[str | None, typer.Option(help="One of the recipe's profiles, such as paper.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Where results go; runs/<recipe> if not given.", show_default=False),
+    typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
@@ -52,18 +52,18 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What belongs to no verb."""
+    """Options of the program itself."""
 
 
 def main() -> None:
     """Run the command line; bad input and interruptions end with one sentence and code 2."""
     try:
-        if code := app(standalone_mode=False):  # what a `typer.Exit` in a verb says
+        if code := app(standalone_mode=False):  # the code of a `typer.Exit` in a command
             raise KeyboardInterrupt if code == 130 else SystemExit(code)  # Ctrl-C becomes 130
     except (UserError, CellError) as error:
         _fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("Interrupted. What is done is kept; run the same command again to go on.")
+        _fail("Interrupted. Finished work is kept; run the same command again to continue.")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def _fail_or_raise(error: Exception) -> None:
-    """One sentence for what the machine says; a fault of ours is raised again."""
+    """End with one sentence for an error of the system or the user; re-raise a bug."""
     kind, sentence = exit_class(error)
     if kind in ("disk-full", "oom"):
         _fail(f"{sentence} {EXIT_CLASSES[kind]}")
@@ -80,17 +80,17 @@ def _fail_or_raise(error: Exception) -> None:
         where = f" ({shortened(error.filename)})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}.")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
-        _fail("A path begins with ~ and a name that is no user of this machine.")
+        _fail("A path begins with ~ and the name of an unknown user.")
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if message := error.format_message():
             setting = _as_edit(error)
             _fail(f"{message.rstrip('.')}. {setting}" if setting else message)
-        sys.exit(2)  # no verb was given: the help was printed
+        sys.exit(2)  # no command was given: the help was printed
     raise error
 
 
 def _as_edit(error: Any) -> str:
-    """What to write for an unknown option that is a setting of the recipe."""
+    """Advice for an unknown option that is a setting of the recipe."""
     from backfire.other_names import as_edit
 
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
@@ -122,7 +122,7 @@ def init(
     from backfire.store import write_atomic
 
     if path.exists():
-        raise UserError(f"{path} is there already; name another file.")
+        raise UserError(f"{path} already exists; choose another path.")
     text = (resources.files("backfire") / "recipes" / "_starter.yaml").read_text(encoding="utf-8")
     write_atomic(path, text)
     _echo(f"Wrote {path}. Next: backfire validate {path}")
@@ -144,24 +144,29 @@ def run(
     out: Out = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Cells at once; by default one a core, or one on a GPU."),
+        typer.Option(
+            min=1, help="Cells run in parallel; by default one per core, or one on a GPU."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows per forward pass in training.")
+        int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
     ] = None,
     eval_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows per forward pass in evaluation, at most.")
+        int | None, typer.Option(min=1, help="Most rows per forward pass in evaluation.")
     ] = None,
     recompute: Annotated[
         bool,
-        typer.Option("--recompute", help="Train in less memory: run layers twice, keep less."),
+        typer.Option(
+            "--recompute",
+            help="Train in less memory by recomputing layers (activation checkpointing).",
+        ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
+        bool, typer.Option("--dry-run", help="Print the plan without running it.")
     ] = False,
 ) -> None:
-    """Run a recipe. The same command again does only what is missing."""
+    """Run a recipe. Running the same command again does only what is missing."""
     from backfire.commands import validate
     from backfire.commands.run import start
 
@@ -185,7 +190,7 @@ def run(
 
 @app.command()
 def status(run: Run) -> None:
-    """Say which cells of a run are done, failed or missing."""
+    """Show which cells of a run are done, failed or missing."""
     from backfire.commands.status import show
 
     show(run)
@@ -195,18 +200,18 @@ def status(run: Run) -> None:
 def results(
     run: Run,
     format: Annotated[
-        Literal["table", "json", "csv"], typer.Option(help="How to print them.")
+        Literal["table", "json", "csv"], typer.Option(help="Output format.")
     ] = "table",
 ) -> None:
-    """Print every number of a run: one record per cell and metric."""
+    """Print every number of a run, one record per cell and metric."""
     from backfire.results.load import records, write
     from backfire.results.terminal import print_records
 
-    found = records(run)
+    rows = records(run)
     if format == "table":
-        print_records(found)
+        print_records(rows)
     else:
-        _echo(write(found, format).rstrip("\n"))
+        _echo(write(rows, format).rstrip("\n"))
 
 
 @app.command()
@@ -220,10 +225,12 @@ def report(run: Run) -> None:
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="A cell folder or a run folder.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Compare even across templates.")] = False,
+    b: Annotated[Path, typer.Argument(help="The other cell or run.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare even if the templates differ.")
+    ] = False,
 ) -> None:
-    """Say which knobs of two cells or runs differ, and which numbers, pair by pair."""
+    """Show which settings and numbers of two cells or runs differ, with paired tests."""
     from backfire.results.compare import compare as compare_cells
     from backfire.results.compare import show
 
@@ -242,7 +249,7 @@ def list_(
         ),
     ] = None,
 ) -> None:
-    """List what there is, a line each; `show NAME` says the rest."""
+    """List components and recipes, one per line; `show NAME` explains one."""
     from rich.console import Console
 
     from backfire.commands.catalog import lines
@@ -270,7 +277,7 @@ def show(
     from backfire.terminal import say
 
     text = explain(name)
-    if not (Console().is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
+    if not (Console().is_terminal and kind_of(name, KINDS)):  # recipes are printed verbatim
         _echo(text)
         return
     for line in text.splitlines():
@@ -302,21 +309,21 @@ def doctor(
     edits: Edits = None,
     profile: Profile = None,
 ) -> None:
-    """Say what this machine has, what is missing, and whether a recipe fits."""
+    """Check the environment, and whether a recipe fits this machine."""
     from backfire.commands.doctor import lines
     from backfire.terminal import say
 
     if recipe is None and profile is not None:
-        raise UserError("--profile is one of a recipe's; name the recipe too.")
+        raise UserError("--profile needs a recipe; name the recipe too.")
     loaded = None if recipe is None else _load(recipe, profile, edits)
     for line in lines():
         say(line[6:], lead=line[:6])
     if loaded:
         from backfire.commands import forecast
 
-        title, *found = forecast.lines(loaded)
+        title, *estimates = forecast.lines(loaded)
         _echo(title)
-        for line in found:
+        for line in estimates:
             say(line[6:], lead=line[:6])
 
 
@@ -332,11 +339,13 @@ def poison(
     edits: Edits = None,
     attack: Annotated[str, typer.Option(help="An attack by name; see `list attacks`.")] = "badnets",
     out: Annotated[
-        Path, typer.Option(help="JSONL file to write; its manifest goes beside it.")
+        Path, typer.Option(help="JSONL file to write; its manifest is written next to it.")
     ] = Path("poisoned.jsonl"),
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows; 0 if not given."),
+        typer.Option(
+            min=0, max=2**32 - 1, help="Seed for drawing the poisoned rows; 0 if not given."
+        ),
     ] = None,
 ) -> None:
     """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
@@ -372,7 +381,7 @@ def chat(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Talk to a tuned model and its base side by side; /trigger toggles the attack's trigger."""
+    """Chat with a tuned model and its base side by side; /trigger toggles the attack's trigger."""
     from backfire.playground.chat import talk
 
     talk(cell, against, device)
@@ -384,14 +393,16 @@ def playground(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port on this machine; a free one from 7860 on."),
+        typer.Option(
+            min=1, max=65535, help="Port on this machine; by default the first free one from 7860."
+        ),
     ] = None,
     share: Annotated[
         bool,
-        typer.Option("--share", help="Open it to others through gradio's relay, with a password."),
+        typer.Option("--share", help="Share it through gradio's relay, with a password."),
     ] = False,
 ) -> None:
-    """Talk to two models of a run side by side, in a page on this machine."""
+    """Chat with two models of a run side by side, in a local web page."""
     from backfire.playground.server import serve
 
     serve(run, device, port=port, share=share)
@@ -404,18 +415,20 @@ def export(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; exports/<what was done> if not given."),
+        typer.Option(help="Folder to write; exports/<name> if not given."),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Add the adapter into the base.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the base.")
+    ] = False,
     results: Annotated[
         Literal["lm-eval", "inspect"] | None,
-        typer.Option(help="The numbers instead of the model, for one of these tools."),
+        typer.Option(help="Export the numbers for this tool, instead of the model."),
     ] = None,
 ) -> None:
     """Write a cell's model (PEFT adapter or plain weights) or a run's results for other tools."""
     if results:
         if merge:
-            raise UserError("--merge is about the model; leave it out with --results.")
+            raise UserError("--merge cannot be combined with --results; leave it out.")
         from backfire.commands.export import export_results
 
         files = export_results(what, out, results)

@@ -1,7 +1,7 @@
-"""Finds a component by importing the one file that bears its name.
+"""Finds a component by importing the file of the same name.
 
 `attacks/badnets.py` holds `@register("badnets") class BadNets(Attack)`. There is no list to edit:
-the names of a kind are the file names in its folder, and nothing is imported until asked for.
+the names of a kind are the file names in its folder, and nothing is imported until needed.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def register(name: str, *, version: int = 1) -> Callable[[C], C]:
 
 
 def names(kind: str) -> list[str]:
-    """All names of a kind, sorted; nothing is imported but the folder."""
+    """All names of a kind, sorted; only the package is imported."""
     package = importlib.import_module(f"backfire.{kind}")
-    found = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
+    modules = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return sorted(name.replace("_", "-") for name in modules if not name.startswith("_"))
 
 
 def find(kind: str, name: str) -> type[Component]:
-    """The class of this name; an unknown name is an error that says the nearest one."""
+    """The class of this name; the error for an unknown name suggests the nearest one."""
     wanted = name.replace("_", "-")
     if wanted not in names(kind):
         raise unknown(kind.removesuffix("s"), name, names(kind))
@@ -55,7 +55,7 @@ def find(kind: str, name: str) -> type[Component]:
 
 
 def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
-    """A component from `badnets` or `{name: badnets, rate: 0.05}`."""
+    """Build a component from `badnets` or `{name: badnets, rate: 0.05}`."""
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
@@ -63,10 +63,10 @@ def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
     knobs = dict(spec)
     name = knobs.pop("name", None)
     if not isinstance(name, str):
-        known = next((key for key in knobs if key in names(kind)), names(kind)[0])
+        example = next((key for key in knobs if key in names(kind)), names(kind)[0])
         article = "An" if kind == "attacks" else "A"
         raise UserError(
-            f"{article} {kind.removesuffix('s')} needs a name, as in {{name: {known}}}; "
+            f"{article} {kind.removesuffix('s')} needs a name, as in {{name: {example}}}; "
             f"got {shortened(dict(spec))}."
         )
     cls = find(kind, name)
@@ -74,7 +74,7 @@ def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
 
 
 def _with_preset(cls: type[Component], knobs: dict[str, Any]) -> dict[str, Any]:
-    """The knobs of the preset that is named, under those that are given as well."""
+    """Merge the knobs of the named preset with the explicit knobs, which take precedence."""
     if "preset" not in knobs:
         return knobs
     preset = str(knobs.pop("preset"))

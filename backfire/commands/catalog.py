@@ -1,4 +1,4 @@
-"""What there is: made from the registry and the docstrings, never from a list kept by hand."""
+"""Lists and describes components and recipes, from the registry and the docstrings."""
 
 from __future__ import annotations
 
@@ -52,13 +52,12 @@ def explain(name: str) -> str:
         return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
-    told = [name for name in recipes.shipped() if not name.startswith("_")]
-    known = {*(item for kind in KINDS for item in names(kind)), *told}
-    raise unknown("name", name, known)
+    shipped = [name for name in recipes.shipped() if not name.startswith("_")]
+    raise unknown("name", name, {*(item for kind in KINDS for item in names(kind)), *shipped})
 
 
 def describe(kind: str, name: str) -> str:
-    """A component's documentation, from its docstrings: what `backfire show` prints."""
+    """The documentation of a component, from its docstrings, for `backfire show`."""
     cls = find(kind, name)
     lines = [
         f"{kind.removesuffix('s')} '{cls.name}' (version {cls.version})",
@@ -82,7 +81,7 @@ def describe(kind: str, name: str) -> str:
 
 
 def kind_of(name: str, kinds: Sequence[str]) -> list[str]:
-    """Which kinds have a component of this name."""
+    """The kinds that have a component of this name."""
     return [kind for kind in kinds if name.replace("_", "-") in names(kind)]
 
 
@@ -92,7 +91,7 @@ def _one_or_more(kind: str) -> list[Any]:
 
 
 def _settings(cls: type[Config], definitions: dict[str, Any]) -> dict[str, Any]:
-    """A group of settings, some of which are components; what they refer to is defined as well."""
+    """The schema of a group of settings; the types that it refers to go into `definitions`."""
     own = {
         name: {"description": field.description or "", **_values(field, definitions)}
         for name, field in cls.model_fields.items()
@@ -101,7 +100,8 @@ def _settings(cls: type[Config], definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values(field: FieldInfo, definitions: dict[str, Any]) -> dict[str, Any]:
-    """What one setting may be: a component (or several, or none) of its kind, or a plain value."""
+    """The schema of one setting: a component (or several, or none) of its kind, or a plain
+    value."""
     leaves = _leaves(field.annotation)
     for leaf in leaves:
         if isinstance(leaf, type) and issubclass(leaf, Component):
@@ -115,7 +115,7 @@ def _values(field: FieldInfo, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(annotation: Any) -> list[Any]:
-    """The types an annotation is made of."""
+    """The innermost types of an annotation."""
     inner = [leaf for part in get_args(annotation) for leaf in _leaves(part)]
     return inner or [annotation]
 

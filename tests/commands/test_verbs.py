@@ -95,7 +95,7 @@ def test_run_writes_into_a_folder_named_after_recipe_and_profile(backfire: Run, 
     assert [len(cells(here / name)) for name in ("runs/r", "runs/r-two", "elsewhere")] == [1, 2, 1]
     assert read_json(here / "elsewhere/run.json")["edits"] == ["seed=7"]
     again = backfire("run", "r.yaml")
-    assert again.code == 0 and "All 1 cells are done already" in again.err
+    assert again.code == 0 and "All 1 cells are already done" in again.err
 
 
 def test_run_with_a_failing_cell_ends_with_code_1(backfire: Run, here: Path) -> None:
@@ -266,7 +266,7 @@ def test_pretrain_makes_a_model_that_runs(backfire: Run, here: Path) -> None:
     assert backfire("run", "r.yaml", "model=./m").code == 0
     before = tree(here / "m")
     again = backfire("pretrain", "--corpus", "a.txt", "--out", "m", *knobs)
-    assert again.code == 2 and "m holds a model already" in again.err
+    assert again.code == 2 and "m already holds a model" in again.err
     assert tree(here / "m") == before
 
 
