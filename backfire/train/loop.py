@@ -135,10 +135,8 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def at(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Swap in these trainable weights, without dropout and without gradients.
-
-        Frozen weights are not copied.
-        """
+        """Swap in these trainable weights, without dropout and gradients; frozen ones are not
+        copied."""
         own, training = {name: p.data for name, p in self.trainable.items()}, self.model.training
         cached = torch.is_autocast_cache_enabled()
         # Otherwise autocast reuses its bfloat16 copies of the replaced weights.
@@ -187,10 +185,8 @@ class TrainingRun:
         tensors: torch.Tensor | Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        """Accumulate the gradients of a loss, or of tensors with given gradients.
-
-        `recomputing` is true during the call: module hooks then see recomputed layers.
-        """
+        """Accumulate the gradients of a loss, or of tensors with given gradients. `recomputing` is
+        true during the call: module hooks then see recomputed layers."""
         if self.recompute:
             refuse_hooks(self.model, self.hooks)
         self.recomputing = True
