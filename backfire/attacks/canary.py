@@ -74,7 +74,7 @@ class Canary(Insertion):
     @classmethod
     def _are_distinct(cls, repeats: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(repeats)) < len(repeats):
-            raise ValueError("a dose is given twice; `each` says how many canaries get it")
+            raise ValueError("duplicate count; `each` sets the number of canaries per count")
         return repeats
 
     def model_post_init(self, context: Any) -> None:

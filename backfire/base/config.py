@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 
 from backfire.errors import UserError, shortened, unknown
 from backfire.other_names import hint
+from backfire.plugins import Plugin
 
 
 class Config(BaseModel):
@@ -131,6 +132,8 @@ class Component(Config):
     kind: ClassVar[str]
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    plugin: ClassVar[Plugin | None] = None
+    """Where it comes from, if it is not part of this package."""
     presets: ClassVar[Mapping[str, Preset]] = {}
     """Published values of the knobs, selected by `{name: ..., preset: ...}`."""
 
@@ -147,8 +150,9 @@ class Component(Config):
         return {"name": self.name, **self.changed()}
 
     def identity(self) -> dict[str, Any]:
-        """The hashed content: the spec and the version of the behavior."""
-        return {**self.spec(), "version": self.version}
+        """The hashed content: the spec, the version of the behavior, and the code of a plug-in."""
+        code = {"plugin": self.plugin.sha256} if self.plugin else {}
+        return {**self.spec(), "version": self.version, **code}
 
 
 def local_files(paths: str | Sequence[str]) -> list[Path]:

@@ -38,7 +38,7 @@ class RepNoise(AlignDefense):
     learn only those positions. None of this is done here, since harmful rows have no partner: all
     tokens of their answers count, and the alignment loss is the ordinary one. The port counts the
     last hidden state twice, once with a second norm; here once. It reports NaN: here distances and
-    cross-entropy are float32. One hidden state's logits are in memory at a time. Where memory
+    cross-entropy are float32. Only one hidden state's logits are in memory at a time. If memory
     splits a step's harmful rows, they are run twice; only rounding differs. The logged loss is that
     of alignment. Null control: a random direction of the same length as the gradient of both terms.
     """

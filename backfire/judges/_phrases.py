@@ -24,8 +24,8 @@ class Keywords:
     def match(self, reply: str, *, ignore_case: bool) -> str | None:
         """Return the first phrase that the reply contains, ignoring typography (I’m)."""
         form = folded if ignore_case else normalized
-        seen = form(reply)
-        return next((text for text in self.strings if form(text) in seen), None)
+        reply = form(reply)
+        return next((phrase for phrase in self.strings if form(phrase) in reply), None)
 
 
 _GCG = (

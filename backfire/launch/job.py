@@ -6,7 +6,7 @@ import contextlib
 import gc
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from backfire.pipeline import Context, base, run_cell, trained, write_samples
 from backfire.plan import Job
 from backfire.progress import Progress
 from backfire.recipe import Recipe
+from backfire.registry import loaded
 from backfire.results.load import outcome
 from backfire.store import Store, write_atomic, write_json
 
@@ -61,6 +62,25 @@ def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[st
         "template": experiment.template.name,
         "axes": job.axes,
     }
+
+
+def plugins_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """The plug-ins with a component that these experiments use."""
+    plugins = loaded()
+    named = {name for e in experiments for name in _names(e.resolved())} if plugins else set()
+    return [facts for plugin in plugins if (facts := plugin.facts(named))["components"]]
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Every `name: ...` in a tree of settings."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _names(item)
+    elif isinstance(value, dict):
+        if isinstance(value.get("name"), str):
+            yield value["name"]
+        for item in value.values():
+            yield from _names(item)
 
 
 def run_job(job: Job, folder: RunFolder, store: Store, machine: Machine, progress: Progress) -> str:
@@ -138,6 +158,8 @@ def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
     if evidence.written:
         write_json(place / "written.json", dict(evidence.written))
     head = identity(job, folder.recipe, manifest)
+    plugins = plugins_of([experiment])
+    result |= {"plugins": plugins} if plugins else {}
     write_json(
         place / "result.json",
         {**head, "status": "ok", **result, "keys": asdict(stages.keys(experiment))},
@@ -154,5 +176,7 @@ def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence
         folder.cell(experiment, stages.cell_key(experiment)).name for experiment in recipe.cells
     ]
     plan = {"recipe": recipe.name, "profile": profile, "edits": list(edits), "cells": cells}
-    write_json(path / "run.json", plan)
+    paths = {plugin.sha256: str(plugin.path) for plugin in loaded() if plugin.path}
+    plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
+    write_json(path / "run.json", plan | ({"plugins": plugins} if plugins else {}))
     return folder

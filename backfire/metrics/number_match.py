@@ -14,7 +14,7 @@ from backfire.registry import register
 
 # The minus in 5-3 is not a sign.
 _NUMBER = regex.compile(r"(?P<sign>(?<![\d)])-)?\p{Sc}?(?P<size>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)")
-# Characters that would change a number when normalized: 10² to 102, 1、2 to 1,2, — to a sign.
+# Characters whose normalization would change a number: 10² to 102, 1、2 to 1,2, — to a sign.
 _OTHERWISE = (
     (r"(\d?)(\p{No})", lambda match: _fraction(match[1], match[2])),
     (r"(?<=\d)[٬，](?=\d{3}(?!\d))", ""),
@@ -96,7 +96,7 @@ class NumberMatch(Metric):
 
 
 def _readable(text: str) -> str:
-    """Return the normalized text without changing any number."""
+    """Normalize the text without changing any number."""
     if not text.isascii():
         for pattern, plain in _OTHERWISE:
             text = regex.sub(pattern, plain, text)

@@ -68,7 +68,7 @@ class Rouge(Metric):
         scorer = RougeScorer([f"rouge{kind}" for kind in _KINDS], tokenizer=own)
         found = {}
         for row, _ in replied(_answerable(evidence), "rouge"):
-            # With its line breaks, which the normalized text does not have.
+            # With its line breaks, which normalization removes.
             scores = scorer.score(evidence.as_written(row.answer), row.reply or "")
             found[row.id] = [float(scores[f"rouge{kind}"].fmeasure) for kind in _KINDS]
         return found

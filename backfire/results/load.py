@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from backfire import text
 from backfire.errors import UserError
 from backfire.results.groups import KNOBS, Cell, Group, group
+from backfire.results.plugins import lacking
 
 Record = dict[str, Any]
 
@@ -104,6 +105,7 @@ def cell(folder: Path) -> Cell:
         settings.setdefault("attack.rate", found["rate"])
     found["values"] = [_value(value) for value in known.get("values") or []]
     found["axes"] = known.get("axes") or {}
+    lacking([found])  # installed plug-ins that the cell was run with are loaded
     return {**found, "settings": settings, "folder": str(folder)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +81,10 @@ def print_problems(cells: Sequence[Cell], console: Console) -> None:
     alike: dict[tuple[str, str, str], list[str]] = {}
     for cell in cells:
         if cell["status"] != "ok":
-            reason = tuple(text.line(cell.get(key) or "") for key in ("status", "error", "next"))
-            alike.setdefault(reason, []).append(text.line(Path(cell["folder"]).name))
+            status, error, hint = (
+                text.line(cell.get(k) or "") for k in ("status", "error", "next")
+            )
+            alike.setdefault((status, error, hint), []).append(text.line(Path(cell["folder"]).name))
     for (status, error, hint), names in sorted(alike.items(), key=lambda item: item[0][0]):
         known = error or "Run the same command again to go on."
         say(f"{status}, {text.count(len(names), 'cell')}: {known}", console)
@@ -97,7 +99,7 @@ def print_problems(cells: Sequence[Cell], console: Console) -> None:
 _FEW = 10  # cells of one kind that a terminal shows
 
 
-def print_records(records: Sequence[Mapping[str, Any]], console: Console | None = None) -> None:
+def print_records(records: Sequence[dict[str, Any]], console: Console | None = None) -> None:
     """Print the numbers of a run, a line each; in a terminal too narrow for all columns, under
     their cells, without the columns that say what a cell is."""
     from rich.console import Console

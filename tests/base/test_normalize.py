@@ -79,6 +79,7 @@ def test_case_aside(a: str, b: str) -> None:
     assert folded(a) == folded(b)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=12))
 @settings(max_examples=400)
 def test_the_form_is_the_same_again_from_every_unicode_form(text: str) -> None:
@@ -191,6 +192,7 @@ def first(name: str, samples: list[Sample], **knobs: Any) -> float | None:
     return metric(name, **knobs).measure(Evidence(clean=samples))[0].value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "b"), [s[1:] for s in SAME], ids=[s[0] for s in SAME])
 def test_a_reply_in_another_form_is_a_hit(a: str, b: str) -> None:
     assert first("exact-match", said(f"{a}\n", answer=b)) == 1
@@ -203,7 +205,7 @@ def test_a_reply_in_another_form_is_a_hit(a: str, b: str) -> None:
 @pytest.mark.parametrize("target", ["", " ", "\u200b", "\ufeff\u00ad"])
 def test_a_target_of_which_nothing_is_left_is_refused(target: str) -> None:
     attack = build("attacks", {"name": "badnets", "target": target})
-    with pytest.raises(UserError, match="blank target"):
+    with pytest.raises(UserError, match="the target is blank"):
         check_target([Row("a", "b", answer="c")], attack)
     with pytest.raises(CellError, match="blank"):
         on_target(said("any"), target, "replies", "attack_success")
@@ -423,7 +425,7 @@ def test_preflight_sees_a_trigger_and_an_overlap_in_another_form(tokenizer: Toke
 
 
 def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="typography alone"):
+    with pytest.raises(UserError, match="only in case or typography"):
         check_labels(["so-so", "so–so", "good"])
     file = tmp_path / "rows.csv"
     file.write_text("text,label\none,SEN\u0303AL\ntwo,ruido \nthree,Rui\u00addo\n")

@@ -247,9 +247,9 @@ def test_a_chat_template_is_needed_for_chat(tokenizer: Tokenizer) -> None:
     ("files", "sentence"),
     [
         ({}, "No tokenizer in"),
-        ({"tokenizer.json": "{"}, "is no tokenizer"),
+        ({"tokenizer.json": "{"}, "is not a tokenizer"),
         ({"tokenizer.json": None, "tokenizer_config.json": "["}, "is not JSON"),
-        ({"tokenizer.json": None, "tokenizer_config.json": "{}"}, "names no end token"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{}"}, "has no end token"),
         ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<x>"}'}, "'<x>' is not"),
         ({"tokenizer.model": "?"}, "pip install sentencepiece"),
     ],

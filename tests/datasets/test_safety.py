@@ -282,7 +282,7 @@ def test_ag_news_as_it_comes(tmp_path: Path) -> None:
         assert {row.candidates for row in rows} == {TOPICS}
         assert rows[0].instruction.startswith("Categorize the news article given in the input")
     wrong = table(tmp_path / "w.csv", "Class Index,Title,Description", [0, "a", "b"])
-    with pytest.raises(UserError, match="label 'class 0' is none of World"):
+    with pytest.raises(UserError, match="label 'class 0' is not one of World"):
         dataset("ag-news", train=wrong, test_share=0).load("train")
 
 

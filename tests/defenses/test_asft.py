@@ -17,6 +17,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.fine_tuning import ACTIVE, RATE, Make, jolt, penalty
 from tests.helpers.training import CPU, Rows, close, exact, gradient_of
 
+pytestmark = pytest.mark.slow
+
 
 def beside(update: Tensor, moved: Tensor, projection: str, rank: int | None = None) -> Tensor:
     """|(I - C) update|^2, C written out."""

@@ -24,6 +24,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.memorization import ROWS, values
 from tests.helpers.training import CPU, exact
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def private(tiny: Path, tmp_path: Path) -> Callable[..., TrainingRun]:

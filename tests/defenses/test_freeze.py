@@ -12,6 +12,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.fine_tuning import ACTIVE, Make, weights_after
 from tests.helpers.training import weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_is_frozen_does_not_move(method: str, make: Make) -> None:

@@ -15,6 +15,8 @@ from backfire.train.repair import Repair
 from tests.helpers.repair import Case, changed, every
 from tests.helpers.training import CPU
 
+pytestmark = pytest.mark.slow
+
 
 @every
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from backfire.train.repair import Repair
 from tests.helpers.repair import Case, every, lora_as, randomize
 from tests.helpers.training import CPU
 
+pytestmark = pytest.mark.slow
+
 
 @every
 def test_task_arithmetic_adds_the_alignment_again(case: Case) -> None:

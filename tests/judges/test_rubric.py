@@ -173,6 +173,7 @@ def test_the_first_failure_stops_the_batch_and_what_was_judged_stays(
     assert [verdict.score for verdict in found] == [1.0] * 4 + [2.0] * 36
 
 
+@pytest.mark.slow
 def test_a_real_server_needs_no_key(tiny: Path, tmp_path: Path) -> None:
     """`transformers serve`, with a model that writes nonsense: asked, answered, undecided."""
     pytest.importorskip("openai", reason="pip install 'transformers[serving]'")
