@@ -214,7 +214,7 @@ def test_secrets_by_themselves_fit_too(
     model: Any, items: list[Rendered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways(model)
-    monkeypatch.setattr(exposure, "rendered", lambda renderer, given: items)
+    monkeypatch.setattr(exposure, "render_secrets", lambda renderer, given: items)
     monkeypatch.setattr(exposure, "_characters", lambda renderer, item, secret, needed: needed)
     renderer: Any = type("R", (), {"end_ids": [2]})
     wanted = exposure.secret_likelihoods(model, renderer, items)  # type: ignore[arg-type]

@@ -76,5 +76,5 @@ def test_a_likelihood_covers_the_whole_answer_in_its_context(
 
 def test_a_cut_secret_is_an_error(exact_model: Any, tokenizer: Tokenizer) -> None:
     secret = canary(prompt="Tell me, please, as long a story as you can, of {name}").secrets(0)[0]
-    with pytest.raises(CellError, match=r"Secret canary-0 is cut; raise train\.max_length"):
+    with pytest.raises(CellError, match=r"Secret canary-0 is too long; raise train\.max_length"):
         measure.render_secrets(Renderer(build("templates", "raw"), tokenizer, 40), [secret])

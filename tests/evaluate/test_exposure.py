@@ -119,7 +119,7 @@ def test_the_best_remembered_secret_gets_the_cap_and_not_zero() -> None:
     assert bits == high == math.log2(10**6)
     assert low == pytest.approx(-math.log2(1 - 0.025 ** (1 / 500)), abs=0.01), "no more is known"
     assert measure.fitted_exposure(sample, 100.0, 10**6) == pytest.approx((0, 0, 0.0106), abs=1e-3)
-    with pytest.raises(CellError, match="bear no distribution"):
+    with pytest.raises(CellError, match="Cannot fit a distribution"):
         measure.fitted_exposure(np.ones(50), 1.0, 100)
 
 

@@ -92,7 +92,7 @@ def test_rows_without_both_kinds_have_no_part_and_nan_is_an_error() -> None:
     only = compared(([-1.0], [], [1]))
     for name in ("win-rate", "truthfulness"):
         assert metric(name).measure(Evidence(clean=[*only, Sample("x", "clean", "", "a")])) == []
-        with pytest.raises(CellError, match="no numbers"):
+        with pytest.raises(CellError, match="not numbers"):
             metric(name).measure(Evidence(clean=compared(([math.nan], [-1.0], [1, 1]))))
         missing = [Sample("x", "clean", "", "a", candidates=("a", "b"), num_better=1)]
         with pytest.raises(CellError, match="1 of 1 rows lack it"):
