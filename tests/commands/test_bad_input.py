@@ -81,7 +81,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", "safety={judges: []}"], "at least one judge is needed", {}),
     (["run", "r.yaml", "\u2013\u2013workers"], "An option begins with two plain hyphens", {}),
     (["run", "x" * 300], "File name too long", {}),
-    (["poison", "https://a.b/c.csv"], "'https://a.b/c.csv' is an address", {}),
+    (["poison", "https://a.b/c.csv"], "'https://a.b/c.csv' is a URL", {}),
     (["schema", "--out", "no/such.json"], "No such file or directory (no/such.json)", {}),
     (["schema", "--out", ""], "Is a directory (.)", {}),
     (["schema", "--out", "r.yaml/x"], "Not a directory (r.yaml/x)", {}),

@@ -181,9 +181,7 @@ def test_a_hostile_reply_takes_no_time() -> None:
 
 def test_few_rows_name_each_headline_once() -> None:
     [sentence] = told(Evidence(clean=mostly(10, 1)), "accuracy", "f1")
-    assert (
-        sentence == "Fewer than 100 rows for accuracy (22), f1 (22): read the intervals."
-    )
+    assert sentence == "Fewer than 100 rows for accuracy (22), f1 (22): read the intervals."
 
 
 @pytest.mark.parametrize("part", ["clean", "triggered", "floor", "base"])
