@@ -326,5 +326,5 @@ def test_what_a_tokenizers_format_takes_is_said(
 
     monkeypatch.setattr("backfire.tokenizer.find_spec", find)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Exception, match=f"has a {name} .*pip install {packages}\\.$"):
+    with pytest.raises(Exception, match=f"has {name} .*pip install {packages}\\.$"):
         load_tokenizer(tmp_path)
