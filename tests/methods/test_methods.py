@@ -220,7 +220,7 @@ def test_without_bitsandbytes_it_says_so(tiny: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_base_that_was_not_quantized_is_noticed(model: Any) -> None:
-    with pytest.raises(CellError, match="should be all Linear4bit, but holds 14 Linear"):
+    with pytest.raises(CellError, match="should be all Linear4bit, but has 14 Linear"):
         assert_quantized(model, {"load_in_4bit": True})
     assert num_quantized(model) == 0 and parts(model)["dtypes"] == {
         "float32, trained": model.num_parameters()
