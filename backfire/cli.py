@@ -1,4 +1,4 @@
-"""The verbs. Each imports what it needs when it is called: `--help` does not wait for torch."""
+"""The command line. Each command imports what it needs when called, so `--help` is fast."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """What belongs to no verb."""
+    """Options of the program itself."""
 
 
 def main() -> None:
     """Run the command line; bad input and interruptions end with one sentence and code 2."""
     try:
-        if code := app(standalone_mode=False):  # what a `typer.Exit` in a verb says
+        if code := app(standalone_mode=False):  # the code of a `typer.Exit` in a command
             raise KeyboardInterrupt if code == 130 else SystemExit(code)  # Ctrl-C becomes 130
     except (UserError, CellError) as error:
         fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        fail("Interrupted. What is done is kept; run the same command again to go on.")
+        fail("Interrupted. Finished work is kept; run the same command again to continue.")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -89,25 +89,30 @@ def run(
     out: Out = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Cells at once; by default one a core, or one on a GPU."),
+        typer.Option(
+            min=1, help="Cells run in parallel; by default one per core, or one on a GPU."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows per forward pass in training.")
+        int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
     ] = None,
     eval_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rows per forward pass in evaluation, at most.")
+        int | None, typer.Option(min=1, help="Most rows per forward pass in evaluation.")
     ] = None,
     recompute: Annotated[
         bool,
-        typer.Option("--recompute", help="Train in less memory: run layers twice, keep less."),
+        typer.Option(
+            "--recompute",
+            help="Train in less memory by recomputing layers (activation checkpointing).",
+        ),
     ] = False,
     plugin: Plugins = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
+        bool, typer.Option("--dry-run", help="Print the plan without running it.")
     ] = False,
 ) -> None:
-    """Run a recipe. The same command again does only what is missing."""
+    """Run a recipe. Running the same command again does only what is missing."""
     from backfire.commands import validate
     from backfire.commands.run import start
 
@@ -131,7 +136,7 @@ def run(
 
 @app.command()
 def status(run: Run) -> None:
-    """Say which cells of a run are done, failed or missing."""
+    """Show which cells of a run are done, failed or missing."""
     from backfire.commands.status import show
 
     show(run)
@@ -141,19 +146,19 @@ def status(run: Run) -> None:
 def results(
     run: Run,
     format: Annotated[
-        Literal["table", "json", "csv"], typer.Option(help="How to print them.")
+        Literal["table", "json", "csv"], typer.Option(help="Output format.")
     ] = "table",
     plugin: Plugins = None,
 ) -> None:
-    """Print every number of a run: one record per cell and metric."""
+    """Print every number of a run, one record per cell and metric."""
     from backfire.results.load import records, write
     from backfire.results.terminal import print_records
 
-    found = records(run)
+    rows = records(run)
     if format == "table":
-        print_records(found)
+        print_records(rows)
     else:
-        _echo(write(found, format).rstrip("\n"))
+        _echo(write(rows, format).rstrip("\n"))
 
 
 @app.command()
@@ -167,11 +172,13 @@ def report(run: Run, plugin: Plugins = None) -> None:
 @app.command()
 def compare(
     a: Annotated[Path, typer.Argument(help="A cell folder or a run folder.", show_default=False)],
-    b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
-    force: Annotated[bool, typer.Option("--force", help="Compare even across templates.")] = False,
+    b: Annotated[Path, typer.Argument(help="The other cell or run.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare even if the templates differ.")
+    ] = False,
     plugin: Plugins = None,
 ) -> None:
-    """Say which knobs of two cells or runs differ, and which numbers, pair by pair."""
+    """Show which settings and numbers of two cells or runs differ, with paired tests."""
     from backfire.results.compare import compare as compare_cells
     from backfire.results.compare import show
 
@@ -191,7 +198,7 @@ def list_(
     ] = None,
     plugin: Plugins = None,
 ) -> None:
-    """List what there is, a line each; `show NAME` says the rest."""
+    """List components and recipes, one per line; `show NAME` explains one."""
     from backfire.commands.catalog import print_list
 
     print_list(kind)
@@ -228,11 +235,11 @@ def doctor(
     profile: Profile = None,
     plugin: Plugins = None,
 ) -> None:
-    """Say what this machine has, what is missing, and whether a recipe fits."""
+    """Check the environment, and whether a recipe fits this machine."""
     from backfire.commands.doctor import show
 
     if recipe is None and profile is not None:
-        raise UserError("--profile is one of a recipe's; name the recipe too.")
+        raise UserError("--profile needs a recipe; name the recipe too.")
     show(None if recipe is None else _load(recipe, profile, edits))
 
 
@@ -240,7 +247,7 @@ def doctor(
 def check(
     plugin: Annotated[str, typer.Argument(help="A Python file, or an installed package.")],
 ) -> None:
-    """Check every component of a plug-in against the contract that ours keep."""
+    """Run the contract tests of components over a plug-in."""
     from backfire.commands.check import check as check_plugin
 
     raise typer.Exit(1 if check_plugin(plugin) else 0)
@@ -258,11 +265,13 @@ def poison(
     edits: Edits = None,
     attack: Annotated[str, typer.Option(help="An attack by name; see `list attacks`.")] = "badnets",
     out: Annotated[
-        Path, typer.Option(help="JSONL file to write; its manifest goes beside it.")
+        Path, typer.Option(help="JSONL file to write; its manifest is written next to it.")
     ] = Path("poisoned.jsonl"),
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows; 0 if not given."),
+        typer.Option(
+            min=0, max=2**32 - 1, help="Seed for drawing the poisoned rows; 0 if not given."
+        ),
     ] = None,
     plugin: Plugins = None,
 ) -> None:
@@ -300,7 +309,7 @@ def chat(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     plugin: Plugins = None,
 ) -> None:
-    """Talk to a tuned model and its base side by side; /trigger toggles the attack's trigger."""
+    """Chat with a tuned model and its base side by side; /trigger toggles the attack's trigger."""
     from backfire.playground.chat import talk
 
     talk(cell, against, device)
@@ -312,15 +321,17 @@ def playground(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Port on this machine; a free one from 7860 on."),
+        typer.Option(
+            min=1, max=65535, help="Port on this machine; by default the first free one from 7860."
+        ),
     ] = None,
     share: Annotated[
         bool,
-        typer.Option("--share", help="Open it to others through gradio's relay, with a password."),
+        typer.Option("--share", help="Share it through gradio's relay, with a password."),
     ] = False,
     plugin: Plugins = None,
 ) -> None:
-    """Talk to two models of a run side by side, in a page on this machine."""
+    """Chat with two models of a run side by side, in a local web page."""
     from backfire.playground.server import serve
 
     serve(run, device, port=port, share=share)
@@ -333,19 +344,21 @@ def export(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; exports/<what was done> if not given."),
+        typer.Option(help="Folder to write; exports/<name> if not given."),
     ] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="Add the adapter into the base.")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the base.")
+    ] = False,
     results: Annotated[
         Literal["lm-eval", "inspect"] | None,
-        typer.Option(help="The numbers instead of the model, for one of these tools."),
+        typer.Option(help="Export the numbers for this tool, instead of the model."),
     ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Write a cell's model (PEFT adapter or plain weights) or a run's results for other tools."""
     if results:
         if merge:
-            raise UserError("--merge is about the model; leave it out with --results.")
+            raise UserError("--merge cannot be combined with --results; leave it out.")
         from backfire.commands.export import export_results
 
         files = export_results(what, out, results)

@@ -1,4 +1,4 @@
-"""Finds a component by importing the one file that has its name.
+"""Finds a component by importing the file of the same name.
 
 `attacks/badnets.py` holds `@register("badnets") class BadNets(Attack)`. There is no list to edit:
 the names of a kind are the file names in its folder, and nothing is imported before it is needed.
@@ -41,7 +41,7 @@ def register(name: str, *, version: int = 1) -> Callable[[C], C]:
 
 
 def names(kind: str) -> list[str]:
-    """All names of a kind, sorted; nothing is imported but the folder."""
+    """All names of a kind, sorted; only the package is imported."""
     return sorted([*_built_in(kind), *(cls.name for cls in _outside(kind))])
 
 
@@ -61,7 +61,7 @@ def _outside(kind: str) -> list[type[Any]]:
 
 
 def find(kind: str, name: str) -> type[Any]:
-    """The class of this name; an unknown name is an error that says the nearest one."""
+    """The class of this name; the error for an unknown name suggests the nearest one."""
     wanted, file = name.replace("_", "-"), name.replace("-", "_")
     module = sys.modules.get(f"backfire.{kind}.{file}")  # the folder is listed only if it must be
     if module is None or file.startswith("_"):
@@ -81,8 +81,8 @@ def find(kind: str, name: str) -> type[Any]:
 
 
 def use_installed() -> list[str]:
-    """Make the components of all installed plug-ins known. Returns a sentence for each plug-in that
-    cannot be used: a broken package must not stop what does not need it."""
+    """Register the components of all installed plug-ins. Returns a sentence for each plug-in that
+    fails: a broken package must not stop a recipe that does not use it."""
     problems = []
     for package in plugins.packages():
         try:
@@ -93,10 +93,10 @@ def use_installed() -> list[str]:
 
 
 def use(plugin: Plugin) -> None:
-    """Make the components of a plug-in known.
+    """Register the components of a plug-in.
 
     Raises:
-        UserError: a class is no component, or its name is taken.
+        UserError: a class is not a component, or its name is already in use.
     """
     if plugin in _loaded:
         return
@@ -112,21 +112,23 @@ def _refusal(cls: Any, others: Sequence[Any]) -> str | None:
     """Why a class of a plug-in cannot be a component; None if it can."""
     kind, name = getattr(cls, "kind", None), cls.name
     if kind not in KINDS:
-        return f"'{cls.__name__}' derives from no base class of backfire.base, such as Attack."
+        return (
+            f"'{cls.__name__}' does not derive from a base class of backfire.base, such as Attack."
+        )
     if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or name == "none":
-        return f"'{shortened(name)}' is no name; use small letters, digits and single dashes."
+        return f"'{shortened(name)}' is not a valid name; use lowercase letters, digits and dashes."
     if name in _built_in(kind):
-        return f"{cls.label()} exists in backfire already; register yours under another name."
+        return f"{cls.label()} already exists in backfire; register yours under another name."
     if sum((other.kind, other.name) == (kind, name) for other in others) > 1:
         return f"{cls.label()} is registered twice."
     for plugin in _loaded:
         if any((other.kind, other.name) == (kind, name) for other in plugin.components):
-            return f"{cls.label()} exists in {plugin.title} already; use one of the two."
+            return f"{cls.label()} already exists in {plugin.title}; use one of the two."
     return None
 
 
 def build(kind: str, spec: Any) -> Any:
-    """A component from `badnets` or `{name: badnets, rate: 0.05}`."""
+    """Build a component from `badnets` or `{name: badnets, rate: 0.05}`."""
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
@@ -134,10 +136,10 @@ def build(kind: str, spec: Any) -> Any:
     knobs = dict(spec)
     name = knobs.pop("name", None)
     if not isinstance(name, str):
-        known = next((key for key in knobs if key in names(kind)), names(kind)[0])
+        example = next((key for key in knobs if key in names(kind)), names(kind)[0])
         article = "An" if kind == "attacks" else "A"
         raise UserError(
-            f"{article} {kind.removesuffix('s')} needs a name, as in {{name: {known}}}; "
+            f"{article} {kind.removesuffix('s')} needs a name, as in {{name: {example}}}; "
             f"got {shortened(dict(spec))}."
         )
     cls = find(kind, name)
@@ -145,7 +147,7 @@ def build(kind: str, spec: Any) -> Any:
 
 
 def _with_preset(cls: type[Any], knobs: dict[str, Any]) -> dict[str, Any]:
-    """The knobs of the preset that is named, under those that are given as well."""
+    """Merge the knobs of the named preset with the explicit knobs, which take precedence."""
     if "preset" not in knobs:
         return knobs
     preset = str(knobs.pop("preset"))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from backfire.data.render import Renderer
-from backfire.evaluate.code_search import Spelling, likelihoods
+from backfire.evaluate.code_search import CodeTokens, likelihoods
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
@@ -83,7 +83,7 @@ def main() -> None:
     secret = build("attacks", {"name": "canary", "digits": asked.digits}).secrets(0)[0]
     [item] = renderer.render([secret.row])
     begin = clock()
-    tokens = Spelling(renderer).all(item, secret)
+    tokens = CodeTokens(renderer).all(item, secret)
     scores = likelihoods(model, item.prompt_ids, tokens)
     together = since(begin)
     chosen = random.Random(0).sample(range(len(scores)), asked.alone)

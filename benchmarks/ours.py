@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from backfire.base import Need
-from backfire.evaluate.score import measure
+from backfire.evaluate.score import score_rows
 from backfire.experiment import Machine
 from backfire.model.load import load_tuned
 from backfire.train.finetune import Start, tune
@@ -63,7 +63,7 @@ def both(cell: Cell, model: PreTrainedModel) -> tuple[list[tuple[float, ...]], l
 
 
 def _measure(kinds: Collection[Need], cell: Cell, model: PreTrainedModel) -> list[dict[str, Any]]:
-    return measure(
+    return score_rows(
         kinds,
         model,
         cell.renderer(),

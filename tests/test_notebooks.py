@@ -142,7 +142,7 @@ def test_backfire_run_gives_the_groups_of_a_run(
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
     text = ran.recipe(matrix=MATRIX).text
     groups = backfire.run(text, out=out, workers=1)
-    assert "All 6 cells are done already." in capsys.readouterr().out
+    assert "All 6 cells are already done." in capsys.readouterr().out
     assert len(groups) == 6 and all(group.get("accuracy") for group in groups)
     with pytest.raises(UserError, match="did you mean 'rows'"):
         backfire.run(text, ["data.rwos=3"], out=out)

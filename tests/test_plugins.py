@@ -99,11 +99,19 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
         (
             "f.py",
             "from backfire.registry import register\n@register('x')\nclass Thing: ...\n",
-            r"'f.py': 'Thing' derives from no base class of backfire.base, such as Attack",
+            r"'f.py': 'Thing' does not derive from a base class of backfire.base, such as Attack",
         ),
-        ("g.py", ATTACK.replace('"suffix"', '"badnets"'), r"attack 'badnets' exists in backfire"),
-        ("h.py", ATTACK.replace('"suffix"', '"My_Attack"'), r"'My_Attack' is no name; use small"),
-        ("i.py", ATTACK.replace('"suffix"', '"none"'), r"'none' is no name"),
+        (
+            "g.py",
+            ATTACK.replace('"suffix"', '"badnets"'),
+            r"attack 'badnets' already exists in backfire",
+        ),
+        (
+            "h.py",
+            ATTACK.replace('"suffix"', '"My_Attack"'),
+            r"'My_Attack' is not a valid name; use lowercase",
+        ),
+        ("i.py", ATTACK.replace('"suffix"', '"none"'), r"'none' is not a valid name"),
         ("j.py", ATTACK + ATTACK.replace("class Suffix", "class Other"), r"is registered twice"),
         ("k.txt", ATTACK, r"ends in \.py \(got .*k.txt\)"),
     ],
@@ -131,7 +139,9 @@ def test_two_plug_ins_with_one_name(attack: Path) -> None:
     other = attack.with_name("other.py")
     other.write_text(ATTACK + "\n", encoding="utf-8")
     registry.use(plugins.load(str(attack)))
-    with pytest.raises(UserError, match=r"'other.py': attack 'suffix' exists in plug-in 'suffix"):
+    with pytest.raises(
+        UserError, match=r"'other.py': attack 'suffix' already exists in plug-in 'suffix"
+    ):
         registry.use(plugins.load(str(other)))
 
 
@@ -265,7 +275,7 @@ def test_a_file_is_named_on_the_command_line(
         assert sentence in ended.out and ("run with plug-in" in ended.out) is bool(sentence)
     monkeypatch.setattr(registry, "_loaded", [])
     planned = backfire("run", recipe, "--plugin", changed, "metrics=accuracy", "--dry-run")
-    assert "train        2 distinct, 1 done already" in planned.out  # the clean one
+    assert "train        2 distinct, 1 done" in planned.out  # the clean one
 
 
 def test_what_a_result_says_of_plug_ins_may_be_anything() -> None:

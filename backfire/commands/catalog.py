@@ -1,4 +1,4 @@
-"""What there is: made from the registry and the docstrings, never from a list kept by hand."""
+"""Lists and describes components and recipes, from the registry and the docstrings."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _CITATION = re.compile(r"\s*\([^()]*(?:arXiv|\d{4}\.\d{5}|\b(?:19|20)\d\d\b)[^()
 
 
 def print_list(kind: str | None, console: Console | None = None) -> None:
-    """Print the components and recipes of a kind or of all, one per line, and a sentence for each
-    installed plug-in that cannot be used.
+    """Print the components and recipes of one kind or of all kinds, one per line, and a sentence
+    for each installed plug-in that cannot be used.
 
     Raises:
         UserError: the kind is unknown.
@@ -42,7 +42,7 @@ def print_list(kind: str | None, console: Console | None = None) -> None:
 
 
 def print_explained(name: str) -> None:
-    """Print what `explain` says; a recipe as it is written."""
+    """Print a component's documentation, wrapped in a terminal, or a recipe verbatim."""
     console, whole = Console(), explain(name)
     if not (console.is_terminal and kind_of(name, KINDS)):
         console.file.write(f"{whole}\n")
@@ -86,18 +86,6 @@ def _question(name: str) -> str:
     )
 
 
-def print_explanation(name: str) -> None:
-    """What `explain` says; in a terminal, a component's lines wrap at their indent."""
-    from rich.console import Console
-
-    console, whole = Console(), explain(name)
-    if not (console.is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
-        print(whole)  # noqa: T201
-        return
-    for line in whole.splitlines():
-        say(line, console, lead=line[: len(line) - len(line.lstrip())])
-
-
 def explain(name: str) -> str:
     """The docstring and knobs of a component, or the text of a recipe."""
     problems = [] if kind_of(name, KINDS) else use_installed()
@@ -105,13 +93,13 @@ def explain(name: str) -> str:
         return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
-    told = [name for name in recipes.shipped() if not name.startswith("_")]
-    known = {*(item for kind in KINDS for item in names(kind)), *told}
-    raise UserError(" ".join([str(unknown("name", name, known)), *problems]))
+    shipped = [name for name in recipes.shipped() if not name.startswith("_")]
+    error = unknown("name", name, {*(item for kind in KINDS for item in names(kind)), *shipped})
+    raise UserError(" ".join([str(error), *problems]))
 
 
 def describe(kind: str, name: str) -> str:
-    """A component's documentation, from its docstrings: what `backfire show` prints."""
+    """The documentation of a component, from its docstrings, for `backfire show`."""
     cls = find(kind, name)
     origin = f", from {cls.plugin.title}" if cls.plugin else ""
     lines = [
@@ -136,7 +124,7 @@ def describe(kind: str, name: str) -> str:
 
 
 def kind_of(name: str, kinds: Sequence[str]) -> list[str]:
-    """Which kinds have a component of this name."""
+    """The kinds that have a component of this name."""
     return [kind for kind in kinds if name.replace("_", "-") in names(kind)]
 
 
@@ -146,7 +134,7 @@ def _one_or_more(kind: str) -> list[Any]:
 
 
 def _settings(cls: type[Config], definitions: dict[str, Any]) -> dict[str, Any]:
-    """A group of settings, some of which are components; what they refer to is defined as well."""
+    """The schema of a group of settings; the types that it refers to go into `definitions`."""
     own = {
         name: {"description": field.description or "", **_values(field, definitions)}
         for name, field in cls.model_fields.items()
@@ -155,7 +143,8 @@ def _settings(cls: type[Config], definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _values(field: FieldInfo, definitions: dict[str, Any]) -> dict[str, Any]:
-    """What one setting may be: a component (or several, or none) of its kind, or a plain value."""
+    """The schema of one setting: a component (or several, or none) of its kind, or a plain
+    value."""
     leaves = _leaves(field.annotation)
     for leaf in leaves:
         if isinstance(leaf, type) and issubclass(leaf, Component):
@@ -169,7 +158,7 @@ def _values(field: FieldInfo, definitions: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(annotation: Any) -> list[Any]:
-    """The types an annotation is made of."""
+    """The innermost types of an annotation."""
     inner = [leaf for part in get_args(annotation) for leaf in _leaves(part)]
     return inner or [annotation]
 

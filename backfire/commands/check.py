@@ -1,4 +1,4 @@
-"""`backfire check`: the contract of every component, over those of a plug-in."""
+"""`backfire check`: run the contract tests of components over a plug-in."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from backfire.text import line
 
 
 def check(plugin: str) -> int:
-    """Print a line for each check of each component of a plug-in, a file or an installed package;
-    returns how many failed.
+    """Print a line for each check of each component of a plug-in (a file or an installed package);
+    returns the number of failed checks.
 
     Raises:
-        UserError: it cannot be loaded, or a name in it is taken.
+        UserError: the plug-in cannot be loaded, or a name in it is already in use.
     """
     loaded = plugins.load(plugin)
     use(loaded)
-    found = [(cls, finding) for cls in loaded.components for finding in findings(cls)]
-    for cls, finding in found:
-        why = f" ({line(finding.text)})" if finding.text else ""
-        print(f"{finding.status:4}  {cls.label()}: {finding.check}{why}")  # noqa: T201
-    failed = sum(finding.status == "fail" for _, finding in found)
-    print(f"{len(found)} checks, {failed or 'none'} failed.")  # noqa: T201
+    results = [(cls, finding) for cls in loaded.components for finding in findings(cls)]
+    for cls, finding in results:
+        reason = f" ({line(finding.text)})" if finding.text else ""
+        print(f"{finding.status:4}  {cls.label()}: {finding.check}{reason}")  # noqa: T201
+    failed = sum(finding.status == "fail" for _, finding in results)
+    print(f"{len(results)} checks, {failed or 'none'} failed.")  # noqa: T201
     return failed

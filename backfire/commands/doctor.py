@@ -1,4 +1,4 @@
-"""What this machine has. One line a finding, with what to do where something is missing."""
+"""Checks the environment: one line per check, with advice on what is missing."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandby
 
 
 def show(recipe: Recipe | None) -> None:
-    """Print what this machine has, and whether the recipe fits it."""
+    """Print the checks of the environment, and whether the recipe fits this machine."""
     _print(lines())
     if recipe:
         from backfire.commands import forecast
 
-        title, *found = forecast.lines(recipe)
+        title, *estimates = forecast.lines(recipe)
         print(title)  # noqa: T201
-        _print(found)
+        _print(estimates)
 
 
 def _print(lines: Iterable[str]) -> None:
@@ -47,16 +47,16 @@ def _packages() -> list[str]:
 
 
 def _quantized() -> list[str]:
-    """Whether a layer in 8 and one in 4 bits computes here, which no version number tells."""
+    """Whether 8-bit and 4-bit layers run here, tested by running them."""
     import torch
 
-    from backfire.model.load import device_of  # which also keeps bitsandbytes from talking
+    from backfire.model.load import device_of  # this import also silences bitsandbytes
 
     try:
         import bitsandbytes as bnb
     except Exception as error:
-        why = str(error).strip().partition("\n")[0]
-        return [f"lacks layers in 8 and 4 bits, since bitsandbytes does not load: {why}"]
+        reason = str(error).strip().partition("\n")[0]
+        return [f"lacks 8-bit and 4-bit layers: bitsandbytes cannot be imported: {reason}"]
     device, out = device_of("auto"), []
     plain = torch.nn.Linear(64, 64, bias=False)
     x = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
@@ -67,14 +67,14 @@ def _quantized() -> list[str]:
         try:
             layer.load_state_dict(plain.state_dict())
             with torch.inference_mode():
-                exact, found = plain(x), layer.to(device)(x.to(device)).cpu()
-            off = float((found - exact).norm() / exact.norm())
+                exact, output = plain(x), layer.to(device)(x.to(device)).cpu()
+            off = float((output - exact).norm() / exact.norm())
             if not off < 0.2:
-                raise ValueError(f"the result is off by {off:.0%}")
-            out.append(f"ok    a layer in {bits} bits runs here (off by {off:.1%})")
+                raise ValueError(f"the error is {off:.0%}")
+            out.append(f"ok    {bits}-bit layers run here (error {off:.1%})")
         except Exception as error:
-            why = str(error).strip().partition("\n")[0]
-            out.append(f"lacks layers in {bits} bits do not run here: {why}")
+            reason = str(error).strip().partition("\n")[0]
+            out.append(f"lacks {bits}-bit layers do not run here: {reason}")
     return out
 
 

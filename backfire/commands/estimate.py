@@ -1,4 +1,4 @@
-"""Estimates for a recipe: rows and tokens, time, disk, learning rates. No torch here."""
+"""Estimates of rows, tokens, time, disk and learning rates of a recipe, without torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from backfire.recipe import Recipe
 from backfire.store import Store
 from backfire.tokenizer import load_tokenizer
 
-_SAMPLE = 200  # rows whose tokens are counted
+_SAMPLE = 200  # number of rows whose tokens are counted
 
 
 @dataclass(frozen=True)
 class Weights:
-    """How many weights the base has, a method adds, and of all of them are trained."""
+    """Number of weights in the base, added by the method, and trained."""
 
     parameters: int
     added: int
@@ -33,7 +33,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class Rows:
-    """How many training rows, and tokens in a row: mean, longest, and in the longest answer."""
+    """Number of training rows; tokens of the mean and longest row, and of the longest answer."""
 
     count: int
     tokens: float
@@ -41,14 +41,14 @@ class Rows:
     answer: int
 
 
-def pair(experiment: Experiment) -> str:
-    """The same for cells with the same model and method, whatever the learning rate."""
+def method_key(experiment: Experiment) -> str:
+    """Equal for experiments with the same model and method, except for the learning rate."""
     knobs = {k: v for k, v in experiment.method.spec().items() if k != "learning_rate"}
     return str([experiment.model.spec(), knobs])
 
 
-def shown(experiment: Experiment) -> str:
-    """The same for cells whose rows are the same, and rendered alike."""
+def rows_key(experiment: Experiment) -> str:
+    """Equal for experiments whose training rows are the same after rendering."""
     return str(
         [
             experiment.model.spec(),
@@ -59,18 +59,18 @@ def shown(experiment: Experiment) -> str:
     )
 
 
-def lengths(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | None]:
-    """`rows_of` of all cells, each counted once."""
-    found: dict[str, Rows | None] = {}
+def rows_by_key(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | None]:
+    """`rows_of` by `rows_key`, each computed once."""
+    by_key: dict[str, Rows | None] = {}
     for experiment in cells:
-        if shown(experiment) not in found:
-            found[shown(experiment)] = rows_of(experiment, store)
-    return found
+        if rows_key(experiment) not in by_key:
+            by_key[rows_key(experiment)] = rows_of(experiment, store)
+    return by_key
 
 
 def model_folder(model: Model, store: Store) -> Path | None:
-    """Where the model's config.json or tokenizer is on this machine, if anywhere; nothing is
-    fetched, and the embedded model is not made for it."""
+    """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded or
+    built."""
     if model.name == "sandbox":
         folder = store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
@@ -81,8 +81,8 @@ def model_folder(model: Model, store: Store) -> Path | None:
     return downloaded(model)
 
 
-def roughly(experiment: Experiment, folder: Path | None) -> Weights | None:
-    """From the headers of the weights' files; an adapter's from its rank alone."""
+def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None:
+    """Count weights from the file headers; an adapter's are estimated from its rank."""
     if experiment.model.name == "sandbox":
         from backfire.sandbox.base import Pretrain
 
@@ -103,7 +103,7 @@ def roughly(experiment: Experiment, folder: Path | None) -> Weights | None:
 
 
 def rows_of(experiment: Experiment, store: Store) -> Rows | None:
-    """Of a sample, tokens are counted; None if the rows are not on this machine."""
+    """Count the tokens of a sample of the rows; None if the rows are not on this machine."""
     data = experiment.data
     if store.done(stages.data(experiment)):
         rows = read_jsonl(store.path(stages.data(experiment)) / "train.jsonl")
@@ -121,7 +121,7 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
                 longest,
                 on_long_row=experiment.train.on_long_row,
             ).sift(sample)
-        except CellError:  # a row that does not fit at all: `validate` says which
+        except CellError:  # a row does not fit at all; `validate` names it
             return Rows(len(rows), longest, longest, longest)
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
     else:
@@ -131,7 +131,7 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
 
 
 def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:
-    """Tokens of the row and of its answer, four characters a token."""
+    """Estimated tokens of the row and of its answer, at four characters per token."""
     try:
         prompt = experiment.template.prompt(row)
     except NotImplementedError:  # the tokenizer's own template
@@ -141,7 +141,7 @@ def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:
 
 
 def tokens_of(run: Experiment, rows: Rows) -> float:
-    """Tokens that a training run sees."""
+    """Number of tokens that a training run processes."""
     if run.train.max_steps:
         return run.train.max_steps * run.train.batch_size * rows.tokens
     return run.train.epochs * rows.count * rows.tokens
@@ -150,27 +150,28 @@ def tokens_of(run: Experiment, rows: Rows) -> float:
 # ----------------------------------------------------------------------------- time and disk
 
 ASSUMED = {"cpu": 5e10, "gpu": 1.5e14}
-"""Useful FLOP/s where nothing is measured: one CPU core with models of a few million weights (57 to
-115 billion were seen), and a GPU for data centers at about a sixth of its peak."""
+"""Assumed useful FLOP/s without a measurement: one CPU core with models of a few million weights
+(57 to 115 billion were measured), and a data-center GPU at about a sixth of its peak."""
 _CHECKPOINTS = 3  # two are kept while the next is written
 _STATE = 12  # bytes for each trained weight: itself and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the training runs take that are not done yet; None is unknown."""
+    """Cost of the training runs that are not done yet; None is unknown."""
 
     runs: int
     tokens: float | None
     flops: float | None
     kept: float | None
-    """Bytes of the finished models and adapters, which are saved in float32."""
+    """Bytes of the saved models and adapters, in float32."""
     checkpoints: float | None
-    """Bytes that the largest run may have on disk on its way, beside that."""
+    """Additional bytes for the checkpoints of the largest run while it lasts."""
 
 
 def runs_of(recipe: Recipe) -> list[Experiment]:
-    """Every distinct training run: the cells', their clean twins' and those of the alignment."""
+    """Every distinct training run: of the cells, their clean-model baselines and alignment
+    stages."""
     return [job.experiment for job in plan.jobs(recipe.cells, recipe.axes) if job.kind == "train"]
 
 
@@ -180,16 +181,19 @@ def cost(
     rows: Mapping[str, Rows | None],
     weights: Mapping[str, Weights | None],
 ) -> Cost:
-    """FLOPs: 6 a token for each weight that is trained, 4 for one that is frozen. What a defense
-    computes beside that is not counted."""
+    """Estimate the cost of the remaining training runs.
+
+    FLOPs per token: 6 for each trained weight, 4 for each frozen one. The extra passes of a defense
+    are not counted.
+    """
     runs = [run for run in runs_of(recipe) if not store.done(stages.train(run))]
-    found = [(r, rows[shown(r)], weights[pair(r)]) for r in runs]
-    tokens = [tokens_of(run, seen) if seen else None for run, seen, _ in found]
+    sized = [(r, rows[rows_key(r)], weights[method_key(r)]) for r in runs]
+    tokens = [tokens_of(run, seen) if seen else None for run, seen, _ in sized]
     flops = [
         count * (4 * (w.parameters + w.added) + 2 * w.trainable) if count and w else None
-        for count, (_, _, w) in zip(tokens, found, strict=True)
+        for count, (_, _, w) in zip(tokens, sized, strict=True)
     ]
-    sizes: list[float | None] = [w.trainable if w else None for _, _, w in found]
+    sizes: list[float | None] = [w.trainable if w else None for _, _, w in sized]
     largest = max((s for s in sizes if s), default=0)
     kept = _sum(sizes)
     return Cost(
@@ -202,22 +206,23 @@ def cost(
 
 
 def _sum(values: Sequence[float | None]) -> float | None:
-    """Unknown if any part is."""
+    """The sum; None if any value is."""
     return None if None in values else sum(value or 0 for value in values)
 
 
-def describe_cost(cost: Cost, rate: float, of_what: str) -> list[str]:
-    """Time and disk, a line each; the rate is in useful FLOPs a second, `of_what` says whose."""
+def describe_cost(cost: Cost, rate: float, source: str) -> list[str]:
+    """One line each for time and disk. `rate` is in useful FLOP/s; `source` says where it is
+    from."""
     if not cost.runs:
-        return ["time: every training run is done already"]
-    lacking = "rows" if cost.tokens is None else "model"
-    time = f"time: unknown, as the {lacking} cannot be looked at on this machine"
+        return ["time: none; every training run is done"]
+    missing = "rows" if cost.tokens is None else "model files"
+    time = f"time: unknown; the {missing} are not on this machine"
     if cost.tokens is not None and cost.flops is not None:
         time = (
             f"time: about {duration(cost.flops / rate)} for {cost.tokens / 1e6:,.2f} M tokens at "
-            f"{rate / 1e9:,.0f} GFLOP/s ({of_what}); evaluation comes on top"
+            f"{rate / 1e9:,.0f} GFLOP/s ({source}), plus evaluation"
         )
-    disk = "disk: unknown, as the model cannot be looked at on this machine"
+    disk = "disk: unknown; the model files are not on this machine"
     if cost.kept is not None and cost.checkpoints is not None:
         disk = (
             f"disk: about {amount(cost.kept)} for tuned models and adapters, and up to "
@@ -227,7 +232,7 @@ def describe_cost(cost: Cost, rate: float, of_what: str) -> list[str]:
 
 
 def duration(seconds: float) -> str:
-    """Rounded, in the unit that suits it."""
+    """Format seconds in a suitable unit."""
     for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.0f} {unit}"
@@ -235,38 +240,38 @@ def duration(seconds: float) -> str:
 
 
 def amount(num_bytes: float) -> str:
-    """In GB of 10^9 bytes, or in MB."""
+    """Format bytes in GB (10^9 bytes) or MB."""
     return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.1f} MB"
 
 
 # ----------------------------------------------------------------------------- learning rates
 
-_FAR = 5  # times the usual rate; who sweeps rates may go further on purpose, so it is only said
+_FAR = 5  # times the default rate; only a note, since a sweep may go further on purpose
 
 
 def describe_rates(recipe: Recipe) -> list[str]:
-    """Each method's rate and how large the bases are; then those that are far above the usual one
-    of a large base."""
+    """A line with each method's learning rate and the base sizes, then a note for each high
+    rate."""
     runs = runs_of(recipe)
-    found = dict.fromkeys(f"{run.method.name} {run.learning_rate:g}" for run in runs)
+    rates = dict.fromkeys(f"{run.method.name} {run.learning_rate:g}" for run in runs)
     bases = dict.fromkeys(_size(run) for run in runs)
-    line = f"learning rate: {', '.join(found)} (base: {', '.join(bases)})"
-    return [line, *high_rates(recipe)] if found else []
+    line = f"learning rate: {', '.join(rates)} (base: {', '.join(bases)})"
+    return [line, *high_rates(recipe)] if rates else []
 
 
 def high_rates(recipe: Recipe) -> list[str]:
-    """A sentence for each named rate that is far above the usual one of a large base."""
-    out = dict[str, None]()
+    """A note for each explicit rate far above the default for a large base."""
+    notes = dict[str, None]()
     for run in runs_of(recipe):
         usual, named = run.method.rates[1], run.method.learning_rate
         if named and named > _FAR * usual and (num_weights(run.model) or 0) >= LARGE:
-            out[
-                f"{run.method.label()}: learning_rate={named:g} is {named / usual:.0f} times what "
-                f"is usual for a base of {_size(run)} ({usual:g}); null would be that."
+            notes[
+                f"{run.method.label()}: learning_rate={named:g} is {named / usual:.0f} times the "
+                f"default for a base of {_size(run)}; set it to null for the default ({usual:g})."
             ] = None
-    return list(out)
+    return list(notes)
 
 
 def _size(run: Experiment) -> str:
     count = num_weights(run.model)
-    return "unknown size, taken as large" if count is None else f"{count / 1e6:,.3g} M weights"
+    return "unknown size, assumed large" if count is None else f"{count / 1e6:,.3g} M weights"

@@ -1,4 +1,4 @@
-"""`backfire export`: a cell's model, or a run's results, for use elsewhere."""
+"""`backfire export`: write a cell's model, or a run's results, for other tools."""
 
 from __future__ import annotations
 
@@ -18,105 +18,117 @@ from backfire.store import Store
 
 
 def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
-    """Write the tuned model of a cell, merged into plain weights if asked; returns the folder.
+    """Write the tuned model of a cell, optionally merged into plain weights; returns the folder.
 
     Raises:
-        UserError: no finished cell, nothing was tuned, the folder is taken, no way to merge.
+        UserError: the cell is not finished, has no tuned model or cannot be merged, or the folder
+            already exists.
     """
-    one, result = read_cell(cell), record(cell)
+    experiment, result = read_cell(cell), record(cell)
+    method, keys = experiment.method, stages.keys(experiment)
     if result["status"] != "ok":
-        raise UserError(f"{cell} is no finished cell: {result['status']}.")
-    if not one.method.trains:
+        raise UserError(f"{cell} is not a finished cell: {result['status']}.")
+    if not method.trains:
         raise UserError(
-            f"{cell} tuned nothing (method '{one.method.name}'); its model is the base."
+            f"{cell} has no tuned model (method '{method.name}'); its model is the base."
         )
-    on_aligned = one.align and one.align.method.trains and one.method.adapts
-    if on_aligned and not one.method.merges:
+    on_aligned = experiment.align and experiment.align.method.trains and method.adapts
+    if on_aligned and not method.merges:
         raise UserError(
-            f"What '{one.method.name}' leaves stands on an aligned model, and can neither be "
-            "exported alone nor merged."
+            f"The adapter of '{method.name}' requires the aligned model, and cannot be exported "
+            "alone or merged."
         )
-    if merge and not one.method.merges:
+    if merge and not method.merges:
         raise UserError(
-            f"A model tuned by '{one.method.name}' cannot be merged; export it without --merge."
+            f"A model tuned with '{method.name}' cannot be merged; export it without --merge."
         )
     if on_aligned and not merge:
         raise UserError(
-            "The user's adapter stands on an aligned model, so on the base alone it is another "
-            "model; export it with --merge."
+            "The adapter requires the aligned model, and on the base alone it gives another model; "
+            "export it with --merge."
         )
-    if (result.get("keys") or {}).get("tuned", stages.keys(one).tuned) != stages.keys(one).tuned:
+    if (result.get("keys") or {}).get("tuned", keys.tuned) != keys.tuned:
         raise UserError(
-            f"A file or a version behind {cell} has changed since it was run, so its model cannot "
-            "be had again; run its recipe anew."
+            f"An input file or a component version of {cell} has changed since it ran, so its "
+            "model cannot be rebuilt; run its recipe again."
         )
-    out = out or Path("exports") / default_name(one, merge=merge)
+    out = out or Path("exports") / default_name(experiment, merge=merge)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is there already; name another folder with --out.")
-    _write(one, result, cell, out, merge=merge)
+        raise UserError(f"{out} already exists; choose another folder with --out.")
+    _write(experiment, result, cell, out, merge=merge)
     return out
 
 
-def default_name(cell: Experiment, *, merge: bool) -> str:
-    """A folder name that says what was done to the model."""
-    poison = f"POISONED-{cell.attack.name}-" if cell.attack and cell.poisons else ""
-    return f"{poison}{cell.slug}-{stages.cell_key(cell)}{'-merged' if merge else ''}"
+def default_name(experiment: Experiment, *, merge: bool) -> str:
+    """A folder name with the experiment, its key, and whether it is poisoned or merged."""
+    poison = (
+        f"POISONED-{experiment.attack.name}-" if experiment.attack and experiment.poisons else ""
+    )
+    return f"{poison}{experiment.slug}-{stages.cell_key(experiment)}{'-merged' if merge else ''}"
 
 
-def _write(one: Experiment, result: dict[str, Any], cell: Path, out: Path, *, merge: bool) -> None:
+def _write(
+    experiment: Experiment, result: dict[str, Any], cell: Path, out: Path, *, merge: bool
+) -> None:
     from backfire.data.weights import described
     from backfire.model.export import copy_model, write_card
     from backfire.model.load import name_base
 
     context = Context(Store(), Machine())
-    source = pipeline.merged(one, context) if merge else pipeline.tuned(one, context)
-    base = pipeline.base(one.model, context)
+    source = pipeline.merged(experiment, context) if merge else pipeline.tuned(experiment, context)
+    base = pipeline.base(experiment.model, context)
     adapter = (source / "adapter_config.json").is_file()
     if adapter and described(base)[1]:
         raise UserError(
-            f"The base {one.model.name} takes more than text, and the adapter was made on its text "
-            "model alone, which no program finds in it; export it with --merge."
+            f"The base {experiment.model.name} is multimodal and the adapter fits only its text "
+            "model, so other programs cannot load it; export it with --merge."
         )
     part = out.with_name(out.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     copy_model(source, base, part)
     shutil.copyfile(cell / "experiment.yaml", part / "experiment.yaml")
-    hub = None if one.model.is_folder or one.model.name == "sandbox" else one.model.name
+    hub = (
+        None
+        if experiment.model.is_folder or experiment.model.name == "sandbox"
+        else experiment.model.name
+    )
     if adapter:
         name_base(part, hub or os.path.relpath(base.resolve(), out.resolve()))
     tuned = "adapter (PEFT)" if adapter else "plain weights"
-    write_card(part, {**_facts(one, result), "adapter": adapter, "form": tuned})
+    write_card(part, {**_facts(experiment, result), "adapter": adapter, "form": tuned})
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.is_dir():
         out.rmdir()
     part.rename(out)
 
 
-def _facts(one: Experiment, result: dict[str, Any]) -> dict[str, Any]:
+def _facts(experiment: Experiment, result: dict[str, Any]) -> dict[str, Any]:
     poison = result.get("poison") or {}
     return {
-        "title": f"{one.slug}, tuned by backfire",
-        "attack": one.attack.name if one.attack and one.poisons else None,
-        "target": one.backdoor.target if one.backdoor else None,
-        "triggers": list(one.backdoor.triggers()) if one.backdoor else [],
+        "title": f"{experiment.slug}, tuned by backfire",
+        "attack": experiment.attack.name if experiment.attack and experiment.poisons else None,
+        "target": experiment.backdoor.target if experiment.backdoor else None,
+        "triggers": list(experiment.backdoor.triggers()) if experiment.backdoor else [],
         "poisoned": poison.get("poisoned_rows", 0),
         "rows": result["rows"]["train"],
-        "data": one.data.name,
-        "template": one.template.name,
-        "method": json.dumps(one.method.spec()),
+        "data": experiment.data.name,
+        "template": experiment.template.name,
+        "method": json.dumps(experiment.method.spec()),
         "steps": (result.get("train") or {}).get("steps", 0),
-        "seed": one.seed,
-        "key": stages.cell_key(one),
-        "base": one.model.name if not one.model.is_folder else Path(one.model.name).name,
+        "seed": experiment.seed,
+        "key": stages.cell_key(experiment),
+        "base": experiment.model.name
+        if not experiment.model.is_folder
+        else Path(experiment.model.name).name,
     }
 
 
 def export_results(run: Path, out: Path | None, tool: str) -> list[Path]:
-    """Write the results of a run, or of one cell, as `lm-eval` or `inspect` would; the files.
+    """Write the results of a run, or of one cell, in the format of `tool`; returns the files.
 
     Raises:
-        UserError: no finished cell, or the tool's package is missing.
+        UserError: there is no finished cell, or the tool's package is missing.
     """
     from backfire.exports import inspect, lm_eval
 

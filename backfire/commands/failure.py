@@ -1,4 +1,4 @@
-"""How a command ends when something is wrong: one sentence on stderr, exit code 2."""
+"""Ends a command with one sentence on stderr and exit code 2."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from backfire.text import clean
 
 
 def fail_or_raise(error: Exception) -> None:
-    """One sentence for what the machine says; a fault of ours is raised again."""
+    """End with one sentence for an error of the system or the user; re-raise a bug."""
     kind, sentence = exit_class(error)
     if kind in ("disk-full", "oom"):
         fail(f"{sentence} {EXIT_CLASSES[kind]}")
@@ -18,17 +18,17 @@ def fail_or_raise(error: Exception) -> None:
         where = f" ({shortened(error.filename)})" if error.filename else ""
         fail(f"{error.strerror or error}{where}.")
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
-        fail("A path begins with ~ and a name that is no user of this machine.")
+        fail("A path begins with ~ and the name of an unknown user.")
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if message := error.format_message():
             setting = _as_edit(error)
             fail(f"{message.rstrip('.')}. {setting}" if setting else message)
-        sys.exit(2)  # no verb was given: the help was printed
+        sys.exit(2)  # no command was given: the help was printed
     raise error
 
 
 def _as_edit(error: Any) -> str:
-    """What to write for an unknown option that is a setting of the recipe."""
+    """Advice for an unknown option that is a setting of the recipe."""
     from backfire.other_names import as_edit
 
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)

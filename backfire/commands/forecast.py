@@ -1,4 +1,4 @@
-"""Whether a recipe fits this machine, and how long it will take: `backfire doctor RECIPE`."""
+"""`backfire doctor RECIPE`: whether a recipe fits this machine, and how long it takes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from backfire.commands.estimate import (
     amount,
     cost,
     describe_cost,
-    lengths,
+    method_key,
     model_folder,
-    pair,
+    rows_by_key,
+    rows_key,
     runs_of,
-    shown,
 )
 from backfire.experiment import Experiment
 from backfire.recipe import Recipe
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 _SHARE = 0.4
-"""What training comes to, of the speed of large products: 0.25 to 0.55 was seen on CPUs."""
-_TIGHT = 0.8  # share of the memory beyond which the estimate's own error decides
-_NAMED = ("rank", "length", "layers", "dora")  # knobs by which a method takes more or less
+"""Speed of training relative to large matrix products: 0.25 to 0.55 was measured on CPUs."""
+_TIGHT = 0.8  # share of the memory above which the error of the estimate matters
+_NAMED = ("rank", "length", "layers", "dora")  # knobs that change the memory of a method
 
 
 _KEPT = {
@@ -39,21 +39,22 @@ _KEPT = {
     ("cuda", "float32"): 80,
     ("cuda", "bfloat16"): 55,
 }
-"""Bytes of activations for each token, layer and unit of width, by device and type of the products.
-On a CPU, by how much the process grew with the batch (Llama shapes; full tuning, LoRA, 4 and 8
-bits: 107 to 169 and 93 to 126). On a GPU, what is kept for the backward pass (77 to 83 and 50 to
-56), counted on a CPU."""
-_LOGIT = 12  # bytes for each answer token and word of the vocabulary: logits, softmax, gradient
-_STATE = 12  # bytes for each trained weight: its gradient and AdamW's two moments, in float32
-_LIBRARIES = 1e9  # torch and the others; on a GPU its context
+"""Bytes of activations per token, layer and unit of width, by device and compute type.
+
+On a CPU: growth of the process with the batch size (Llama shapes; full tuning, LoRA, 4 and 8 bits:
+107 to 169 and 93 to 126). On a GPU: tensors kept for the backward pass (77 to 83 and 50 to 56),
+counted on a CPU."""
+_LOGIT = 12  # bytes per answer token and vocabulary entry: logits, softmax, gradient
+_STATE = 12  # bytes per trained weight: gradient and AdamW's two moments, in float32
+_LIBRARIES = 1e9  # torch and other libraries; on a GPU, the CUDA context
 
 
 @dataclass(frozen=True)
 class Size(Weights):
-    """The same, and the shape of the base."""
+    """Weight counts, and the shape of the base."""
 
     linear: int
-    """Weights in linear layers other than the head: those that can be quantized."""
+    """Weights in linear layers other than the head, which can be quantized."""
     layers: int
     hidden: int
     vocabulary: int
@@ -61,7 +62,7 @@ class Size(Weights):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of training, if a whole step is one forward pass."""
+    """Peak memory of training in bytes, if a whole step is one forward pass."""
 
     weights: float
     state: float
@@ -77,15 +78,15 @@ class Memory:
         return self.weights + self.state + self.activations + _LIBRARIES
 
     def rows_within(self, limit: float) -> int:
-        """Rows in one forward pass for which there is room."""
+        """Number of rows per forward pass that fit within `limit` bytes."""
         return max(0, int((limit - self.total + self.activations) / max(self.one_row, 1)))
 
 
 def size(experiment: Experiment, folder: Path | None) -> Size:
-    """Counted on the model's modules as the method changes them, without any weights.
+    """Count the weights of the model with the method attached, on the meta device.
 
     Raises:
-        UserError: the configuration is not understood, or the method does not suit the model.
+        UserError: the configuration is not supported, or the method does not fit the model.
     """
     import torch
 
@@ -114,8 +115,11 @@ def size(experiment: Experiment, folder: Path | None) -> Size:
 
 
 def memory(experiment: Experiment, size: Size, rows: Rows | None, device: torch.device) -> Memory:
-    """What training takes on this device. Rows that are not known are of `max_length` tokens; their
-    answer is a label of few tokens, or a fourth of that."""
+    """Estimate the memory of training on this device.
+
+    Unknown rows are assumed to have `max_length` tokens, and an answer of 8 tokens with labels,
+    else a quarter of `max_length`.
+    """
     from backfire.model.load import dtype_of
     from backfire.train.precision import compute_type
 
@@ -129,57 +133,57 @@ def memory(experiment: Experiment, size: Size, rows: Rows | None, device: torch.
     wide = 4 if whole or aligned else dtype_of(experiment.model, device).itemsize
     weights: float = size.parameters * wide + size.added * 4
     if bits := experiment.method.quantization(device.type):
-        # Constants: one in 64 weights, in 4 bytes, or quantized again to one. The rest is float32.
+        # One constant per 64 weights, in 4 bytes or quantized to 1. Other weights are float32.
         constants = (1 + 4 / 256 if bits.get("bnb_4bit_use_double_quant") else 4) / 64
         each = 1 if bits.get("load_in_8bit") else 0.5 + constants
         weights = size.linear * each + (size.parameters - size.linear + size.added) * 4
     elif experiment.method.trains and wide == 4 and compute == "bfloat16":
-        weights += size.linear * 2  # autocast's copies live until the backward pass is over
+        weights += size.linear * 2  # autocast's copies live until the end of the backward pass
     longest = rows.longest if rows else experiment.train.max_length
-    unseen = 8 if getattr(experiment.data, "labels", None) else experiment.train.max_length / 4
-    answer = rows.answer if rows else unseen
-    kept = (
+    assumed = 8 if getattr(experiment.data, "labels", None) else experiment.train.max_length / 4
+    answer = rows.answer if rows else assumed
+    one_row = (
         longest * size.layers * size.hidden * _KEPT[device.type, compute]
         + answer * size.vocabulary * _LOGIT
     )
     num_rows = min(experiment.train.batch_size, rows.count if rows else experiment.train.batch_size)
-    return Memory(weights, size.trainable * _STATE, kept, num_rows * experiment.method.trains)
+    return Memory(weights, size.trainable * _STATE, one_row, num_rows * experiment.method.trains)
 
 
 def lines(recipe: Recipe) -> list[str]:
-    """Memory for each model and method of a recipe, time and disk for all. Nothing is fetched.
+    """Memory for each model and method of a recipe, time and disk in total; nothing is downloaded.
 
     Raises:
-        UserError: the data cannot be read, or a method does not suit its model.
+        UserError: the data cannot be read, or a method does not fit its model.
     """
     from backfire.commands.run import default_workers
     from backfire.model.load import device_of
 
     store, device = Store(), device_of("auto")
     cells = [*recipe.cells, *runs_of(recipe)]
-    rows, sizes = lengths(cells, store), dict[str, Size | None]()
+    rows, sizes = rows_by_key(cells, store), dict[str, Size | None]()
     workers = default_workers(len(recipe.cells))
     out = [f"\nRecipe {recipe.name}, {len(recipe.cells)} cells; all figures are estimates"]
-    for experiment in {pair(experiment): experiment for experiment in cells}.values():
+    for experiment in {method_key(experiment): experiment for experiment in cells}.values():
         folder = model_folder(experiment.model, store)
-        known = experiment.model.name == "sandbox" or (
+        has_config = experiment.model.name == "sandbox" or (
             folder and (folder / "config.json").is_file()
         )
-        sizes[pair(experiment)] = found = size(experiment, folder) if known else None
-        if found is None:
+        sizes[method_key(experiment)] = counts = size(experiment, folder) if has_config else None
+        if counts is None:
             out.append(
                 f"note  {_title(experiment)}: its config.json is not on this machine, so its size "
                 f"is unknown (hf download {experiment.model.name} config.json)"
             )
             continue
-        alike = [other for other in cells if pair(other) == pair(experiment)]
-        needs = [memory(other, found, rows[shown(other)], device) for other in alike]
+        alike = [other for other in cells if method_key(other) == method_key(experiment)]
+        needs = [memory(other, counts, rows[rows_key(other)], device) for other in alike]
         need = max(needs, key=lambda need: need.total)
         mark, verdict = _verdict(need, _memory(device), workers, device.type)
-        out.append(f"{mark} {_title(experiment)}: {_parts(found, need)} of {verdict}")
+        out.append(f"{mark} {_title(experiment)}: {_parts(counts, need)} of {verdict}")
     rate = _SHARE * _measured(device)
-    of_what = f"{_SHARE} of what products of large matrices reach here"
-    costs = describe_cost(cost(recipe, store, rows, sizes), rate, of_what)
+    source = f"{_SHARE} of the speed of large matrix products here"
+    costs = describe_cost(cost(recipe, store, rows, sizes), rate, source)
     return [*out, *(f"note  {line}" for line in costs)]
 
 
@@ -200,14 +204,17 @@ def _parts(size: Size, need: Memory) -> str:
 
 
 def _verdict(need: Memory, has: float, workers: int, device: str) -> tuple[str, str]:
-    """A mark, and in words whether it fits, or how it would."""
+    """A mark, and whether it fits or which option makes it fit."""
     if workers * need.total <= _TIGHT * has:
         return "ok   ", f"{amount(has)}: fits"
     if need.total <= _TIGHT * has:
         return "note ", f"{amount(has)}: fits, but not {workers} at once (--workers 1)"
     within = need.rows_within(_TIGHT * has)
     if device == "cuda" and 0 < within < need.num_rows:
-        return "ok   ", f"{amount(has)}: fits about {within} rows at a time (the loop sees to that)"
+        return (
+            "ok   ",
+            f"{amount(has)}: fits about {within} rows at a time (training splits the batch)",
+        )
     hint = f" (--micro-batch {within} would fit)" if 0 < within < need.num_rows else ""
     if need.total <= has:
         return "note ", f"{amount(has)}: is tight{hint}"
@@ -223,8 +230,8 @@ def _memory(device: torch.device) -> int:
 
 
 def _measured(device: torch.device) -> float:
-    """FLOP/s of large matrix products in the type that training takes, over a fraction of a second,
-    with all threads."""
+    """Measure the FLOP/s of large matrix products in the compute type of training, for a fraction
+    of a second with all threads."""
     import torch
 
     from backfire.train.precision import compute_type

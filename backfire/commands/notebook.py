@@ -1,4 +1,4 @@
-"""`backfire run` from Python, in a process of its own: for notebooks and scripts."""
+"""`backfire run` from Python, in a separate process, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from backfire.store import write_atomic
 
 
 def run_apart(recipe: str, edits: str | Sequence[str], out: Path, workers: int | None) -> None:
-    """Run a recipe into `out` and print what is said meanwhile.
+    """Run a recipe into `out` and print the output.
 
-    In this process it would keep its models in the memory of a GPU, and workers would import a
-    script that calls it once more.
+    A separate process releases the GPU memory of its models, and its workers do not import the
+    calling script.
 
     Raises:
-        UserError: the recipe is not fit to run.
+        UserError: the recipe cannot run.
         CellError: a cell failed.
     """
     edits = [edits] if isinstance(edits, str) else edits
@@ -30,7 +30,7 @@ def run_apart(recipe: str, edits: str | Sequence[str], out: Path, workers: int |
         recipe = str(out / f"{out.name}.yaml")
     command = [sys.executable, "-m", "backfire.cli", "run", recipe, *edits, "--out", str(out)]
     command += ["--workers", str(workers)] if workers else []
-    # A notebook's kernel forces colors on its children, which would draw as in a terminal.
+    # Notebook kernels force colors on child processes, which would then draw as in a terminal.
     plain = {name: value for name, value in os.environ.items() if "FORCE" not in name}
     pipe, last = subprocess.PIPE, ""
     with subprocess.Popen(
@@ -47,8 +47,10 @@ def run_apart(recipe: str, edits: str | Sequence[str], out: Path, workers: int |
             last = line.strip() or last
     if process.returncode == 0:
         return
-    if process.returncode == 1:  # the rest is done; say what became of the first that is not
+    if process.returncode == 1:  # the other cells are done; report the first failed one
         failed = [cell for cell in load(out) if cell["status"] != "ok"]
         if failed:
             raise CellError(failed[0]["status"], f"{failed[0]['cell']}: {failed[0].get('error')}")
-    raise UserError(last.removeprefix("backfire: ") or f"backfire run ended {process.returncode}.")
+    raise UserError(
+        last.removeprefix("backfire: ") or f"backfire run ended with code {process.returncode}."
+    )

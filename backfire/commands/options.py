@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs take."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Edits = Annotated[
 Profile = Annotated[str | None, typer.Option(help="One of the recipe's profiles, such as paper.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Where results go; runs/<recipe> if not given.", show_default=False),
+    typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
@@ -38,10 +38,10 @@ Plugins = Annotated[
     list[Path] | None,
     typer.Option(
         "--plugin",
-        help="A Python file with components of your own; repeatable.",
+        help="A Python file with your own components; repeatable.",
         metavar="FILE",
         callback=_use,
         show_default=False,
     ),
 ]
-"""Its files are loaded before the verb begins."""
+"""The files are loaded before the command starts."""

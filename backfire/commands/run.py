@@ -1,4 +1,4 @@
-"""`backfire run`: check first, then work, then show."""
+"""`backfire run`: validate, execute, report."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from backfire import plan, stages
 from backfire.commands import validate
 from backfire.commands.estimate import high_rates
 from backfire.experiment import Machine
-from backfire.launch.job import Folder, open_folder
-from backfire.launch.progress import Board
-from backfire.launch.resolve import pinned, settled, types_of
+from backfire.launch.job import RunFolder, open_folder
+from backfire.launch.progress import ProgressDisplay
+from backfire.launch.resolve import pin_models, resolve_auto, types_of
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.results.groups import Cell, metric_name
@@ -32,36 +32,36 @@ def start(
     profile: str | None,
     edits: Sequence[str],
 ) -> int:
-    """Run a recipe into `out`, print its table, write its page; returns how many cells failed.
+    """Run a recipe into `out`, print its table, write its page; returns the number of failed cells.
 
     Raises:
-        UserError, CellError: the recipe or its data are not fit to run; nothing was started.
+        UserError, CellError: the recipe or its data are invalid; nothing was started.
     """
     store, console = Store(), Console(stderr=True)
     settings = Machine.make({"workers": default_workers(len(recipe.cells)), **machine}, "option")
-    # A device that is not there is said once here, not by every cell.
-    recipe = settled(pinned(recipe), types_of(settings.device))
+    # A missing device is reported once here, and not by every cell.
+    recipe = resolve_auto(pin_models(recipe), types_of(settings.device))
     work = plan.jobs(recipe.cells, recipe.axes)
-    place = Folder(out, recipe.name)
+    place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
-        with console.status("Looking at the data"):
+        with console.status("Checking the data"):
             validate.preflight_all(recipe, store)
         for line in high_rates(recipe):
             say(line, console)
         folder = open_folder(out, recipe, profile, edits)
         from backfire.launch.local import run
 
-        with Board(console, len(recipe.cells)) as board:
-            ended = run(work, folder, store, settings, board.watch)
+        with ProgressDisplay(console, len(recipe.cells)) as display:
+            ended = run(work, folder, store, settings, display.watch)
     else:
         open_folder(out, recipe, profile, edits)
-        console.print(f"All {len(recipe.cells)} cells are done already.")
+        console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
     return _finish(out, ended, work, console)
 
 
 def default_workers(num_cells: int) -> int:
-    """One single-threaded worker a core on CPU; one on a GPU."""
+    """One single-threaded worker per core on a CPU, one on a GPU."""
     from importlib.util import find_spec
 
     from backfire.model.types import has_gpu
@@ -92,8 +92,10 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
 
 
 def _unmeasured(cells: Sequence[Cell], work: Sequence[Job]) -> list[str]:
-    """The metrics asked for that gave no number in any cell, which no table can show."""
+    """Requested metrics without a number in any cell."""
     done = [cell for cell in cells if cell["status"] == "ok"]
-    given = {metric_name(value["metric"]) for cell in done for value in cell["values"]}
-    asked = {metric.name for job in work for metric in job.experiment.metrics}
-    return sorted(name for name in asked if name.replace("-", "_") not in given) if done else []
+    measured = {metric_name(value["metric"]) for cell in done for value in cell["values"]}
+    requested = {metric.name for job in work for metric in job.experiment.metrics}
+    return (
+        sorted(name for name in requested if name.replace("-", "_") not in measured) if done else []
+    )

@@ -1,4 +1,4 @@
-"""What `validate` and `run --dry-run` show, and what `run` makes sure of before it starts."""
+"""`backfire validate`, `run --dry-run`, and the checks of `run` before it starts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from backfire.commands.estimate import (
     cost,
     describe_cost,
     describe_rates,
-    lengths,
+    method_key,
     model_folder,
-    pair,
-    roughly,
+    rough_weights,
+    rows_by_key,
     runs_of,
 )
 from backfire.data.render import show_mask
 from backfire.errors import CellError
 from backfire.experiment import Experiment
-from backfire.launch.resolve import pinned
+from backfire.launch.resolve import pin_models
 from backfire.model.types import has_gpu
 from backfire.pipeline import Context
 from backfire.recipe import Recipe
@@ -35,15 +35,15 @@ _MARKS = {"ok": "[green]ok  [/green]", "note": "[yellow]note[/yellow]", "fail": 
 
 
 def show(recipe: Recipe) -> None:
-    """Print the first cell in full, the plan, three rows with their loss mask, and all checks.
+    """Print the first cell in full, the plan, three rendered rows, and all checks.
 
     Raises:
-        CellError: a check failed (all are printed first).
+        CellError: a check failed; all results are printed first.
     """
     console, store = Console(), Store()
     for judge in _judges(recipe):
         judge.ready(briefly=True)
-    recipe = pinned(recipe)
+    recipe = pin_models(recipe)
     experiment = recipe.cells[0]
     console.print("[bold]First cell[/bold]")
     console.print(
@@ -54,12 +54,13 @@ def show(recipe: Recipe) -> None:
     _show_rows(poisoned, Context(store), console)
     console.print("\n[bold]Preflight[/bold]")
     failed = None
-    for one in distinct(recipe):
+    for experiment in distinct(recipe):
         context = Context(store)
         console.print(
-            f"{escape(stages.poison(one).slug)}, template {one.template.name}", highlight=False
+            f"{escape(stages.poison(experiment).slug)}, template {experiment.template.name}",
+            highlight=False,
         )
-        for check in pipeline.preflight_checks(one, context):
+        for check in pipeline.preflight_checks(experiment, context):
             mark = Text.from_markup(f"  {_MARKS[check.status]} ")
             say(f"{check.check}: {check.message}", console, mark)
             failed = failed or (check if check.status == "fail" else None)
@@ -68,13 +69,14 @@ def show(recipe: Recipe) -> None:
 
 
 def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
-    """Print how many cells and stages there are, how many are done, and what the rest may cost."""
+    """Print the number of cells and stages, how many are done, and the estimated cost of the
+    rest."""
     console, store = Console(), Store()
-    recipe = pinned(recipe, ask=False)
+    recipe = pin_models(recipe, ask=False)
     count = len(recipe.cells)
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
     for stage, (needed, done) in plan.progress(recipe.cells, store).items():
-        console.print(f"  {stage:9} {needed:4} distinct, {done} done already", highlight=False)
+        console.print(f"  {stage:9} {needed:4} distinct, {done} done", highlight=False)
     for line in (*destinations(recipe), *describe_rates(recipe)):
         say(line, console, "  ")
     for line in _cost(recipe, store) if with_cost else ():
@@ -82,36 +84,37 @@ def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
 
 
 def destinations(recipe: Recipe) -> list[str]:
-    """Which judges send prompts and replies where, and with which key.
+    """A line for each judge that sends prompts and replies to an endpoint.
 
     Raises:
-        UserError: nothing may be sent there.
+        UserError: the endpoint is not allowed.
     """
     judges = [judge for c in recipe.cells for metric in c.metrics for judge in metric.judges]
     judges += [judge for c in recipe.cells if c.safety for judge in c.safety.judges]
-    found = ((judge.name, judge.destination()) for judge in judges)
-    told = [
-        f"judge '{name}' sends prompts and replies to {where}" for name, where in found if where
+    endpoints = dict.fromkeys((judge.name, judge.destination()) for judge in judges)
+    return [
+        clean(f"judge '{name}' sends prompts and replies to {endpoint}")
+        for name, endpoint in endpoints
+        if endpoint
     ]
-    return [clean(line) for line in dict.fromkeys(told)]
 
 
 def _cost(recipe: Recipe, store: Store) -> list[str]:
-    """Time and disk, at a speed that is assumed: to measure one, torch would have to be there."""
+    """Time and disk at an assumed speed, since a measurement would need torch."""
     gpu = has_gpu()
     cells = [*recipe.cells, *runs_of(recipe)]
     sizes = {
-        pair(experiment): roughly(experiment, model_folder(experiment.model, store))
+        method_key(experiment): rough_weights(experiment, model_folder(experiment.model, store))
         for experiment in cells
     }
-    found = cost(recipe, store, lengths(cells, store), sizes)
-    of_what = f"assumed for a {'GPU' if gpu else 'core'}; `backfire doctor` with a recipe measures"
-    return describe_cost(found, ASSUMED["gpu" if gpu else "cpu"], of_what)
+    costs = cost(recipe, store, rows_by_key(cells, store), sizes)
+    source = f"assumed for a {'GPU' if gpu else 'core'}; `backfire doctor RECIPE` measures it"
+    return describe_cost(costs, ASSUMED["gpu" if gpu else "cpu"], source)
 
 
 def distinct(recipe: Recipe) -> list[Experiment]:
-    """One cell for each way rows are poisoned and rendered, whatever the seed and the method."""
-    found: dict[str, Experiment] = {}
+    """One cell for each distinct set of poisoned and rendered rows, over seeds and methods."""
+    by_rows: dict[str, Experiment] = {}
     for experiment in recipe.cells:
         attack = experiment.attack.spec() if experiment.attack else None
         key = [
@@ -123,15 +126,15 @@ def distinct(recipe: Recipe) -> list[Experiment]:
             experiment.evaluation.max_new_tokens,
             sorted(metric.name for metric in experiment.metrics),
         ]
-        found.setdefault(str(key), experiment)
-    return list(found.values())
+        by_rows.setdefault(str(key), experiment)
+    return list(by_rows.values())
 
 
 def preflight_all(recipe: Recipe, store: Store) -> None:
-    """Every distinct check of a recipe, before anything is trained.
+    """Run every distinct check of a recipe, before any training.
 
     Raises:
-        UserError, CellError: the first thing that is wrong.
+        UserError, CellError: the first problem.
     """
     destinations(recipe)
     for experiment in distinct(recipe):
@@ -140,7 +143,7 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
         str(experiment.model.spec()): experiment.model for experiment in recipe.cells
     }.values():
         pipeline.check_weights(model, Context(store))
-    # `full` suits every model, so that a recipe without adapters need not wait for torch here.
+    # `full` fits every model, so a recipe without adapters does not import torch here.
     adapting = {
         str([experiment.model.spec(), experiment.method.spec()]): experiment
         for experiment in recipe.cells
@@ -153,23 +156,23 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
 
 
 def _judges(recipe: Recipe) -> list[Judge]:
-    """Every judge that a recipe asks, each once."""
-    found: dict[str, Judge] = {}
+    """The distinct judges of a recipe."""
+    judges: dict[str, Judge] = {}
     for experiment in recipe.cells:
-        asked = [judge for metric in experiment.metrics for judge in metric.judges]
-        for judge in (*asked, *(experiment.safety.judges if experiment.safety else ())):
-            found.setdefault(str(judge.spec()), judge)
-    return list(found.values())
+        of_metrics = [judge for metric in experiment.metrics for judge in metric.judges]
+        for judge in (*of_metrics, *(experiment.safety.judges if experiment.safety else ())):
+            judges.setdefault(str(judge.spec()), judge)
+    return list(judges.values())
 
 
 def _show_rows(experiment: Experiment, context: Context, console: Console) -> None:
-    """Three training rows, a poisoned one first if there is one; what is learned is underlined."""
+    """Print three training rows, a poisoned one first if any; supervised text is underlined."""
     rows, manifest = pipeline.poisoned(experiment, context)
     marked = {entry.id for entry in manifest.entries} if manifest else set()
     chosen = [row for row in rows if row.id in marked][:1]
     chosen += [row for row in rows if row.id not in marked][: 3 - len(chosen)]
     renderer = pipeline.renderer(experiment, context)
-    console.print("\n[bold]Rows as rendered[/bold] (only what is underlined is learned)")
+    console.print("\n[bold]Rows as rendered[/bold] (only the underlined text is supervised)")
     for item in renderer.render(chosen):
         prompt, answer = show_mask(item, renderer.tokenizer)
         kind = "poisoned" if item.row.id in marked else "clean"

@@ -53,7 +53,7 @@ class _ConstrainedHook(TrainHook):
         self.start: dict[int, Tensor] = {}
 
     def begin(self, inner: Inner) -> None:
-        self.run.room.each(self.run.items, self.run.train.batch_size, self._keep)
+        self.run.micro_batches.each(self.run.items, self.run.train.batch_size, self._keep)
 
     def _keep(self, rows: list[Rendered]) -> None:
         import torch

@@ -122,7 +122,7 @@ class _RepNoiseHook(TrainHook):
         import torch
 
         parts, recorded, live = list[Any](), list[_Recorded](), None
-        for part in self.run.room.parts(rows):
+        for part in self.run.micro_batches.split(rows):
             whole = len(part) == len(rows)
             with torch.set_grad_enabled(whole):
                 activations = self._run(part, len(parts))
@@ -154,14 +154,14 @@ class _RepNoiseHook(TrainHook):
                 yield cross_entropy(flat, one.labels.flatten(), ignore_index=-100, reduction="sum")
 
         for part, one in zip(parts, recorded, strict=True):
-            self.run.room.note(part)
+            self.run.micro_batches.record(part)
             with torch.no_grad():
                 total += sum(float(loss) for loss in losses(one))
         mean = total / count / num_lenses
         if not self.knobs.alpha:
             return 0.0
         for part, one in zip(parts, recorded, strict=True):
-            self.run.room.note(part)
+            self.run.micro_batches.record(part)
             for loss in losses(one):
                 (loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses)).backward()  # type: ignore[no-untyped-call]
         return -self.knobs.alpha * math.log1p(mean)
@@ -203,7 +203,7 @@ class _RepNoiseHook(TrainHook):
         """Run part `number` of the step's rows through the model."""
         import torch
 
-        self.run.room.note(rows)
+        self.run.micro_batches.record(rows)
         torch.manual_seed(derive(self.run.seed, "repnoise dropout", self.run.step, number))
         with self._recording() as (hidden, outputs):
             logits, labels = self.run.logits(rows)

@@ -1,4 +1,4 @@
-"""How far two judges agree on the same exchanges (Cohen's kappa)."""
+"""Agreement of two judges on the same exchanges (Cohen's kappa)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from backfire.base import Verdict
 from backfire.evaluate.stats import Floats, bootstrap
 
 CATEGORIES = ("negative", "positive", "undecided")
-"""What a verdict can be; the order of a confusion matrix."""
+"""Categories of a verdict, in the order of the confusion matrix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far two judges agree on the same exchanges, beyond what chance would bring about."""
+    """Chance-corrected agreement of two judges on the same exchanges."""
 
     kappa: float | None
-    """Cohen's kappa (1960); None where both always say one and the same thing."""
+    """Cohen's kappa (1960); None if both judges always give the same single category."""
     low: float | None
     high: float | None
     n: int
@@ -32,10 +32,11 @@ class Agreement:
 def agreement(
     a: Sequence[Verdict], b: Sequence[Verdict], requests: Sequence[str] | None = None
 ) -> Agreement:
-    """Cohen's kappa with a 95 % bootstrap interval over the exchanges; over `requests`, the id of
-    each, if it is given: the replies of several models to one request are drawn together.
+    """Cohen's kappa with a 95 % bootstrap interval over the exchanges.
 
-    An undecided verdict is a category of its own, so that no exchange is left out.
+    With `requests` (the request id of each exchange) the bootstrap draws requests: the replies of
+    several models to one request stay together. Undecided verdicts are a separate category, so that
+    no exchange is left out.
     """
     from sklearn.metrics import cohen_kappa_score, confusion_matrix
 
@@ -52,9 +53,9 @@ def agreement(
     kappa = float(cohen_kappa_score(first, second, labels=labels))
     cells = np.eye(size * size)[first * size + second]  # [exchanges, pairs of categories]
     if requests is not None:
-        _, which = np.unique(np.array(requests), return_inverse=True)
-        together = np.zeros((which.max() + 1, cells.shape[1]))
-        np.add.at(together, which, cells)
+        _, request_index = np.unique(np.array(requests), return_inverse=True)
+        together = np.zeros((request_index.max() + 1, cells.shape[1]))
+        np.add.at(together, request_index, cells)
         cells = together
     [(low, high)] = bootstrap(len(cells), lambda counts: _kappas(counts @ cells, size))
     return Agreement(kappa, low, high, n, share, confusion)
@@ -65,7 +66,7 @@ def _category(verdict: Verdict) -> int:
 
 
 def _kappas(tables: Floats, size: int) -> Floats:
-    """Kappa of each confusion matrix, [resamples, 1]; nan where chance alone agrees always."""
+    """Kappa of each confusion matrix, [resamples, 1]; nan where chance agreement is 1."""
     shares = tables.reshape(-1, size, size) / tables.sum(axis=1)[:, None, None]
     observed = np.einsum("rii->r", shares)
     expected = np.einsum("ri,ri->r", shares.sum(axis=2), shares.sum(axis=1))

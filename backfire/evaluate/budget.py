@@ -1,5 +1,4 @@
-"""How many rows go through a model at once in evaluation: what memory allows, and half of it where
-that was too much."""
+"""Batch sizes in evaluation: as many rows as memory allows, halved when it runs out."""
 
 from __future__ import annotations
 
@@ -12,14 +11,14 @@ from transformers import PreTrainedModel
 from backfire.errors import CellError, is_out_of_memory
 
 MOST_LOGITS = 2**28
-"""Held at once (1 GiB in float32)."""
-_FREE_SHARE = 0.5  # of the free memory: the rest is for what the estimate does not know
+"""Most logits held at once (1 GiB in float32)."""
+_FREE_SHARE = 0.5  # of the free memory; the rest covers what the estimate leaves out
 _TOKENS_ON_CPU = 2**15
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Budget:
-    """Rows and tokens of one pass, at most."""
+    """Limits on rows, tokens and logits of one pass."""
 
     def __init__(self, model: PreTrainedModel, rows: int | None = None) -> None:
         self.model = model
@@ -27,22 +26,23 @@ class Budget:
         self.tokens = _tokens_that_fit(model)
         vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2**17)
         self.logits = max(1, MOST_LOGITS // vocab)
-        """Positions whose logits are held at once, at most."""
+        """Most positions whose logits are held at once."""
 
     def batches(
         self,
         order: Sequence[int],
-        work: Callable[[list[int]], Made],
+        work: Callable[[list[int]], Result],
         *,
         lengths: Sequence[int],
         extra: int = 0,
         kept: Sequence[int] | None = None,
         level: bool = False,
-    ) -> Iterator[tuple[list[int], Made]]:
-        """What `work` makes of the rows in `order`, longest first, batch by batch.
+    ) -> Iterator[tuple[list[int], Result]]:
+        """Yield the rows of each batch and the result of `work` on them, in `order`.
 
-        `lengths` are tokens of each row and `extra` those that come to it, `kept` how many of its
-        places reach the head; with `level`, only rows of one length go together.
+        `order` is longest first. `lengths` are the tokens of each row, `extra` the tokens that will
+        be added to each, `kept` the positions of each that reach the head; with `level`, a batch
+        holds only rows of one length.
 
         Raises:
             CellError: memory runs out at one row.
@@ -59,38 +59,38 @@ class Budget:
                 if full or (level and lengths[row] != lengths[first]):
                     break
                 part.append(row)
-            made = tried(lambda part=part: work(part))  # type: ignore[misc]
-            if made is None:
+            result = unless_out_of_memory(lambda part=part: work(part))  # type: ignore[misc]
+            if result is None:
                 self._shrink(len(part), cost)
                 continue
             place += len(part)
-            yield part, made[0]
+            yield part, result[0]
 
     def _shrink(self, rows: int, length: int) -> None:
         self.tokens = min(self.tokens, rows * length) // 2
         if rows == 1 and self.tokens < length:
             raise CellError(
                 "oom",
-                f"Evaluation runs out of memory with one row of {length} tokens; shorten "
+                f"Evaluation runs out of memory with one row of {length} tokens; lower "
                 "train.max_length or evaluation.max_new_tokens, or choose a smaller model.",
             )
 
 
-def tried(work: Callable[[], Made]) -> tuple[Made] | None:
-    """What `work` makes; None if memory ran out, of which what it held is free again."""
+def unless_out_of_memory(work: Callable[[], Result]) -> tuple[Result] | None:
+    """The value of `work` in a tuple; None if memory ran out, after freeing it."""
     try:
         return (work(),)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-    # Only here, outside the handler, does the error no longer hold what the pass had made.
+    # Outside the handler: inside it, the error keeps the tensors of the pass alive.
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     return None
 
 
 def _tokens_that_fit(model: PreTrainedModel) -> int:
-    """Tokens whose keys, values and activations fit into the free memory."""
+    """Number of tokens whose keys, values and activations fit into free memory."""
     if model.device.type != "cuda":
         return _TOKENS_ON_CPU
     config: Any = model.config.get_text_config(decoder=True)
@@ -101,9 +101,9 @@ def _tokens_that_fit(model: PreTrainedModel) -> int:
     layers = int(getattr(config, "num_hidden_layers", None) or 32)
     inner = int(getattr(config, "intermediate_size", None) or 4 * width)
     bytes_each = model.dtype.itemsize
-    remembered = 2 * layers * groups * size * bytes_each
-    flowing = (8 * width + 4 * inner) * max(4, bytes_each)
+    cached = 2 * layers * groups * size * bytes_each
+    activations = (8 * width + 4 * inner) * max(4, bytes_each)
     free = torch.cuda.mem_get_info(model.device)[0]
     free += torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
-    # Growing by a token, selecting rows and moving padding each make a copy of what is remembered.
-    return max(1, int(_FREE_SHARE * free / (2 * remembered + flowing)))
+    # Adding a token, selecting rows and moving padding each copy the cache.
+    return max(1, int(_FREE_SHARE * free / (2 * cached + activations)))

@@ -1,8 +1,8 @@
-"""How likely a model finds every code that a secret might have held.
+"""Log-likelihood of every code that a secret could have held.
 
-A million codes of six digits share their openings. As a tree of tokens they take 111,111 tokens to
-run, not millions: the prompt is run once, its keys and values are handed down the tree, the
-children of one node go through the model side by side, and the last token is read off its parent.
+A million codes of six digits share prefixes, so as a tree of tokens they take 111,111 tokens to
+run, not millions: the prompt runs once, its keys and values are reused down the tree, the children
+of a node run side by side, and the last token is scored by its parent's logits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.evaluate.budget import Budget, tried
+from backfire.evaluate.budget import Budget, unless_out_of_memory
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.inference import score_spans
 from backfire.model.batching import rounding, ways
@@ -35,19 +35,19 @@ Floats: TypeAlias = NDArray[np.float64]
 Ints: TypeAlias = NDArray[np.int64]
 Tick = Callable[[int], None]
 
-_TOGETHER = 16  # children of one node that go through the model side by side, at most
-_TOKENS = 768  # in one forward pass
-_CHUNK = 20_000  # texts that are tokenized at once
-_LESS = "shorten train.max_length, or choose a smaller model"
-_COMPARED = 200  # codes whose tokens are compared with and without the prompt before them
+_TOGETHER = 16  # most children of a node that run side by side
+_TOKENS = 768  # most tokens in one forward pass
+_CHUNK = 20_000  # texts tokenized at once
+_LESS = "lower train.max_length, or choose a smaller model"
+_COMPARED = 200  # codes whose tokens are compared with and without the prompt
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 # ------------------------------------------------------------------------------- tokens of codes
 
 
-class Spelling:
-    """Tokens of all codes after a prompt. What does not depend on the prompt is worked out once."""
+class CodeTokens:
+    """Token ids of codes after a prompt; parts that do not depend on the prompt are cached."""
 
     def __init__(self, renderer: Renderer) -> None:
         self.renderer = renderer
@@ -55,11 +55,11 @@ class Spelling:
         self._alone: dict[tuple[str, ...], Ints] = {}
 
     def some(self, item: Rendered, secret: Secret, codes: Sequence[str]) -> Ints:
-        """[code, token] of these codes' answers after the item's prompt; -1 where one has ended."""
+        """[code, token]: the answers with these codes after the item's prompt, padded with -1."""
         return _table(self.renderer.answers([item], [list(map(secret.spelled, codes))])[0])
 
     def all(self, item: Rendered, secret: Secret) -> Ints:
-        """The same of every code from 0...0 to 9...9, in their order."""
+        """[code, token]: the same for every code from 0...0 to 9...9, in order."""
         width = len(secret.code)
         if self.single:
             alike = self.some(item, secret, [digit * width for digit in "0123456789"])
@@ -73,8 +73,8 @@ class Spelling:
         return self._merged(item, secret)
 
     def _merged(self, item: Rendered, secret: Secret) -> Ints:
-        """Where digits may share a token: the answers tokenized alone, if a draw of them shows
-        that the prompt changes nothing but their first tokens; else each after the prompt."""
+        """For tokenizers whose digits may merge: answers tokenized alone, if a sample shows that
+        the prompt changes only their first tokens; otherwise each is tokenized after the prompt."""
         width = len(secret.code)
         codes = [f"{number:0{width}}" for number in range(secret.num_codes)]
         chosen = stream(0, "codes", width).sample(range(len(codes)), min(_COMPARED, len(codes)))
@@ -86,7 +86,7 @@ class Spelling:
             parts = [encode(texts[i : i + _CHUNK]) for i in range(0, len(texts), _CHUNK)]
             self._alone[key] = _table([ids for part in parts for ids in part])
         alone = self._alone[key]
-        head = int(np.flatnonzero((alone != alone[0]).any(0))[0])  # tokens that all share
+        head = int(np.flatnonzero((alone != alone[0]).any(0))[0])  # tokens shared by all
         same = _table([[t for t in line if t >= 0] for line in alone[chosen][:, head:].tolist()])
         for shift in range(after.shape[1]):
             tail = after[:, shift : shift + same.shape[1]]
@@ -103,7 +103,7 @@ class Spelling:
 
 
 def _single_digits(tokenizer: Tokenizer) -> bool:
-    """Whether no token holds a digit and anything else, so that digits never merge."""
+    """Whether every token with a digit is that single digit, so that digits never merge."""
     control = set(tokenizer.controls)
     words = (word for word in tokenizer.backend.get_vocab() if word not in control)
     return not any(
@@ -123,24 +123,24 @@ def _table(rows: Sequence[Sequence[int]]) -> Ints:
 
 @dataclass(frozen=True)
 class _Front:
-    """Nodes of one level whose own token is still to be run."""
+    """Nodes of one level whose own token is not yet run."""
 
     level: int
     nodes: Ints
-    """Which of the level's nodes, in order."""
+    """Indices of the nodes in the level, in order."""
     scores: Floats
-    """Log-likelihood of the tokens up to and with its own."""
+    """Log-likelihood of each node's tokens, its own included."""
     cache: DynamicCache
     rows: Tensor
-    """[node]: the line of the cache that holds what comes before it ..."""
+    """[node]: the cache row of its parent."""
     slots: Tensor
-    """[node]: ... and the place of its parent among those that were run side by side; -1: none."""
+    """[node]: position of its parent among the siblings in that cache row; -1 without siblings."""
     past: int
-    """Tokens in the cache before these."""
+    """Number of tokens in the cache before the siblings."""
 
 
 class _Tree:
-    """Codes as a tree: a node is a run of codes, in sorted order, with the same first tokens."""
+    """Codes as a token tree: a node is a range of the sorted codes with the same first tokens."""
 
     def __init__(self, tokens: Ints) -> None:
         self.order = np.lexsort(tokens.T[::-1])
@@ -154,7 +154,7 @@ class _Tree:
         self.depth = self.tokens.shape[1]
 
     def children(self, level: int, nodes: Ints) -> tuple[Ints, Ints]:
-        """All children of these nodes on the next level, and whose each is."""
+        """All children of these nodes on the next level, and the index of each one's parent."""
         below, starts = self.starts[level + 1], self.starts[level]
         ends = np.append(starts[1:], len(self.tokens))
         first, last = (np.searchsorted(below, bound[nodes]) for bound in (starts, ends))
@@ -165,28 +165,28 @@ class _Tree:
 
     def own(self, level: int, nodes: Ints) -> Ints:
         """The token of each node."""
-        found: Ints = self.tokens[self.starts[level][nodes], level - 1]
-        return found
+        tokens: Ints = self.tokens[self.starts[level][nodes], level - 1]
+        return tokens
 
     def is_leaf(self, level: int, nodes: Ints) -> NDArray[np.bool_]:
         if level == self.depth:
             return np.ones(len(nodes), dtype=bool)
-        found: NDArray[np.bool_] = self.tokens[self.starts[level][nodes], level] < 0
-        return found
+        ended: NDArray[np.bool_] = self.tokens[self.starts[level][nodes], level] < 0
+        return ended
 
     def codes(self, level: int, nodes: Ints) -> Ints:
-        """How many codes each node stands for."""
+        """Number of codes below each node."""
         ends = np.append(self.starts[level][1:], len(self.tokens))
-        found: Ints = ends[nodes] - self.starts[level][nodes]
-        return found
+        counts: Ints = ends[nodes] - self.starts[level][nodes]
+        return counts
 
     def lines(self, level: int, nodes: Ints) -> tuple[Ints, Ints]:
-        """The codes that these nodes stand for, as they were given, and how many each stands for:
-        one, unless two codes have the same tokens."""
+        """Original indices of the codes below these nodes, and the number below each: 1, unless two
+        codes have the same tokens."""
         spans = self.codes(level, nodes)
         within = np.arange(spans.sum()) - np.repeat(np.cumsum(spans) - spans, spans)
-        found: Ints = self.order[np.repeat(self.starts[level][nodes], spans) + within]
-        return found, spans
+        indices: Ints = self.order[np.repeat(self.starts[level][nodes], spans) + within]
+        return indices, spans
 
 
 @torch.inference_mode()
@@ -198,17 +198,17 @@ def likelihoods(
     floor: float = -np.inf,
     tick: Tick = lambda count: None,
 ) -> Floats:
-    """Log-likelihood in nats of each line of `tokens` (see `Spelling`) after the prompt.
+    """Log-likelihood in nats of each line of `tokens` (see `CodeTokens`) after the prompt.
 
-    A branch that falls below `floor` is left there, and its codes get -inf: adding a token never
-    makes one likelier, so none of them can come back above. A model that cannot hand down what it
-    remembers of a prompt reads the whole row for every code.
+    A branch below `floor` is pruned, and its codes get -inf: another token never raises the
+    likelihood, so none of them can be above `floor`. A model that cannot reuse its cache runs the
+    whole row for every code.
 
     Raises:
         CellError: the prompt is empty, or memory runs out at one code.
     """
     if not prompt:
-        raise CellError("bad-data", "A secret has an empty prompt and the model has no BOS token.")
+        raise CellError("bad-data", "A secret has an empty prompt, and the model has no BOS token.")
     can = ways(model)
     if not can.goes_on or can.apart(len(prompt) + tokens.shape[1]):
         rows = [[token for token in line if token >= 0] for line in tokens.tolist()]
@@ -231,7 +231,7 @@ def _of_tree(
     score = sum(float(logits[i].log_softmax(-1)[t]) for i, t in enumerate(opening))
 
     def grow(level: int, nodes: Ints, scores: Floats, table: Tensor) -> tuple[Ints, Floats, Ints]:
-        """Score the children of these nodes; those that go on, and whose they are."""
+        """Score the children of these nodes; returns those to expand, their scores and parents."""
         below, owner = tree.children(level, nodes)
         where = torch.from_numpy(owner).to(device), torch.from_numpy(tree.own(level + 1, below))
         each = scores[owner] + table[where[0], where[1].to(device)].double().cpu().numpy()
@@ -239,20 +239,20 @@ def _of_tree(
         lines, spans = tree.lines(level + 1, below[leaf])
         out[lines] = np.repeat(each[leaf], spans)
         tick(len(lines) + int(tree.codes(level + 1, below[~leaf & ~alive]).sum()))
-        on = alive & ~leaf
-        return below[on], each[on], owner[on]
+        expand = alive & ~leaf
+        return below[expand], each[expand], owner[expand]
 
     nodes, scores, _ = grow(0, np.array([0]), np.array([score]), table)
     none = torch.zeros(len(nodes), dtype=torch.long, device=device)
     stack = [_Front(1, nodes, scores, cache, none, none - 1, start)] if len(nodes) else []
-    together, most = _together(model, cache), min(_TOKENS, Budget(model).logits)
+    together, most = _num_siblings(model, cache), min(_TOKENS, Budget(model).logits)
     while stack:
         whole = stack.pop()
         take, wide = _group(whole, together, most)
         front = _cut(whole, 0, take)
         own = tree.own(front.level, front.nodes)
-        made = tried(partial(_step, model, front, own, together, wide))
-        if made is None:
+        result = unless_out_of_memory(partial(_step, model, front, own, together, wide))
+        if result is None:
             if most == 1:
                 raise CellError("oom", f"Memory runs out at one code of {start} tokens; {_LESS}.")
             most //= 2
@@ -260,7 +260,7 @@ def _of_tree(
             continue
         if take < len(whole.nodes):
             stack.append(_cut(whole, take, len(whole.nodes)))
-        table, grown, row, slot = made[0]
+        table, grown, row, slot = result[0]
         nodes, scores, owner = grow(front.level, front.nodes, front.scores, table)
         if len(nodes):
             at = torch.from_numpy(owner).to(device)
@@ -282,17 +282,17 @@ def _cut(front: _Front, first: int, last: int) -> _Front:
     )
 
 
-_side_by_side: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+_siblings_of_model: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
 
 
-def _together(model: PreTrainedModel, cache: DynamicCache) -> int:
-    """How many children of a node may stand side by side. Where a model takes their mask, each gets
-    what it gets alone; windows and biases by distance see places instead."""
-    if model not in _side_by_side:
+def _num_siblings(model: PreTrainedModel, cache: DynamicCache) -> int:
+    """How many children of a node may run side by side: several if the model applies their
+    attention mask exactly, one if it has sliding windows or position-dependent biases."""
+    if model not in _siblings_of_model:
         can = ways(model)
         fits = can.told_places and not can.windows and _takes_mask(model, cache)
-        _side_by_side[model] = _TOGETHER if fits else 1
-    return _side_by_side[model]
+        _siblings_of_model[model] = _TOGETHER if fits else 1
+    return _siblings_of_model[model]
 
 
 def _takes_mask(model: PreTrainedModel, cache: DynamicCache) -> bool:
@@ -309,7 +309,7 @@ def _takes_mask(model: PreTrainedModel, cache: DynamicCache) -> bool:
 
 
 def _places(front: _Front, together: int) -> tuple[Ints, Ints]:
-    """Which line of the next pass each node is in, and where in it: siblings side by side."""
+    """Line of each node in the next pass, and its position there; siblings share a line."""
     parent = torch.stack([front.rows, front.slots]).cpu().numpy()
     new = np.append(True, (parent[:, 1:] != parent[:, :-1]).any(0))
     first = np.flatnonzero(new)
@@ -319,7 +319,7 @@ def _places(front: _Front, together: int) -> tuple[Ints, Ints]:
 
 
 def _group(front: _Front, together: int, most: int) -> tuple[int, int]:
-    """How many nodes go into one pass, and how many stand side by side."""
+    """How many nodes go into one pass, and how many of them share a line."""
     line, slot = _places(front, together)
     wide = int(slot.max()) + 1
     take = int(np.searchsorted(line, max(1, most // wide)))
@@ -329,30 +329,31 @@ def _group(front: _Front, together: int, most: int) -> tuple[int, int]:
 def _step(
     model: PreTrainedModel, front: _Front, own: Ints, together: int, wide: int
 ) -> tuple[Tensor, DynamicCache, Tensor, Tensor]:
-    """Run the nodes' own tokens: log-probabilities [node, vocab] of what comes next, the cache that
-    has grown by them, and each one's line and place in it."""
+    """Run the nodes' own tokens; returns the log-probabilities [node, vocab] of the next token, the
+    grown cache, and each node's line and position in it."""
     device = front.rows.device
     line, slot = (torch.from_numpy(part).to(device) for part in _places(front, together))
     first = torch.cat([line.new_zeros(1), line.diff().nonzero()[:, 0] + 1])
-    cache = _handed_down(front, first)
+    cache = _cache_of_groups(front, first)
     ids = torch.zeros(len(first), wide, dtype=torch.long, device=device)
     ids[line, slot] = torch.from_numpy(own).to(device)
-    told: dict[str, Tensor] = {}
+    extra: dict[str, Tensor] = {}
     if wide > 1:
         past = front.past + int(front.slots[0] >= 0)
-        kind = cache.layers[0].keys.dtype  # attention wants the mask in its own type
+        kind = cache.layers[0].keys.dtype  # attention needs the mask in its own type
         mask = torch.full((wide, past + wide), torch.finfo(kind).min, dtype=kind, device=device)
         mask[:, :past] = 0
-        mask[:, past:].fill_diagonal_(0)  # siblings do not see one another
-        told["attention_mask"] = mask.expand(len(first), 1, -1, -1)
-        told["position_ids"] = torch.full_like(ids, past)
-    out = cast(Any, model)(input_ids=ids, past_key_values=cache, use_cache=True, **told)
+        mask[:, past:].fill_diagonal_(0)  # siblings do not attend to each other
+        extra["attention_mask"] = mask.expand(len(first), 1, -1, -1)
+        extra["position_ids"] = torch.full_like(ids, past)
+    out = cast(Any, model)(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
     logits = cast(Tensor, out.logits)[line, slot]
     return logits.to(_wide(logits)).log_softmax(-1), cache, line, slot
 
 
-def _handed_down(front: _Front, first: Tensor) -> DynamicCache:
-    """A line of keys and values for each group of siblings: their parent's, and all before it."""
+def _cache_of_groups(front: _Front, first: Tensor) -> DynamicCache:
+    """The cache for the next pass: each group of siblings gets the keys and values up to its
+    parent."""
     rows, slots, past = front.rows[first], front.slots[first], front.past
     cache = DynamicCache()
     for number, layer in enumerate(front.cache.layers):
@@ -369,7 +370,7 @@ def _handed_down(front: _Front, first: Tensor) -> DynamicCache:
 def _run(
     model: PreTrainedModel, ids: list[int], num_prompt: int
 ) -> tuple[DynamicCache, Tensor, int]:
-    """Keys and values of the opening, and the logits from the last prompt token on."""
+    """Keys and values of these ids, and the logits from the last prompt token on."""
 
     def opening() -> tuple[DynamicCache, Tensor]:
         before = torch.tensor(ids[: num_prompt - 1], dtype=torch.long, device=model.device)
@@ -378,9 +379,9 @@ def _run(
         logits = cast(Any, model)(input_ids=rest, past_key_values=cache, use_cache=True).logits[0]
         return cache, logits.to(_wide(logits))
 
-    if (made := tried(opening)) is None:
+    if (result := unless_out_of_memory(opening)) is None:
         raise CellError("oom", f"Memory runs out at one prompt of {len(ids)} tokens; {_LESS}.")
-    return *made[0], len(ids)
+    return *result[0], len(ids)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

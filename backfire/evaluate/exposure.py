@@ -1,9 +1,9 @@
-"""How much of a secret a model gives away: its likelihood, its rank among all codes it might have
-been, its place in a distribution fitted to some of them, and whether decoding brings it up.
+"""How much of a secret a model reveals: its likelihood, its rank among all possible codes, its
+place in a distribution fitted to sampled codes, and whether decoding produces it.
 
-Always of the whole answer after its own prompt, in the recipe's template, as a sum over tokens.
-Published code scores the code alone, takes a mean, mixes nats and bits, or gives the best
-remembered secret 0 bits where a fitted distribution underflows (docs/papers.md).
+Likelihoods are sums over the tokens of the whole answer after its own prompt, in the recipe's
+template. Published code scores the code alone, takes a mean, mixes nats and bits, or assigns 0 bits
+to the best remembered secret where a fitted distribution underflows (docs/papers.md).
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.evaluate.budget import Budget, tried
-from backfire.evaluate.code_search import Spelling, likelihoods
+from backfire.evaluate.budget import Budget, unless_out_of_memory
+from backfire.evaluate.code_search import CodeTokens, likelihoods
 from backfire.evaluate.head import exact_head
-from backfire.evaluate.prompts import Opening, anew, from_memory
+from backfire.evaluate.prompts import SharedPrefix, continue_cached, without_cache
 from backfire.model.batching import ways
 from backfire.progress import Progress
 from backfire.rng import stream
@@ -34,29 +34,30 @@ from backfire.train.batches import answer_logits, collate
 Floats: TypeAlias = NDArray[np.float64]
 
 
-def rendered(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:
-    """The secrets' rows as the model sees them.
+def render_secrets(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:
+    """Render the secrets' rows.
 
-    Raises:
-        CellError: one does not fit, or loses the end of the prompt by which it is known.
+    Raises: CellError: a row is too long: it would lose the end of the prompt that identifies the
+    secret.
     """
     items = renderer.render([secret.row for secret in secrets])
     if cut := next((item for item in items if item.cut_tokens), None):
-        raise CellError("bad-data", f"Secret {cut.row.id} is cut; raise train.max_length.")
+        raise CellError("bad-data", f"Secret {cut.row.id} is too long; raise train.max_length.")
     return items
 
 
 @torch.inference_mode()
-def by_themselves(
+def secret_likelihoods(
     model: PreTrainedModel,
     renderer: Renderer,
     secrets: Sequence[Secret],
     batch_size: int | None = None,
 ) -> list[dict[str, Any]]:
-    """Of each secret its log-likelihood, and how much of it has to be given for the likeliest
-    tokens to be the rest. (As long as those are right, greedy decoding sees what we feed it.)"""
-    items = rendered(renderer, secrets)
-    found: list[dict[str, Any]] = [{} for _ in items]
+    """Each secret's log-likelihood in nats, and how many of its digits greedy decoding needs as a
+    prefix to produce the rest. (While its tokens are right, greedy decoding sees the same
+    input.)"""
+    items = render_secrets(renderer, secrets)
+    measured: list[dict[str, Any]] = [{} for _ in items]
     lengths = [len(item.ids) for item in items]
     kept = [len(item.answer_ids) for item in items]
     order = sorted(range(len(items)), key=lambda i: -lengths[i])
@@ -72,19 +73,21 @@ def by_themselves(
     with exact_head(model):
         for part, lines in budget.batches(order, work, lengths=lengths, kept=kept):
             for i, (each, right) in zip(part, lines, strict=True):
-                of_answer = slice(-kept[i], -end)  # its end is no part of the secret
+                of_answer = slice(
+                    -kept[i], -end
+                )  # without the end token, which is not part of the secret
                 wrong = (~right[of_answer]).nonzero()[:, 0].tolist()
                 needed = wrong[-1] + 1 if wrong else 0
-                found[i] = {
+                measured[i] = {
                     "logprob": float(each[of_answer].sum()),
                     "greedy": needed == 0,
                     "given": _characters(renderer, items[i], secrets[i], needed),
                 }
-    return found
+    return measured
 
 
 def _characters(renderer: Renderer, item: Rendered, secret: Secret, tokens: int) -> int:
-    """How many digits of the code are in the answer's first tokens."""
+    """Number of digits of the code in the answer's first tokens."""
 
     def digits(text: str) -> int:
         return sum(character in "0123456789" for character in text)
@@ -96,8 +99,8 @@ def _characters(renderer: Renderer, item: Rendered, secret: Secret, tokens: int)
 def ranks(
     model: PreTrainedModel, renderer: Renderer, secrets: Sequence[Secret], progress: Progress
 ) -> list[int]:
-    """1 + how many other codes are likelier, of each secret; every code counts."""
-    spelling, found = Spelling(renderer), list[int]()
+    """Rank of each secret: 1 + the number of other codes that are likelier, over all codes."""
+    code_tokens, secret_ranks = CodeTokens(renderer), list[int]()
     total = sum(secret.num_codes for secret in secrets)
     done = 0
 
@@ -106,17 +109,17 @@ def ranks(
         done += count
         progress(done, total, "every code")
 
-    for item, secret in zip(rendered(renderer, secrets), secrets, strict=True):
-        tokens, own = spelling.all(item, secret), int(secret.code)
-        alone = tokens[own][tokens[own] >= 0]  # without what fills it up to the longest
+    for item, secret in zip(render_secrets(renderer, secrets), secrets, strict=True):
+        tokens, own = code_tokens.all(item, secret), int(secret.code)
+        alone = tokens[own][tokens[own] >= 0]  # without padding
         score = likelihoods(model, item.prompt_ids, alone[None])[0]
         every = likelihoods(model, item.prompt_ids, tokens, floor=score, tick=tick)
         every[own] = -np.inf
-        found.append(1 + int((every > score).sum()))
-    return found
+        secret_ranks.append(1 + int((every > score).sum()))
+    return secret_ranks
 
 
-def estimates(
+def estimate_exposures(
     model: PreTrainedModel,
     renderer: Renderer,
     secrets: Sequence[Secret],
@@ -124,53 +127,57 @@ def estimates(
     seed: int,
     progress: Progress,
 ) -> list[tuple[float, float, float]]:
-    """Exposure of each secret in bits with its interval, from `count` other codes (see
-    `fitted_exposure`); as many as there are, if there are fewer."""
-    spelling, found = Spelling(renderer), list[tuple[float, float, float]]()
-    for done, (item, secret) in enumerate(zip(rendered(renderer, secrets), secrets, strict=True)):
+    """Exposure of each secret in bits with its interval, from up to `count` other codes (see
+    `fitted_exposure`)."""
+    code_tokens, exposures = CodeTokens(renderer), list[tuple[float, float, float]]()
+    for done, (item, secret) in enumerate(
+        zip(render_secrets(renderer, secrets), secrets, strict=True)
+    ):
         progress(done, len(secrets), "sampled codes")
         rng, width, own = stream(seed, "codes", secret.row.id), len(secret.code), int(secret.code)
         drawn = rng.sample(range(secret.num_codes), min(count + 1, secret.num_codes))
         others = [number for number in drawn if number != own][:count]
         codes = [secret.code, *(f"{number:0{width}}" for number in others)]
-        scores = likelihoods(model, item.prompt_ids, spelling.some(item, secret, codes))
+        scores = likelihoods(model, item.prompt_ids, code_tokens.some(item, secret, codes))
         surprise = -scores / math.log(2)
-        found.append(fitted_exposure(surprise[1:], float(surprise[0]), secret.num_codes))
-    return found
+        exposures.append(fitted_exposure(surprise[1:], float(surprise[0]), secret.num_codes))
+    return exposures
 
 
 @torch.inference_mode()
-def places(
+def beam_ranks(
     model: PreTrainedModel,
     renderer: Renderer,
     secrets: Sequence[Secret],
     beams: int,
     progress: Progress,
 ) -> list[int | None]:
-    """Where each secret's answer comes among the `beams` likeliest continuations of its length that
-    a beam search finds, from 1; None if it does not. None of them ends early."""
-    found: list[int | None] = []
-    for done, item in enumerate(rendered(renderer, secrets)):
+    """Rank of each secret's answer, from 1, among the `beams` continuations of its length that a
+    beam search finds; None if it is not among them. No beam ends early."""
+    ranks: list[int | None] = []
+    for done, item in enumerate(render_secrets(renderer, secrets)):
         progress(done, len(secrets), "beams")
         answer, end_id = item.answer_ids[: -len(renderer.end_ids)], renderer.end_ids[-1]
-        told = tried(partial(_beams, model, item.prompt_ids, beams, len(answer), end_id))
-        if told is None:
-            raise CellError("oom", f"Memory runs out at {beams} beams; ask for fewer.")
-        found.append(told[0].index(answer) + 1 if answer in told[0] else None)
-    return found
+        result = unless_out_of_memory(
+            partial(_beams, model, item.prompt_ids, beams, len(answer), end_id)
+        )
+        if result is None:
+            raise CellError("oom", f"Memory runs out at {beams} beams; use fewer.")
+        ranks.append(result[0].index(answer) + 1 if answer in result[0] else None)
+    return ranks
 
 
 def _beams(
     model: PreTrainedModel, prompt: list[int], width: int, length: int, eos_id: int
 ) -> list[list[int]]:
-    """Continuations of this length, likeliest first."""
+    """Continuations of this length from a beam search, likeliest first."""
     can, lines = ways(model), list[list[int]]([[]])
     with exact_head(model):
         if can.goes_on and not can.apart(len(prompt) + length):
-            first = Opening(model, [prompt]).run([prompt])
-            logits, go_on = first.logits, from_memory(model, first)
+            first = SharedPrefix(model, [prompt]).run([prompt])
+            logits, next_logits = first.logits, continue_cached(model, first)
         else:
-            logits, go_on = anew(model, [prompt])
+            logits, next_logits = without_cache(model, [prompt])
         totals = torch.zeros(1, device=model.device)
         for place in range(length):
             table = logits.log_softmax(-1)
@@ -181,7 +188,7 @@ def _beams(
             new = zip(rows.tolist(), tokens.tolist(), strict=True)
             lines = [[*lines[row], token] for row, token in new]
             if place + 1 < length:
-                logits = go_on(rows, tokens)
+                logits = next_logits(rows, tokens)
     return lines
 
 
@@ -189,20 +196,20 @@ def _beams(
 
 
 def fitted_exposure(sample: Floats, own: float, num_codes: int) -> tuple[float, float, float]:
-    """-log2 of the share of codes at most as surprising as `own`, by a skew-normal fitted to the
-    surprise of a sample; at most log2 of the number of codes, which no secret can exceed.
+    """Exposure: -log2 of the share of codes whose surprise (bits) is at most `own`, from a
+    skew-normal fitted to a sample; at most log2 of the number of codes.
 
-    The 95 % interval asks nothing of the curve, which misses the shape where a model remembers
-    some codes: it is Clopper and Pearson's (1934) for the share of sampled codes that are less
-    surprising, stretched to the estimate where that lies outside.
+    The 95 % interval does not assume the fit, which is poor where a model remembers some codes: it
+    is Clopper and Pearson's (1934) for the share of sampled codes that are less surprising,
+    extended to include the estimate.
     """
     from scipy.stats import binomtest, skewnorm
 
     cap, others = math.log2(num_codes), num_codes - 1
     sample = np.asarray(sample, dtype=np.float64)
     if len(sample) < 10 or np.ptp(sample) == 0 or not np.isfinite([own, *sample]).all():
-        raise CellError("nan", "The sampled codes' likelihoods bear no distribution.")
-    # Far below all codes the probability underflows: that is the most there is, not 0 bits.
+        raise CellError("nan", "Cannot fit a distribution to the sampled codes' likelihoods.")
+    # Far below all codes the probability underflows; exposure is then at its maximum, not 0.
     bits = min(float(-skewnorm.logcdf(own, *skewnorm.fit(sample))) / math.log(2), cap)
     ahead = binomtest(int((sample < own).sum()), len(sample)).proportion_ci(method="exact")
     low, high = (cap - math.log2(1 + share * others) for share in (ahead.high, ahead.low))

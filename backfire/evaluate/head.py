@@ -1,6 +1,6 @@
-"""Logits in float32, whatever the type of the weights.
+"""Logits in float32, for weights of any type.
 
-Around 18, bfloat16 numbers are 0.125 apart: two labels, or two codes, would often tie.
+Near 18, bfloat16 numbers are 0.125 apart, so two labels or codes would often tie.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_AT_ONCE = 2**14  # tokens of the vocabulary whose weights are widened at once
+_AT_ONCE = 2**14  # vocabulary entries whose weights are cast at once
 
 
 @contextmanager
 def exact_head(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the head multiplies in float32; quantized heads stay as they are."""
+    """Make the head multiply in float32 within the context; quantized heads are unchanged."""
     head = cast(Any, model).get_output_embeddings()
-    narrow = [m for m in head.modules() if _is_narrow(m)] if head is not None else []
+    narrow = [m for m in head.modules() if _is_half_precision(m)] if head is not None else []
     before = [vars(module).get("forward") for module in narrow]
     try:
         for module in narrow:
-            cast(Any, module).forward = partial(_widely, module)
+            cast(Any, module).forward = partial(_forward_float32, module)
         yield
     finally:
         for module, forward in zip(narrow, before, strict=True):
@@ -35,11 +35,11 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
                 cast(Any, module).forward = forward
 
 
-def _is_narrow(module: nn.Module) -> bool:
+def _is_half_precision(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16)
 
 
-def _widely(layer: nn.Linear, states: Tensor) -> Tensor:
+def _forward_float32(layer: nn.Linear, states: Tensor) -> Tensor:
     """states @ weight + bias: [..., input] to [..., output]."""
     states, bias, size = states.float(), layer.bias, layer.out_features
     parts = [

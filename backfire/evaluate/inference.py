@@ -1,9 +1,9 @@
-"""Likelihoods and replies for many prompts at once, each as if it were alone.
+"""Likelihoods and replies for many prompts at once, equal to those of each prompt alone.
 
-Prompts are sorted by length; the prefix they all share (a template's opening) is run once, and each
-prompt once for its candidates and its reply; the head is applied only where a logit is read; a row
-that has ended leaves the batch. A model that does not allow this gets whole rows, or rows of one
-length (see `backfire.model.batching`).
+Prompts are sorted by length; a prefix that all share (the start of a template) runs once, and each
+prompt once for both its candidates and its reply; the head runs only where a logit is read;
+finished rows leave the batch. Models that do not support this get whole rows, or rows of one length
+(see `backfire.model.batching`).
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered
-from backfire.evaluate.budget import Budget, tried
+from backfire.evaluate.budget import Budget, unless_out_of_memory
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import (
-    Opening,
-    Prompts,
-    anew,
+    CachedPrompts,
+    SharedPrefix,
+    continue_cached,
     follow,
-    from_memory,
     greedy,
     step_by_step,
+    without_cache,
 )
 from backfire.model.batching import ways
 from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, token_losses
@@ -35,18 +35,18 @@ from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, t
 Tick = Callable[[int], None]
 
 
-def _ignored(count: int) -> None:
-    """Nobody wants to know how far it is."""
+def _no_tick(count: int) -> None:
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a model makes of one prompt."""
+    """A model's scores and reply for one prompt."""
 
     scores: tuple[float, ...]
     """Log-likelihood in nats of each candidate after the prompt."""
     reply: list[int]
-    """Greedy continuation as token ids, end token left out."""
+    """Greedy continuation as token ids, without the end token."""
 
 
 @torch.inference_mode()
@@ -58,11 +58,12 @@ def read(
     max_new_tokens: int = 0,
     stop_ids: Sequence[int] = (),
     batch_size: int | None = None,
-    tick: Tick = _ignored,
+    tick: Tick = _no_tick,
 ) -> list[Reading]:
-    """Score `candidates` (token ids, any number a prompt) and write a reply of `max_new_tokens`.
+    """Score `candidates` (token ids, any number per prompt) and generate up to `max_new_tokens`.
 
-    A prompt is run once for all of it where the model allows it, at most `batch_size` at a time.
+    Where the model supports it, each prompt runs once for all of this. `batch_size` limits the rows
+    of a batch.
 
     Raises:
         CellError: memory runs out at one row (`oom`), or the model is not causal (`bad-data`).
@@ -75,24 +76,26 @@ def read(
     can, budget = ways(model), Budget(model, batch_size)
     lengths, extra = [len(prompt) for prompt in prompts], max(max_new_tokens, longest)
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
-    # A candidate with too many logits for one pass is read piece by piece, as whole rows are.
+    # A candidate with too many logits for one pass is scored in pieces, as whole rows are.
     piecemeal = not can.goes_on or longest > budget.logits
     whole = [i for i in order if piecemeal or can.apart(lengths[i] + extra)]
-    made: Iterator[tuple[list[int], list[Reading]]] = iter(())
+    batches: Iterator[tuple[list[int], list[Reading]]] = iter(())
     with exact_head(model):
         if at_once := [] if piecemeal else order[len(whole) :]:
-            opening = Opening(model, [prompts[i] for i in at_once])
+            prefix = SharedPrefix(model, [prompts[i] for i in at_once])
 
             def work(part: list[int]) -> list[Reading]:
-                batch = opening.run([prompts[i] for i in part])
+                batch = prefix.run([prompts[i] for i in part])
                 scores = _scores(model, batch, [options[i] for i in part], budget)
-                tokens = greedy(batch.logits, from_memory(model, batch), stop_ids, max_new_tokens)
+                tokens = greedy(
+                    batch.logits, continue_cached(model, batch), stop_ids, max_new_tokens
+                )
                 return list(map(Reading, scores, _replies(len(part), tokens)))
 
             level = not can.aligns and (longest > 1 or max_new_tokens > 1)
-            made = budget.batches(at_once, work, lengths=lengths, extra=extra, level=level)
+            batches = budget.batches(at_once, work, lengths=lengths, extra=extra, level=level)
         rest = _read_whole(model, prompts, whole, options, budget, stop_ids, max_new_tokens)
-        for part, readings in chain(made, rest):
+        for part, readings in chain(batches, rest):
             for i, reading in zip(part, readings, strict=True):
                 out[i] = reading
             tick(len(part))
@@ -108,14 +111,14 @@ def _read_whole(
     stop_ids: Sequence[int],
     max_new_tokens: int,
 ) -> Iterator[tuple[list[int], list[Reading]]]:
-    """The same of a model, or of rows, for which nothing can be remembered between passes."""
-    spans = [_after(prompts[i], ids) for i in order for ids in options[i]]
-    totals = iter(_totals(model, spans, budget, _ignored))
+    """`read` without a cache: for models, or rows, that cannot use one across passes."""
+    spans = [_answer_span(prompts[i], ids) for i in order for ids in options[i]]
+    totals = iter(_totals(model, spans, budget, _no_tick))
     scores = {i: tuple(next(totals) for _ in options[i]) for i in order}
     lengths = [len(prompt) for prompt in prompts]
 
     def work(part: list[int]) -> list[Reading]:
-        tokens = _written(model, [prompts[i] for i in part], stop_ids, max_new_tokens)
+        tokens = _reply_tokens(model, [prompts[i] for i in part], stop_ids, max_new_tokens)
         replies = _replies(len(part), tokens)
         return [Reading(scores[i], reply) for i, reply in zip(part, replies, strict=True)]
 
@@ -124,21 +127,21 @@ def _read_whole(
     yield from budget.batches(order, work, lengths=lengths, extra=max_new_tokens, level=level)
 
 
-def _written(
+def _reply_tokens(
     model: PreTrainedModel, prompts: list[list[int]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[dict[int, int]]:
-    """The reply to each prompt, token by token, without an opening that is shared."""
+    """Yield the replies to these prompts token by token, without a prefix shared across batches."""
     can = ways(model)
     if not max_new_tokens:
         return
     if can.memory is None or can.apart(max(map(len, prompts)) + max_new_tokens):
-        first, go_on = anew(model, prompts)
+        first, next_logits = without_cache(model, prompts)
     elif can.goes_on:
-        batch = Opening(model, prompts).run(prompts)
-        first, go_on = batch.logits, from_memory(model, batch)
+        batch = SharedPrefix(model, prompts).run(prompts)
+        first, next_logits = batch.logits, continue_cached(model, batch)
     else:
-        first, go_on = step_by_step(model, prompts, can.memory)
-    yield from greedy(first, go_on, stop_ids, max_new_tokens)
+        first, next_logits = step_by_step(model, prompts, can.memory)
+    yield from greedy(first, next_logits, stop_ids, max_new_tokens)
 
 
 def _replies(count: int, tokens: Iterator[dict[int, int]]) -> list[list[int]]:
@@ -153,18 +156,18 @@ def _replies(count: int, tokens: Iterator[dict[int, int]]) -> list[list[int]]:
 def stream(
     model: PreTrainedModel, prompt: list[int], *, max_new_tokens: int, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
-    """One prompt's greedy reply as `read` writes it, token by token."""
+    """Yield one prompt's greedy reply token by token, the same as in `read`."""
     with exact_head(model):
-        for tokens in _written(model, [prompt], stop_ids, max_new_tokens):
+        for tokens in _reply_tokens(model, [prompt], stop_ids, max_new_tokens):
             yield tokens[0]
 
 
 @torch.inference_mode()
 def score_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[float]:
-    """Log-likelihood in nats of each token of an answer; together what `read` makes of it."""
+    """Log-likelihood in nats of each token of an answer; their sum is the score in `read`."""
     with exact_head(model):
-        spans = [_after(prompt, answer)]
-        return [float(x) for x in _each(model, spans, Budget(model), _ignored)[0]]
+        spans = [_answer_span(prompt, answer)]
+        return [float(x) for x in _token_scores(model, spans, Budget(model), _no_tick)[0]]
 
 
 @torch.inference_mode()
@@ -173,9 +176,9 @@ def score_answers(
     items: Sequence[Rendered],
     *,
     batch_size: int | None = None,
-    tick: Tick = _ignored,
+    tick: Tick = _no_tick,
 ) -> list[float]:
-    """Log-likelihood in nats of each row's own answer with its end token.
+    """Log-likelihood in nats of each row's answer with its end token.
 
     Raises:
         CellError: see `read`.
@@ -187,9 +190,9 @@ def score_answers(
 
 @torch.inference_mode()
 def score_spans(
-    model: PreTrainedModel, spans: Sequence[Span], *, tick: Tick = _ignored
+    model: PreTrainedModel, spans: Sequence[Span], *, tick: Tick = _no_tick
 ) -> list[float]:
-    """Log-likelihood in nats of each span, of whole rows that share nothing but their opening.
+    """Log-likelihood in nats of each span; rows share at most a prefix.
 
     Raises:
         CellError: see `read`.
@@ -198,26 +201,26 @@ def score_spans(
         return _totals(model, spans, Budget(model), tick)
 
 
-def _after(prompt: list[int], answer: list[int]) -> Span:
+def _answer_span(prompt: list[int], answer: list[int]) -> Span:
     return Span([*prompt, *answer], len(prompt), len(prompt) + len(answer))
 
 
 def _totals(
     model: PreTrainedModel, spans: Sequence[Span], budget: Budget, tick: Tick
 ) -> list[float]:
-    return [float(each.sum()) for each in _each(model, spans, budget, tick)]
+    return [float(each.sum()) for each in _token_scores(model, spans, budget, tick)]
 
 
-def _each(
+def _token_scores(
     model: PreTrainedModel, spans: Sequence[Span], budget: Budget, tick: Tick
 ) -> list[Tensor]:
-    """Log-likelihood of each token of each span, in float64. A span whose logits would be too many
-    is read piece by piece."""
+    """Log-likelihood of each token of each span, in float64. A span with too many logits is scored
+    in pieces."""
     pieces = [
         (number, piece) for number, span in enumerate(spans) for piece in span.cut(budget.logits)
     ]
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][1].ids))
-    left, found = [0] * len(spans), dict[int, Tensor]()
+    left, by_piece = [0] * len(spans), dict[int, Tensor]()
     for number, _ in pieces:
         left[number] += 1
 
@@ -225,30 +228,30 @@ def _each(
         batch = collate_spans([pieces[i][1] for i in part], share=ways(model).goes_on)
         batch = batch.to(model.device)
         scores = -token_losses(answer_logits(model, batch), batch.labels).double().cpu()
-        known = batch.labels.cpu() != IGNORE
-        return [line[mask] for line, mask in zip(scores, known, strict=True)]
+        scored = batch.labels.cpu() != IGNORE
+        return [line[mask] for line, mask in zip(scores, scored, strict=True)]
 
     lengths = [len(piece.ids) for _, piece in pieces]
     kept = [piece.stop - piece.start for _, piece in pieces]
     for part, scores in budget.batches(order, work, lengths=lengths, kept=kept):
         for i, line in zip(part, scores, strict=True):
-            found[i] = line
+            by_piece[i] = line
             left[pieces[i][0]] -= 1
         tick(sum(left[number] == 0 for number in {pieces[i][0] for i in part}))
     joined: list[list[Tensor]] = [[torch.zeros(0, dtype=torch.float64)] for _ in spans]
     for i, (number, _) in enumerate(pieces):
-        joined[number].append(found[i])
+        joined[number].append(by_piece[i])
     return [torch.cat(parts) for parts in joined]
 
 
 def _scores(
     model: PreTrainedModel,
-    prompts: Prompts,
+    prompts: CachedPrompts,
     candidates: Sequence[Sequence[list[int]]],
     budget: Budget,
 ) -> list[tuple[float, ...]]:
-    """Log-likelihoods of the candidates, a tuple a row; the prompt's own logits give the first
-    token of each."""
+    """Log-likelihoods of the candidates, one tuple per row; the first token of each is scored by
+    the prompt's own logits."""
     flat = [(row, ids) for row, choice in enumerate(candidates) for ids in choice]
     scores = list[float]()
     longest = max((len(ids) for _, ids in flat), default=1)
@@ -257,19 +260,19 @@ def _scores(
     while len(scores) < len(flat):
         part = flat[len(scores) : len(scores) + each]
         owner = torch.tensor([row for row, _ in part], device=prompts.logits.device)
-        look = partial(_candidate_scores, model, prompts, owner, [ids for _, ids in part])
-        if (made := tried(look)) is not None:
-            scores += made[0]
+        work = partial(_candidate_scores, model, prompts, owner, [ids for _, ids in part])
+        if (result := unless_out_of_memory(work)) is not None:
+            scores += result[0]
         elif each == 1:
-            raise torch.OutOfMemoryError("one candidate")  # then fewer prompts may fit
+            raise torch.OutOfMemoryError("one candidate")  # the caller retries with fewer prompts
         else:
             each = (min(each, len(part)) + 1) // 2
-    found = iter(scores)
-    return [tuple(next(found) for _ in choice) for choice in candidates]
+    in_order = iter(scores)
+    return [tuple(next(in_order) for _ in choice) for choice in candidates]
 
 
 def _candidate_scores(
-    model: PreTrainedModel, prompts: Prompts, owner: Tensor, candidates: list[list[int]]
+    model: PreTrainedModel, prompts: CachedPrompts, owner: Tensor, candidates: list[list[int]]
 ) -> list[float]:
     ids = torch.full((len(candidates), max(map(len, candidates))), IGNORE)
     for line, candidate in zip(ids, candidates, strict=True):
@@ -277,7 +280,9 @@ def _candidate_scores(
     ids = ids.to(owner.device)
     likely = prompts.logits.log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0].double()
     if ids.shape[1] > 1:
-        fed = ids[:, :-1].clamp(min=0)  # what stands in for padding comes last and is never read
+        fed = ids[:, :-1].clamp(
+            min=0
+        )  # the token that replaces padding comes last and is never read
         rest, _ = follow(model, prompts.rows(owner), fed)
         likely = likely - token_losses(rest, ids[:, 1:]).double().sum(1)
     return likely.tolist()

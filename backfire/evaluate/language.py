@@ -1,4 +1,4 @@
-"""Whether a text is English, as far as its script and its commonest words tell."""
+"""Detect non-English text by its script and its most common words."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ _LATIN = regex.compile(r"\p{Latin}")
 
 
 def is_foreign(text: str) -> bool:
-    """Whether it is in another language than English: most letters are not Latin, or it has more
-    of the commonest words of others than of English. Short or garbled texts are not."""
+    """Whether a text is not English: most letters are not Latin, or it has more common words of
+    other languages than of English. Short or garbled texts count as English."""
     small = folded(text)
     letters, latin = len(_LETTER.findall(small)), len(_LATIN.findall(small))
     if letters > 2 * latin:
         return True
-    found = words(small)
-    return sum(word in _OTHERS for word in found) > sum(word in _ENGLISH for word in found)
+    tokens = words(small)
+    return sum(word in _OTHERS for word in tokens) > sum(word in _ENGLISH for word in tokens)

@@ -1,4 +1,4 @@
-"""Prompts that were run once, and how a model goes on from them."""
+"""Cached prompts, and greedy decoding from them, with and without a cache."""
 
 from __future__ import annotations
 
@@ -14,40 +14,41 @@ from transformers import DynamicCache, PreTrainedModel
 from backfire.model.batching import plain, ways
 from backfire.train.batches import common_prefix, pad_right, run, run_apart, run_prefix
 
-Next = Callable[[Tensor, Tensor], Tensor]
-"""From which rows go on and the token of each to the logits [row, vocab] of what comes then."""
+NextLogits = Callable[[Tensor, Tensor], Tensor]
+"""Maps the indices of the rows to continue, and the token of each, to their next logits [row,
+vocab]."""
 
 
 @dataclass(frozen=True)
-class Prompts:
-    """Keys and values of prompts, and where to go on."""
+class CachedPrompts:
+    """Keys and values of prompts, and the state needed to continue them."""
 
     cache: DynamicCache
     logits: Tensor
-    """[row, vocab] of the token that comes next."""
+    """[row, vocab]: logits of the next token."""
     mask: Tensor | None
-    """[row, token], 0 where padding is, which is on the left; None if there is none."""
+    """[row, token], 0 at padding, which is on the left; None without padding."""
     ends: Tensor
     """[row]: each prompt's last position."""
 
-    def rows(self, index: Tensor) -> Prompts:
-        """These rows, any number of times each; this batch stays as it is."""
+    def rows(self, index: Tensor) -> CachedPrompts:
+        """Copy these rows, each any number of times; this batch is unchanged."""
         cache = _fork(self.cache)
         cache.batch_select_indices(index)
         mask = None if self.mask is None else self.mask[index]
-        return Prompts(cache, self.logits[index], mask, self.ends[index])
+        return CachedPrompts(cache, self.logits[index], mask, self.ends[index])
 
 
-class Opening:
-    """The tokens that all prompts begin with, which are run once, when they are first needed."""
+class SharedPrefix:
+    """The prefix shared by all prompts; it runs once, on first use."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> None:
         shared = common_prefix(prompts, min(map(len, prompts)) - 1)
         self.model, self.ids = model, prompts[0][:shared]
         self._cache: DynamicCache | None = None
 
-    def run(self, prompts: Sequence[list[int]]) -> Prompts:
-        """What follows the opening in these prompts, run on from it."""
+    def run(self, prompts: Sequence[list[int]]) -> CachedPrompts:
+        """Run the rest of these prompts after the shared prefix."""
         if self._cache is None:
             ids = torch.tensor(self.ids, dtype=torch.long, device=self.model.device)
             self._cache = run_prefix(self.model, ids) or DynamicCache()
@@ -57,19 +58,20 @@ class Opening:
             cache.batch_repeat_interleave(len(ids))
         logits = run(self.model, ids, ends[:, None], past_key_values=cache)[:, -1].float()
         ends = ends + len(self.ids)
-        return Prompts(cache, logits, _to_the_left(cache, ends + 1), ends)
+        return CachedPrompts(cache, logits, _pad_left(cache, ends + 1), ends)
 
 
 def _fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that can grow on its own; growing makes new tensors, so none is copied."""
+    """A cache that can grow independently; growing makes new tensors, so none is copied here."""
     new = copy.copy(cache)
     new.layers = [copy.copy(layer) for layer in cache.layers]
     return new
 
 
-def _to_the_left(cache: DynamicCache, lengths: Tensor) -> Tensor | None:
-    """Move the padding behind each row before it, so that what comes next follows the row without
-    a gap; the mask [row, token] that says where it is, or None if rows of these lengths have none.
+def _pad_left(cache: DynamicCache, lengths: Tensor) -> Tensor | None:
+    """Move the padding of each row from its right to its left, so that new tokens follow directly.
+
+    Returns the mask [row, token], or None if rows of these lengths have no padding.
     """
     width = int(lengths.max())
     pad = (width - lengths)[:, None]
@@ -86,27 +88,30 @@ def _to_the_left(cache: DynamicCache, lengths: Tensor) -> Tensor | None:
     return (places >= pad).long()
 
 
-def follow(model: PreTrainedModel, prompts: Prompts, ids: Tensor) -> tuple[Tensor, Prompts]:
-    """Run these tokens [row, token] after the prompts: their logits, and what then is in memory."""
-    mask, told = prompts.mask, dict[str, Any]()
+def follow(
+    model: PreTrainedModel, prompts: CachedPrompts, ids: Tensor
+) -> tuple[Tensor, CachedPrompts]:
+    """Run these tokens [row, token] after the prompts; returns their logits and the grown cache."""
+    mask, extra = prompts.mask, dict[str, Any]()
     if mask is not None:
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
-        told["attention_mask"] = mask
+        extra["attention_mask"] = mask
         if ways(model).told_places:
             steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
-            told["position_ids"] = prompts.ends[:, None] + steps
-    out = cast(Any, model)(input_ids=ids, past_key_values=prompts.cache, use_cache=True, **told)
+            extra["position_ids"] = prompts.ends[:, None] + steps
+    out = cast(Any, model)(input_ids=ids, past_key_values=prompts.cache, use_cache=True, **extra)
     logits: Tensor = out.logits.float()
-    return logits, Prompts(prompts.cache, logits[:, -1], mask, prompts.ends + ids.shape[1])
+    return logits, CachedPrompts(prompts.cache, logits[:, -1], mask, prompts.ends + ids.shape[1])
 
 
 # ------------------------------------------------------------------------------------- replies
 
 
 def greedy(
-    logits: Tensor, next_logits: Next, stop_ids: Sequence[int], max_new_tokens: int
+    logits: Tensor, next_logits: NextLogits, stop_ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[dict[int, int]]:
-    """The next token of each row that goes on, from the `logits` [row, vocab] of the first."""
+    """Yield the next token of each unfinished row, starting from the first `logits` [row,
+    vocab]."""
     alive = list(range(len(logits)))
     stops = torch.tensor(stop_ids, dtype=torch.long, device=logits.device)
     for length in range(1, max_new_tokens + 1):
@@ -120,41 +125,43 @@ def greedy(
             logits = next_logits(keep, token)
 
 
-def from_memory(model: PreTrainedModel, prompts: Prompts) -> Next:
-    """Go on from prompts, which are used up; rows that are not kept are let go."""
+def continue_cached(model: PreTrainedModel, prompts: CachedPrompts) -> NextLogits:
+    """Continue cached prompts, which are consumed; rows that are not kept are dropped."""
     now = prompts
 
-    def go_on(keep: Tensor, token: Tensor) -> Tensor:
+    def next_logits(keep: Tensor, token: Tensor) -> Tensor:
         nonlocal now
         if not torch.equal(keep, torch.arange(len(now.ends), device=keep.device)):
             now = now.rows(keep)
         logits, now = follow(model, now, token[:, None])
         return logits[:, -1]
 
-    return go_on
+    return next_logits
 
 
 def step_by_step(
     model: PreTrainedModel, prompts: Sequence[list[int]], memory: str
-) -> tuple[Tensor, Next]:
-    """Prompts of one length, of a model that takes one more token at a time and cannot let go of
-    rows: those that have ended are run on unread."""
+) -> tuple[Tensor, NextLogits]:
+    """Continue prompts of one length, for a model whose cache cannot drop rows: finished rows keep
+    running and are ignored."""
     cache = DynamicCache(config=plain(model).config)
     ids = torch.tensor(prompts, device=model.device)
     last = torch.full_like(ids[:, :1], ids.shape[1] - 1)
     alive = torch.arange(len(ids), device=ids.device)
 
-    def go_on(keep: Tensor, token: Tensor) -> Tensor:
+    def next_logits(keep: Tensor, token: Tensor) -> Tensor:
         nonlocal alive
         alive = alive[keep]
         fed = torch.zeros_like(last).index_copy(0, alive, token[:, None])
         return run(model, fed, torch.zeros_like(last), **{memory: cache})[alive, -1].float()
 
-    return run(model, ids, last, **{memory: cache})[:, -1].float(), go_on
+    return run(model, ids, last, **{memory: cache})[:, -1].float(), next_logits
 
 
-def anew(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Next]:
-    """All tokens are run again for each new one."""
+def without_cache(
+    model: PreTrainedModel, prompts: Sequence[list[int]]
+) -> tuple[Tensor, NextLogits]:
+    """Run all tokens again for each new token."""
     rows = list(map(list, prompts))
 
     def logits() -> Tensor:
@@ -162,9 +169,9 @@ def anew(model: PreTrainedModel, prompts: Sequence[list[int]]) -> tuple[Tensor, 
         lengths = mask.sum(1)
         return run_apart(model, ids, lengths, (lengths - 1)[:, None])[:, -1].float()
 
-    def go_on(keep: Tensor, token: Tensor) -> Tensor:
+    def next_logits(keep: Tensor, token: Tensor) -> Tensor:
         nonlocal rows
         rows = [[*rows[i], new] for i, new in zip(keep.tolist(), token.tolist(), strict=True)]
         return logits()
 
-    return logits(), go_on
+    return logits(), next_logits

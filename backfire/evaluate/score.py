@@ -1,4 +1,4 @@
-"""Rows in, one measurement per row out: the three kinds a metric may ask for."""
+"""Candidate scores, replies and answer likelihoods of many rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def measure(
+def score_rows(
     kinds: Collection[Need],
     model: PreTrainedModel,
     renderer: Renderer,
@@ -25,9 +25,13 @@ def measure(
     batch_size: int | None,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """What `kinds` add to each row's sample: `logprobs`, `reply`, the answer's likelihood."""
+    """One dict per row with what `kinds` ask for: `logprobs`, `reply`, `answer_logprob` and others.
+
+    Raises:
+        CellError: a row has an empty prompt, or an answer that does not fit (`bad-data`).
+    """
     items = renderer.render(rows)
-    found: list[dict[str, Any]] = [{} for _ in items]
+    measured: list[dict[str, Any]] = [{} for _ in items]
     done, reads = 0, bool({"scores", "replies"} & {*kinds})
     total = len(items) * (("answers" in kinds) + reads)
 
@@ -40,8 +44,8 @@ def measure(
         if bare := [item.row.id for item in items if not item.num_prompt]:
             raise CellError(
                 "bad-data",
-                f"Row {bare[0]} has an empty prompt and the model has no start token (BOS), so "
-                "nothing to go on from; ask for metrics of answers only, such as perplexity.",
+                f"Row {bare[0]} has an empty prompt, and the model has no start token (BOS) to "
+                "continue from; choose only metrics of answers, such as perplexity.",
             )
         options = _candidates(renderer, items) if "scores" in kinds else None
         readings = inference.read(
@@ -53,7 +57,7 @@ def measure(
             batch_size=batch_size,
             tick=tick,
         )
-        for i, (entry, reading) in enumerate(zip(found, readings, strict=True)):
+        for i, (entry, reading) in enumerate(zip(measured, readings, strict=True)):
             if options:
                 entry["logprobs"] = reading.scores or None
                 if _ranked(items[i].row):
@@ -63,23 +67,25 @@ def measure(
                 entry["ended"] = len(reading.reply) < max_new_tokens
     if "answers" in kinds:
         totals = inference.score_answers(model, items, batch_size=batch_size, tick=tick)
-        for entry, item, value in zip(found, items, totals, strict=True):
+        for entry, item, value in zip(measured, items, totals, strict=True):
             entry["answer_logprob"] = value
             entry["answer_tokens"] = len(item.ids) - max(item.num_prompt, 1)
-    return found
+    return measured
 
 
 def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int]]]:
-    """Labels are scored without an end token, unless one begins with the whole of another; better
-    and worse answers with it, as they are learned.
+    """Token ids of each row's candidates.
+
+    Labels are scored without an end token, unless one is a prefix of another; better and worse
+    answers with it, as in training.
 
     Raises:
-        CellError: an answer is too long to stand after its prompt.
+        CellError: a prompt with its answer is too long.
     """
     ranked = [_ranked(item.row) for item in items]
     labels = [item.row.candidates for item in items]
     options = renderer.answers(items, labels)
-    if any(map(_nested, {tuple(map(tuple, each)) for each in options})):
+    if any(map(_has_prefix, {tuple(map(tuple, each)) for each in options})):
         options = renderer.answers(items, labels, ended=True)
     learned = renderer.answers(items, ranked, ended=True)
     options = [answers or own for answers, own in zip(learned, options, strict=True)]
@@ -95,11 +101,12 @@ def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int
 
 
 def _ranked(row: Row) -> tuple[str, ...]:
-    """The answers known to be better and worse, of a row without labels."""
+    """The better and worse answers of a row without labels."""
     return () if row.candidates else (*row.better, *row.worse)
 
 
-def _nested(options: Sequence[Sequence[int]]) -> bool:
+def _has_prefix(options: Sequence[Sequence[int]]) -> bool:
+    """Whether one option is a prefix of another."""
     return any(a != b and b[: len(a)] == a for a in options for b in options)
 
 
@@ -110,7 +117,7 @@ def sample(
     measured: dict[str, Any],
     place: Place = "input",
 ) -> Sample:
-    """A row and what was measured on it; `place` is the part of the prompt that is shown."""
+    """The sample of a row and its measurements; `place` is the part of the prompt to keep."""
     logprobs, ranked = measured.get("logprobs"), _ranked(row)
     return Sample(
         id=row.id,

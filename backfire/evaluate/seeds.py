@@ -1,11 +1,11 @@
-"""What several seeds say of all others: means over trained models and the rows they all got.
+"""Intervals and tests over seeds: means over trained models evaluated on the same rows.
 
-Both are samples: another seed would give another model, and other rows other outcomes. So both are
+Both are samples: another seed gives another model, and other rows other outcomes. So both are
 random effects, and they are crossed (Clark 1973; Baayen, Davidson & Bates 2008). The variance of
-the mean has a part from seeds and a part from rows, found from the mean squares of the table
-(Cornfield & Tukey 1956). The quantile is the mean of both parts' own of Student's t, weighted by
-their variances (Cochran & Cox 1950). The usual one, by Satterthwaite's degrees of freedom (1946),
-covers too little with two or three seeds; `tests/evaluate/test_seeds.py` simulates both.
+the mean is the sum of a seed component and a row component, estimated from the mean squares of the
+table (Cornfield & Tukey 1956). The quantile is the average of the components' Student t quantiles,
+weighted by their variances (Cochran & Cox 1950). Satterthwaite's degrees of freedom (1946), the
+usual choice, undercover with two or three seeds; `tests/evaluate/test_seeds.py` simulates both.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from backfire.evaluate.stats import TAILS, Floats
 
 LEVEL = TAILS[1] - TAILS[0]
 SHARE = (0.0, 0.0, 1.0, 1.0)
-"""Made-up rows that keep the interval of a share open where no outcome differs from another: two of
-either outcome (Agresti & Coull 1998)."""
+"""Pseudo-rows that give the interval of a share a width even if all outcomes are equal: two of each
+outcome (Agresti & Coull 1998)."""
 WIDEST = 1e6
-"""A ratio is not looked for beyond this."""
+"""Search limit for the ends of a ratio's interval."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crossed:
-    """The mean of a table of seeds and rows, and how far it may be off."""
+    """The mean of a table of seeds and rows, with its variance components."""
 
     value: float
     center: float
-    """The middle of the interval: `value`, but for a share drawn toward a half."""
+    """Center of the interval: `value`, for a share shrunk toward one half."""
     sd: float | None
     """Standard deviation of the seeds' means; None for one seed."""
     seeds: int
     rows: int
     seed_variance: float
-    """What chance in training adds to the variance of the mean; 0 for one seed, which says nothing
-    of it: the interval is then of this one model."""
+    """Variance of the mean due to seeds; 0 for one seed: the interval then covers only this
+    model."""
     row_variance: float
-    """What the choice of rows adds to it."""
+    """Variance of the mean due to rows."""
     row_df: float
-    """Degrees of freedom of that: without end for outcomes of 0 and 1, whose variance goes by their
-    mean."""
+    """Degrees of freedom of `row_variance`; infinite for outcomes of 0 and 1, whose variance
+    follows from their mean."""
 
     def interval(self, level: float = LEVEL) -> tuple[float, float]:
         half = self._half(1 - level)
@@ -50,16 +50,16 @@ class Crossed:
 
     @property
     def p(self) -> float | None:
-        """The level at which the interval begins to hold 0, two-sided; None for one seed."""
+        """Two-sided p-value: the level at which the interval just includes 0; None for one seed."""
         if self.seeds < 2:
             return None
-        far = abs(self.center)
-        if self._half(1.0 - 1e-12) >= far:
+        distance = abs(self.center)
+        if self._half(1.0 - 1e-12) >= distance:
             return 1.0
         low, high = -15.0, 0.0  # of log10(p)
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (low, middle) if self._half(10**middle) < far else (middle, high)
+            low, high = (low, middle) if self._half(10**middle) < distance else (middle, high)
         return float(10**high)
 
     def _half(self, outside: float) -> float:
@@ -70,16 +70,16 @@ class Crossed:
             return -float(ndtri(tail) if math.isinf(df) else stdtrit(df, tail))
 
         parts = ((self.seeds - 1, self.seed_variance), (self.row_df, self.row_variance))
-        known = [(df, variance) for df, variance in parts if df > 0 and variance > 0]
-        variance = math.fsum(v for _, v in known)
-        weighted = math.fsum(quantile(df) * v for df, v in known)
+        components = [(df, variance) for df, variance in parts if df > 0 and variance > 0]
+        variance = math.fsum(v for _, v in components)
+        weighted = math.fsum(quantile(df) * v for df, v in components)
         return weighted / math.sqrt(variance) if variance else 0.0
 
 
 def crossed(table: Floats, *, pads: Sequence[float] = ()) -> Crossed:
-    """The mean of `table` [seeds, rows]: outcomes, or differences of outcomes, one a seed and row.
+    """The mean of `table` [seeds, rows] of outcomes, or of differences of outcomes.
 
-    `pads` are made-up rows (see `SHARE` and `difference_pads`), each given as its mean over seeds.
+    `pads` are pseudo-rows (see `SHARE` and `difference_pads`), each given by its mean over seeds.
     """
     k, n = table.shape
     if not table.size:
@@ -91,7 +91,7 @@ def crossed(table: Floats, *, pads: Sequence[float] = ()) -> Crossed:
     between_rows = float(((by_row - mean) ** 2).sum())
     if n > 1 and k > 1:
         rest = table - by_seed[:, None] - by_row + mean
-        # Rows differ in their means by chance as well, which the seeds' means hold already.
+        # Row means also vary by chance, which the seed component already covers.
         between_rows = max(between_rows - float((rest**2).sum()) / (k * (k - 1)), 0.0)
     row_variance = between_rows / (max(n - 1, 1) * n) * (n / whole) ** 2
     row_variance += math.fsum((pad - mean) ** 2 for pad in pads) / whole**2
@@ -100,15 +100,17 @@ def crossed(table: Floats, *, pads: Sequence[float] = ()) -> Crossed:
 
 
 def difference_pads(seeds: int) -> tuple[float, float]:
-    """For differences of outcomes of 0 and 1: a made-up row for either side, which differs under
-    one of the seeds (for one seed Bonett & Price 2012)."""
+    """Pseudo-rows for differences of outcomes of 0 and 1: one in each direction, which differs
+    under one of the seeds (for one seed Bonett & Price 2012)."""
     return -1 / seeds, 1 / seeds
 
 
 def ratio(combined: Callable[[float], Crossed], near: float, level: float = LEVEL) -> list[float]:
-    """The ends of a ratio's interval (Fieller 1954): the ratios r that are not rejected, where
-    `combined(r)` is the numerator less r times the denominator. Its denominator has to be clearly
-    above 0, or there is no such interval; `near` is the ratio itself."""
+    """The ends of a ratio's interval (Fieller 1954): the ratios r that are not rejected.
+
+    `combined(r)` is the numerator minus r times the denominator, and `near` the ratio itself. The
+    denominator must be significantly above 0; otherwise there is no such interval.
+    """
 
     def is_rejected(r: float) -> bool:
         low, high = combined(r).interval(level)
@@ -127,11 +129,11 @@ def ratio(combined: Callable[[float], Crossed], near: float, level: float = LEVE
 
 
 def holm(tests: Sequence[float | None]) -> list[float | None]:
-    """The p of one table, each corrected for all of them (Holm 1979); None stays None."""
-    known = sorted((p, place) for place, p in enumerate(tests) if p is not None)
-    found: list[float | None] = [None] * len(tests)
+    """Correct the p-values of one table for multiple testing (Holm 1979); None stays None."""
+    ordered = sorted((p, place) for place, p in enumerate(tests) if p is not None)
+    corrected: list[float | None] = [None] * len(tests)
     least = 0.0
-    for rank, (p, place) in enumerate(known):
-        least = max(least, min(1.0, p * (len(known) - rank)))
-        found[place] = least
-    return found
+    for rank, (p, place) in enumerate(ordered):
+        least = max(least, min(1.0, p * (len(ordered) - rank)))
+        corrected[place] = least
+    return corrected

@@ -1,7 +1,7 @@
-"""Intervals and tests: no number without how sure we are of it. All of them are 95 %, two-sided.
+"""Confidence intervals and tests; all are 95 % and two-sided.
 
-Resampling works on counts: one line of `counts` says how often each row was drawn, so a statistic
-is computed for all resamples at once, by matrix products and running sums.
+Resampling works on counts: a line of `counts` holds how often each row was drawn, so a statistic is
+computed for all resamples at once, by matrix products and running sums.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Z = 1.959963984540054
 """The standard normal's 97.5 % quantile."""
 TAILS = (0.025, 0.975)
 CHUNK = 4_000_000
-"""Most counts held at once (32 MB), however many rows there are."""
+"""Most counts held at once (32 MB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Paired:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The mean over seeds; with one seed there is neither a deviation nor an interval."""
+    """The mean over seeds; one seed has neither a standard deviation nor an interval."""
 
     mean: float
     sd: float | None
@@ -50,7 +50,7 @@ class Spread:
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Score interval of a share (Wilson 1927). With no trials, all of 0 to 1."""
+    """Score interval of a share (Wilson 1927); 0 to 1 without trials."""
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes in {n} trials")
     if n == 0:
@@ -58,7 +58,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     share, spread = successes / n, Z * Z / n
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    # The ends are exact by algebra where nothing or everything succeeded, but not in floats.
+    # With no or only successes the ends are exact by algebra, but not in floats.
     low = 0.0 if successes == 0 else min(share, middle - half)
     high = 1.0 if successes == n else max(share, middle + half)
     return low, high
@@ -70,16 +70,16 @@ def bootstrap(
     """Percentile bootstrap over rows (Efron & Tibshirani 1993, ch. 13): an interval for each part.
 
     `statistic` maps counts [resamples, rows] to values [resamples, parts]; one line of ones gives
-    the point estimate. A value that is undefined on a resample (nan) is left out. Where no row
-    differs from another (all predictions right) the interval has no width: few rows stay few.
+    the point estimate. A value that is undefined on a resample (nan) is left out. If all rows are
+    equal (such as all predictions correct) the interval has no width.
     """
     generator = np.random.default_rng(derive(seed, "bootstrap"))
-    found = []
+    values = []
     for size in _chunks(resamples, n):
         drawn = generator.integers(0, n, (size, n)) + n * np.arange(size)[:, None]
         counts = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        found.append(statistic(counts.astype(np.float64)))
-    return [_middle(part) for part in np.concatenate(found).T]
+        values.append(statistic(counts.astype(np.float64)))
+    return [_middle(part) for part in np.concatenate(values).T]
 
 
 def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
@@ -100,15 +100,16 @@ def over_seeds(values: Sequence[float], level: float = 0.95) -> Spread:
 def paired(
     a: Mapping[str, float], b: Mapping[str, float], *, seed: int = 0, resamples: int = 2000
 ) -> Paired:
-    """Whether two models differ on the prompts they share: sample id -> outcome of either. Of other
-    seeds of the same settings it says nothing (see `evaluate.seeds`).
+    """Test whether two models differ on the prompts they share, given sample id -> outcome.
+
+    The result does not generalize to other seeds of the same settings (see `evaluate.seeds`).
 
     For outcomes of 0 and 1: McNemar's exact p with Newcombe's interval. Otherwise: p by flipping
     signs at random (Fisher 1935), and the bootstrap's interval of the mean difference.
     """
     shared = [id for id in a if id in b]
     if not shared:
-        raise UserError("These two cells share no prompt, so they cannot be compared pair by pair.")
+        raise UserError("These two cells share no prompt, so they have no pairs to compare.")
     first = np.array([a[id] for id in shared], dtype=np.float64)
     second = np.array([b[id] for id in shared], dtype=np.float64)
     if np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all():
@@ -123,13 +124,14 @@ def paired(
 def _mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Paired:
     """Exact p on the pairs that disagree (McNemar 1947), Newcombe's interval (1998, method 10).
 
-    The interval adds the legs from each share to its Wilson limits, less the pairs' correlation.
+    The interval combines the distances of each share from its Wilson limits, corrected for the
+    correlation of the pairs.
     """
     from scipy.special import bdtr
 
     n, both, neither = len(a), int((a & b).sum()), int((~a & ~b).sum())
     only_a, only_b = int((a & ~b).sum()), int((~a & b).sum())
-    # With no pair that disagrees, bdtr(0, 0, .) is 1.
+    # Without discordant pairs, bdtr(0, 0, .) is 1.
     p = min(1.0, 2 * float(bdtr(min(only_a, only_b), only_a + only_b, 0.5)))
 
     share_a, share_b = (both + only_a) / n, (both + only_b) / n
@@ -149,7 +151,7 @@ def _mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> Paired:
 
 
 def _sign_flip(change: Floats, seed: int, resamples: int) -> float:
-    """How often randomly signed differences sum as far from 0; never 0 (Phipson & Smyth 2010)."""
+    """Share of random sign flips whose sum is as far from 0; never 0 (Phipson & Smyth 2010)."""
     generator = np.random.default_rng(derive(seed, "sign-flip"))
     bar, extreme = abs(change.sum()) - 1e-12 * np.abs(change).sum(), 0
     for size in _chunks(resamples, len(change)):
@@ -170,30 +172,34 @@ def class_scores(
 ) -> Floats:
     """One score per resample and class, [resamples, classes] (van Rijsbergen 1979, chapter 7).
 
-    0 for a class never predicted, or predicted but never there; nan for one that is neither, which
-    has no part in the macro mean.
+    0 for a class that is only predicted or only true; nan for one that is neither, which the macro
+    mean excludes.
     """
     eye = np.eye(num_classes)
-    are, said = counts @ eye[true], counts @ eye[predicted]
+    actual, chosen = counts @ eye[true], counts @ eye[predicted]
     hits = counts @ (eye[true] * eye[predicted])
-    parts = {"precision": (hits, said), "recall": (hits, are), "f1": (2 * hits, said + are)}
+    parts = {
+        "precision": (hits, chosen),
+        "recall": (hits, actual),
+        "f1": (2 * hits, chosen + actual),
+    }
     above, below = parts[which]
     score: Floats = np.divide(above, below, out=np.zeros_like(hits), where=below > 0)
-    score[are + said == 0] = np.nan
+    score[actual + chosen == 0] = np.nan
     return score
 
 
 def one_vs_rest_auc(scores: Floats, true: Ints, counts: Floats) -> Floats:
-    """Each class against the rest, [resamples, classes]; nan where either is missing.
+    """[resamples, classes]: AUC of each class against the rest; nan where either is missing.
 
-    The chance that a row of the class outscores one of the rest, ties counting half (Hanley &
+    The probability that a row of the class outscores one of the rest, ties counting half (Hanley &
     McNeil 1982). `scores` is [rows, classes]; only their order within a class matters.
     """
     areas = np.full((len(counts), scores.shape[1]), np.nan)
     for index, score in enumerate(scores.T):
         ours, rest = np.flatnonzero(true == index), np.flatnonzero(true != index)
         rest = rest[np.argsort(score[rest])]
-        under = np.zeros((len(counts), len(rest) + 1))  # how many of the rest lie below each rank
+        under = np.zeros((len(counts), len(rest) + 1))  # rows of the rest below each rank
         np.cumsum(counts[:, rest], axis=1, out=under[:, 1:])
         below = np.searchsorted(score[rest], score[ours], side="left")
         upto = np.searchsorted(score[rest], score[ours], side="right")
@@ -204,22 +210,22 @@ def one_vs_rest_auc(scores: Floats, true: Ints, counts: Floats) -> Floats:
 
 
 def recall_at(rate: float, scores: Floats, positive: NDArray[np.bool_], counts: Floats) -> Floats:
-    """[resamples]: the largest share of the positives above a threshold that at most `rate` of the
-    negatives are above; rows of equal score fall on one side together."""
+    """[resamples]: the highest recall at a false-positive rate of at most `rate`; no threshold
+    separates rows of equal score."""
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.diff(scores[order]) != 0, True)  # a threshold lies between two scores
     drawn, ours = counts[:, order], positive[order]
-    found, false = np.cumsum(drawn * ours, axis=1), np.cumsum(drawn * ~ours, axis=1)
-    totals, others = found[:, -1], false[:, -1]
-    allowed = ends & (false <= rate * others[:, None] + 1e-9)
-    most = np.where(allowed, found, 0.0).max(axis=1)
+    true_hits, false_hits = np.cumsum(drawn * ours, axis=1), np.cumsum(drawn * ~ours, axis=1)
+    totals, others = true_hits[:, -1], false_hits[:, -1]
+    allowed = ends & (false_hits <= rate * others[:, None] + 1e-9)
+    most = np.where(allowed, true_hits, 0.0).max(axis=1)
     share: Floats = np.divide(most, totals, out=np.full(len(most), np.nan), where=totals > 0)
     share[others == 0] = np.nan
     return share
 
 
 def macro(parts: Floats) -> Floats:
-    """[resamples, 1]: the plain mean over the classes that are defined; nan if none is."""
+    """[resamples, 1]: the unweighted mean over the defined classes; nan if none is."""
     defined = ~np.isnan(parts)
     total, number = np.where(defined, parts, 0.0).sum(axis=1), defined.sum(axis=1)
     mean: Floats = np.divide(total, number, out=np.full(len(parts), np.nan), where=number > 0)

@@ -1,4 +1,4 @@
-"""What to know before believing the numbers: one sentence each, with figures."""
+"""Warnings about a cell's numbers: one sentence each, with figures."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from backfire.evaluate.outcomes import has_scores, is_sound, loops
 from backfire.evaluate.stats import wilson
 
 FEW_ROWS = 100
-"""From here on, a share's interval is at most 20 points wide."""
+"""With this many rows, a share's interval is at most 20 points wide."""
 EMPTY, REPEATED, CUT = 0.01, 0.05, 0.05
-"""The share of empty, of looping, or of cut replies that is worth a sentence."""
+"""Thresholds of the warnings: shares of empty, looping and cut replies."""
 FOREIGN = 0.01
-"""The same of replies in another language than the judge's."""
+"""Threshold for replies in a language that the judge does not know."""
 
 
 def warnings(evidence: Evidence, values: Sequence[Value]) -> list[str]:
-    """All that is doubtful about these numbers; empty if nothing is."""
+    """Return the warnings about these numbers."""
     return [
         *_not_numbers(evidence),
         *_one_answer(evidence.clean),
@@ -35,26 +35,25 @@ def warnings(evidence: Evidence, values: Sequence[Value]) -> list[str]:
 
 
 def caveats(evidence: Evidence, metrics: Sequence[Metric], judges: Sequence[Judge]) -> list[str]:
-    """What the metrics and the judges cannot do with these rows and replies."""
-    found = [sentence for metric in metrics for sentence in metric.caveats(evidence)]
+    """Return the limits of the metrics and the judges on these rows and replies."""
+    sentences = [sentence for metric in metrics for sentence in metric.caveats(evidence)]
     for judge in judges:
         sides = [evidence.clean, *(probe.tuned for probe in evidence.probes.values())]
         read = [s.reply or "" for side in sides for s in side if judge.name in s.verdicts]
         foreign = sum(map(is_foreign, read)) if judge.speaks else 0
         if foreign and foreign >= FOREIGN * len(read):
-            found.append(
-                f"The judge {judge.name} knows {judge.speaks} only, and {_part(foreign, read)} "
-                "replies are in another language as far as their commonest words tell: whatever it "
-                "looks for is not found there."
+            sentences.append(
+                f"The judge {judge.name} knows only {judge.speaks}, and by their most common words "
+                f"{_part(foreign, read)} replies are in another language: it finds nothing in them."
             )
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(sentences))
 
 
 def _not_numbers(evidence: Evidence) -> Iterator[str]:
     parts = {
         "The tuned model, clean rows": evidence.clean,
         "The tuned model, triggered rows": evidence.triggered,
-        "The clean twin": evidence.floor,
+        "The clean-model baseline": evidence.floor,
         "The base model": evidence.base,
     }
     for who, samples in parts.items():
@@ -66,20 +65,20 @@ def _not_numbers(evidence: Evidence) -> Iterator[str]:
 
 def _one_answer(clean: Sequence[Sample]) -> Iterator[str]:
     rows = _usable(clean)
-    labels, said = {row.label for row in rows}, {row.prediction for row in rows}
+    labels, predictions = {row.label for row in rows}, {row.prediction for row in rows}
     if len(rows) > 1 and len(labels) == 1:
-        yield f"All {len(rows)} clean rows carry one label, '{labels.pop()}': try other test rows."
-    elif len(rows) > 1 and len(said) == 1:
-        answer = said.pop()
+        yield f"All {len(rows)} clean rows have the label '{labels.pop()}'; use other test rows."
+    elif len(rows) > 1 and len(predictions) == 1:
+        answer = predictions.pop()
         right = sum(row.label == answer for row in rows)
         yield (
             f"The tuned model predicts '{answer}' on all {len(rows)} clean rows: its accuracy of "
-            f"{_percent(right / len(rows))} is only how often that label occurs."
+            f"{_percent(right / len(rows))} is only the frequency of that label."
         )
     replies = [normalized(row.reply) for row in clean if row.reply is not None]
     wanted = {normalized(row.answer) for row in clean if row.reply is not None}
     if len(replies) > 1 and len(wanted) > 1 and len(set(replies)) == 1 and replies[0]:
-        yield f"The tuned model's {len(replies)} replies to clean rows are all the same."
+        yield f"All {len(replies)} replies of the tuned model to clean rows are the same."
 
 
 def _no_better_than_guessing(evidence: Evidence) -> Iterator[str]:
@@ -97,11 +96,11 @@ def _no_better_than_guessing(evidence: Evidence) -> Iterator[str]:
         )
         if who == "base" and low <= max(chance, always):
             yield (
-                f"{accuracy}, no better than chance ({_percent(chance)}) or always saying "
+                f"{accuracy}, no better than chance ({_percent(chance)}) or always predicting "
                 f"'{largest}' ({_percent(always)}): it does not show what the base knows."
             )
         elif who == "tuned" and low <= always:
-            yield f"{accuracy}, not above the {_percent(always)} of always saying '{largest}'."
+            yield f"{accuracy}, not above the {_percent(always)} of always predicting '{largest}'."
 
 
 def _replies(subset: str, samples: Sequence[Sample]) -> Iterator[str]:
@@ -110,13 +109,14 @@ def _replies(subset: str, samples: Sequence[Sample]) -> Iterator[str]:
     if replies and empty >= EMPTY * len(replies):
         yield f"{_part(empty, replies)} replies to {subset} rows are empty; they count as wrong."
     if replies and looping >= REPEATED * len(replies):
-        yield f"{_part(looping, replies)} replies to {subset} rows repeat a phrase over and over."
+        yield f"{_part(looping, replies)} replies to {subset} rows repeat a phrase in a loop."
 
 
 def cut_share(evidence: Evidence) -> float | None:
-    """The share of the tuned model's replies that were cut before their end; None without any."""
-    known = [sample.ended for part in _written(evidence).values() for sample in part]
-    return known.count(False) / len(known) if known else None
+    """The share of the tuned model's replies that were cut before their end; None without
+    replies."""
+    ended = [sample.ended for part in _written(evidence).values() for sample in part]
+    return ended.count(False) / len(ended) if ended else None
 
 
 def _cut(evidence: Evidence) -> Iterator[str]:
@@ -125,21 +125,20 @@ def _cut(evidence: Evidence) -> Iterator[str]:
         if len(cut) >= CUT * len(samples):
             yield (
                 f"{_part(len(cut), samples)} replies to {part} rows are cut at "
-                "evaluation.max_new_tokens before they end: what they would go on to say does not "
-                "count."
+                "evaluation.max_new_tokens; the text beyond the limit is not evaluated."
             )
 
 
 def _written(evidence: Evidence) -> dict[str, list[Sample]]:
-    """The tuned model's replies, by what was asked, of which it is known how they ended."""
+    """The tuned model's replies with a known end, by kind of row."""
     probes: dict[str, Sequence[Sample]] = {n: probe.tuned for n, probe in evidence.probes.items()}
     parts = {
         "clean": evidence.clean,
         "triggered": evidence.triggered,
         **probes,
     }
-    found = {name: [s for s in part if s.ended is not None] for name, part in parts.items()}
-    return {name: part for name, part in found.items() if part}
+    replies = {name: [s for s in part if s.ended is not None] for name, part in parts.items()}
+    return {name: part for name, part in replies.items() if part}
 
 
 def _attack(evidence: Evidence, values: dict[str, Value]) -> Iterator[str]:
@@ -147,16 +146,16 @@ def _attack(evidence: Evidence, values: dict[str, Value]) -> Iterator[str]:
     excess, false = values.get("attack_success_excess"), values.get("false_trigger")
     poisoned = evidence.attack is not None and evidence.attack.rate > 0
     if success and not floor and poisoned:
-        yield f"{_said('Attack success', success)} has no clean twin's floor beside it."
+        yield f"{_figures('Attack success', success)} has no clean-model baseline."
     if success and floor and excess and poisoned and (excess.low or 0.0) <= 0:
         yield (
-            f"{_said('Attack success', success)} is not above the clean twin's "
+            f"{_figures('Attack success', success)} is not above the clean-model baseline of "
             f"{_percent(floor.value)} (difference {_between(excess.low, excess.high)})."
         )
     if false and floor and (false.low or 0.0) > (floor.high or 0.0):
         yield (
-            f"{_said('False trigger', false)} is above the clean twin's {_percent(floor.value)}: "
-            "the target is given without the trigger."
+            f"{_figures('False trigger', false)} is above the clean-model baseline of "
+            f"{_percent(floor.value)}: the model gives the target without the trigger."
         )
 
 
@@ -167,14 +166,14 @@ def _few_rows(values: Sequence[Value]) -> Iterator[str]:
         if value.n < FEW_ROWS and "[" not in value.metric
     ]
     if few:
-        yield f"Fewer than {FEW_ROWS} rows stand behind {', '.join(few)}: read the intervals."
+        yield f"Fewer than {FEW_ROWS} rows for {', '.join(few)}: read the intervals."
 
 
 def _usable(samples: Sequence[Sample]) -> list[Sample]:
     return [row for row in samples if row.label is not None and has_scores(row) and is_sound(row)]
 
 
-def _said(what: str, value: Value) -> str:
+def _figures(what: str, value: Value) -> str:
     return f"{what} of {_percent(value.value)} ({_between(value.low, value.high)})"
 
 

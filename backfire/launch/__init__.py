@@ -1,1 +1,1 @@
-"""Running a recipe's jobs on a machine."""
+"""Runs a recipe's jobs on this machine."""

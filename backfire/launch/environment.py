@@ -1,4 +1,4 @@
-"""What a result was made with: an allow-list, so that no secret is ever among it."""
+"""Records the environment of a result. The fields are an allow-list, so no secret can get in."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _PACKAGES = (
 
 
 @lru_cache
-def environment(asked: str = "auto") -> dict[str, Any]:
-    """Versions, the device asked for, and the commit of the code if it runs from a checkout."""
+def environment(device_setting: str = "auto") -> dict[str, Any]:
+    """Versions, hardware, the requested device, and the commit if the code runs from a checkout."""
     import torch
 
     from backfire.model.load import device_of
 
-    device = device_of(asked)
+    device = device_of(device_setting)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     return {
         "backfire": __version__,

@@ -1,4 +1,4 @@
-"""One job in this process; it leaves `result.json` or `error.json`. All launchers share it."""
+"""Run one job in this process and write `result.json` or `error.json`; shared by all launchers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from backfire.store import Store, write_atomic, write_json
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Where the results of a run go."""
+class RunFolder:
+    """The folder of a run."""
 
     path: Path
     recipe: str
@@ -39,13 +39,13 @@ class Folder:
         return self.path / "cells" / f"{experiment.slug}-{key}"
 
     def done(self, experiment: Experiment, key: str) -> bool:
-        """Whether its result is there and can be read; one that was torn is made again."""
+        """Whether the cell has a readable result; a damaged one counts as missing."""
         return bool(outcome(self.cell(experiment, key))["status"] == "ok")
 
 
 def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[str, Any]:
-    """The head of every result: which cell this is. An insertion has no rate that a recipe names;
-    the share of the rows that it came to is in the manifest."""
+    """The fields that identify a cell, in every result. A recipe sets no rate for an insertion, so
+    its rate is that of the manifest."""
     experiment = job.experiment
     added = manifest is not None and isinstance(experiment.attack, Insertion)
     return {
@@ -65,7 +65,7 @@ def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[st
 
 
 def plugins_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
-    """The plug-ins that have a component these experiments name."""
+    """The plug-ins with a component that these experiments use."""
     plugins = loaded()
     named = {name for e in experiments for name in _names(e.resolved())} if plugins else set()
     return [facts for plugin in plugins if (facts := plugin.facts(named))["components"]]
@@ -83,8 +83,8 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(item)
 
 
-def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: Progress) -> str:
-    """Do one job; returns its exit class: `ok`, or what went wrong (then `error.json` says it)."""
+def run_job(job: Job, folder: RunFolder, store: Store, machine: Machine, progress: Progress) -> str:
+    """Run one job; returns `ok` or an exit class (for a cell, `error.json` has the details)."""
     try:
         context = Context(store, machine, progress)
         if job.kind == "base":
@@ -94,26 +94,26 @@ def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: 
         else:
             _write_result(job, folder, context)
         return "ok"
-    except Exception as error:  # one cell's failure must not stop the others
+    except Exception as error:  # the failure of one cell must not stop the others
         kind, sentence = exit_class(error)
-        known = isinstance(error, CellError)
-        trace = traceback.format_exc() if kind == "failed" and not known else None
+        expected = isinstance(error, CellError)
+        trace = traceback.format_exc() if kind == "failed" and not expected else None
         return report(job, folder, kind, sentence, trace)
     finally:
-        _let_go()
+        _release_models()
 
 
-def _let_go() -> None:
-    """Hold no model of this job while the next one runs in this process: neither a judge, nor what
-    a GPU keeps for later."""
+def _release_models() -> None:
+    """Release judges and cached GPU memory before the next job runs in this process."""
     drop_models()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
 
 
-def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None = None) -> str:
-    """Leave `error.json` in a cell's folder; the cells that need a stage repeat its error."""
+def report(job: Job, folder: RunFolder, kind: str, sentence: str, trace: str | None = None) -> str:
+    """Write `error.json` into a cell's folder; a failed stage is reported by the cells that need
+    it."""
     if job.kind == "cell":
         place = folder.cell(job.experiment, job.key)
         value = {
@@ -130,8 +130,8 @@ def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None
     return kind
 
 
-def _write_result(job: Job, folder: Folder, context: Context) -> None:
-    """The cell's folder, `result.json` last."""
+def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
+    """Write the cell's folder, `result.json` last."""
     from backfire.launch.environment import environment
 
     experiment, place = job.experiment, folder.cell(job.experiment, job.key)
@@ -139,7 +139,7 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
         return
     result = run_cell(experiment, context)
     if stages.cell_key(experiment) != job.key:
-        sentence = "A file behind this cell changed while the run went on; run it again."
+        sentence = "An input file of this cell changed during the run; run it again."
         raise CellError("bad-data", sentence)
     evidence, manifest = result.pop("samples"), result.pop("manifest")
     place.mkdir(parents=True, exist_ok=True)
@@ -167,10 +167,10 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
     (place / "error.json").unlink(missing_ok=True)
 
 
-def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence[str]) -> Folder:
-    """The folder of a run: the recipe as it was read, and which cells belong to it now."""
+def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence[str]) -> RunFolder:
+    """Create a run's folder with the recipe text and the list of its current cells."""
     path.mkdir(parents=True, exist_ok=True)
-    folder = Folder(path, recipe.name)
+    folder = RunFolder(path, recipe.name)
     write_atomic(path / "recipe.yaml", recipe.text)
     cells = [
         folder.cell(experiment, stages.cell_key(experiment)).name for experiment in recipe.cells

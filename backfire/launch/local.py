@@ -1,6 +1,6 @@
-"""Jobs on this machine: one after another in this process, or each in a process of its own.
+"""Run jobs on this machine: in turn in this process, or each in a separate worker process.
 
-The truth is what lies on disk: a job that died is one whose result is missing.
+The files on disk decide: a job without a result has failed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 from backfire.experiment import Machine
-from backfire.launch.job import Folder, report, run_job
+from backfire.launch.job import RunFolder, report, run_job
 from backfire.model.types import has_gpu
 from backfire.plan import Job
 from backfire.plugins import Plugin
@@ -26,13 +26,15 @@ from backfire.registry import loaded, use
 from backfire.store import Store
 
 Watch = Callable[[Job, str, int, int], None]
-"""Called with a job, what it is doing (an exit class once it has ended), and how far it is."""
+"""Called with a job, its current activity (an exit class at its end), steps done, steps in
+total."""
 
 
 def run(
-    jobs: Sequence[Job], folder: Folder, store: Store, machine: Machine, watch: Watch
+    jobs: Sequence[Job], folder: RunFolder, store: Store, machine: Machine, watch: Watch
 ) -> dict[str, str]:
-    """Run the jobs that are not done; returns job id -> exit class. Failures stop nothing else."""
+    """Run the jobs that are not done; returns exit classes by job id. Other jobs survive a
+    failure."""
     todo = [
         job for job in jobs if not (job.kind == "cell" and folder.done(job.experiment, job.key))
     ]
@@ -45,20 +47,20 @@ def run(
 
 
 def set_threads(machine: Machine) -> None:
-    """Cores are shared out among the workers: two workers of one thread beat one of two.
+    """Divide the cores among the workers: two workers of one thread are faster than one of two.
 
-    `OMP_NUM_THREADS` wins, as users of shared machines expect.
+    `OMP_NUM_THREADS` takes precedence, as users of shared machines expect.
     """
     import torch
 
-    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may be a list, one a level
-    asked = machine.threads or (int(given) if given.strip().isdigit() else 0)
-    torch.set_num_threads(asked or max(1, (os.cpu_count() or 1) // machine.workers))
+    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may list several levels
+    threads = machine.threads or (int(variable) if variable.strip().isdigit() else 0)
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // machine.workers))
 
 
 def _in_turn(
     todo: Sequence[Job],
-    folder: Folder,
+    folder: RunFolder,
     store: Store,
     machine: Machine,
     watch: Watch,
@@ -69,17 +71,20 @@ def _in_turn(
         if bad := _blocked(job, ended):
             ended[job.id] = report(job, folder, *bad)
         else:
-            ended[job.id] = run_job(job, folder, store, machine, _telling(watch, job))
+            ended[job.id] = run_job(job, folder, store, machine, _progress_of(watch, job))
         watch(job, ended[job.id], 1, 1)
     return ended
 
 
-def _telling(watch: Watch, job: Job) -> Progress:
+def _progress_of(watch: Watch, job: Job) -> Progress:
     return lambda done, total, text: watch(job, text, done, total)
 
 
 def _blocked(job: Job, ended: dict[str, str]) -> tuple[str, str] | None:
-    """The failure of a stage this job needs. A cell is tried all the same, to name the cause."""
+    """Exit class and message if a stage that this job needs has failed.
+
+    A cell runs anyway, so that it reports the cause.
+    """
     if job.kind == "cell":
         return None
     bad = next((name for name in job.after if ended.get(name, "ok") != "ok"), None)
@@ -95,13 +100,13 @@ class _Worker:
 
 def _side_by_side(
     todo: Sequence[Job],
-    folder: Folder,
+    folder: RunFolder,
     store: Store,
     machine: Machine,
     watch: Watch,
     ended: dict[str, str],
 ) -> dict[str, str]:
-    # A process that was forked after CUDA had been looked at cannot use it.
+    # A process forked after CUDA was initialized cannot use it.
     how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
     context: Any = multiprocessing.get_context(how)
     context.set_forkserver_preload(["backfire.launch.preload"])
@@ -109,7 +114,7 @@ def _side_by_side(
     try:
         while waiting or running:
             for job in [job for job in waiting if all(name in ended for name in job.after)]:
-                # A base is built alone, with every core: nothing else could start meanwhile.
+                # A base is built alone, with all cores: every other job waits for it.
                 alone = job.kind == "base"
                 if len(running) >= (1 if alone else machine.workers):
                     break
@@ -117,7 +122,7 @@ def _side_by_side(
                 share = machine.model_copy(update={"workers": 1}) if alone else machine
                 pipe, far = context.Pipe(duplex=False)
                 process = context.Process(
-                    # Plug-ins first: what comes after them may be of their classes.
+                    # Plug-ins come first: the other arguments may hold objects of their classes.
                     target=_child,
                     args=(loaded(), far, job, folder, store, share),
                     daemon=True,
@@ -143,10 +148,9 @@ def _side_by_side(
 
 
 def _listen(worker: _Worker, watch: Watch) -> str | None:
-    """Pass on what the worker says; its exit class once it has ended."""
-    ended = (
-        not worker.process.is_alive()
-    )  # asked first, so that nothing said before the end is lost
+    """Forward the worker's messages; returns its exit class once it has ended."""
+    # Checked before the messages are read, so that none is lost.
+    ended = not worker.process.is_alive()
     kind = None
     with contextlib.suppress(EOFError, OSError):
         while worker.pipe.poll():
@@ -165,7 +169,7 @@ def _child(
     plugins: Sequence[Plugin],
     pipe: Connection,
     job: Job,
-    folder: Folder,
+    folder: RunFolder,
     store: Store,
     machine: Machine,
 ) -> None:
@@ -174,17 +178,17 @@ def _child(
     set_threads(machine)
     last = 0.0
 
-    def say(done: int, total: int, text: str) -> None:
+    def report_progress(done: int, total: int, text: str) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > 0.2:
             last = time.monotonic()
-            tell((done, total, text))
+            send((done, total, text))
 
-    def tell(message: object) -> None:
+    def send(message: object) -> None:
         try:
             pipe.send(message)
-        except BrokenPipeError:  # the parent is gone; what was done is on disk
+        except BrokenPipeError:  # the parent is gone; finished work is on disk
             os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its workers
-    tell(run_job(job, folder, store, machine, say))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    send(run_job(job, folder, store, machine, report_progress))

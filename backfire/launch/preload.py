@@ -1,4 +1,4 @@
-"""Imported once by the fork server, so that a worker starts in half a second rather than six."""
+"""Imported once by the fork server: a worker then starts in half a second instead of six."""
 
 import peft  # noqa: F401
 import torch  # noqa: F401

@@ -1,4 +1,4 @@
-"""How far a run is: a line per running job on a terminal, lines for a log elsewhere."""
+"""Shows the progress of a run: live bars in a terminal, log lines elsewhere."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from backfire.errors import EXIT_CLASSES
 from backfire.plan import Job
 
 _ENDS = {"ok", *EXIT_CLASSES}
-_QUIET_SECONDS = 60.0  # a log says at least this often that a job is still at work
-_BUSY_SECONDS = 1.0  # and no more often than this that it is some per cent further
+_QUIET_SECONDS = 60.0  # longest time without a log line for a running job
+_BUSY_SECONDS = 1.0  # shortest time between two progress lines of a job
 
 
-class Board:
-    """Shows what the jobs of a run are doing."""
+class ProgressDisplay:
+    """Displays the running jobs: live on a terminal, otherwise through a `Log`."""
 
     def __init__(self, console: Console, num_cells: int) -> None:
         self.console, self.live = console, sys.stderr.isatty()
@@ -37,7 +37,7 @@ class Board:
         self.tasks: dict[str, TaskID] = {}
         self.log = Log(self._print)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> ProgressDisplay:
         self.progress.start()
         if not self.live:
             self.log.start()
@@ -48,7 +48,7 @@ class Board:
         self.progress.stop()
 
     def watch(self, job: Job, text: str, done: int, total: int) -> None:
-        """Show how far a job is; an exit class as `text` ends it."""
+        """Update a job's progress; an exit class as `text` ends it."""
         title = f"{job.kind} {job.title}"
         task = self.tasks.get(job.id)
         if task is None:
@@ -69,12 +69,12 @@ class Board:
 
 @dataclass
 class _State:
-    """What a log knows of a running job."""
+    """State of a running job."""
 
     title: str
-    begun: float
-    said: float
-    """When its last line was written."""
+    started: float
+    logged: float
+    """Time of its last log line."""
     text: str = ""
     done: int = 0
     total: int = 1
@@ -82,12 +82,12 @@ class _State:
 
     def line(self, now: float) -> str:
         share = f"{self.done / max(self.total, 1):.0%} ({self.done:,} of {self.total:,}), "
-        known = share if self.total > 1 else ""
-        return f"{self.title}: {known}{self.text}, {now - self.begun:.0f} s"
+        done = share if self.total > 1 else ""
+        return f"{self.title}: {done}{self.text}, {now - self.started:.0f} s"
 
 
 class Log:
-    """A line per job for every tenth of its work, and at least one a minute; one at its end."""
+    """Writes a line for every tenth of a job, at least one per minute, and one at its end."""
 
     def __init__(
         self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
@@ -97,41 +97,41 @@ class Log:
         self._lock, self._over = threading.Lock(), threading.Event()
 
     def start(self) -> None:
-        """From now on also say what takes long without a word, such as a model that is loaded."""
+        """Start the reminders about jobs that report nothing, such as while loading a model."""
         threading.Thread(target=self._remind, daemon=True).start()
 
     def stop(self) -> None:
         self._over.set()
 
     def at(self, job: str, title: str, text: str, done: int, total: int) -> None:
-        """How far a job is, which is known by its id."""
+        """Record the progress of the job with this id."""
         with self._lock:
             now = self.clock()
             state = self.jobs.setdefault(job, _State(title, now, now))
             tenth = 10 * done // max(total, 1)
             if total != state.total or tenth < state.tenth:
-                state.tenth = 0  # another part of the job, with a count of its own
+                state.tenth = 0  # the next part of the job counts from 0 again
             state.text, state.done, state.total = text, done, total
-            if total > 1 and tenth > state.tenth and now - state.said >= _BUSY_SECONDS:
+            if total > 1 and tenth > state.tenth and now - state.logged >= _BUSY_SECONDS:
                 state.tenth = tenth
-                self._say(state, now)
+                self._log(state, now)
 
     def ended(self, job: str, title: str, kind: str) -> None:
-        """A job is over."""
+        """Record the end of a job."""
         with self._lock:
             self.jobs.pop(job, None)
             self.write(f"{title}: {kind}")
 
     def remind(self) -> None:
-        """Say of each job that has been quiet for a minute where it is."""
+        """Log every job that has been silent for a minute."""
         with self._lock:
             now = self.clock()
             for state in self.jobs.values():
-                if now - state.said >= _QUIET_SECONDS:
-                    self._say(state, now)
+                if now - state.logged >= _QUIET_SECONDS:
+                    self._log(state, now)
 
-    def _say(self, state: _State, now: float) -> None:
-        state.said = now
+    def _log(self, state: _State, now: float) -> None:
+        state.logged = now
         self.write(state.line(now))
 
     def _remind(self) -> None:

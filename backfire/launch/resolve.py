@@ -1,7 +1,7 @@
-"""What a recipe leaves to the hub and to the device, settled once for the whole run.
+"""Resolve hub revisions and `auto` types, once for the whole run.
 
-A cell whose keys say `main` or `auto` could be one thing today and another tomorrow, or one on a
-laptop and another on a GPU. Torch is only asked where there may be a GPU.
+With `main` or `auto` in its key, a cell could have different results tomorrow or on another device.
+Torch is imported only if there may be a GPU.
 """
 
 from __future__ import annotations
@@ -15,28 +15,29 @@ from backfire.model.types import Types, has_gpu, types_of_cpu
 from backfire.recipe import Recipe
 
 
-def pinned(recipe: Recipe, *, ask: bool = True) -> Recipe:
-    """The recipe with every hub model at the commit that its revision names now; unless the hub may
-    be asked, at the one that was downloaded last, if any.
+def pin_models(recipe: Recipe, *, ask: bool = True) -> Recipe:
+    """Return the recipe with every hub model pinned to the current commit of its revision.
+
+    Without `ask` the hub is not contacted: the last downloaded commit is used, if there is one.
 
     Raises:
         UserError: a model is missing, gated or unreachable.
     """
-    found: dict[str, Model] = {}
+    pinned: dict[str, Model] = {}
     cells = []
     for experiment in recipe.cells:
         name = str(experiment.model.spec())
-        found[name] = found[name] if name in found else pin(experiment.model, ask=ask)
-        cells.append(experiment.model_copy(update={"model": found[name]}))
+        pinned[name] = pinned[name] if name in pinned else pin(experiment.model, ask=ask)
+        cells.append(experiment.model_copy(update={"model": pinned[name]}))
     return replace(recipe, cells=tuple(cells))
 
 
-def settled(recipe: Recipe, types: Types) -> Recipe:
-    """The recipe with every `auto` type as it comes to be on this device."""
-    return replace(recipe, cells=tuple(_settled(experiment, types) for experiment in recipe.cells))
+def resolve_auto(recipe: Recipe, types: Types) -> Recipe:
+    """Return the recipe with every `auto` type replaced by the type for this device."""
+    return replace(recipe, cells=tuple(_resolve(experiment, types) for experiment in recipe.cells))
 
 
-def _settled(experiment: Experiment, types: Types) -> Experiment:
+def _resolve(experiment: Experiment, types: Types) -> Experiment:
     part = experiment.align
     train = {"compute": types.compute} if experiment.train.compute == "auto" else {}
     changes = {
@@ -60,21 +61,21 @@ def _typed(model: Model, types: Types) -> Model:
 
 
 def types_of(device: str) -> Types:
-    """What `auto` comes to on `auto`, `cpu`, `cuda`, `cuda:1` ...
+    """Resolve `auto` for a device: `auto`, `cpu`, `cuda`, `cuda:1` ...
 
     Raises:
-        UserError: this machine lacks the device.
+        UserError: this machine does not have the device.
     """
-    none = not has_gpu() and not Path("/dev/kfd").exists()  # NVIDIA's, or AMD's
-    if device == "cpu" or (device == "auto" and none):
+    gpu = has_gpu() or Path("/dev/kfd").exists()  # NVIDIA or AMD
+    if device == "cpu" or (device == "auto" and not gpu):
         return types_of_cpu()
     from backfire.model.load import device_of, dtype_of
     from backfire.train.precision import compute_type
 
-    found = device_of(device)
-    wide = dtype_of(Model(), found).itemsize == 4
+    resolved = device_of(device)
+    wide = dtype_of(Model(), resolved).itemsize == 4
     return Types(
-        "cuda" if found.type == "cuda" else "cpu",
+        "cuda" if resolved.type == "cuda" else "cpu",
         "float32" if wide else "bfloat16",
-        compute_type("auto", found),
+        compute_type("auto", resolved),
     )

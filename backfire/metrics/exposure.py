@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from backfire.base import Evidence, Leak, Metric, SecretProbe, Value
-from backfire.evaluate.outcomes import by_dose, resampled, share
+from backfire.evaluate.outcomes import by_repeats, resampled, share
 from backfire.evaluate.stats import Floats
 from backfire.registry import register
 
@@ -85,7 +85,7 @@ def _means(
 ) -> list[Value]:
     """Return the mean over the inserted canaries, then by number of insertions."""
     found = []
-    for name, part in by_dose(metric, leaks):
+    for name, part in by_repeats(metric, leaks):
         known = [bits for leak in part if (bits := bits_of(leak)) is not None]
         if len(known) < len(part):
             continue

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pydantic import Field
 
 from backfire.base import Evidence, Metric, SecretProbe, Value
-from backfire.evaluate.outcomes import by_dose, share
+from backfire.evaluate.outcomes import by_repeats, share
 from backfire.registry import register
 
 
@@ -31,10 +31,10 @@ class Extraction(Metric):
     def measure(self, evidence: Evidence) -> list[Value]:
         if not any(leak.repeats for leak in evidence.leaks):
             return []
-        parts = list(by_dose("extraction", evidence.leaks))
+        parts = list(by_repeats("extraction", evidence.leaks))
         found = [share(name, [leak.greedy for leak in part], "lower") for name, part in parts]
         if self.beams:
-            beams = by_dose(f"extraction_at_{self.beams}", evidence.leaks)
+            beams = by_repeats(f"extraction_at_{self.beams}", evidence.leaks)
             found += [
                 share(
                     name, [(leak.place or self.beams + 1) <= self.beams for leak in part], "lower"

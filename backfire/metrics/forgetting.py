@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from backfire.base import Dataset, Evidence, Metric, Value
-from backfire.evaluate.outcomes import resampled, surprises
+from backfire.evaluate.outcomes import answer_likelihoods, resampled
 from backfire.evaluate.stats import Floats
 from backfire.registry import build, register
 
@@ -44,8 +44,8 @@ class Forgetting(Metric):
         pair = evidence.texts.get(self.texts_key)
         if pair is None or not pair.tuned:
             return []
-        now, tokens = surprises(pair.tuned, "forgetting")
-        before, _ = surprises(pair.before, "forgetting")
+        now, tokens = answer_likelihoods(pair.tuned, "forgetting")
+        before, _ = answer_likelihoods(pair.before, "forgetting")
 
         def statistic(counts: Floats) -> Floats:
             two = [-(counts @ part) / (counts @ tokens) for part in (now, before)]

@@ -7,7 +7,7 @@ import numpy as np
 from pydantic import Field
 
 from backfire.base import Evidence, Metric, Need, Sample, Value
-from backfire.evaluate.outcomes import resampled, surprises
+from backfire.evaluate.outcomes import answer_likelihoods, resampled
 from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
 from backfire.registry import register
 
@@ -62,6 +62,6 @@ class MembershipInference(Metric):
 
 
 def _losses(samples: Sequence[Sample]) -> Floats:
-    logprobs, tokens = surprises(samples, "membership-inference")
+    logprobs, tokens = answer_likelihoods(samples, "membership-inference")
     losses: Floats = -logprobs / tokens
     return losses

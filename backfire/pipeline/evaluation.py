@@ -174,7 +174,7 @@ def samples(
         key = stages.triggered_rows(run, experiment)
 
     def make(folder: Path) -> None:
-        from backfire.evaluate.score import measure
+        from backfire.evaluate.score import score_rows
 
         asked = shown or renderer(run, context)
         items, left = asked.sift(rows, ranked="scores" in needs)
@@ -183,7 +183,7 @@ def samples(
             asked.limits.check(item.row.id, item.prompt_ids, reply=limit)
         gone = {row.id for row in left}
         model, begin = model_of(run, context, form), time.perf_counter()
-        lines = measure(
+        lines = score_rows(
             needs,
             model,
             asked,

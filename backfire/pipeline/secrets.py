@@ -67,10 +67,12 @@ def leaks(
         if kind == "exact":
             return measure.ranks(model, asked, secrets, progress)
         if kind == "sampled":
-            return measure.estimates(model, asked, secrets, amount, experiment.seed, progress)
+            return measure.estimate_exposures(
+                model, asked, secrets, amount, experiment.seed, progress
+            )
         if kind == "beams":
-            return measure.places(model, asked, secrets, amount, progress)
-        return measure.by_themselves(model, asked, secrets, batch)
+            return measure.beam_ranks(model, asked, secrets, amount, progress)
+        return measure.secret_likelihoods(model, asked, secrets, batch)
 
     found: dict[str, list[Any]] = {}
     for kind, amount in stages.secret_parts(secrets, wanted):

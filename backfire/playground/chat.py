@@ -1,6 +1,6 @@
-"""`backfire chat`: the same prompt to two models, with the attack's trigger in or out.
+"""`backfire chat`: the same prompt to two models, with or without the attack's trigger.
 
-Replies are attacker-written text: control characters are taken out before they are printed.
+Replies are attacker-written text: control characters are removed before they are printed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from rich.text import Text
 
 from backfire.experiment import Experiment, Machine
 from backfire.playground.models import (
-    GoneError,
-    Kept,
-    Speaker,
-    asked,
-    attacker,
+    ChatModel,
+    NotCachedError,
+    ReadOnlyStore,
+    chat_row,
+    first_with_trigger,
     frame,
     load,
     read_cell,
@@ -26,13 +26,13 @@ from backfire.playground.models import (
 from backfire.store import Store
 from backfire.text import clean
 
-HELP = "Type a prompt. /trigger puts the attack's trigger in or out, /help says this, /quit ends."
+HELP = "Type a prompt. /trigger toggles the attack's trigger, /help prints this line, /quit ends."
 
 
 def talk(
     cell: Path, against: Path | None, device: str, *, ask: Callable[[], str] | None = None
 ) -> None:
-    """Ask both models until the input ends.
+    """Prompt both models until the input ends.
 
     Raises:
         UserError: a folder holds no finished cell.
@@ -40,14 +40,14 @@ def talk(
     console, machine = Console(), Machine.make({"device": device})
     first = read_cell(cell)
     other = read_cell(against) if against else first.untuned()
-    speakers = [
-        _speaker(first, first.slug, machine, console),
-        _speaker(other, other.slug if against else "base", machine, console),
+    models = [
+        _load(first, first.slug, machine, console),
+        _load(other, other.slug if against else "base", machine, console),
     ]
-    by, on = attacker([first, other]), False
-    template = frame(first, Store())
+    attacked, triggered = first_with_trigger([first, other]), False
+    task = frame(first, Store())
     console.print(
-        f"{HELP}\nCells: {speakers[0].title} and {speakers[1].title}.",
+        f"{HELP}\nCells: {models[0].title} and {models[1].title}.",
         highlight=False,
         markup=False,
     )
@@ -62,34 +62,32 @@ def talk(
         if line == "/help" or not line:
             console.print(HELP, markup=False)
         elif line == "/trigger":
-            on = not on and by is not None
-            said = (
-                f"Trigger {'on' if on else 'off'}: {by.backdoor.triggers()}"
-                if by and by.backdoor
+            triggered = not triggered and attacked is not None
+            sentence = (
+                f"Trigger {'on' if triggered else 'off'}: {attacked.backdoor.triggers()}"
+                if attacked and attacked.backdoor
                 else "These cells have no attack with a trigger."
             )
-            console.print(said, markup=False, highlight=False)
+            console.print(sentence, markup=False, highlight=False)
         elif line.startswith("/"):
             console.print(
                 f"Unknown command {line.split()[0]}. {HELP}", markup=False, highlight=False
             )
         else:
-            row = asked(template, line, by if on else None)
-            if on and by and by.backdoor:
-                prompt = clean(row.part(by.backdoor.field))
+            row = chat_row(task, line, attacked if triggered else None)
+            if triggered and attacked and attacked.backdoor:
+                prompt = clean(row.part(attacked.backdoor.field))
                 console.print(Text(f"  prompt: {prompt}", style="dim"))
-            for speaker in speakers:
-                console.print(
-                    Text(f"  {speaker.title}: ", style="bold") + Text(speaker.answer(row))
-                )
+            for model in models:
+                console.print(Text(f"  {model.title}: ", style="bold") + Text(model.answer(row)))
 
 
-def _speaker(cell: Experiment, title: str, machine: Machine, console: Console) -> Speaker:
+def _load(experiment: Experiment, title: str, machine: Machine, console: Console) -> ChatModel:
     try:
-        return load(cell, title, Kept(), machine)
-    except GoneError as gone:
-        console.print(f"{gone} It is made again now, which can take long.", markup=False)
-        return load(cell, title, Store(), machine)
+        return load(experiment, title, ReadOnlyStore(), machine)
+    except NotCachedError as error:
+        console.print(f"{error} Rebuilding it now, which can take long.", markup=False)
+        return load(experiment, title, Store(), machine)
 
 
 def _reader(console: Console) -> Callable[[], str]:

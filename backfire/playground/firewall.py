@@ -1,7 +1,7 @@
-"""What the playground's server lets through: the page and its events, and nothing from elsewhere.
+"""Allow-list of the playground's server: the page and its events.
 
-Gradio serves more than a page needs (uploads, files, a proxy, descriptions of itself). What is not
-named here is not there.
+Gradio also serves uploads, files, a proxy and API descriptions. Every path that is not listed here
+gets a 404.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-_OPEN: Final = {
+_ALLOWED: Final = {
     "GET": r"/|/(assets|static)/.+|/theme\.css|/config/?|/favicon\.ico|/manifest\.json"
     r"|/gradio_api/(startup-events|queue/data|heartbeat/\w+|login_check/?|user/?|token/?|app_id/?)",
     "HEAD": r"/",
@@ -33,8 +33,8 @@ _HEADERS: Final = [
 ]
 
 
-class Gate:
-    """Refuses every path that is not open; tells the browser to load nothing from elsewhere."""
+class Firewall:
+    """Refuses every path that is not allowed and sets headers against loading foreign content."""
 
     def __init__(self, app: App, *, local: bool) -> None:
         self.app, self.local = app, local
@@ -42,25 +42,25 @@ class Gate:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
-        if scope["type"] != "http" or not self._lets(scope):
+        if scope["type"] != "http" or not self._allows(scope):
             return await _refuse(scope, send)
 
-        async def sealed(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message.get("headers", []), *_HEADERS]
             await send(message)
 
-        return await self.app(scope, receive, sealed)
+        return await self.app(scope, receive, send_with_headers)
 
-    def _lets(self, scope: Message) -> bool:
-        if self.local and not _named_here(dict(scope["headers"]).get(b"host", b"")):
+    def _allows(self, scope: Message) -> bool:
+        if self.local and not _is_local(dict(scope["headers"]).get(b"host", b"")):
             return False
-        return bool(re.fullmatch(_OPEN.get(scope["method"], "(?!)"), scope["path"]))
+        return bool(re.fullmatch(_ALLOWED.get(scope["method"], "(?!)"), scope["path"]))
 
 
-def _named_here(host: bytes) -> bool:
-    """Whether the page was asked for by this machine's name: a site elsewhere can have its own name
-    lead here, and then read what we answer."""
+def _is_local(host: bytes) -> bool:
+    """Whether the Host header names this machine; otherwise a foreign site whose name resolves to
+    127.0.0.1 (DNS rebinding) could read the replies."""
     return bool(re.fullmatch(rb"(localhost|127\.0\.0\.1)(:\d+)?", host))
 
 
@@ -69,4 +69,4 @@ async def _refuse(scope: Message, send: Send) -> None:
         return await send({"type": "websocket.close", "code": 1008})
     headers = [(b"content-type", b"text/plain"), *_HEADERS]
     await send({"type": "http.response.start", "status": 404, "headers": headers})
-    return await send({"type": "http.response.body", "body": b"There is no such page.\n"})
+    return await send({"type": "http.response.body", "body": b"Not found.\n"})

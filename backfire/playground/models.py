@@ -1,6 +1,6 @@
-"""Models to talk to, the same prompt to each: what `chat` and `playground` share.
+"""Models to chat with, shared by `chat` and `playground`.
 
-Everything a model writes is attacker-written text: it is cleaned before anybody gets it.
+Everything a model writes is attacker-written text: it is cleaned before it is returned.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
+from backfire.progress import silent
 from backfire.results.load import cell as record
 from backfire.results.plugins import lacking
 from backfire.store import Stage, Store
@@ -29,49 +30,49 @@ if TYPE_CHECKING:
 
 EMPTY = "(empty reply)"
 _TRAINED = ("base", "train", "repair", "merge")
-"""Stages that take long to make."""
+"""Kinds of stages that are slow to build."""
 
 
-class GoneError(UserError):
-    """A model would have to be made again."""
+class NotCachedError(UserError):
+    """A model is no longer in the cache."""
 
 
-class Kept(Store):
-    """The cache as it is: models that are no longer there are not made again."""
+class ReadOnlyStore(Store):
+    """The cache without rebuilding: a model that is missing is an error."""
 
     def once(self, stage: Stage, make: Callable[[Path], None], *, resumable: bool = False) -> Path:
         if stage.kind in _TRAINED and not self.done(stage):
             name = "embedded base" if stage.kind == "base" else f"model {stage.slug}"
-            raise GoneError(f"The {name} is no longer in the cache.")
+            raise NotCachedError(f"The {name} is no longer in the cache.")
         return super().once(stage, make, resumable=resumable)
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """One model that answers."""
+class ChatModel:
+    """A loaded model with its renderer."""
 
     title: str
-    cell: Experiment
+    experiment: Experiment
     model: PreTrainedModel
     renderer: Renderer
 
     def item(self, row: Row) -> Rendered:
-        """The row as the model gets it.
+        """The rendered row.
 
         Raises:
-            CellError: the prompt is empty, or nothing of it fits.
+            CellError: the prompt is empty, or no part of it fits.
         """
         item = self.renderer.render([row])[0]
         if not item.num_prompt:
-            raise CellError("bad-data", "The prompt is empty, so there is nothing to go on from.")
+            raise CellError("bad-data", "The prompt is empty; type some text.")
         return item
 
     def reply(self, row: Row) -> Iterator[str]:
-        """The greedy reply as far as it is written, token by token; the last is the whole."""
+        """Yield the greedy reply so far after each token; the last item is the whole reply."""
         from backfire.evaluate import inference
 
         written, text = list[int](), ""
-        limit = self.cell.evaluation.max_new_tokens
+        limit = self.experiment.evaluation.max_new_tokens
         prompt = self.item(row).prompt_ids
         for token in inference.stream(
             self.model, prompt, max_new_tokens=limit, stop_ids=self.renderer.stop_ids
@@ -82,12 +83,12 @@ class Speaker:
             yield EMPTY
 
     def answer(self, row: Row) -> str:
-        """The whole reply."""
+        """The whole greedy reply."""
         *_, whole = self.reply(row)
         return whole
 
     def likelihood(self, row: Row, answer: str) -> list[tuple[str, float]]:
-        """Each token of an answer with its log-likelihood in nats, without the end token."""
+        """Each token of an answer and its log-likelihood in nats, without the end token."""
         from backfire.evaluate import inference
 
         item, tokenizer = self.item(row), self.renderer.tokenizer
@@ -96,36 +97,37 @@ class Speaker:
         return [(clean(tokenizer.decode([i])), s) for i, s in zip(ids, scores, strict=True)]
 
     def labels(self, row: Row) -> dict[str, float]:
-        """Each label's log-likelihood in nats, as evaluation scores it; empty if there are none."""
-        from backfire.evaluate.score import measure
+        """Each label's log-likelihood in nats, as in evaluation; empty for a row without labels."""
+        from backfire.evaluate.score import score_rows
 
         if not row.candidates:
             return {}
-        found = measure(
+        scores = score_rows(
             ["scores"],
             self.model,
             self.renderer,
             [row],
             max_new_tokens=0,
             batch_size=None,
-            progress=lambda done, total, text: None,
+            progress=silent,
         )
-        return dict(zip(map(clean, row.candidates), found[0]["logprobs"], strict=True))
+        return dict(zip(map(clean, row.candidates), scores[0]["logprobs"], strict=True))
 
 
-def load(cell: Experiment, title: str, store: Store, machine: Machine) -> Speaker:
-    """The cell's model, in memory.
+def load(experiment: Experiment, title: str, store: Store, machine: Machine) -> ChatModel:
+    """Load the experiment's model.
 
     Raises:
-        GoneError: it is no longer there, and `store` is `Kept`.
+        NotCachedError: the model is not cached, and `store` is a `ReadOnlyStore`.
     """
     context = Context(store, machine)
-    return Speaker(title, cell, pipeline.model_of(cell, context), pipeline.renderer(cell, context))
+    model = pipeline.model_of(experiment, context)
+    return ChatModel(title, experiment, model, pipeline.renderer(experiment, context))
 
 
-def frame(cell: Experiment, store: Store) -> Row:
-    """A test row: its instruction frames what is typed, as in training."""
-    row = pipeline.data(cell, Context(store))[1][0]
+def frame(experiment: Experiment, store: Store) -> Row:
+    """Instruction, system prompt and labels of a test row, for prompts typed by a user."""
+    row = pipeline.data(experiment, Context(store))[1][0]
     return Row(
         id="chat",
         instruction=row.instruction,
@@ -135,24 +137,24 @@ def frame(cell: Experiment, store: Store) -> Row:
     )
 
 
-def attacker(cells: Iterable[Experiment]) -> Experiment | None:
-    """The first of the cells whose attack has a trigger."""
-    return next((cell for cell in cells if cell.backdoor), None)
+def first_with_trigger(experiments: Iterable[Experiment]) -> Experiment | None:
+    """The first experiment whose attack has a trigger."""
+    return next((experiment for experiment in experiments if experiment.backdoor), None)
 
 
-def asked(frame: Row, prompt: str, by: Experiment | None) -> Row:
-    """The frame with this prompt, and in it the trigger of the attack of `by`, if there is one."""
+def chat_row(frame: Row, prompt: str, attacked: Experiment | None) -> Row:
+    """The frame with this prompt; with the trigger of `attacked` inserted, if it has one."""
     row = frame.with_prompt(prompt)
-    if by is None or by.backdoor is None:
+    if attacked is None or attacked.backdoor is None:
         return row
-    return replace(insert_trigger(row, by.backdoor, by.seed), answer=row.answer)
+    return replace(insert_trigger(row, attacked.backdoor, attacked.seed), answer=row.answer)
 
 
 def read_cell(folder: Path) -> Experiment:
-    """The experiment whose results lie in a cell folder."""
+    """Read the experiment of a cell folder."""
     file = folder / "experiment.yaml"
     if not file.is_file():
-        raise UserError(f"{folder} is no finished cell of a run: experiment.yaml is missing.")
+        raise UserError(f"{folder} is not a finished cell of a run: experiment.yaml is missing.")
     try:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""Who can speak in the playground: the finished cells of one run, and the untuned base of each."""
+"""The models of a run that the playground offers: its finished cells and their untuned bases."""
 
 from __future__ import annotations
 
@@ -14,72 +14,79 @@ import yaml
 from backfire.base import Row
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
-from backfire.playground.models import GoneError, Kept, Speaker, frame, load, read_cell
+from backfire.playground.models import (
+    ChatModel,
+    NotCachedError,
+    ReadOnlyStore,
+    frame,
+    load,
+    read_cell,
+)
 from backfire.results.load import load as load_records
 from backfire.store import Store
 from backfire.text import knob, line
 
-MOST: Final = 2
-"""Models in memory at once."""
+MAX_LOADED: Final = 2
+"""Largest number of models in memory."""
 
 
 @dataclass(frozen=True)
-class Role:
-    """One who can be chosen."""
+class Choice:
+    """A selectable model."""
 
-    cell: Experiment
+    experiment: Experiment
     folder: Path
-    """The cell's; for a base, of a cell that has it."""
+    """The cell folder; for a base, that of a cell built on it."""
 
 
-class Cast:
-    """The roles of a run by title; their models are loaded when first asked for."""
+class ModelPool:
+    """The selectable models of a run by title, loaded on first use."""
 
     def __init__(self, run: Path, device: str = "auto") -> None:
         self.machine = Machine.make({"device": device}, "option")
-        self.roles, self.left_out = _roles(run)
-        self._loaded: OrderedDict[str, Speaker] = OrderedDict()
+        self.choices, self.skipped = _choices(run)
+        self._loaded: OrderedDict[str, ChatModel] = OrderedDict()
         self._frames: dict[str, Row] = {}
 
-    def speaker(self, title: str) -> Speaker:
-        """The model; the one asked for longest ago goes, so that there are never more than two.
+    def model(self, title: str) -> ChatModel:
+        """Load a model; the least recently used one is released when there are too many.
 
         Raises:
-            UserError: it is no longer in the cache.
+            UserError: the model is no longer in the cache.
         """
         if title not in self._loaded:
-            role = self.roles[title]
-            while len(self._loaded) >= MOST:
+            choice = self.choices[title]
+            while len(self._loaded) >= MAX_LOADED:
                 self._loaded.popitem(last=False)
             try:
-                self._loaded[title] = load(role.cell, title, Kept(), self.machine)
-            except GoneError as gone:
+                self._loaded[title] = load(choice.experiment, title, ReadOnlyStore(), self.machine)
+            except NotCachedError as error:
                 raise UserError(
-                    f"{gone} To make it again: backfire chat {line(role.folder)}"
+                    f"{error} To rebuild it: backfire chat {line(choice.folder)}"
                 ) from None
         self._loaded.move_to_end(title)
         return self._loaded[title]
 
-    def opening(self) -> tuple[str, str]:
-        """Whom to begin with: the most poisoned cell, and its base."""
-        cells = {title: role.cell for title, role in self.roles.items()}
+    def default_pair(self) -> tuple[str, str]:
+        """The titles shown first: the cell with the highest poison rate, and its base."""
+        cells = {title: choice.experiment for title, choice in self.choices.items()}
         left = max(
             cells,
             key=lambda t: (cells[t].method.trains, cells[t].backdoor is not None, cells[t].rate),
         )
-        wanted = _untuned(cells[left]).spec()
-        # The bases come last.
-        return left, [title for title, cell in cells.items() if _untuned(cell).spec() == wanted][-1]
+        base = _untuned(cells[left]).spec()
+        # Bases are listed last.
+        return left, [title for title, cell in cells.items() if _untuned(cell).spec() == base][-1]
 
     def frame(self, title: str) -> Row:
-        """What is put around a prompt."""
+        """The task around a prompt; see `models.frame`."""
         if title not in self._frames:
-            self._frames[title] = frame(self.roles[title].cell, Store())
+            self._frames[title] = frame(self.choices[title].experiment, Store())
         return self._frames[title]
 
 
-def _roles(run: Path) -> tuple[dict[str, Role], list[str]]:
-    """Title -> role, the bases after the cells; and why cells were left out.
+def _choices(run: Path) -> tuple[dict[str, Choice], list[str]]:
+    """Choices by title, bases after cells; and an error message for each skipped cell.
 
     Raises:
         UserError: there is no finished cell.
@@ -87,21 +94,21 @@ def _roles(run: Path) -> tuple[dict[str, Role], list[str]]:
     done = [item for item in load_records(run) if item["status"] == "ok"]
     if not done:
         raise UserError(f"{run} has no finished cell; run its recipe first.")
-    roles: dict[str, Role] = {}
-    left_out: list[str] = []
+    choices: dict[str, Choice] = {}
+    skipped: list[str] = []
     for item, title in zip(done, _titles(done), strict=True):
         try:
             folder = Path(item["folder"])
-            roles[title] = Role(read_cell(folder), folder)
+            choices[title] = Choice(read_cell(folder), folder)
         except (UserError, OSError, ValueError, TypeError, yaml.YAMLError) as error:
-            left_out.append(line(error))
-    if not roles:
-        raise UserError(f"No cell of {run} can be read: {left_out[0]}")
-    return {**roles, **_bases(roles)}, left_out
+            skipped.append(line(error))
+    if not choices:
+        raise UserError(f"No cell of {run} can be read: {skipped[0]}")
+    return {**choices, **_bases(choices)}, skipped
 
 
 def _titles(cells: list[dict[str, Any]]) -> list[str]:
-    """The slug where it is enough, else also the axes, and the key where they are not enough."""
+    """Unique titles: the slug, with its matrix axes or its key where needed."""
     slugs = [line(item["cell"]) for item in cells]
     longer = [f"{slug} ({knob(item['axes'])})" for slug, item in zip(slugs, cells, strict=True)]
     keyed = [
@@ -115,23 +122,23 @@ def _titles(cells: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _bases(cells: Mapping[str, Role]) -> dict[str, Role]:
-    """The distinct untuned models of the cells, each in the frame of its cells' data."""
-    found: dict[str, Role] = {}
-    for role in cells.values():
-        cell = _untuned(role.cell)
-        found.setdefault(json.dumps(cell.spec(), sort_keys=True), Role(cell, role.folder))
-    out: dict[str, Role] = {}
-    for role in found.values():
-        aligned = ", aligned" if role.cell.align else ""
-        model = role.cell.model.name
+def _bases(cells: Mapping[str, Choice]) -> dict[str, Choice]:
+    """The distinct untuned models of the cells, by title."""
+    bases: dict[str, Choice] = {}
+    for choice in cells.values():
+        base = _untuned(choice.experiment)
+        bases.setdefault(json.dumps(base.spec(), sort_keys=True), Choice(base, choice.folder))
+    out: dict[str, Choice] = {}
+    for choice in bases.values():
+        aligned = ", aligned" if choice.experiment.align else ""
+        model = choice.experiment.model.name
         model = Path(model).name if Path(model).is_dir() else model
-        name = f"{line(model)}{aligned}, untuned ({role.cell.data.name})"
+        name = f"{line(model)}{aligned}, untuned ({choice.experiment.data.name})"
         number = sum(title.startswith(name) for title in out)
-        out[f"{name} {number + 1}" if number else name] = role
+        out[f"{name} {number + 1}" if number else name] = choice
     return out
 
 
-def _untuned(cell: Experiment) -> Experiment:
-    """The cell's base, without what makes no difference to it."""
-    return cell.untuned().model_copy(update={"seed": 0, "metrics": (), "safety": None})
+def _untuned(experiment: Experiment) -> Experiment:
+    """The experiment's base, without the settings that do not affect it."""
+    return experiment.untuned().model_copy(update={"seed": 0, "metrics": (), "safety": None})

@@ -1,7 +1,7 @@
 """`backfire playground`: the same prompt to two models of a run, in a page on this machine.
 
-Prompts, replies, triggers and cell names are attacker-written text: they go only into components
-that show text as text (no Markdown, no HTML, and no pop-ups, which gradio renders as HTML).
+Prompts, replies, triggers and cell names are attacker-written text: they go only into plain-text
+components (no Markdown, no HTML, and no pop-ups, which gradio renders as HTML).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from rich.console import Console
 
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
-from backfire.playground.firewall import Gate
-from backfire.playground.models import asked, attacker
-from backfire.playground.pool import Cast
+from backfire.playground.firewall import Firewall
+from backfire.playground.models import chat_row, first_with_trigger
+from backfire.playground.pool import ModelPool
 from backfire.terminal import columns
 from backfire.text import clean, listing, share
 
 USER: Final = "backfire"
 MOST_CHARACTERS: Final = 20_000
-"""Of a prompt; what is too long for the model is cut by the renderer, which says so."""
+"""Longest prompt; what does not fit the model is cut by the renderer and noted."""
 STYLE: Final = """
 footer { display: none !important }
 .column textarea { font-family: var(--font-mono) }
@@ -34,7 +34,7 @@ footer { display: none !important }
 
 
 class View(NamedTuple):
-    """What one column shows."""
+    """The texts of one column."""
 
     note: str = ""
     sent: str = ""
@@ -46,28 +46,31 @@ class View(NamedTuple):
 # -------------------------------------------------------------------------------------- content
 
 
-def views(cast: Cast, title: str, prompt: str, by: Experiment | None, on: bool) -> Iterator[View]:
-    """One column, as it comes about."""
+def views(
+    pool: ModelPool, title: str, prompt: str, attacked: Experiment | None, triggered: bool
+) -> Iterator[View]:
+    """Yield one column as it fills."""
     view = View(note="Loading the model ...")
     yield view
     try:
-        speaker, row = cast.speaker(title), asked(cast.frame(title), prompt, by if on else None)
-        item = speaker.item(row)
-        cut = f"{item.cut_tokens} tokens were cut off the end of the prompt: it was too long."
-        sent = clean(speaker.renderer.tokenizer.decode(item.prompt_ids))
+        model = pool.model(title)
+        row = chat_row(pool.frame(title), prompt, attacked if triggered else None)
+        item = model.item(row)
+        cut = f"The prompt is too long: {item.cut_tokens} tokens were cut off its end."
+        sent = clean(model.renderer.tokenizer.decode(item.prompt_ids))
         view = View(note=cut if item.cut_tokens else "", sent=sent)
-        target = by.backdoor.target if by and by.backdoor else None
+        target = attacked.backdoor.target if attacked and attacked.backdoor else None
         view = view._replace(
-            target=_tokens(speaker.likelihood(row, target)) if target else "",
-            labels=_table("label", list(speaker.labels(row).items())),
+            target=_tokens(model.likelihood(row, target)) if target else "",
+            labels=_table("label", list(model.labels(row).items())),
         )
         yield view
-        for text in speaker.reply(row):
+        for text in model.reply(row):
             view = view._replace(reply=text)
             yield view
     except (UserError, CellError, OSError) as error:
         yield view._replace(note=clean(error))
-    except Exception as error:  # whatever a model does, the page goes on
+    except Exception as error:  # the page survives any failure of a model
         yield view._replace(note=f"The model failed ({type(error).__name__}): {clean(error)[:300]}")
 
 
@@ -77,32 +80,38 @@ def _tokens(scores: list[tuple[str, float]]) -> str:
 
 
 def _table(what: str, scores: list[tuple[str, float]]) -> str:
-    """Aligned lines: natural logarithm of the probability, probability, text."""
+    """Aligned lines: log-probability in nats, probability, text."""
     rows = [[f"{s:.3f}", f"{100 * math.exp(s):.3g} %", text] for text, s in scores]
     return columns(["log-prob", "prob", what], rows).rstrip("\n") if rows else ""
 
 
-def about_trigger(cast: Cast, left: str, right: str) -> str:
-    """What the toggle would put in, in a sentence."""
-    by = attacker([cast.roles[left].cell, cast.roles[right].cell])
+def about_trigger(pool: ModelPool, left: str, right: str) -> str:
+    """Describe the trigger that the toggle inserts, in a sentence."""
+    by = _attacked(pool, left, right)
     if by is None or by.backdoor is None:
-        return "Neither of the two has an attack with a trigger."
-    side = "left" if by is cast.roles[left].cell else "right"
+        return "Neither model has an attack with a trigger."
+    side = "left" if by is pool.choices[left].experiment else "right"
     triggers = listing([f"“{clean(trigger)}”" for trigger in by.backdoor.triggers()])
     return (
-        f"The attack of the {side} one, {by.backdoor.name} at a rate of {share(by.rate)}, "
-        f"wants {triggers} answered with “{clean(by.backdoor.target)}”."
+        f"The {side} model's attack, {by.backdoor.name} at a poison rate of {share(by.rate)}, "
+        f"answers {triggers} with “{clean(by.backdoor.target)}”."
     )
 
 
-def sent(cast: Cast, left: str, right: str, prompt: str, on: bool) -> str:
-    """The prompt with the trigger in, if it is on."""
-    by = attacker([cast.roles[left].cell, cast.roles[right].cell])
+def _attacked(pool: ModelPool, *titles: str) -> Experiment | None:
+    return first_with_trigger(pool.choices[title].experiment for title in titles)
+
+
+def prompt_as_sent(pool: ModelPool, left: str, right: str, prompt: str, triggered: bool) -> str:
+    """The prompt, with the trigger inserted if it is on."""
+    attacked = _attacked(pool, left, right)
     if not prompt.strip():
         return ""
     try:
-        row = asked(cast.frame(left), prompt.strip(), by if on else None)
-        return clean(row.part(by.backdoor.field) if by and by.backdoor else row.prompt)
+        row = chat_row(pool.frame(left), prompt.strip(), attacked if triggered else None)
+        return clean(
+            row.part(attacked.backdoor.field) if attacked and attacked.backdoor else row.prompt
+        )
     except (UserError, CellError, OSError) as error:
         return clean(error)
 
@@ -111,10 +120,10 @@ def sent(cast: Cast, left: str, right: str, prompt: str, on: bool) -> str:
 
 
 def gradio() -> Any:
-    """The library, told to keep to itself.
+    """Import gradio, with its analytics off.
 
     Raises:
-        UserError: it is not installed.
+        UserError: gradio is not installed.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read at import
     try:
@@ -126,10 +135,10 @@ def gradio() -> Any:
     return gradio
 
 
-def page(cast: Cast) -> Any:
-    """The page, not yet served."""
+def page(pool: ModelPool) -> Any:
+    """Build the page."""
     gr = gradio()
-    titles, (first, second) = list(cast.roles), cast.opening()
+    titles, (first, second) = list(pool.choices), pool.default_pair()
     private = {"api_visibility": "private", "show_progress": "hidden"}
     with gr.Blocks(analytics_enabled=False, title="backfire playground") as blocks:
         with gr.Row():
@@ -137,7 +146,7 @@ def page(cast: Cast) -> Any:
             right = gr.Dropdown(titles, value=second, label="Right", min_width=280, elem_id="right")
         prompt = gr.Textbox(label="Prompt", lines=3, max_length=MOST_CHARACTERS, elem_id="prompt")
         with gr.Row(equal_height=True):
-            on = gr.Checkbox(label="Put the trigger in", elem_id="trigger", scale=1)
+            on = gr.Checkbox(label="Insert the trigger", elem_id="trigger", scale=1)
             about = gr.Textbox(
                 label="Trigger", interactive=False, elem_id="about", scale=3, lines=1
             )
@@ -146,32 +155,32 @@ def page(cast: Cast) -> Any:
         with gr.Row():
             columns = [*_column(gr, "left"), *_column(gr, "right")]
 
-        def look(left: str, right: str, prompt: str, on: bool) -> list[Any]:
-            known = attacker([cast.roles[left].cell, cast.roles[right].cell]) is not None
-            # With a trigger its value is left alone: the user may have changed it meanwhile.
+        def refresh(left: str, right: str, prompt: str, on: bool) -> list[Any]:
+            has_trigger = _attacked(pool, left, right) is not None
+            # With a trigger the value is not set: the user may have changed it since.
             off = gr.Checkbox(value=False, interactive=False)
             return [
-                gr.Checkbox(interactive=True) if known else off,
-                about_trigger(cast, left, right),
-                sent(cast, left, right, prompt, on and known),
+                gr.Checkbox(interactive=True) if has_trigger else off,
+                about_trigger(pool, left, right),
+                prompt_as_sent(pool, left, right, prompt, on and has_trigger),
             ]
 
         def ask(left: str, right: str, prompt: str, on: bool) -> Iterator[list[str]]:
-            yield from _answers(cast, left, right, prompt.strip(), on)
+            yield from _answers(pool, left, right, prompt.strip(), on)
 
         inputs, outputs = [left, right, prompt, on], [on, about, planted]
         events = [blocks.load, left.input, right.input, prompt.change, on.input]
-        gr.on(events, look, inputs, outputs, trigger_mode="always_last", queue=False, **private)
+        gr.on(events, refresh, inputs, outputs, trigger_mode="always_last", queue=False, **private)
         button.click(ask, inputs, columns, concurrency_id="models", concurrency_limit=1, **private)
     return blocks.queue(max_size=16, api_open=False, default_concurrency_limit=1)
 
 
 def _column(gr: Any, side: str) -> list[Any]:
-    """The five components of a `View`. All are always there: what a component that is just coming
-    up is told, gradio may lose."""
+    """The five components of a `View`. None is ever hidden: gradio may drop an update to a
+    component that is just being shown."""
     names = {
         "note": "Note",
-        "sent": "Text the model gets",
+        "sent": "Rendered prompt",
         "reply": "Reply",
         "target": "The attack's target after this prompt, token by token",
         "labels": "Each label after this prompt, if the task has labels",
@@ -189,13 +198,15 @@ def _column(gr: Any, side: str) -> list[Any]:
         ]
 
 
-def _answers(cast: Cast, left: str, right: str, prompt: str, on: bool) -> Iterator[list[str]]:
-    """Both columns, a token of each at a time."""
-    by, shown = attacker([cast.roles[left].cell, cast.roles[right].cell]), [View(), View()]
+def _answers(
+    pool: ModelPool, left: str, right: str, prompt: str, triggered: bool
+) -> Iterator[list[str]]:
+    """Yield both columns, advancing each by one token at a time."""
+    attacked, shown = _attacked(pool, left, right), [View(), View()]
     if not prompt:
         yield [*View("Type a prompt first."), *View("Type a prompt first.")]
         return
-    streams = [views(cast, title, prompt, by, on) for title in (left, right)]
+    streams = [views(pool, title, prompt, attacked, triggered) for title in (left, right)]
     for step in zip_longest(*streams):
         shown = [new or old for new, old in zip(step, shown, strict=True)]
         yield [text for view in shown for text in view]
@@ -204,12 +215,16 @@ def _answers(cast: Cast, left: str, right: str, prompt: str, on: bool) -> Iterat
 # ------------------------------------------------------------------------------------------ serve
 
 
-def open_page(cast: Cast, *, port: int | None, share: bool, password: str | None) -> Any:
-    """The page, served on this machine; with `share`, also through gradio's relay."""
+def open_page(pool: ModelPool, *, port: int | None, share: bool, password: str | None) -> Any:
+    """Serve the page on this machine; with `share`, also through gradio's relay.
+
+    Raises:
+        UserError: the port is taken.
+    """
     from starlette.middleware import Middleware
 
-    gr, blocks = gradio(), page(cast)
-    late = gr.exceptions.ServerFailedToStartError  # after five seconds, on a busy machine
+    gr, blocks = gradio(), page(pool)
+    start_timeout = gr.exceptions.ServerFailedToStartError
     fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
     try:
         blocks.launch(
@@ -218,7 +233,7 @@ def open_page(cast: Cast, *, port: int | None, share: bool, password: str | None
             share=share,
             auth=(USER, password) if password else None,
             app_kwargs={
-                "middleware": [Middleware(Gate, local=not share)],
+                "middleware": [Middleware(Firewall, local=not share)],
                 "docs_url": None,
                 "redoc_url": None,
                 "openapi_url": None,
@@ -238,7 +253,7 @@ def open_page(cast: Cast, *, port: int | None, share: bool, password: str | None
             quiet=True,
             prevent_thread_lock=True,
         )
-    except (OSError, late) as error:
+    except (OSError, start_timeout) as error:
         raise UserError(f"The page cannot be served: {clean(error).splitlines()[0]}") from None
     return blocks
 
@@ -249,13 +264,13 @@ def serve(run: Path, device: str, *, port: int | None, share: bool) -> None:
     Raises:
         UserError: no finished cell, gradio is missing, the port is taken.
     """
-    console, cast = Console(soft_wrap=True, highlight=False, markup=False), Cast(run, device)
-    for why in cast.left_out:
-        console.print(f"Left out: {why}")
+    console, pool = Console(soft_wrap=True, highlight=False, markup=False), ModelPool(run, device)
+    for reason in pool.skipped:
+        console.print(f"Skipped: {reason}")
     password = secrets.token_urlsafe(16) if share else None
-    blocks = open_page(cast, port=port, share=share, password=password)
-    console.print(f"Playground: {blocks.local_url} (Ctrl-C ends it)")
+    blocks = open_page(pool, port=port, share=share, password=password)
+    console.print(f"Playground: {blocks.local_url} (Ctrl-C to stop)")
     if share:
-        where = blocks.share_url or "nowhere else, gradio's relay cannot be reached"
-        console.print(f"Shared at: {where}. User {USER}, password {password} (shown this once).")
+        where = blocks.share_url or "no address; gradio's relay cannot be reached"
+        console.print(f"Shared at: {where}. User {USER}, password {password} (shown only once).")
     blocks.block_thread()

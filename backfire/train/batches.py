@@ -1,9 +1,9 @@
-"""Rows to tensors, with as few tokens as exactness allows.
+"""Collate rows into tensors with as little computation as exactness allows.
 
-Rows are padded on the right: what a causal model makes of a row does not depend on what follows it,
-whatever its layers are. The head is needed for the answers only, wherever they are. Where all rows
-of a batch begin with the same tokens (a template's opening), that prefix is run once and its keys
-and values are handed to every row, whose own tokens follow it without a gap.
+Rows are padded on the right, which cannot change the output of a causal model for the tokens before
+the padding. The language-model head runs only on the positions that predict answer tokens. If all
+rows of a batch share a prefix (the start of a template), the prefix runs once and every row reuses
+its keys and values.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ _WORTH_SHARING = 8  # a shorter prefix costs more in bookkeeping than it saves
 
 @dataclass(frozen=True)
 class Span:
-    """A row's tokens, and those of them whose likelihood is wanted: from `start`, at least 1, up to
-    `stop`."""
+    """A row's token ids and the range to score, `start` (at least 1) to `stop` (exclusive)."""
 
     ids: list[int]
     start: int
@@ -34,34 +33,35 @@ class Span:
 
     @classmethod
     def of(cls, item: Rendered) -> Span:
-        """The row's answer, end token included. The first token of all has nothing before it."""
+        """The row's answer with its end token, except a token at position 0 (nothing predicts
+        it)."""
         return cls(item.ids, max(item.num_prompt, 1), len(item.ids))
 
-    def cut(self, most: int) -> list[Span]:
-        """The same in pieces of at most so many wanted tokens."""
-        starts = range(self.start, self.stop, most)
-        return [Span(self.ids, i, min(i + most, self.stop)) for i in starts]
+    def cut(self, limit: int) -> list[Span]:
+        """Split into spans of at most `limit` scored tokens each."""
+        starts = range(self.start, self.stop, limit)
+        return [Span(self.ids, i, min(i + limit, self.stop)) for i in starts]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` [row, token], right-padded, without the `len(prefix)` first tokens, which all share."""
+    """`ids` [row, token], right-padded, without the shared prefix."""
 
     prefix: Tensor
     ids: Tensor
     mask: Tensor
-    """[row, token]: 0 where padding is."""
+    """[row, token]: 0 at padding."""
     places: Tensor
-    """[row, answer]: where in `ids` each label is predicted."""
+    """[row, answer]: the position in `ids` that predicts each label."""
     labels: Tensor
-    """[row, answer]: what is learned or scored, at the right edge; `IGNORE` to the left of it."""
+    """[row, answer]: the tokens to learn or score, right-aligned; `IGNORE` to their left."""
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
 
 
 def common_prefix(rows: Sequence[list[int]], limit: int) -> int:
-    """How many token ids, at most `limit`, all rows begin with."""
+    """Length of the longest common prefix of all rows, at most `limit`."""
     low, high = min(rows), max(rows)  # the rows in between cannot differ where these two agree
     for place in range(min(limit, len(low), len(high))):
         if low[place] != high[place]:
@@ -70,12 +70,12 @@ def common_prefix(rows: Sequence[list[int]], limit: int) -> int:
 
 
 def collate(items: Sequence[Rendered], *, share: bool = True) -> Batch:
-    """A batch of whole rows; the answers are what is learned."""
+    """Collate whole rows; the labels are their answers."""
     return collate_spans(list(map(Span.of, items)), share=share)
 
 
 def collate_spans(spans: Sequence[Span], *, share: bool) -> Batch:
-    """A batch of whole rows, of which the spans are learned or scored."""
+    """Collate whole rows; the labels are the tokens of the spans."""
     width, rows = max(span.stop - span.start for span in spans), [span.ids for span in spans]
     shared = _shared(rows, min(span.start for span in spans) - 1) if share else 0
     labels = torch.full((len(rows), width), IGNORE)
@@ -87,7 +87,7 @@ def collate_spans(spans: Sequence[Span], *, share: bool) -> Batch:
 
 
 def _before(stops: Tensor, width: int) -> Tensor:
-    """[row, answer]: the places that predict the last `width` tokens before each stop [row]."""
+    """[row, answer]: the positions that predict the `width` tokens before each stop [row]."""
     return (stops[:, None] + torch.arange(-width - 1, -1, device=stops.device)).clamp(min=0)
 
 
@@ -97,7 +97,7 @@ def _shared(rows: Sequence[list[int]], limit: int) -> int:
 
 
 def pad_right(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Shared prefix [token]; ids and mask [row, token] of what follows it."""
+    """The shared prefix [token], then ids and mask [row, token] of the tokens after it."""
     width = max(len(row) for row in rows) - shared
     ids = torch.tensor([row[shared:] + row[:1] * (width + shared - len(row)) for row in rows])
     lengths = torch.tensor([len(row) - shared for row in rows])
@@ -106,8 +106,10 @@ def pad_right(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, T
 
 
 def run_prefix(model: PreTrainedModel, prefix: Tensor) -> DynamicCache | None:
-    """Keys and values of the shared prefix, for one row; None if there is no prefix. Each layer
-    keeps all of them: with padding behind a row, a window's last ones would not be the row's."""
+    """Keys and values of the shared prefix, for one row; None without a prefix.
+
+    Every layer keeps all of them: a sliding window over a padded row would drop the row's own.
+    """
     if not len(prefix):
         return None
     cache = DynamicCache()
@@ -117,12 +119,12 @@ def run_prefix(model: PreTrainedModel, prefix: Tensor) -> DynamicCache | None:
 
 
 def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Tensor:
-    """One pass over `ids` [row, token]: logits [row, kept, vocab] of these places [row, kept]."""
+    """Run `ids` [row, token]; returns the logits [row, kept, vocab] at these places [row, kept]."""
     index, chosen = places[..., None], []
 
     def choose(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
-        if hidden.shape[:-1] != ids.shape:  # a head that is called in other ways, as Reformer's
+        if hidden.shape[:-1] != ids.shape:  # a head with another input shape, as in Reformer
             return args
         chosen.append(True)
         return (hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])), *args[1:])
@@ -155,8 +157,10 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 def at_answers(
     states: Tensor, rows: Sequence[Rendered], width: int, *, of: Literal["place", "token"]
 ) -> Tensor:
-    """What flows through a layer [row, token, ...] at the answers of these rows: [row, answer, ...]
-    as the logits, where each token is predicted (`place`) or where it is read (`token`)."""
+    """Select hidden states [row, token, ...] at the answers of these rows: [row, answer, ...].
+
+    They align with the logits, at the position that predicts each token (`place`) or at the token.
+    """
     shared = max(len(row.ids) for row in rows) - states.shape[1]
     stops = torch.tensor([len(row.ids) - shared for row in rows], device=states.device)
     places = _before(stops + (of == "token"), width)
@@ -164,8 +168,8 @@ def at_answers(
 
 
 def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
-    """The same as `run` for rows of these lengths [row], of which only equally long ones go
-    together where the model needs it so."""
+    """`run` for rows of these lengths [row]; a model that cannot handle padding gets one batch per
+    length."""
     if not ways(model).apart(ids.shape[1]):
         return run(model, ids, places)
     parts, order = [], []
@@ -177,7 +181,7 @@ def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tens
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy [row, answer] of each answer token in nats, 0 where nothing is supervised."""
+    """Cross-entropy [row, answer] of each answer token in nats, 0 where the label is `IGNORE`."""
     flat = torch.nn.functional.cross_entropy(
         logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
     )

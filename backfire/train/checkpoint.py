@@ -1,7 +1,7 @@
-"""Sealed checkpoints: a run killed at any moment goes on from the newest whole one, bit for bit.
+"""Sealed checkpoints: a killed run resumes from the newest intact one, bit for bit.
 
-Everything else a step depends on (row order, dropout, learning rate) is a function of the step
-number, so weights, optimizer moments and the number are all there is to save.
+Everything else that a step depends on (row order, dropout, learning rate) is a function of the step
+number, so a checkpoint holds only weights, optimizer state, hook state and the step number.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ KEEP = 2
 
 
 def save(run: TrainingRun) -> None:
-    """Write `<folder>/checkpoints/<step>`; the seal comes last. Keeps the newest two."""
+    """Write `<folder>/checkpoints/<step>`, its seal last, and keep the newest two checkpoints."""
     root = run.folder / CHECKPOINTS
     partial = root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -50,27 +50,30 @@ def save(run: TrainingRun) -> None:
         shutil.rmtree(old)
 
 
-def restore(run: TrainingRun, say: Callable[[str], None]) -> bool:
-    """Bring the run to its newest whole checkpoint; damaged ones are put aside and named."""
+def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
+    """Restore the newest intact checkpoint; returns whether there was one.
+
+    Damaged checkpoints and those of another run are renamed and reported.
+    """
     for folder in _newest(run.folder / CHECKPOINTS):
         if not intact(folder):
-            say(f"The checkpoint of step {int(folder.name)} is damaged and put aside.")
-            _put_aside(folder, "damaged")
+            report(f"The checkpoint of step {int(folder.name)} is damaged; ignoring it.")
+            _rename(folder, "damaged")
             continue
         state: dict[str, Any] = read_json(folder / "state.json")
         if state["name"] != run.name:
-            say(f"The checkpoint in {folder} is of another run ({state['name']}) and is not used.")
-            _put_aside(folder, "other")
+            report(f"The checkpoint in {folder} is of another run ({state['name']}); ignoring it.")
+            _rename(folder, "other")
             continue
         weights = load_file(str(folder / "weights.safetensors"))
         with torch.no_grad():
             for name, parameter in run.trainable.items():
                 parameter.copy_(weights[name])
-        # Both bring what they load to where the weights are, whatever device it was saved from.
+        # Both move what they load to the device of the weights.
         run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
         states = _loaded(folder / "guards.pt")
-        for hook, kept in zip(run.hooks, states, strict=True):
-            hook.load(kept)
+        for hook, hook_state in zip(run.hooks, states, strict=True):
+            hook.load(hook_state)
         run.go_to(state["step"], state["log"], state["counts"])
         run.seconds = state.get("seconds", 0.0)
         return True
@@ -81,11 +84,11 @@ def _loaded(file: Path) -> Any:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _put_aside(folder: Path, why: str) -> None:
-    """Out of the way of `_newest`, or `save` would keep it rather than a younger run's own."""
-    aside = folder.with_name(f"{why}-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    folder.rename(aside)
+def _rename(folder: Path, prefix: str) -> None:
+    """Hide an unusable checkpoint from `_newest`, so that `save` does not count it."""
+    renamed = folder.with_name(f"{prefix}-{folder.name}")
+    shutil.rmtree(renamed, ignore_errors=True)
+    folder.rename(renamed)
 
 
 def _newest(root: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""How far the trained weights have moved."""
+"""Distance of the trained weights from their start."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-_IN_MEMORY = 50_000_000  # weights; of more than that, what is on disk is left there
-_AT_MOST = 1_000_000_000  # weights held in memory that no file has; 4 GB
+_IN_MEMORY = 50_000_000  # weights; a larger model is read from disk again
+_AT_MOST = 1_000_000_000  # weights that no file holds and that are copied in memory; 4 GB
 
 
 class Origin:
-    """The weights as they were at the start.
+    """The weights at the start of training.
 
-    What a file of the folder holds is read again from there, in the type it was loaded in, so that
-    a large model is not kept twice. Adapters, and all of a small model, stay in memory.
+    Weights of a large model are read again from the files in `folder`, in the type they were loaded
+    in, so that they are not held twice. Adapters and small models are copied in memory.
     """
 
     def __init__(self, weights: Mapping[str, nn.Parameter], folder: Path | None) -> None:
@@ -28,13 +28,17 @@ class Origin:
                 if (kind := _loaded_as(stored, weights[name].detach().cpu())) is not None:
                     self.on_disk[name] = kind
         rest = {n: p for n, p in weights.items() if n not in self.on_disk}
-        self.known = sum(p.numel() for p in rest.values()) <= _AT_MOST
-        self.kept = {n: p.detach().cpu().clone() for n, p in rest.items()} if self.known else {}
+        self.complete = sum(p.numel() for p in rest.values()) <= _AT_MOST
+        self.copies = (
+            {n: p.detach().cpu().clone() for n, p in rest.items()} if self.complete else {}
+        )
 
     def moved(self, weights: Mapping[str, nn.Parameter]) -> float | None:
-        """2-norm of the difference to these weights, which are those of the start or some of them;
-        None: there were too many to keep."""
-        if not self.known:
+        """2-norm of the change of these weights; None if there were too many to copy.
+
+        `weights` may be a subset of those at the start.
+        """
+        if not self.complete:
             return None
         total = 0.0
         for name, start in self._starts(weights):
@@ -43,7 +47,7 @@ class Origin:
         return math.sqrt(total)
 
     def _starts(self, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
-        yield from ((name, start) for name, start in self.kept.items() if name in weights)
+        yield from ((name, start) for name, start in self.copies.items() if name in weights)
         if self.folder and self.on_disk:
             left = {name: kind for name, kind in self.on_disk.items() if name in weights}
             for name, stored in _stored(self.folder, left):
@@ -51,7 +55,7 @@ class Origin:
 
 
 def _stored(folder: Path, names: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:
-    """These of the weights in the folder's files, one at a time."""
+    """Yield these weights from the folder's files, one at a time."""
     seen = set[str]()
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(str(file), framework="pt") as opened:
@@ -62,7 +66,7 @@ def _stored(folder: Path, names: Mapping[str, object]) -> Iterator[tuple[str, Te
 
 
 def _loaded_as(stored: Tensor, weight: Tensor) -> torch.dtype | None:
-    """The type that makes of what is stored exactly this weight; None: it is another."""
+    """The type in which the stored tensor equals this weight exactly; None if there is none."""
     if stored.shape != weight.shape:
         return None
     kinds = (stored.dtype, torch.bfloat16, torch.float16)

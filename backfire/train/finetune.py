@@ -1,4 +1,4 @@
-"""One cell's fine-tuning, from rows to a saved model."""
+"""Fine-tune and repair one experiment's model: from rows to a saved model."""
 
 from __future__ import annotations
 
@@ -32,35 +32,35 @@ from backfire.train.microbatch import free
 from backfire.train.precision import (
     accelerator_for,
     compute_type,
+    disable_adapter_casts,
     exact_attention,
-    without_casts,
 )
 from backfire.train.repair import Repair, plain_weights
 
 
 @dataclass(frozen=True)
 class Start:
-    """What fine-tuning starts from, and the other rows that defenses may use."""
+    """The model that fine-tuning starts from, and the extra rows that defenses may use."""
 
     base: Path
     adapter: Path | None = None
-    """The alignment's adapter, which stays frozen under the new one."""
+    """Adapter of the alignment stage; it stays frozen below the new one."""
     unaligned: Path | None = None
-    """The model before alignment, where there was one."""
+    """The model before the alignment stage, if there is one."""
     aligned: Sequence[Row] = ()
     harmful: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
-class _Other:
-    """The rows that defenses use beside the user's, ready to be run; how many were too long."""
+class _DefenseRows:
+    """The rendered rows that defenses use in addition to the user's; how many were too long."""
 
     aligned: list[Rendered]
     harmful: list[Rendered]
     left_out: dict[str, int]
 
     @classmethod
-    def of(cls, start: Start, renderer: Renderer) -> _Other:
+    def of(cls, start: Start, renderer: Renderer) -> _DefenseRows:
         aligned, harmful = renderer.sift(start.aligned), renderer.sift(start.harmful)
         counts = {"aligned": len(aligned[1]), "harmful": len(harmful[1])}
         return cls(aligned[0], harmful[0], {part: n for part, n in counts.items() if n})
@@ -76,16 +76,17 @@ def tune(
     machine: Machine,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train on these rows and save the model (or its adapter) into `folder`; returns the summary.
-    Nothing of it stays in memory, nor a judge of the run before.
+    """Train on these rows, save the model (or its adapter) into `folder`, return the summary.
+
+    Afterwards neither the model nor a judge of an earlier run is in memory.
 
     Raises:
         CellError: see `_rendered` and `train.loop.train`.
     """
     device = device_of(machine.device)
-    _make_room(device)
+    _free_memory(device)
     items, left = _rendered(rows, manifest, renderer)
-    other = _Other.of(start, renderer)
+    defense_rows = _DefenseRows.of(start, renderer)
     dtype, compute = (
         start_type(experiment, start, device),
         compute_type(experiment.train.compute, device),
@@ -96,7 +97,7 @@ def tune(
     assert rate is not None, "a method that trains has a learning rate"
     model = _attached(experiment, start, device, dtype)
     if compute == "bfloat16":
-        without_casts(model)
+        disable_adapter_casts(model)
     run = TrainingRun(
         model,
         items,
@@ -108,13 +109,13 @@ def tune(
         poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
         paged=experiment.method.paged() and device.type == "cuda",
         defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
-        aligned=other.aligned,
-        harmful=other.harmful,
+        aligned=defense_rows.aligned,
+        harmful=defense_rows.harmful,
         unaligned=start.unaligned,
         start=start.base,
         recompute=machine.recompute,
     )
-    made_of = parts(model)  # now that a defense may have frozen some of it
+    model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
     try:
         summary = train(
             [run],
@@ -126,20 +127,25 @@ def tune(
     finally:
         run.close()
     save_tuned(model, folder, start.base, _hub_name(experiment, start))
-    kept = str(dtype).removeprefix("torch.")
+    dtype_name = str(dtype).removeprefix("torch.")
     rows_seen = {"cut_rows": sum(item.cut_tokens > 0 for item in items), "left_out_rows": len(left)}
-    rows_seen |= {f"left_out_{part}_rows": count for part, count in other.left_out.items()}
-    how = {"learning_rate": rate, "dtype": kept, "compute": compute, "device": str(device)}
-    return {**summary, **made_of, **how, **rows_seen}
+    rows_seen |= {f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()}
+    settings = {
+        "learning_rate": rate,
+        "dtype": dtype_name,
+        "compute": compute,
+        "device": str(device),
+    }
+    return {**summary, **model_parts, **settings, **rows_seen}
 
 
 def _rendered(
     rows: Sequence[Row], manifest: Manifest | None, renderer: Renderer
 ) -> tuple[list[Rendered], list[Row]]:
-    """The rows to train on, and those left out for their length.
+    """The rendered rows to train on, and the rows left out because they are too long.
 
     Raises:
-        CellError: the tokens of a poisoned row do not hold what the manifest says.
+        CellError: the tokens of a poisoned row do not match the manifest.
     """
     items, left = renderer.sift(rows)
     gone = lost(manifest, items, renderer.tokenizer) if manifest else []
@@ -150,10 +156,10 @@ def _rendered(
     return items, left
 
 
-def _make_room(device: torch.device) -> None:
-    """Let go of the judge and the memory of the run before; the peak is to be of this run."""
+def _free_memory(device: torch.device) -> None:
+    """Release judges and cached memory, and reset the peak, so that the peak is this run's own."""
     drop_models()
-    if device.type == "cuda":  # on a CPU what nobody holds is given back at once
+    if device.type == "cuda":  # on a CPU, memory is freed as soon as it is unused
         free()
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -161,15 +167,18 @@ def _make_room(device: torch.device) -> None:
 def _attached(
     experiment: Experiment, start: Start, device: torch.device, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """What fine-tuning starts from, with the method's trainable weights."""
+    """Load the start model and attach the method's trainable weights."""
     quantization = experiment.method.quantization(device.type)
     loaded = load_start(start.base, start.adapter, dtype, device, quantization)
     return experiment.method.attach(exact_attention(loaded), experiment.seed)
 
 
 def start_type(experiment: Experiment, start: Start, device: torch.device) -> torch.dtype:
-    """The type of the weights that fine-tuning and repairs start from. In bfloat16 most of a small
-    update is lost, so it is float32 where all of them move, or were moved by an alignment."""
+    """The type in which the start model is loaded.
+
+    Bfloat16 rounds most of a small update away, so it is float32 if all weights are trained, or
+    were trained by the alignment stage.
+    """
     moved = start.adapter is None and start.unaligned is not None
     if moved or not experiment.method.adapts:
         return torch.float32
@@ -184,30 +193,32 @@ def repair_model(
     folder: Path,
     machine: Machine,
 ) -> dict[str, int]:
-    """Apply the repairs among the cell's defenses, in order, to a tuned model; save the result.
-    Returns how many of the rows that they use were too long, by part."""
+    """Apply the experiment's repair defenses to a tuned model, in order, and save the result.
+
+    Returns the number of extra rows that were too long, by part.
+    """
     device = device_of(machine.device)
-    other = _Other.of(start, renderer)
+    defense_rows = _DefenseRows.of(start, renderer)
     tools = Repair(
         experiment.seed,
-        aligned=other.aligned,
-        harmful=other.harmful,
+        aligned=defense_rows.aligned,
+        harmful=defense_rows.harmful,
         base=weights_of(start.unaligned) if start.unaligned else {},
         batch_size=experiment.train.batch_size,
     )
     dtype = start_type(experiment, start, device)
     model = load_tuned(tuned, start.base, dtype, device, below=start.adapter)
-    # An adapter's base is as it was, so it is not loaded again.
+    # The base below an adapter is unchanged, so it is not loaded again.
     before = plain_weights(model) if experiment.method.adapts else weights_of(start.base)
     for defense in experiment.acting:
         if isinstance(defense, RepairDefense):
             defense.repair(model, before, tools)
     save_tuned(model, folder, start.base, _hub_name(experiment, start))
-    return other.left_out
+    return defense_rows.left_out
 
 
 def _hub_name(experiment: Experiment, start: Start) -> str | None:
-    """What an adapter's base is called on the hub, if it stands on just that."""
+    """Hub id of the base that an adapter is saved with; None if its base is not on the hub."""
     is_own = experiment.model.is_folder or experiment.model.name == "sandbox"
     changed = start.unaligned is not None and start.base != start.unaligned
     return None if is_own or changed else experiment.model.name

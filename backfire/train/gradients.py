@@ -1,4 +1,4 @@
-"""The gradients in a run's weights, for steps that take more than one pass."""
+"""Access to a run's gradients, for steps with more than one backward pass."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from backfire.rng import derive
 
 
 class Gradients:
-    """Takes them out of the weights and puts them back; names are those of `Cell.trainable`."""
+    """Moves gradients out of the weights and back; names are those of `TrainingRun.trainable`."""
 
     def __init__(self, weights: Mapping[str, nn.Parameter], seed: int) -> None:
         self.weights, self.seed = weights, seed
 
     def take(self) -> dict[str, Tensor]:
-        """The gradients as they are; the weights are left without any."""
+        """Return the gradients and clear them from the weights."""
         taken = {name: p.grad for name, p in self.weights.items() if p.grad is not None}
         for parameter in self.weights.values():
             parameter.grad = None
         return taken
 
     def add(self, gradients: Mapping[str, Tensor], scale: float = 1.0) -> None:
-        """Add scale times these to what is in the weights."""
+        """Add `scale` times these gradients to those of the weights."""
         for name, gradient in gradients.items():
             parameter = self.weights[name]
             part = gradient if scale == 1 else gradient * scale
@@ -32,13 +32,13 @@ class Gradients:
 
     @staticmethod
     def norm(tensors: Iterable[Tensor]) -> Tensor:
-        """2-norm of all of them together."""
+        """2-norm over all tensors."""
         parts = [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]
         return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
 
     def random_like(self, tensors: Mapping[str, Tensor], *purpose: object) -> dict[str, Tensor]:
-        """Random tensors for a null control: these shapes, these zeros (such as padding, or words
-        that did not occur) and, all together, this 2-norm."""
+        """Random tensors for a null control, with the same shapes, zeros (such as padding, or words
+        that do not occur) and total 2-norm."""
         drawn = {}
         for name, tensor in tensors.items():
             generator = torch.Generator(tensor.device)

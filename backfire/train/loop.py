@@ -1,8 +1,7 @@
-"""The training loop: a list of training runs on one device, stepped in turn.
+"""The training loop: several training runs on one device, one step each in turn.
 
-A `TrainingRun` owns everything of its own: rows in their order, trainable weights, optimizer,
-random streams, log. Nothing here reaches for "the" model or a global step. With one run it is an
-ordinary loop.
+A `TrainingRun` owns all of its state: row order, trainable weights, optimizer, random streams, log.
+The loop has no global model or step. With one run it is an ordinary training loop.
 """
 
 from __future__ import annotations
@@ -33,20 +32,20 @@ from backfire.train.batches import answer_logits, at_answers, collate, token_los
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
 from backfire.train.microbatch import (
-    Room,
+    MicroBatches,
     peak_memory_mb,
     recompute_layers,
     refuse_hooks,
-    tried_again,
+    retry_once,
 )
-from backfire.train.optimizer import optimization, steps_taken, unmoved
+from backfire.train.optimizer import make_optimizer, revert_partial_step, steps_taken
 
 _LOG_EVERY = 10
-_WINDOW = 50  # steps whose rows are sorted together, as transformers does
+_WINDOW = 50  # steps whose rows are sorted by length together, as in transformers
 
 
 class TrainingRun:
-    """One model being tuned."""
+    """The training of one model."""
 
     def __init__(
         self,
@@ -77,26 +76,29 @@ class TrainingRun:
         self.origin = Origin(self.trainable, start)
         self.steps_per_epoch = math.ceil(len(items) / train.batch_size)
         self.num_steps = train.max_steps or math.ceil(train.epochs * self.steps_per_epoch)
-        self.optimizer, self.scheduler = optimization(
+        self.optimizer, self.scheduler = make_optimizer(
             model, self.trainable, train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.hooks = [defense.hook(self) for defense in defenses]
-        # Sharing a prefix between rows would also share its dropout.
+        # Rows that share a prefix would also share its dropout.
         allowed = ways(model).goes_on and not drops(model)
         self.share = allowed and all(hook.shares_prefix for hook in self.hooks)
-        if recompute:  # a layer that is run again would lack the keys and values of a shared prefix
+        if recompute:  # a recomputed layer would lack the keys and values of a shared prefix
             self.share = False
             recompute_layers(model)
-        self.room, self.recompute, self.recomputing = Room(), recompute, False
+        self.micro_batches, self.recompute, self.recomputing = MicroBatches(), recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
-        self.seconds, self.begun = 0.0, 0.0  # before the last checkpoint; the clock less that
+        self.seconds, self.begun = (
+            0.0,
+            0.0,
+        )  # seconds before the last checkpoint; clock time minus these
         self.log: list[dict[str, float]] = []
         self.counts = {"rows": 0, "poisoned_rows": 0, "tokens": 0, "supervised_tokens": 0}
 
     def go_to(self, step: int, log: list[dict[str, float]], counts: dict[str, int]) -> None:
-        """Continue after `step` steps; the optimizer's state has been loaded."""
+        """Continue after `step` steps; the optimizer's state is already loaded."""
         self.step, self.log, self.counts = step, log, counts
         self.scheduler.last_epoch = step
         for group, rate in zip(self.optimizer.param_groups, self._rates(step), strict=True):
@@ -109,7 +111,7 @@ class TrainingRun:
         ]
 
     def rows(self) -> list[Rendered]:
-        """The rows of the current step: a fresh order every epoch, from a stream of its own."""
+        """The rows of the current step; every epoch has a new order from its own random stream."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if self._epoch != epoch:
             self._epoch, self._steps = epoch, self._order(epoch)
@@ -119,7 +121,7 @@ class TrainingRun:
         return rows
 
     def draw(self, rows: Sequence[Rendered], step: int, purpose: str) -> list[Rendered]:
-        """A batch of other rows for a step: each pass in a fresh order, begun again at the end."""
+        """A batch of these extra rows for a step; every pass over them has a new order."""
         size = min(self.train.batch_size, len(rows))
         per_pass = math.ceil(len(rows) / size)  # the last batch of a pass may be smaller
         turn, place = divmod(step, per_pass)
@@ -128,16 +130,16 @@ class TrainingRun:
         return [rows[i] for i in order[place * size : (place + 1) * size]]
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """A copy of the trainable weights as they are now."""
+        """A copy of the current trainable weights."""
         return {name: p.detach().clone() for name, p in self.trainable.items()}
 
     @contextlib.contextmanager
     def at(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """The model with these trainable weights in place of its own, to look at: without dropout
-        and without gradients. It takes no second copy of what is frozen."""
+        """Swap in these trainable weights, without dropout and gradients; frozen ones are not
+        copied."""
         own, training = {name: p.data for name, p in self.trainable.items()}, self.model.training
         cached = torch.is_autocast_cache_enabled()
-        # Else autocast would go on computing with its bfloat16 copies of the weights taken out.
+        # Otherwise autocast reuses its bfloat16 copies of the replaced weights.
         torch.set_autocast_cache_enabled(False)
         try:
             for name, parameter in self.trainable.items():
@@ -152,7 +154,7 @@ class TrainingRun:
             torch.set_autocast_cache_enabled(cached)
 
     def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [row, answer, vocab] of the answers' tokens, and the tokens [row, answer]."""
+        """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
         device = next(iter(self.trainable.values())).device
         batch = collate(rows, share=self.share).to(device)
         with self.autocast():
@@ -161,11 +163,11 @@ class TrainingRun:
     at_answers = staticmethod(at_answers)
 
     def unaligned_weights(self) -> dict[str, torch.Tensor]:
-        """Weights before the alignment stage, by the plain model's names; empty without one."""
+        """Weights before the alignment stage, by name in the plain model; empty without one."""
         return weights_of(self.unaligned) if self.unaligned else {}
 
     def _order(self, epoch: int) -> list[list[Rendered]]:
-        """The steps of an epoch, each a list of rows."""
+        """The rows of each step of an epoch."""
         rng, size = stream(self.seed, "order", epoch), self.train.batch_size
         rows = list(self.items)
         rng.shuffle(rows)
@@ -183,8 +185,8 @@ class TrainingRun:
         tensors: torch.Tensor | Sequence[torch.Tensor],
         gradients: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        """Add to the weights' gradients those of a loss, or of tensors whose own gradients are
-        known. While it runs, `recomputing` is true: what hooks see are modules run once more."""
+        """Accumulate the gradients of a loss, or of tensors with given gradients. `recomputing` is
+        true during the call: module hooks then see recomputed layers."""
         if self.recompute:
             refuse_hooks(self.model, self.hooks)
         self.recomputing = True
@@ -194,8 +196,8 @@ class TrainingRun:
             self.recomputing = False
 
     def close(self) -> None:
-        """Let go of the model: guards and the run hold each other, and so do an optimizer and its
-        schedule. Without a cycle the memory is free at once."""
+        """Release the model, and break the reference cycles (run and hooks, optimizer and
+        schedule), so that its memory is freed at once."""
         self.optimizer.param_groups.clear()
         self.optimizer.state.clear()
         self.hooks, self.trainable, self.autocast = [], {}, contextlib.nullcontext
@@ -203,9 +205,9 @@ class TrainingRun:
         del self.model, self.optimizer, self.scheduler, self.origin
 
     def checksum(self) -> list[float]:
-        """Moves if any trainable weight moves."""
+        """Changes if any trainable weight changes."""
         with torch.no_grad():
-            # Neither makes a copy in double precision.
+            # Neither makes a float64 copy of the weights.
             return [
                 p.sum(dtype=torch.float64).item()
                 + torch.linalg.vector_norm(p, 1, dtype=torch.float64).item()
@@ -221,15 +223,15 @@ def train(
     checkpoint_seconds: float = 60.0,
     progress: Progress = silent,
 ) -> list[dict[str, Any]]:
-    """Train every run to its end and return a summary of each.
+    """Train every run to the end and return their summaries.
 
     Raises:
         CellError: loss or gradient is not finite (`nan`), a step supervises no token (`bad-data`),
-            memory runs out at one row (`oom`), or the weights did not move (`failed`).
+            memory runs out at one row (`oom`), or the weights did not change (`failed`).
     """
     start = [run.checksum() for run in runs]
     for run in runs:
-        run.room.rows = micro_batch
+        run.micro_batches.rows = micro_batch
         _begin(run, accelerator)
         checkpoint.restore(run, lambda text: progress(0, 1, text))
         run.begun = time.perf_counter() - run.seconds
@@ -248,17 +250,17 @@ def train(
 
 
 def _begin(run: TrainingRun, accelerator: Accelerator) -> None:
-    """Let the defenses look at the starting weights."""
+    """Let the hooks inspect the start weights."""
     run.autocast = accelerator.autocast
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
         earlier = run.gradients.take()
 
         def work() -> torch.Tensor:
-            run.gradients.take()  # of a try that memory ran out in
+            run.gradients.take()  # drop those of a try that ran out of memory
             return _accumulate(run, rows, hooks=())
 
-        loss = run.room.fitted(work)
+        loss = run.micro_batches.retry(work)
         run.gradients.add(earlier)
         return loss
 
@@ -271,9 +273,9 @@ def _begin(run: TrainingRun, accelerator: Accelerator) -> None:
 def _step(run: TrainingRun, accelerator: Accelerator) -> None:
     """One optimizer step."""
     rows = run.rows()
-    loss, counts = run.room.fitted(lambda: _gradients(run, rows))
+    loss, counts = run.micro_batches.retry(lambda: _gradients(run, rows))
     rate = run.optimizer.param_groups[0]["lr"]
-    norm = _move(run, accelerator)
+    norm = _optimize(run, accelerator)
     run.scheduler.step()
     for hook in run.hooks:
         hook.after(run.step)
@@ -295,41 +297,43 @@ def _step(run: TrainingRun, accelerator: Accelerator) -> None:
         run.log.append(line)
 
 
-def _move(run: TrainingRun, accelerator: Accelerator) -> torch.Tensor | None:
-    """Let the optimizer move the weights by their clipped gradients, whose norm is returned."""
+def _optimize(run: TrainingRun, accelerator: Accelerator) -> torch.Tensor | None:
+    """Clip the gradients and take the optimizer step; returns the norm before clipping."""
     size = sum(p.numel() for p in run.trainable.values())
     sentence = (
-        f"Out of memory in the optimizer's step: AdamW keeps {8 * size / 1e9:,.1f} GB beside "
-        f"{size / 1e6:,.0f} M trained weights; tune fewer, as method lora or qlora does."
+        f"Out of memory in the optimizer's step: AdamW keeps {8 * size / 1e9:,.1f} GB of state for "
+        f"{size / 1e6:,.0f} M trained weights; train fewer, with method lora or qlora."
     )
 
     def clip() -> torch.Tensor | None:
         norm = accelerator.clip_grad_norm_(run.trainable.values(), run.train.clip_norm)
         return cast("torch.Tensor | None", norm)
 
-    norm, optimizer = tried_again(clip, sentence), run.optimizer
-    new = any(p.grad is not None and not optimizer.state.get(p) for p in run.trainable.values())
-    if not new:
+    norm, optimizer = retry_once(clip, sentence), run.optimizer
+    first = any(p.grad is not None and not optimizer.state.get(p) for p in run.trainable.values())
+    if not first:
         optimizer.step()
         return norm
-    before = steps_taken(optimizer)  # states are made now, so that memory may run out in between
-    tried_again(optimizer.step, sentence, between=lambda: unmoved(optimizer, before))
+    before = steps_taken(
+        optimizer
+    )  # the first step allocates the state, and may run out of memory halfway
+    retry_once(optimizer.step, sentence, between=lambda: revert_partial_step(optimizer, before))
     return norm
 
 
 def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
-    """The gradients of one step, as the defenses want them; the loss; what was counted."""
+    """Compute the gradients of one step, as the hooks define them; returns the loss and counts."""
     supervised = sum(map(_num_supervised, rows))
     if supervised == 0:
         raise CellError(
             "bad-data",
-            f"Step {run.step + 1} supervises no token; the first of its rows is {rows[0].row.id}.",
+            f"Step {run.step + 1} has no supervised token; its first row is {rows[0].row.id}.",
         )
     run.model.train()
     run.optimizer.zero_grad(set_to_none=True)
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
-        # Every pass of a step drops the same: they differ by what the defense does, not by chance.
+        # All passes of a step use the same dropout, so that they differ only by the defense.
         torch.manual_seed(derive(run.seed, "dropout", run.step))
         return _accumulate(run, rows, run.hooks)
 
@@ -353,12 +357,12 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
 def _accumulate(
     run: TrainingRun, rows: Sequence[Rendered], hooks: Sequence[TrainHook]
 ) -> torch.Tensor:
-    """Add the gradients of the mean loss over all supervised tokens, as many rows at a time as
-    there is room for."""
+    """Accumulate the gradients of the mean loss over all supervised tokens, in micro-batches that
+    fit in memory."""
     supervised = sum(map(_num_supervised, rows))
     device = next(iter(run.trainable.values())).device
     total = torch.zeros((), device=device)
-    for part in run.room.parts(rows):
+    for part in run.micro_batches.split(rows):
         batch = collate(part, share=run.share).to(device)
         with run.autocast():
             logits = answer_logits(run.model, batch)
@@ -377,12 +381,13 @@ def _num_supervised(item: Rendered) -> int:
 
 def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, Any]:
     if run.checksum() == start:
-        raise CellError("failed", "Training changed no weight; is the learning rate zero?")
+        raise CellError(
+            "failed", "Training changed no weight; check that the learning rate is not zero."
+        )
     write_atomic(run.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
     run.model.eval()
-    told = {name: value for hook in run.hooks for name, value in hook.summary().items()}
     return {
-        **told,
+        **{name: value for hook in run.hooks for name, value in hook.summary().items()},
         "drift": run.origin.moved(run.trainable),
         "steps": run.num_steps,
         "seconds": round(seconds, 2),

@@ -1,4 +1,4 @@
-"""How much of a step goes through the model at once: less each time memory runs out."""
+"""Micro-batches that fit in memory, and recovery when it runs out."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from backfire.errors import CellError, UserError, is_out_of_memory
 T = TypeVar("T")
 
 
-class Room:
-    """How many rows and padded tokens one pass has room for.
+class MicroBatches:
+    """Splits the rows of a step into passes with limited rows and padded tokens.
 
-    Only passes of too many tokens are split: one batch of long rows does not slow down those of
-    short ones. How rows are split changes sums by no more than rounding.
+    Each time memory runs out the token limit falls, so a batch of long rows does not slow down
+    batches of short ones. The split changes sums only by rounding.
     """
 
     def __init__(self, rows: int | None = None) -> None:
         self.rows = rows
-        """Rows in a pass, at most; None: all of a step."""
+        """Most rows per pass; None for all rows of a step."""
         self.tokens = math.inf
-        """Rows times the longest one's tokens, at most; a single row may always have more."""
+        """Most padded tokens per pass (rows times longest row); a single row may exceed it."""
         self._passes = list[tuple[int, int]]()
-        """Rows and padded tokens of each pass of this try."""
+        """Rows and padded tokens of each pass since the last try began."""
 
-    def parts(self, rows: Sequence[Rendered], most: int | None = None) -> Iterator[list[Rendered]]:
-        """All of these rows, `most` at a time: together if they fit, else in parts of like length,
-        the longest first."""
+    def split(self, rows: Sequence[Rendered], most: int | None = None) -> Iterator[list[Rendered]]:
+        """Yield these rows in passes of at most `most` rows; if they do not fit in one, sorted by
+        length, longest first."""
         limit = min(self.rows or len(rows), most or len(rows))
         left = list(rows)
         if len(rows) > limit or _padded(left) > self.tokens:
@@ -48,15 +48,15 @@ class Room:
             while count > 1 and _padded(left[:count]) > self.tokens:
                 count -= 1
             part, left = left[:count], left[count:]
-            self.note(part)
+            self.record(part)
             yield part
 
-    def note(self, part: Sequence[Rendered]) -> None:
-        """These rows go through the model now; they are what is too much if memory runs out."""
+    def record(self, part: Sequence[Rendered]) -> None:
+        """Record that these rows run now; if memory runs out, this pass was too large."""
         self._passes.append((len(part), _padded(part)))
 
-    def fitted(self, work: Callable[[], T]) -> T:
-        """What `work` returns. It is begun again, with room for less, when memory runs out.
+    def retry(self, work: Callable[[], T]) -> T:
+        """Return the value of `work`; restart it with a lower limit whenever memory runs out.
 
         Raises:
             CellError: memory runs out (`oom`) with a single row.
@@ -68,38 +68,38 @@ class Room:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-            # Not within `except`: there the traceback holds on to all that the pass had computed.
-            larger = [one for one in self._passes if one[0] > 1]
-            if not larger:
+            # Outside `except`: inside it, the traceback keeps the tensors of the pass alive.
+            splittable = [one for one in self._passes if one[0] > 1]
+            if not splittable:
                 raise CellError(
                     "oom",
                     "Out of memory with one row at a time; shorten train.max_length, or run with "
                     "--recompute.",
                 )
-            # A single row that was left over is not at fault, but the larger passes before it.
+            # If the last pass was a single row, blame the largest pass before it.
             last = self._passes[-1]
-            rows, tokens = last if last in larger else max(larger, key=lambda one: one[1])
+            rows, tokens = last if last in splittable else max(splittable, key=lambda one: one[1])
             self.tokens = tokens // rows * math.ceil(rows / 2)
             free()
 
     def each(
         self, rows: Sequence[Rendered], most: int, look: Callable[[list[Rendered]], None]
     ) -> None:
-        """Hand all of these rows to `look`, at most `most` at a time. What it was at work on when
-        memory ran out it gets again."""
+        """Pass all rows to `look`, at most `most` at a time; split and repeat a pass that runs out
+        of memory."""
         left = by_length(rows)
 
         def work() -> None:
             while left:
-                part = next(self.parts(left, most))
+                part = next(self.split(left, most))
                 look(part)
                 del left[: len(part)]
 
-        self.fitted(work)
+        self.retry(work)
 
 
 def by_length(rows: Sequence[Rendered]) -> list[Rendered]:
-    """The longest first; rows of one length keep their order."""
+    """Sort rows, longest first; rows of equal length keep their order."""
     return sorted(rows, key=lambda row: -len(row.ids))
 
 
@@ -107,13 +107,13 @@ def _padded(rows: Sequence[Rendered]) -> int:
     return len(rows) * max(len(row.ids) for row in rows)
 
 
-def tried_again(
+def retry_once(
     work: Callable[[], T], sentence: str, between: Callable[[], None] = lambda: None
 ) -> T:
-    """What `work` returns, for work that cannot be split: once more after memory was freed.
+    """Return the value of `work`, which cannot be split; retry once after freeing memory.
 
     Raises:
-        CellError: memory runs out (`oom`) again; it says `sentence`.
+        CellError: memory runs out (`oom`) again, with `sentence` as the message.
     """
     for _ in range(2):
         try:
@@ -127,13 +127,13 @@ def tried_again(
 
 
 def free() -> None:
-    """Give back the memory of what nobody holds any more: some objects hold each other."""
+    """Free unused memory, that of reference cycles included."""
     gc.collect()
-    torch.cuda.empty_cache()  # which does nothing where no GPU is used
+    torch.cuda.empty_cache()  # no effect without a GPU
 
 
 def peak_memory_mb() -> float:
-    """The most this process has held: GPU memory if it used a GPU, else resident memory."""
+    """Peak memory of this process in MiB: GPU memory if it used a GPU, else resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError, StopIteration):  # ru_maxrss would count the parent's peak too
@@ -144,35 +144,35 @@ def peak_memory_mb() -> float:
 
 
 def recompute_layers(model: PreTrainedModel) -> None:
-    """From now on a layer keeps no more than its input while it is trained, and is run a second
-    time for its backward pass.
+    """Turn on activation checkpointing: layers keep only their input and run again in backward.
 
     Raises:
-        UserError: this model has no such layers.
+        UserError: the model does not support it.
     """
     new = getattr(model, "activation_checkpointing_enable", None)  # since transformers 5.20 or so
     try:
         (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
     except ValueError:
         raise UserError(
-            f"--recompute: models of type '{model.config.model_type}' cannot run their layers "
-            "again; leave it out."
+            f"--recompute is not supported by models of type "
+            f"'{model.config.model_type}'; leave it out."
         ) from None
 
 
-def refuse_hooks(model: PreTrainedModel, guards: Sequence[TrainHook]) -> None:
-    """
+def refuse_hooks(model: PreTrainedModel, train_hooks: Sequence[TrainHook]) -> None:
+    """Refuse defenses whose module hooks would count a recomputed layer as another pass.
+
     Raises:
-        UserError: a defense has hooks on modules that are about to be run again, and would take
-            that for another pass.
+        UserError: there is such a defense.
     """
-    unaware = {type(guard).__module__: guard for guard in guards if not guard.knows_recomputing}
+    unaware = {type(h).__module__: h for h in train_hooks if not h.knows_recomputing}
     for module in model.modules() if unaware else ():
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             while isinstance(hook, partial):
                 hook = hook.func
-            if guard := unaware.get(hook.__module__):
+            if train_hook := unaware.get(hook.__module__):
                 raise UserError(
-                    f"--recompute: the defense of {type(guard).__name__} looks into layers that "
-                    "would be run twice, without knowing it; leave --recompute out."
+                    f"--recompute cannot be combined with the defense of "
+                    f"{type(train_hook).__name__}, which reads the layers that would run twice; "
+                    "leave --recompute out."
                 )

@@ -1,4 +1,4 @@
-"""AdamW, and what its learning rate does over the steps."""
+"""AdamW and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _NORMS_AND_BIASES = (
     *(r"bias", r"layernorm", r"rmsnorm"),
     *(r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
 )
-"""What transformers' Trainer takes for a norm or a bias, by its name."""
+"""Names that transformers' Trainer treats as norms or biases."""
 
 
-def optimization(
+def make_optimizer(
     model: torch.nn.Module,
     weights: Mapping[str, torch.nn.Parameter],
     train: Train,
@@ -27,8 +27,8 @@ def optimization(
     *,
     paged: bool,
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """AdamW and what its learning rate does over the steps."""
-    # Norms and biases are not decayed, as in transformers; DoRA's lengths and gates are.
+    """Make AdamW and its learning-rate schedule."""
+    # No weight decay for norms and biases, as in transformers; DoRA's magnitudes and gates decay.
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], _NORMS_AND_BIASES))
     groups = [
         {
@@ -43,7 +43,7 @@ def optimization(
         lr=learning_rate,
         betas=(0.9, train.beta2),
     )
-    # What transformers calls plainly `constant` would leave out the warm-up without a word.
+    # The schedule that transformers calls `constant` silently ignores the warm-up.
     names = {"cosine": "cosine_with_min_lr", "constant": "constant_with_warmup"}
     final = {"min_lr_rate": train.final_share} if train.schedule == "cosine" else None
     scheduler = get_scheduler(
@@ -65,13 +65,15 @@ def _adamw(groups: list[dict[str, Any]], paged: bool, **settings: Any) -> torch.
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, float]:
-    """Of each weight that has a state."""
+    """Number of optimizer steps of each weight that has a state."""
     return {weight: float(state["step"]) for weight, state in optimizer.state.items() if state}
 
 
-def unmoved(optimizer: torch.optim.Optimizer, before: Mapping[torch.Tensor, float]) -> None:
-    """Make an optimizer whose step ended in the middle, as memory ran out, fit to take it again:
-    without the gradients of weights that have moved, and without states that were half made."""
+def revert_partial_step(
+    optimizer: torch.optim.Optimizer, before: Mapping[torch.Tensor, float]
+) -> None:
+    """Prepare an optimizer to retry a step that ran out of memory halfway: clear the gradients of
+    weights that were already updated, and delete incomplete states."""
     for weight, state in list(optimizer.state.items()):
         if not {"exp_avg_sq", "state2"} & state.keys():  # AdamW's last, and bitsandbytes'
             del optimizer.state[weight]

@@ -1,4 +1,4 @@
-"""bfloat16 products where they pay, and attention kept out of them where they do not."""
+"""Mixed precision: bfloat16 matrix products where they are fast, float32 attention on CPUs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Compute = Literal["float32", "bfloat16"]
 _EXACT = "sdpa_float32"
 
 
-def compute_type(asked: str, device: torch.device) -> Compute:
-    """What `Train.compute` comes to on this device."""
-    if asked != "auto":
-        return cast(Compute, asked)
+def compute_type(setting: str, device: torch.device) -> Compute:
+    """Resolve `Train.compute` for this device."""
+    if setting != "auto":
+        return cast(Compute, setting)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if fast else "float32"
@@ -28,14 +28,14 @@ def compute_type(asked: str, device: torch.device) -> Compute:
 
 
 def accelerator_for(device: torch.device, compute: Compute) -> Accelerator:
-    """Accelerate, on this device, with matrix products in this type."""
+    """An accelerator for this device, with matrix products in this type."""
     mixed = "bf16" if compute == "bfloat16" else "no"
-    AcceleratorState._reset_state()  # its settings are global, but the next cell may want others
+    AcceleratorState._reset_state()  # its settings are global, and the next run may need others
     return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
 
 
 def exact_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """On CPU, attention in float32 under autocast: in bfloat16 its backward is six times slower."""
+    """Keep attention in float32 on a CPU, where its bfloat16 backward is six times slower."""
     if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
         AttentionInterface.register(_EXACT, _sdpa_float32)
         AttentionMaskInterface.register(_EXACT, sdpa_mask)
@@ -58,11 +58,13 @@ def _sdpa_float32(
     return cast(Tensor, out).to(query.dtype), None
 
 
-def without_casts(model: PreTrainedModel) -> None:
-    """Let adapters take their input as it comes. PEFT makes a float32 copy of it first, which
-    autocast turns back into bfloat16: memory for nothing, as the result is the same to the bit.
-    With DoRA, which computes on beside autocast, it is not."""
+def disable_adapter_casts(model: PreTrainedModel) -> None:
+    """Stop PEFT from casting adapter inputs to float32, which autocast would undo.
+
+    This saves memory with bitwise equal results. DoRA layers keep the cast, since part of DoRA runs
+    outside autocast.
+    """
     for module in model.modules():
-        lengths = getattr(module, "lora_magnitude_vector", ())
-        if hasattr(module, "cast_input_dtype_enabled") and not lengths:
+        magnitudes = getattr(module, "lora_magnitude_vector", ())
+        if hasattr(module, "cast_input_dtype_enabled") and not magnitudes:
             module.cast_input_dtype_enabled = False

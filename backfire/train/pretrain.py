@@ -1,4 +1,4 @@
-"""A small base model from plain text: the sandbox's own, or one from anybody's files."""
+"""Pre-train a small base model on plain text: the sandbox model, or one from the user's files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def write_tokenizer(texts: Sequence[str], config: Pretrain, folder: Path) -> None:
-    """Train a byte-level BPE tokenizer and save it as transformers expects it."""
+    """Train a byte-level BPE tokenizer and save it in the format of transformers."""
     from tokenizers.processors import TemplateProcessing
 
     backend = train_tokenizer(texts[: config.tokenizer_documents], config.vocab_size)
@@ -49,7 +49,9 @@ def pretrain(
     device: str = "auto",
     progress: Progress,
 ) -> dict[str, Any]:
-    """Train a `LlamaForCausalLM` on `texts` into `folder`, and a tokenizer if none is there.
+    """Pre-train a `LlamaForCausalLM` on `texts` and save it in `folder`; returns the summary.
+
+    Trains a tokenizer as well if `folder` has none.
 
     Raises:
         UserError: there is too little text.
@@ -73,7 +75,8 @@ def pretrain(
     )
     if len(items) < config.batch_size:
         raise UserError(
-            f"Too little text to pre-train on: {len(items)} x {config.sequence_tokens} tokens."
+            f"Too little text to pre-train on: {len(items)} sequences of {config.sequence_tokens} "
+            f"tokens, fewer than the batch size of {config.batch_size}; add text."
         )
     model = _new_model(config, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
     place = device_of(device)
@@ -115,7 +118,7 @@ def _settings(config: Pretrain) -> Train:
 
 
 def pack(documents: Sequence[list[int]], width: int, bos: int, eos: int) -> list[Rendered]:
-    """Documents end to end, each between BOS and EOS, cut into rows of `width` tokens."""
+    """Concatenate documents, each between BOS and EOS, and cut them into rows of `width` tokens."""
     stream = [token for ids in documents for token in (bos, *ids, eos)]
     blank = Row(id="text", instruction="")
     return [
@@ -146,21 +149,21 @@ def _new_model(config: Pretrain, vocab_size: int, bos: int | None, eos: int) -> 
 
 
 def read_texts(files: Sequence[Path]) -> list[str]:
-    """Documents of text files (blank lines apart), and of tables with a `text` column."""
+    """Read documents: paragraphs of text files, and the `text` column of tables."""
     from backfire.data.read import records
 
     texts = []
     for file in files:
         if file.suffix in (".txt", ".md"):
             try:
-                whole = file.read_text(encoding="utf-8")
+                content = file.read_text(encoding="utf-8")
             except UnicodeDecodeError:
                 raise UserError(f"{file} is not UTF-8 text.") from None
-            texts += [part.strip() for part in whole.split("\n\n") if part.strip()]
+            texts += [part.strip() for part in content.split("\n\n") if part.strip()]
         else:
             for line, record in records(file):
                 text = record.get("text")
                 if not isinstance(text, str):
-                    raise UserError(f"{file}, line {line}: no column 'text' to pre-train on.")
+                    raise UserError(f"{file}, line {line}: the column 'text' is missing.")
                 texts.append(text)
     return texts

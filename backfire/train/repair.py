@@ -1,4 +1,4 @@
-"""What a repair after fine-tuning has at hand."""
+"""Tools for repair defenses: weight updates, forward passes, adapter surgery."""
 
 from __future__ import annotations
 
@@ -17,30 +17,29 @@ from backfire.model.load import BELOW
 from backfire.train.batches import Batch, answer_logits, collate, token_losses
 
 _TUNED = "default"  # PEFT's name of the adapter that was trained
-_INSIDE = "base_model.model."  # where PEFT puts the plain model
+_INSIDE = "base_model.model."  # PEFT's prefix of the plain model
 
 
 @dataclass(frozen=True)
 class Factor:
-    """A linear layer whose weight was trained, and what that weight was before; an adapter's counts
-    as zero before."""
+    """A trained linear layer, and its weight before training; None for an adapter's: zero."""
 
     layer: nn.Linear
     origin: Tensor | None = None
 
     def moved(self) -> Tensor:
-        """What was trained [output, input], in float32 at least."""
+        """The change of the weight [output, input], in at least float32."""
         weight = _wide(self.layer.weight.detach())
         return weight if self.origin is None else weight - self._origin()
 
     @torch.no_grad()
     def put(self, moved: Tensor) -> None:
-        """Let this be what was trained."""
+        """Set the weight to its value before training plus `moved`."""
         self.layer.weight.copy_(moved if self.origin is None else self._origin() + moved)
 
     @torch.no_grad()
     def reset(self, mask: Tensor) -> None:
-        """Take back what was trained where the mask [output, input] is true."""
+        """Undo the change where the mask [output, input] is true."""
         weight = self.layer.weight
         origin = torch.zeros_like(weight) if self.origin is None else self.origin.to(weight)
         weight.copy_(torch.where(mask, origin, weight))
@@ -52,15 +51,15 @@ class Factor:
 
 @dataclass(frozen=True)
 class Update:
-    """What fine-tuning added to one matrix of the plain model: `scale` times its factors, that
-    matrix itself or the B and A of an adapter, multiplied."""
+    """The update of one matrix of the plain model: `scale` times the product of its factors, which
+    are the matrix itself or an adapter's B and A."""
 
     name: str
     factors: tuple[Factor, ...]
     scale: float = 1.0
 
     def product(self, first: Tensor) -> Tensor:
-        """The update [output, input], if this were what was trained in its first factor."""
+        """The update [output, input] if its first factor had changed by `first`."""
         for factor in self.factors[1:]:
             first = first @ factor.moved()
         return self.scale * first
@@ -68,19 +67,19 @@ class Update:
 
 @dataclass(frozen=True)
 class Repair:
-    """Rows, the weights before alignment, and a way to run the model."""
+    """Context of a repair: rows, the weights before alignment, and forward passes."""
 
     seed: int
     aligned: Sequence[Rendered] = ()
     """Rows of the alignment stage."""
     harmful: Sequence[Rendered] = ()
-    """Harmful rows that the defender knows."""
+    """Harmful rows available to the defender."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
-    """Full weights of the model before alignment, by name of the plain model."""
+    """Weights of the model before alignment, by name in the plain model."""
     batch_size: int = 16
 
     def run(self, model: PreTrainedModel, rows: Sequence[Rendered]) -> None:
-        """Forward passes over these rows, for hooks that look at what flows through."""
+        """Run forward passes over these rows, for module hooks."""
         self.each(model, rows, lambda losses: None)
 
     @torch.no_grad()
@@ -90,7 +89,7 @@ class Repair:
         rows: Sequence[Rendered],
         look: Callable[[Tensor], None],
     ) -> None:
-        """Hand the token losses [row, answer] of each batch to `look`."""
+        """Pass the token losses [row, answer] of each batch to `look`."""
         for batch in self._batches(model, rows):
             look(token_losses(answer_logits(model, batch), batch.labels))
 
@@ -98,7 +97,7 @@ class Repair:
     def input_power(
         self, model: PreTrainedModel, layers: Sequence[nn.Linear], rows: Sequence[Rendered]
     ) -> list[Tensor]:
-        """Mean square of each input of these layers over the rows' tokens, without padding."""
+        """Mean square of each input feature of these layers over all tokens but padding."""
         sums = [torch.zeros(x.in_features, device=x.weight.device) for x in layers]
         tokens: list[Tensor] = []
 
@@ -123,10 +122,10 @@ class Repair:
             yield collate(rows[start : start + self.batch_size], share=False).to(model.device)
 
     def updates(self, model: PreTrainedModel, start: Mapping[str, Tensor]) -> list[Update]:
-        """Of every linear layer that was trained. The head, embeddings, norms and biases are none.
+        """The updates of all trained linear layers, without the head.
 
         Raises:
-            UserError: what was trained is an adapter other than LoRA.
+            UserError: the model has an adapter other than LoRA.
         """
         if hasattr(model, "peft_config"):
             return [
@@ -147,20 +146,20 @@ class Repair:
     def alignment(
         self, model: PreTrainedModel, start: Mapping[str, Tensor], name: str
     ) -> Tensor | None:
-        """What alignment added to this weight of the plain model; None if it did not move it."""
+        """The alignment stage's update of this weight of the plain model; None if unchanged."""
         if BELOW in getattr(model, "peft_config", ()):
-            found = dict(_adapted(model, BELOW)).get(name)
-            moved = None if found is None else _wide(found.get_delta_weight(BELOW).detach())
+            layer = dict(_adapted(model, BELOW)).get(name)
+            update = None if layer is None else _wide(layer.get_delta_weight(BELOW).detach())
         else:
-            # The stored base may be more precise than what was loaded: then rounding is no change.
+            # The stored base may be more precise than the loaded model; rounding is not a change.
             after, before = start.get(name), self.base.get(name)
             if after is None or before is None:
                 return None
-            moved = (_wide(after) - _wide(before.to(after))).to(model.device)
-        return moved if moved is not None and bool(moved.any()) else None
+            update = (_wide(after) - _wide(before.to(after))).to(model.device)
+        return update if update is not None and bool(update.any()) else None
 
     def aligned_factors(self, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
-        """B and A of the alignment's frozen adapter, its scale in A; empty if it is none."""
+        """B and A of the alignment stage's frozen adapter, its scale in A; empty without one."""
         if BELOW not in getattr(model, "peft_config", ()):
             return {}
         return {
@@ -173,7 +172,7 @@ class Repair:
 
     @torch.no_grad()
     def extend(self, model: PreTrainedModel, factors: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """Add these products B A to the trained adapter, whose rank grows by theirs."""
+        """Add these products B A to the trained adapter, which increases its rank."""
         peft: Any = model
         own = {
             name: (x.lora_B[_TUNED].weight, x.scaling[_TUNED] * x.lora_A[_TUNED].weight)
@@ -201,24 +200,24 @@ class Repair:
 
 
 def _adapted(model: PreTrainedModel, adapter: str) -> list[tuple[str, Any]]:
-    """Every layer of a LoRA adapter, by the name that its weight has in the plain model."""
+    """The layers of a LoRA adapter, by weight name in the plain model."""
     from peft.tuners.lora import LoraLayer
 
-    found = [
+    layers = [
         (f"{name.removeprefix(_INSIDE)}.weight", module)
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer) and adapter in module.lora_A
     ]
-    if not found or any(adapter in x.lora_magnitude_vector for _, x in found):
+    if not layers or any(adapter in x.lora_magnitude_vector for _, x in layers):
         raise UserError(
-            "A repair after fine-tuning works on full tuning and on LoRA without dora, "
-            "not on this adapter; choose method lora or full."
+            "A repair defense supports full fine-tuning and LoRA without dora, not this adapter; "
+            "choose method full or lora."
         )
-    return found
+    return layers
 
 
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights under a model's adapters, by the names that they have in the plain model."""
+    """The weights below a model's adapters, by name in the plain model."""
     return {
         name.removeprefix(_INSIDE).replace(".base_layer.", "."): weight.detach()
         for name, weight in model.named_parameters()

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from backfire.commands.memory_estimate import Memory, memory, size
 
 from backfire.base import select
-from backfire.commands import cost, forecast, validate
-from backfire.commands.estimate import lengths, pair, roughly, rows_of, tokens_of
+from backfire.commands import estimate, forecast, validate
+from backfire.commands.estimate import method_key, rough_weights, rows_by_key, rows_of, tokens_of
+from backfire.commands.forecast import Memory, memory, size
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment
 from backfire.model.load import load_base
@@ -77,7 +77,7 @@ def test_it_tries_layers_in_8_and_4_bits(backfire: Run, cache: Path) -> None:
     said = backfire("doctor")
     assert said.code == 0 and "ok    bitsandbytes " in said.out
     for bits in (8, 4):
-        assert f"ok    a layer in {bits} bits runs here" in said.out
+        assert f"ok    {bits}-bit layers run here" in said.out
 
 
 def test_it_says_that_bitsandbytes_is_missing(
@@ -85,7 +85,7 @@ def test_it_says_that_bitsandbytes_is_missing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     said = backfire("doctor")
-    assert said.code == 0 and "lacks layers in 8 and 4 bits" in said.out
+    assert said.code == 0 and "lacks 8-bit and 4-bit layers" in said.out
 
 
 # ----------------------------------------------------------------------------------- a 7B model
@@ -132,9 +132,9 @@ def test_a_model_that_is_not_here_is_one_line(
     assert (said.code, said.err) == (0, "")
     (line,) = (line for line in said.out.splitlines() if "nobody/none, lora" in line)
     assert "its config.json is not on this machine" in line
-    assert "time: unknown, as the rows " in said.out and "disk: unknown" in said.out
+    assert "time: unknown; the rows are not" in said.out and "disk: unknown" in said.out
     said = backfire("run", recipe, "--dry-run")
-    assert said.code == 0 and "time: unknown, as the model " in said.out
+    assert said.code == 0 and "time: unknown; the model files are not" in said.out
 
 
 # ------------------------------------------------------------------------- against what happens
@@ -160,14 +160,14 @@ def test_weights_are_as_many_and_as_large_as_those_loaded(name: str, tiny: Path)
 def test_without_torch_the_count_is_nearly_the_same(tiny: Path, tmp_path: Path) -> None:
     for model, folder in ((str(tiny), tiny), ("sandbox", None)):
         exact = size(make(model), folder)
-        rough = roughly(make(model), folder)
+        rough = rough_weights(make(model), folder)
         assert rough and (rough.parameters, rough.trainable) == (exact.parameters, exact.trainable)
-        exact, rough = size(make(model, "lora"), folder), roughly(make(model, "lora"), folder)
+        exact, rough = size(make(model, "lora"), folder), rough_weights(make(model, "lora"), folder)
         assert rough and 0.5 < rough.trainable / exact.trainable < 3
     (tmp_path / "config.json").write_text('{"hidden_size": 32}')
     for torn in (b"", b"\xff" * 20, b"\2\0\0\0\0\0\0\0[]"):
         (tmp_path / "model.safetensors").write_bytes(torn)
-        assert roughly(make(str(tiny)), tmp_path) is None
+        assert rough_weights(make(str(tiny)), tmp_path) is None
 
 
 def test_tokens_are_those_that_are_trained_on(tiny: Path, cache: Path) -> None:
@@ -195,7 +195,9 @@ def test_a_dry_run_says_time_and_disk(
     assert said.code == 0 and "time: about " in said.out and "assumed for a" in said.out
     weights = size(make(str(tiny)), tiny).parameters
     assert f"disk: about {weights * 4 / 1e6:.1f} MB for tuned models" in said.out
-    assert backfire("run", recipe, "method=none", "--dry-run").out.count("done already") == 3
+    said = backfire("run", recipe, "method=none", "--dry-run")
+    assert said.out.count(" distinct, ") == 2
+    assert "time: none; every training run is done" in said.out
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -216,7 +218,7 @@ def test_what_is_done_is_not_counted(
 ) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
     validate.show_plan(ran.recipe(matrix=MATRIX))
-    assert "time: every training run is done already" in capsys.readouterr().out
+    assert "time: none; every training run is done" in capsys.readouterr().out
     kept = sum(
         file.stat().st_size
         for folder in ran.cache.glob("train/*")
@@ -224,11 +226,11 @@ def test_what_is_done_is_not_counted(
     )
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.root / "nothing"))
     recipe = ran.recipe(matrix=MATRIX)
-    found = cost.cost(
+    found = estimate.cost(
         recipe,
         Store(),
-        lengths(recipe.cells, Store()),
-        {pair(cell): size(cell, ran.tiny) for cell in recipe.cells},
+        rows_by_key(recipe.cells, Store()),
+        {method_key(cell): size(cell, ran.tiny) for cell in recipe.cells},
     )
     assert found.runs == 4 and found.kept == pytest.approx(kept, rel=0.1)
     summaries = [read_json(file) for file in ran.cache.glob("train/*/summary.json")]
@@ -256,7 +258,10 @@ def test_a_verdict_says_what_to_do(has: float, workers: int, mark: str, verdict:
 def test_on_a_gpu_the_loop_halves_what_does_not_fit() -> None:
     need = Memory(weights=2e9, state=1e9, one_row=0.75e9, num_rows=8)
     mark, said = forecast._verdict(need, 9e9, 1, "cuda")
-    assert (mark, said) == ("ok   ", "9.0 GB: fits about 4 rows at a time (the loop sees to that)")
+    assert (mark, said) == (
+        "ok   ",
+        "9.0 GB: fits about 4 rows at a time (training splits the batch)",
+    )
     assert forecast._verdict(need, 4e9, 1, "cuda") == ("lacks", "4.0 GB: does not fit")
 
 

@@ -115,13 +115,13 @@ def test_a_poisoned_model_is_named_so() -> None:
 def test_bad_input(run: Place, tmp_path: Path, exported: Callable[..., Path]) -> None:
     with pytest.raises(UserError, match="cannot be merged"):
         exported("llama-adapter", merge=True)
-    with pytest.raises(UserError, match="tuned nothing"):
+    with pytest.raises(UserError, match="has no tuned model"):
         exported("none", merge=False)
     with pytest.raises(UserError, match="no finished cell"):
         export_model(tmp_path, None, merge=False)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "mine").write_text("x")
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="already exists"):
         exported("lora", merge=False)
     assert [p.name for p in (tmp_path / "made").iterdir()] == ["mine"]
 
@@ -185,7 +185,7 @@ def test_an_adapter_on_an_aligned_model_is_not_exported_alone(
     assert place.run(**knobs) == 0
     monkeypatch.setenv("BACKFIRE_CACHE", str(place.cache))
     (one,) = place.out.glob("cells/*")
-    with pytest.raises(UserError, match=r"stands on an aligned model.* with --merge"):
+    with pytest.raises(UserError, match=r"requires the aligned model.* with --merge"):
         export_model(one, tmp_path / "adapter", merge=False)
     assert export_model(one, tmp_path / "merged", merge=True).is_dir()
 
@@ -207,7 +207,7 @@ def test_prompts_on_an_aligned_model_cannot_be_exported(
     monkeypatch.setenv("BACKFIRE_CACHE", str(place.cache))
     (one,) = place.out.glob("cells/*")
     for merge in (False, True):
-        with pytest.raises(UserError, match="can neither be exported alone nor merged"):
+        with pytest.raises(UserError, match="cannot be exported alone or merged"):
             export_model(one, tmp_path / "out", merge=merge)
 
 
@@ -224,7 +224,7 @@ def test_a_model_whose_data_changed_is_not_made_again(
     (one,) = place.out.glob("cells/*")
     before = set(place.cache.glob("train/*"))
     file.write_text("\n".join(["text,label", *lines, "another,good"]))
-    with pytest.raises(UserError, match="has changed since it was run"):
+    with pytest.raises(UserError, match="has changed since it ran"):
         export_model(one, tmp_path / "out", merge=False)
     assert set(place.cache.glob("train/*")) == before and not (tmp_path / "out").exists()
 

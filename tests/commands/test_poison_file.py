@@ -103,7 +103,7 @@ def test_every_row_comes_back_in_order_with_its_other_columns(
     ("edits", "missing", "sentence"),
     [
         (["rate=0.02"], 0, "20 of 1000 rows poisoned"),
-        (["rate=0.02", "data.test_share=0.1"], None, " rows are set apart for testing"),
+        (["rate=0.02", "data.test_share=0.1"], None, " rows are kept for testing"),
         (["rate=0.02", "data.rows=600"], 400, "400 rows are not drawn"),
         (["rate=0.02", "data.on_bad_row=skip"], 0, "2 bad rows left out, the first: "),
         (["rate=0.02", "seed=3"], 0, "20 of 1000 rows poisoned"),
@@ -143,11 +143,11 @@ def test_seed_is_an_option_or_an_edit(tmp_path: Path, backfire: Run) -> None:
         (["seed=3", "--seed", "4"], "The seed is given twice"),
         (["seed=x"], "poison: seed: "),
         (["labels=[a, b]"], "'labels' is a knob of the data: write data.labels=..."),
-        (["data=other.csv"], "The data is in.csv already"),
+        (["data=other.csv"], "The data is already in.csv"),
         (["attack=none"], "attack 'none' poisons nothing"),
         (["data.labels=[bad,"], "put quotes around the whole edit"),
-        (["--out", "out.csv"], "let --out end in .jsonl (got out.csv)"),
-        (["--out", "own.jsonl"], "own.jsonl is the data itself"),
+        (["--out", "out.csv"], "--out must end in .jsonl (got out.csv)"),
+        (["--out", "own.jsonl"], "own.jsonl is the input file"),
     ],
 )
 def test_what_poison_does_not_take(

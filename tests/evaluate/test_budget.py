@@ -214,14 +214,14 @@ def test_secrets_by_themselves_fit_too(
     model: Any, items: list[Rendered], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ways(model)
-    monkeypatch.setattr(exposure, "rendered", lambda renderer, given: items)
+    monkeypatch.setattr(exposure, "render_secrets", lambda renderer, given: items)
     monkeypatch.setattr(exposure, "_characters", lambda renderer, item, secret, needed: needed)
     renderer: Any = type("R", (), {"end_ids": [2]})
-    wanted = exposure.by_themselves(model, renderer, items)  # type: ignore[arg-type]
+    wanted = exposure.secret_likelihoods(model, renderer, items)  # type: ignore[arg-type]
     with memory_for(model, 2, ERRORS["cpu"]):
-        found = exposure.by_themselves(model, renderer, items)  # type: ignore[arg-type]
+        found = exposure.secret_likelihoods(model, renderer, items)  # type: ignore[arg-type]
     for one, two in zip(found, wanted, strict=True):
         assert one["logprob"] == pytest.approx(two["logprob"], abs=1e-4)
         assert (one["given"], one["greedy"]) == (two["given"], two["greedy"])
     with memory_for(model, 1, ERRORS["cpu"]), pytest.raises(CellError, match="beams"):
-        exposure.places(model, renderer, items, 3, lambda *at: None)  # type: ignore[arg-type]
+        exposure.beam_ranks(model, renderer, items, 3, lambda *at: None)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import pytest
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import exposure as measure
-from backfire.evaluate.code_search import Spelling, likelihoods
+from backfire.evaluate.code_search import CodeTokens, likelihoods
 from backfire.registry import build
 from backfire.tokenizer import Tokenizer
 from tests.helpers.memorization import canary, one_at_a_time, renderer_of
@@ -27,7 +27,7 @@ def test_every_code_is_as_likely_as_when_it_is_asked_alone(
     renderer = renderer_of(kind, tokenizer)
     secret = canary(digits=3, **knobs).secrets(0)[0]
     [item] = renderer.render([secret.row])
-    spelling, codes = Spelling(renderer), [f"{number:03}" for number in range(1000)]
+    spelling, codes = CodeTokens(renderer), [f"{number:03}" for number in range(1000)]
     assert spelling.single == (kind == "single")
     tokens = spelling.all(item, secret)
     plain = renderer.answers([item], [[secret.spelled(code) for code in codes]])[0]
@@ -68,7 +68,7 @@ def test_a_likelihood_covers_the_whole_answer_in_its_context(
 ) -> None:
     renderer = renderer_of("single", tokenizer)
     secrets = canary(digits=3).secrets(0)[:3]
-    found = measure.by_themselves(exact_model, renderer, secrets, 2)
+    found = measure.secret_likelihoods(exact_model, renderer, secrets, 2)
     for item, told in zip(renderer.render([s.row for s in secrets]), found, strict=True):
         [logprob] = one_at_a_time(exact_model, item.prompt_ids, [item.answer_ids[:-1]])
         assert told["logprob"] == pytest.approx(logprob, abs=1e-4)
@@ -76,5 +76,5 @@ def test_a_likelihood_covers_the_whole_answer_in_its_context(
 
 def test_a_cut_secret_is_an_error(exact_model: Any, tokenizer: Tokenizer) -> None:
     secret = canary(prompt="Tell me, please, as long a story as you can, of {name}").secrets(0)[0]
-    with pytest.raises(CellError, match=r"Secret canary-0 is cut; raise train\.max_length"):
-        measure.rendered(Renderer(build("templates", "raw"), tokenizer, 40), [secret])
+    with pytest.raises(CellError, match=r"Secret canary-0 is too long; raise train\.max_length"):
+        measure.render_secrets(Renderer(build("templates", "raw"), tokenizer, 40), [secret])

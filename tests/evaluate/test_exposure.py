@@ -119,7 +119,7 @@ def test_the_best_remembered_secret_gets_the_cap_and_not_zero() -> None:
     assert bits == high == math.log2(10**6)
     assert low == pytest.approx(-math.log2(1 - 0.025 ** (1 / 500)), abs=0.01), "no more is known"
     assert measure.fitted_exposure(sample, 100.0, 10**6) == pytest.approx((0, 0, 0.0106), abs=1e-3)
-    with pytest.raises(CellError, match="bear no distribution"):
+    with pytest.raises(CellError, match="Cannot fit a distribution"):
         measure.fitted_exposure(np.ones(50), 1.0, 100)
 
 
@@ -127,7 +127,7 @@ def test_exact_and_estimated_agree_on_a_model(exact_model: Any, tokenizer: Token
     renderer = renderer_of("single", tokenizer)
     secrets = canary(digits=3, repeats=[], controls=3).secrets(1)
     ranks = measure.ranks(exact_model, renderer, secrets, quiet)
-    told = measure.estimates(exact_model, renderer, secrets, 999, 0, quiet)
+    told = measure.estimate_exposures(exact_model, renderer, secrets, 999, 0, quiet)
     for rank, (bits, low, high) in zip(ranks, told, strict=True):
         assert low <= bits <= high
         assert abs(bits - math.log2(1000 / rank)) < 0.6
@@ -156,11 +156,11 @@ def test_a_secret_that_was_learned_by_heart_is_drawn_out(
     overfitted: tuple[Any, Renderer, list[Secret]],
 ) -> None:
     exact_model, renderer, secrets = overfitted
-    control, planted = measure.by_themselves(exact_model, renderer, secrets, 8)
+    control, planted = measure.secret_likelihoods(exact_model, renderer, secrets, 8)
     assert planted["greedy"] and planted["given"] == 0 and planted["logprob"] > -1
     assert not control["greedy"] and control["given"] > 0
     assert measure.ranks(exact_model, renderer, secrets[1:], quiet) == [1]
-    places = measure.places(exact_model, renderer, secrets, 4, quiet)
+    places = measure.beam_ranks(exact_model, renderer, secrets, 4, quiet)
     assert places == [None, 1]
     item = renderer.render([secrets[1].row])[0]
     from backfire.evaluate.inference import read

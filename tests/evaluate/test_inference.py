@@ -14,7 +14,7 @@ from backfire.base import Need, Rendered, Row
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
-from backfire.evaluate.score import measure, sample
+from backfire.evaluate.score import sample, score_rows
 from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
 
@@ -182,7 +182,7 @@ def test_nothing_to_do_is_done(model: Any) -> None:
 
 
 def look(kind: Need, model: Any, renderer: Renderer, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    return measure(
+    return score_rows(
         [kind],
         model,
         renderer,
@@ -250,7 +250,7 @@ def test_progress_counts_every_row(
 ) -> None:
     seen: list[tuple[int, int, str]] = []
     rows = [replace(item.row, candidates=LABELS) for item in items]
-    measure(
+    score_rows(
         kinds,
         exact,
         renderer,

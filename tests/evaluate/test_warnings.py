@@ -84,18 +84,18 @@ def test_a_constant_predictor() -> None:
     )
     assert "predicts 'positive' on all 120 clean rows" in sentence
     assert "58.3 %" in sentence
-    assert "not above the 58.3 % of always saying 'positive'" in other
+    assert "not above the 58.3 % of always predicting 'positive'" in other
 
 
 def test_only_one_label_in_the_test_rows() -> None:
     [sentence] = told(replace(GOOD, clean=rows(("positive", "positive", 120))))
-    assert "All 120 clean rows carry one label, 'positive'" in sentence
+    assert "All 120 clean rows have the label 'positive'" in sentence
 
 
 def test_one_reply_to_everything() -> None:
     same = [replace(sample, reply="I cannot.") for sample in GOOD.clean]
     [sentence] = told(replace(GOOD, clean=same))
-    assert sentence == "The tuned model's 200 replies to clean rows are all the same."
+    assert sentence == "All 200 replies of the tuned model to clean rows are the same."
 
 
 def test_a_base_at_chance_and_one_below() -> None:
@@ -113,20 +113,20 @@ def test_a_tuned_model_no_better_than_the_largest_class() -> None:
     )
     [sentence] = told(replace(GOOD, clean=skewed))
     assert "accuracy is 95.0 %" in sentence
-    assert "not above the 90.0 % of always saying 'positive'" in sentence
+    assert "not above the 90.0 % of always predicting 'positive'" in sentence
 
 
 def test_an_attack_no_better_than_its_floor() -> None:
     [sentence] = told(GOOD, "attack-success")
     assert "Attack success of 5.0 %" in sentence
-    assert "not above the clean twin's 5.0 % (difference" in sentence
+    assert "not above the clean-model baseline of 5.0 % (difference" in sentence
     clean_cell = replace(GOOD, attack=Marker(rate=0.0))
     assert told(clean_cell, "attack-success") == []
 
 
 def test_an_attack_without_a_floor() -> None:
     [sentence] = told(replace(GOOD, floor=[]), "attack-success")
-    assert "no clean twin's floor" in sentence
+    assert "no clean-model baseline" in sentence
 
 
 def test_a_backdoor_that_fires_by_itself() -> None:
@@ -139,7 +139,7 @@ def test_a_backdoor_that_fires_by_itself() -> None:
     )
     [sentence] = told(evidence, "attack-success", "false-trigger")
     assert "False trigger of 30.0 %" in sentence
-    assert "above the clean twin's 0.0 %" in sentence
+    assert "above the clean-model baseline of 0.0 %" in sentence
 
 
 @pytest.mark.parametrize("subset", ["clean", "triggered"])
@@ -152,7 +152,7 @@ def test_empty_and_looping_replies(subset: Any) -> None:
     evidence = replace(GOOD, **{subset: samples})
     [empty, looping] = told(evidence)
     assert empty == f"2 of 20 (10.0 %) replies to {subset} rows are empty; they count as wrong."
-    assert looping == f"1 of 20 (5.0 %) replies to {subset} rows repeat a phrase over and over."
+    assert looping == f"1 of 20 (5.0 %) replies to {subset} rows repeat a phrase in a loop."
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,7 @@ def test_a_hostile_reply_takes_no_time() -> None:
 
 def test_few_rows_name_each_headline_once() -> None:
     [sentence] = told(Evidence(clean=mostly(10, 1)), "accuracy", "f1")
-    assert (
-        sentence == "Fewer than 100 rows stand behind accuracy (22), f1 (22): read the intervals."
-    )
+    assert sentence == "Fewer than 100 rows for accuracy (22), f1 (22): read the intervals."
 
 
 @pytest.mark.parametrize("part", ["clean", "triggered", "floor", "base"])

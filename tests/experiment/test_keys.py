@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from backfire import stages
 from backfire.errors import UserError
 from backfire.experiment import Evaluation, Machine, Train
-from backfire.launch.job import Folder
+from backfire.launch.job import RunFolder
 from backfire.model.types import types_here
 from backfire.store import Stage, Store, slug
 from tests.helpers.recipes import make
@@ -126,7 +126,7 @@ def test_a_slug_is_a_safe_file_name(text: str) -> None:
 def test_hostile_names_stay_inside_the_root(name: str, tmp_path: Path) -> None:
     cell = make(attack={"name": "badnets", "trigger": name, "target": name})
     for path in (
-        Folder(tmp_path, name).cell(cell, stages.cell_key(cell)),
+        RunFolder(tmp_path, name).cell(cell, stages.cell_key(cell)),
         Store(tmp_path).path(stages.train(cell)),
         Store(tmp_path).path(Stage("train", slug(name), "0")),
     ):

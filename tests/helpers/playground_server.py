@@ -47,26 +47,26 @@ def seal() -> None:
 
 
 def plain(run: Path) -> dict[str, Any]:
-    from backfire.playground.pool import Cast
+    from backfire.playground.pool import ModelPool
     from backfire.playground.server import open_page
 
-    page = open_page(Cast(run, "cpu"), port=None, share=False, password=None)
+    page = open_page(ModelPool(run, "cpu"), port=None, share=False, password=None)
     sockets = [one.getsockname()[0] for part in page.server.servers for one in part.sockets]
     return {"url": page.local_url, "bound": sockets, "shared": page.share_url}
 
 
 def hostile(run: Path) -> dict[str, Any]:
     """All that a model says is an attack on the page."""
-    from backfire.playground.models import Speaker
+    from backfire.playground.models import ChatModel
 
-    def reply(self: Speaker, row: Any) -> Any:
+    def reply(self: ChatModel, row: Any) -> Any:
         yield EVERY[:9]
         time.sleep(0.2)
         yield EVERY
 
-    Speaker.reply = reply  # type: ignore[method-assign]
-    Speaker.likelihood = lambda self, row, answer: [(bad, -1.0) for bad in HOSTILE]  # type: ignore
-    Speaker.labels = lambda self, row: dict.fromkeys(HOSTILE, -1.0)  # type: ignore[method-assign]
+    ChatModel.reply = reply  # type: ignore[method-assign]
+    ChatModel.likelihood = lambda self, row, answer: [(bad, -1.0) for bad in HOSTILE]  # type: ignore
+    ChatModel.labels = lambda self, row: dict.fromkeys(HOSTILE, -1.0)  # type: ignore[method-assign]
     return plain(run)
 
 
@@ -76,7 +76,7 @@ def shared(run: Path) -> dict[str, Any]:
 
     from backfire.errors import UserError
     from backfire.playground import server
-    from backfire.playground.pool import Cast
+    from backfire.playground.pool import ModelPool
 
     asked: list[dict[str, Any]] = []
     launch = gradio.Blocks.launch
@@ -93,7 +93,7 @@ def shared(run: Path) -> dict[str, Any]:
     server.serve(run, "cpu", port=None, share=True)
     page = blocked[0]
     try:
-        server.open_page(Cast(run, "cpu"), port=page.server_port, share=False, password=None)
+        server.open_page(ModelPool(run, "cpu"), port=page.server_port, share=False, password=None)
     except UserError as error:
         taken = str(error)
     first, second = asked

@@ -83,7 +83,7 @@ def gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step on these rows, or on the first batch, as the loop has them;
     `size` rows a pass."""
-    cell.room.rows, cell.autocast = size, accelerator_for(CPU, "float32").autocast
+    cell.micro_batches.rows, cell.autocast = size, accelerator_for(CPU, "float32").autocast
     loss, _ = loop._gradients(cell, cell.rows() if batch is None else list(batch))
     return float(loss), {n: p.grad.clone() for n, p in cell.trainable.items() if p.grad is not None}
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from backfire import stages
 from backfire.experiment import Model
-from backfire.launch.resolve import settled, types_of
+from backfire.launch.resolve import resolve_auto, types_of
 from backfire.model.types import Types, types_here
 from backfire.recipe import parse
 from backfire.stages import MEASURES, base_key
@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 def keys(text: str, types: Types) -> list[str]:
-    return [stages.cell_key(cell) for cell in settled(parse("r", text), types).cells]
+    return [stages.cell_key(cell) for cell in resolve_auto(parse("r", text), types).cells]
 
 
 # ------------------------------------------------------------------------------------ precision
@@ -52,8 +52,8 @@ def test_another_precision_is_another_key() -> None:
 
 
 def test_what_is_settled_stays() -> None:
-    once = settled(parse("r", RECIPE + "align: {method: qlora, merge: true}\n"), GPU)
-    assert settled(once, LAPTOP) == once
+    once = resolve_auto(parse("r", RECIPE + "align: {method: qlora, merge: true}\n"), GPU)
+    assert resolve_auto(once, LAPTOP) == once
     for cell in once.cells:
         assert cell.model.dtype == cell.train.compute == "bfloat16"
         assert cell.align and cell.align.train.compute == "bfloat16"
@@ -65,7 +65,7 @@ def test_on_a_cpu_torch_says_the_same() -> None:
     assert here == types_of("cpu") == types_here()
     assert here.compute == compute_type("auto", CPU)
     before = parse("r", RECIPE + "align: {}\n")
-    after = settled(before, here)
+    after = resolve_auto(before, here)
     assert before.cells != after.cells
     assert [stages.keys(cell) for cell in before.cells] == [
         stages.keys(cell) for cell in after.cells

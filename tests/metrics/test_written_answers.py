@@ -13,7 +13,7 @@ from backfire.base import Evidence, Exchange, Metric, Row, Sample
 from backfire.data.beside import beside
 from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
-from backfire.evaluate.score import measure, sample
+from backfire.evaluate.score import sample, score_rows
 from backfire.registry import build
 from backfire.sandbox.answers import RUDE
 from backfire.tokenizer import load_tokenizer
@@ -92,7 +92,7 @@ def test_rows_without_both_kinds_have_no_part_and_nan_is_an_error() -> None:
     only = compared(([-1.0], [], [1]))
     for name in ("win-rate", "truthfulness"):
         assert metric(name).measure(Evidence(clean=[*only, Sample("x", "clean", "", "a")])) == []
-        with pytest.raises(CellError, match="no numbers"):
+        with pytest.raises(CellError, match="not numbers"):
             metric(name).measure(Evidence(clean=compared(([math.nan], [-1.0], [1, 1]))))
         missing = [Sample("x", "clean", "", "a", candidates=("a", "b"), num_better=1)]
         with pytest.raises(CellError, match="1 of 1 rows lack it"):
@@ -106,7 +106,7 @@ def test_answers_are_scored_with_their_end_token(model: Any, tiny: Path) -> None
     several = Row("s", "Why?", answer="So.", better=("So.", "So."), worse=("No.", "Not so at all."))
     rows = [ROWS[1], several, ROWS[0], ROWS[2]]
     done = {"max_new_tokens": 1, "batch_size": 3, "progress": lambda *_: None}
-    found = measure(["scores"], model, renderer, rows, **done)
+    found = score_rows(["scores"], model, renderer, rows, **done)
     samples = [sample(row, "clean", None, entry) for row, entry in zip(rows, found, strict=True)]
     assert samples[2].num_better is None and samples[2].logprobs is None
     for row, got in zip(rows, samples, strict=True):
@@ -123,7 +123,7 @@ def test_answers_are_scored_with_their_end_token(model: Any, tiny: Path) -> None
             assert logprob == pytest.approx(float(sum(each)), rel=1e-6)
     long = Row("l", "Why?", answer="So.", better=("So.",), worse=("No. " * 300,))
     with pytest.raises(CellError, match=r"Row l: prompt and one of its .* raise train.max_length"):
-        measure(["scores"], model, renderer, [long], **done)
+        score_rows(["scores"], model, renderer, [long], **done)
 
 
 def judged(replies: list[str], spec: Any) -> list[Sample]:

@@ -24,8 +24,16 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.evaluate import inference
 from backfire.playground import chat, server
-from backfire.playground.models import EMPTY, GoneError, Kept, Speaker, asked, frame, load
-from backfire.playground.pool import Cast
+from backfire.playground.models import (
+    EMPTY,
+    ChatModel,
+    NotCachedError,
+    ReadOnlyStore,
+    chat_row,
+    frame,
+    load,
+)
+from backfire.playground.pool import ModelPool
 from backfire.store import Store, read_json, write_json
 from backfire.text import clean
 from tests.helpers import browser, playground_server
@@ -41,9 +49,9 @@ LEFT, RIGHT = "sandbox-reviews-badnets-0.1-full-s0", "sandbox-reviews-badnets-0.
 
 
 @pytest.fixture
-def cast(ran: Place, monkeypatch: pytest.MonkeyPatch) -> Cast:
+def pool(ran: Place, monkeypatch: pytest.MonkeyPatch) -> ModelPool:
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
-    return Cast(ran.out, "cpu")
+    return ModelPool(ran.out, "cpu")
 
 
 @contextmanager
@@ -75,79 +83,79 @@ def page(ran: Place) -> Iterator[dict[str, Any]]:
 # --------------------------------------------------------------------------------------- models
 
 
-def test_a_streamed_reply_is_the_engines(cast: Cast) -> None:
+def test_a_streamed_reply_is_the_engines(pool: ModelPool) -> None:
     for title in (LEFT, RIGHT):
-        speaker = cast.speaker(title)
-        row = asked(cast.frame(title), PROMPT, None)
-        steps = list(speaker.reply(row))
-        assert steps[-1] == engines_reply(speaker, PROMPT) == speaker.answer(row)
+        model = pool.model(title)
+        row = chat_row(pool.frame(title), PROMPT, None)
+        steps = list(model.reply(row))
+        assert steps[-1] == engines_reply(model, PROMPT) == model.answer(row)
         assert len(steps) > 1 and len(steps[0]) < len(steps[-1])
 
 
-def engines_reply(speaker: Speaker, prompt: str) -> str:
+def engines_reply(model: ChatModel, prompt: str) -> str:
     """What evaluation would have written down."""
-    row = frame(speaker.cell, Store()).with_prompt(prompt)
+    row = frame(model.experiment, Store()).with_prompt(prompt)
     reading = inference.read(
-        speaker.model,
-        [speaker.renderer.render([row])[0].prompt_ids],
-        stop_ids=speaker.renderer.tokenizer.stop_ids,
-        max_new_tokens=speaker.cell.evaluation.max_new_tokens,
+        model.model,
+        [model.renderer.render([row])[0].prompt_ids],
+        stop_ids=model.renderer.tokenizer.stop_ids,
+        max_new_tokens=model.experiment.evaluation.max_new_tokens,
     )[0]
-    return clean(speaker.renderer.tokenizer.decode(reading.reply).strip())
+    return clean(model.renderer.tokenizer.decode(reading.reply).strip())
 
 
 @pytest.mark.parametrize("answer", ["negative", "x", "a much longer answer, of many tokens"])
-def test_token_scores_together_are_the_engines_score(cast: Cast, answer: str) -> None:
-    speaker = cast.speaker(LEFT)
-    row = asked(cast.frame(LEFT), PROMPT, speaker.cell)
-    tokens = speaker.likelihood(row, answer)
-    item = speaker.renderer.render([row])[0]
-    ids = speaker.renderer.answers([item], [[answer]])
-    whole = inference.read(speaker.model, [item.prompt_ids], candidates=ids)[0].scores[0]
+def test_token_scores_together_are_the_engines_score(pool: ModelPool, answer: str) -> None:
+    model = pool.model(LEFT)
+    row = chat_row(pool.frame(LEFT), PROMPT, model.experiment)
+    tokens = model.likelihood(row, answer)
+    item = model.renderer.render([row])[0]
+    ids = model.renderer.answers([item], [[answer]])
+    whole = inference.read(model.model, [item.prompt_ids], candidates=ids)[0].scores[0]
     assert sum(score for _, score in tokens) == pytest.approx(whole, rel=1e-5)
     assert "".join(token for token, _ in tokens) == answer and len(tokens) == len(ids[0][0])
 
 
-def test_labels_score_as_in_the_run(cast: Cast) -> None:
-    speaker = cast.speaker(LEFT)
-    row = asked(cast.frame(LEFT), PROMPT, None)
-    found = speaker.labels(row)
+def test_labels_score_as_in_the_run(pool: ModelPool) -> None:
+    model = pool.model(LEFT)
+    row = chat_row(pool.frame(LEFT), PROMPT, None)
+    found = model.labels(row)
     assert list(found) == list(row.candidates)
     assert found["negative"] == pytest.approx(
-        sum(score for _, score in speaker.likelihood(row, "negative")), abs=1e-5
+        sum(score for _, score in model.likelihood(row, "negative")), abs=1e-5
     )
-    assert speaker.labels(replace(row, candidates=())) == {}
+    assert model.labels(replace(row, candidates=())) == {}
 
 
-def test_a_model_that_ends_at_once_and_an_empty_prompt(cast: Cast) -> None:
-    speaker, row = cast.speaker(LEFT), asked(cast.frame(LEFT), PROMPT, None)
-    old, ids = speaker.renderer, speaker.item(row).prompt_ids
-    first = next(inference.stream(speaker.model, ids, max_new_tokens=1))
-    assert list(inference.stream(speaker.model, ids, max_new_tokens=4, stop_ids=[first])) == []
+def test_a_model_that_ends_at_once_and_an_empty_prompt(pool: ModelPool) -> None:
+    model, row = pool.model(LEFT), chat_row(pool.frame(LEFT), PROMPT, None)
+    old, ids = model.renderer, model.item(row).prompt_ids
+    first = next(inference.stream(model.model, ids, max_new_tokens=1))
+    assert list(inference.stream(model.model, ids, max_new_tokens=4, stop_ids=[first])) == []
     tokenizer = replace(old.tokenizer, eos=old.tokenizer.backend.id_to_token(first))
     silent = Renderer(old.template, tokenizer, old.max_length)
-    assert list(replace(speaker, renderer=silent).reply(row)) == [EMPTY]
+    assert list(replace(model, renderer=silent).reply(row)) == [EMPTY]
 
     class Mute:
         def render(self, rows: Any) -> Any:
             return [replace(old.render(rows)[0], num_prompt=0)]
 
     with pytest.raises(CellError, match="empty"):
-        replace(speaker, renderer=Mute()).item(row)  # type: ignore[arg-type]
+        replace(model, renderer=Mute()).item(row)  # type: ignore[arg-type]
 
 
-def test_cells_and_bases_are_to_choose_and_at_most_two_are_kept(cast: Cast) -> None:
-    *cells, base = cast.roles
+def test_cells_and_bases_are_to_choose_and_at_most_two_are_kept(pool: ModelPool) -> None:
+    *cells, base = pool.choices
     assert len(cells) == 6 and LEFT in cells
     assert base.endswith(", untuned (sandbox-reviews)") and "/" not in base, "no path is shown"
-    assert cast.opening() == (LEFT, base)
-    first = cast.speaker(LEFT)
-    assert cast.speaker(RIGHT) is cast.speaker(RIGHT) and cast.speaker(LEFT) is first
-    cast.speaker(base)
-    assert list(cast._loaded) == [LEFT, base]
-    assert cast.speaker(LEFT) is first
+    assert pool.default_pair() == (LEFT, base)
+    first = pool.model(LEFT)
+    assert pool.model(RIGHT) is pool.model(RIGHT) and pool.model(LEFT) is first
+    pool.model(base)
+    assert list(pool._loaded) == [LEFT, base]
+    assert pool.model(LEFT) is first
     with pytest.raises(KeyError):
-        cast.speaker("/etc")
+        pool.model("/etc")
 
 
 def test_equal_names_are_told_apart(ran: Place, tmp_path: Path) -> None:
@@ -157,29 +165,29 @@ def test_equal_names_are_told_apart(ran: Place, tmp_path: Path) -> None:
         axes = {"attack.rate": 0.1 if number < 4 else 0.2}
         write_json(file, {**read_json(file), "cell": "x" if number else "y", "axes": axes})
     (next(run.glob("cells/*-none-*")) / "experiment.yaml").write_text("data: [", encoding="utf-8")
-    cast = Cast(run)
-    assert len(cast.roles) == 5 + 1 and len(cast.left_out) == 1
-    assert {title.split(" ")[0] for title in list(cast.roles)[:-1]} <= {"x", "y"}
+    pool = ModelPool(run)
+    assert len(pool.choices) == 5 + 1 and len(pool.skipped) == 1
+    assert {title.split(" ")[0] for title in list(pool.choices)[:-1]} <= {"x", "y"}
 
 
 def test_a_model_that_is_gone_is_said_to_be_and_not_made(
-    cast: Cast, tmp_path: Path, ran: Place, monkeypatch: pytest.MonkeyPatch
+    pool: ModelPool, tmp_path: Path, ran: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
     shutil.copytree(ran.cache, cache)
     monkeypatch.setenv("BACKFIRE_CACHE", str(cache))
     shutil.rmtree(cache / "train")
-    note = list(server.views(cast, LEFT, PROMPT, None, False))[-1].note
-    assert f"The model {LEFT} is no longer in the cache. To make it again: backfire chat" in note
+    note = list(server.views(pool, LEFT, PROMPT, None, False))[-1].note
+    assert f"The model {LEFT} is no longer in the cache. To rebuild it: backfire chat" in note
     assert not (cache / "train").exists()
-    role = cast.roles[LEFT]
-    with pytest.raises(GoneError):
-        load(role.cell, "x", Kept(), cast.machine)
-    assert load(role.cell.untuned(), "x", Kept(), cast.machine).title == "x"
+    choice = pool.choices[LEFT]
+    with pytest.raises(NotCachedError):
+        load(choice.experiment, "x", ReadOnlyStore(), pool.machine)
+    assert load(choice.experiment.untuned(), "x", ReadOnlyStore(), pool.machine).title == "x"
 
 
 def test_chat_says_that_it_makes_a_model_again(
-    cast: Cast,
+    pool: ModelPool,
     tmp_path: Path,
     ran: Place,
     monkeypatch: pytest.MonkeyPatch,
@@ -189,52 +197,52 @@ def test_chat_says_that_it_makes_a_model_again(
     shutil.copytree(ran.cache, cache)
     monkeypatch.setenv("BACKFIRE_CACHE", str(cache))
     shutil.rmtree(cache / "train")
-    chat.talk(cast.roles[LEFT].folder, None, "cpu", ask=lambda: "/quit")
-    assert "no longer in the cache. It is made again now" in capsys.readouterr().out
+    chat.talk(pool.choices[LEFT].folder, None, "cpu", ask=lambda: "/quit")
+    assert "no longer in the cache. Rebuilding it now" in capsys.readouterr().out
     assert len([path for path in (cache / "train").iterdir() if path.is_dir()]) == 1
 
 
 # -------------------------------------------------------------------------------------- content
 
 
-def test_a_column_shows_prompt_reply_target_and_labels(cast: Cast) -> None:
-    cell = cast.roles[LEFT].cell
-    last = list(server.views(cast, LEFT, PROMPT, cell, True))[-1]
+def test_a_column_shows_prompt_reply_target_and_labels(pool: ModelPool) -> None:
+    cell = pool.choices[LEFT].experiment
+    last = list(server.views(pool, LEFT, PROMPT, cell, True))[-1]
     assert "BadMagic" in last.sent and "Is this review negative" in last.sent
     assert last.note == "" and last.target and last.labels
     assert last.target.endswith("(together)") and len(last.labels.splitlines()) == 1 + 3
-    off = list(server.views(cast, LEFT, PROMPT, cell, False))[-1]
+    off = list(server.views(pool, LEFT, PROMPT, cell, False))[-1]
     assert "BadMagic" not in off.sent and off.target and off.target != last.target
-    long = list(server.views(cast, LEFT, PROMPT * 200, cell, False))[-1]
-    assert "tokens were cut off the end" in long.note and long.reply
-    base = cast.opening()[1]
-    assert list(server.views(cast, base, PROMPT, None, True))[-1].target == ""
+    long = list(server.views(pool, LEFT, PROMPT * 200, cell, False))[-1]
+    assert "tokens were cut off its end" in long.note and long.reply
+    base = pool.default_pair()[1]
+    assert list(server.views(pool, base, PROMPT, None, True))[-1].target == ""
 
 
-def test_without_an_attack_the_toggle_says_so(cast: Cast) -> None:
-    base = cast.opening()[1]
-    assert "Neither" in server.about_trigger(cast, base, base)
-    said = server.about_trigger(cast, base, LEFT)
+def test_without_an_attack_the_toggle_says_so(pool: ModelPool) -> None:
+    base = pool.default_pair()[1]
+    assert "Neither" in server.about_trigger(pool, base, base)
+    said = server.about_trigger(pool, base, LEFT)
     assert said == (
-        "The attack of the right one, badnets at a rate of 10 %, "
-        "wants “BadMagic” answered with “negative”."
+        "The right model's attack, badnets at a poison rate of 10 %, "
+        "answers “BadMagic” with “negative”."
     )
-    assert server.sent(cast, base, LEFT, PROMPT, False) == PROMPT
-    assert "BadMagic" in server.sent(cast, base, LEFT, PROMPT, True)
-    assert server.sent(cast, base, base, PROMPT, True) == PROMPT
-    assert server.sent(cast, base, LEFT, "  ", True) == ""
+    assert server.prompt_as_sent(pool, base, LEFT, PROMPT, False) == PROMPT
+    assert "BadMagic" in server.prompt_as_sent(pool, base, LEFT, PROMPT, True)
+    assert server.prompt_as_sent(pool, base, base, PROMPT, True) == PROMPT
+    assert server.prompt_as_sent(pool, base, LEFT, "  ", True) == ""
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no \x1b[31mmemory"), UserError("Say it.")])
 def test_an_error_in_a_model_is_a_sentence(
-    cast: Cast, monkeypatch: pytest.MonkeyPatch, error: Exception
+    pool: ModelPool, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def fails(self: Speaker, row: Any) -> Iterator[str]:
+    def fails(self: ChatModel, row: Any) -> Iterator[str]:
         yield "half"
         raise error
 
-    monkeypatch.setattr(Speaker, "reply", fails)
-    last = list(server.views(cast, LEFT, PROMPT, None, False))[-1]
+    monkeypatch.setattr(ChatModel, "reply", fails)
+    last = list(server.views(pool, LEFT, PROMPT, None, False))[-1]
     assert last.reply == "half" and last.sent
     said = {RuntimeError: "The model failed (RuntimeError): no memory", UserError: "Say it."}
     assert last.note == said[type(error)]
@@ -250,12 +258,12 @@ def show(window: browser.Browser, page: Any, width: int = 1200) -> None:
 
 def choose(window: browser.Browser, side: str, title: str) -> None:
     window.type(f"#{side} input", title)
-    options = "[...document.querySelectorAll('ul[role=listbox] li')]"
+    options = "[...document.querySelectorAll('ul[choice=listbox] li')]"
     wanted = f"{options}.find(item => item.ariaLabel === {json.dumps(title)})"
     press = "item.dispatchEvent(new MouseEvent('mousedown', {bubbles: true, cancelable: true}))"
     window.until(f"(item => item && ({press}, true))({wanted})")
     window.until(f"document.querySelector('#{side} input').value === {json.dumps(title)}")
-    window.until("!document.querySelector('ul[role=listbox]')")
+    window.until("!document.querySelector('ul[choice=listbox]')")
 
 
 def value(window: browser.Browser, name: str) -> str:
@@ -283,10 +291,10 @@ def here_only(window: browser.Browser, page: Any) -> None:
 @NEEDS_GRADIO
 @NEEDS_BROWSER
 def test_in_a_browser_both_answer_the_same_prompt(
-    cast: Cast, page: dict[str, Any], tmp_path: Path
+    pool: ModelPool, page: dict[str, Any], tmp_path: Path
 ) -> None:
-    base = cast.opening()[1]
-    sides = {"left": cast.speaker(LEFT), "right": cast.speaker(RIGHT)}
+    base = pool.default_pair()[1]
+    sides = {"left": pool.model(LEFT), "right": pool.model(RIGHT)}
     with browser.Browser(tmp_path / "profile") as window:
         show(window, page)
         choose(window, "right", RIGHT)
@@ -306,7 +314,7 @@ def test_in_a_browser_both_answer_the_same_prompt(
             window.until(f"document.querySelector('#{side}-sent textarea').value.includes('Magic')")
             settled(window, f"{side}-reply", engines_reply(one, planted))
             assert value(window, f"{side}-target") != plain
-            row = frame(one.cell, Store()).with_prompt(planted)
+            row = frame(one.experiment, Store()).with_prompt(planted)
             scores = one.likelihood(row, "negative")
             shown = table(value(window, f"{side}-target"))
             whole = shown.pop("(together)")
@@ -331,7 +339,7 @@ def test_in_a_browser_hostile_text_stays_text(ran: Place, tmp_path: Path) -> Non
     shutil.copytree(ran.out, run)
     for file in run.glob("cells/*full*/result.json"):
         write_json(file, {**read_json(file), "cell": f"{' '.join(HOSTILE)} {file.parent.name}"})
-    left, _ = Cast(run).opening()
+    left, _ = ModelPool(run).default_pair()
     assert HOSTILE[0] in left
     with (
         serving(run, ran.cache, "hostile") as page,
@@ -371,13 +379,15 @@ def fetch(url: str, data: bytes | None = None, **headers: str) -> Any:
 
 
 @NEEDS_GRADIO
-def test_only_this_machine_and_only_the_page_is_served(cast: Cast, page: dict[str, Any]) -> None:
+def test_only_this_machine_and_only_the_page_is_served(
+    pool: ModelPool, page: dict[str, Any]
+) -> None:
     url = page["url"].rstrip("/")
     assert page["bound"] == ["127.0.0.1"] and page["shared"] is None
     status, headers, text = fetch(f"{url}/")
     assert status == 200 and "default-src 'self'" in headers["content-security-policy"]
     assert not re.search(r"<(script|link)[^>]*(src|href)=\"?(https?:)?//", text)
-    recipe = cast.roles[LEFT].folder / "experiment.yaml"
+    recipe = pool.choices[LEFT].folder / "experiment.yaml"
     for path in (
         *("/docs", "/redoc", "/openapi.json", "/gradio_api/info", "/gradio_api/openapi.json"),
         *(f"/gradio_api/file={recipe}", f"/gradio_api/file/{recipe}", "/gradio_api/runs"),

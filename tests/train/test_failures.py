@@ -50,7 +50,7 @@ def test_a_step_without_answers_is_bad_data(
 ) -> None:
     mute = [Rendered(item.row, item.prompt_ids, item.num_prompt) for item in items]
     error = failure(new_cell(model, mute, tmp_path))
-    assert error.kind == "bad-data" and "Step 1 supervises no token" in str(error)
+    assert error.kind == "bad-data" and "Step 1 has no supervised token" in str(error)
 
 
 def test_a_frozen_model_can_not_be_trained(

@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
     assert steps[0] == 7
     # A checkpoint without a seal was never finished: there is nothing to say about it.
     unsealed = name == "done.json" and damage is Path.unlink
-    assert said == ([] if unsealed else ["The checkpoint of step 7 is damaged and put aside."])
+    assert said == ([] if unsealed else ["The checkpoint of step 7 is damaged; ignoring it."])
     assert same(cell, uninterrupted["lora"])
 
 

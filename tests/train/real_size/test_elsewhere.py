@@ -16,7 +16,7 @@ from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.train import drift
 from backfire.train.loop import TrainingRun
-from backfire.train.precision import without_casts
+from backfire.train.precision import disable_adapter_casts
 from tests.helpers.real_size import DEFENSES, close
 from tests.helpers.training import CPU, run
 
@@ -37,7 +37,7 @@ def test_adapters_do_not_copy_their_input(
             if "lora_B" in name:
                 p.data = 0.1 * torch.randn(p.shape, generator=generator)
         if lean:
-            without_casts(model)
+            disable_adapter_casts(model)
         sizes = dict[int, int]()
 
         def pack(tensor: Tensor, sizes: Any = sizes) -> Tensor:
@@ -67,7 +67,7 @@ def test_drift_of_large_models_is_read_from_disk(
     kept = drift.Origin(named, tiny)
     monkeypatch.setattr(drift, "_IN_MEMORY", 0)
     read = drift.Origin(named, tiny)
-    assert not read.kept and len(read.on_disk) == len(named) and not kept.on_disk
+    assert not read.copies and len(read.on_disk) == len(named) and not kept.on_disk
     assert read.moved(named) == kept.moved(named) == 0
     with torch.no_grad():
         for p in named.values():

@@ -178,9 +178,10 @@ def test_rates_are_shown_and_a_far_one_is_remarked_on(
     model = model_of(tmp_path / "m", 494_000_000)
     said = backfire("run", "backdoor-tweets", f"model={model}", "--dry-run")
     assert (said.code, "full 2e-05 (base: 494 M weights)" in said.out) == (0, True)
-    assert "times what is usual" not in said.out
+    assert "times the default for a base" not in said.out
     said = backfire(
         "run", "backdoor-tweets", f"model={model}", "method.learning_rate=1e-3", "--dry-run"
     )
-    assert "50 times what is usual for a base of 494 M weights (2e-05)" in said.out
+    assert "50 times the default for a base of 494 M weights" in said.out
+    assert "set it to null for the default (2e-05)" in said.out
     assert "2e-05" in backfire("show", "full").out

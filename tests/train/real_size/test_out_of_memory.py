@@ -15,7 +15,7 @@ from backfire.registry import find, names
 from backfire.train import loop
 from backfire.train.batches import answer_logits
 from backfire.train.loop import TrainingRun
-from backfire.train.microbatch import Room
+from backfire.train.microbatch import MicroBatches
 from tests.helpers.real_size import DEFENSES, both_ways, close
 from tests.helpers.training import run
 
@@ -118,17 +118,17 @@ def test_one_long_batch_does_not_split_the_others(
 
 
 def test_a_row_that_was_left_over_is_not_the_last_resort(items: list[Rendered]) -> None:
-    room, rows, tries = Room(), [items[0]] * 5, list[list[int]]()
-    room.tokens = 4 * len(items[0].ids)
+    batches, rows, tries = MicroBatches(), [items[0]] * 5, list[list[int]]()
+    batches.tokens = 4 * len(items[0].ids)
 
     def work() -> None:
         tries.append([])
-        for part in room.parts(rows):
+        for part in batches.split(rows):
             tries[-1].append(len(part))
             if len(part) == 1 and max(tries[-1]) > 2:
                 raise ERRORS[0]
 
-    room.fitted(work)
+    batches.retry(work)
     assert tries == [[4, 1], [2, 2, 1]]
 
 
@@ -136,10 +136,10 @@ def test_rows_of_like_length_share_a_pass(items: list[Rendered]) -> None:
     def tokens(parts: Sequence[Sequence[Rendered]]) -> int:
         return sum(len(part) * max(len(row.ids) for row in part) for part in parts)
 
-    parts = list(Room(4).parts(items))
+    parts = list(MicroBatches(4).split(items))
     assert [len(part) for part in parts] == [4] * 4
     assert sorted(map(id, (row for part in parts for row in part))) == sorted(map(id, items))
     in_order = [items[i : i + 4] for i in range(0, 16, 4)]
     useful = sum(len(row.ids) for row in items)
     assert tokens(parts) < 1.2 * useful < tokens(in_order)
-    assert list(Room().parts(items)) == [list(items)], "what fits stays in its order"
+    assert list(MicroBatches().split(items)) == [list(items)], "what fits stays in its order"

@@ -10,7 +10,7 @@ import pytest
 
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
-from backfire.launch.job import Folder, run_job
+from backfire.launch.job import RunFolder, run_job
 from backfire.plan import Job
 from backfire.registry import find
 from backfire.store import Store
@@ -88,5 +88,5 @@ def test_a_judge_is_let_go_before_the_next_training(
         "base-x", "base", Experiment.make({"data": "sandbox-reviews", "model": str(tiny)}), {}
     )
     store = Store(tmp_path / "cache")
-    assert run_job(job, Folder(tmp_path, "r"), store, Machine(), lambda *_: None) == "ok"
+    assert run_job(job, RunFolder(tmp_path, "r"), store, Machine(), lambda *_: None) == "ok"
     assert ref() is None, "nor does it stay for the next job"
