@@ -114,6 +114,7 @@ _SETTINGS = (
     Ours("--eval-batch", "", "rows per pass in evaluation, at most", "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size"),
     Ours("--device", "", "", "device_map accelerator use_cpu no_cuda"),
     Ours("--workers", "", "cells that run at once", "num_workers max_workers n_jobs"),
+    Ours("--plugin", "", "a Python file; a recipe names no code", "plugins plugin_dir custom_components include_path"),
     Ours("--out", "", "", "output_dir out_dir save_dir output_path"),
     # ------------------------------------------------------------------------------- not to be set
     Ours("", "", "replies are greedy", "temperature top_p top_k do_sample num_beams typical_p repetition_penalty"),

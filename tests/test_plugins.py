@@ -111,7 +111,7 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
             ATTACK.replace('"suffix"', '"My_Attack"'),
             r"'My_Attack' is not a valid name; use lowercase",
         ),
-        ("i.py", ATTACK.replace('"suffix"', '"none"'), r"'none' is no name"),
+        ("i.py", ATTACK.replace('"suffix"', '"none"'), r"'none' is not a valid name"),
         ("j.py", ATTACK + ATTACK.replace("class Suffix", "class Other"), r"is registered twice"),
         ("k.txt", ATTACK, r"ends in \.py \(got .*k.txt\)"),
     ],

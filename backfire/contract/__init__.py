@@ -6,6 +6,7 @@ A check takes a component's class and returns the problem, or None. Its docstrin
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -82,5 +83,7 @@ def result_of(check: Check, cls: type[Component]) -> Finding:
         status: Literal["fail", "skip"] = "fail" if check in CHECKS[Component] else "skip"
         return Finding(title, status, shortened(error, 300))
     except Exception as error:
-        return Finding(title, "fail", shortened(f"{type(error).__name__}: {error}", 300))
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        problem = f"{type(error).__name__} in {where.name}: {error}".removesuffix(": ")
+        return Finding(title, "fail", shortened(problem, 300))
     return Finding(title, "fail" if problem else "ok", shortened(problem or "", 300))
