@@ -128,7 +128,7 @@ def test_rows_that_are_not_written_are_counted(
     assert (
         gone == missing
         if missing is not None
-        else f"\n{gone} rows are kept for testing" in said.out
+        else f"\n{gone} rows are kept" in said.out
     )
 
 
