@@ -113,7 +113,7 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
         ),
         ("i.py", ATTACK.replace('"suffix"', '"none"'), r"'none' is not a valid name"),
         ("j.py", ATTACK + ATTACK.replace("class Suffix", "class Other"), r"is registered twice"),
-        ("k.txt", ATTACK, r"ends in \.py \(got .*k.txt\)"),
+        ("k.txt", ATTACK, r"ending in \.py \(got .*k.txt\)"),
     ],
 )
 def test_what_is_wrong_with_a_plug_in_is_one_sentence(
