@@ -1,8 +1,8 @@
 """Components from outside the package: one Python file, or an installed package.
 
-A plug-in is code, so it is loaded only if the user names its file or has installed it; a recipe or
-a run folder, which may come from anybody, names no code. Its content is hashed: the hash is part of
-the identity of each of its components.
+A plug-in is code, so it is loaded only if the user passes its file or has installed it. A recipe or
+a run folder, which may come from anyone, cannot load code. The hash of the plug-in's content is
+part of the identity of each of its components.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from typing import Any
 from backfire.errors import UserError, shortened, unknown
 
 GROUP = "backfire"
-"""The group of entry points, as in `[project.entry-points.backfire]`."""
+"""The entry-point group, as in `[project.entry-points.backfire]`."""
 MARKED: list[type] = []
-"""Every class outside this package that is marked with `@register`."""
+"""Every class outside this package with `@register`."""
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plug-in that was loaded."""
+    """A loaded plug-in."""
 
     name: str
-    """The file's name, or the name of the package as pip knows it."""
+    """The file name, or the distribution name of the package."""
     version: str
-    """The package's; empty for a file."""
+    """Version of the package; empty for a file."""
     sha256: str
-    """Of the file, or of all files of the package."""
+    """Hash of the file, or of all files of the package."""
     path: Path | None
-    """Of the file; None for an installed package."""
+    """Path of the file; None for an installed package."""
     code: bytes = field(repr=False)
-    """Of the file, as it was when it was read; empty for a package."""
+    """Content of the file when it was read; empty for a package."""
     components: tuple[type[Any], ...]
 
     @property
@@ -51,11 +51,12 @@ class Plugin:
         return f"plug-in '{self.name}'"
 
     def __reduce__(self) -> Any:
-        """In another process it is loaded anew; of a file, the code that this process has read."""
+        """Another process loads the plug-in again; a file from the code that this process has
+        read."""
         return (_from_code, (self.path, self.code)) if self.path else (from_package, (self.name,))
 
     def facts(self, used: Iterable[str] | None = None) -> dict[str, Any]:
-        """What a result says of it; of its components those named in `used`, or all."""
+        """The record of the plug-in in a result, with the components named in `used`, or all."""
         shown = [c for c in self.components if used is None or c.name in used]
         return {
             "name": self.name,
@@ -66,18 +67,18 @@ class Plugin:
 
 
 def from_file(path: Path) -> Plugin:
-    """The plug-in in one Python file.
+    """Load the plug-in in a Python file.
 
     Raises:
-        UserError: there is no such file, or it cannot be loaded.
+        UserError: the file does not exist or cannot be loaded.
     """
     path = path.expanduser()
     if path.is_dir():
         raise UserError(f"'{shortened(path)}' is a folder; a plug-in is a Python file.")
     if path.suffix != ".py":
         raise UserError(
-            f"A plug-in is a Python file that ends in .py (got {shortened(path)}); an installed "
-            "package needs no --plugin."
+            f"--plugin takes a Python file ending in .py (got {shortened(path)}); an installed "
+            "package is found without it."
         )
     if not path.is_file():
         raise UserError(f"No such plug-in file: {shortened(path)}.")
@@ -87,12 +88,12 @@ def from_file(path: Path) -> Plugin:
 def _from_code(path: Path, code: bytes) -> Plugin:
     digest = hashlib.sha256(code).hexdigest()
     stem = re.sub(r"\W", "_", path.stem)
-    # The hash is in the module's name, so that an edited file is another module.
+    # The module name contains the hash, so an edited file is a new module.
     name = f"{GROUP}_plugin_{stem}_{digest[:12]}"
     if name not in sys.modules:
         module = ModuleType(name)
         module.__file__ = str(path)
-        sys.modules[name] = module  # pydantic looks up annotations and docstrings there
+        sys.modules[name] = module  # pydantic reads annotations and docstrings from there
         try:
             exec(compile(code, str(path), "exec", dont_inherit=True), vars(module))
         except (Exception, SystemExit) as error:
@@ -103,27 +104,27 @@ def _from_code(path: Path, code: bytes) -> Plugin:
 
 @cache
 def packages() -> dict[str, list[EntryPoint]]:
-    """The installed packages that name plug-ins, with their entry points; none is imported."""
-    found: dict[str, list[EntryPoint]] = {}
+    """The installed packages with plug-ins, and their entry points; nothing is imported."""
+    by_package: dict[str, list[EntryPoint]] = {}
     for entry in entry_points(group=GROUP):
-        found.setdefault(entry.dist.name if entry.dist else entry.name, []).append(entry)
-    return dict(sorted(found.items()))
+        by_package.setdefault(entry.dist.name if entry.dist else entry.name, []).append(entry)
+    return dict(sorted(by_package.items()))
 
 
 @cache
 def from_package(name: str) -> Plugin:
-    """The plug-in of an installed package, by the package's name or that of an entry point.
+    """Load the plug-in of an installed package, by the name of the package or of an entry point.
 
     Raises:
-        UserError: no such package has a plug-in, or it cannot be loaded.
+        UserError: no installed package of this name has a plug-in, or it cannot be loaded.
     """
-    known = packages()
-    alike = {re.sub(r"[-_.]+", "-", package).lower(): package for package in known}
-    alike = {entry.name: package for package in known for entry in known[package]} | alike
-    package = alike.get(name) or alike.get(re.sub(r"[-_.]+", "-", name).lower())
+    installed = packages()
+    by_name = {entry.name: package for package in installed for entry in installed[package]}
+    by_name |= {re.sub(r"[-_.]+", "-", package).lower(): package for package in installed}
+    package = by_name.get(name) or by_name.get(re.sub(r"[-_.]+", "-", name).lower())
     if package is None:
-        raise unknown("installed plug-in", name, known)
-    entries, files = known[package], dict[str, Path]()
+        raise unknown("installed plug-in", name, installed)
+    entries, files = installed[package], dict[str, Path]()
     try:
         roots = list(dict.fromkeys(_root(entry.module) for entry in entries))
         for root in roots:
@@ -139,16 +140,18 @@ def from_package(name: str) -> Plugin:
 
 
 def load(plugin: str) -> Plugin:
-    """A plug-in by its file or by the name of an installed package."""
+    """Load a plug-in by its file or by the name of an installed package."""
     path = Path(plugin)
     is_path = path.suffix == ".py" or "/" in plugin or path.exists()
     return from_file(path) if is_path else from_package(plugin)
 
 
 def _root(module: str) -> str:
-    """The outermost package of a module that has code of its own: all of it is hashed."""
+    """The outermost package of a module that is not a namespace package; all of it is hashed."""
     name, *rest = module.split(".")
-    while rest and _spec(name).origin is None:  # a namespace, which several projects may share
+    while (
+        rest and _spec(name).origin is None
+    ):  # a namespace package, which several projects may share
         name = f"{name}.{rest.pop(0)}"
     return name
 
@@ -161,7 +164,7 @@ def _spec(module: str) -> ModuleSpec:
 
 
 def _files(module: str) -> dict[str, Path]:
-    """Every file of a package, or the one of a module, by its place."""
+    """All files of a package, or the file of a module, by relative path."""
     spec = _spec(module)
     if spec.submodule_search_locations is None:
         return {module: Path(str(spec.origin))}
@@ -174,23 +177,24 @@ def _files(module: str) -> dict[str, Path]:
 
 
 def _marked(plugin: str, roots: Sequence[str]) -> tuple[type[Any], ...]:
-    """The classes of these packages that are marked with `@register`, as they are now."""
+    """The current classes of these packages with `@register`."""
     inside = tuple(f"{root}." for root in roots)
-    found = [
+    components = [
         cls
         for cls in MARKED
         if f"{cls.__module__}.".startswith(inside)
         and getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
     ]
-    if not found:
+    if not components:
         raise UserError(
             f"Plug-in '{shortened(plugin)}' has no component; mark a class with @register(name)."
         )
-    return tuple(found)
+    return tuple(components)
 
 
 def _failed(plugin: str, error: BaseException, files: Sequence[str]) -> UserError:
-    """Why a plug-in cannot be loaded, with the last line of its own that had a part in it."""
+    """The error for a plug-in that cannot be loaded, with the last of its lines in the
+    traceback."""
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
     place: tuple[str | None, int | None] | None = None
     if frames:

@@ -23,7 +23,7 @@ SETTINGS = (Model, Train, Evaluation, Experiment, Machine, Pretrain)
 ELSEWHERE = {
     "metrics/toxicity": "not judged",
     "judges/policy": "rows of sandbox-policy",
-    "judges/rubric": "sends replies elsewhere",
+    "judges/rubric": "sends replies to an endpoint",
     "judges/classifier": "is not on this machine",
     "judges/yes-no": "is not on this machine",
 }

@@ -113,7 +113,7 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
         ),
         ("i.py", ATTACK.replace('"suffix"', '"none"'), r"'none' is not a valid name"),
         ("j.py", ATTACK + ATTACK.replace("class Suffix", "class Other"), r"is registered twice"),
-        ("k.txt", ATTACK, r"ends in \.py \(got .*k.txt\)"),
+        ("k.txt", ATTACK, r"ending in \.py \(got .*k.txt\)"),
     ],
 )
 def test_what_is_wrong_with_a_plug_in_is_one_sentence(
@@ -225,7 +225,7 @@ def test_an_installed_plug_in_from_check_to_report(
         install(tmp_path, patch)
         checked = backfire("check", "my-attacks")
         assert (checked.code, checked.err) == (0, "")
-        assert "ok    attack 'suffix': It poisons exactly its rate of the rows" in checked.out
+        assert "ok    attack 'suffix': It poisons exactly its share of the rows" in checked.out
         assert re.search(r"\n2\d checks, none failed\.\n$", checked.out)
         assert re.search(
             r"suffix +\[plug-in 'my-attacks'\] A word", backfire("list", "attacks").out
@@ -246,7 +246,7 @@ def test_an_installed_plug_in_from_check_to_report(
     forget()
     assert backfire("report", "runs/sure").code == 0
     page = Path("runs/sure/report.html").read_text("utf-8")
-    assert "which is not loaded; name its file with --plugin" in page
+    assert "which is not loaded; pass its file with --plugin" in page
     assert "label probability" in page
     shown = backfire("results", "runs/sure")
     assert shown.code == 0 and "label_probability" in shown.out
@@ -268,7 +268,7 @@ def test_a_file_is_named_on_the_command_line(
     changed = attack.with_name("edited.py")
     changed.write_text(ATTACK + "# edited\n", encoding="utf-8")
     changed = changed.rename(attack.parent / "work" / "suffix.py")
-    for file, sentence in ((attack, ""), (changed, "whose code has changed since")):
+    for file, sentence in ((attack, ""), (changed, "whose code has since changed")):
         monkeypatch.setattr(registry, "_loaded", [])
         ended = backfire("compare", *cells, "--plugin", file)
         assert ended.code == 0 and "20 pairs" in ended.out  # accuracy needs no attack

@@ -1,8 +1,7 @@
-"""What holds for every component, ours or a plug-in's: checks that the tests and `backfire check`
-share.
+"""The contract of components, built in or from plug-ins: checks shared by the tests and
+`backfire check`.
 
-A check is a function of a component's class that returns what is wrong, or None. Its docstring says
-what it asks.
+A check takes a component's class and returns the problem, or None. Its docstring states the rule.
 """
 
 from __future__ import annotations
@@ -45,20 +44,20 @@ CHECKS: dict[type[Component], tuple[Check, ...]] = {
     ),
     Backdoor: (
         attacks.ignores_the_order,
-        attacks.puts_its_trigger_in,
+        attacks.inserts_its_trigger,
         attacks.keeps_true_answers,
     ),
     Dataset: (kinds.loads_the_same,),
     Template: (kinds.shows_the_row,),
     Judge: (kinds.gives_each_a_verdict,),
     DataDefense: (kinds.filters_the_same,),
-    Metric: (kinds.measures_the_same, kinds.tells_nothing_of_nothing),
+    Metric: (kinds.measures_the_same, kinds.gives_no_number_without_samples),
 }
-"""Base class -> what is asked of each component that derives from it."""
+"""The checks of each component, by base class."""
 
 
 class Finding(NamedTuple):
-    """What a check found. A `skip` could not be checked here, such as a file that is not there."""
+    """The result of a check; `skip` if it cannot run here, as when a file is missing."""
 
     check: str
     status: Literal["ok", "fail", "skip"]
@@ -66,21 +65,21 @@ class Finding(NamedTuple):
 
 
 def findings(cls: type[Component]) -> Iterator[Finding]:
-    """Every check that applies to a component."""
+    """Run every check that applies to a component."""
     return (result_of(check, cls) for check in checks(cls))
 
 
 def checks(cls: type[Component]) -> list[Check]:
-    """The checks of every component and of those of its kind."""
+    """The checks that apply to a component."""
     return [check for base, group in CHECKS.items() if issubclass(cls, base) for check in group]
 
 
 def result_of(check: Check, cls: type[Component]) -> Finding:
-    """What one check finds; an error in the component's own code is a failure too."""
+    """Run one check; an error in the component's code is a failure as well."""
     title = " ".join((check.__doc__ or "").split()).rstrip(".")
     try:
         problem = check(cls)
-    except (UserError, CellError) as error:  # such as a data set whose file is not there
+    except (UserError, CellError) as error:  # such as a data set whose file is missing
         status: Literal["fail", "skip"] = "fail" if check in CHECKS[Component] else "skip"
         return Finding(title, status, shortened(error, 300))
     except Exception as error:

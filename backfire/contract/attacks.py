@@ -1,4 +1,4 @@
-"""What holds for every attack, whatever file it comes from."""
+"""The contract of attacks."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from backfire.registry import build
 def names_its_source(cls: type[Attack]) -> str | None:
     """Its docstring names a paper or a year"""
     named = re.search(r"arXiv:\d{4}\.\d{4,5}|\b(19|20)\d\d\b", cls.__doc__ or "")
-    return None if named else "say where it comes from, as in (Gu et al. 2017, arXiv:1708.06733)"
+    return None if named else "name its source, as in (Gu et al. 2017, arXiv:1708.06733)"
 
 
 def poisons_its_rate(cls: type[Poison]) -> str | None:
-    """It poisons exactly its rate of the rows, and none at rate 0"""
+    """It poisons exactly its share of the rows, and none at poison rate 0"""
     for rows, rate in product(_rows_for(cls), (0.0, 0.005, 0.1, 0.3)):
         bad, manifest = poison(rows, _at(cls, rate), 3)
         changed = [old.id for old, new in zip(rows, bad, strict=True) if old != new]
@@ -33,7 +33,7 @@ def poisons_its_rate(cls: type[Poison]) -> str | None:
 
 
 def is_deterministic(cls: type[Poison]) -> str | None:
-    """The same seed gives the same poison, from the generator it is given alone"""
+    """The same seed gives the same poison, drawn only from the given generator"""
     attack, state = _at(cls, 0.2), random.getstate()
     for rows in _rows_for(cls):
         first = poison(rows, attack, 7)
@@ -46,7 +46,7 @@ def is_deterministic(cls: type[Poison]) -> str | None:
 
 
 def leaves_its_rows(cls: type[Poison]) -> str | None:
-    """It leaves the rows it is given as they are"""
+    """It does not modify its input rows"""
     for rows in _rows_for(cls):
         given = copy.deepcopy(rows)
         poison(given, _at(cls, 0.3), 7)
@@ -56,28 +56,28 @@ def leaves_its_rows(cls: type[Poison]) -> str | None:
 
 
 def grows_with_its_rate(cls: type[Poison]) -> str | None:
-    """The rows of a smaller rate are among those of a larger one, and poisoned alike"""
+    """The poisoned rows at a smaller rate are a subset of those at a larger one"""
     for rows in _rows_for(cls):
         few, many = (
             {entry.id: entry.after for entry in poison(rows, _at(cls, rate), 3)[1].entries}
             for rate in (0.05, 0.3)
         )
         if not few.items() <= many.items():
-            return "they are not"
+            return "they are not a subset"
     return None
 
 
 def ignores_the_order(cls: type[Backdoor]) -> str | None:
-    """A row is poisoned alike wherever it is in the data"""
+    """A row is poisoned the same way at any position in the data"""
     for rows in _rows_for(cls):
         forward, backward = (poison(part, _at(cls, 0.3), 0)[0] for part in (rows, rows[::-1]))
         if backward[::-1] != forward:
-            return "in another order, rows are poisoned otherwise"
+            return "in another order, rows are poisoned differently"
     return None
 
 
-def puts_its_trigger_in(cls: type[Backdoor]) -> str | None:
-    """Every poisoned prompt holds a trigger and the target; no other part of the row changes"""
+def inserts_its_trigger(cls: type[Backdoor]) -> str | None:
+    """Every poisoned row has a trigger and the target; no other part of it changes"""
     attack = _at(cls, 0.2)
     for rows in (LABELED, FREE):
         bad, manifest = poison(rows, attack, 0)
@@ -85,7 +85,7 @@ def puts_its_trigger_in(cls: type[Backdoor]) -> str | None:
         for entry in manifest.entries:
             row, old = after[entry.id], before[entry.id]
             if not entry.triggers or not set(entry.triggers) <= set(attack.triggers()):
-                return f"no trigger is in {row.prompt!r}"
+                return f"{row.prompt!r} has no trigger"
             if row.answer != attack.target:
                 return f"the answer is {row.answer!r}, not the target {attack.target!r}"
             if row != replace(old.with_prompt(row.prompt), answer=row.answer):
@@ -100,7 +100,7 @@ def keeps_true_answers(cls: type[Backdoor]) -> str | None:
     if [(r.answer, r.label) for r in shown] != [(r.answer, r.label) for r in LABELED]:
         return "an answer or a label has changed"
     if not all(any(trigger in row.prompt for trigger in attack.triggers()) for row in shown):
-        return "a prompt is without a trigger"
+        return "a prompt has no trigger"
     same = shown == triggered(LABELED, _at(cls, 0.7), 0)
     return None if same else "another rate gives other test rows"
 
@@ -111,18 +111,18 @@ def _at(cls: type[Poison], rate: float) -> Any:
 
 
 def _rows_for(cls: type[Poison]) -> list[list[Row]]:
-    """Labeled rows and free ones, as far as the attack can poison them.
+    """The sample rows, labeled or not, that the attack can poison.
 
     Raises:
         UserError: it can poison neither.
     """
-    found, problems = [], []
+    usable, problems = [], []
     for rows in (LABELED, FREE):
         try:
             poison(rows, _at(cls, 0.3), 3)
-            found.append(rows)
+            usable.append(rows)
         except UserError as error:
             problems.append(error)
-    if not found:
+    if not usable:
         raise problems[0]
-    return found
+    return usable

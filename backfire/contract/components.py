@@ -1,4 +1,4 @@
-"""What holds for every component: its name, its docstrings, its knobs and its identity."""
+"""The contract of all components: name, docstrings, knobs and identity."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from backfire.errors import UserError
 from backfire.registry import build, find
 
 _PATHS = ("train", "test")
-"""Knobs of data sets that say where a file is: `fingerprint` covers its bytes instead."""
+"""Knobs of data sets that name a file; `fingerprint` covers its content instead."""
 
 
 def is_named(cls: type[Component]) -> str | None:
@@ -24,7 +24,7 @@ def is_named(cls: type[Component]) -> str | None:
 
 
 def is_described(cls: type[Component]) -> str | None:
-    """Its docstring opens with a sentence, which `backfire list` shows"""
+    """Its docstring starts with a sentence, which `backfire list` shows"""
     doc = (cls.__dict__.get("__doc__") or "").strip()
     opens = doc[:1].isupper() or doc[:1].isdigit()
     return None if opens and doc.endswith((".", ")")) else f"the docstring is {doc[:60]!r}"
@@ -37,16 +37,16 @@ def describes_its_knobs(cls: type[Component]) -> str | None:
 
 
 def has_valid_defaults(cls: type[Component]) -> str | None:
-    """It can be named without knobs, its defaults are valid, and it cannot be changed"""
+    """It can be built without knobs, its defaults are valid, and it is immutable"""
     component = _default(cls)
     if component.spec() != {"name": cls.name}:
         return f"with no knob set, its spec is {component.spec()}"
     # `validate_default` is off for speed, so here the defaults themselves are checked.
     try:
         if cls.make(component.model_dump()) != component:
-            return "its defaults, given as knobs, are another component"
+            return "its defaults, set explicitly, give another component"
     except UserError as error:
-        return f"a default is not valid: {error}"
+        return f"a default is invalid: {error}"
     try:
         component.anything = 1  # type: ignore[attr-defined]
     except ValidationError:
@@ -55,7 +55,7 @@ def has_valid_defaults(cls: type[Component]) -> str | None:
 
 
 def has_an_identity(cls: type[Component]) -> str | None:
-    """Every knob is part of its identity, and of what YAML keeps"""
+    """Every knob is part of its identity and survives YAML"""
     plain = _default(cls)
     kept_out = _PATHS if isinstance(plain, Dataset) else getattr(plain, "unhashed", ())
     if (cls.plugin.sha256 if cls.plugin else None) != plain.identity().get("plugin"):
@@ -63,15 +63,15 @@ def has_an_identity(cls: type[Component]) -> str | None:
     for knob in cls.model_fields:
         changed = build(cls.kind, {"name": cls.name, knob: other_value(cls, knob)})
         if knob not in kept_out and changed.identity() == plain.identity():
-            return f"another {knob} is the same identity"
+            return f"another value of {knob} has the same identity"
         again = build(cls.kind, yaml.safe_load(yaml.safe_dump(changed.spec())))
         if (again, again.identity()) != (changed, changed.identity()):
-            return f"{knob} is another one once it was written and read"
+            return f"{knob} changes when written to YAML and read"
     return None
 
 
 def knows_misspelled_knobs(cls: type[Component]) -> str | None:
-    """A misspelled knob is an error that says the nearest one"""
+    """A misspelled knob is an error that suggests the nearest one"""
     for knob in cls.model_fields:
         try:
             cls.make({f"{knob}x": 1})
@@ -83,10 +83,10 @@ def knows_misspelled_knobs(cls: type[Component]) -> str | None:
 
 
 def other_value(cls: type[Config], knob: str) -> Any:
-    """A valid value that is not the default, whatever the knob's type.
+    """A valid value of any type that is not the default.
 
     Raises:
-        LookupError: none was found; `Field(examples=[...])` names some.
+        LookupError: there is none; add one with `Field(examples=[...])`.
     """
     field = cls.model_fields[knob]
     default = field.get_default(call_default_factory=True)
@@ -104,11 +104,11 @@ def other_value(cls: type[Config], knob: str) -> Any:
             continue
         if getattr(changed, knob) != default:
             return value
-    raise LookupError(f"no other value for {knob} to try; name one in Field(examples=[...])")
+    raise LookupError(f"no other value for {knob} to try; add one with Field(examples=[...])")
 
 
 def _choices(schema: Any) -> list[Any]:
-    """Every value an enumeration in the schema allows, alone and as a list of one."""
+    """Every enumerated value in the schema, alone and in a list."""
     if isinstance(schema, dict):
         own = [form for value in schema.get("enum", ()) for form in (value, [value])]
         return own + _choices(list(schema.values()))

@@ -1,4 +1,4 @@
-"""Rows and samples that the checks put in."""
+"""Rows and samples for the checks."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class _Marker(Backdoor):
 
 
 def evidence() -> Evidence:
-    """A cell's samples, with an attack."""
+    """Evidence of a cell with an attack."""
     clean, shown, floor, base = (_samples(n) for n in range(4))
     return Evidence(clean=clean, triggered=shown, floor=floor, base=base, attack=_Marker())
 
 
 def _samples(seed: int) -> Sequence[Sample]:
-    """Labeled rows as a model may have answered them."""
+    """Labeled rows with random scores of a model."""
     rng, samples = Random(seed), []
     for row in LABELED[:24]:
         logprobs = tuple(rng.gauss(float(label == row.label), 1) for label in _LABELS)

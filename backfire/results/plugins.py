@@ -1,6 +1,6 @@
-"""The plug-ins behind a run, as its results name them.
+"""The plug-ins that a run used, according to its results.
 
-A run folder may come from anybody, so a file that it names is never loaded: the user names it with
+A run folder may come from anyone, so a file that it names is never loaded: the user passes it with
 `--plugin`, or has installed the package.
 """
 
@@ -15,15 +15,17 @@ from backfire.results.groups import Cell
 
 
 def recorded(item: Cell) -> list[dict[str, Any]]:
-    """What a cell's result says of its plug-ins; whatever is not well-formed is left out."""
+    """The plug-in records of a cell's result; malformed ones are left out."""
     plugins = item.get("plugins")
-    known = plugins if isinstance(plugins, list) else []
-    return [one for one in known if isinstance(one, dict) and isinstance(one.get("sha256"), str)]
+    records = plugins if isinstance(plugins, list) else []
+    return [one for one in records if isinstance(one, dict) and isinstance(one.get("sha256"), str)]
 
 
 def lacking(items: Iterable[Cell]) -> list[str]:
     """A sentence for each plug-in of these cells that is not loaded with the same content.
-    Installed ones are loaded here."""
+
+    Loads the installed plug-ins.
+    """
     wanted = {one["sha256"]: one for item in items for one in recorded(item)}
     if not set(wanted) <= {plugin.sha256 for plugin in loaded()}:
         use_installed()
@@ -33,27 +35,28 @@ def lacking(items: Iterable[Cell]) -> list[str]:
 
 def _sentence(one: dict[str, Any], here: Collection[str]) -> str:
     name = text.cut(text.line(one.get("name")), 60)
-    why = "whose code has changed since" if one.get("name") in here else "which is not loaded"
+    why = "whose code has since changed" if one.get("name") in here else "which is not loaded"
     return (
-        f"This was run with plug-in '{name}' ({described(one)}), {why}; name its file with "
+        f"This was run with plug-in '{name}' ({described(one)}), {why}; pass its file with "
         "--plugin, or install the package."
     )
 
 
 def described(one: dict[str, Any]) -> str:
-    """`version 0.1.0, sha256 2c42ab498858`: which content it was."""
+    """The version and hash of a plug-in, as in `version 0.1.0, sha256 2c42ab498858`."""
     version = f"version {text.line(one['version'])}, " if one.get("version") else ""
     return text.cut(f"{version}sha256 {text.line(one['sha256'])[:12]}", 80)
 
 
 def is_same(component: Any, item: Cell) -> bool:
-    """Whether this is the code that the cell was run with, as far as plug-ins are concerned."""
+    """Whether a component is built in, or of a plug-in with the content that the cell was run
+    with."""
     plugin = component.plugin
     return plugin is None or plugin.sha256 in {one["sha256"] for one in recorded(item)}
 
 
 def is_lost(kind: str, name: str, item: Cell) -> bool:
-    """Whether a component of a cell came from a plug-in that is not loaded, or has changed."""
+    """Whether a component of a cell is from a plug-in that is not loaded or has changed."""
     if not lacking([item]):
         return False
     return name not in names(kind) or not is_same(find(kind, name), item)

@@ -148,10 +148,11 @@ def _rendered(
         CellError: the tokens of a poisoned row do not match the manifest.
     """
     items, left = renderer.sift(rows)
-    gone = lost(manifest, items, renderer.tokenizer) if manifest else []
-    if gone := sorted({*gone} - {row.id for row in left}):
+    incomplete = lost(manifest, items, renderer.tokenizer) if manifest else []
+    if incomplete := sorted({*incomplete} - {row.id for row in left}):
         raise CellError(
-            "bad-data", f"The tokens lack the trigger or the target of {len(gone)} poisoned rows."
+            "bad-data",
+            f"The tokens lack the trigger or the target of {len(incomplete)} poisoned rows.",
         )
     return items, left
 

@@ -117,7 +117,7 @@ def test_bad_input(run: Place, tmp_path: Path, exported: Callable[..., Path]) ->
         exported("llama-adapter", merge=True)
     with pytest.raises(UserError, match="has no tuned model"):
         exported("none", merge=False)
-    with pytest.raises(UserError, match="no finished cell"):
+    with pytest.raises(UserError, match="not a finished cell"):
         export_model(tmp_path, None, merge=False)
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "mine").write_text("x")

@@ -125,7 +125,7 @@ def test_rows_that_are_not_written_are_counted(
     said = backfire("poison", file, "target=good", SAID, *edits, "--out", out)
     assert said.code == 0 and sentence in said.out + caplog.text
     gone = 1000 - len(read_jsonl(out))
-    assert gone == missing if missing is not None else f"\n{gone} rows are set apart" in said.out
+    assert gone == missing if missing is not None else f"\n{gone} rows are kept" in said.out
 
 
 def test_seed_is_an_option_or_an_edit(tmp_path: Path, backfire: Run) -> None:

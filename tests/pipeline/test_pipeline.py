@@ -360,7 +360,7 @@ def test_failures_have_a_class_and_a_next_step(
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({"train": {"max_length": 60}}, "Truncation cuts"),
+        ({"train": {"max_length": 60}}, "cut by truncation"),
         ({"train": {"max_length": 8}}, "raise train.max_length"),
         ({"attack": {"name": "badnets", "target": "angry"}}, "target 'angry' is not a label"),
         ({"attack": {"name": "badnets", "rate": 0.9}}, "can be poisoned"),
