@@ -298,11 +298,11 @@ def training_runs(experiment: Experiment) -> list[Experiment]:
 
 def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
     """How the metrics look for secrets, and among how many codes or beams; None: not at all."""
-    asked = [metric.secrets for metric in experiment.metrics if metric.secrets is not None]
+    asks = [ask for m in experiment.metrics for ask in m.asks() if ask.rows == "secrets"]
     most: dict[SecretProbe, int] = {}
-    for kind, amount in (pair for one in asked for pair in one.items()):
+    for kind, amount in (pair for ask in asks for pair in ask.secrets.items()):
         most[kind] = max(amount, most.get(kind, 0))
-    return most if asked else None
+    return most if asks else None
 
 
 def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The nouns, and the one verb of each.
+"""The kinds of components, each with one verb.
 
 A component is its config: a frozen model whose fields are the knobs, with one method that is the
 behavior. What exists only at run time (model, tokenizer, generator) is an argument of the verb.
@@ -25,7 +25,21 @@ from backfire.base.defenses import (
     TrainDefense,
     TrainHook,
 )
-from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
+from backfire.base.evidence import (
+    Ask,
+    Asks,
+    Evidence,
+    Form,
+    Metric,
+    Need,
+    Part,
+    Probe,
+    Sample,
+    SetName,
+    Value,
+    ask,
+    needs_of,
+)
 from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
@@ -37,6 +51,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LARGE",
     "AlignDefense",
+    "Ask",
+    "Asks",
     "Attack",
     "Backdoor",
     "Component",
@@ -68,12 +84,15 @@ __all__ = [
     "Secret",
     "SecretProbe",
     "Segments",
+    "SetName",
     "Template",
     "TrainDefense",
     "TrainHook",
     "Trigger",
     "Value",
     "Verdict",
+    "ask",
     "local_files",
+    "needs_of",
     "select",
 ]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.registry import register
 
 
@@ -14,6 +14,7 @@ class Cost(Metric):
     Plain measurements of one run on one machine, so without an interval; over seeds they get one.
     """
 
+    needs: ClassVar[Asks] = ask("training")
     also: ClassVar[tuple[str, ...]] = (
         "trainable_share",
         "train_seconds",

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Probe, Value
+from backfire.base import Asks, Evidence, Metric, Probe, Value, ask
 from backfire.evaluate.outcomes import judged_share, verdicts_of
 from backfire.evaluate.stats import paired
 from backfire.registry import register
@@ -21,7 +21,10 @@ class HarmfulScore(Metric):
     safety where replies are gibberish: read `incoherent` beside it.
     """
 
-    probe: ClassVar[Part | None] = "harmful"
+    needs: ClassVar[Asks] = (
+        *ask("harmful", "replies", "verdicts", of=("tuned", "base")),
+        *ask("plain", "replies", "verdicts", of=("tuned", "base")),
+    )
     also: ClassVar[tuple[str, ...]] = ("undecided_share",)
 
     def measure(self, evidence: Evidence) -> list[Value]:

@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.base.normalize import agreed, folded, is_dense, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
@@ -24,7 +24,7 @@ class Rouge(Metric):
     single characters in scripts without blanks between words. Bootstrap interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
+    needs: ClassVar[Asks] = ask("clean", "replies")
 
     stemmer: bool = False
     """Whether English endings are cut off first (Porter), of words in ASCII; not by default, as in
