@@ -227,7 +227,7 @@ def evaluation(
     run: Experiment, rows: str, needs: Collection[Need], form: Form | None = None
 ) -> Stage:
     """`run`'s model, in this form, on the rows that the key `rows` names (one of those below)."""
-    rows = digest([rows, form, *MERGED]) if form else rows
+    rows = in_form(rows, form) if form else rows
     versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
     return Stage("evaluate", _evaluation_slug(run), digest([rows, sorted(needs), *versions]))
 
@@ -270,6 +270,11 @@ def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:
     shown = [run.template.identity(), run.train.seen, run.evaluation.changed()]
     rows = [source.identity(), source.fingerprint()]
     return digest([keys(run).tuned, *rows, *shown, disguise(experiment)])
+
+
+def in_form(rows: str, form: Form) -> str:
+    """Any of these rows, for another form of the model than the one that was trained."""
+    return digest([rows, form, *MERGED])
 
 
 def members(run: Experiment, ids: Sequence[str]) -> str:
