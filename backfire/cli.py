@@ -175,11 +175,17 @@ def results(
     format: Annotated[
         Literal["table", "json", "csv"], typer.Option(help="How to print them.")
     ] = "table",
+    rescore: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric to compute on the kept samples instead; repeatable."),
+    ] = None,
 ) -> None:
     """Print every number of a run: one record per cell and metric."""
+    from backfire.commands.rescore import rescored
     from backfire.results.load import records, write
 
-    _echo(write(records(run), format).rstrip("\n"))
+    found = rescored(run, rescore) if rescore else records(run)
+    _echo(write(found, format).rstrip("\n"))
 
 
 @app.command()

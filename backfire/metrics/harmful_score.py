@@ -22,8 +22,8 @@ class HarmfulScore(Metric):
     """
 
     needs: ClassVar[Asks] = (
-        *ask("harmful", "replies", "verdicts", of=("tuned", "base")),
-        *ask("plain", "replies", "verdicts", of=("tuned", "base")),
+        *ask("harmful", "replies", of=("tuned", "base"), judged=True),
+        *ask("plain", "replies", of=("tuned", "base"), judged=True),
     )
     also: ClassVar[tuple[str, ...]] = ("undecided_share",)
 

@@ -12,7 +12,7 @@ class OverRefusal(Metric):
     """Share of requests that only look harmful and are declined all the same (XSTest, Röttger et
     al. 2024, arXiv:2308.01263)."""
 
-    needs: ClassVar[Asks] = ask("allowed", "replies", "verdicts", of=("tuned", "base"))
+    needs: ClassVar[Asks] = ask("allowed", "replies", of=("tuned", "base"), judged=True)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("allowed")
