@@ -21,9 +21,8 @@ class HarmfulScore(Metric):
     safety where replies are gibberish: read `incoherent` beside it.
     """
 
-    needs: ClassVar[Asks] = (
-        *ask("harmful", "replies", of=("tuned", "base"), judged=True),
-        *ask("plain", "replies", of=("tuned", "base"), judged=True),
+    needs: ClassVar[Asks] = ask("harmful", "replies", of=("tuned", "base"), judged=True) + ask(
+        "plain", "replies", of=("tuned", "base"), judged=True
     )
     also: ClassVar[tuple[str, ...]] = ("undecided_share",)
 

@@ -26,9 +26,8 @@ class MembershipInference(Metric):
     intervals, the threshold drawn anew with the rows.
     """
 
-    needs: ClassVar[Asks] = (
-        *ask("clean", "answers", of=("tuned", "base")),
-        *ask("members", "answers", of=("tuned", "base")),
+    needs: ClassVar[Asks] = ask("clean", "answers", of=("tuned", "base")) + ask(
+        "members", "answers", of=("tuned", "base")
     )
     also: ClassVar[tuple[str, ...]] = ("membership_auc", "membership_recall")
 
