@@ -19,8 +19,8 @@ from backfire.base import AlignDefense
 from backfire.evaluate.seeds import LEVEL, SHARE, Crossed, crossed, difference_pads, ratio
 from backfire.evaluate.stats import Floats, Spread, Z, over_seeds
 from backfire.registry import find, names
-from backfire.results.groups import Cell, Gap, Group, Scope, Stat, limits
-from backfire.results.pairs import Rows, outcomes_by_row, versions_of
+from backfire.results.groups import Cell, Gap, Group, Scope, Stat, limits, metric_name
+from backfire.results.pairs import Rows, listed, outcomes_by_row, present_version, versions_of
 
 NEAR: Final = 1e-6
 """A number is the mean of its rows if it differs by no more than this share of it."""
@@ -297,6 +297,14 @@ def notes(groups: Sequence[Group]) -> Iterator[str]:
             "* One seed: this model only. The interval is over test rows; another seed may well "
             "lie outside it."
         )
+    cells = [cell for group in groups for cell in group.done]
+    for metric in dict.fromkeys(metric_name(name) for group in groups for name in group.stats):
+        kept, now = versions_of(cells, metric), present_version(metric)
+        if now and kept - {now}:
+            yield (
+                f"{metric.replace('_', ' ')}: values are of version {listed(kept)} of the metric, "
+                f"paired differences are computed by version {now}."
+            )
     fixed = [group for group in groups if len(group.done) > 1 and one_alignment(*group.done)]
     if fixed:
         which = text.listing(dict.fromkeys(text.line(group.defense) for group in fixed))

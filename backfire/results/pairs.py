@@ -147,38 +147,44 @@ def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float
         return {}
 
 
-def version_of(item: Cell, metric: str) -> int | None:
-    """The version of the metric that gave a cell's value; None where that was not written down."""
-    versions = item.get("versions")
-    metrics = versions.get("metrics") if isinstance(versions, dict) else None
-    return metrics.get(metric_name(metric).replace("_", "-")) if isinstance(metrics, dict) else None
+# ------------------------------------------------------------------------- versions of a metric
+
+
+def present_version(metric: str) -> int | None:
+    """The version of the metric that gives values of this name; None if it is not installed."""
+    name = metric_name(metric).replace("_", "-")
+    return find("metrics", name).version if name in names("metrics") else None
 
 
 def versions_of(cells: Iterable[Cell], metric: str) -> set[int]:
-    """All versions of the metric that gave these cells' values, as far as they are known."""
-    known = (version_of(cell, metric) for cell in cells)
-    return {version for version in known if version is not None}
+    """The versions of the metric that gave these cells' values, as far as they were recorded."""
+    found = set()
+    for cell in cells:
+        versions = cell.get("versions")
+        metrics = versions.get("metrics") if isinstance(versions, dict) else None
+        if isinstance(metrics, dict):
+            found.add(metrics.get(metric_name(metric).replace("_", "-")))
+    return {version for version in found if isinstance(version, int)}
 
 
 def version_notes(a: Sequence[Cell], b: Sequence[Cell], tested: Collection[str]) -> Iterator[str]:
     """Where the values of two sides come from different versions of a metric, or not from today's;
-    `tested` are the metrics whose difference was computed from the samples of both."""
-    values = (value["metric"] for cell in a for value in cell["values"])
-    for head in dict.fromkeys(map(text.head, values)):
-        ours, theirs = versions_of(a, head), versions_of(b, head)
-        metric = metric_of(metric_name(head), {"settings": {}})
-        if not ours or not theirs or metric is None or ours | theirs == {metric.version}:
+    `tested` are the values whose difference was computed from the samples of both."""
+    is_tested = set(map(metric_name, tested))
+    for metric in dict.fromkeys(metric_name(v["metric"]) for cell in a for v in cell["values"]):
+        ours, theirs, now = versions_of(a, metric), versions_of(b, metric), present_version(metric)
+        if not ours or not theirs or ours | theirs == {now}:
             continue
-        name = head.replace("_", " ")
-        sides = f"{name}: version {_listed(ours)} in a, {_listed(theirs)} in b"
-        if head in tested:
-            yield f"{sides}; the difference is computed by version {metric.version} for both."
+        name = metric.replace("_", " ")
+        sides = f"{name}: version {listed(ours)} in a, {listed(theirs)} in b"
+        if metric in is_tested:
+            yield f"{sides}; paired differences are computed by version {now} for both."
         elif len(ours | theirs) > 1:
             yield (
-                f"{sides}, and the samples of both do not hold what version {metric.version} needs "
-                "for a paired test, so it is not compared."
+                f"{sides}, and the samples of both do not hold what version {now} needs for a "
+                "paired test, so it is not compared."
             )
 
 
-def _listed(versions: Collection[int]) -> str:
+def listed(versions: Collection[int]) -> str:
     return text.listing(map(str, sorted(versions)))
