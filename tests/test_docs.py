@@ -22,7 +22,7 @@ import typer
 import yaml
 
 import backfire
-from backfire import recipe, stages
+from backfire import recipe, registry, stages
 from backfire.base import (
     Attack,
     Dataset,
@@ -82,6 +82,8 @@ def elsewhere(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(tiny, "my-model")
     starter = recipe.read("_starter")[1]
     Path("my.yaml").write_text(starter, encoding="utf-8")
+    shutil.copy(ROOT / "examples/plugin/my_attacks/suffix.py", "suffix.py")
+    monkeypatch.setattr(registry, "_loaded", [])  # by `--plugin`, whose files a command line loads
     return tmp_path
 
 
@@ -194,6 +196,7 @@ for kind in {kinds}:
 """
 
 
+@pytest.mark.slow
 def test_the_examples_fulfil_the_contract_of_every_component(tmp_path: Path) -> None:
     """The project's own tests over the registry, run with the examples in it."""
     found = [put_in(kind, tmp_path) for kind in HOW_TO]
@@ -279,12 +282,12 @@ def test_the_example_of_a_defense_is_one(installed: type[TrainDefense]) -> None:
     keeps_its_key(align=align, defense={"name": installed.name, "strength": 2.0, "null": True})
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     start = {"w": weight.detach().clone()}
-    cell: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
+    run: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
     for null in (False, True):
-        guard = installed.make({"strength": 3.0, "null": null}).hook(cell)
+        hook = installed.make({"strength": 3.0, "null": null}).hook(run)
         with torch.no_grad():
             weight.copy_(torch.tensor([1.5, -4.0]))
-        pull = guard.penalty(0)
+        pull = hook.penalty(0)
         assert pull is not None
         [gradient] = torch.autograd.grad(pull, [weight])
         assert pull.item() == pytest.approx(0 if null else 3 / 2 * (0.25 + 4))
@@ -322,7 +325,16 @@ def test_the_example_of_a_data_set_is_one(installed: type[Dataset], tmp_path: Pa
     assert data.fingerprint() != before
 
 
-# ------------------------------------------------------------------------- catalog, tree, links
+def test_the_plug_in_shown_is_the_one_in_examples() -> None:
+    """That one is installed and run in test_plugins.py."""
+    page, folder = ROOT / "docs/plug-ins.md", ROOT / "examples/plugin"
+    for language, suffix in (("python", ".py"), ("toml", ".toml")):
+        files = [path.read_text("utf-8") for path in folder.rglob(f"*{suffix}")]
+        shown = blocks(page, language)
+        assert shown and not [text for text in shown if text not in files]
+
+
+# ----------------------------------------------------------------------- catalog, layout, links
 
 
 def catalog() -> ModuleType:
@@ -333,16 +345,17 @@ def catalog() -> ModuleType:
     return module
 
 
-def test_catalog_and_file_tree_are_up_to_date() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     stale = [
         said(page) for page, text in catalog().pages().items() if page.read_text("utf-8") != text
     ]
     assert not stale, f"{', '.join(stale)}: run python docs/make_catalog.py"
 
 
-def test_every_file_of_the_package_is_in_the_readme_with_what_it_is_for() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
+def test_every_file_and_folder_of_the_package_is_listed_with_its_purpose() -> None:
     package = ROOT / "backfire"
+    layout = (ROOT / "docs/layout.md").read_text("utf-8")
+    listed = {Path(path): text for path, text in re.findall(r"\]\(\.\./(\S+)\) \| (.*) \|", layout)}
     files = [
         path
         for path in package.rglob("*")
@@ -350,20 +363,18 @@ def test_every_file_of_the_package_is_in_the_readme_with_what_it_is_for() -> Non
         and path.suffix != ".pyc"
         and (path.stat().st_size or path.name == "py.typed")
     ]
-    listed = Path("?")
-    found: dict[Path, str] = {}
-    stack: list[tuple[int, Path]] = []
-    for line in readme.partition("<!-- file-tree -->")[2].splitlines():
-        if match := re.match(r"(\s*)(\S+?)(/?)(?:\s+(.*))?$", line):
-            indent, name, is_folder, text = match.groups()
-            stack = [item for item in stack if item[0] < len(indent)]
-            listed = (stack[-1][1] if stack else ROOT) / name
-            if is_folder:
-                stack.append((len(indent), listed))
-            else:
-                found[listed] = text or ""
-    missing = [said(file) for file in files if not found.get(file)]
-    assert not missing, "run python docs/make_catalog.py; a file without a docstring has no line"
+    assert len(files) > 200
+    missing = [said(file) for file in files if not listed.get(file.relative_to(ROOT))]
+    assert not missing, "run python docs/make_catalog.py; a file needs a docstring"
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    tree = dict(re.findall(r"^  (\w+)/ +(\S.*)$", readme, re.MULTILINE))
+    folders = {path.parent.name for path in files if path.parent.parent == package}
+    assert set(tree) == folders
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
 
 
 def anchors(page: Path) -> set[str]:

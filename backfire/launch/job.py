@@ -6,7 +6,7 @@ import contextlib
 import gc
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from backfire.data.poison import Manifest
 from backfire.errors import EXIT_CLASSES, CellError, exit_class
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context, base, run_cell, trained
-from backfire.pipeline.context import Progress
 from backfire.plan import Job
+from backfire.progress import Progress
 from backfire.recipe import Recipe
+from backfire.registry import loaded
 from backfire.results.evidence import write as write_evidence
 from backfire.results.load import outcome as outcome_of
 from backfire.store import Store, write_atomic, write_json
@@ -62,6 +63,25 @@ def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[st
         "template": experiment.template.name,
         "axes": job.axes,
     }
+
+
+def plugins_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """The plug-ins that have a component these experiments name."""
+    plugins = loaded()
+    named = {name for e in experiments for name in _names(e.resolved())} if plugins else set()
+    return [facts for plugin in plugins if (facts := plugin.facts(named))["components"]]
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Every `name: ...` in a tree of settings."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _names(item)
+    elif isinstance(value, dict):
+        if isinstance(value.get("name"), str):
+            yield value["name"]
+        for item in value.values():
+            yield from _names(item)
 
 
 def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: Progress) -> str:
@@ -133,9 +153,11 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
         write_json(place / "poison.json", manifest.to_json())
     write_json(place / "environment.json", environment(context.machine.device))
     head = identity(job, folder.recipe, manifest)
+    plugins = plugins_of([experiment])
+    result = {**outcome.result, **({"plugins": plugins} if plugins else {})}
     write_json(
         place / "result.json",
-        {**head, "status": "ok", **outcome.result, "keys": asdict(stages.keys(experiment))},
+        {**head, "status": "ok", **result, "keys": asdict(stages.keys(experiment))},
     )
     (place / "error.json").unlink(missing_ok=True)
 
@@ -149,5 +171,7 @@ def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence
         folder.cell(experiment, stages.cell_key(experiment)).name for experiment in recipe.cells
     ]
     plan = {"recipe": recipe.name, "profile": profile, "edits": list(edits), "cells": cells}
-    write_json(path / "run.json", plan)
+    paths = {plugin.sha256: str(plugin.path) for plugin in loaded() if plugin.path}
+    plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
+    write_json(path / "run.json", plan | ({"plugins": plugins} if plugins else {}))
     return folder

@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 from backfire import text
 from backfire.errors import UserError
 from backfire.results.groups import KNOBS, Cell, Group, group
+from backfire.results.plugins import lacking
 
 Record = dict[str, Any]
 
@@ -84,10 +85,10 @@ def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "
         rows.writerows([_harmless(record[field]) for field in FIELDS] for record in records)
         return out.getvalue()
     if format == "table":
-        from backfire.results.terminal import columns
+        from backfire.terminal import columns
 
         shown = [field for field in FIELDS if field not in ("key", "recipe")]
-        return columns(shown, [[_brief(record[field]) for field in shown] for record in records])
+        return columns(shown, [[brief(record[field]) for field in shown] for record in records])
     raise UserError(f"Unknown format '{format}'; known: csv, json, table.")
 
 
@@ -104,6 +105,7 @@ def cell(folder: Path) -> Cell:
         settings.setdefault("attack.rate", found["rate"])
     found["values"] = [_value(value) for value in known.get("values") or []]
     found["axes"] = known.get("axes") or {}
+    lacking([found])  # installed plug-ins that the cell was run with are loaded
     return {**found, "settings": settings, "folder": str(folder)}
 
 
@@ -188,7 +190,7 @@ def _order(item: Cell) -> tuple[Any, ...]:
     )
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else text.line(value)
 
 

@@ -14,6 +14,7 @@ from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
 from backfire.results.evidence import read
 from backfire.results.groups import Cell, metric_name
+from backfire.results.plugins import is_lost, is_same, lacking
 
 Rows: TypeAlias = dict[str, tuple[int, float]]
 
@@ -43,7 +44,7 @@ def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
             )
         else:
             unpaired.append(wanted.replace("_", " "))
-    notes = []
+    notes = lacking([a, b])
     if unpaired:
         notes.append(f"Not the same prompts for {text.listing(unpaired)}: no paired test.")
     if found:
@@ -119,10 +120,12 @@ def evidence_of(item: Cell) -> Evidence:
 
 
 def attack_of(item: Cell) -> Any:
-    """The backdoor of a cell, with its knobs; None if it has none."""
+    """The backdoor of a cell, with its knobs; None if it has none, or its plug-in is not here."""
     prefix, settings = "attack.", item["settings"]
     knobs = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
-    if not knobs.get("name") or not issubclass(find("attacks", knobs["name"]), Backdoor):
+    if not knobs.get("name") or is_lost("attacks", knobs["name"], item):
+        return None
+    if not issubclass(find("attacks", knobs["name"]), Backdoor):
         return None
     return build("attacks", knobs)
 
@@ -136,7 +139,7 @@ def metric_of(wanted: str, item: Cell) -> Metric | None:
     ours = (spec for spec in specs if isinstance(spec, dict) and spec.get("name") == dashed)
     spec = next(ours, dashed)
     metric: Metric = build("metrics", spec)
-    return metric
+    return metric if is_same(type(metric), item) else None
 
 
 def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float]:

@@ -22,6 +22,8 @@ from backfire.yaml12 import read_yaml
 from tests.helpers.command_line import Run, Said, tree
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("metric", "value", "low", "high", "n", "direction", "status"),
@@ -36,7 +38,7 @@ def test_every_verb_has_a_test_here(backfire: Run) -> None:
     verbs = {
         *("init", "validate", "run", "status", "results", "report", "compare", "list", "show"),
         *("schema", "doctor", "poison", "pretrain", "chat", "export"),
-        "playground",
+        *("playground", "check"),
     }
     found = {info.name or info.callback.__name__ for info in cli.app.registered_commands}
     assert found == verbs
@@ -106,7 +108,9 @@ def test_run_with_a_failing_cell_ends_with_code_1(backfire: Run, here: Path) -> 
     assert said.code == 1
     assert "nan" in said.err and "error.json" in said.err
     assert "Traceback" not in said.err + said.out
-    assert backfire("status", "runs/r").out.splitlines()[0].startswith("nan: 1 (")
+    lines = backfire("status", "runs/r").out.splitlines()
+    assert lines[:2] == ["ok: 1", "nan: 1"] and lines[2].startswith("nan, 1 cell: ")
+    assert lines[3].startswith("  Next: ") and "full" in lines[4] and len(lines) == 5
     records = json.loads(backfire("results", "runs/r", "--format", "json").out)
     assert {record["status"] for record in records} == {"ok", "nan"}
 
