@@ -29,14 +29,14 @@ _PROBE_TOKENS = 12
 class Ways:
     """The kinds of batching that a model supports."""
 
-    memory: str | None
+    cache_argument: str | None
     """Argument of `forward` that takes the cache; None: the model is run without a cache."""
-    goes_on: bool
+    extends_cache: bool
     """Whether several tokens may follow the cached ones at once, so that rows can share a
     prefix."""
-    told_places: bool
+    takes_positions: bool
     """Whether `forward` takes the position of each token."""
-    aligns: bool
+    pads_left: bool
     """Whether replies to prompts of unequal length may be generated in one batch, padded on the
     left: positions must then come from the mask or from position ids."""
     windows: bool
@@ -47,7 +47,7 @@ class Ways:
     rotary: tuple[torch.nn.Module, ...]
     """Rotary embeddings whose state depends on the longest row so far."""
 
-    def apart(self, longest: int) -> bool:
+    def depends_on_length(self, longest: int) -> bool:
         """Whether rows up to this length must not be padded, share a prefix or use a cache."""
         return self.limit is not None and longest > self.limit
 
@@ -100,10 +100,10 @@ def _ways(model: PreTrainedModel) -> Ways:
     windows = DynamicSlidingWindowLayer in kinds or _windowed(base.config)
     rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
     return Ways(
-        memory=argument,
-        goes_on=extends_cache,
-        told_places=takes_positions,
-        aligns=extends_cache and counts,
+        cache_argument=argument,
+        extends_cache=extends_cache,
+        takes_positions=takes_positions,
+        pads_left=extends_cache and counts,
         windows=windows,
         limit=limit,
         rotary=rotary if limit else (),
@@ -119,7 +119,7 @@ def drops(model: PreTrainedModel) -> bool:
     return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 
 
-def begin_anew(model: PreTrainedModel) -> None:
+def reset_state(model: PreTrainedModel) -> None:
     """Reset the state that depends on earlier rows."""
     suffix = "original_inv_freq"
     for module in ways(model).rotary:
