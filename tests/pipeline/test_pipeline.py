@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from backfire import stages
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch import local
 from backfire.launch.job import open_folder
-from backfire.plan import jobs, stages
+from backfire.plan import jobs, progress
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
 
@@ -188,10 +189,10 @@ def test_jobs_come_after_what_they_need(tiny: Path, tmp_path: Path) -> None:
 
 def test_the_plan_knows_what_is_done(ran: Place) -> None:
     recipe = ran.recipe(matrix=MATRIX)
-    found = stages(recipe.cells, Store(ran.cache))
+    found = progress(recipe.cells, Store(ran.cache))
     assert found["train"] == (4, 4)
     assert all(needed == done for needed, done in found.values())
-    more = stages(ran.recipe(matrix={**MATRIX, "seed": [0, 1]}).cells, Store(ran.cache))
+    more = progress(ran.recipe(matrix={**MATRIX, "seed": [0, 1]}).cells, Store(ran.cache))
     assert more["train"] == (8, 4) and more["data"] == (1, 1)
 
 
