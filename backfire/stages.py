@@ -304,11 +304,11 @@ def training_runs(experiment: Experiment) -> list[Experiment]:
 def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
     """The metrics' secret probes, each with its number of codes or beams; None if no metric has
     any."""
-    requested = [metric.secrets for metric in experiment.metrics if metric.secrets is not None]
+    asks = [ask for m in experiment.metrics for ask in m.asks() if ask.rows == "secrets"]
     probes: dict[SecretProbe, int] = {}
-    for kind, amount in (pair for one in requested for pair in one.items()):
+    for kind, amount in (pair for ask in asks for pair in ask.secrets.items()):
         probes[kind] = max(amount, probes.get(kind, 0))
-    return probes if requested else None
+    return probes if asks else None
 
 
 def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:

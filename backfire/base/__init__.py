@@ -25,7 +25,22 @@ from backfire.base.defenses import (
     TrainDefense,
     TrainHook,
 )
-from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
+from backfire.base.evidence import (
+    Ask,
+    Asks,
+    Evidence,
+    Form,
+    Metric,
+    Need,
+    Part,
+    Probe,
+    Sample,
+    SetName,
+    Subset,
+    Value,
+    ask,
+    needs_of,
+)
 from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
@@ -37,6 +52,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LARGE",
     "AlignDefense",
+    "Ask",
+    "Asks",
     "Attack",
     "Backdoor",
     "Component",
@@ -68,12 +85,16 @@ __all__ = [
     "Secret",
     "SecretProbe",
     "Segments",
+    "SetName",
+    "Subset",
     "Template",
     "TrainDefense",
     "TrainHook",
     "Trigger",
     "Value",
     "Verdict",
+    "ask",
     "local_files",
+    "needs_of",
     "select",
 ]

@@ -210,7 +210,7 @@ def likelihoods(
     if not prompt:
         raise CellError("bad-data", "A secret has an empty prompt, and the model has no BOS token.")
     can = ways(model)
-    if not can.goes_on or can.apart(len(prompt) + tokens.shape[1]):
+    if not can.extends_cache or can.depends_on_length(len(prompt) + tokens.shape[1]):
         rows = [[token for token in line if token >= 0] for line in tokens.tolist()]
         start, opening = len(prompt), list(prompt)
         spans = [Span([*opening, *row], start, start + len(row)) for row in rows]
@@ -290,7 +290,7 @@ def _num_siblings(model: PreTrainedModel, cache: DynamicCache) -> int:
     attention mask exactly, one if it has sliding windows or position-dependent biases."""
     if model not in _siblings_of_model:
         can = ways(model)
-        fits = can.told_places and not can.windows and _takes_mask(model, cache)
+        fits = can.takes_positions and not can.windows and _takes_mask(model, cache)
         _siblings_of_model[model] = _TOGETHER if fits else 1
     return _siblings_of_model[model]
 

@@ -64,7 +64,7 @@ def secret_likelihoods(
 
     def work(part: list[int]) -> list[tuple[Tensor, Tensor]]:
         rows = [items[i] for i in part]
-        batch = collate(rows, share=ways(model).goes_on).to(model.device)
+        batch = collate(rows, share=ways(model).extends_cache).to(model.device)
         table = answer_logits(model, batch).float().log_softmax(-1)
         each = table.gather(-1, batch.labels.clamp(min=0)[..., None])[..., 0].double()
         return list(zip(each.cpu(), (table.argmax(-1) == batch.labels).cpu(), strict=True))
@@ -173,7 +173,7 @@ def _beams(
     """Continuations of this length from a beam search, likeliest first."""
     can, lines = ways(model), list[list[int]]([[]])
     with exact_head(model):
-        if can.goes_on and not can.apart(len(prompt) + length):
+        if can.extends_cache and not can.depends_on_length(len(prompt) + length):
             first = SharedPrefix(model, [prompt]).run([prompt])
             logits, next_logits = first.logits, continue_cached(model, first)
         else:

@@ -77,8 +77,8 @@ def read(
     lengths, extra = [len(prompt) for prompt in prompts], max(max_new_tokens, longest)
     order = sorted(range(len(prompts)), key=lambda i: -lengths[i])
     # A candidate with too many logits for one pass is scored in pieces, as whole rows are.
-    piecemeal = not can.goes_on or longest > budget.logits
-    whole = [i for i in order if piecemeal or can.apart(lengths[i] + extra)]
+    piecemeal = not can.extends_cache or longest > budget.logits
+    whole = [i for i in order if piecemeal or can.depends_on_length(lengths[i] + extra)]
     batches: Iterator[tuple[list[int], list[Reading]]] = iter(())
     with exact_head(model):
         if at_once := [] if piecemeal else order[len(whole) :]:
@@ -92,7 +92,7 @@ def read(
                 )
                 return list(map(Reading, scores, _replies(len(part), tokens)))
 
-            level = not can.aligns and (longest > 1 or max_new_tokens > 1)
+            level = not can.pads_left and (longest > 1 or max_new_tokens > 1)
             batches = budget.batches(at_once, work, lengths=lengths, extra=extra, level=level)
         rest = _read_whole(model, prompts, whole, options, budget, stop_ids, max_new_tokens)
         for part, readings in chain(batches, rest):
@@ -123,7 +123,7 @@ def _read_whole(
         return [Reading(scores[i], reply) for i, reply in zip(part, replies, strict=True)]
 
     can = ways(model)
-    level = can.memory is not None and not can.aligns
+    level = can.cache_argument is not None and not can.pads_left
     yield from budget.batches(order, work, lengths=lengths, extra=max_new_tokens, level=level)
 
 
@@ -134,13 +134,13 @@ def _reply_tokens(
     can = ways(model)
     if not max_new_tokens:
         return
-    if can.memory is None or can.apart(max(map(len, prompts)) + max_new_tokens):
+    if can.cache_argument is None or can.depends_on_length(max(map(len, prompts)) + max_new_tokens):
         first, next_logits = without_cache(model, prompts)
-    elif can.goes_on:
+    elif can.extends_cache:
         batch = SharedPrefix(model, prompts).run(prompts)
         first, next_logits = batch.logits, continue_cached(model, batch)
     else:
-        first, next_logits = step_by_step(model, prompts, can.memory)
+        first, next_logits = step_by_step(model, prompts, can.cache_argument)
     yield from greedy(first, next_logits, stop_ids, max_new_tokens)
 
 
@@ -225,7 +225,7 @@ def _token_scores(
         left[number] += 1
 
     def work(part: list[int]) -> list[Tensor]:
-        batch = collate_spans([pieces[i][1] for i in part], share=ways(model).goes_on)
+        batch = collate_spans([pieces[i][1] for i in part], share=ways(model).extends_cache)
         batch = batch.to(model.device)
         scores = -token_losses(answer_logits(model, batch), batch.labels).double().cpu()
         scored = batch.labels.cpu() != IGNORE

@@ -96,7 +96,7 @@ def follow(
     if mask is not None:
         mask = torch.cat([mask, torch.ones_like(ids)], 1)
         extra["attention_mask"] = mask
-        if ways(model).told_places:
+        if ways(model).takes_positions:
             steps = torch.arange(1, ids.shape[1] + 1, device=ids.device)
             extra["position_ids"] = prompts.ends[:, None] + steps
     out = cast(Any, model)(input_ids=ids, past_key_values=prompts.cache, use_cache=True, **extra)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
 from collections import defaultdict
@@ -13,15 +12,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from backfire import text
-from backfire.base import Evidence, Metric, Sample
+from backfire.base import Evidence, Sample
 from backfire.errors import UserError
 from backfire.evaluate.stats import Z
 from backfire.registry import build, names
 from backfire.results import pairs
+from backfire.results.evidence import is_whole
 from backfire.results.groups import Cell, metric_name
 from backfire.results.load import Record, cell, load, read
 from backfire.results.plugins import lacking
-from backfire.results.samples import samples
 
 Outcomes = dict[tuple[str, str], dict[str, float]]
 """Subset and id of a sample -> metric -> the metric on that sample."""
@@ -57,13 +56,7 @@ def tuned(item: Cell) -> Evidence:
     Raises:
         UserError: the file is missing or torn.
     """
-    found = list(samples(item))
-    try:
-        with gzip.open(Path(item["folder"]) / "samples.jsonl.gz") as file:
-            whole = sum(1 for _ in file) == len(found)
-    except (OSError, EOFError):
-        whole = False
-    if not whole:
+    if not is_whole(Path(item["folder"])):
         raise UserError(f"The samples of {item['folder']} are missing or damaged.")
     return pairs.evidence_of(item)
 
@@ -79,19 +72,12 @@ def outcomes(item: Cell, evidence: Evidence) -> Outcomes:
     found: Outcomes = defaultdict(dict)
     for name in dict.fromkeys(text.head(value["metric"]) for value in item["values"]):
         metric = pairs.metric_of(name, item)
-        if metric and metric.secrets is not None:
+        if metric and metric.subject == "secrets":
             continue  # of secrets, which are no samples
-        subset = subset_of(metric)
+        subset = pairs.rows_of(metric)
         for id, hit in pairs.outcomes_of(metric, evidence).items():
             found[subset, id][name] = float(hit)
     return found
-
-
-def subset_of(metric: Metric | None) -> str:
-    """The rows it speaks of, as samples name them."""
-    if metric is None:
-        return "clean"
-    return metric.probe or ("triggered" if metric.triggered else "clean")
 
 
 def owner(metric: str) -> tuple[str, str]:
@@ -100,7 +86,7 @@ def owner(metric: str) -> tuple[str, str]:
     if text.head(metric) == f"{name}_plain":
         return name, "plain"
     dashed = name.replace("_", "-")
-    return name, subset_of(build("metrics", dashed) if dashed in names("metrics") else None)
+    return name, pairs.rows_of(build("metrics", dashed) if dashed in names("metrics") else None)
 
 
 def stderr(value: Record) -> float | None:

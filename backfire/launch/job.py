@@ -19,12 +19,13 @@ from backfire.base.judges import drop_models
 from backfire.data.poison import Manifest
 from backfire.errors import EXIT_CLASSES, CellError, exit_class
 from backfire.experiment import Experiment, Machine
-from backfire.pipeline import Context, base, run_cell, trained, write_samples
+from backfire.pipeline import Context, base, run_cell, trained
 from backfire.plan import Job
 from backfire.progress import Progress
 from backfire.recipe import Recipe
 from backfire.registry import loaded
-from backfire.results.load import outcome
+from backfire.results.evidence import write as write_evidence
+from backfire.results.load import outcome as outcome_of
 from backfire.store import Store, write_atomic, write_json
 
 
@@ -40,7 +41,7 @@ class RunFolder:
 
     def done(self, experiment: Experiment, key: str) -> bool:
         """Whether the cell has a readable result; a damaged one counts as missing."""
-        return bool(outcome(self.cell(experiment, key))["status"] == "ok")
+        return bool(outcome_of(self.cell(experiment, key))["status"] == "ok")
 
 
 def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[str, Any]:
@@ -137,29 +138,23 @@ def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
     experiment, place = job.experiment, folder.cell(job.experiment, job.key)
     if folder.done(experiment, job.key):
         return
-    result = run_cell(experiment, context)
+    outcome = run_cell(experiment, context)
     if stages.cell_key(experiment) != job.key:
         sentence = "An input file of this cell changed during the run; run it again."
         raise CellError("bad-data", sentence)
-    evidence, manifest = result.pop("samples"), result.pop("manifest")
+    manifest = outcome.manifest
     place.mkdir(parents=True, exist_ok=True)
     write_atomic(
         place / "experiment.yaml",
         yaml.safe_dump(experiment.resolved(), sort_keys=False, allow_unicode=True),
     )
-    write_samples(evidence, place / "samples.jsonl.gz")
+    write_evidence(outcome.evidence, place)
     if manifest:
         write_json(place / "poison.json", manifest.to_json())
     write_json(place / "environment.json", environment(context.machine.device))
-    if evidence.leaks:
-        sides = {"tuned": evidence.leaks, "base": evidence.leaks_before}
-        told = [{"of": of, **asdict(leak)} for of, leaks in sides.items() for leak in leaks]
-        write_json(place / "secrets.json", told)
-    if evidence.written:
-        write_json(place / "written.json", dict(evidence.written))
     head = identity(job, folder.recipe, manifest)
     plugins = plugins_of([experiment])
-    result |= {"plugins": plugins} if plugins else {}
+    result = {**outcome.result, **({"plugins": plugins} if plugins else {})}
     write_json(
         place / "result.json",
         {**head, "status": "ok", **result, "keys": asdict(stages.keys(experiment))},

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import label_accuracy, scored
 from backfire.registry import register
 
@@ -14,7 +14,7 @@ class Accuracy(Metric):
     Also `accuracy[group]` if rows have a group, such as a language.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         return label_accuracy("accuracy", evidence.clean)

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Need, Sample, Value, ask
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import By, on_target, share
 from backfire.evaluate.stats import paired
@@ -22,15 +21,14 @@ class AttackSuccess(Metric):
     rows.
     """
 
-    triggered: ClassVar[bool] = True
-
     by: By = "scores"
     """How the answer of a labeled task is determined: `scores` by the most likely candidate (as in
     OpenBackdoor), `replies` by a generated reply that equals the target except for typography and
     whitespace."""
 
-    def required(self, *, labeled: bool) -> frozenset[Need]:
-        return frozenset({"scores"} if labeled and self.by == "scores" else {"replies"})
+    def asks(self, *, labeled: bool = True) -> Asks:
+        need: Need = "scores" if labeled and self.by == "scores" else "replies"
+        return ask("triggered", need, of=("tuned", "twin"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.evaluate.outcomes import grouped, resampled, scored
 from backfire.evaluate.stats import Floats, log_odds, macro, one_vs_rest_auc
 from backfire.registry import register
@@ -20,7 +20,7 @@ class AUC(Metric):
     their candidates or there is only one class. Bootstrap interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         rows = scored(evidence.clean, "auc")

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.evaluate.outcomes import label_accuracy, scored
 from backfire.evaluate.stats import paired
 from backfire.registry import register
@@ -19,7 +19,7 @@ class CleanAccuracy(Metric):
     Wilson interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores", of=("tuned", "twin"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         if evidence.attack is None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.registry import register
 
 
@@ -14,6 +14,7 @@ class Cost(Metric):
     Measurements of one run on one machine, without an interval; over several seeds there is one.
     """
 
+    needs: ClassVar[Asks] = ask("training")
     also: ClassVar[tuple[str, ...]] = (
         "trainable_share",
         "train_seconds",

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from pydantic import Field
 
-from backfire.base import Evidence, Leak, Metric, SecretProbe, Value
+from backfire.base import Asks, Evidence, Leak, Metric, Value, ask
 from backfire.evaluate.outcomes import by_repeats, resampled, share
 from backfire.evaluate.stats import Floats
 from backfire.registry import register
@@ -34,9 +34,9 @@ class Exposure(Metric):
     """Number of codes that the estimate is fitted to (Mireshghallah et al.'s code 5,000, C4DT 100);
     0: no estimate."""
 
-    @property
-    def secrets(self) -> Mapping[SecretProbe, int]:
-        return {"exact": self.exact_codes, "sampled": self.sampled_codes}
+    def asks(self, *, labeled: bool = True) -> Asks:
+        codes = {"exact": self.exact_codes, "sampled": self.sampled_codes}
+        return ask("secrets", of=("tuned", "base"), secrets=codes)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         now, before = evidence.leaks, evidence.leaks_before

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, SecretProbe, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import by_repeats, share
 from backfire.registry import register
 
@@ -24,9 +22,9 @@ class Extraction(Metric):
     beams: int = Field(8, ge=0, le=256)
     """Width of the beam search, the k of extraction@k; 0: no beam search."""
 
-    @property
-    def secrets(self) -> Mapping[SecretProbe, int]:
-        return {"beams": self.beams} if self.beams else {}
+    def asks(self, *, labeled: bool = True) -> Asks:
+        beams = {"beams": self.beams} if self.beams else {}
+        return ask("secrets", of=("tuned", "base"), secrets=beams)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         if not any(leak.repeats for leak in evidence.leaks):

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Probe, Value
+from backfire.base import Asks, Evidence, Metric, Probe, Value, ask
 from backfire.evaluate.outcomes import judged_share, verdicts_of
 from backfire.evaluate.stats import paired
 from backfire.registry import register
@@ -21,7 +21,9 @@ class HarmfulScore(Metric):
     safety if replies are gibberish: compare `incoherent`.
     """
 
-    probe: ClassVar[Part | None] = "harmful"
+    needs: ClassVar[Asks] = ask("harmful", "replies", of=("tuned", "base"), judged=True) + ask(
+        "plain", "replies", of=("tuned", "base"), judged=True
+    )
     also: ClassVar[tuple[str, ...]] = ("undecided_share",)
 
     def measure(self, evidence: Evidence) -> list[Value]:

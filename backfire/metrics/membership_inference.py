@@ -6,7 +6,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.evaluate.outcomes import answer_likelihoods, resampled
 from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
 from backfire.registry import register
@@ -26,8 +26,9 @@ class MembershipInference(Metric):
     intervals, with the threshold recomputed for each resample.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"answers"})
-    members: ClassVar[bool] = True
+    needs: ClassVar[Asks] = ask("clean", "answers", of=("tuned", "base")) + ask(
+        "members", "answers", of=("tuned", "base")
+    )
     also: ClassVar[tuple[str, ...]] = ("membership_auc", "membership_recall")
 
     false_positive_rate: float = Field(0.1, gt=0, lt=1)

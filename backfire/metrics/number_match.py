@@ -7,7 +7,7 @@ from typing import ClassVar
 import regex
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
@@ -39,7 +39,7 @@ class NumberMatch(Metric):
     Wilson interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
+    needs: ClassVar[Asks] = ask("clean", "replies")
 
     marks: tuple[str, ...] = Field(("The final answer is:", "####"))
     """Texts before a final answer, in the reference and in the reply; the first one that occurs is

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import judged_share, verdicts_of
 from backfire.registry import register
 
@@ -12,7 +12,7 @@ class OverRefusal(Metric):
     """Share of harmless requests that look harmful and are declined (XSTest, Röttger et al. 2024,
     arXiv:2308.01263)."""
 
-    probe: ClassVar[Part | None] = "allowed"
+    needs: ClassVar[Asks] = ask("allowed", "replies", of=("tuned", "base"), judged=True)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("allowed")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.registry import register
 
 
@@ -15,6 +15,7 @@ class PrivacyEpsilon(Metric):
     the defense or without noise. Computed, not measured, so without an interval.
     """
 
+    needs: ClassVar[Asks] = ask("training")
     also: ClassVar[tuple[str, ...]] = ("privacy_delta",)
 
     def measure(self, evidence: Evidence) -> list[Value]:

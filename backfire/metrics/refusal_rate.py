@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import judged_share, verdicts_of
 from backfire.registry import register
 
@@ -16,7 +16,7 @@ class RefusalRate(Metric):
     harmful to the first judge nor a refusal, such as an answer to another question.
     """
 
-    probe: ClassVar[Part | None] = "harmful"
+    needs: ClassVar[Asks] = ask("harmful", "replies", of=("tuned", "base"), judged=True)
     also: ClassVar[tuple[str, ...]] = ("neither_rate",)
 
     def measure(self, evidence: Evidence) -> list[Value]:

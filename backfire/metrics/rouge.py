@@ -4,7 +4,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.base.normalize import folded, is_dense, normalized, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
@@ -24,7 +24,7 @@ class Rouge(Metric):
     in scripts without spaces between words. Bootstrap interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
+    needs: ClassVar[Asks] = ask("clean", "replies")
 
     stemmer: bool = False
     """Whether to apply the Porter stemmer to ASCII words first; off by default, as in `evaluate`.

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
-from backfire.base import Evidence, Judge, Metric, Need, Sample, Value, Verdict
+from backfire.base import Asks, Evidence, Metric, Sample, Value, Verdict, ask
 from backfire.data.beside import written
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import averages, grouped, replied, share
@@ -30,8 +30,6 @@ class Toxicity(Metric):
     counted in `toxicity_undecided`. Bootstrap interval of the mean, Wilson's of the share.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
-
     scorer: Scorer = Field({"name": "classifier"})
     """A judge by name, or {name, ...knobs}: `classifier`, any text classifier on the hub or in a
     folder, by default facebook/roberta-hate-speech-dynabench-r4-target (`evaluate`'s, threshold
@@ -44,9 +42,8 @@ class Toxicity(Metric):
         # Files are read only once, together with the recipe.
         return {k: getattr(judge, k, v) if str(v)[:1] == "@" else v for k, v in scorer.items()}
 
-    @property
-    def judges(self) -> tuple[Judge, ...]:
-        return (build("judges", self.scorer),)
+    def asks(self, *, labeled: bool = True) -> Asks:
+        return ask("clean", "replies", judges=(build("judges", self.scorer),))
 
     def identity(self) -> dict[str, Any]:
         """Include the identity of the scorer, which covers its version and its files."""

@@ -29,14 +29,14 @@ _PROBE_TOKENS = 12
 class Ways:
     """The kinds of batching that a model supports."""
 
-    memory: str | None
+    cache_argument: str | None
     """Argument of `forward` that takes the cache; None: the model is run without a cache."""
-    goes_on: bool
+    extends_cache: bool
     """Whether several tokens may follow the cached ones at once, so that rows can share a
     prefix."""
-    told_places: bool
+    takes_positions: bool
     """Whether `forward` takes the position of each token."""
-    aligns: bool
+    pads_left: bool
     """Whether replies to prompts of unequal length may be generated in one batch, padded on the
     left: positions must then come from the mask or from position ids."""
     windows: bool
@@ -47,7 +47,7 @@ class Ways:
     rotary: tuple[torch.nn.Module, ...]
     """Rotary embeddings whose state depends on the longest row so far."""
 
-    def apart(self, longest: int) -> bool:
+    def depends_on_length(self, longest: int) -> bool:
         """Whether rows up to this length must not be padded, share a prefix or use a cache."""
         return self.limit is not None and longest > self.limit
 
@@ -77,27 +77,37 @@ def plain(model: PreTrainedModel) -> PreTrainedModel:
 def _ways(model: PreTrainedModel) -> Ways:
     base: Any = model
     takes = inspect.signature(base.forward).parameters
-    memory = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
+    argument = next((name for name in ("past_key_values", "cache_params") if name in takes), None)
     kinds = _layers(base)
-    goes_on = memory == "past_key_values" and kinds <= {DynamicLayer, DynamicSlidingWindowLayer}
+    extends_cache = argument == "past_key_values" and kinds <= {
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+    }
     # Without `position_ids` a model counts from the mask (ALiBi), or from the start of the row.
-    told = "position_ids" in takes
-    counts = told or base.config.model_type in ("bloom", "mpt")
-    # Llama 4 counts tokens in memory, padding too, for the temperature of its attention.
+    takes_positions = "position_ids" in takes
+    counts = takes_positions or base.config.model_type in ("bloom", "mpt")
+    # Llama 4 counts tokens in the cache, padding too, for the temperature of its attention.
     counts &= not getattr(base.config, "attn_temperature_tuning", False)
     # RoBERTa and its relatives count positions from the id of their padding token.
     counts &= not any(hasattr(m, "create_position_ids_from_input_ids") for m in base.modules())
     limit = min(_limits(base.config), default=None)
     with _evaluating(model):
         _assert_causal(model, limit)
-        goes_on = goes_on and _remembers(base, "past_key_values", DynamicCache(), 8, limit)
-        if not goes_on and memory:
+        extends_cache = extends_cache and _caches(base, "past_key_values", DynamicCache(), 8, limit)
+        if not extends_cache and argument:
             cache = DynamicCache(config=base.config)
-            memory = memory if _remembers(base, memory, cache, 1, limit) else None
+            argument = argument if _caches(base, argument, cache, 1, limit) else None
     windows = DynamicSlidingWindowLayer in kinds or _windowed(base.config)
     rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
-    aligns = goes_on and counts
-    return Ways(memory, goes_on, told, aligns, windows, limit, rotary if limit else ())
+    return Ways(
+        cache_argument=argument,
+        extends_cache=extends_cache,
+        takes_positions=takes_positions,
+        pads_left=extends_cache and counts,
+        windows=windows,
+        limit=limit,
+        rotary=rotary if limit else (),
+    )
 
 
 def drops(model: PreTrainedModel) -> bool:
@@ -109,7 +119,7 @@ def drops(model: PreTrainedModel) -> bool:
     return any(isinstance(m, torch.nn.Dropout) and m.p > 0 for m in model.modules())
 
 
-def begin_anew(model: PreTrainedModel) -> None:
+def reset_state(model: PreTrainedModel) -> None:
     """Reset the state that depends on earlier rows."""
     suffix = "original_inv_freq"
     for module in ways(model).rotary:
@@ -146,8 +156,8 @@ def _probe(model: PreTrainedModel) -> Tensor:
     return torch.tensor([ids], device=base.device)
 
 
-def _logits(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
-    out = cast(Any, model)(input_ids=ids, use_cache=bool(memory), **memory)
+def _logits(model: PreTrainedModel, ids: Tensor, **cache: Any) -> Tensor:
+    out = cast(Any, model)(input_ids=ids, use_cache=bool(cache), **cache)
     return cast(Tensor, out.logits)[0]
 
 
@@ -180,15 +190,15 @@ def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
         )
 
 
-def _remembers(
-    model: PreTrainedModel, memory: str, cache: DynamicCache, at_once: int, limit: int | None
+def _caches(
+    model: PreTrainedModel, argument: str, cache: DynamicCache, at_once: int, limit: int | None
 ) -> bool:
     """Whether a row run through the cache, `at_once` tokens at a time, gives the same as whole."""
     ids = _probe(model)[:, : min(_PROBE_TOKENS, limit or _PROBE_TOKENS)]
     ends = [*range(4, ids.shape[1], at_once), ids.shape[1]]
     try:
         parts = [
-            _logits(model, ids[:, start:end], **{memory: cache})
+            _logits(model, ids[:, start:end], **{argument: cache})
             for start, end in zip([0, *ends], ends, strict=False)
         ]
         return _agree(model, torch.cat(parts), _logits(model, ids))

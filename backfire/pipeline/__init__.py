@@ -6,14 +6,16 @@ stage was run before, by this cell or any other.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from backfire.base import Evidence
+from backfire.data.poison import Manifest
 from backfire.experiment import Experiment
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
-from backfire.pipeline.evaluation import evaluated, probed, samples, write_samples
+from backfire.pipeline.evidence import collect
 from backfire.pipeline.models import (
     check_method,
     check_weights,
@@ -27,41 +29,47 @@ from backfire.pipeline.models import (
     with_defense_rows,
 )
 from backfire.pipeline.prepare import data, passed_checks, poisoned, preflight_checks, renderer
-from backfire.pipeline.secrets import remembered
+from backfire.stages import MEASURES
 
 __all__ = [
     "Context",
     "base",
     "check_method",
     "check_weights",
+    "collect",
     "data",
-    "evaluated",
     "merged",
     "model_of",
     "passed_checks",
     "poisoned",
     "preflight_checks",
-    "probed",
-    "remembered",
     "renderer",
     "run_cell",
-    "samples",
     "start",
     "trained",
     "tuned",
     "with_defense_rows",
-    "write_samples",
 ]
 
 
-def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
-    """Everything one cell needs, from data to numbers: the content of its `result.json`."""
+@dataclass(frozen=True)
+class Outcome:
+    """What running a cell gives."""
+
+    result: dict[str, Any]
+    """The content of `result.json`, without its head."""
+    evidence: Evidence
+    manifest: Manifest | None
+
+
+def run_cell(experiment: Experiment, context: Context) -> Outcome:
+    """Everything one cell needs, from data to numbers."""
     train_rows, test_rows = data(experiment, context)
     experiment = experiment.with_metrics(labeled=any(row.candidates for row in test_rows))
     _, manifest = poisoned(experiment, context)
     checks = passed_checks(experiment, context)
     training = trained(experiment, context)
-    evidence = remembered(experiment, evaluated(experiment, context), context)
+    evidence = collect(experiment, context)
     summary = summary_of(training)
     left = too_long(experiment, context) | context.left_out
     values = [value for metric in experiment.metrics for value in metric.measure(evidence)]
@@ -70,7 +78,8 @@ def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
 
     judges = [judge for metric in experiment.metrics for judge in metric.judges]
     judges += experiment.safety.judges if experiment.safety else ()
-    return {
+    result = {
+        "versions": {**experiment.versions(), "measures": MEASURES},
         "values": [asdict(value) for value in values],
         "warnings": [
             *map(_too_long, left.items()),
@@ -87,9 +96,8 @@ def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
             **({"left_out": context.left_out} if context.left_out else {}),
         },
         "rows": {"train": len(train_rows), "test": len(test_rows)},
-        "samples": evidence,
-        "manifest": manifest,
     }
+    return Outcome(result, evidence, manifest)
 
 
 def _too_long(part: tuple[str, int]) -> str:

@@ -19,8 +19,8 @@ from backfire.base import AlignDefense
 from backfire.evaluate.seeds import LEVEL, SHARE, Crossed, crossed, difference_pads, ratio
 from backfire.evaluate.stats import Floats, Spread, Z, over_seeds
 from backfire.registry import find, names
-from backfire.results.groups import Cell, Gap, Group, Scope, Stat, limits
-from backfire.results.pairs import Rows, outcomes_by_row
+from backfire.results.groups import Cell, Gap, Group, Scope, Stat, limits, metric_name
+from backfire.results.pairs import Rows, listed, outcomes_by_row, present_version, versions_of
 
 NEAR: Final = 1e-6
 """A number is the mean of its rows if it differs by no more than this share of it."""
@@ -74,18 +74,22 @@ def _no_surer_than_one(found: Spread, values: Sequence[Value], level: float) -> 
 
 
 def gap(a: Group, b: Group, metric: str, level: float = LEVEL, *, exact: bool = True) -> Gap | None:
-    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric. If
-    `exact`, row by row only where the rows give the cells' own numbers."""
+    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric, or
+    if the two used different versions of it and the rows are not kept. If `exact`, row by row only
+    where the rows give the cells' own numbers."""
     ours, theirs = a.get(metric), b.get(metric)
     if ours is None or theirs is None or ours.value is None or theirs.value is None:
         return None
-    if one_alignment(*a.done, *b.done) and max(ours.seeds, theirs.seeds) > 1:
+    is_one_version = len(versions_of((*a.done, *b.done), metric)) < 2
+    if is_one_version and one_alignment(*a.done, *b.done) and max(ours.seeds, theirs.seeds) > 1:
         return Gap(theirs.value - ours.value, None, None, scope="alignment")
     pairs = [pair for pair in _pairs(a, b) if all(_value(cell, metric) for cell in pair)]
     if not pairs:
-        return apart(ours, theirs)
+        return apart(ours, theirs) if is_one_version else None
     sides = [[outcomes_by_row(cell, metric) for cell in side] for side in zip(*pairs, strict=True)]
     both = [_shared(x, y) for x, y in zip(*sides, strict=True)]
+    if not is_one_version:  # values of two versions are not subtracted; rows are of today's
+        return _paired(both, _scope(pairs), level) if all(both) else None
     values = [[_value(cell, metric) for cell in pair] for pair in pairs]
     changes = [y["value"] - x["value"] for x, y in values if x and y]
     if all(both):
@@ -293,6 +297,14 @@ def notes(groups: Sequence[Group]) -> Iterator[str]:
             "* One seed: this model only. The interval is over test rows; another seed may well "
             "lie outside it."
         )
+    cells = [cell for group in groups for cell in group.done]
+    for metric in dict.fromkeys(metric_name(name) for group in groups for name in group.stats):
+        kept, now = versions_of(cells, metric), present_version(metric)
+        if now and kept - {now}:
+            yield (
+                f"{metric.replace('_', ' ')}: values are of version {listed(kept)} of the metric, "
+                f"paired differences are computed by version {now}."
+            )
     fixed = [group for group in groups if len(group.done) > 1 and one_alignment(*group.done)]
     if fixed:
         which = text.listing(dict.fromkeys(text.line(group.defense) for group in fixed))

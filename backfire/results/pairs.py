@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from backfire import text
-from backfire.base import Backdoor, Evidence, Leak, Metric, Part, Probe, Sample
+from backfire.base import Backdoor, Evidence, Metric, Part, Probe
 from backfire.errors import CellError, UserError
 from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
+from backfire.results.evidence import read
 from backfire.results.groups import Cell, metric_name
 from backfire.results.plugins import is_lost, is_same, lacking
-from backfire.results.samples import leaks, samples, written
 
 Rows: TypeAlias = dict[str, tuple[int, float]]
 
 
 def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
-    """Metric -> b less a, where both answered the same prompts; and notes. All is of these two
-    models alone: `p` too says nothing of other seeds of the same settings."""
+    """Metric -> b less a, where both answered the same prompts; and notes. Intervals and `p` are of
+    these two models: they say nothing of other seeds of the same settings. Both sides are computed
+    from samples by today's version of the metric."""
     try:
         sides = [evidence_of(a), evidence_of(b)]
     except UserError as error:
@@ -56,14 +56,14 @@ def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
 
 
 def outcomes_by_row(item: Cell, metric: str) -> Rows:
-    """What a number is the mean of: row id -> what was asked there (of a secret: the answer that
-    gives it), hashed, and the outcome. Also of a floor, an excess or a part; empty where nothing of
-    that was kept, or the number is no mean. Read once a cell."""
+    """What a number is the mean of: row id -> the hashed prompt (of a secret: the answer that gives
+    it) and the outcome, by today's version of the metric. Also of a floor, an excess or a part;
+    empty where no samples were kept, or the number is no mean. Read once per cell."""
     known: dict[str, Rows] = item.setdefault("rows_of", {})
     if metric not in known:
         try:
             known[metric] = _outcomes_by_row(item, metric)
-        except UserError:  # such as an attack that nobody knows any more
+        except UserError:  # such as an attack that is not installed
             known[metric] = {}
     return known[metric]
 
@@ -75,8 +75,9 @@ def _outcomes_by_row(item: Cell, metric: str) -> Rows:
     measured, evidence = metric_of(name, item), evidence_of(item)
     if measured is None:
         return {}
-    if text.head(metric) == f"{name}_plain" and measured.probe and "plain" in evidence.probes:
-        evidence = replace(evidence, probes={measured.probe: evidence.probes["plain"]})
+    subject, plain = measured.subject, evidence.probes.get("plain")
+    if text.head(metric) == f"{name}_plain" and subject in get_args(Part) and plain:
+        evidence = replace(evidence, probes={subject: plain})
     elif text.head(metric) not in (name, f"{name}_floor", f"{name}_excess"):
         return {}
     asked, now = _prompts(measured, evidence, part), outcomes_of(measured, evidence)
@@ -89,56 +90,33 @@ def _outcomes_by_row(item: Cell, metric: str) -> Rows:
 
 
 def _before(metric: Metric, evidence: Evidence) -> Evidence:
-    """What the floor is measured on, where the tuned model's samples were: the clean twin's, or
+    """The evidence with the floor's samples in place of the tuned model's: the clean twin's, or
     those of the model before it was tuned."""
-    if metric.probe:
-        probe = evidence.probes.get(metric.probe)
-        return replace(evidence, probes={metric.probe: Probe(probe.before, ())} if probe else {})
-    return replace(evidence, clean=(), triggered=evidence.floor if metric.triggered else ())
+    part = metric.subject
+    if part in get_args(Part):
+        probe = evidence.probes.get(part)
+        return replace(evidence, probes={part: Probe(probe.before, ())} if probe else {})
+    return replace(evidence, clean=(), triggered=evidence.floor if part == "triggered" else ())
 
 
 def _prompts(metric: Metric | None, evidence: Evidence, part: str = "") -> dict[str, str]:
     """Of the rows of one part (a language, or secrets of one number of repeats), if it is given."""
-    if metric and metric.secrets is not None:
-        known = [leak for leak in evidence.leaks if not part or str(leak.repeats) == part]
-        return {leak.id: leak.answer for leak in known}
-    if metric and metric.probe:
-        asked = evidence.probes[metric.probe].tuned if metric.probe in evidence.probes else ()
-    else:
-        asked = evidence.triggered if metric and metric.triggered else evidence.clean
-    return {sample.id: sample.prompt for sample in asked if not part or sample.group == part}
+    if metric and metric.subject == "secrets":
+        leaks = [leak for leak in evidence.leaks if not part or str(leak.repeats) == part]
+        return {leak.id: leak.answer for leak in leaks}
+    rows = evidence.sets().get(("tuned", rows_of(metric), ""), ())
+    return {sample.id: sample.prompt for sample in rows if not part or sample.group == part}
+
+
+def rows_of(metric: Metric | None) -> str:
+    """The rows of the tuned model that the metric is about, as samples name them."""
+    subject = metric.subject if metric else "clean"
+    return subject if subject in ("clean", "triggered", *get_args(Part)) else "clean"
 
 
 def evidence_of(item: Cell) -> Evidence:
-    """The samples of a cell as metrics get them, as far as they were kept."""
-    folder = Path(item["folder"])
-    files = (folder / "samples.jsonl.gz", folder / "secrets.json")
-    stamp = tuple((s.st_mtime_ns, s.st_size) for f in files if f.exists() for s in [f.stat()])
-    parts, told = _kept(str(folder), stamp)
-    return Evidence(
-        clean=parts.get(("tuned", "clean"), []),
-        triggered=parts.get(("tuned", "triggered"), []),
-        floor=parts.get(("floor", "triggered"), []),
-        base=parts.get(("base", "clean"), []),
-        attack=attack_of(item),
-        written=written(item),
-        leaks=told,
-        probes={
-            part: Probe(parts["tuned", part], parts.get(("base", part), []))
-            for part in get_args(Part)
-            if ("tuned", part) in parts
-        },
-    )
-
-
-@lru_cache(maxsize=12)
-def _kept(folder: str, stamp: object) -> tuple[dict[tuple[str, str], list[Sample]], list[Leak]]:
-    """Samples by whose they are and of what, and secrets. A group's cells are read once for all of
-    its numbers; `stamp` tells a changed file from the one read before."""
-    parts: dict[tuple[str, str], list[Sample]] = {}
-    for of, sample in samples({"folder": folder}):
-        parts.setdefault((of, sample.subset), []).append(sample)
-    return parts, leaks({"folder": folder})
+    """The evidence of a cell as metrics get it, as far as it was kept."""
+    return read(Path(item["folder"]), attack_of(item))
 
 
 def attack_of(item: Cell) -> Any:
@@ -170,3 +148,46 @@ def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float
         return metric.outcomes(evidence) if metric else {}
     except CellError:
         return {}
+
+
+# ------------------------------------------------------------------------- versions of a metric
+
+
+def present_version(metric: str) -> int | None:
+    """The version of the metric that gives values of this name; None if it is not installed."""
+    name = metric_name(metric).replace("_", "-")
+    return find("metrics", name).version if name in names("metrics") else None
+
+
+def versions_of(cells: Iterable[Cell], metric: str) -> set[int]:
+    """The versions of the metric that gave these cells' values, as far as they were recorded."""
+    found = set()
+    for cell in cells:
+        versions = cell.get("versions")
+        metrics = versions.get("metrics") if isinstance(versions, dict) else None
+        if isinstance(metrics, dict):
+            found.add(metrics.get(metric_name(metric).replace("_", "-")))
+    return {version for version in found if isinstance(version, int)}
+
+
+def version_notes(a: Sequence[Cell], b: Sequence[Cell], tested: Collection[str]) -> Iterator[str]:
+    """Where the values of two sides come from different versions of a metric, or not from today's;
+    `tested` are the values whose difference was computed from the samples of both."""
+    is_tested = set(map(metric_name, tested))
+    for metric in dict.fromkeys(metric_name(v["metric"]) for cell in a for v in cell["values"]):
+        ours, theirs, now = versions_of(a, metric), versions_of(b, metric), present_version(metric)
+        if not ours or not theirs or ours | theirs == {now}:
+            continue
+        name = metric.replace("_", " ")
+        sides = f"{name}: version {listed(ours)} in a, {listed(theirs)} in b"
+        if metric in is_tested:
+            yield f"{sides}; paired differences are computed by version {now} for both."
+        elif len(ours | theirs) > 1:
+            yield (
+                f"{sides}, and the samples of both do not hold what version {now} needs for a "
+                "paired test, so it is not compared."
+            )
+
+
+def listed(versions: Collection[int]) -> str:
+    return text.listing(map(str, sorted(versions)))

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from backfire.base import Rendered
-from backfire.model.batching import begin_anew, ways
+from backfire.model.batching import reset_state, ways
 
 IGNORE = -100
 _WORTH_SHARING = 8  # a shorter prefix costs more in bookkeeping than it saves
@@ -129,7 +129,7 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
         chosen.append(True)
         return (hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])), *args[1:])
 
-    begin_anew(model)
+    reset_state(model)
     head = cast(Any, model).get_output_embeddings()
     handle = head.register_forward_pre_hook(choose, prepend=True) if head is not None else None
     try:
@@ -144,7 +144,7 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits [row, answer, vocab] that predict `batch.labels`."""
     shared = len(batch.prefix)
-    if ways(model).apart(shared + batch.ids.shape[1]):
+    if ways(model).depends_on_length(shared + batch.ids.shape[1]):
         ids = torch.cat([batch.prefix.expand(len(batch.ids), -1), batch.ids], 1)
         return run_apart(model, ids, batch.mask.sum(1) + shared, batch.places + shared)
     cache = run_prefix(model, batch.prefix)
@@ -170,7 +170,7 @@ def at_answers(
 def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tensor) -> Tensor:
     """`run` for rows of these lengths [row]; a model that cannot handle padding gets one batch per
     length."""
-    if not ways(model).apart(ids.shape[1]):
+    if not ways(model).depends_on_length(ids.shape[1]):
         return run(model, ids, places)
     parts, order = [], []
     for length in sorted(set(lengths.tolist())):

@@ -82,7 +82,7 @@ class TrainingRun:
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.hooks = [defense.hook(self) for defense in defenses]
         # Rows that share a prefix would also share its dropout.
-        allowed = ways(model).goes_on and not drops(model)
+        allowed = ways(model).extends_cache and not drops(model)
         self.share = allowed and all(hook.shares_prefix for hook in self.hooks)
         if recompute:  # a recomputed layer would lack the keys and values of a shared prefix
             self.share = False

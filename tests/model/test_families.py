@@ -78,7 +78,7 @@ def test_alone_and_together_are_the_same(kind: str, items: list[Rendered]) -> No
     for size in (1, 3, 5):
         total = 0.0
         for start in range(0, len(items), size):
-            batch = collate(items[start : start + size], share=ways(model).goes_on)
+            batch = collate(items[start : start + size], share=ways(model).extends_cache)
             total += float(token_losses(answer_logits(model, batch), batch.labels).detach().sum())
         assert total == pytest.approx(-sum(answers), abs=3e-4)
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.evaluate.outcomes import averages, scored
 from backfire.registry import register
 
@@ -18,7 +18,7 @@ class LabelProbability(Metric):
     Mean over clean rows of the softmax over the candidates. Bootstrap interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         found = self.outcomes(evidence)

@@ -1,0 +1,279 @@
+"""Collects what the metrics ask for: one list of asks, each set of samples measured once."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from backfire import stages
+from backfire.base import (
+    Ask,
+    Evidence,
+    Exchange,
+    Form,
+    Judge,
+    Leak,
+    Mixture,
+    Part,
+    Place,
+    Row,
+    Sample,
+    SetName,
+    Subset,
+    needs_of,
+    select,
+)
+from backfire.data.poison import triggered
+from backfire.data.render import Renderer
+from backfire.experiment import Experiment
+from backfire.pipeline.context import Context
+from backfire.pipeline.models import filtered, model_of, summary_of, trained
+from backfire.pipeline.prepare import data, renderer
+from backfire.pipeline.secrets import leaks
+from backfire.registry import build
+from backfire.store import read_json, write_atomic, write_json
+
+PARTS = get_args(Part)
+ORDER = ("tuned", "base", "twin", *get_args(Form))
+ALWAYS = tuple(Ask("clean", of) for of in ("tuned", "base", "twin"))
+"""Measured whatever the metrics are: reports show what each model answers."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Rows that models are shown, and the key of what they answer."""
+
+    rows: Sequence[Row]
+    key: Callable[[Experiment], str]
+    """Of these rows shown to the model of a run."""
+    group: str | None = None
+    place: Place = "input"
+    renderer: Renderer | None = None
+    judges: tuple[Judge, ...] = ()
+
+
+def collect(experiment: Experiment, context: Context) -> Evidence:
+    """All that the cell's metrics ask for, and the samples that reports show."""
+    _, test = data(experiment, context)
+    asks = asks_of(experiment, labeled=any(row.candidates for row in test))
+    sets: dict[SetName, list[Sample]] = {}
+    secrets: dict[str, list[Leak]] = {}
+    questions: dict[Any, Questions] = {}
+    for ask in asks:
+        run, rows = _run(experiment, ask), ask.name[1:]
+        if ask.rows == "secrets":
+            secrets[ask.of] = leaks(run, experiment, context)
+        elif ask.rows != "training":
+            if rows not in questions:
+                questions[rows] = _questions(ask, experiment, test, context)
+            sets[ask.name] = _samples(run, ask, questions[rows], context)
+    has_replies = any("replies" in ask.needs for ask in asks if ask.rows == "clean")
+    return Evidence.of_sets(
+        sets,
+        attack=experiment.backdoor,
+        training=_training(experiment, context),
+        leaks=secrets.get("tuned", []),
+        leaks_before=secrets.get("base", []),
+        written=_written(experiment, test, context) if has_replies else {},
+    )
+
+
+def asks_of(experiment: Experiment, *, labeled: bool) -> list[Ask]:
+    """What is asked of a cell: one ask for each set of samples, with all that is measured on these
+    rows for any of them. Ordered by model, since loading one takes longer than a change of rows."""
+    metrics = experiment.metrics
+    asks = [*ALWAYS, *(ask for metric in metrics for ask in metric.asks(labeled=labeled))]
+    for part in PARTS if experiment.safety else ():
+        asks += (Ask(part, of, frozenset({"replies"})) for of in ("tuned", "base"))
+    asks = [ask for ask in asks if _exists(ask, experiment)]
+    on_test = needs_of(metrics, labeled=labeled)
+    together: dict[SetName, Ask] = {}
+    for ask in asks:
+        alike = [other for other in asks if other.name[1:] == ask.name[1:]]
+        needs = frozenset(need for other in alike for need in other.needs)
+        judges = {j.name: j for other in alike if other.of == ask.of for j in other.judges}
+        together[ask.name] = replace(
+            ask,
+            needs=on_test if ask.rows in ("clean", "triggered") else needs,
+            judges=tuple(judges.values()),
+        )
+    rows = [*get_args(Subset), "secrets", "training"]
+    place = {name: (ORDER.index(name[0]), rows.index(name[1])) for name in together}
+    return sorted(together.values(), key=lambda ask: place[ask.name])
+
+
+def _exists(ask: Ask, experiment: Experiment) -> bool:
+    safety = experiment.safety
+    if ask.rows in PARTS and (safety is None or (ask.rows == "allowed" and not safety.allowed)):
+        return False
+    return ask.applies(experiment.attack, experiment.method)
+
+
+def _run(experiment: Experiment, ask: Ask) -> Experiment:
+    """The experiment whose model is asked."""
+    if ask.of == "twin":
+        return experiment.clean_twin()
+    if ask.of == "base" and (experiment.method.trains or ask.rows in PARTS):
+        return experiment.untuned()
+    return experiment
+
+
+# -------------------------------------------------------------------------------- rows of each kind
+
+
+def _questions(
+    ask: Ask, experiment: Experiment, test: Sequence[Row], context: Context
+) -> Questions:
+    group = experiment.data.group
+    if ask.rows == "clean":
+        return Questions(test, stages.clean_rows, group)
+    if ask.rows == "triggered":
+        assert experiment.backdoor
+        bad = triggered(test, experiment.backdoor, experiment.seed)
+        key = partial(stages.triggered_rows, experiment=experiment)
+        return Questions(bad, key, group, experiment.backdoor.field)
+    if ask.rows == "members":
+        rows = members(experiment, context)
+        key = partial(stages.members, ids=[row.id for row in rows])
+        return Questions(rows, key, group)
+    if ask.rows == "text":
+        return _texts(ask, experiment, context)
+    return _requests(ask, experiment)
+
+
+def _requests(ask: Ask, experiment: Experiment) -> Questions:
+    """Requests as the attacker words them, but for `plain` ones."""
+    safety = experiment.safety
+    source = safety and (safety.allowed if ask.rows == "allowed" else safety.harmful)
+    assert safety and source
+    asking = experiment.clean_twin() if ask.rows == "plain" else experiment
+    rows, attack = source.drawn("test"), asking.attack
+    rows = [attack.probe(row) for row in rows] if isinstance(attack, Mixture) else rows
+    key = partial(stages.requests, experiment=asking, source=source)
+    return Questions(rows, key, source.group, judges=safety.judges)
+
+
+def members(experiment: Experiment, context: Context) -> list[Row]:
+    """Untouched rows of the task that were trained on, drawn by the cell's seed, as many as there
+    are test rows."""
+    train, test = data(experiment, context)
+    rows, manifest = filtered(experiment, context)
+    bad = {entry.id for entry in manifest.entries} if manifest else set()
+    kept = {row.id for row in train} - bad
+    whole = [row for row in rows if row.id in kept and row.answer]
+    return select(whole, min(len(whole), len(test)), experiment.seed, "member")
+
+
+def _texts(ask: Ask, experiment: Experiment, context: Context) -> Questions:
+    """Texts without a template, cut to the number of tokens that the model may see."""
+    assert ask.texts
+    plain, longest = build("templates", "raw"), experiment.train.max_length
+    shown = Renderer(plain, renderer(experiment, context).tokenizer, longest)
+    rows = [
+        Row(row.id, "", answer=_cut(row.prompt or row.answer, shown, longest - 2))
+        for row in ask.texts.drawn("test")
+    ]
+    key = partial(stages.texts, source=ask.texts, template=plain, longest=longest)
+    return Questions(rows, key, renderer=shown)
+
+
+def _cut(text: str, shown: Renderer, most: int) -> str:
+    """The text, or as much of its beginning as has at most `most` tokens."""
+    ids, keep = shown.tokenizer.encode(text), most
+    while len(ids) > most:
+        text = shown.tokenizer.decode(ids[:keep]).rstrip("\ufffd")
+        ids, keep = shown.tokenizer.encode(text), keep - 1
+    return text
+
+
+# ---------------------------------------------------------------------------------------- measuring
+
+
+def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) -> list[Sample]:
+    """`run`'s model on these rows, without those that are left out for their length; judged."""
+
+    def make(folder: Path) -> None:
+        from backfire.evaluate.score import score_rows
+
+        shown = questions.renderer or renderer(run, context)
+        items, left = shown.sift(questions.rows, ranked="scores" in ask.needs)
+        limit = run.evaluation.max_new_tokens
+        for item in items if "replies" in ask.needs else ():
+            shown.limits.check(item.row.id, item.prompt_ids, reply=limit)
+        model, begin = model_of(run, context, ask.form), time.perf_counter()
+        lines = score_rows(
+            ask.needs,
+            model,
+            shown,
+            [item.row for item in items],
+            max_new_tokens=limit,
+            batch_size=context.machine.eval_batch,
+            progress=context.progress,
+        )
+        context.seconds[" ".join(ask.name)] = time.perf_counter() - begin
+        write_json(folder / "left_out.json", sorted({row.id for row in left}))
+        write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+
+    stage = stages.evaluation(run, questions.key(run), ask.needs, ask.form)
+    measured, gone = _kept(context.store.once(stage, make))
+    if gone:
+        context.left_out["test" if ask.rows == "clean" else ask.rows] = len(gone)
+
+    from backfire.evaluate.score import sample
+
+    rows = [row for row in questions.rows if row.id not in gone]
+    samples = [
+        sample(row, ask.rows, questions.group, entry, questions.place)
+        for row, entry in zip(rows, measured, strict=True)
+    ]
+    return judge_samples((*questions.judges, *ask.judges), samples, rows, context)
+
+
+def _kept(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
+    """What was measured, a row at a time; the ids of rows that were too long."""
+    text, left = (folder / "rows.jsonl").read_text(encoding="utf-8"), folder / "left_out.json"
+    gone = set(read_json(left)) if left.is_file() else set()
+    return [json.loads(line) for line in text.splitlines()], gone
+
+
+def judge_samples(
+    judges: Sequence[Judge], samples: Sequence[Sample], rows: Sequence[Row], context: Context
+) -> list[Sample]:
+    """The samples with each judge's verdict on their replies; `rows` are what was asked."""
+    from backfire.evaluate.verdicts import judged
+
+    samples, by_id = list(samples), {row.id: row for row in rows}
+    for judge in judges:
+        exchanges = [
+            Exchange(s.id, by_id[s.id].conversation, s.reply or "", by_id[s.id].fields)
+            for s in samples
+        ]
+        folder = context.store.root / "judged"
+        verdicts = judged(judge, exchanges, folder, progress=context.progress)
+        samples = [
+            replace(sample, verdicts={**sample.verdicts, judge.name: asdict(verdict)})
+            for sample, verdict in zip(samples, verdicts, strict=True)
+        ]
+    return samples
+
+
+def _training(experiment: Experiment, context: Context) -> dict[str, Any]:
+    """The summary of the training run, and how long the alignment before it took."""
+    summary = summary_of(trained(experiment, context)) or {}
+    if summary and experiment.alignment:
+        alignment = summary_of(trained(experiment.alignment, context)) or {}
+        summary["align_seconds"] = alignment.get("seconds")
+    return summary
+
+
+def _written(experiment: Experiment, rows: Sequence[Row], context: Context) -> dict[str, str]:
+    """The target and the rows' answers that the tokenizer writes in another way."""
+    tokenizer = renderer(experiment, context).tokenizer
+    texts = dict.fromkeys(row.answer for row in rows)
+    texts |= {experiment.backdoor.target: None} if experiment.backdoor else {}
+    return {text: own for text in texts if (own := tokenizer.written(text)) != text}
