@@ -77,8 +77,8 @@ def from_file(path: Path) -> Plugin:
         raise UserError(f"'{shortened(path)}' is a folder; a plug-in is a Python file.")
     if path.suffix != ".py":
         raise UserError(
-            f"--plugin takes a Python file ending in .py (got {shortened(path)}); an installed "
-            "package is found without it."
+            f"A plug-in is a Python file ending in .py (got {shortened(path)}); an installed "
+            "package needs no --plugin."
         )
     if not path.is_file():
         raise UserError(f"No such plug-in file: {shortened(path)}.")

@@ -32,8 +32,9 @@ NEEDS: Final[Mapping[Need, str]] = {
 
 
 def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
-    """The metrics of `specs`, each a YAML value (a name, {name, ...knobs} or a list of these), on
-    the samples of every finished cell. No file changes.
+    """Compute the metrics of `specs` on the samples of every finished cell, without writing files.
+
+    Each spec is a YAML value: a name, {name, ...knobs} or a list of these.
 
     Raises:
         UserError: the samples of a cell do not hold what a metric needs.
@@ -78,8 +79,11 @@ def _values(metrics: Sequence[Metric], item: Cell) -> Iterator[Record]:
         except CellError as error:
             raise UserError(f"Cell {item['cell']}: {error}") from None
         for value in values:
-            known = {name: getattr(value, name) for name in NUMBERS}
-            yield {**known, **{name: finite(known[name]) for name in ("value", "low", "high", "n")}}
+            fields = {name: getattr(value, name) for name in NUMBERS}
+            yield {
+                **fields,
+                **{name: finite(fields[name]) for name in ("value", "low", "high", "n")},
+            }
 
 
 # --------------------------------------------------------------------------------- what is missing
@@ -134,14 +138,15 @@ def _has(need: Need, sample: Sample) -> bool:
 
 
 def _missing_secrets(ask: Ask, leaks: Sequence[Leak], kept: Sequence[Ask]) -> str:
-    """Secrets are looked for among as many codes or beams as the metric that asks for most."""
+    """What is missing for the metric's secrets; they are scored with the largest number of codes and
+    beams that a metric of the recipe asks for."""
     if not leaks:
-        return "what its model gives away of the attack's secrets is not kept"
+        return "scores of the attack's secrets are not kept"
     for kind, amount in ask.secrets.items():
         most = max((one.secrets.get(kind, 0) for one in kept), default=0)
         is_ranked = kind == "exact" and all(leak.num_codes > amount or leak.rank for leak in leaks)
         if amount > most and not is_ranked:
-            return f"its secrets were looked for with {kind}: {most}, and {amount} is needed"
+            return f"its secrets were scored with {kind}: {most}, and {amount} is needed"
     return ""
 
 

@@ -258,12 +258,12 @@ def show(window: browser.Browser, page: Any, width: int = 1200) -> None:
 
 def choose(window: browser.Browser, side: str, title: str) -> None:
     window.type(f"#{side} input", title)
-    options = "[...document.querySelectorAll('ul[choice=listbox] li')]"
+    options = "[...document.querySelectorAll('ul[role=listbox] li')]"
     wanted = f"{options}.find(item => item.ariaLabel === {json.dumps(title)})"
     press = "item.dispatchEvent(new MouseEvent('mousedown', {bubbles: true, cancelable: true}))"
     window.until(f"(item => item && ({press}, true))({wanted})")
     window.until(f"document.querySelector('#{side} input').value === {json.dumps(title)}")
-    window.until("!document.querySelector('ul[choice=listbox]')")
+    window.until("!document.querySelector('ul[role=listbox]')")
 
 
 def value(window: browser.Browser, name: str) -> str:
