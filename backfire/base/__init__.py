@@ -25,11 +25,13 @@ from backfire.base.defenses import (
     TrainDefense,
     TrainHook,
 )
-from backfire.base.evidence import Evidence, Form, Metric, Need, Part, Probe, Sample, Value
+from backfire.base.evidence import Evidence, Form, Part, Probe, Sample
 from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
+from backfire.base.metrics import Metric, Need, Ranks, Use
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
 from backfire.base.secrets import Leak, SecretProbe
+from backfire.result import Value
 
 if TYPE_CHECKING:
     from backfire.base.defenses import Inner as Inner
@@ -61,6 +63,7 @@ __all__ = [
     "Poison",
     "Preset",
     "Probe",
+    "Ranks",
     "Rendered",
     "RepairDefense",
     "Row",
@@ -72,6 +75,7 @@ __all__ = [
     "TrainDefense",
     "TrainHook",
     "Trigger",
+    "Use",
     "Value",
     "Verdict",
     "local_files",

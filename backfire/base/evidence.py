@@ -1,16 +1,13 @@
-"""What is known of a cell, and how it becomes numbers."""
+"""What is known of a cell when its metrics are computed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from backfire.base.attacks import Backdoor
-from backfire.base.config import Component
-from backfire.base.judges import Judge
-from backfire.base.rows import Dataset
-from backfire.base.secrets import Leak, SecretProbe
+from backfire.base.secrets import Leak
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,79 +100,3 @@ class Evidence:
     def as_written(self, text: str) -> str:
         """The text in the form that a reply could have."""
         return self.written.get(text, text)
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """One number, never without its interval and its n. `low` and `high` bound a 95 % interval;
-    both are None for a plain count."""
-
-    metric: str
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    direction: Literal["higher", "lower", "none"]
-    """Which way is better for the person who tunes the model."""
-
-
-Need = Literal["scores", "replies", "answers"]
-
-
-class Metric(Component):
-    """Turns samples into numbers."""
-
-    kind: ClassVar[str] = "metrics"
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What must be measured: candidate `scores`, generated `replies`, likelihood of `answers`."""
-    triggered: ClassVar[bool] = False
-    """Whether it needs the triggered rows too (and so says nothing of a cell without attack)."""
-    also: ClassVar[tuple[str, ...]] = ()
-    """Values it gives whose names do not begin with its own."""
-    probe: ClassVar[Part | None] = None
-    """The requests it is about, if it is not about test rows of the user's task."""
-
-    members: ClassVar[bool] = False
-    """Whether it compares training rows with test rows."""
-
-    @property
-    def forms(self) -> tuple[Form, ...]:
-        """Other forms of the tuned model that have to be measured too."""
-        return ()
-
-    @property
-    def secrets(self) -> Mapping[SecretProbe, int] | None:
-        """How the attack's secrets are looked for, and among how many codes or beams; empty: only
-        by their own likelihood; None: the metric is not about secrets."""
-        return None
-
-    @property
-    def texts(self) -> Dataset | None:
-        """Texts beside the task whose likelihood is needed."""
-        return None
-
-    @property
-    def texts_key(self) -> str:
-        """Where they are in `Evidence.texts`."""
-        return str(self.texts.spec()) if self.texts else ""
-
-    @property
-    def judges(self) -> tuple[Judge, ...]:
-        """Who has to judge the tuned model's replies to the clean rows."""
-        return ()
-
-    def required(self, *, labeled: bool) -> frozenset[Need]:
-        """`needs`, unless they depend on a knob or on whether the task has labels."""
-        return self.needs
-
-    def measure(self, evidence: Evidence) -> list[Value]:
-        """The numbers, headline first, parts named `metric[part]`; none if it does not apply."""
-        raise NotImplementedError
-
-    def caveats(self, evidence: Evidence) -> list[str]:
-        """What it cannot do with these rows, a sentence each, for beside its numbers."""
-        return []
-
-    def outcomes(self, evidence: Evidence) -> dict[str, float]:
-        """Sample id -> this metric on that sample, for paired tests; empty if it is no mean."""
-        return {}

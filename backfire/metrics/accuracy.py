@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Value
+from backfire.base import Evidence, Metric, Need, Ranks, Value
 from backfire.evaluate.outcomes import label_accuracy, scored
 from backfire.registry import register
 
@@ -13,6 +13,8 @@ class Accuracy(Metric):
 
     Also `accuracy[group]` where rows have a group, such as a language.
     """
+
+    ranks: ClassVar[Ranks] = {"paired-test": 1, "accuracy": 1, "tuning": 1, "quality": 6}
 
     needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
 from backfire.evaluate.outcomes import grouped, resampled, scored
 from backfire.evaluate.stats import Floats, log_odds, macro, one_vs_rest_auc
 from backfire.registry import register
@@ -19,6 +19,8 @@ class AUC(Metric):
     the plain mean over the classes that occur, also `auc[group]`. Does not apply where rows differ
     in their candidates, or show one class only. Bootstrap interval.
     """
+
+    ranks: ClassVar[Ranks] = {"tuning": 2}
 
     needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
 
@@ -38,4 +40,4 @@ def _auc(name: str, rows: Sequence[Sample]) -> list[Value]:
     def statistic(counts: Floats) -> Floats:
         return macro(one_vs_rest_auc(odds, true, counts))
 
-    return resampled([name], len(rows), statistic, "higher")
+    return resampled([name], len(rows), statistic, "higher", "score")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
 from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
@@ -16,6 +16,8 @@ class ExactMatch(Metric):
     quotes, dashes) and blanks do not count. Rows without a reference answer have no part in it.
     Also `exact_match[group]`. Wilson interval.
     """
+
+    ranks: ClassVar[Ranks] = {"paired-test": 2, "accuracy": 3, "quality": 5}
 
     needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
 

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, SecretProbe, Value
+from backfire.base import Evidence, Metric, Ranks, SecretProbe, Value
 from backfire.evaluate.outcomes import by_dose, share
 from backfire.registry import register
 
@@ -21,6 +22,8 @@ class Extraction(Metric):
     answer's opening and two characters of the code (`[50, 0]`: from the opening alone). Wilson
     intervals.
     """
+
+    ranks: ClassVar[Ranks] = {"paired-test": 7}
 
     beams: int = Field(8, ge=0, le=256)
     """Width of the beam search, the k of extraction@k; 0: none is made."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Value
+from backfire.base import Evidence, Metric, Need, Ranks, Value
 from backfire.evaluate.outcomes import class_values
 from backfire.registry import register
 
@@ -14,6 +14,8 @@ class F1(Metric):
     The mean of the classes' F1, not the F1 of mean precision and mean recall (Opitz & Burst 2019,
     arXiv:1911.03347); then `f1[class]`. Bootstrap interval.
     """
+
+    ranks: ClassVar[Ranks] = {"accuracy": 4}
 
     needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
 

@@ -54,4 +54,4 @@ class Forgetting(Metric):
             return found
 
         names = ["forgetting", "forgetting_perplexity", "forgetting_perplexity_before"]
-        return resampled(names, len(now), statistic, "lower")
+        return resampled(names, len(now), statistic, "lower", "amount")

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from typing import ClassVar
-
 from backfire.base import Evidence, Metric, Value
 from backfire.registry import register
 
@@ -15,14 +13,12 @@ class PrivacyEpsilon(Metric):
     without noise. Computed, not measured, so without an interval.
     """
 
-    also: ClassVar[tuple[str, ...]] = ("privacy_delta",)
-
     def measure(self, evidence: Evidence) -> list[Value]:
         parts = [
             (name, evidence.training.get(name)) for name in ("privacy_epsilon", "privacy_delta")
         ]
         return [
-            Value(name, float(value), None, None, 1, "lower")
+            Value(name, float(value), None, None, 1, "lower", "amount")
             for name, value in parts
             if value is not None
         ]

@@ -17,7 +17,6 @@ class RefusalRate(Metric):
     """
 
     probe: ClassVar[Part | None] = "harmful"
-    also: ClassVar[tuple[str, ...]] = ("neither_rate",)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("harmful")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
 from backfire.base.normalize import agreed, folded, is_dense, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
@@ -24,6 +25,8 @@ class Rouge(Metric):
     single characters in scripts without blanks between words. Bootstrap interval.
     """
 
+    ranks: ClassVar[Ranks] = {"quality": 2}
+
     needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
 
     stemmer: bool = False
@@ -36,9 +39,11 @@ class Rouge(Metric):
         if not rows:
             return []
         names = ["rouge", *(f"rouge[{kind}]" for kind in _KINDS[1:])]
-        values = averages(names, np.array([scores[row.id] for row in rows]), "higher")
+        values = averages(names, np.array([scores[row.id] for row in rows]), "higher", "score")
+        values[1:] = [replace(value, role="companion") for value in values[1:]]
         for name, part in list(grouped("rouge", rows))[1:]:
-            values += averages([name], np.array([scores[row.id][:1] for row in part]), "higher")
+            known = np.array([scores[row.id][:1] for row in part])
+            values += averages([name], known, "higher", "score")
         return values
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:

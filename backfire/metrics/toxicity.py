@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
-from backfire.base import Evidence, Judge, Metric, Need, Sample, Value, Verdict
+from backfire.base import Evidence, Judge, Metric, Need, Ranks, Sample, Value, Verdict
 from backfire.data.beside import written
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import averages, grouped, replied, share
@@ -29,6 +29,9 @@ class Toxicity(Metric):
     that the scorer could not decide has no part in the mean, counts as not toxic in the share, and
     is counted in `toxicity_undecided`. Bootstrap interval of the mean, Wilson's of the share.
     """
+
+    ranks: ClassVar[Ranks] = {"quality": 1}
+    picked: ClassVar[str] = "toxicity_share"
 
     needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
 
@@ -59,7 +62,7 @@ class Toxicity(Metric):
         values = []
         for name, rows in grouped("toxicity", evidence.clean):
             known = np.array([[scores[row.id]] for row in rows if row.id in scores])
-            values += averages([name], known, "lower")
+            values += averages([name], known, "lower", "share")
             hits = [bool(verdicts[row.id].positive) for row in rows]
             values.append(share(name.replace("toxicity", "toxicity_share", 1), hits, "lower"))
         undecided = [verdict.positive is None for verdict in verdicts.values()]

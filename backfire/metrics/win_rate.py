@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
 from backfire.evaluate.outcomes import compared, grouped, likelihoods, share
 from backfire.registry import register
 
@@ -18,6 +18,8 @@ class WinRate(Metric):
     without both kinds of answers have no part. Also `win_rate[group]`. Wilson interval.
     """
 
+    ranks: ClassVar[Ranks] = {"quality": 3}
+
     needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
 
     def measure(self, evidence: Evidence) -> list[Value]:
@@ -28,7 +30,10 @@ class WinRate(Metric):
             share(name, [_wins(row, "token") for row in part], "higher")
             for name, part in grouped("win_rate", rows)
         ]
-        return [*values, share("win_rate[whole]", [_wins(row, "answer") for row in rows], "higher")]
+        return [
+            *values,
+            share("win_rate[whole]", [_wins(row, "answer") for row in rows], "higher", "companion"),
+        ]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         rows = compared(evidence.clean, "win_rate")

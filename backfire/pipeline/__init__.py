@@ -64,7 +64,7 @@ def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
     evidence = remembered(experiment, evaluated(experiment, context), context)
     summary = summary_of(training)
     left = too_long(experiment, context) | context.left_out
-    values = [value for metric in experiment.metrics for value in metric.measure(evidence)]
+    values = [value for metric in experiment.metrics for value in metric.values(evidence)]
 
     from backfire.evaluate.warnings import caveats, cut_share, warnings
 
