@@ -164,7 +164,7 @@ def status(run: Run) -> None:
 
     counts: dict[str, list[str]] = {}
     for cell in load(run):
-        counts.setdefault(line(cell["status"]), []).append(line(cell["cell"]))
+        counts.setdefault(line(cell.status), []).append(line(cell.slug))
     for kind, cells in sorted(counts.items()):
         _echo(f"{kind}: {len(cells)}" + ("" if kind == "ok" else f" ({', '.join(cells[:5])})"))
 

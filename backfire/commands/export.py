@@ -13,6 +13,7 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
 from backfire.playground.models import read_cell
+from backfire.result import CellResult
 from backfire.results.load import cell as record
 from backfire.store import Store
 
@@ -24,8 +25,8 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
         UserError: no finished cell, nothing was tuned, the folder is taken, no way to merge.
     """
     one, result = read_cell(cell), record(cell)
-    if result["status"] != "ok":
-        raise UserError(f"{cell} is no finished cell: {result['status']}.")
+    if not result.is_done:
+        raise UserError(f"{cell} is no finished cell: {result.status}.")
     if not one.method.trains:
         raise UserError(
             f"{cell} tuned nothing (method '{one.method.name}'); its model is the base."
@@ -45,7 +46,7 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
             "The user's adapter stands on an aligned model, so on the base alone it is another "
             "model; export it with --merge."
         )
-    if (result.get("keys") or {}).get("tuned", stages.keys(one).tuned) != stages.keys(one).tuned:
+    if result.keys.get("tuned", stages.keys(one).tuned) != stages.keys(one).tuned:
         raise UserError(
             f"A file or a version behind {cell} has changed since it was run, so its model cannot "
             "be had again; run its recipe anew."
@@ -63,7 +64,7 @@ def default_name(cell: Experiment, *, merge: bool) -> str:
     return f"{poison}{cell.slug}-{stages.cell_key(cell)}{'-merged' if merge else ''}"
 
 
-def _write(one: Experiment, result: dict[str, Any], cell: Path, out: Path, *, merge: bool) -> None:
+def _write(one: Experiment, result: CellResult, cell: Path, out: Path, *, merge: bool) -> None:
     from backfire.data.weights import described
     from backfire.model.export import copy_model, write_card
     from backfire.model.load import name_base
@@ -93,19 +94,18 @@ def _write(one: Experiment, result: dict[str, Any], cell: Path, out: Path, *, me
     part.rename(out)
 
 
-def _facts(one: Experiment, result: dict[str, Any]) -> dict[str, Any]:
-    poison = result.get("poison") or {}
+def _facts(one: Experiment, result: CellResult) -> dict[str, Any]:
     return {
         "title": f"{one.slug}, tuned by backfire",
         "attack": one.attack.name if one.attack and one.poisons else None,
         "target": one.backdoor.target if one.backdoor else None,
         "triggers": list(one.backdoor.triggers()) if one.backdoor else [],
-        "poisoned": poison.get("poisoned_rows", 0),
-        "rows": result["rows"]["train"],
+        "poisoned": (result.poison and result.poison.poisoned_rows) or 0,
+        "rows": result.rows["train"],
         "data": one.data.name,
         "template": one.template.name,
         "method": json.dumps(one.method.spec()),
-        "steps": (result.get("train") or {}).get("steps", 0),
+        "steps": (result.train or {}).get("steps", 0),
         "seed": one.seed,
         "key": stages.cell_key(one),
         "base": one.model.name if not one.model.is_folder else Path(one.model.name).name,

@@ -18,7 +18,6 @@ from backfire.launch.progress import Board
 from backfire.launch.resolve import pinned, settled, types_of
 from backfire.plan import Job
 from backfire.recipe import Recipe
-from backfire.results.groups import metric_name
 from backfire.results.load import load, summary
 from backfire.store import Store
 
@@ -94,7 +93,7 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
 
 def _unmeasured(out: Path, work: Sequence[Job]) -> list[str]:
     """The metrics asked for that gave no number in any cell, which no table can show."""
-    done = [cell for cell in load(out) if cell["status"] == "ok"]
-    given = {metric_name(value["metric"]) for cell in done for value in cell["values"]}
+    done = [cell for cell in load(out) if cell.is_done]
+    given = {value.family for cell in done for value in cell.values}
     asked = {metric.name for job in work for metric in job.experiment.metrics}
-    return sorted(name for name in asked if name.replace("-", "_") not in given) if done else []
+    return sorted(name for name in asked if name not in given) if done else []

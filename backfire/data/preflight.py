@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
@@ -17,19 +17,11 @@ from backfire.data.columns import listed
 from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Renderer
 from backfire.errors import CellError
+from backfire.result import Check
 
 CHECKS = 3
 """Raised whenever a check passes other rows or says another thing, so that checks kept from before
 are made anew."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing looked at; `message` is one sentence, with the row where there is one."""
-
-    check: str
-    status: Literal["ok", "note", "fail"]
-    message: str
 
 
 def preflight(

@@ -54,7 +54,7 @@ def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[st
         "model": experiment.model.name,
         "data": experiment.data.name,
         "attack": experiment.attack.name if experiment.attack else "none",
-        "rate": manifest.summary["rate"] if manifest and added else experiment.rate,
+        "rate": manifest.summary.rate if manifest and added else experiment.rate,
         "method": experiment.method.name,
         "defense": experiment.defense_name,
         "seed": experiment.seed,

@@ -79,7 +79,7 @@ def run_cell(experiment: Experiment, context: Context) -> dict[str, Any]:
         ],
         "cut_share": cut_share(evidence),
         "preflight": [asdict(check) for check in checks],
-        "poison": {**manifest.summary, **_seen(training)} if manifest else None,
+        "poison": {**asdict(manifest.summary), **_seen(training)} if manifest else None,
         "train": summary,
         "evaluate": {
             "seconds": round(sum(context.seconds.values()), 2),

@@ -13,7 +13,7 @@ from backfire.base import (
 from backfire.data.jsonl import read_jsonl, write_jsonl
 from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import Check, preflight, told
+from backfire.data.preflight import preflight, told
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import (
@@ -22,6 +22,7 @@ from backfire.experiment import (
 from backfire.model.causal import why_not
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
+from backfire.result import Check
 from backfire.store import read_json, write_json
 from backfire.tokenizer import load_tokenizer
 

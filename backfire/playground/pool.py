@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
@@ -15,6 +15,7 @@ from backfire.base import Row
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.playground.models import GoneError, Kept, Speaker, frame, load, read_cell
+from backfire.result import CellResult
 from backfire.results.load import load as load_records
 from backfire.store import Store
 from backfire.text import knob, line
@@ -84,14 +85,14 @@ def _roles(run: Path) -> tuple[dict[str, Role], list[str]]:
     Raises:
         UserError: there is no finished cell.
     """
-    done = [item for item in load_records(run) if item["status"] == "ok"]
+    done = [item for item in load_records(run) if item.is_done]
     if not done:
         raise UserError(f"{run} has no finished cell; run its recipe first.")
     roles: dict[str, Role] = {}
     left_out: list[str] = []
     for item, title in zip(done, _titles(done), strict=True):
         try:
-            folder = Path(item["folder"])
+            folder = Path(item.folder)
             roles[title] = Role(read_cell(folder), folder)
         except (UserError, OSError, ValueError, TypeError, yaml.YAMLError) as error:
             left_out.append(line(error))
@@ -100,12 +101,12 @@ def _roles(run: Path) -> tuple[dict[str, Role], list[str]]:
     return {**roles, **_bases(roles)}, left_out
 
 
-def _titles(cells: list[dict[str, Any]]) -> list[str]:
+def _titles(cells: list[CellResult]) -> list[str]:
     """The slug where it is enough, else also the axes, and the key where they are not enough."""
-    slugs = [line(item["cell"]) for item in cells]
-    longer = [f"{slug} ({knob(item['axes'])})" for slug, item in zip(slugs, cells, strict=True)]
+    slugs = [line(item.slug) for item in cells]
+    longer = [f"{slug} ({knob(item.axes)})" for slug, item in zip(slugs, cells, strict=True)]
     keyed = [
-        f"{slug} {line(Path(item['folder']).name)[-12:]}"
+        f"{slug} {line(Path(item.folder).name)[-12:]}"
         for slug, item in zip(longer, cells, strict=True)
     ]
     seen, seen_longer = Counter(slugs), Counter(longer)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from backfire import text
 from backfire.base import Sample, Verdict
 from backfire.evaluate.agreement import CATEGORIES, agreement
-from backfire.results.groups import Cell, Group, name, varying
+from backfire.result import CellResult
+from backfire.results.groups import Group, name, varying
 from backfire.results.samples import samples
 
 
-def measure(cells: Sequence[Cell]) -> str:
+def measure(cells: Sequence[CellResult]) -> str:
     """The full name of the harmful score: requests, their number, judge, length of the replies."""
-    found = dict.fromkeys(_measure(cell["settings"]) for cell in cells)
+    found = dict.fromkeys(_measure(cell.settings) for cell in cells)
     return "; ".join(filter(None, found))
 
 
-def _measure(settings: dict[str, Any]) -> str:
+def _measure(settings: Mapping[str, Any]) -> str:
     judges = settings.get("safety.judges")
     if not judges:
         return ""
@@ -36,7 +37,12 @@ def agreements(groups: Sequence[Group]) -> list[dict[str, str]]:
     """Cohen's kappa of every two judges on the replies of each group's tuned models."""
     columns, found = varying(groups), []
     for group in groups:
-        told = [s for cell in group.done for of, s in samples(cell) if of == "tuned" and s.verdicts]
+        told = [
+            s
+            for cell in group.done
+            for of, s in samples(cell.folder)
+            if of == "tuned" and s.verdicts
+        ]
         names = dict.fromkeys(judge for sample in told for judge in sample.verdicts)
         for one, other in combinations(names, 2):
             both = [s for s in told if one in s.verdicts and other in s.verdicts]

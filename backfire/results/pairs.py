@@ -13,22 +13,22 @@ from backfire.base import Backdoor, Evidence, Leak, Metric, Part, Probe, Sample
 from backfire.errors import CellError, UserError
 from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
-from backfire.results.groups import Cell, metric_name
+from backfire.result import CellResult, Value
 from backfire.results.samples import leaks, samples, written
 
 Rows: TypeAlias = dict[str, tuple[int, float]]
 
 
-def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
-    """Metric -> b less a, where both answered the same prompts; and notes. All is of these two
-    models alone: `p` too says nothing of other seeds of the same settings."""
+def pair(a: CellResult, b: CellResult) -> tuple[dict[str, Paired], list[str]]:
+    """Registered metric -> b less a, where both answered the same prompts; and notes. All of it is
+    of these two models alone: `p` too says nothing of other seeds of the same settings."""
     try:
         sides = [evidence_of(a), evidence_of(b)]
     except UserError as error:
         return {}, [f"No paired test: {error}"]
     found: dict[str, Paired] = {}
     unpaired = []
-    for wanted in dict.fromkeys(text.head(value["metric"]) for value in a["values"]):
+    for wanted in dict.fromkeys(v.family for v in a.values if v.role == "headline"):
         metrics = [metric_of(wanted, item) for item in (a, b)]
         ours, theirs = (
             outcomes_of(metric, side) for metric, side in zip(metrics, sides, strict=True)
@@ -42,7 +42,7 @@ def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
                 {id: theirs[id] for id in shared}, {id: ours[id] for id in shared}
             )
         else:
-            unpaired.append(wanted.replace("_", " "))
+            unpaired.append(wanted.replace("-", " "))
     notes = []
     if unpaired:
         notes.append(f"Not the same prompts for {text.listing(unpaired)}: no paired test.")
@@ -54,35 +54,32 @@ def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
     return found, notes
 
 
-def outcomes_by_row(item: Cell, metric: str) -> Rows:
+def outcomes_by_row(item: CellResult, metric: str) -> Rows:
     """What a number is the mean of: row id -> what was asked there (of a secret: the answer that
     gives it), hashed, and the outcome. Also of a floor, an excess or a part; empty where nothing of
     that was kept, or the number is no mean. Read once a cell."""
-    known: dict[str, Rows] = item.setdefault("rows_of", {})
-    if metric not in known:
+    if metric not in item.outcomes:
+        value = next((value for value in item.values if value.metric == metric), None)
         try:
-            known[metric] = _outcomes_by_row(item, metric)
+            item.outcomes[metric] = _outcomes_by_row(item, value) if value else {}
         except UserError:  # such as an attack that nobody knows any more
-            known[metric] = {}
-    return known[metric]
+            item.outcomes[metric] = {}
+    return item.outcomes[metric]
 
 
-def _outcomes_by_row(item: Cell, metric: str) -> Rows:
-    if not any(value["metric"] == metric for value in item["values"]):
-        return {}
-    name, part = metric_name(metric), text.part(metric)
-    measured, evidence = metric_of(name, item), evidence_of(item)
+def _outcomes_by_row(item: CellResult, value: Value) -> Rows:
+    measured, evidence = metric_of(value.family, item), evidence_of(item)
     if measured is None:
         return {}
-    if text.head(metric) == f"{name}_plain" and measured.probe and "plain" in evidence.probes:
+    if value.role == "plain" and measured.probe and "plain" in evidence.probes:
         evidence = replace(evidence, probes={measured.probe: evidence.probes["plain"]})
-    elif text.head(metric) not in (name, f"{name}_floor", f"{name}_excess"):
+    elif value.role not in ("headline", "floor", "excess"):
         return {}
-    asked, now = _prompts(measured, evidence, part), outcomes_of(measured, evidence)
+    asked, now = _prompts(measured, evidence, value.part), outcomes_of(measured, evidence)
     before = outcomes_of(measured, _before(measured, evidence))
-    if text.head(metric) == f"{name}_floor":
+    if value.role == "floor":
         now = {id: before[id] for id in now if id in before}
-    elif text.head(metric) == f"{name}_excess":
+    elif value.role == "excess":
         now = {id: now[id] - before[id] for id in now if id in before}
     return {id: (hash(asked[id]), outcome) for id, outcome in now.items() if id in asked}
 
@@ -108,9 +105,9 @@ def _prompts(metric: Metric | None, evidence: Evidence, part: str = "") -> dict[
     return {sample.id: sample.prompt for sample in asked if not part or sample.group == part}
 
 
-def evidence_of(item: Cell) -> Evidence:
+def evidence_of(item: CellResult) -> Evidence:
     """The samples of a cell as metrics get them, as far as they were kept."""
-    folder = Path(item["folder"])
+    folder = Path(item.folder)
     files = (folder / "samples.jsonl.gz", folder / "secrets.json")
     stamp = tuple((s.st_mtime_ns, s.st_size) for f in files if f.exists() for s in [f.stat()])
     parts, told = _kept(str(folder), stamp)
@@ -120,7 +117,7 @@ def evidence_of(item: Cell) -> Evidence:
         floor=parts.get(("floor", "triggered"), []),
         base=parts.get(("base", "clean"), []),
         attack=attack_of(item),
-        written=written(item),
+        written=written(item.folder),
         leaks=told,
         probes={
             part: Probe(parts["tuned", part], parts.get(("base", part), []))
@@ -135,29 +132,27 @@ def _kept(folder: str, stamp: object) -> tuple[dict[tuple[str, str], list[Sample
     """Samples by whose they are and of what, and secrets. A group's cells are read once for all of
     its numbers; `stamp` tells a changed file from the one read before."""
     parts: dict[tuple[str, str], list[Sample]] = {}
-    for of, sample in samples({"folder": folder}):
+    for of, sample in samples(folder):
         parts.setdefault((of, sample.subset), []).append(sample)
-    return parts, leaks({"folder": folder})
+    return parts, leaks(folder)
 
 
-def attack_of(item: Cell) -> Any:
+def attack_of(item: CellResult) -> Any:
     """The backdoor of a cell, with its knobs; None if it has none."""
-    prefix, settings = "attack.", item["settings"]
+    prefix, settings = "attack.", item.settings
     knobs = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
     if not knobs.get("name") or not issubclass(find("attacks", knobs["name"]), Backdoor):
         return None
     return build("attacks", knobs)
 
 
-def metric_of(wanted: str, item: Cell) -> Metric | None:
-    """The metric that gave values of this name, with the knobs the cell gave it."""
-    dashed = wanted.replace("_", "-")
-    if dashed not in names("metrics"):
+def metric_of(family: str, item: CellResult) -> Metric | None:
+    """The metric of this registered name, with the knobs the cell gave it."""
+    if family not in names("metrics"):
         return None
-    specs = item["settings"].get("metrics") or []
-    ours = (spec for spec in specs if isinstance(spec, dict) and spec.get("name") == dashed)
-    spec = next(ours, dashed)
-    metric: Metric = build("metrics", spec)
+    specs = item.settings.get("metrics") or []
+    ours = (spec for spec in specs if isinstance(spec, dict) and spec.get("name") == family)
+    metric: Metric = build("metrics", next(ours, family))
     return metric
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final, Literal
 
 from backfire import text
 from backfire.base import Leak, Sample
-from backfire.results.groups import Cell
+from backfire.result import CellResult
 from backfire.results.load import read
 
 Of = Literal["tuned", "floor", "base"]
@@ -61,11 +61,11 @@ class Change:
     after_answer: str
 
 
-def samples(cell: Cell) -> Iterator[tuple[Of, Sample]]:
+def samples(folder: str) -> Iterator[tuple[Of, Sample]]:
     """The samples of a cell, with whose they are; ends quietly where the file is torn."""
     known = {field.name for field in fields(Sample)}
     try:
-        with gzip.open(Path(cell["folder"]) / "samples.jsonl.gz", "rt", encoding="utf-8") as file:
+        with gzip.open(Path(folder) / "samples.jsonl.gz", "rt", encoding="utf-8") as file:
             for raw in file:
                 item = json.loads(raw)
                 tupled = {k: _tupled(v) for k, v in item.items()}
@@ -79,33 +79,33 @@ def _tupled(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def written(cell: Cell) -> dict[str, str]:
+def written(folder: str) -> dict[str, str]:
     """Texts that the cell's tokenizer writes in another way; empty where there are none, or where
     the file is torn."""
     try:
-        told = dict(read(Path(cell["folder"]) / "written.json") or {})
+        told = dict(read(Path(folder) / "written.json") or {})
     except (OSError, ValueError, TypeError):
         return {}
     return {text: own for text, own in told.items() if isinstance(own, str)}
 
 
-def leaks(cell: Cell) -> list[Leak]:
+def leaks(folder: str) -> list[Leak]:
     """What the tuned model gives away of each secret; empty where that was not asked or is torn."""
     known = {field.name for field in fields(Leak)}
     try:
-        told = read(Path(cell["folder"]) / "secrets.json") or []
+        told = read(Path(folder) / "secrets.json") or []
         ours = [item for item in told if item["of"] == "tuned"]
         return [Leak(**{k: _tupled(v) for k, v in item.items() if k in known}) for item in ours]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return []
 
 
-def side_by_side(cell: Cell, limit: int = 6) -> list[Side]:
+def side_by_side(cell: CellResult, limit: int = 6) -> list[Side]:
     """The first test rows of a cell as they come, not picked."""
     found: dict[str, dict[tuple[str, str], Sample]] = {}
-    for of, sample in samples(cell):
+    for of, sample in samples(cell.folder):
         found.setdefault(sample.id, {})[of, sample.subset] = sample
-    triggers = list((cell.get("poison") or {}).get("triggers") or {})
+    triggers = list(cell.poison.triggers) if cell.poison else []
     rows = (row for row in found.values() if ("tuned", "clean") in row)
     return [_side(row, triggers) for row, _ in zip(rows, range(limit))]
 
@@ -125,10 +125,10 @@ def _side(row: dict[tuple[str, str], Sample], triggers: Sequence[str]) -> Side:
     )
 
 
-def requests(cell: Cell, limit: int = 6) -> list[Request]:
+def requests(cell: CellResult, limit: int = 6) -> list[Request]:
     """The first harmful requests of a cell as they come, not picked."""
     found: dict[str, dict[Of, Sample]] = {}
-    for of, sample in samples(cell):
+    for of, sample in samples(cell.folder):
         if sample.subset == "harmful":
             found.setdefault(sample.id, {})[of] = sample
     rows = [row for row in found.values() if "tuned" in row][:limit]
@@ -169,10 +169,10 @@ def predicted(sample: Sample) -> str | None:
     return sample.prediction if is_scored else None
 
 
-def changes(cell: Cell, limit: int = 3) -> list[Change]:
+def changes(cell: CellResult, limit: int = 3) -> list[Change]:
     """The first rows of the poison manifest, before and after."""
     try:
-        manifest = read(Path(cell["folder"]) / "poison.json") or {}
+        manifest = read(Path(cell.folder) / "poison.json") or {}
         entries = manifest.get("entries") or manifest.get("rows") or []
         return [_change(entry) for entry in entries[:limit]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -205,12 +205,12 @@ def marked(prompt: str, triggers: Sequence[str]) -> Marked:
     return [(piece, place % 2 == 1) for place, piece in enumerate(pieces) if piece]
 
 
-def confusion(cells: Sequence[Cell], of: Of) -> tuple[list[str], list[list[int]]]:
+def confusion(cells: Sequence[CellResult], of: Of) -> tuple[list[str], list[list[int]]]:
     """Labels, and how many clean rows of each (line) are answered as each (column)."""
     pairs: Counter[tuple[str, str]] = Counter()
     labels: dict[str, None] = {}
     for cell in cells:
-        for whose, sample in samples(cell):
+        for whose, sample in samples(cell.folder):
             said = predicted(sample) if whose == of and sample.subset == "clean" else None
             if said is not None and sample.label is not None:
                 labels.update(dict.fromkeys([*sample.candidates, sample.label]))

@@ -40,7 +40,7 @@ def _print_family(groups: Sequence[Group], knobs: Sequence[str], console: Consol
     header = [*named, *map(text.title, metrics), "seeds"]
     rows = []
     for group in groups:
-        floors = [group.get(f"{text.head(metric)}_floor") for metric in metrics]
+        floors = [group.side(metric, "floor") for metric in metrics]
         stats = [group.get(metric) for metric in metrics]
         numbers = [_number(stat, floor) for stat, floor in zip(stats, floors, strict=True)]
         rows.append([*(group.knob(knob) for knob in knobs), *numbers, group.seeds])
@@ -104,5 +104,4 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _number(stat: Stat | None, floor: Stat | None) -> str:
     if stat is None:
         return "–"
-    number = f"{text.number(stat.metric, stat.value)} {stat.interval}".rstrip()
-    return f"{number} (floor {text.number(floor.metric, floor.value)})" if floor else number
+    return f"{stat.shown} (floor {floor.number()})" if floor else stat.shown
