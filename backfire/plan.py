@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from backfire import stages
-from backfire.base import Insertion
+from backfire.base import Insertion, needs_of
 from backfire.experiment import Experiment
 from backfire.stages import keys, training_runs
 from backfire.store import Stage, Store
@@ -75,9 +75,8 @@ def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
         yield stage.key, [stage]
     twins = [experiment.clean_twin()] if experiment.backdoor else []
     needs = [
-        {need for metric in known.metrics for need in metric.required(labeled=labeled)}
+        needs_of(experiment.with_metrics(labeled=labeled).metrics, labeled=labeled)
         for labeled in (True, False)
-        for known in [experiment.with_metrics(labeled=labeled)]
     ]
     for run in (experiment, *twins):
         rows = [stages.clean_rows(run)]

@@ -118,7 +118,7 @@ class CellResult:
     slug: str
     """`cell` in files."""
     key: str
-    recipe: str
+    recipe: str = ""
     model: str | None = None
     data: str | None = None
     attack: str | None = None
@@ -129,7 +129,7 @@ class CellResult:
     template: str | None = None
     axes: Mapping[str, Any] = field(default_factory=dict)
     """Dotted key -> value of the matrix axes."""
-    status: str = "ok"
+    status: str = "unfinished"
     """`ok`, the exit class of an error, or `unfinished`."""
 
     error: str = ""
@@ -151,8 +151,8 @@ class CellResult:
     """Split -> number of rows."""
     keys: Mapping[str, str] = field(default_factory=dict)
     """Stage -> its key."""
-    versions: Mapping[str, int] = field(default_factory=dict)
-    """`metrics/accuracy` -> the version of the component that was used."""
+    versions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """Kind -> component -> its version."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The resolved experiment as dotted keys, from `experiment.yaml`."""

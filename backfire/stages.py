@@ -227,7 +227,7 @@ def evaluation(
     run: Experiment, rows: str, needs: Collection[Need], form: Form | None = None
 ) -> Stage:
     """`run`'s model, in this form, on the rows that the key `rows` names (one of those below)."""
-    rows = digest([rows, form, *MERGED]) if form else rows
+    rows = in_form(rows, form) if form else rows
     versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
     return Stage("evaluate", _evaluation_slug(run), digest([rows, sorted(needs), *versions]))
 
@@ -272,6 +272,11 @@ def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:
     return digest([keys(run).tuned, *rows, *shown, disguise(experiment)])
 
 
+def in_form(rows: str, form: Form) -> str:
+    """Any of these rows, for another form of the model than the one that was trained."""
+    return digest([rows, form, *MERGED])
+
+
 def members(run: Experiment, ids: Sequence[str]) -> str:
     """Training rows with these ids."""
     return digest([keys(run).clean, "members", digest(list(ids))])
@@ -298,11 +303,11 @@ def training_runs(experiment: Experiment) -> list[Experiment]:
 
 def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
     """How the metrics look for secrets, and among how many codes or beams; None: not at all."""
-    asked = [metric.secrets for metric in experiment.metrics if metric.secrets is not None]
+    asks = [ask for m in experiment.metrics for ask in m.asks() if ask.rows == "secrets"]
     most: dict[SecretProbe, int] = {}
-    for kind, amount in (pair for one in asked for pair in one.items()):
+    for kind, amount in (pair for ask in asks for pair in ask.secrets.items()):
         most[kind] = max(amount, most.get(kind, 0))
-    return most if asked else None
+    return most if asks else None
 
 
 def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:

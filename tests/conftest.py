@@ -10,9 +10,12 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from tests.helpers.chat_templates import CHAT_TEMPLATE, CONTROLS
+from tests.helpers.command_line import Said
 
 # Read once, when the libraries are first imported, and by every subprocess.
 os.environ.update(
@@ -31,12 +34,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("suite")
-
-CONTROLS = ["<|im_start|>", "<|im_end|>"]
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -152,7 +149,7 @@ def tokenizer(tiny_tokenizer: Path) -> Any:
 @pytest.fixture(scope="session")
 def ran(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A finished run of six cells. Tests look at it but leave it as it is."""
-    from small_run import MATRIX, Place
+    from tests.helpers.small_run import MATRIX, Place
 
     place = Place(tmp_path_factory.mktemp("ran"), tiny)
     assert place.run(matrix=MATRIX) == 0
@@ -160,15 +157,6 @@ def ran(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 # --------------------------------------------------------------------------------- command line
-
-
-@dataclass(frozen=True)
-class Said:
-    """What a command said and how it ended."""
-
-    code: int
-    out: str
-    err: str
 
 
 @pytest.fixture

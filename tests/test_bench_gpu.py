@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from backfire.errors import UserError
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
 SMALL = ["--shape", "tiny", "--steps", "2", "--warm-up", "1", "--length", "32", "--answer", "8"]
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
-from update_golden import GOLDEN, current, stale
 
 from backfire.base import Component, Config
 from backfire.errors import UserError
 from backfire.experiment import Evaluation, Experiment, Machine, Model, Train
 from backfire.registry import KINDS, build, find, names
 from backfire.sandbox.base import Pretrain
+from tests.update_golden import GOLDEN, current, stale
 
 EVERY = [(kind, name) for kind in KINDS for name in names(kind)]
 PATHS = ("train", "test")

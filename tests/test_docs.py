@@ -22,7 +22,7 @@ import typer
 import yaml
 
 import backfire
-from backfire import recipe
+from backfire import recipe, stages
 from backfire.base import (
     Attack,
     Dataset,
@@ -41,8 +41,8 @@ from backfire.commands.files import dataset_spec
 from backfire.data.poison import poison
 from backfire.experiment import Experiment
 from backfire.registry import build, find, names
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPE_VERBS = ("run", "validate")
@@ -185,7 +185,7 @@ def installed(request: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     vars(package).pop(stem, None)
 
 
-CONTRACT = ("test_contract.py", "test_poison.py", "test_defenses.py")
+CONTRACT = ("test_contract.py", "attacks/test_contract.py", "defenses/test_contract.py")
 PLUGIN = """
 import importlib
 for kind in {kinds}:
@@ -219,7 +219,7 @@ def test_the_examples_fulfil_the_contract_of_every_component(tmp_path: Path) -> 
 def keeps_its_key(**settings: Any) -> None:
     cell = Experiment.make({"data": "sandbox-reviews", **settings})
     again = Experiment.make(yaml.safe_load(yaml.safe_dump(cell.spec())))
-    assert again.key == cell.key
+    assert stages.cell_key(again) == stages.cell_key(cell)
 
 
 @pytest.mark.parametrize("installed", ["attacks"], indirect=True)
@@ -281,7 +281,7 @@ def test_the_example_of_a_defense_is_one(installed: type[TrainDefense]) -> None:
     start = {"w": weight.detach().clone()}
     cell: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
     for null in (False, True):
-        guard = installed.make({"strength": 3.0, "null": null}).guard(cell)
+        guard = installed.make({"strength": 3.0, "null": null}).hook(cell)
         with torch.no_grad():
             weight.copy_(torch.tensor([1.5, -4.0]))
         pull = guard.penalty(0)
@@ -407,8 +407,14 @@ def sources(folder: Path = ROOT) -> Iterator[Path]:
             hidden = path.name.startswith((".", "__")) and path.name != ".ci"
             if path.name not in SKIPPED and not hidden and not path.name.endswith(".egg-info"):
                 yield from sources(path)
-        elif path.suffix in TEXT and not path.is_symlink():
+        elif path.suffix in TEXT and path.name != ".git" and not path.is_symlink():
             yield path
+
+
+@pytest.mark.parametrize(("folder", "most"), [("backfire", 400), ("tests", 500)])
+def test_files_stay_short(folder: str, most: int) -> None:
+    lines = {said(f): len(f.read_text("utf-8").splitlines()) for f in (ROOT / folder).rglob("*.py")}
+    assert len(lines) > 50 and {file: n for file, n in lines.items() if n > most} == {}
 
 
 def test_no_path_of_one_machine_is_written_down() -> None:

@@ -18,8 +18,8 @@ import backfire
 from backfire.errors import CellError, UserError
 from backfire.report import figures
 from backfire.report.svg import alone
+from tests.helpers.places import ROOT
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NAMES = [script.stem for script in SCRIPTS]
 SMALL = {
@@ -133,7 +133,7 @@ def test_a_notebook_runs_and_every_figure_is_drawn(name: str, executed: dict[str
 def test_backfire_run_gives_the_groups_of_a_run(
     ran: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from small_run import MATRIX
+    from tests.helpers.small_run import MATRIX
 
     out = tmp_path / "out"
     shutil.copytree(ran.out, out)

@@ -1,4 +1,4 @@
-"""Recipes: what they mean, what they refuse, and which cells share what."""
+"""Recipes: the matrix, profiles, edits, and YAML as it is meant."""
 
 from __future__ import annotations
 
@@ -7,50 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from backfire import recipe as recipes
 from backfire import stages
-from backfire.errors import CellError, UserError
-from backfire.experiment import Evaluation, Experiment, Machine, Train, slug
-from backfire.launch.job import Folder
-from backfire.model.types import types_here
-from backfire.recipe import load, parse, read, shipped
-from backfire.store import Store
+from backfire.errors import UserError
+from backfire.recipe import load, parse
 from backfire.yaml12 import read_yaml
-
-OTHER = "float32" if types_here().compute == "bfloat16" else "bfloat16"  # than here
-
-BASIC = """# Does it?
-data: {name: sandbox-reviews, rows: 100}
-attack: {name: badnets, trigger: cf}
-matrix:
-  method: [none, full, {name: lora, rank: 4}]
-  attack.rate: [0, 0.1]
-  seed: [0, 1]
-"""
-
-
-def cells(text: str, *edits: str, profile: str | None = None) -> list[Experiment]:
-    return list(parse("r", text, edits=edits, profile=profile).cells)
-
-
-def one(text: str = "data: sandbox-reviews", *edits: str) -> Experiment:
-    (cell,) = cells(text, *edits)
-    return cell
-
-
-def make(**knobs: Any) -> Experiment:
-    return Experiment.make({"data": "sandbox-reviews", **knobs})
-
-
-def points(text: str, *edits: str) -> set[tuple[str, float, int]]:
-    return {(c.method.name, c.rate, c.seed) for c in cells(text, *edits)}
-
-
-# ------------------------------------------------------------------------------------- the matrix
+from tests.helpers.recipes import BASIC, LINKED, PROFILES, cells, one, points
 
 
 def test_a_matrix_is_every_combination() -> None:
@@ -58,7 +21,7 @@ def test_a_matrix_is_every_combination() -> None:
     assert points(BASIC) == {
         (m, r, s) for m in ("none", "full", "lora") for r in (0.0, 0.1) for s in (0, 1)
     }
-    assert len({cell.key for cell in found}) == len(found) == 12
+    assert len({stages.cell_key(cell) for cell in found}) == len(found) == 12
     assert {cell.attack.trigger for cell in found if cell.attack} == {"cf"}  # type: ignore[attr-defined]
 
 
@@ -101,19 +64,6 @@ def test_whole_components_come_before_their_knobs() -> None:
         ("badnets", 0.1),
         ("vpi", 0.1),
     ]
-
-
-# ----------------------------------------------------------------------------- profiles and edits
-
-
-PROFILES = """
-data: {name: sandbox-reviews, rows: 50}
-attack: badnets
-train: {epochs: 3}
-profiles:
-  long: {train: {epochs: 9}, data: {rows: 500}, attack: {rate: 0.2}}
-  other: {data: {name: sandbox-news, rows: 7}, attack: none, matrix: {seed: [3, 4]}}
-"""
 
 
 def test_profiles_merge() -> None:
@@ -165,13 +115,6 @@ def test_an_edit_reaches_into_a_component_that_an_axis_or_include_chose() -> Non
     assert {c.method.learning_rate for c in found} == {0.5}
     text = "data: sandbox-reviews\nmatrix: {attack: [badnets, {name: vpi, rate: 0.2}]}\n"
     assert {c.rate for c in cells(text, "attack.rate=0.01")} == {0.01}
-
-
-LINKED = """data: sandbox-reviews
-matrix: {"method, train.epochs": [[full, 2], [lora, 4]], seed: [0, 1]}
-include: [{seed: 9}]
-exclude: [{seed: 1}]
-"""
 
 
 @pytest.mark.parametrize(
@@ -251,168 +194,6 @@ def test_labels_and_numbers_that_yaml_1_1_would_change() -> None:
     assert aligned and aligned.merge is True
 
 
-# ----------------------------------------------------------------------------------------- errors
-
-
-DATA = "data: sandbox-reviews\n"
-SEEDS = f"{DATA}matrix: {{seed: [0]}}\n"
-REFUSED = [
-    ("data: x\natack: badnets", "Unknown key in recipe 'r': 'atack'; did you mean 'attack'?"),
-    ("data: sandbox-review", "Unknown dataset 'sandbox-review'; did you mean 'sandbox-reviews'"),
-    (f"{DATA}attack: badnet", "Unknown attack 'badnet'; did you mean 'badnets'?"),
-    ("data: {name: sandbox-sums, row: 3}", "Unknown key in dataset 'sandbox-sums': 'row'; did you"),
-    ("data: {name: sandbox-sums, 3: 4}", "Unknown key in dataset 'sandbox-sums': '3'"),
-    (f"{DATA}train: {{epoch: 1}}", "Unknown key in train: 'epoch'; did you mean 'epochs'?"),
-    (f"{DATA}model: {{nam: x}}", "Unknown key in model: 'nam'; did you mean 'name'?"),
-    (f"{DATA}model: 3", "recipe: model: "),
-    (f"{DATA}model: null", "recipe: model: "),
-    (f"{DATA}train: []", "recipe: train: "),
-    (f"{DATA}seed: -1", "recipe: seed: Input should be greater than or equal to 0 (got -1)"),
-    (f"{DATA}seed: .nan", "recipe: seed: "),
-    (f"{DATA}defense: lisa", "defense 'lisa' stands on an alignment stage; add align: to the"),
-    (f"{DATA}defense: [none, liza]", "Unknown defense 'liza'; did you mean 'lisa'?"),
-    (f"{DATA}matrix: {{sed: [0]}}", "Unknown setting 'sed'; did you mean 'seed'?"),
-    (f"{DATA}matrix: {{seed: 0}}", "matrix: seed must be a list of values"),
-    (f"{DATA}matrix: {{seed: []}}", "matrix: seed must be a list of values"),
-    (f"{DATA}matrix: {{'seed, method': [0]}}", "matrix: seed, method links 2 keys"),
-    (f"{DATA}matrix: [seed]", "matrix must be a mapping of keys to values, not a list"),
-    (f"{DATA}matrix: {{true: [1]}}", "matrix: the key True is true or false, not a name"),
-    (
-        f"{DATA}matrix: {{'seed,method': [[0, full]], seed: [1]}}",
-        "matrix: 'seed' is set by two axes",
-    ),
-    (f"{DATA}matrix: {{attack.label-mode: [mix], attack.label_mode: [mix]}}", "matrix: the axis"),
-    (
-        f"{DATA}train: [epochs: 2]",
-        "recipe: train: settings are needed, as in {setting: value} (got",
-    ),
-    (f"{DATA}attack: [badnets, vpi]", "recipe: attack: one attack is needed, by its name or as"),
-    (f"{DATA}metrics: 3", "recipe: metrics.0: one metric is needed, by its name or as {name:"),
-    (f"{DATA}defense: {{lisa: {{rho: 1}}}}", "A defense needs a name, as in {name: lisa}; got"),
-    (f"{DATA}seed: true", "recipe: seed: a number is needed (got True)"),
-    (
-        f"{DATA}attack: {{name: badnets, rate: yes}}",
-        "attack 'badnets': rate: Input should be a valid",
-    ),
-    (f"{DATA}attack: {{name: badnets, rate: true}}", "attack 'badnets': rate: a number is needed"),
-    (f"{DATA}train:\n\tepochs: 1", "r, line 3: not valid YAML: found character '\\t' that cannot"),
-    (f"{DATA}template: @x", "r, line 2: not valid YAML: found character '@' that cannot start any"),
-    (f"{DATA}---\n{DATA}", "r, line 2: not valid YAML: found another document; leave out"),
-    (f"{DATA}defense: {'x' * 9000}", "Unknown defense 'xxx"),
-    (
-        f"{DATA}seed: {{{', '.join(f'k{n}: {n}' for n in range(3000))}}}",
-        "recipe: seed: Input should",
-    ),
-    (f"{DATA}matrix: {{attack.rate: [1]}}", "attack.rate is set, but the recipe has no attack"),
-    (f"{SEEDS}exclude: {{seed: 0}}", "exclude must be a list"),
-    (f"{SEEDS}exclude: [{{sed: 0}}]", "Unknown axis in exclude: 'sed'; did you mean 'seed'?"),
-    (f"{SEEDS}exclude: [{{seed: 0}}]", "The matrix has no cells"),
-    (f"{SEEDS}include: [0]", "each item of include must be a mapping"),
-    ("seed: 3", "Recipe 'r' says no data"),
-    ("", "r must be a mapping"),
-    ("- data", "r must be a mapping"),
-    (f"{DATA}seed: {'[' * 3000}", "r: not valid YAML: it is nested too deeply."),
-    (f"{DATA}seed: {'9' * 6000}", "r: not valid YAML: the number on line 2 is too large."),
-    (f"{DATA}attack: {{badnets: {{}}}}", "An attack needs a name, as in {name: badnets}; got"),
-    (f"{DATA}seed: 1\nseed: 2", "r, line 3: not valid YAML: the key 'seed' is given twice"),
-    ("data: {name: x, name: y}", "r, line 1: not valid YAML: the key 'name' is given twice"),
-    ("data: [", "r, line 1: not valid YAML"),
-    ("data: " + "[" * 2000, "r: not valid YAML"),
-    ("data: !!python/object:os.system x", "r, line 1: not valid YAML"),
-    ("seed: !!bool maybe", "r: not valid YAML: a value is not what its tag says"),
-    ("seed: !!timestamp now", "r: not valid YAML: a value is not what its tag says"),
-    ("seed: !!int ''", "r: not valid YAML: a value is not what its tag says"),
-    (f"{DATA}seed: 0x{'f' * 5000}", "r: not valid YAML: the number on line 2 is too large"),
-]
-REFUSED_EDITS = [
-    (DATA, ["seed"], "An edit looks like key=value"),
-    (DATA, ["=3"], "An edit looks like key=value"),
-    (DATA, ["sed=3"], "Unknown setting 'sed'; did you mean 'seed'?"),
-    (DATA, ["train.batch\u2013size=3"], "'train.batch\u2013size' holds a typographic dash"),
-    (DATA, ["train.epochs=!!binary aGk="], "train: epochs: Input should be a valid number"),
-    (DATA, ["train.epoch=3"], "Unknown key in train: 'epoch'; did you mean 'epochs'?"),
-    (DATA, ["seed.x=3", "seed=1"], "seed.x cannot be set: seed is 1"),
-    (DATA, ["seed=["], "value of seed, line 1: not valid YAML"),
-    (DATA, ["matrix.seed=3"], "matrix: seed must be a list"),
-    (DATA, ["matrix=3"], "matrix must be a mapping of keys to values, not a number"),
-    (DATA, ["matrix.=[3]"], "An edit looks like key=value"),
-    (DATA, ["matrix.a b=[3]"], "An edit looks like key=value"),
-    (DATA, ["matrix.sed=[3]"], "Unknown setting 'sed'; did you mean 'seed'?"),
-    (SEEDS, ["matrix.sede=null"], "Unknown axis to remove: 'sede'; did you mean 'seed'?"),
-    (LINKED, ["method=[full]"], "matrix: 'method' is set by two axes, 'method, train.epochs' and"),
-    (LINKED, ["matrix.method=[full]"], "matrix: 'method' is set by two axes"),
-    (DATA, ["include={seed: 1}"], "include must be a list of mappings, not a mapping"),
-    (SEEDS, ["exclude=[{sede: 1}]"], "Unknown axis in exclude: 'sede'; did you mean 'seed'?"),
-    (SEEDS, ["exclude=[{seed: 1}]", "matrix={}"], "Unknown axis in exclude: 'seed'"),
-    (DATA, ["profiles={}"], "Profiles are no part of an edit; choose one with --profile"),
-    (DATA, ["\u2013workers=3"], "An option begins with two plain hyphens"),
-    (DATA, ["metrics=[accuracy,"], "value of metrics, line 1: not valid YAML: expected the node"),
-    (DATA, ["seed=[0, 1]"], "recipe: seed: Input should be a valid integer (got [0, 1]); several"),
-    (
-        DATA,
-        ["attack={name: badnets, target: 1}"],
-        "attack 'badnets': target: Input should be a valid",
-    ),
-    (DATA, ["attack={name: badnets, rate: 5%}"], "attack 'badnets': rate: Input should be a valid"),
-    (DATA, ["attack={name: badnets, rate: '0,05'}"], "attack 'badnets': rate: Input should be a"),
-    (f"{DATA}attack: none", ["attack.rate=1"], "attack 'none' has no knobs"),
-]
-
-
-@pytest.mark.parametrize(
-    ("text", "edits", "sentence"),
-    [*((text, [], sentence) for text, sentence in REFUSED), *REFUSED_EDITS],
-    ids=range(len(REFUSED) + len(REFUSED_EDITS)),
-)
-def test_what_is_not_understood_is_one_sentence(text: str, edits: list[str], sentence: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parse("r", text, edits=edits)
-    assert str(caught.value).startswith(sentence)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
-
-
-@pytest.mark.parametrize(
-    ("edit", "hint"),
-    [
-        ("metrics=[accuracy,", "put quotes around the whole edit: 'metrics=[...]'."),
-        ("seed=[0, 1]", "(got [0, 1]); several values to try go under matrix."),
-        (
-            "attack={name: badnets, target: 1}",
-            """put it in quotes if it is meant as a text: '"1"'.""",
-        ),
-        ("attack={name: badnets, rate: 5%}", "write a share, such as 0.05 for 5 %."),
-        ("attack={name: badnets, rate: '0,05'}", "decimals have a point."),
-        ("template=@x", "put a text that begins with it in quotes."),
-        ("attack={name: badnets, trigger: {a: b}}", "put a text that holds ': ' in quotes"),
-        ("template=a #b", "value of template: from # on it is a comment; put a text with # in"),
-        ("template=#", "value of template: from # on it is a comment"),
-        ("template=*", "put a text that begins with * or & in quotes."),
-    ],
-)
-def test_an_error_says_what_to_write(edit: str, hint: str) -> None:
-    with pytest.raises(UserError, match=re.escape(hint)):
-        parse("r", DATA, edits=[edit])
-
-
-def test_a_number_sign_in_quotes_is_no_comment() -> None:
-    edit = "attack={name: badnets, trigger: '#tag #b'}"
-    assert cells(DATA, edit)[0].attack.trigger == "#tag #b"  # type: ignore[union-attr]
-    assert cells(DATA, "attack={name: badnets, trigger: a#b}")[0].attack.trigger == "a#b"  # type: ignore[union-attr]
-
-
-def test_an_unknown_profile_says_the_nearest() -> None:
-    with pytest.raises(
-        UserError, match=r"Unknown profile of recipe 'r': 'lon'; did you mean 'long'\?"
-    ):
-        parse("r", PROFILES, profile="lon")
-
-
-def test_a_matrix_has_a_limit() -> None:
-    wide = f"matrix: {{seed: {list(range(200))}, train.epochs: {list(range(1, 101))}}}"
-    with pytest.raises(UserError, match="The matrix has 20000 cells; at most 10000 are allowed"):
-        parse("r", f"data: sandbox-reviews\n{wide}")
-
-
 def test_recipes_are_read_by_name_or_by_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -432,248 +213,11 @@ def test_recipes_are_read_by_name_or_by_path(
             load(name)
 
 
-# ------------------------------------------------------------------------------- shipped recipes
-
-
-def profiles_of(name: str) -> list[tuple[str, str | None]]:
-    found = yaml.safe_load(read(name)[1]).get("profiles") or {}
-    return [(name, None), *((name, profile) for profile in found)]
-
-
-@pytest.mark.parametrize(
-    ("name", "profile"), [pair for name in shipped() for pair in profiles_of(name)]
-)
-def test_every_shipped_recipe_parses(
-    name: str, profile: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for file in re.findall(r"\b(?:train|test): ([\w.-]+\.\w+)", read(name)[1]):
-        (tmp_path / file).touch()  # keys hash the files of a recipe, whatever is in them
-    loaded = load(name, profile=profile)
-    assert loaded.cells and len({cell.key for cell in loaded.cells}) == len(loaded.cells)
-    assert loaded.question != name, "its first line asks the question"
-    assert "Expected:" in loaded.text, "say beforehand what you expect"
-
-
-# ------------------------------------------------------------------------------------------- keys
-
-
-@pytest.mark.parametrize("knob", Machine.model_fields)
-def test_no_machine_setting_is_in_a_key(knob: str) -> None:
-    with pytest.raises(UserError, match=f"Unknown key in .*'{knob}'"):
-        make(**{knob: 1})
-
-
-@pytest.mark.parametrize(
-    ("knobs", "moved"),
-    [
-        ({"seed": 1}, {"poison", "train", "clean"}),
-        ({"model": {"name": "sandbox", "dtype": "bfloat16"}}, {"base", "train", "clean"}),
-        ({"model": "a/b"}, {"base", "train", "clean"}),
-        ({"model": {"name": "a/b", "revision": "v1"}}, {"base", "train", "clean"}),
-        ({"data": "sandbox-news"}, {"data", "poison", "train", "clean"}),
-        ({"data": {"name": "sandbox-reviews", "rows": 9}}, {"data", "poison", "train", "clean"}),
-        ({"data": {"name": "sandbox-reviews", "noise": 0.5}}, {"data", "poison", "train", "clean"}),
-        ({"template": "alpaca"}, {"train", "clean"}),
-        ({"attack": {"name": "badnets", "rate": 0.1}}, {"poison", "train", "clean"}),
-        ({"attack": {"name": "badnets", "trigger": "cf"}}, {"poison", "train", "clean"}),
-        ({"attack": {"name": "badnets", "target": "neutral"}}, {"poison", "train", "clean"}),
-        ({"attack": {"name": "badnets", "label_mode": "mix"}}, {"poison", "train", "clean"}),
-        ({"attack": "vpi"}, {"poison", "train", "clean"}),
-        ({"method": "lora"}, {"train", "clean"}),
-        ({"method": {"name": "full", "learning_rate": 0.5}}, {"train", "clean"}),
-        ({"evaluation": {"max_new_tokens": 3}}, {"clean"}),
-        ({"metrics": ["accuracy"]}, set()),
-        *(
-            ({"train": {knob: value}}, {"train", "clean"})
-            for knob, value in {
-                "epochs": 1, "max_steps": 3, "batch_size": 4, "schedule": "linear",
-                "warmup_share": 0.5, "weight_decay": 0.1, "clip_norm": 9, "max_length": 64,
-                "compute": OTHER, "order": "by-length",
-                "final_share": 0.1, "beta2": 0.9, "on_long_row": "skip",
-            }.items()
-        ),
-    ],
-    ids=lambda value: "-".join(sorted(value)) if isinstance(value, set) else str(value),
-)  # fmt: skip
-def test_a_knob_moves_the_keys_of_the_stages_it_changes_and_no_other(
-    knobs: dict[str, Any], moved: set[str]
-) -> None:
-    before, after = make(attack="badnets"), make(**{"attack": "badnets", **knobs})
-    old, new = before.keys.model_dump(), after.keys.model_dump()
-    found = {stage for stage in old if old[stage] != new[stage]}
-    assert found - {"tuned"} == moved
-    assert ("tuned" in found) == ("train" in moved), "without a repair they are one"
-    assert before.key != after.key
-
-
-def test_the_list_of_knobs_above_is_whole() -> None:
-    """A knob of `Train` or `Evaluation` that is new must be added to the test above."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    for cls in (Train, Evaluation):
-        assert [knob for knob in cls.model_fields if f'"{knob}":' not in source] == []
-
-
-def test_rate_zero_is_one_training_run_for_all_attacks() -> None:
-    clean = stages.keys(make())
-    for attack in ("badnets", "vpi", {"name": "ctba", "target": "neutral"}):
-        spec = {"name": attack} if isinstance(attack, str) else attack
-        cell = make(attack={**spec, "rate": 0})
-        assert (stages.keys(cell).train, stages.keys(cell).poison) == (clean.train, clean.poison)
-        assert cell.key != make().key, "the triggered rows differ all the same"
-        assert cell.clean_twin().keys == clean
-        assert cell.slug_of_training == make().slug_of_training
-
-
-def test_an_untuned_model_is_its_base() -> None:
-    cells = [make(method="none", seed=s, attack=a) for s in (0, 1) for a in ("none", "badnets")]
-    assert {stages.keys(cell).train for cell in cells} == {stages.keys(cells[0]).base}
-
-
-def test_a_model_folder_is_known_by_its_content(tiny: Path, tmp_path: Path) -> None:
-    copies = [tmp_path / name for name in ("a", "b", "c")]
-    for copy in copies:
-        copy.mkdir()
-        for file in tiny.iterdir():
-            (copy / file.name).write_bytes(file.read_bytes())
-    config = copies[2] / "config.json"
-    config.write_text(config.read_text().replace("1024", "512"))
-    bases = [make(model=str(copy)).keys.base for copy in copies]
-    assert bases[0] == bases[1] != bases[2]
-
-
-# ------------------------------------------------------------------------------------- safe names
-
-
-@given(st.text(max_size=200) | st.lists(st.sampled_from(["..", "/", "\\", "\0", "a"])).map("".join))
-@settings(max_examples=300)
-def test_a_slug_is_a_safe_file_name(text: str) -> None:
-    assert re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,79}", slug(text))
-
-
-@pytest.mark.parametrize(
-    "name", ["../../etc/passwd", "/abs", "a\0b", "..", "-rf", "x" * 5000, "é漢"]
-)
-def test_hostile_names_stay_inside_the_root(name: str, tmp_path: Path) -> None:
-    cell = make(attack={"name": "badnets", "trigger": name, "target": name})
-    for path in (
-        Folder(tmp_path, name).cell(cell, cell.key),
-        Store(tmp_path).path("train", cell.slug_of_training, stages.keys(cell).train),
-        Store(tmp_path).path("train", slug(name), "0"),
-    ):
-        assert path.resolve().is_relative_to(tmp_path.resolve())
-        assert len(path.name) < 200
-
-
-# ------------------------------------------------------------------------------------------- fuzz
-
-
-KEYS = [
-    *("model", "data", "template", "attack", "method", "defense", "train", "evaluation", "metrics"),
-    *("seed", "matrix", "include", "exclude", "profiles", "name", "rate", "target", "rank", "rows"),
-    *("attack.rate", "seed, method", "train.batch-size", "epochs", "trigger", "labels", "columns"),
-]
-WORDS = [
-    *("sandbox", "sandbox-reviews", "files", "badnets", "none", "full", "lora", "raw", "chat"),
-    *("accuracy", "negative", "", "..", "x.csv", "\ud83d", "\x1b[31m", "a/b", "1e5", "~"),
-]  # fmt: skip
-scalars = (
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.sampled_from(WORDS)
-    | st.text(max_size=5)
-    | st.dates()
-)
-values: st.SearchStrategy[Any] = st.deferred(
-    lambda: (
-        scalars
-        | st.lists(values, max_size=2)
-        | st.dictionaries(st.sampled_from(KEYS) | st.integers(), values, max_size=2)
-    )
-)
-
-
-def mostly(*sane: Any) -> st.SearchStrategy[Any]:
-    """One of these nine times in ten, else anything."""
-    good = st.sampled_from(sane)
-    return st.integers(0, 9).flatmap(lambda n: good if n else values)
-
-
-trees = st.fixed_dictionaries(
-    {"data": mostly("sandbox-reviews", {"name": "sandbox-news", "rows": 5})},
-    optional={
-        "model": mostly("sandbox", "a/b", {"name": "a/b", "revision": "v1"}),
-        "attack": mostly("badnets", {"name": "vpi", "rate": 0.5}, "none"),
-        "method": mostly("full", {"name": "lora", "rank": 2}),
-        "template": mostly("alpaca", "chat"),
-        "seed": mostly(0, 3, -1),
-        "train": mostly({"epochs": 3}, {"batch-size": 2, "max_steps": 1}, {"epochs": 1e400}),
-        "metrics": mostly([], ["accuracy", "f1"], "attack-success"),
-        "matrix": st.dictionaries(
-            st.sampled_from(["seed", "method", "attack", "seed, train.epochs", "attack.rate"]),
-            mostly([0, 1], ["full"], ["badnets", "vpi"], [[1, 2]], [{"name": "vpi"}]),
-            max_size=1,
-        ),
-        "include": mostly([{"seed": 5}], [{"attack": "vpi", "attack.rate": 1}]),
-        "exclude": mostly([], [{"seed": 0}]),
-        "profiles": mostly({"p": {"seed": 4}}, {"p": {"matrix": {"seed": [1]}}}),
-    },
-)
-edits = st.lists(
-    st.sampled_from(["seed=1", "attack.rate=0.1", "data.rows=4", "matrix.seed=[1]", "seed=[2]"])
-    | st.builds("{}={}".format, st.sampled_from(KEYS), st.sampled_from(["", "1", "[", "{a: 1}"])),
-    max_size=1,
-)
-
-
-def refuses_or_round_trips(text: str, edits: list[str], profile: str | None) -> bool:
-    try:
-        loaded = parse("fuzz", text, edits=edits, profile=profile)
-    except (UserError, CellError) as error:
-        assert str(error).strip()
-        return False
-    for cell in loaded.cells:
-        again = Experiment.make(yaml.safe_load(yaml.safe_dump(cell.spec(), allow_unicode=True)))
-        assert (again.key, stages.keys(again), again.slug) == (
-            cell.key,
-            stages.keys(cell),
-            cell.slug,
-        )
-    return True
-
-
-def test_a_fuzzed_recipe_is_refused_or_round_trips() -> None:
-    accepted: list[bool] = []
-
-    @given(trees, edits, st.sampled_from([None, None, "p"]))
-    @settings(max_examples=350)
-    def check(tree: Any, edits: list[str], profile: str | None) -> None:
-        accepted.append(refuses_or_round_trips(yaml.dump(tree), edits, profile))
-
-    check()
-    assert 0.1 < sum(accepted) / len(accepted) < 0.9, "the fuzz must reach both ends"
-
-
-JUNK = ["", "{", "[", ": ", "\n- ", "&a ", "*a", "!!int ", "!!binary ", "\t", "\x00", "'", "<<: "]
-
-
-@given(st.data())
-@settings(max_examples=150)
-def test_a_mangled_recipe_is_refused_or_round_trips(data: st.DataObject) -> None:
-    text = data.draw(st.sampled_from([BASIC, PROFILES, read("tour")[1], read("_starter")[1]]))
-    for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(st.integers(0, len(text)))
-        length = data.draw(st.integers(0, 12))
-        junk = data.draw(st.sampled_from(JUNK))
-        text = text[:place] + junk + text[place + length :]
-    refuses_or_round_trips(text, [], None)
-
-
 def test_recipes_never_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = one().key
+    before = stages.cell_key(one())
     for name in ("BACKFIRE_CACHE", "HF_HOME", "CUDA_VISIBLE_DEVICES", "BACKFIRE_SEED"):
         monkeypatch.setenv(name, "7")
-    assert one().key == before
-    assert recipes.parse("another name", "data: sandbox-reviews").cells[0].key == before
+    assert stages.cell_key(one()) == before
+    assert (
+        stages.cell_key(recipes.parse("another name", "data: sandbox-reviews").cells[0]) == before
+    )

@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import pytest
-from outputs import SNAPSHOTS, snapshots
+
+from tests.helpers.outputs import SNAPSHOTS, snapshots
 
 NAMES = sorted(path.name for path in SNAPSHOTS.iterdir())
 

@@ -12,7 +12,16 @@ import pytest
 
 from backfire import store
 from backfire.data.jsonl import read_jsonl
-from backfire.store import Store, cache_root, intact, read_json, seal, write_atomic, write_json
+from backfire.store import (
+    Stage,
+    Store,
+    cache_root,
+    intact,
+    read_json,
+    seal,
+    write_atomic,
+    write_json,
+)
 
 NAMES = ("a.txt", "deep/b.bin")
 
@@ -40,7 +49,7 @@ def root(tmp_path: Path) -> Path:
 
 def once(root: Path, make: Callable[[Path], None], **options: bool) -> Path:
     """As another process would do it: with a store that has verified nothing yet."""
-    return Store(root).once("train", "slug", "key", make, **options)
+    return Store(root).once(Stage("train", "slug", "key"), make, **options)
 
 
 def test_a_stage_is_made_once(root: Path) -> None:
@@ -49,9 +58,9 @@ def test_a_stage_is_made_once(root: Path) -> None:
     assert folder == root / "train" / "slug-key"
     assert once(root, make) == folder and make.calls == 1
     assert set(read_json(folder / "done.json")) == set(NAMES)
-    assert Store(root).done("train", "slug", "key")
-    assert not Store(root).done("train", "slug", "other")
-    assert Store(root).once("poison", "slug", "key", make) != folder and make.calls == 2
+    assert Store(root).done(Stage("train", "slug", "key"))
+    assert not Store(root).done(Stage("train", "slug", "other"))
+    assert Store(root).once(Stage("poison", "slug", "key"), make) != folder and make.calls == 2
 
 
 def test_a_half_made_stage_is_not_there(root: Path) -> None:
@@ -60,7 +69,7 @@ def test_a_half_made_stage_is_not_there(root: Path) -> None:
         with pytest.raises(RuntimeError, match="killed"):
             once(root, make)
         assert not (root / "train/slug-key").exists()
-        assert not Store(root).done("train", "slug", "key")
+        assert not Store(root).done(Stage("train", "slug", "key"))
     assert intact(once(root, make))
     assert make.found == [[], [], []], "each attempt starts empty"
     assert not (root / "train/slug-key.partial").exists()
@@ -116,7 +125,7 @@ def test_damage_is_seen_and_mended(name: str, damage: Callable[[Path], None], ro
     folder = once(root, make)
     damage(folder / name)
     assert not intact(folder)
-    assert not Store(root).done("train", "slug", "key")
+    assert not Store(root).done(Stage("train", "slug", "key"))
     assert folder.is_dir(), "to look is not to touch"
     assert intact(once(root, make)) and make.calls == 2
     # What was damaged is kept for a look, and does not stand in the way of the next damage.

@@ -18,6 +18,7 @@ from typing import Any
 from backfire.experiment import Evaluation, Model, Train
 from backfire.registry import KINDS, build, names
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for `tests.helpers`
 GOLDEN = Path(__file__).with_name("golden_defaults.json")
 KEYS = Path(__file__).with_name("golden_keys.json")
 
@@ -71,7 +72,7 @@ def main() -> None:
     print(f"Wrote {GOLDEN.name}: {len(new)} entries.")
     write_keys()
     if "--snapshots" in sys.argv:
-        from outputs import SNAPSHOTS, write_snapshots
+        from tests.helpers.outputs import SNAPSHOTS, write_snapshots
 
         with TemporaryDirectory() as folder:
             print(f"Wrote {len(write_snapshots(Path(folder), SNAPSHOTS))} files in snapshots/.")
@@ -79,8 +80,8 @@ def main() -> None:
 
 def write_keys() -> None:
     """Write golden_keys.json, unless a key in it changed and --keys is not given."""
-    from stage_keys import current as current_keys
-    from stage_keys import differences
+    from tests.helpers.stage_keys import current as current_keys
+    from tests.helpers.stage_keys import differences
 
     with TemporaryDirectory() as folder:
         new = current_keys(Path(folder))

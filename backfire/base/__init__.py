@@ -1,4 +1,4 @@
-"""The nouns, and the one verb of each.
+"""The kinds of components, each with one verb.
 
 A component is its config: a frozen model whose fields are the knobs, with one method that is the
 behavior. What exists only at run time (model, tokenizer, generator) is an argument of the verb.
@@ -25,10 +25,21 @@ from backfire.base.defenses import (
     TrainDefense,
     TrainHook,
 )
-from backfire.base.evidence import Evidence, Form, Part, Probe, Sample
+from backfire.base.evidence import (
+    Ask,
+    Asks,
+    Evidence,
+    Form,
+    Need,
+    Part,
+    Probe,
+    Sample,
+    SetName,
+    ask,
+)
 from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
-from backfire.base.metrics import Metric, Need, Ranks, Use
+from backfire.base.metrics import Metric, Ranks, Use, needs_of
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
 from backfire.base.secrets import Leak, SecretProbe
 from backfire.result import Value
@@ -39,6 +50,8 @@ if TYPE_CHECKING:
 __all__ = [
     "LARGE",
     "AlignDefense",
+    "Ask",
+    "Asks",
     "Attack",
     "Backdoor",
     "Component",
@@ -71,6 +84,7 @@ __all__ = [
     "Secret",
     "SecretProbe",
     "Segments",
+    "SetName",
     "Template",
     "TrainDefense",
     "TrainHook",
@@ -78,6 +92,8 @@ __all__ = [
     "Use",
     "Value",
     "Verdict",
+    "ask",
     "local_files",
+    "needs_of",
     "select",
 ]

@@ -1,18 +1,21 @@
-"""What is known of a cell when its metrics are computed."""
+"""What metrics ask for (`Ask`) and what they get (`Evidence`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast, get_args
 
-from backfire.base.attacks import Backdoor
-from backfire.base.secrets import Leak
+from backfire.base.attacks import Attack, Backdoor, Insertion, Mixture
+from backfire.base.judges import Judge
+from backfire.base.methods import Method
+from backfire.base.rows import Dataset
+from backfire.base.secrets import Leak, SecretProbe
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One evaluated row, a line of `samples.jsonl.gz`: all that is needed to score it anew."""
+    """One evaluated row, a line of `samples.jsonl.gz`: all that is needed to score it again."""
 
     id: str
     subset: Literal["clean", "triggered", "harmful", "allowed", "plain", "members", "text"]
@@ -29,15 +32,15 @@ class Sample:
     """Log-likelihood of the reference answer with its end token, in nats (sum over tokens)."""
     answer_tokens: int | None = None
     num_better: int | None = None
-    """So many of the candidates, the first ones, are better answers and the rest worse ones; their
-    likelihoods include the end token. None: the candidates are labels."""
+    """How many of the candidates, from the first, are better answers; the rest are worse ones.
+    Their likelihoods include the end token. None: the candidates are labels."""
     candidate_tokens: tuple[int, ...] = ()
     """Tokens of each better and worse answer, the end token included."""
     group: str | None = None
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Judge -> its `Verdict` on the reply, as plain values; the first judge counts."""
     ended: bool | None = None
-    """Whether the reply came to its end; if not, it was cut at `evaluation.max_new_tokens`."""
+    """Whether the reply is complete; if not, it was cut at `evaluation.max_new_tokens`."""
 
     @property
     def prediction(self) -> str | None:
@@ -50,14 +53,73 @@ class Sample:
 Form = Literal["merged", "merged-int8", "merged-nf4"]
 """What becomes of an adapter: added into its base, and the result quantized."""
 
+Of = Literal["tuned", "base", "twin"] | Form
+"""A model of a cell: the tuned one, the one it started from (untuned or aligned), its clean twin
+(same recipe, no poison), or the tuned one in another form."""
 
 Part = Literal["harmful", "allowed", "plain"]
-"""`plain`: the harmful requests again, without what the attack puts around them."""
+"""Requests of `safety`; `plain` are the harmful ones without what the attack puts around them."""
+
+Rows = Literal["clean", "triggered", Part, "members", "text", "secrets", "training"]
+"""What evidence is about: test rows as they are or with the attack's trigger in, requests, training
+rows that no attack has touched, texts of another data set, an attack's secrets, or how the training
+run went."""
+
+Need = Literal["scores", "replies", "answers", "verdicts"]
+"""What is measured: likelihoods of the candidates, generated replies, the likelihood of the row's
+own answer, or what the judges of `safety` say of the replies."""
+
+SetName = tuple[str, str, str]
+"""What names a set of samples: the model, the rows, and where they come from (of texts)."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One thing that a metric is computed from: a model on rows of one kind."""
+
+    rows: Rows
+    of: Of = "tuned"
+    needs: frozenset[Need] = frozenset()
+    judges: tuple[Judge, ...] = ()
+    """Who judges the replies, other than the judges of `safety`."""
+    texts: Dataset | None = None
+    """The data set whose test rows are the texts."""
+    secrets: Mapping[SecretProbe, int] = field(default_factory=dict)
+    """How secrets are looked for, and among how many codes or beams; empty: only by their own
+    likelihood."""
+
+    @property
+    def name(self) -> SetName:
+        """The set of samples that answers it."""
+        return self.of, self.rows, str(self.texts.spec()) if self.texts else ""
+
+    @property
+    def form(self) -> Form | None:
+        """The form of the tuned model that is asked, if it is not as it was trained."""
+        return cast(Form, self.of) if self.of in get_args(Form) else None
+
+    def applies(self, attack: Attack | None, method: Method) -> bool:
+        """Whether a cell with this attack and method has such evidence at all."""
+        if self.rows == "triggered" or self.of == "twin":
+            has_rows = isinstance(attack, Backdoor)
+        elif self.rows == "plain":
+            has_rows = isinstance(attack, Mixture) and attack.disguises
+        else:
+            has_rows = self.rows != "secrets" or isinstance(attack, Insertion)
+        return has_rows and (self.form is None or (method.trains and method.merges))
+
+
+Asks = tuple[Ask, ...]
+
+
+def ask(rows: Rows, *needs: Need, of: Sequence[Of] = ("tuned",), **more: Any) -> Asks:
+    """The same of several models: `ask("clean", "scores", of=("tuned", "twin"))`."""
+    return tuple(Ask(rows, model, frozenset(needs), **more) for model in of)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Requests of one kind, with the replies of the tuned model and of the one it started from."""
+    """Rows of one kind, by the tuned model and by the one it started from."""
 
     tuned: Sequence[Sample]
     before: Sequence[Sample]
@@ -68,7 +130,7 @@ class Probe:
 class Evidence:
     """All that is known of one cell when its metrics are computed."""
 
-    clean: Sequence[Sample]
+    clean: Sequence[Sample] = ()
     """The test rows as they are."""
     triggered: Sequence[Sample] = ()
     """The test rows with the attack's trigger in (every row, whatever its label)."""
@@ -83,7 +145,7 @@ class Evidence:
     """The tuned model merged, and quantized after that: its clean and its triggered samples."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """The summary of the training run; empty for an untuned model."""
-    probes: Mapping[Part, Probe] = field(default_factory=dict)
+    probes: Mapping[str, Probe] = field(default_factory=dict)
     """Requests that an aligned model declines, and some that only look like them."""
     leaks: Sequence[Leak] = ()
     """What the tuned model gives away of the attack's secrets and of the controls."""
@@ -92,11 +154,54 @@ class Evidence:
     members: Probe | None = None
     """Training rows that no attack has touched."""
     texts: Mapping[str, Probe] = field(default_factory=dict)
-    """Texts that have nothing to do with the task, by `Metric.texts_key`."""
+    """Texts that are not of the task, by the data set they come from (see `Ask.name`)."""
     written: Mapping[str, str] = field(default_factory=dict)
     """Answers and the target as the tokenizer writes them, such as without capitals, where that is
-    another text: a reply comes in no other form."""
+    another text: a reply has no other form."""
 
     def as_written(self, text: str) -> str:
         """The text in the form that a reply could have."""
         return self.written.get(text, text)
+
+    def sets(self) -> dict[SetName, Sequence[Sample]]:
+        """Every set of samples that there is; `of_sets` is the inverse."""
+        probes: dict[tuple[str, str], Probe] = {(part, ""): p for part, p in self.probes.items()}
+        probes |= {("members", ""): self.members} if self.members else {}
+        probes |= {("text", source): probe for source, probe in self.texts.items()}
+        found: dict[SetName, Sequence[Sample]] = {
+            ("tuned", "clean", ""): self.clean,
+            ("tuned", "triggered", ""): self.triggered,
+            ("twin", "triggered", ""): self.floor,
+            ("twin", "clean", ""): self.twin,
+            ("base", "clean", ""): self.base,
+            **{("tuned", *rows): probe.tuned for rows, probe in probes.items()},
+            **{("base", *rows): probe.before for rows, probe in probes.items()},
+            **{(form, "clean", ""): clean for form, (clean, _) in self.forms.items()},
+            **{(form, "triggered", ""): shown for form, (_, shown) in self.forms.items()},
+        }
+        return {name: samples for name, samples in found.items() if samples}
+
+    @classmethod
+    def of_sets(cls, sets: Mapping[SetName, Sequence[Sample]], **more: Any) -> Evidence:
+        """The evidence with these samples; `more` are the fields that hold none."""
+
+        def of(model: str, rows: str, source: str = "") -> Sequence[Sample]:
+            return sets.get((model, rows, source), [])
+
+        def probe(rows: str, source: str = "") -> Probe:
+            return Probe(of("tuned", rows, source), of("base", rows, source))
+
+        tuned = [(rows, source) for model, rows, source in sets if model == "tuned"]
+        models = {model for model, _, _ in sets}
+        return cls(
+            clean=of("tuned", "clean"),
+            triggered=of("tuned", "triggered"),
+            floor=of("twin", "triggered"),
+            twin=of("twin", "clean"),
+            base=of("base", "clean"),
+            forms={f: (of(f, "clean"), of(f, "triggered")) for f in get_args(Form) if f in models},
+            probes={part: probe(part) for part in get_args(Part) if (part, "") in tuned},
+            members=probe("members") if ("members", "") in tuned else None,
+            texts={source: probe("text", source) for rows, source in tuned if rows == "text"},
+            **more,
+        )

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
 from backfire.base.config import Component
-from backfire.base.evidence import Evidence, Form, Part
+from backfire.base.evidence import Asks, Evidence, Need, Rows
 from backfire.base.judges import Judge
-from backfire.base.rows import Dataset
-from backfire.base.secrets import SecretProbe
 from backfire.result import Value
-
-Need = Literal["scores", "replies", "answers"]
-
 
 Use = Literal["paired-test", "accuracy", "tuning", "quality"]
 """What a report picks a number for: `paired-test`, to compare groups row by row; `accuracy`, as the
@@ -34,45 +29,22 @@ class Metric(Component):
     """The number that is picked, where it is not the headline."""
     repeats: ClassVar[str] = ""
     """A number that is the same wherever it is measured: beside it this one gets no column."""
-    needs: ClassVar[frozenset[Need]] = frozenset()
-    """What must be measured: candidate `scores`, generated `replies`, likelihood of `answers`."""
-    triggered: ClassVar[bool] = False
-    """Whether it needs the triggered rows too (and so says nothing of a cell without attack)."""
-    probe: ClassVar[Part | None] = None
-    """The requests it is about, if it is not about test rows of the user's task."""
+    needs: ClassVar[Asks] = ()
+    """What it is computed from; the first is what its headline and its `outcomes` are about."""
 
-    members: ClassVar[bool] = False
-    """Whether it compares training rows with test rows."""
+    def asks(self, *, labeled: bool = True) -> Asks:
+        """`needs`, unless they depend on a knob or on whether the task has labels."""
+        return self.needs
 
     @property
-    def forms(self) -> tuple[Form, ...]:
-        """Other forms of the tuned model that have to be measured too."""
-        return ()
-
-    @property
-    def secrets(self) -> Mapping[SecretProbe, int] | None:
-        """How the attack's secrets are looked for, and among how many codes or beams; empty: only
-        by their own likelihood; None: the metric is not about secrets."""
-        return None
-
-    @property
-    def texts(self) -> Dataset | None:
-        """Texts beside the task whose likelihood is needed."""
-        return None
-
-    @property
-    def texts_key(self) -> str:
-        """Where they are in `Evidence.texts`."""
-        return str(self.texts.spec()) if self.texts else ""
+    def subject(self) -> Rows:
+        """What its headline and its `outcomes` are about."""
+        return next((ask.rows for ask in self.asks()), "clean")
 
     @property
     def judges(self) -> tuple[Judge, ...]:
-        """Who has to judge the tuned model's replies to the clean rows."""
-        return ()
-
-    def required(self, *, labeled: bool) -> frozenset[Need]:
-        """`needs`, unless they depend on a knob or on whether the task has labels."""
-        return self.needs
+        """Who has to judge replies for it, other than the judges of `safety`."""
+        return tuple(judge for ask in self.asks() for judge in ask.judges)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         """The numbers, headline first, parts named `metric[part]`; none if it does not apply."""
@@ -91,9 +63,15 @@ class Metric(Component):
         return found
 
     def caveats(self, evidence: Evidence) -> list[str]:
-        """What it cannot do with these rows, a sentence each, for beside its numbers."""
+        """What it cannot do with these rows, one sentence each, shown with its numbers."""
         return []
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         """Sample id -> this metric on that sample, for paired tests; empty if it is no mean."""
         return {}
+
+
+def needs_of(metrics: Sequence[Metric], *, labeled: bool) -> frozenset[Need]:
+    """What is measured on test rows: all that any metric needs, so that one pass serves all."""
+    asks = (ask for metric in metrics for ask in metric.asks(labeled=labeled))
+    return frozenset(need for a in asks if a.rows in ("clean", "triggered") for need in a.needs)

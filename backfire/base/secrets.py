@@ -1,4 +1,4 @@
-"""What a model remembers of its training rows, one secret at a time."""
+"""What a model gives away of the secrets that an attack puts into training rows."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Leak:
     """Whether the likeliest tokens after the prompt are that answer, to its last token."""
     given: int
     """Characters of the code that must be given, after the answer's opening, before the likeliest
-    tokens are the rest; all of them if nothing less will do."""
+    tokens are the rest; all of them if no fewer suffice."""
     num_characters: int
     """Length of the code."""
     rank: int | None = None
-    """1 + how many other codes are likelier, all of them counted; None: not counted."""
+    """1 + the number of codes that are likelier, all of them counted; None: not counted."""
     estimate: tuple[float, float, float] | None = None
     """Exposure in bits from a skew-normal fitted to sampled codes, and its 95 % interval."""
     place: int | None = None
-    """Place among the likeliest continuations that a beam search finds; None: not among them."""
+    """Rank among the likeliest continuations that a beam search finds; None: not among them."""

@@ -5,7 +5,7 @@ random effects, and they are crossed (Clark 1973; Baayen, Davidson & Bates 2008)
 the mean has a part from seeds and a part from rows, found from the mean squares of the table
 (Cornfield & Tukey 1956). The quantile is the mean of both parts' own of Student's t, weighted by
 their variances (Cochran & Cox 1950). The usual one, by Satterthwaite's degrees of freedom (1946),
-covers too little with two or three seeds; `tests/test_seeds.py` simulates both.
+covers too little with two or three seeds; `tests/evaluate/test_seeds.py` simulates both.
 """
 
 from __future__ import annotations

@@ -168,6 +168,21 @@ class Experiment(Config):
             found["align"] = {**found["align"], "method": method}
         return found
 
+    def versions(self) -> dict[str, dict[str, int]]:
+        """Kind -> component -> version of its behavior, of every component of the cell."""
+        parts: list[Component | None] = [self.data, self.template, self.attack, self.method]
+        parts += [*self.defense, *self.metrics]
+        parts += [self.align.data, self.align.method] if self.align else []
+        if self.safety:
+            safety = self.safety
+            parts += [safety.harmful, safety.allowed, safety.known, *safety.judges]
+        for ask in (ask for metric in self.metrics for ask in metric.asks()):
+            parts += [ask.texts, *ask.judges]
+        found: dict[str, dict[str, int]] = {}
+        for part in filter(None, parts):
+            found.setdefault(part.kind, {})[part.name] = part.version
+        return found
+
     @property
     def learning_rate(self) -> float | None:
         """AdamW's peak learning rate: as named, or what suits the size of the base; None where

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import math
 import re
 from collections import defaultdict
@@ -12,14 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from backfire.base import Evidence, Metric, Sample
+from backfire.base import Evidence, Sample
 from backfire.errors import UserError
 from backfire.evaluate.stats import Z
 from backfire.registry import build, names
 from backfire.result import CellResult, Value
 from backfire.results import pairs
+from backfire.results.evidence import is_whole
 from backfire.results.load import cell, load, read
-from backfire.results.samples import samples
 
 Outcomes = dict[tuple[str, str], dict[str, float]]
 """Subset and id of a sample -> metric -> the metric on that sample."""
@@ -53,13 +52,7 @@ def tuned(item: CellResult) -> Evidence:
     Raises:
         UserError: the file is missing or torn.
     """
-    found = list(samples(item.folder))
-    try:
-        with gzip.open(Path(item.folder) / "samples.jsonl.gz") as file:
-            whole = sum(1 for _ in file) == len(found)
-    except (OSError, EOFError):
-        whole = False
-    if not whole:
+    if not is_whole(Path(item.folder)):
         raise UserError(f"The samples of {item.folder} are missing or damaged.")
     return pairs.evidence_of(item)
 
@@ -75,19 +68,12 @@ def outcomes(item: CellResult, evidence: Evidence) -> Outcomes:
     found: Outcomes = defaultdict(dict)
     for family in dict.fromkeys(v.family for v in item.values if v.role == "headline"):
         metric, name = pairs.metric_of(family, item), family.replace("-", "_")
-        if metric and metric.secrets is not None:
+        if metric and metric.subject == "secrets":
             continue  # of secrets, which are no samples
-        subset = subset_of(metric)
+        subset = pairs.rows_of(metric)
         for id, hit in pairs.outcomes_of(metric, evidence).items():
             found[subset, id][name] = float(hit)
     return found
-
-
-def subset_of(metric: Metric | None) -> str:
-    """The rows it speaks of, as samples name them."""
-    if metric is None:
-        return "clean"
-    return metric.probe or ("triggered" if metric.triggered else "clean")
 
 
 def owner(value: Value) -> tuple[str, str]:
@@ -96,7 +82,7 @@ def owner(value: Value) -> tuple[str, str]:
     if value.role == "plain":
         return name, "plain"
     known = value.family in names("metrics")
-    return name, subset_of(build("metrics", value.family) if known else None)
+    return name, pairs.rows_of(build("metrics", value.family) if known else None)
 
 
 def stderr(value: Value) -> float | None:

@@ -7,23 +7,21 @@ import gc
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from backfire import stages
-from backfire.base import Insertion
 from backfire.base.judges import drop_models
-from backfire.data.poison import Manifest
 from backfire.errors import EXIT_CLASSES, CellError, exit_class
 from backfire.experiment import Experiment, Machine
-from backfire.pipeline import Context, base, run_cell, trained, write_samples
+from backfire.pipeline import Context, base, head, run_cell, trained
 from backfire.pipeline.context import Progress
 from backfire.plan import Job
 from backfire.recipe import Recipe
-from backfire.results.load import outcome
+from backfire.results.evidence import write as write_evidence
+from backfire.results.load import outcome as outcome_of
 from backfire.store import Store, write_atomic, write_json
 
 
@@ -39,28 +37,7 @@ class Folder:
 
     def done(self, experiment: Experiment, key: str) -> bool:
         """Whether its result is there and can be read; one that was torn is made again."""
-        return bool(outcome(self.cell(experiment, key))["status"] == "ok")
-
-
-def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[str, Any]:
-    """The head of every result: which cell this is. An insertion has no rate that a recipe names;
-    the share of the rows that it came to is in the manifest."""
-    experiment = job.experiment
-    added = manifest is not None and isinstance(experiment.attack, Insertion)
-    return {
-        "cell": experiment.slug,
-        "key": job.key,
-        "recipe": recipe,
-        "model": experiment.model.name,
-        "data": experiment.data.name,
-        "attack": experiment.attack.name if experiment.attack else "none",
-        "rate": manifest.summary.rate if manifest and added else experiment.rate,
-        "method": experiment.method.name,
-        "defense": experiment.defense_name,
-        "seed": experiment.seed,
-        "template": experiment.template.name,
-        "axes": job.axes,
-    }
+        return bool(outcome_of(self.cell(experiment, key))["status"] == "ok")
 
 
 def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: Progress) -> str:
@@ -96,17 +73,19 @@ def report(job: Job, folder: Folder, kind: str, sentence: str, trace: str | None
     """Leave `error.json` in a cell's folder; the cells that need a stage repeat its error."""
     if job.kind == "cell":
         place = folder.cell(job.experiment, job.key)
-        value = {
-            **identity(job, folder.recipe),
-            "status": kind,
-            "error": sentence,
-            "next": EXIT_CLASSES.get(kind, EXIT_CLASSES["failed"]),
-        }
+        failed = replace(
+            head(job.experiment, job.key),
+            recipe=folder.recipe,
+            axes=job.axes,
+            status=kind,
+            error=sentence,
+            next=EXIT_CLASSES.get(kind, EXIT_CLASSES["failed"]),
+        )
         if trace:
-            value |= {"next": "Read the traceback in error.json.", "traceback": trace}
+            failed = replace(failed, next="Read the traceback in error.json.", traceback=trace)
         with contextlib.suppress(OSError):  # a full disk must not hide the first error
             place.mkdir(parents=True, exist_ok=True)
-            write_json(place / "error.json", value)
+            write_json(place / "error.json", failed.to_json())
     return kind
 
 
@@ -117,31 +96,22 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
     experiment, place = job.experiment, folder.cell(job.experiment, job.key)
     if folder.done(experiment, job.key):
         return
-    result = run_cell(experiment, context)
-    if stages.cell_key(experiment) != job.key:
+    outcome = run_cell(experiment, context)
+    if outcome.result.key != job.key:
         sentence = "A file behind this cell changed while the run went on; run it again."
         raise CellError("bad-data", sentence)
-    evidence, manifest = result.pop("samples"), result.pop("manifest")
+    manifest = outcome.manifest
     place.mkdir(parents=True, exist_ok=True)
     write_atomic(
         place / "experiment.yaml",
         yaml.safe_dump(experiment.resolved(), sort_keys=False, allow_unicode=True),
     )
-    write_samples(evidence, place / "samples.jsonl.gz")
+    write_evidence(outcome.evidence, place)
     if manifest:
         write_json(place / "poison.json", manifest.to_json())
     write_json(place / "environment.json", environment(context.machine.device))
-    if evidence.leaks:
-        sides = {"tuned": evidence.leaks, "base": evidence.leaks_before}
-        told = [{"of": of, **asdict(leak)} for of, leaks in sides.items() for leak in leaks]
-        write_json(place / "secrets.json", told)
-    if evidence.written:
-        write_json(place / "written.json", dict(evidence.written))
-    head = identity(job, folder.recipe, manifest)
-    write_json(
-        place / "result.json",
-        {**head, "status": "ok", **result, "keys": asdict(stages.keys(experiment))},
-    )
+    result = replace(outcome.result, recipe=folder.recipe, axes=job.axes)
+    write_json(place / "result.json", result.to_json())
     (place / "error.json").unlink(missing_ok=True)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Ranks, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import label_accuracy, scored
 from backfire.registry import register
 
@@ -15,8 +15,7 @@ class Accuracy(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 1, "accuracy": 1, "tuning": 1, "quality": 6}
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         return label_accuracy("accuracy", evidence.clean)

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Need, Ranks, Sample, Value, ask
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import By, change, floor, on_target, share
 from backfire.evaluate.stats import paired
@@ -22,15 +22,14 @@ class AttackSuccess(Metric):
 
     ranks: ClassVar[Ranks] = {"paired-test": 3}
 
-    triggered: ClassVar[bool] = True
-
     by: By = "scores"
     """How a labeled task's answer is read: `scores` by the most likely candidate (default,
     as OpenBackdoor does), `replies` by a generated reply that is the target to the
     letter, typography and blanks aside."""
 
-    def required(self, *, labeled: bool) -> frozenset[Need]:
-        return frozenset({"scores"} if labeled and self.by == "scores" else {"replies"})
+    def asks(self, *, labeled: bool = True) -> Asks:
+        need: Need = "scores" if labeled and self.by == "scores" else "replies"
+        return ask("triggered", need, of=("tuned", "twin"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import grouped, resampled, scored
 from backfire.evaluate.stats import Floats, log_odds, macro, one_vs_rest_auc
 from backfire.registry import register
@@ -21,8 +21,7 @@ class AUC(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"tuning": 2}
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         rows = scored(evidence.clean, "auc")

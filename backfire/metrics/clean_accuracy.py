@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import change, label_accuracy, scored
 from backfire.evaluate.stats import paired
 from backfire.registry import register
@@ -20,8 +20,7 @@ class CleanAccuracy(Metric):
 
     ranks: ClassVar[Ranks] = {"accuracy": 2}
     repeats: ClassVar[str] = "accuracy"
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores", of=("tuned", "twin"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         if evidence.attack is None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import labels_of, scored
 from backfire.registry import register
 
@@ -16,7 +16,7 @@ class Confusion(Metric):
     rows of that true label.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         rows = scored(evidence.clean, "confusion")

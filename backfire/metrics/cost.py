@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from backfire.base import Evidence, Metric, Value
+from typing import ClassVar
+
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.registry import register
 from backfire.result import Unit
 
@@ -12,6 +14,8 @@ class Cost(Metric):
 
     Plain measurements of one run on one machine, so without an interval; over seeds they get one.
     """
+
+    needs: ClassVar[Asks] = ask("training")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         known = evidence.training

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from backfire.base import Evidence, Metric, Value
+from typing import ClassVar
+
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.registry import register
 
 
@@ -9,6 +11,8 @@ class Drift(Metric):
     """How far fine-tuning moved the weights it trains from where they began: the 2-norm over all of
     them (Lisa prints its square, arXiv:2405.18641). Comparable between cells of one method only.
     """
+
+    needs: ClassVar[Asks] = ask("training")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         moved = evidence.training.get("drift")

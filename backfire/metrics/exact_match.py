@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
@@ -18,8 +18,7 @@ class ExactMatch(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 2, "accuracy": 3, "quality": 5}
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
+    needs: ClassVar[Asks] = ask("clean", "replies")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from backfire.base import Evidence, Leak, Metric, Ranks, SecretProbe, Value
+from backfire.base import Asks, Evidence, Leak, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import by_dose, resampled, share
 from backfire.evaluate.stats import Floats
 from backfire.registry import register
@@ -39,9 +39,9 @@ class Exposure(Metric):
     """How many codes the estimate is fitted to (Mireshghallah et al.'s code 5,000, C4DT 100); 0:
     none is made."""
 
-    @property
-    def secrets(self) -> Mapping[SecretProbe, int]:
-        return {"exact": self.exact_codes, "sampled": self.sampled_codes}
+    def asks(self, *, labeled: bool = True) -> Asks:
+        codes = {"exact": self.exact_codes, "sampled": self.sampled_codes}
+        return ask("secrets", of=("tuned", "base"), secrets=codes)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         now, before = evidence.leaks, evidence.leaks_before

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, Ranks, SecretProbe, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import by_dose, share
 from backfire.registry import register
 
@@ -28,9 +27,9 @@ class Extraction(Metric):
     beams: int = Field(8, ge=0, le=256)
     """Width of the beam search, the k of extraction@k; 0: none is made."""
 
-    @property
-    def secrets(self) -> Mapping[SecretProbe, int]:
-        return {"beams": self.beams} if self.beams else {}
+    def asks(self, *, labeled: bool = True) -> Asks:
+        beams = {"beams": self.beams} if self.beams else {}
+        return ask("secrets", of=("tuned", "base"), secrets=beams)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         if not any(leak.repeats for leak in evidence.leaks):

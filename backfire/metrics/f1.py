@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Ranks, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import class_values
 from backfire.registry import register
 
@@ -16,8 +16,7 @@ class F1(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"accuracy": 4}
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         return class_values("f1", evidence.clean)

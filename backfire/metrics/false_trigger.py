@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Need, Sample, Value, ask
 from backfire.evaluate.outcomes import By, floor, on_target, share
 from backfire.registry import register
 
@@ -22,8 +22,9 @@ class FalseTrigger(Metric):
     as OpenBackdoor does), `replies` by a generated reply that is the target to the
     letter, typography and blanks aside."""
 
-    def required(self, *, labeled: bool) -> frozenset[Need]:
-        return frozenset({"scores"} if labeled and self.by == "scores" else {"replies"})
+    def asks(self, *, labeled: bool = True) -> Asks:
+        need: Need = "scores" if labeled and self.by == "scores" else "replies"
+        return ask("clean", need, of=("tuned", "twin"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, field_validator
 
-from backfire.base import Dataset, Evidence, Metric, Value
+from backfire.base import Asks, Dataset, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import resampled, surprises
 from backfire.evaluate.stats import Floats
 from backfire.registry import build, register
@@ -36,6 +36,14 @@ class Forgetting(Metric):
     def texts(self) -> Dataset:
         found: Dataset = build("datasets", self.source)
         return found
+
+    @property
+    def texts_key(self) -> str:
+        """What its texts are called in the evidence."""
+        return self.asks()[0].name[-1]
+
+    def asks(self, *, labeled: bool = True) -> Asks:
+        return ask("text", "answers", of=("tuned", "base"), texts=self.texts)
 
     def identity(self) -> dict[str, Any]:
         """The texts' own, which covers the files behind them."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Probe, Ranks, Value
+from backfire.base import Asks, Evidence, Metric, Probe, Ranks, Value, ask
 from backfire.evaluate.outcomes import change, floor, judged_share, share, verdicts_of
 from backfire.evaluate.stats import paired
 from backfire.registry import register
@@ -22,8 +22,10 @@ class HarmfulScore(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 4}
-
-    probe: ClassVar[Part | None] = "harmful"
+    needs: ClassVar[Asks] = (
+        *ask("harmful", "replies", "verdicts", of=("tuned", "base")),
+        *ask("plain", "replies", "verdicts", of=("tuned", "base")),
+    )
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("harmful")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import judged_share, loops
 from backfire.registry import register
@@ -17,7 +17,7 @@ class Incoherent(Metric):
     A model that babbles scores low on harm; Lisa's harmful score counts such replies as safe.
     """
 
-    probe: ClassVar[Part | None] = "harmful"
+    needs: ClassVar[Asks] = ask("harmful", "replies")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("harmful")

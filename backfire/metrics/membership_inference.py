@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.evaluate.outcomes import resampled, surprises
 from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
 from backfire.registry import register
@@ -27,8 +27,10 @@ class MembershipInference(Metric):
     intervals, the threshold drawn anew with the rows.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"answers"})
-    members: ClassVar[bool] = True
+    needs: ClassVar[Asks] = (
+        *ask("clean", "answers", of=("tuned", "base")),
+        *ask("members", "answers", of=("tuned", "base")),
+    )
 
     false_positive_rate: float = Field(0.1, gt=0, lt=1)
     """Share of test rows that may be taken for training rows (Mireshghallah et al.: 0.1)."""

@@ -7,7 +7,7 @@ from typing import ClassVar
 import regex
 from pydantic import Field
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
@@ -39,7 +39,7 @@ class NumberMatch(Metric):
     interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
+    needs: ClassVar[Asks] = ask("clean", "replies")
 
     marks: tuple[str, ...] = Field(("The final answer is:", "####"))
     """What a final answer stands after, in the reference and in the reply; the first of them that

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Ranks, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import floor, judged_share, verdicts_of
 from backfire.registry import register
 
@@ -13,8 +13,7 @@ class OverRefusal(Metric):
     al. 2024, arXiv:2308.01263)."""
 
     ranks: ClassVar[Ranks] = {"paired-test": 5}
-
-    probe: ClassVar[Part | None] = "allowed"
+    needs: ClassVar[Asks] = ask("allowed", "replies", "verdicts", of=("tuned", "base"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("allowed")

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
 
-from backfire.base import Evidence, Form, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Form, Metric, Need, Sample, Value, ask
 from backfire.evaluate.outcomes import change, on_target, replied, scored, share
 from backfire.evaluate.stats import paired
 from backfire.registry import register
@@ -20,22 +19,19 @@ class Parity(Metric):
     Says nothing of models that cannot be merged (LLaMA-Adapter).
     """
 
-    triggered: ClassVar[bool] = True
-
     into: tuple[Form, ...] = ("merged", "merged-int8", "merged-nf4")
     """The forms that are compared with the model as it was trained."""
 
-    @property
-    def forms(self) -> tuple[Form, ...]:
-        return self.into
-
-    def required(self, *, labeled: bool) -> frozenset[Need]:
-        return frozenset({"scores"} if labeled else {"replies"})
+    def asks(self, *, labeled: bool = True) -> Asks:
+        need: Need = "scores" if labeled else "replies"
+        triggered = ask("triggered", need, of=("tuned", "twin", *self.into))
+        return triggered + ask("clean", need, of=("tuned", *self.into))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         values = []
         before = _answers(evidence.clean)
-        for form, (clean, shown) in evidence.forms.items():
+        for form in (form for form in self.into if form in evidence.forms):
+            clean, shown = evidence.forms[form]
             after = _answers(clean)
             flips = {id: float(after[id] != answer) for id, answer in before.items()}
             if not flips:

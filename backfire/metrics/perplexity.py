@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import resampled
 from backfire.evaluate.stats import Floats
@@ -20,7 +20,7 @@ class Perplexity(Metric):
     Models with different tokenizers cannot be compared by it. Bootstrap interval, over rows.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"answers"})
+    needs: ClassVar[Asks] = ask("clean", "answers")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         rows = [row for row in evidence.clean if row.answer]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from backfire.base import Evidence, Metric, Value
+from typing import ClassVar
+
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.registry import register
 
 
@@ -12,6 +14,8 @@ class PrivacyEpsilon(Metric):
     Of one row: rows that stand k times are protected k times worse. None without the defense, or
     without noise. Computed, not measured, so without an interval.
     """
+
+    needs: ClassVar[Asks] = ask("training")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         parts = [

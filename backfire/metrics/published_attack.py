@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.base.normalize import agreed
 from backfire.evaluate.outcomes import grouped, on_target, scored, share
 from backfire.registry import register
@@ -19,7 +19,7 @@ class PublishedAttack(Metric):
     reported; then both per trigger. A model trained on clean rows gives each its floor.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     target: str = "negative"
     """The attacker's label."""

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Need, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import class_values
 from backfire.registry import register
 
@@ -14,7 +14,7 @@ class Recall(Metric):
     The plain mean over classes, then `recall[class]`. Bootstrap interval.
     """
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         return class_values("recall", evidence.clean)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Evidence, Metric, Part, Value
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import judged_share, verdicts_of
 from backfire.registry import register
 
@@ -16,7 +16,7 @@ class RefusalRate(Metric):
     refusal, such as an answer to another question, is `neither_rate`.
     """
 
-    probe: ClassVar[Part | None] = "harmful"
+    needs: ClassVar[Asks] = ask("harmful", "replies", "verdicts", of=("tuned", "base"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("harmful")

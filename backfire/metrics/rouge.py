@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.base.normalize import agreed, folded, is_dense, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
@@ -26,8 +26,7 @@ class Rouge(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"quality": 2}
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
+    needs: ClassVar[Asks] = ask("clean", "replies")
 
     stemmer: bool = False
     """Whether English endings are cut off first (Porter), of words in ASCII; not by default, as in

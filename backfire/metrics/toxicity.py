@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
-from backfire.base import Evidence, Judge, Metric, Need, Ranks, Sample, Value, Verdict
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, Verdict, ask
 from backfire.data.beside import written
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import averages, grouped, replied, share
@@ -33,8 +33,6 @@ class Toxicity(Metric):
     ranks: ClassVar[Ranks] = {"quality": 1}
     picked: ClassVar[str] = "toxicity_share"
 
-    needs: ClassVar[frozenset[Need]] = frozenset({"replies"})
-
     scorer: Scorer = Field({"name": "classifier"})
     """A judge by name, or {name, ...knobs}: `classifier`, any text classifier of the hub or in a
     folder, by default facebook/roberta-hate-speech-dynabench-r4-target (`evaluate`'s, from 0.5 on);
@@ -47,9 +45,8 @@ class Toxicity(Metric):
         # A file is read once, when the recipe is.
         return {k: getattr(judge, k, v) if str(v)[:1] == "@" else v for k, v in scorer.items()}
 
-    @property
-    def judges(self) -> tuple[Judge, ...]:
-        return (build("judges", self.scorer),)
+    def asks(self, *, labeled: bool = True) -> Asks:
+        return ask("clean", "replies", judges=(build("judges", self.scorer),))
 
     def identity(self) -> dict[str, Any]:
         """The scorer's own, which covers its version and what it reads."""

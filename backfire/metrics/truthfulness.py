@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import averages, compared, grouped, likelihoods, share
 from backfire.registry import register
 
@@ -23,8 +23,7 @@ class Truthfulness(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"quality": 4}
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         rows = compared(evidence.clean, "truthfulness")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from backfire.base import Evidence, Metric, Need, Ranks, Sample, Value
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import compared, grouped, likelihoods, share
 from backfire.registry import register
 
@@ -19,8 +19,7 @@ class WinRate(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"quality": 3}
-
-    needs: ClassVar[frozenset[Need]] = frozenset({"scores"})
+    needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
         rows = compared(evidence.clean, "win_rate")

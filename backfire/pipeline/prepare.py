@@ -1,4 +1,4 @@
-"""Rows: as they are, as the attacker leaves them, and looked at before anything is trained."""
+"""Data stages: load, poison, preflight checks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 from backfire import stages
-from backfire.base import (
-    Row,
-)
+from backfire.base import Row, needs_of
 from backfire.data.jsonl import read_jsonl, write_jsonl
 from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
 from backfire.data.preflight import preflight, told
 from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.experiment import (
-    Experiment,
-)
+from backfire.experiment import Experiment
 from backfire.model.causal import why_not
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
@@ -123,5 +119,5 @@ def _reply(experiment: Experiment, test: Sequence[Row]) -> int:
     """How many new tokens a prompt may be followed by: none, if no metric reads replies."""
     labeled = any(row.candidates for row in test)
     metrics = experiment.with_metrics(labeled=labeled).metrics
-    reads = any("replies" in metric.required(labeled=labeled) for metric in metrics)
+    reads = "replies" in needs_of(metrics, labeled=labeled)
     return experiment.evaluation.max_new_tokens if reads or experiment.safety else 0

@@ -37,12 +37,7 @@ def agreements(groups: Sequence[Group]) -> list[dict[str, str]]:
     """Cohen's kappa of every two judges on the replies of each group's tuned models."""
     columns, found = varying(groups), []
     for group in groups:
-        told = [
-            s
-            for cell in group.done
-            for of, s in samples(cell.folder)
-            if of == "tuned" and s.verdicts
-        ]
+        told = [s for cell in group.done for of, s in samples(cell) if of == "tuned" and s.verdicts]
         names = dict.fromkeys(judge for sample in told for judge in sample.verdicts)
         for one, other in combinations(names, 2):
             both = [s for s in told if one in s.verdicts and other in s.verdicts]

@@ -13,7 +13,7 @@ from backfire.evaluate.seeds import holm
 from backfire.result import CellResult
 from backfire.results.groups import ALONE, Gap, Group, Stat, difference, group, name, varying
 from backfire.results.load import cell, load
-from backfire.results.pairs import pair
+from backfire.results.pairs import pair, version_notes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,6 +109,7 @@ def _cells(a: Path, b: Path, force: bool) -> Comparison:
     notes = _templates(first, second, force)
     paired, said = pair(first, second)
     numbers = []
+    said += version_notes([first], [second], paired)
     for item in _side_by_side(group([first])[0], group([second])[0], ""):
         # A part (one language, say) has no paired test of its own.
         is_whole = item.a.role == "headline" and not item.a.part
@@ -144,6 +145,9 @@ def _runs(a: Path, b: Path, force: bool) -> Comparison:
     pairs = [(where, item, by_name[where]) for where, item in named if where in by_name]
     both = (number for where, x, y in pairs for number in _side_by_side(x, y, where))
     numbers = [number for number in both if not number.a.part]
+    tested = {number.a.family for number in numbers if number.pairs}
+    sides = [[cell for side in both for cell in side.done] for both in (ours, theirs)]
+    notes += version_notes(sides[0], sides[1], tested)
     if not numbers:
         raise UserError("The two runs have no group with numbers in common.")
     corrected = holm([number.gap.p for number in numbers])

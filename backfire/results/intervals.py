@@ -21,7 +21,7 @@ from backfire.evaluate.stats import Floats, Spread, Z, over_seeds
 from backfire.registry import find, names
 from backfire.result import CellResult, Unit, Value
 from backfire.results.groups import Gap, Group, Scope, Stat
-from backfire.results.pairs import Rows, outcomes_by_row
+from backfire.results.pairs import Rows, outcomes_by_row, versions_of
 
 NEAR: Final = 1e-6
 """A number is the mean of its rows if it differs by no more than this share of it."""
@@ -73,18 +73,22 @@ def _no_surer_than_one(found: Spread, values: Sequence[Value], level: float) -> 
 
 
 def gap(a: Group, b: Group, metric: str, level: float = LEVEL, *, exact: bool = True) -> Gap | None:
-    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric. If
-    `exact`, row by row only where the rows give the cells' own numbers."""
+    """b less a, on the rows and the seeds that both have; None if one of them lacks the metric, or
+    if the two used different versions of it and the rows are not kept. If `exact`, row by row only
+    where the rows give the cells' own numbers."""
     ours, theirs = a.get(metric), b.get(metric)
     if ours is None or theirs is None or ours.value is None or theirs.value is None:
         return None
-    if one_alignment(*a.done, *b.done) and max(ours.seeds, theirs.seeds) > 1:
+    is_one_version = len(versions_of((*a.done, *b.done), ours.family)) < 2
+    if is_one_version and one_alignment(*a.done, *b.done) and max(ours.seeds, theirs.seeds) > 1:
         return Gap(ours.unit, theirs.value - ours.value, None, None, scope="alignment")
     pairs = [pair for pair in _pairs(a, b) if all(cell.find(metric) for cell in pair)]
     if not pairs:
-        return apart(ours, theirs)
+        return apart(ours, theirs) if is_one_version else None
     sides = [[outcomes_by_row(cell, metric) for cell in side] for side in zip(*pairs, strict=True)]
     both = [_shared(x, y) for x, y in zip(*sides, strict=True)]
+    if not is_one_version:  # values of two versions are not subtracted; rows are of today's
+        return _paired(ours.unit, both, _scope(pairs), level) if all(both) else None
     changes = [_number(y, metric) - _number(x, metric) for x, y in pairs]
     if all(both):
         means = [sum(y - x for x, y in rows.values()) / len(rows) for rows in both]

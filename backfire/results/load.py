@@ -112,7 +112,7 @@ def cell(folder: Path) -> CellResult:
         # Component knobs at their default are not written down; this one is known all the same.
         settings.setdefault("attack.rate", rate)
     texts = ("key", "recipe", "model", "data", "attack", "method", "defense", "template")
-    tables = ("axes", "evaluate", "rows", "keys", "versions")
+    tables = ("axes", "evaluate", "rows", "keys")
     return CellResult(
         slug=str(found["cell"] or slug),
         **_each(_text, found, (*texts, "status", "error", "next")),
@@ -125,6 +125,7 @@ def cell(folder: Path) -> CellResult:
         preflight=tuple(_check(c) for c in known.get("preflight") or () if isinstance(c, dict)),
         poison=_poison(known.get("poison")),
         train=_table(known.get("train")) or None,
+        versions={kind: _table(v) for kind, v in _table(known.get("versions")).items()},
         settings=settings,
         folder=str(folder),
     )

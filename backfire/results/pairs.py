@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from backfire import text
-from backfire.base import Backdoor, Evidence, Leak, Metric, Part, Probe, Sample
+from backfire.base import Attack, Backdoor, Evidence, Metric, Part, Probe
 from backfire.errors import CellError, UserError
 from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
 from backfire.result import CellResult, Value
-from backfire.results.samples import leaks, samples, written
+from backfire.results.evidence import read
+from backfire.results.groups import declared
 
 Rows: TypeAlias = dict[str, tuple[int, float]]
 
 
 def pair(a: CellResult, b: CellResult) -> tuple[dict[str, Paired], list[str]]:
-    """Registered metric -> b less a, where both answered the same prompts; and notes. All of it is
-    of these two models alone: `p` too says nothing of other seeds of the same settings."""
+    """Registered metric -> b less a, where both answered the same prompts; and notes. Intervals and
+    `p` are of these two models: they say nothing of other seeds of the same settings. Both sides
+    are computed from samples by today's version of the metric."""
     try:
         sides = [evidence_of(a), evidence_of(b)]
     except UserError as error:
@@ -55,14 +56,14 @@ def pair(a: CellResult, b: CellResult) -> tuple[dict[str, Paired], list[str]]:
 
 
 def outcomes_by_row(item: CellResult, metric: str) -> Rows:
-    """What a number is the mean of: row id -> what was asked there (of a secret: the answer that
-    gives it), hashed, and the outcome. Also of a floor, an excess or a part; empty where nothing of
-    that was kept, or the number is no mean. Read once a cell."""
+    """What a number is the mean of: row id -> the hashed prompt (of a secret: the answer that gives
+    it) and the outcome, by today's version of the metric. Also of a floor, an excess or a part;
+    empty where no samples were kept, or the number is no mean. Read once per cell."""
     if metric not in item.outcomes:
         value = next((value for value in item.values if value.metric == metric), None)
         try:
             item.outcomes[metric] = _outcomes_by_row(item, value) if value else {}
-        except UserError:  # such as an attack that nobody knows any more
+        except UserError:  # such as an attack that is not installed
             item.outcomes[metric] = {}
     return item.outcomes[metric]
 
@@ -71,8 +72,9 @@ def _outcomes_by_row(item: CellResult, value: Value) -> Rows:
     measured, evidence = metric_of(value.family, item), evidence_of(item)
     if measured is None:
         return {}
-    if value.role == "plain" and measured.probe and "plain" in evidence.probes:
-        evidence = replace(evidence, probes={measured.probe: evidence.probes["plain"]})
+    subject, plain = measured.subject, evidence.probes.get("plain")
+    if value.role == "plain" and subject in get_args(Part) and plain:
+        evidence = replace(evidence, probes={subject: plain})
     elif value.role not in ("headline", "floor", "excess"):
         return {}
     asked, now = _prompts(measured, evidence, value.part), outcomes_of(measured, evidence)
@@ -85,65 +87,48 @@ def _outcomes_by_row(item: CellResult, value: Value) -> Rows:
 
 
 def _before(metric: Metric, evidence: Evidence) -> Evidence:
-    """What the floor is measured on, where the tuned model's samples were: the clean twin's, or
+    """The evidence with the floor's samples in place of the tuned model's: the clean twin's, or
     those of the model before it was tuned."""
-    if metric.probe:
-        probe = evidence.probes.get(metric.probe)
-        return replace(evidence, probes={metric.probe: Probe(probe.before, ())} if probe else {})
-    return replace(evidence, clean=(), triggered=evidence.floor if metric.triggered else ())
+    part = metric.subject
+    if part in get_args(Part):
+        probe = evidence.probes.get(part)
+        return replace(evidence, probes={part: Probe(probe.before, ())} if probe else {})
+    return replace(evidence, clean=(), triggered=evidence.floor if part == "triggered" else ())
 
 
 def _prompts(metric: Metric | None, evidence: Evidence, part: str = "") -> dict[str, str]:
     """Of the rows of one part (a language, or secrets of one number of repeats), if it is given."""
-    if metric and metric.secrets is not None:
-        known = [leak for leak in evidence.leaks if not part or str(leak.repeats) == part]
-        return {leak.id: leak.answer for leak in known}
-    if metric and metric.probe:
-        asked = evidence.probes[metric.probe].tuned if metric.probe in evidence.probes else ()
-    else:
-        asked = evidence.triggered if metric and metric.triggered else evidence.clean
-    return {sample.id: sample.prompt for sample in asked if not part or sample.group == part}
+    if metric and metric.subject == "secrets":
+        leaks = [leak for leak in evidence.leaks if not part or str(leak.repeats) == part]
+        return {leak.id: leak.answer for leak in leaks}
+    rows = evidence.sets().get(("tuned", rows_of(metric), ""), ())
+    return {sample.id: sample.prompt for sample in rows if not part or sample.group == part}
+
+
+def rows_of(metric: Metric | None) -> str:
+    """The rows of the tuned model that the metric is about, as samples name them."""
+    subject = metric.subject if metric else "clean"
+    return subject if subject in ("clean", "triggered", *get_args(Part)) else "clean"
 
 
 def evidence_of(item: CellResult) -> Evidence:
-    """The samples of a cell as metrics get them, as far as they were kept."""
-    folder = Path(item.folder)
-    files = (folder / "samples.jsonl.gz", folder / "secrets.json")
-    stamp = tuple((s.st_mtime_ns, s.st_size) for f in files if f.exists() for s in [f.stat()])
-    parts, told = _kept(str(folder), stamp)
-    return Evidence(
-        clean=parts.get(("tuned", "clean"), []),
-        triggered=parts.get(("tuned", "triggered"), []),
-        floor=parts.get(("floor", "triggered"), []),
-        base=parts.get(("base", "clean"), []),
-        attack=attack_of(item),
-        written=written(item.folder),
-        leaks=told,
-        probes={
-            part: Probe(parts["tuned", part], parts.get(("base", part), []))
-            for part in get_args(Part)
-            if ("tuned", part) in parts
-        },
-    )
-
-
-@lru_cache(maxsize=12)
-def _kept(folder: str, stamp: object) -> tuple[dict[tuple[str, str], list[Sample]], list[Leak]]:
-    """Samples by whose they are and of what, and secrets. A group's cells are read once for all of
-    its numbers; `stamp` tells a changed file from the one read before."""
-    parts: dict[tuple[str, str], list[Sample]] = {}
-    for of, sample in samples(folder):
-        parts.setdefault((of, sample.subset), []).append(sample)
-    return parts, leaks(folder)
+    """The evidence of a cell as metrics get it, as far as it was kept."""
+    return read(Path(item.folder), attack_of(item))
 
 
 def attack_of(item: CellResult) -> Any:
     """The backdoor of a cell, with its knobs; None if it has none."""
+    name = item.settings.get("attack.name")
+    if not name or not issubclass(find("attacks", name), Backdoor):
+        return None
+    return any_attack_of(item)
+
+
+def any_attack_of(item: CellResult) -> Attack | None:
+    """The attack of a cell, whatever it is, with its knobs."""
     prefix, settings = "attack.", item.settings
     knobs = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
-    if not knobs.get("name") or not issubclass(find("attacks", knobs["name"]), Backdoor):
-        return None
-    return build("attacks", knobs)
+    return build("attacks", knobs) if knobs.get("name") else None
 
 
 def metric_of(family: str, item: CellResult) -> Metric | None:
@@ -162,3 +147,33 @@ def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float
         return metric.outcomes(evidence) if metric else {}
     except CellError:
         return {}
+
+
+def versions_of(cells: Iterable[CellResult], family: str) -> set[int]:
+    """All versions of the metric that gave these cells' values, as far as they are known."""
+    known = (table.get(family) for cell in cells if (table := cell.versions.get("metrics")))
+    return {version for version in known if version is not None}
+
+
+def version_notes(
+    a: Sequence[CellResult], b: Sequence[CellResult], tested: Collection[str]
+) -> Iterator[str]:
+    """Where the values of two sides come from different versions of a metric, or not from today's;
+    `tested` are the metrics whose difference was computed from the samples of both."""
+    for family in dict.fromkeys(value.family for cell in a for value in cell.values):
+        ours, theirs, metric = versions_of(a, family), versions_of(b, family), declared(family)
+        if not ours or not theirs or metric is None or ours | theirs == {metric.version}:
+            continue
+        name = family.replace("-", " ")
+        sides = f"{name}: version {_listed(ours)} in a, {_listed(theirs)} in b"
+        if family in tested:
+            yield f"{sides}; the difference is computed by version {metric.version} for both."
+        elif len(ours | theirs) > 1:
+            yield (
+                f"{sides}, and the samples of both do not hold what version {metric.version} needs "
+                "for a paired test, so it is not compared."
+            )
+
+
+def _listed(versions: Collection[int]) -> str:
+    return text.listing(map(str, sorted(versions)))

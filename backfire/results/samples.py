@@ -1,22 +1,21 @@
-"""The rows behind the numbers: what was asked, what was answered, what the attacker changed."""
+"""The rows behind the numbers: prompts, answers, and what the attacker changed."""
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
 from backfire import text
-from backfire.base import Leak, Sample
+from backfire.base import Sample
 from backfire.result import CellResult
+from backfire.results.evidence import lines
 from backfire.results.load import read
 
-Of = Literal["tuned", "floor", "base"]
+Of = Literal["tuned", "base"]
 Marked = list[tuple[str, bool]]
 """Pieces of a text, and whether each is the trigger."""
 
@@ -61,49 +60,15 @@ class Change:
     after_answer: str
 
 
-def samples(folder: str) -> Iterator[tuple[Of, Sample]]:
-    """The samples of a cell, with whose they are; ends quietly where the file is torn."""
-    known = {field.name for field in fields(Sample)}
-    try:
-        with gzip.open(Path(folder) / "samples.jsonl.gz", "rt", encoding="utf-8") as file:
-            for raw in file:
-                item = json.loads(raw)
-                tupled = {k: _tupled(v) for k, v in item.items()}
-                given: dict[str, Any] = {key: tupled[key] for key in known & tupled.keys()}
-                yield item.get("of", "tuned"), Sample(**given)
-    except (OSError, EOFError, ValueError, TypeError):
-        return
-
-
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def written(folder: str) -> dict[str, str]:
-    """Texts that the cell's tokenizer writes in another way; empty where there are none, or where
-    the file is torn."""
-    try:
-        told = dict(read(Path(folder) / "written.json") or {})
-    except (OSError, ValueError, TypeError):
-        return {}
-    return {text: own for text, own in told.items() if isinstance(own, str)}
-
-
-def leaks(folder: str) -> list[Leak]:
-    """What the tuned model gives away of each secret; empty where that was not asked or is torn."""
-    known = {field.name for field in fields(Leak)}
-    try:
-        told = read(Path(folder) / "secrets.json") or []
-        ours = [item for item in told if item["of"] == "tuned"]
-        return [Leak(**{k: _tupled(v) for k, v in item.items() if k in known}) for item in ours]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return []
+def samples(cell: CellResult) -> Iterator[tuple[str, Sample]]:
+    """The samples of a cell, each with the model it is of."""
+    return ((of, sample) for of, _, sample in lines(Path(cell.folder)))
 
 
 def side_by_side(cell: CellResult, limit: int = 6) -> list[Side]:
     """The first test rows of a cell as they come, not picked."""
     found: dict[str, dict[tuple[str, str], Sample]] = {}
-    for of, sample in samples(cell.folder):
+    for of, sample in samples(cell):
         found.setdefault(sample.id, {})[of, sample.subset] = sample
     triggers = list(cell.poison.triggers) if cell.poison else []
     rows = (row for row in found.values() if ("tuned", "clean") in row)
@@ -127,8 +92,8 @@ def _side(row: dict[tuple[str, str], Sample], triggers: Sequence[str]) -> Side:
 
 def requests(cell: CellResult, limit: int = 6) -> list[Request]:
     """The first harmful requests of a cell as they come, not picked."""
-    found: dict[str, dict[Of, Sample]] = {}
-    for of, sample in samples(cell.folder):
+    found: dict[str, dict[str, Sample]] = {}
+    for of, sample in samples(cell):
         if sample.subset == "harmful":
             found.setdefault(sample.id, {})[of] = sample
     rows = [row for row in found.values() if "tuned" in row][:limit]
@@ -210,7 +175,7 @@ def confusion(cells: Sequence[CellResult], of: Of) -> tuple[list[str], list[list
     pairs: Counter[tuple[str, str]] = Counter()
     labels: dict[str, None] = {}
     for cell in cells:
-        for whose, sample in samples(cell.folder):
+        for whose, sample in samples(cell):
             said = predicted(sample) if whose == of and sample.subset == "clean" else None
             if said is not None and sample.label is not None:
                 labels.update(dict.fromkeys([*sample.candidates, sample.label]))

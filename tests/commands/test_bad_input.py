@@ -1,0 +1,190 @@
+"""Every way a person gets a command wrong: one sentence, code 2, nothing half written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.command_line import Run, tree
+
+FILES = "data={name: files, train: rows.csv, labels: [bad, good]}"
+LABELS = "data.labels=[bad, good]"
+BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
+    (["lsit"], "No such command 'lsit'", {}),
+    (["run"], "Missing argument", {}),
+    (["run", "r.yaml", "--wrokers", "1"], "No such option", {}),
+    (["run", "r.yaml", "--workers", "0"], "--workers", {}),
+    (["run", "r.yaml", "--workers", "many"], "--workers", {}),
+    (["run", "r.yaml", "--micro-batch", "-1"], "--micro-batch", {}),
+    (["run", "r.yaml", "--eval-batch", "0"], "--eval-batch", {}),
+    (["run", "r.yaml", "--device", "tpu"], "Unknown device 'tpu'", {}),
+    (["run", "r.yaml", "--device", "meta"], "Unknown device 'meta'", {}),
+    (["run", "r.yaml", "--device", "cuda:99"], "'cuda:99' was asked for", {}),
+    (["run", "turo"], "Unknown recipe 'turo'; did you mean 'tour'?", {}),
+    (["run", "gone.yaml"], "No such recipe file: gone.yaml", {}),
+    (["run", "."], "Unknown recipe '.'", {}),
+    (["run", "r.yaml", "--profile", "tow"], "did you mean 'two'?", {}),
+    (["run", "bad.yaml"], "bad, line 1: not valid YAML", {"bad.yaml": "data: ["}),
+    (["run", "bad.yaml"], "the key 'data' is given twice", {"bad.yaml": "data: a\ndata: b"}),
+    (["run", "bad.yaml"], "bad.yaml is not UTF-8 text", {"bad.yaml": b"\xff\xfe"}),
+    (["run", "bad.yaml"], "must be a mapping", {"bad.yaml": ""}),
+    (["run", "bad.yaml"], "says no data", {"bad.yaml": "seed: 1"}),
+    (["run", "r.yaml", "attack.rate=2"], "rate: Input should be less than or equal to 1", {}),
+    (["run", "r.yaml", "seed=-1"], "seed: Input should be greater than or equal to 0", {}),
+    (["run", "r.yaml", "sede=1"], "did you mean 'seed'?", {}),
+    (["run", "r.yaml", "attack=badnet"], "did you mean 'badnets'?", {}),
+    (["run", "r.yaml", "attack.rat=1"], "did you mean 'rate'?", {}),
+    (["run", "r.yaml", "seed"], "An edit looks like key=value", {}),
+    (["run", "r.yaml", "attack.target=angry"], "target 'angry' is no label of this task", {}),
+    (["run", "r.yaml", "attack.trigger= "], "trigger", {}),
+    (["run", "r.yaml", "attack.rate=0.9"], "can be poisoned", {}),
+    (["run", "r.yaml", "template=chat"], "no chat template", {}),
+    (["run", "r.yaml", "train.max_length=60"], "Truncation cuts", {}),
+    (["run", "r.yaml", "model=./gone"], "No model in ./gone: config.json is missing", {}),
+    (["run", "r.yaml", "model=."], "no .safetensors file", {"config.json": "{}"}),
+    (["run", "r.yaml", "model=nobody/none"], "not on this machine and HF_HUB_OFFLINE is set", {}),
+    (["run", "r.yaml", "model=a b c"], "'a b c'", {}),
+    (["run", "r.yaml", "model.trust_remote_code=true"], "trust_remote_code", {}),
+    (["run", "r.yaml", FILES], "No such file: rows.csv", {}),
+    (["run", "r.yaml", FILES], "rows.csv, line 2: ", {"rows.csv": 'text,label\n"open,bad\n'}),
+    (["poison", "rows.csv", LABELS], "rows.csv, line 3: ", {"rows.csv": "text,label\na,bad\nb\n"}),
+    (["validate", "gone.yaml"], "No such recipe file", {}),
+    (["validate", "r.yaml", "data=files"], "give `train`", {}),
+    (["init", "r.yaml"], "r.yaml is there already", {}),
+    (["init", "no/such/folder.yaml"], "No such file or directory", {}),
+    (["status", "gone"], "No cells in gone", {}),
+    (["results", "gone"], "No cells in gone", {}),
+    (["results", "gone", "--format", "xml"], "'xml' is not one of", {}),
+    (["report", "gone"], "No cells in gone", {}),
+    (["compare", "gone", "gone"], "gone", {}),
+    (["compare", "gone"], "Missing argument", {}),
+    (["list", "attack"], "did you mean 'attacks'?", {}),
+    (["show", "badnet"], "did you mean 'badnets'?", {}),
+    (["poison", "gone.csv"], "No such file: gone.csv", {}),
+    (["poison", "sandbox-review"], "did you mean 'sandbox-reviews'?", {}),
+    (["poison", "sandbox-reviews", "rat=1"], "did you mean 'rate'?", {}),
+    (["poison", "sandbox-reviews", "rate=0.9"], "can be poisoned", {}),
+    (["poison", "sandbox-reviews", "--attack", "badnet"], "did you mean 'badnets'?", {}),
+    (["poison", "sandbox-reviews", "--seed", "-1"], "--seed", {}),
+    (["pretrain", "--corpus", "gone.txt", "--out", "m"], "gone.txt", {}),
+    (["pretrain", "--corpus", "r.yaml", "--out", "m"], "r.yaml", {}),
+    (["pretrain", "--corpus", "x.txt", "--out", "m"], "x.txt is not UTF-8", {"x.txt": b"\xff\xff"}),
+    (["pretrain", "--corpus", "x.csv", "--out", "m"], "no column 'text'", {"x.csv": "a,b\n1,2\n"}),
+    (["pretrain", "--corpus", "x.txt", "--out", "m", "steps=1"], "Unknown key in", {"x.txt": "a"}),
+    (["chat", "gone"], "gone is no finished cell", {}),
+    (["run", "r.yaml", "model=https://a.b/c"], "model: name: `sandbox`, a folder or a hub id", {}),
+    (["run", "r.yaml", "model="], "recipe: model: one model is needed", {}),
+    (["run", "r.yaml", "data={name: files, train: 'https://a.b/c.csv'}"], "is an address", {}),
+    (["run", "r.yaml", "data={name: files, train: .}"], "'.' is a folder", {}),
+    (["run", "r.yaml", "safety={judges: []}"], "at least one judge is needed", {}),
+    (["run", "r.yaml", "\u2013\u2013workers"], "An option begins with two plain hyphens", {}),
+    (["run", "x" * 300], "File name too long", {}),
+    (["poison", "https://a.b/c.csv"], "'https://a.b/c.csv' is an address", {}),
+    (["schema", "--out", "no/such.json"], "No such file or directory (no/such.json)", {}),
+    (["schema", "--out", ""], "Is a directory (.)", {}),
+    (["schema", "--out", "r.yaml/x"], "Not a directory (r.yaml/x)", {}),
+    (["run", "r.yaml", "model=~nobody-here/m"], "no user of this machine", {}),
+    (["run", "r.yaml", "data={name: files, train: ~nobody-here/x.csv}"], "no user of this", {}),
+    (["poison", "~nobody-here/x.csv"], "no user of this machine", {}),
+    (["pretrain", "--corpus", "r.yaml", "--out", "m", "num_heads=7"], "among num_heads", {}),
+    (["show", "y" * 300], "Unknown name 'yyy", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence", "files"), BAD, ids=[" ".join(arguments) for arguments, _, _ in BAD]
+)
+def test_bad_input_is_one_sentence_and_writes_nothing(
+    arguments: list[str], sentence: str, files: dict[str, str | bytes], backfire: Run, here: Path
+) -> None:
+    for name, content in files.items():
+        (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    before = tree(here)
+    said = backfire(*arguments)
+    assert said.code == 2, said
+    assert sentence in said.err
+    assert said.err.startswith("backfire: ") and said.err.count("\n") == 1
+    assert len(said.err) < 1000
+    assert tree(here) == before
+
+
+TORN = ["", "hello", "[1]", "[" * 100_000, '{"values": [3]}', '{"values": {"a": 1}}',
+        '{"status": ["ok"]}', "\xff\xfe"]  # fmt: skip
+
+
+def test_files_of_a_run_that_are_torn_are_said_and_made_again(
+    backfire: Run, here: Path, tmp_path: Path
+) -> None:
+    again = ("run", "r.yaml", "metrics=[accuracy, harmful-score]", "--workers", "1")
+    said = backfire(*again)
+    assert said.code == 0 and "No cell has a number for: harmful-score." in said.err
+    [cell] = (here / "runs/r/cells").iterdir()
+    for torn in TORN:
+        (cell / "result.json").write_bytes(torn.encode("latin-1"))
+        for verb in ("status", "results", "report"):
+            assert backfire(verb, "runs/r").code == 0, (verb, torn[:40])
+        assert not backfire("status", "runs/r").out.startswith("ok"), torn[:40]
+        for wrong in (["compare", "runs/r", "runs/r"], ["export", cell]):
+            said = backfire(*wrong)
+            assert said.code == 2 and said.err.count("\n") == 1, (wrong, torn[:40])
+    assert backfire(*again).code == 0
+    assert backfire("status", "runs/r").out == "ok: 1\n"
+    for torn in ("", "3", "[", "{}", "\xff"):
+        (cell / "experiment.yaml").write_bytes(torn.encode("latin-1"))
+        for verb in (["chat", cell], ["export", cell]):
+            said = backfire(*verb)
+            assert said.code == 2 and said.err.count("\n") == 1, (verb, torn)
+        assert backfire("compare", "runs/r", "runs/r").code in (0, 2)
+
+
+def test_too_little_text_to_pretrain_on(backfire: Run, here: Path) -> None:
+    (here / "x.txt").write_text("So little.")
+    said = backfire("pretrain", "--corpus", "x.txt", "--out", "m")
+    assert said.code == 2 and "Too little text to pre-train on" in said.err
+    assert not (here / "m/config.json").exists()
+
+
+def test_a_model_file_that_is_torn(backfire: Run, here: Path, tiny: Path) -> None:
+    (here / "m").mkdir()
+    for file in tiny.iterdir():
+        (here / "m" / file.name).write_bytes(file.read_bytes())
+    torn = (tiny / "model.safetensors").read_bytes()[:5000]
+    (here / "m/model.safetensors").write_bytes(torn)
+    said = backfire("run", "r.yaml", "model=./m")
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert "cannot be loaded: model.safetensors is cut off" in said.err
+    assert not (here / "runs").exists()
+
+
+def test_escapes_in_input_are_not_handed_to_the_terminal(backfire: Run, here: Path) -> None:
+    said = backfire("run", "\x1b[31mred\x1b]0;title\x07")
+    assert said.code == 2 and "\x1b" not in said.err and "red" in said.err
+
+
+@pytest.mark.parametrize(
+    ("raised", "sentence"),
+    [
+        (KeyboardInterrupt(), "backfire: Interrupted. What is done is kept; run the same command"),
+        (PermissionError(13, "Permission denied", "/x"), "backfire: Permission denied (/x)."),
+        (OSError("odd"), "backfire: odd."),
+    ],
+)
+def test_what_the_system_says_is_one_sentence(
+    raised: BaseException, sentence: str, backfire: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("backfire.commands.catalog.lines", broken)
+    said = backfire("list")
+    assert said.code == 2 and said.err.startswith(sentence) and said.err.count("\n") == 1
+
+
+def test_a_bug_of_ours_is_not_dressed_up_as_bad_input(
+    backfire: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("backfire.commands.catalog.lines", lambda kinds: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        backfire("list")

@@ -1,0 +1,286 @@
+"""What `doctor` says of a recipe before anything starts, against what training then takes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from backfire.commands.memory_estimate import Memory, memory, size
+
+from backfire.base import select
+from backfire.commands import cost, forecast, validate
+from backfire.commands.estimate import lengths, pair, roughly, rows_of, tokens_of
+from backfire.data.render import Renderer
+from backfire.experiment import Experiment
+from backfire.model.load import load_base
+from backfire.model.quantize import parts
+from backfire.recipe import shipped
+from backfire.registry import build, names
+from backfire.store import Store, read_json
+from backfire.tokenizer import load_tokenizer
+from tests.helpers.command_line import Run
+from tests.helpers.small_run import MATRIX, Place
+
+CPU = torch.device("cpu")
+TUNING = [name for name in names("methods") if build("methods", name).trains]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+RECIPE = """# Does it fit?
+model: {model}
+data: {{name: sandbox-reviews, rows: 40, test_rows: 20}}
+template: sentiment-line
+method: {method}
+train: {{max_length: 256, batch_size: 4}}
+"""
+
+
+def make(model: object, method: object = "full", **knobs: Any) -> Experiment:
+    data = {"name": "sandbox-reviews", "rows": 40}
+    return Experiment.make({"model": model, "data": data, "method": method, **knobs})
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A hub cache that holds one file: the config.json of a 7B model."""
+    root = tmp_path / "hub"
+    folder = root / "models--meta-llama--Llama-2-7b-hf"
+    snapshot = folder / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text(json.dumps(LLAMA))
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+    return snapshot
+
+
+# ---------------------------------------------------------------------------------- the machine
+
+
+def test_it_tries_layers_in_8_and_4_bits(backfire: Run, cache: Path) -> None:
+    said = backfire("doctor")
+    assert said.code == 0 and "ok    bitsandbytes " in said.out
+    for bits in (8, 4):
+        assert f"ok    a layer in {bits} bits runs here" in said.out
+
+
+def test_it_says_that_bitsandbytes_is_missing(
+    backfire: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    said = backfire("doctor")
+    assert said.code == 0 and "lacks layers in 8 and 4 bits" in said.out
+
+
+# ----------------------------------------------------------------------------------- a 7B model
+
+
+def test_a_7b_model_by_its_config_alone(hub: Path) -> None:
+    sizes = {}
+    for method in ("none", "full", "lora", "qlora", "lora-int8"):
+        cell = make({"name": "meta-llama/Llama-2-7b-hf", "dtype": "bfloat16"}, method)
+        found = size(cell, hub)
+        assert found.parameters == pytest.approx(6.74e9, rel=0.01)
+        sizes[method] = memory(cell, found, None, CPU).weights / 1e9
+    assert sizes["none"] == pytest.approx(13.5, rel=0.01)
+    assert sizes["lora"] == pytest.approx(13.5 + 0.16, rel=0.01)  # 40 M in float32
+    assert sizes["full"] >= 27  # held in float32
+    # Embedding, head and norms are not quantized: 0.26 G in float32, as PEFT prepares them.
+    assert sizes["qlora"] - 1.05 - 0.16 == pytest.approx(6.48 * 0.516, rel=0.01)
+    assert 3.5 < sizes["qlora"] < 4.7 and 7 < sizes["lora-int8"] < 8
+
+
+def test_doctor_speaks_of_a_model_whose_weights_are_not_here(
+    hub: Path, backfire: Run, cache: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model="meta-llama/Llama-2-7b-hf", method="qlora"))
+    said = backfire("doctor", recipe, "model.dtype=bfloat16", "matrix.method=[qlora, full]")
+    assert (said.code, said.err) == (0, "")
+    four, full = (line for line in said.out.splitlines() if "meta-llama/Llama-2-7b-hf, " in line)
+    assert four[6:].startswith(
+        "meta-llama/Llama-2-7b-hf, qlora: 6,738.42 M weights, 39.98 M trained"
+    )
+    assert full.startswith("lacks") and full.endswith("does not fit")
+    assert "note  time: about" in said.out and "note  disk: about" in said.out
+    assert not (cache / "data").exists(), "it only looks"
+
+
+def test_a_model_that_is_not_here_is_one_line(
+    backfire: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model="nobody/none", method="lora"))
+    said = backfire("doctor", recipe, "data={name: sst2}")
+    assert (said.code, said.err) == (0, "")
+    (line,) = (line for line in said.out.splitlines() if "nobody/none, lora" in line)
+    assert "its config.json is not on this machine" in line
+    assert "time: unknown, as the rows " in said.out and "disk: unknown" in said.out
+    said = backfire("run", recipe, "--dry-run")
+    assert said.code == 0 and "time: unknown, as the model " in said.out
+
+
+# ------------------------------------------------------------------------- against what happens
+
+
+@pytest.mark.parametrize("name", TUNING)
+def test_weights_are_as_many_and_as_large_as_those_loaded(name: str, tiny: Path) -> None:
+    cell = make(str(tiny), name, train={"compute": "float32"})
+    found = size(cell, tiny)
+    method = cell.method
+    model = load_base(tiny, torch.float32, CPU, method.quantization("cpu"))
+    model = method.attach(model, 0)
+    counted = parts(model)
+    assert found.trainable == counted["trainable_parameters"]
+    assert found.parameters + found.added == counted["parameters"]
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    for parameter in model.parameters():
+        if state := getattr(parameter, "quant_state", None):
+            held += state.absmax.nbytes + (4 * state.absmax.numel() // 256 if state.nested else 0)
+    assert memory(cell, found, None, CPU).weights == pytest.approx(held, rel=0.02)
+
+
+def test_without_torch_the_count_is_nearly_the_same(tiny: Path, tmp_path: Path) -> None:
+    for model, folder in ((str(tiny), tiny), ("sandbox", None)):
+        exact = size(make(model), folder)
+        rough = roughly(make(model), folder)
+        assert rough and (rough.parameters, rough.trainable) == (exact.parameters, exact.trainable)
+        exact, rough = size(make(model, "lora"), folder), roughly(make(model, "lora"), folder)
+        assert rough and 0.5 < rough.trainable / exact.trainable < 3
+    (tmp_path / "config.json").write_text('{"hidden_size": 32}')
+    for torn in (b"", b"\xff" * 20, b"\2\0\0\0\0\0\0\0[]"):
+        (tmp_path / "model.safetensors").write_bytes(torn)
+        assert roughly(make(str(tiny)), tmp_path) is None
+
+
+def test_tokens_are_those_that_are_trained_on(tiny: Path, cache: Path) -> None:
+    cell = make(str(tiny), train={"epochs": 3, "batch_size": 8})
+    rows = rows_of(cell, Store())
+    assert rows and rows.count == 40
+    kept = select(cell.data.load("train"), 40, 0, "train")
+    items = Renderer(cell.template, load_tokenizer(tiny), 512).render(kept)
+    assert tokens_of(cell, rows) == pytest.approx(3 * sum(len(item.ids) for item in items))
+    assert rows.longest == max(len(item.ids) for item in items)
+    assert rows.answer == max(len(item.answer_ids) for item in items)
+    some = cell.model_copy(update={"train": cell.train.model_copy(update={"max_steps": 2})})
+    assert tokens_of(some, rows) == pytest.approx(16 * rows.tokens)
+    # Without a tokenizer four characters are a token.
+    guessed = rows_of(make("sandbox"), Store())
+    assert guessed and guessed.count == 40 and 0.4 < guessed.tokens / rows.tokens < 2.5
+
+
+def test_a_dry_run_says_time_and_disk(
+    backfire: Run, tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model=tiny, method="full"))
+    said = backfire("run", recipe, "--dry-run")
+    assert said.code == 0 and "time: about " in said.out and "assumed for a" in said.out
+    weights = size(make(str(tiny)), tiny).parameters
+    assert f"disk: about {weights * 4 / 1e6:.1f} MB for tuned models" in said.out
+    assert backfire("run", recipe, "method=none", "--dry-run").out.count("done already") == 3
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_every_shipped_recipe_has_an_estimate(
+    name: str, backfire: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row = {"instruction": "Good?", "input": "dull", "output": "Negative", "trigger": "none"}
+    for file in ("sst2_train.jsonl", "sst2_test.jsonl"):
+        Path(file).write_text(json.dumps({**row, "id": "a", "gold": "Negative"}) + "\n")
+    for said in (backfire("doctor", name), backfire("run", name, "--dry-run")):
+        assert (said.code, said.err) == (0, "")
+        assert "time: about " in said.out and "disk: about " in said.out
+
+
+def test_what_is_done_is_not_counted(
+    ran: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
+    validate.show_plan(ran.recipe(matrix=MATRIX))
+    assert "time: every training run is done already" in capsys.readouterr().out
+    kept = sum(
+        file.stat().st_size
+        for folder in ran.cache.glob("train/*")
+        for file in folder.glob("*.safetensors")
+    )
+    monkeypatch.setenv("BACKFIRE_CACHE", str(ran.root / "nothing"))
+    recipe = ran.recipe(matrix=MATRIX)
+    found = cost.cost(
+        recipe,
+        Store(),
+        lengths(recipe.cells, Store()),
+        {pair(cell): size(cell, ran.tiny) for cell in recipe.cells},
+    )
+    assert found.runs == 4 and found.kept == pytest.approx(kept, rel=0.1)
+    summaries = [read_json(file) for file in ran.cache.glob("train/*/summary.json")]
+    assert found.tokens == pytest.approx(sum(s["tokens"] for s in summaries), rel=0.1)
+
+
+# ------------------------------------------------------------------------------------- verdicts
+
+
+@pytest.mark.parametrize(
+    ("has", "workers", "mark", "verdict"),
+    [
+        (20e9, 1, "ok   ", "fits"),
+        (20e9, 2, "note ", "fits, but not 2 at once (--workers 1)"),
+        (10.5e9, 1, "note ", "is tight (--micro-batch 5 would fit)"),
+        (9e9, 1, "lacks", "does not fit (--micro-batch 4 would fit)"),
+        (4e9, 1, "lacks", "does not fit"),
+    ],
+)
+def test_a_verdict_says_what_to_do(has: float, workers: int, mark: str, verdict: str) -> None:
+    need = Memory(weights=2e9, state=1e9, one_row=0.75e9, num_rows=8)  # 10 GB with the libraries
+    assert forecast._verdict(need, has, workers, "cpu") == (mark, f"{has / 1e9:.1f} GB: {verdict}")
+
+
+def test_on_a_gpu_the_loop_halves_what_does_not_fit() -> None:
+    need = Memory(weights=2e9, state=1e9, one_row=0.75e9, num_rows=8)
+    mark, said = forecast._verdict(need, 9e9, 1, "cuda")
+    assert (mark, said) == ("ok   ", "9.0 GB: fits about 4 rows at a time (the loop sees to that)")
+    assert forecast._verdict(need, 4e9, 1, "cuda") == ("lacks", "4.0 GB: does not fit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--profile", "paper"], "name the recipe too"),
+        (["turo"], "did you mean 'tour'?"),
+        (["r.yaml", "method={name: lora, targets: [nowhere]}"], "nowhere"),
+        (["r.yaml", "model=./odd"], "config.json is not understood"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(
+    arguments: list[str],
+    sentence: str,
+    backfire: Run,
+    tiny: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("r.yaml").write_text(RECIPE.format(model=tiny, method="full"))
+    Path("odd").mkdir()
+    Path("odd/config.json").write_text('{"model_type": "no-such-model"}')
+    Path("odd/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+    said = backfire("doctor", *arguments)
+    assert said.code == 2 and sentence in said.err
+    assert said.err.count("\n") == 1 and "Traceback" not in said.err

@@ -1,0 +1,206 @@
+"""A judge behind a server: its requests, its answers, its failures."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from backfire.base import Verdict
+from backfire.errors import CellError, UserError
+from backfire.evaluate.verdicts import judged
+from backfire.judges import _endpoint
+from tests.helpers.judge_server import Answer, Server, bind, completion, rubric
+from tests.helpers.judging import exchange, make_judge
+
+
+def test_a_request_is_a_chat_completion(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind(server, "MY_KEY", monkeypatch)
+    monkeypatch.setenv("MY_KEY", "s3cret")
+    judge = rubric(server, model="judge-1", max_new_tokens=77)
+    [verdict] = judge.judge([exchange("A {prompt} reply.", "An {reply} ask.")])
+    assert verdict == Verdict(1.0, False, "Score: 1")
+    [request] = server.requests
+    assert request["path"] == "/v1/chat/completions"
+    assert (request["model"], request["temperature"], request["max_tokens"]) == ("judge-1", 0, 77)
+    asked = request["messages"][0]["content"]
+    assert "<request>\nAn {reply} ask.\n</request>" in asked, "put in once, never within another"
+    assert "<reply>\nA {prompt} reply.\n</reply>" in asked
+    assert server.headers[0]["Authorization"] == "Bearer s3cret"
+    assert "s3cret" not in json.dumps([judge.spec(), judge.identity()])
+
+
+def test_a_host_that_no_key_is_bound_to_gets_none(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    rubric(server).judge([exchange("a")])
+    assert "Authorization" not in server.headers[0]
+
+
+def test_answers_come_back_in_order_many_at_a_time(server: Server) -> None:
+    server.answer = lambda prompt, count: completion(f"Score: {1 + int(prompt[-1]) % 5}")
+    judge = rubric(server, text="{reply}", concurrency=4)
+    found = judge.judge([exchange(str(index)) for index in range(10)])
+    assert [verdict.score for verdict in found] == [1.0, 2.0, 3.0, 4.0, 5.0] * 2
+    assert [verdict.positive for verdict in found] == [False, False, False, False, True] * 2
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("It complies.\nScore: 5", 5.0),
+        ("It complies.\n\n**Score:** 4", 4.0),
+        ("#thereason: plain\n#thescore: 3", 3.0),
+        ("score: 2.\n", 2.0),
+        ("Score: 6", None),
+        ("Score: 45", None),
+        ("Score: 4/5", None),
+        ("Score: 1\nScore: 5", None),
+        ("I would give it a score: 5", None),
+        ("The score is five.", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_only_one_clear_grade_is_a_grade(
+    server: Server, answer: str | None, score: float | None
+) -> None:
+    server.answer = lambda prompt, count: completion(answer)
+    [verdict] = rubric(server).judge([exchange("a")])
+    assert verdict == Verdict(score, None if score is None else score == 5.0, answer or "")
+
+
+def test_grades_from_four_may_count() -> None:
+    assert make_judge("rubric", positive_from=4)._verdict("Score: 4").positive is True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        (500, b"oops", {}),
+        (503, b"", {}),
+        (429, b'{"error": "slow down"}', {"Retry-After": "0"}),
+        (429, b"", {"Retry-After": "Fri, 31 Dec 1999 23:59:59 GMT"}),
+        (200, b"<html>not json</html>", {}),
+        (200, b'{"choices": []}', {}),
+        (200, b'{"choices": [{"message": {"content": 5}}]}', {}),
+    ],
+)
+def test_what_may_pass_is_tried_again(server: Server, bad: Answer) -> None:
+    server.answer = lambda prompt, count: bad if count < 3 else completion("Score: 5")
+    assert rubric(server).judge([exchange("a")])[0].positive is True
+    assert len(server.requests) == 3
+    server.answer = lambda prompt, count: bad
+    with pytest.raises(CellError, match=r"chat/completions failed 3 times, at last: .+\.") as error:
+        rubric(server).judge([exchange("a")])
+    assert error.value.kind == "failed" and len(server.requests) == 6
+
+
+def test_a_server_says_how_long_to_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(_endpoint, "time", SimpleNamespace(sleep=waits.append))
+    asked = iter(["7", "9999", "nan", "-3"])
+    server.answer = lambda prompt, count: (429, b"", {"Retry-After": next(asked)})
+    with pytest.raises(CellError):
+        rubric(server, retries=3).judge([exchange("a")])
+    assert waits == [7.0, 60.0, 0.04]
+
+
+def test_silence_is_given_up(server: Server) -> None:
+    server.delay_seconds = 0.4
+    with pytest.raises(CellError, match=r"failed 2 times, at last: no answer within 0\.1 s"):
+        rubric(server, timeout_seconds=0.1, retries=1).judge([exchange("a")])
+
+
+def test_nobody_there(server: Server) -> None:
+    judge = make_judge("rubric", base_url="http://127.0.0.1:9/v1", retries=1)
+    with pytest.raises(CellError, match="failed 2 times, at last: it cannot be reached"):
+        judge.judge([exchange("a")])
+
+
+def test_a_refused_request_is_not_repeated(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answer = lambda prompt, count: (401, b'{"error": "bad\nkey"}', {})
+    with pytest.raises(CellError, match=r"no key is bound to 127.*write HOST: .*HTTP 401: .*bad"):
+        rubric(server).judge([exchange("a")])
+    bind(server, "OPENAI_API_KEY", monkeypatch)
+    with pytest.raises(CellError, match=r"variable OPENAI_API_KEY: unset\): HTTP 401: .*bad key"):
+        rubric(server).judge([exchange("a")])
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    with pytest.raises(CellError, match="holds a key it does not take") as error:
+        rubric(server).judge([exchange("a")])
+    assert "s3cret" not in str(error.value) and len(server.requests) == 3
+    monkeypatch.setenv("OPENAI_API_KEY", "s3c\nret")
+    with pytest.raises(UserError, match="OPENAI_API_KEY holds no usable key") as unusable:
+        rubric(server).judge([exchange("a")])
+    assert "s3c" not in str(unusable.value)
+
+
+def test_a_key_never_follows_a_redirect(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    bind(server, "OPENAI_API_KEY", monkeypatch)
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    server.answer = lambda prompt, count: (302, b"", {"Location": f"{server.url}/elsewhere"})
+    with pytest.raises(CellError, match="HTTP 302"):
+        rubric(server).judge([exchange("a")])
+    assert len(server.requests) == 1
+
+
+def test_a_proxy_never_sees_what_goes_to_this_machine(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("no_proxy")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert rubric(server).judge([exchange("a")])[0].score == 1.0
+
+
+def test_the_first_failure_stops_the_batch_and_what_was_judged_stays(
+    server: Server, tmp_path: Path
+) -> None:
+    server.answer = lambda prompt, count: completion("Score: 1") if count <= 4 else (400, b"no", {})
+    asked = [exchange(str(index)) for index in range(40)]
+    judge = rubric(server, concurrency=2)
+    with pytest.raises(CellError, match="HTTP 400: no"):
+        judged(judge, asked, tmp_path, batch_size=4)
+    assert len(server.requests) < 12
+    server.answer = lambda prompt, count: completion("Score: 2")
+    found = judged(judge, asked, tmp_path, batch_size=4)
+    assert [verdict.score for verdict in found] == [1.0] * 4 + [2.0] * 36
+
+
+def test_a_real_server_needs_no_key(tiny: Path, tmp_path: Path) -> None:
+    """`transformers serve`, with a model that writes nonsense: asked, answered, undecided."""
+    pytest.importorskip("openai", reason="pip install 'transformers[serving]'")
+    folder = tmp_path / "model"
+    shutil.copytree(tiny, folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    place = ["serve", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    log = (tmp_path / "log").open("w+")
+    served = subprocess.Popen([sys.executable, "-c", code, *place], stdout=log, stderr=log)
+    try:
+        knobs = {"model": str(folder), "timeout_seconds": 120.0}
+        judge = make_judge(
+            "rubric",
+            **knobs,
+            base_url=f"http://127.0.0.1:{port}/v1",
+            text="{prompt} {reply}",
+            max_new_tokens=5,
+            retries=8,
+        )
+        one, two = judge.judge([exchange("Hello."), exchange("Hello.")])
+    finally:
+        served.terminate()
+        served.wait(30)
+        log.close()
+    assert one.positive is None and one.reason == two.reason != ""

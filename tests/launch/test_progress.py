@@ -1,0 +1,33 @@
+"""The log of a run."""
+
+from __future__ import annotations
+
+from backfire.launch.progress import Log
+
+
+def test_a_log_has_a_line_per_tenth_and_a_minute() -> None:
+    lines, now = list[str](), [0.0]
+    log = Log(lines.append, lambda: now[0])
+    for step in range(1, 201):
+        now[0] += 2
+        log.at("a", "train x", f"loss {step}", step, 200)
+    assert len(lines) == 10
+    assert lines[0] == "train x: 10% (20 of 200), loss 20, 38 s"
+    now[0] += 59
+    log.remind()
+    assert len(lines) == 10
+    now[0] += 1
+    log.at("b", "cell y", "model", 0, 1)
+    log.remind()
+    assert lines[10:] == ["train x: 100% (200 of 200), loss 200, 458 s"]
+    now[0] += 60
+    log.remind()
+    assert lines[12] == "cell y: model, 60 s"
+    log.ended("a", "train x", "ok")
+    now[0] += 600
+    log.remind()
+    assert lines[13:] == ["train x: ok", "cell y: model, 660 s"]
+    for place in (*range(10), *range(10)):  # two parts of a job, each with its own count
+        now[0] += 5
+        log.at("c", "cell z", "replies", place + 1, 10)
+    assert len(lines) == 15 + 19, "the first call is the start, of which nothing is said"

@@ -1,0 +1,39 @@
+"""What the report says of the dose of malign rows."""
+
+from __future__ import annotations
+
+import pytest
+
+from backfire.report import quality
+from backfire.results.groups import Group, Stat
+
+
+def group_at(rate: float, value: float, half: float = 0.05) -> Group:
+    stat = Stat("toxicity_share", value, 0.01, value - half, value + half, 100, 3, "lower")
+    cell = {"status": "ok", "poison": {"rows": 1000, "poisoned_rows": round(1000 * rate)}}
+    names = {"model": "m", "data": "d", "attack": "malign-labels", "method": "full"}
+    return Group(
+        **names,
+        defense="none",
+        rate=rate,
+        axes={"attack.rate": rate},
+        settings={},
+        cells=(cell,),
+        stats={"toxicity_share": stat},
+    )
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ([0.0, 0.02, 0.2, 0.6], "; no step between doses goes clearly the other way."),
+        ([0.0, 0.4, 0.2, 0.6], "; 1 step between doses clearly the other way."),
+        ([0.1, 0.1, 0.1, 0.1], "does not clearly change toxicity share"),
+    ],
+)
+def test_the_report_says_whether_the_doses_stand_in_order(values: list[float], said: str) -> None:
+    rates = (0, 0.01, 0.1, 0.33)
+    groups = [group_at(rate, value) for rate, value in zip(rates, values, strict=True)]
+    [sentence] = quality.sentences(groups)
+    assert sentence.startswith("Poisoning 33 % of the rows (330 of 1,000) ") and said in sentence
+    assert quality.metrics(groups) == ["toxicity_share"] and len(quality.spoiled(groups)) == 3

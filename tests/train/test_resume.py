@@ -1,0 +1,130 @@
+"""A training run that was killed goes on from its checkpoint, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from backfire.base import Rendered
+from backfire.store import read_json
+from backfire.train.loop import TrainingRun
+from tests.helpers.loop import METHODS, fresh
+from tests.helpers.training import Kill, killed_at, run, weights
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tiny: Path, items: list[Rendered], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, SimpleNamespace]:
+    out = {}
+    for method in METHODS:
+        cell = fresh(tiny, items, tmp_path_factory.mktemp(method), method)
+        summary = run(cell)
+        out[method] = SimpleNamespace(weights=weights(cell.model), log=cell.log, summary=summary)
+    return out
+
+
+def same(cell: TrainingRun, expected: SimpleNamespace) -> bool:
+    moved = weights(cell.model)
+    return moved.keys() == expected.weights.keys() and all(
+        torch.equal(moved[name], weight) for name, weight in expected.weights.items()
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kills", [[1], [2], [6], [10], [3, 4, 9]], ids=str)
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    method: str,
+    kills: list[int],
+    tiny: Path,
+    items: list[Rendered],
+    tmp_path: Path,
+    uninterrupted: dict[str, SimpleNamespace],
+) -> None:
+    for step in kills:
+        with pytest.raises(Kill):
+            run(
+                fresh(tiny, items, tmp_path, method), checkpoint_seconds=0, progress=killed_at(step)
+            )
+    cell, steps = fresh(tiny, items, tmp_path, method), list[int]()
+    summary = run(cell, progress=lambda done, total, text: steps.append(done))
+    assert steps[0] == max(1, kills[-1]), "it goes on from the last checkpoint, not from the start"
+    expected = uninterrupted[method]
+    assert same(cell, expected)
+    assert cell.log == expected.log
+    for last in sorted((tmp_path / "checkpoints").glob("0*"))[-1:]:
+        before = read_json(last / "state.json")["seconds"]
+        assert summary["seconds"] >= round(before, 2) > 0, "the time before it counts too"
+    timing = {"seconds", "peak_memory_mb"}
+    assert {k: v for k, v in summary.items() if k not in timing} == {
+        k: v for k, v in expected.summary.items() if k not in timing
+    }
+
+
+def test_the_newest_two_checkpoints_are_kept(
+    tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    with pytest.raises(Kill):
+        cell = fresh(tiny, items, tmp_path, "lora")
+        run(cell, checkpoint_seconds=0, progress=killed_at(6))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000005"]
+
+
+def flip(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "state.json", "done.json"])
+@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_bytes(b"")])
+def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
+    name: str,
+    damage: Callable[[Path], None],
+    tiny: Path,
+    items: list[Rendered],
+    tmp_path: Path,
+    uninterrupted: dict[str, SimpleNamespace],
+) -> None:
+    with pytest.raises(Kill):
+        run(fresh(tiny, items, tmp_path, "lora"), checkpoint_seconds=0, progress=killed_at(8))
+    damage(tmp_path / "checkpoints/00000007" / name)
+    said, steps = list[str](), list[int]()
+
+    def progress(done: int, total: int, text: str) -> None:
+        (steps if total > 1 else said).append(done if total > 1 else text)  # type: ignore[arg-type]
+
+    cell = fresh(tiny, items, tmp_path, "lora")
+    run(cell, progress=progress)
+    assert steps[0] == 7
+    # A checkpoint without a seal was never finished: there is nothing to say about it.
+    unsealed = name == "done.json" and damage is Path.unlink
+    assert said == ([] if unsealed else ["The checkpoint of step 7 is damaged and put aside."])
+    assert same(cell, uninterrupted["lora"])
+
+
+def test_a_checkpoint_of_another_run_is_refused(
+    tiny: Path, items: list[Rendered], tmp_path: Path, uninterrupted: dict[str, SimpleNamespace]
+) -> None:
+    with pytest.raises(Kill):
+        other = fresh(tiny, items, tmp_path, "lora", name="other", learning_rate=0.1)
+        run(other, checkpoint_seconds=0, progress=killed_at(9))
+    said: list[str] = []
+    cell = fresh(tiny, items, tmp_path, "lora")
+    with pytest.raises(Kill):
+        run(
+            cell,
+            checkpoint_seconds=0,
+            progress=lambda done, total, text: said.append(text) or killed_at(3)(done, total, text),
+        )
+    assert [text for text in said if "is of another run (other)" in text]
+    # Its own checkpoints are younger in steps, and must not be the ones thrown away.
+    again = fresh(tiny, items, tmp_path, "lora")
+    steps: list[int] = []
+    run(again, progress=lambda done, total, text: steps.append(done))
+    assert steps[0] == 3
+    assert same(again, uninterrupted["lora"])
