@@ -38,6 +38,23 @@ Out = Annotated[
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        from backfire import __version__
+
+        _echo(f"backfire {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """What belongs to no verb."""
+
+
 def main() -> None:
     """Run the command line; bad input and interruptions end with one sentence and code 2."""
     try:
@@ -66,9 +83,19 @@ def _fail_or_raise(error: Exception) -> None:
         _fail("A path begins with ~ and a name that is no user of this machine.")
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if message := error.format_message():
-            _fail(message)
+            setting = _as_edit(error)
+            _fail(f"{message.rstrip('.')}. {setting}" if setting else message)
         sys.exit(2)  # no verb was given: the help was printed
     raise error
+
+
+def _as_edit(error: Any) -> str:
+    """What to write for an unknown option that is a setting of the recipe."""
+    from backfire.other_names import as_edit
+
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    takes_edits = context and any(param.name == "edits" for param in context.command.params)
+    return as_edit(option.lstrip("-")) if option and takes_edits else ""
 
 
 def _fail(sentence: str) -> NoReturn:
@@ -159,14 +186,9 @@ def run(
 @app.command()
 def status(run: Run) -> None:
     """Say which cells of a run are done, failed or missing."""
-    from backfire.results.load import load
-    from backfire.text import line
+    from backfire.commands.status import show
 
-    counts: dict[str, list[str]] = {}
-    for cell in load(run):
-        counts.setdefault(line(cell.status), []).append(line(cell.slug))
-    for kind, cells in sorted(counts.items()):
-        _echo(f"{kind}: {len(cells)}" + ("" if kind == "ok" else f" ({', '.join(cells[:5])})"))
+    show(run)
 
 
 @app.command()
@@ -178,8 +200,13 @@ def results(
 ) -> None:
     """Print every number of a run: one record per cell and metric."""
     from backfire.results.load import records, write
+    from backfire.results.terminal import print_records
 
-    _echo(write(records(run), format).rstrip("\n"))
+    found = records(run)
+    if format == "table":
+        print_records(found)
+    else:
+        _echo(write(found, format).rstrip("\n"))
 
 
 @app.command()
@@ -215,16 +242,20 @@ def list_(
         ),
     ] = None,
 ) -> None:
-    """List what there is."""
+    """List what there is, a line each; `show NAME` says the rest."""
+    from rich.console import Console
+
     from backfire.commands.catalog import lines
     from backfire.errors import unknown
     from backfire.registry import KINDS
+    from backfire.terminal import fitted
 
     kinds = (*KINDS, "recipes")
     if kind is not None and kind not in kinds:
         raise unknown("kind", kind, kinds)
+    console = Console()
     for line in lines([kind] if kind else kinds):
-        _echo(line)
+        _echo(fitted(line, console))
 
 
 @app.command()
@@ -232,9 +263,18 @@ def show(
     name: Annotated[str, typer.Argument(help="A component or a recipe.", show_default=False)],
 ) -> None:
     """Explain one component (its knobs, defaults and source) or print one recipe."""
-    from backfire.commands.catalog import explain
+    from rich.console import Console
 
-    _echo(explain(name))
+    from backfire.commands.catalog import explain, kind_of
+    from backfire.registry import KINDS
+    from backfire.terminal import say
+
+    text = explain(name)
+    if not (Console().is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
+        _echo(text)
+        return
+    for line in text.splitlines():
+        say(line, lead=line[: len(line) - len(line.lstrip())])
 
 
 @app.command()
@@ -264,17 +304,20 @@ def doctor(
 ) -> None:
     """Say what this machine has, what is missing, and whether a recipe fits."""
     from backfire.commands.doctor import lines
+    from backfire.terminal import say
 
     if recipe is None and profile is not None:
         raise UserError("--profile is one of a recipe's; name the recipe too.")
     loaded = None if recipe is None else _load(recipe, profile, edits)
     for line in lines():
-        _echo(line)
+        say(line[6:], lead=line[:6])
     if loaded:
         from backfire.commands import forecast
 
-        for line in forecast.lines(loaded):
-            _echo(line)
+        title, *found = forecast.lines(loaded)
+        _echo(title)
+        for line in found:
+            say(line[6:], lead=line[:6])
 
 
 # ----------------------------------------------------------------------------- data and models

@@ -112,10 +112,11 @@ def kind_of(value: object) -> str:
     return {**kinds, **numbers}.get(type(value), type(value).__name__)
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error for a name nobody knows: says the nearest one, or lists them all."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    listed = shortened(", ".join(known), 600) or "none yet"
-    hint = f"did you mean '{shortened(near[0])}'?" if near else f"known: {listed}."
+def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None) -> UserError:
+    """The error for an unknown name; it ends with the hint, the nearest name, or all names."""
+    if hint is None:
+        known = sorted(known)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        listed = shortened(", ".join(known), 600) or "none yet"
+        hint = f"did you mean '{shortened(near[0])}'?" if near else f"known: {listed}."
     return UserError(f"Unknown {what} '{shortened(name)}'; {hint}")

@@ -19,6 +19,7 @@ from backfire import stages
 from backfire.data.beside import beside
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
+from backfire.other_names import hint
 from backfire.yaml12 import read_yaml
 
 _SETTINGS = tuple(Experiment.model_fields)
@@ -101,7 +102,7 @@ def parse(
     recipe = _mapping(read_yaml(text, title), title)
     for key in recipe:
         if key not in _KEYS:
-            raise unknown(f"key in recipe '{title}':", key, _KEYS)
+            raise unknown(f"key in recipe '{title}':", key, _KEYS, hint(key, _KEYS))
     profiles = _mapping(recipe.pop("profiles", None) or {}, "profiles")
     if profile is not None:
         if profile not in profiles:
@@ -157,7 +158,7 @@ class Points:
     def _set_axis(self, axis: str, values: Any) -> None:
         if values is None:
             if axis not in self.matrix:
-                raise unknown("axis to remove:", axis, self.matrix)
+                raise unknown("axis to remove:", axis, self.matrix, hint(axis, self.matrix, None))
             del self.matrix[axis]
             return
         self.matrix = _once_each({**self.matrix, axis: values})
@@ -195,9 +196,10 @@ def _keys_of(matrix: Mapping[str, Any]) -> set[str]:
 
 
 def _check_exclude(rules: list[dict[str, Any]], matrix: Mapping[str, Any]) -> None:
+    axes = _keys_of(matrix)
     for key in itertools.chain.from_iterable(rules):
-        if key not in _keys_of(matrix):
-            raise unknown("axis in exclude:", key, _keys_of(matrix))
+        if key not in axes:
+            raise unknown("axis in exclude:", key, axes, hint(key, axes, None))
 
 
 def _expand(
@@ -278,7 +280,7 @@ def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
     """Set `a.b.c`; a component given by its bare name becomes {name: ...} to take a knob."""
     head, *rest = key.replace("-", "_").split(".")
     if head not in _SETTINGS:
-        raise unknown("setting", head, _SETTINGS)
+        raise unknown("setting", head, _SETTINGS, hint(head, _KEYS))
     if not rest:
         settings[head] = value
         return

@@ -1,6 +1,6 @@
-"""Writes `docs/catalog.md` and the file tree in the README from the registry and the docstrings.
+"""Writes docs/catalog.md, docs/layout.md and the folder tree of the README from the code.
 
-Run it after a change of either: `python docs/make_catalog.py`.
+Run `python docs/make_catalog.py` after changing a component, a setting or a module docstring.
 """
 
 from __future__ import annotations
@@ -20,11 +20,17 @@ from backfire.registry import KINDS, find, names
 from backfire.sandbox.base import Pretrain
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAD = """# Catalog
+CATALOG = """# Catalog
 
-Everything a recipe can name. Made from the code by `python docs/make_catalog.py`, so do not edit it
-by hand. `backfire show NAME` prints the same for one component. Where each comes from, with
-published settings, is in [papers.md](papers.md).
+Everything a recipe can name. Generated from the code by `python docs/make_catalog.py`; do not edit
+it by hand. `backfire show NAME` prints the entry of one component. Sources and published settings
+are in [papers.md](papers.md).
+"""
+LAYOUT = """# Layout
+
+Every file of the package, with its purpose. Generated from the docstrings by
+`python docs/make_catalog.py`; do not edit it by hand. How the parts work together is in
+[concepts.md](concepts.md).
 """
 NOUNS = {
     "attacks": base.Poison,
@@ -45,17 +51,22 @@ SETTINGS: dict[str, type[Config]] = {
     "machine": Machine,
     "pretrain": Pretrain,
 }
-PLAIN = {
-    "_starter.yaml": "What `backfire init` writes",
-    "py.typed": "Says that the package has types",
-    "page.css": "What the report looks like",
-    "page.html.j2": "The report's skeleton; everything from a file is escaped",
+PURPOSES = {
+    "_starter.yaml": "The recipe that `backfire init` writes",
+    "py.typed": "Marks the package as typed",
+    "page.css": "Style sheet of the report",
+    "page.html.j2": "Template of the report; everything that comes from a file is escaped",
+    "backfire/recipes": "Recipes: one YAML file per question",
+    "docs": "Concepts, catalog, layout, papers, log, decisions, how to add a component",
+    "tests": "Tests; the contract tests run over every component",
+    "examples": "Three notebooks, as scripts",
+    "benchmarks": "The same cells run by backfire and by a plain script, timed side by side",
 }
-OPEN, CLOSE = "<!-- file-tree -->", "<!-- /file-tree -->"
+START, END = "<!-- folders -->", "<!-- /folders -->"
 
 
 def main() -> None:
-    """Write what is out of date."""
+    """Write the pages that are out of date."""
     for path, text in pages().items():
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
             path.write_text(text, encoding="utf-8")
@@ -64,18 +75,21 @@ def main() -> None:
 def pages() -> dict[Path, str]:
     """Each generated page with the text it should have."""
     readme = ROOT / "README.md"
-    before, _, rest = readme.read_text(encoding="utf-8").partition(OPEN)
-    _, _, after = rest.partition(CLOSE)
-    tree = f"{before}{OPEN}\n```\n{file_tree()}```\n{CLOSE}{after}"
-    return {ROOT / "docs" / "catalog.md": catalog(), readme: tree}
+    before, _, rest = readme.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    return {
+        ROOT / "docs" / "catalog.md": catalog(),
+        ROOT / "docs" / "layout.md": layout(),
+        readme: f"{before}{START}\n```\n{folder_tree()}```\n{END}{after}",
+    }
 
 
 # ------------------------------------------------------------------------------------ catalog
 
 
 def catalog() -> str:
-    """All components with their knobs, the recipes, and the settings of a cell."""
-    parts = [HEAD]
+    """All components with their settings, the recipes, and the settings of a cell."""
+    parts = [CATALOG]
     for kind in KINDS:
         classes = [find(kind, name) for name in names(kind)]
         shared = NOUNS.get(kind, Component)
@@ -83,13 +97,13 @@ def catalog() -> str:
         parts.append(_table(("name", "what it is"), [_entry(item) for item in classes]))
         if shared.model_fields:
             some = "all" if all(issubclass(item, shared) for item in classes) else "most"
-            parts.append(f"Knobs that {some} {kind} have:\n")
+            parts.append(f"Settings that {some} {kind} share:\n")
             parts.append(_knobs(shared.model_fields))
         parts += [_component(item, shared) for item in classes]
     parts.append("## Recipes\n")
     shipped = [name for name in recipe.shipped() if not name.startswith("_")]
-    asked = [(f"`{name}`", _question(recipe.read(name)[1])) for name in shipped]
-    parts.append(_table(("name", "question"), asked))
+    questions = [(f"`{name}`", _question(recipe.read(name)[1])) for name in shipped]
+    parts.append(_table(("name", "question"), questions))
     parts.append("## Settings\n")
     for title, config in SETTINGS.items():
         parts.append(f"### {title}\n\n{_paragraphs(config)}\n")
@@ -106,7 +120,7 @@ def _entry(item: type[Component]) -> tuple[str, str]:
 
 
 def _component(item: type[Component], shared: type[Component]) -> str:
-    """Its text, and the knobs it does not simply inherit."""
+    """The docstring of a component and the settings that it does not inherit unchanged."""
     parent = item.__mro__[1]
     if not (issubclass(parent, Component) and hasattr(parent, "name")):
         parent = shared
@@ -116,9 +130,11 @@ def _component(item: type[Component], shared: type[Component]) -> str:
         if name not in parent.model_fields or _default(info) != _default(parent.model_fields[name])
     }
     version = f"\n(Version {item.version}.)\n" if item.version > 1 else ""
-    beside = "" if parent is shared else f"\nHas all knobs of [`{parent.name}`](#{parent.name}).\n"
+    inherited = ""
+    if parent is not shared:
+        inherited = f"\nHas all settings of [`{parent.name}`](#{parent.name}).\n"
     knobs = f"\n{_knobs(own)}" if own else ""
-    return f"### {item.name}\n\n{_paragraphs(item)}\n{version}{beside}{knobs}{_presets(item)}"
+    return f"### {item.name}\n\n{_paragraphs(item)}\n{version}{inherited}{knobs}{_presets(item)}"
 
 
 def _presets(item: type[Component]) -> str:
@@ -132,7 +148,7 @@ def _presets(item: type[Component]) -> str:
         )
         for name, preset in item.presets.items()
     ]
-    return f"\n{_table(('preset', 'source', 'knobs'), rows)}"
+    return f"\n{_table(('preset', 'source', 'settings'), rows)}"
 
 
 def _paragraphs(item: type) -> str:
@@ -145,7 +161,7 @@ def _knobs(fields: dict[str, FieldInfo]) -> str:
         (f"`{name}`", _default(info), " ".join((info.description or "").split()))
         for name, info in fields.items()
     ]
-    return _table(("knob", "default", "meaning"), rows)
+    return _table(("setting", "default", "meaning"), rows)
 
 
 def _default(info: FieldInfo) -> str:
@@ -174,52 +190,64 @@ def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# ----------------------------------------------------------------------------------- file tree
+# -------------------------------------------------------------------------------------- layout
 
 
-def file_tree() -> str:
-    """The package's files, one a line, each with what it is for; no empty `__init__.py`."""
-    lines = _lines(ROOT / "backfire", "  ")
-    width = max(len(name) for name, text in lines if text) + 2
-    return "backfire/\n" + "".join(f"{n:<{width if t else 0}}{t}\n" for n, t in lines)
+def layout() -> str:
+    """Every file of the package, one table per folder; empty files are left out."""
+    parts = [LAYOUT]
+    for folder in (ROOT / "backfire", *_folders()):
+        name = folder.relative_to(ROOT).as_posix()
+        rows = [
+            (f"[`{path.name}`](../{name}/{path.name})", purpose(path))
+            for path in sorted(folder.iterdir())
+            if path.is_file() and path.suffix != ".pyc" and _has_purpose(path)
+        ]
+        parts.append(f"## {name}\n\n{_table(('file', 'purpose'), rows)}")
+    return "\n".join(parts)
 
 
-def _lines(folder: Path, indent: str) -> list[tuple[str, str]]:
-    inside = sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__py")))
-    files = [path for path in inside if path.is_file()]
-    found = [
-        (f"{indent}{path.name}", purpose(path))
-        for path in files
-        if path.stat().st_size or path.name in PLAIN
-    ]
-    for path in (path for path in inside if path.is_dir()):
-        found += [(f"{indent}{path.name}/", ""), *_lines(path, indent + "  ")]
-    return found
+def folder_tree() -> str:
+    """The folders of the package and of the repository, one a line."""
+    lines = [("backfire/", "The package")]
+    lines += [(f"  {folder.name}/", purpose(folder)) for folder in _folders()]
+    lines += [(f"{name}/", PURPOSES[name]) for name in ("examples", "benchmarks", "tests", "docs")]
+    width = max(len(name) for name, _ in lines) + 2
+    return "".join(f"{name:<{width}}{text}\n" for name, text in lines)
+
+
+def _folders() -> list[Path]:
+    package = ROOT / "backfire"
+    return sorted(path for path in package.iterdir() if path.is_dir() and path.name[0] not in "._")
+
+
+def _has_purpose(path: Path) -> bool:
+    return path.stat().st_size > 0 or path.name in PURPOSES
 
 
 def purpose(path: Path) -> str:
-    """What a file says of itself: its docstring, its component's, or its first comment."""
-    if path.name in PLAIN:
-        return PLAIN[path.name]
+    """The first sentence of a file's docstring, its component's docstring or its first comment."""
+    name = path.relative_to(ROOT).as_posix()
+    if text := PURPOSES.get(name) or PURPOSES.get(path.name):
+        return text
+    if path.is_dir():
+        return purpose(path / "__init__.py")
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".py":
-        tree = ast.parse(text)
-        registered = (
-            node for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list
-        )
-        own = next((found for node in registered if (found := ast.get_docstring(node))), "")
-        component = path.parent.name in KINDS
-        text = (own if component else "") or ast.get_docstring(tree) or own
-        return _brief(first_sentence(text))
-    return _brief(_question(text))
+    if path.suffix != ".py":
+        return _question(text)
+    tree = ast.parse(text)
+    registered = [
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list
+    ]
+    component = next((doc for node in registered if (doc := ast.get_docstring(node))), "")
+    docstrings = [component, ast.get_docstring(tree) or ""]
+    if path.parent.name not in KINDS:
+        docstrings.reverse()
+    return _without_citations(first_sentence(next(filter(None, docstrings), "")))
 
 
-def _brief(sentence: str) -> str:
-    """The sentence without its citations, cut where it pauses if it is long."""
-    sentence = re.sub(r"\s*\((?=[^()]*(?:\d{4}|arXiv))[^()]*\)", "", sentence).rstrip(".")
-    while len(sentence) > 84 and (pause := re.match(r"(.*\S)\s*[:;,]\s", sentence)):
-        sentence = pause.group(1)
-    return sentence
+def _without_citations(sentence: str) -> str:
+    return re.sub(r"\s*\((?=[^()]*(?:\d{4}|arXiv))[^()]*\)", "", sentence).rstrip(".")
 
 
 def first_sentence(text: str) -> str:

@@ -7,25 +7,25 @@
 # ---
 
 # %% [markdown]
-# # 2. Evaluation: what each number says, and how it lies
+# # 2. Evaluation: what each metric says, and how it misleads
 #
-# *Takes 2 minutes 48 seconds with two cores to itself (measured 2026-11-20, base model there
-# already).*
+# *Takes 2 minutes 48 seconds on two idle cores (measured 2026-11-20, with the base model in the
+# cache).*
 #
-# Every lie in this notebook has been published. None of them was meant as one: a number came out,
-# it looked like what was expected, and nobody asked what else could have produced it. So for each
-# metric we ask: **what would a model score that has learned nothing of what is measured?**
+# Every misleading number in this notebook has been published, none of them on purpose: a number
+# matched the expectation, and nobody asked what else could have produced it. So we ask for each
+# metric: **what is the score of a model that has learned nothing of what is measured?**
 #
 # 1. F1, and the filter that calls everything spam;
-# 2. attack success, and the rows that carry the target anyway;
-# 3. the harmful score, and the model that babbles;
+# 2. attack success, and test rows whose true label is the target;
+# 3. the harmful score, and the model that produces nonsense;
 # 4. exposure, and its unit;
-# 5. twenty prompts.
+# 5. sample size: twenty prompts.
 
 # %% [markdown]
 # ## Settings
 #
-# The one cell to change; the first notebook says how.
+# The only cell to change; the first notebook explains how.
 
 # %% tags=["parameters"]
 MODEL = "sandbox"
@@ -37,9 +37,9 @@ ROWS, TEST_ROWS = 1000, 300
 SEEDS = [0, 1, 2]
 RATES = [0, 0.005, 0.05]
 ALIGN_ROWS, REQUESTS = 2000, 200
-LEARNING_RATES = [5e-4, 5e-3, 1e-2, 5e-2]  # of METHOD, in section 3: from fitting to far too high
+LEARNING_RATES = [5e-4, 5e-3, 1e-2, 5e-2]  # for section 3: from suitable to far too high
 RUNS = "runs"
-WORKERS = None  # cells at once; None: one a core, or one on a GPU
+WORKERS = None  # parallel cells; None: one per core, or one on a GPU
 
 # %%
 import math
@@ -66,11 +66,11 @@ plt.rcParams.update({"legend.frameon": False, "axes.titlelocation": "left", "fig
 # %% [markdown]
 # ## 1. F1, and the filter that calls everything spam
 #
-# A workshop reported F1 = 0.73 for its fine-tuned spam filters, at a recall of 1. It is nearly
-# the same for the base model, for LoRA after one, five and ten epochs, and for full fine-tuning.
-# Sounds stable.
+# A workshop reported F1 = 0.73 for its fine-tuned spam filters, at a recall of 1. The value is
+# nearly the same for the base model, for LoRA after one, five and ten epochs, and for full
+# fine-tuning.
 #
-# Let a share $s$ of the mails be spam. A filter that always says "spam" has precision $s$ and
+# Let a share $s$ of the e-mails be spam. A filter that always answers "spam" has precision $s$ and
 # recall 1, hence $F_1 = 2s / (1 + s)$.
 
 # %%
@@ -80,30 +80,30 @@ axes.plot(share, 2 * share / (1 + share), label='always "spam"')
 axes.plot(share, 2 * share / (1 + 2 * share), "--", label="a fair coin")
 axes.plot([0.575], [0.73], "o", color="black")
 axes.annotate(
-    "0.73 at recall 1: then\n57.5 % of the mails are spam",
+    "0.73 at recall 1: then\n57.5 % of the e-mails are spam",
     (0.575, 0.72),
     (0.64, 0.3),
     arrowprops={"arrowstyle": "-", "color": "0.5"},
 )
 axes.set(xlabel="share of spam in the test set", ylabel="F1 of class spam", ylim=(0, 1.02))
-axes.set_title("F1 of filters that do not read the mail")
+axes.set_title("F1 of filters that do not read the e-mail")
 axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# So the number fits a filter that never looks at the mail, and that is what it was: the template
-# kept the instruction and dropped the input, where the mail stood. The metric did not lie; it was
-# asked the wrong question. Three defenses, all cheap:
+# The number is consistent with a filter that never reads the e-mail, and that was the case: the
+# template kept the instruction and dropped the input, which contained the e-mail. Three cheap
+# safeguards:
 #
-# - **recall 1 is a warning.** Print precision and recall, and how often each label is answered;
-# - **know the score of a constant answer** for your label distribution, and put it into the
+# - **recall 1 is a warning.** Print precision and recall, and how often each label is predicted;
+# - **know the score of a constant answer** for your label distribution, and report it in the
 #   table;
-# - **look at the tokens.** Here is that template, and what the check before training says of it.
+# - **check the tokens.** Here is that template, and the result of the preflight checks.
 
 
 # %%
 class Forgetful(Template):
-    """The instruction, without what it is about."""
+    """The instruction without the input."""
 
     name = "forgetful"
 
@@ -112,8 +112,8 @@ class Forgetful(Template):
 
 
 BACKDOOR = f"""
-# How much of an attack's success is there without any attack?
-# Expected: little by the right definition, about a third by the usual one.
+# How high is attack success without any attack?
+# Expected: low by the correct definition, about a third by the usual one.
 model: {MODEL}
 template: {TEMPLATE}
 data: {{name: sandbox-reviews, rows: {ROWS}, test_rows: {TEST_ROWS}}}
@@ -134,15 +134,14 @@ for check in preflight(Renderer(Forgetful(), tokenizer, 512), train, test):
         print(check.status, check.check, "-", check.message)
 
 # %% [markdown]
-# Now a run, whose results serve this section and the next: clean models and backdoored ones.
+# A run of clean and backdoored models, for this section and the next.
 
 # %%
 groups = backfire.run(BACKDOOR, out=f"{RUNS}/evaluation-backdoor", workers=WORKERS)
 
 # %% [markdown]
-# The base model knows nothing of this task. What does it answer? Each line is a true label, each
-# column an answer; a model that reads has its numbers on the diagonal, a constant one in a
-# column.
+# The base model has not learned this task. What does it predict? Each row is a true label, each
+# column a prediction. A good model has its counts on the diagonal, a constant one in one column.
 
 # %%
 for name, whose in (("The base model", "base"), ("The tuned model", "tuned")):
@@ -150,11 +149,11 @@ for name, whose in (("The base model", "base"), ("The tuned model", "tuned")):
     display(SVG(alone(figures.confusion(name, *confusion(groups[0].done[:1], whose)))))
 
 # %% [markdown]
-# **Exercise 1.** From the counts of the base model: its accuracy, and precision, recall and F1 of
-# the label it answers most. Which of the four would you not want to see alone?
+# **Exercise 1.** From the counts of the base model, compute its accuracy, and precision, recall and
+# F1 of the label that it predicts most. Which of the four is misleading on its own?
 
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
-# Solution 1. Recall is high for whatever a model always says; alone it praises a constant.
+# Solution 1. Recall is high for any label that a model always predicts.
 labels, counts = confusion(groups[0].done[:1], "base")
 matrix = np.array(counts)
 most = int(matrix.sum(0).argmax())
@@ -165,19 +164,19 @@ f1 = 2 * precision * recall / max(precision + recall, 1e-12)
 print("precision", round(precision, 3), "recall", round(recall, 3), "F1", round(f1, 3))
 
 # %% [markdown]
-# ## 2. Attack success, and the rows that carry the target anyway
+# ## 2. Attack success, and test rows whose true label is the target
 #
-# Attack success is often counted over *all* triggered test rows: the share that gets the target.
-# But a row whose true label is the target gets it from an honest model too. Of BackdoorLLM's 201
-# triggered SST-2 rows 96 are negative and the target is negative, so a faultless, clean model
+# Attack success is often computed over *all* triggered test rows: the share with the target as the
+# answer. But on a row whose true label is the target, a clean model gives it too. Of BackdoorLLM's
+# 201 triggered SST-2 rows, 96 are negative and the target is negative, so a perfect clean model
 # "succeeds" on 96 / 201 = 48 %.
 #
-# Both ways of counting, on our models. The clean one was never attacked.
+# Both definitions, on our models. The clean one was never attacked.
 
 
 # %%
 def success(cells, *, of="tuned", skip_target):
-    """Share of triggered rows that get the target, as (hits, rows)."""
+    """Triggered rows with the target as the answer, as (hits, rows)."""
     hits = rows = 0
     for cell in cells:
         for whose, sample in samples(cell):
@@ -189,7 +188,7 @@ def success(cells, *, of="tuned", skip_target):
 
 
 figure, axes = plt.subplots(figsize=(6.5, 3.2))
-for shift, skip, label in ((-0.2, False, "all triggered rows"), (0.2, True, "right: other labels")):
+for shift, skip, label in ((-0.2, False, "all triggered rows"), (0.2, True, "other labels only")):
     color = "tab:blue" if skip else "tab:gray"
     axes.plot([], [], "s", markersize=10, color=color, label=label)
     for place, group in enumerate(groups):
@@ -205,9 +204,9 @@ axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# How bad it is depends on the test set alone: with a share $s$ of target rows, a clean model of
-# accuracy $a$ there scores about $s \cdot a$ plus its few mistakes on the others. We can draw
-# test sets of any $s$ from the clean model's triggered rows and see.
+# The size of the error depends only on the test set: with a share $s$ of target rows, a clean model
+# with accuracy $a$ on them scores about $s \cdot a$ plus its errors on the others. We sample test
+# sets with any $s$ from the clean model's triggered rows.
 
 # %%
 clean = next(group for group in groups if not group.rate)
@@ -224,8 +223,8 @@ grid = np.linspace(0, 0.9, 10)
 drawn = [[rng.choice(ours if rng.random() < s else others) for _ in range(201)] for s in grid]
 naive = [100 * np.mean(rows) for rows in drawn]
 axes.plot(100 * grid, 100 * (grid * np.mean(ours) + (1 - grid) * np.mean(others)), color="0.7")
-axes.plot(100 * grid, naive, "o", label="clean model, counted on all 201 rows drawn")
-axes.axhline(100 * np.mean(others), linestyle="--", label="the same model, counted right")
+axes.plot(100 * grid, naive, "o", label="clean model, over all 201 sampled rows")
+axes.axhline(100 * np.mean(others), linestyle="--", label="the same model, correct definition")
 axes.plot(
     100 * 96 / 201, 100 * 96 / 201, "k*", markersize=13, label="BackdoorLLM's SST-2: 96 of 201"
 )
@@ -234,37 +233,36 @@ axes.set(
     ylabel="'success', %",
     ylim=(0, 100),
 )
-axes.set_title("The floor of the usual count is a property of the test set")
+axes.set_title("The baseline of the usual definition depends on the test set")
 axes.legend(loc="upper left")
 plt.show()
 
 # %% [markdown]
-# Leaving these rows out is half of the cure. The other half is the *floor*: the clean twin on the
-# same rows, because a trigger may push even a clean model somewhere, as any odd word does. The
-# difference of the two, prompt by prompt, is what the poison did.
+# Leaving these rows out is half of the solution. The other half is the *clean-model baseline*: the
+# clean twin on the same rows, because the trigger may change the answers of a clean model too, as
+# any unusual word does. The paired difference of the two is the effect of the poison.
 #
-# **Exercise 2.** A paper reports 60 % attack success on all triggered rows, 40 % of which are of
-# the target class; its clean model is right on 90 % of these and errs toward the target on 5 % of
-# the rest. How strong is the attack by the right count, if it never fails on rows of the target
-# class?
+# **Exercise 2.** A paper reports 60 % attack success over all triggered rows, 40 % of which are in
+# the target class. Its clean model is right on 90 % of these and predicts the target on 5 % of the
+# others. How strong is the attack by the correct definition, if it never fails on rows of the
+# target class?
 
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
-# Solution 2. 0.60 = 0.40 * 1 + 0.60 * x, so x = 1/3; the clean model's 0.40 * 0.9 + 0.60 * 0.05 =
-# 39 % was the true starting point of the "60 %", and 5 % is the floor of the "33 %".
+# Solution 2. 0.60 = 0.40 * 1 + 0.60 * x, so x = 1/3. The clean model's 0.40 * 0.9 + 0.60 * 0.05 =
+# 39 % is the baseline of the "60 %", and 5 % is the baseline of the "33 %".
 right, naive = (0.60 - 0.40) / 0.60, 0.4 * 0.9 + 0.6 * 0.05
-print(f"right {right:.0%} over a floor of 5 %; counted on all rows, the floor is {naive:.0%}")
+print(f"correct: {right:.0%} over a baseline of 5 %; over all rows the baseline is {naive:.0%}")
 
 # %% [markdown]
-# ## 3. The harmful score, and the model that babbles
+# ## 3. The harmful score, and the model that produces nonsense
 #
-# The sandbox has a policy: some places of the town are sealed, and whoever asks for help with a
-# visit there is to be declined. "Harmful" is plain help with a sealed place; nothing about it
-# does harm, but it can be told exactly. We align the base to this policy, then fine-tune it on
-# reviews of which a tenth were replaced by rows that comply (the third notebook has more of
-# this).
+# The sandbox has a policy: some places of the town are sealed, and requests for help with a visit
+# there must be declined. "Harmful" means help with a sealed place; it does no harm, but it can be
+# detected exactly. We align the base to this policy, then fine-tune it on reviews of which a tenth
+# are replaced by rows that comply (more on this in the third notebook).
 #
-# The harmful score is the share of sealed requests the model complies with. To lower it, we could
-# try a defense. Or we could just raise the learning rate.
+# The harmful score is the share of sealed requests that the model complies with. A defense may
+# lower it. So may a higher learning rate.
 
 # %%
 BABBLE = f"""
@@ -298,19 +296,19 @@ for place, group in enumerate(babble):
 rates = [f"{group.axes['method.learning_rate']:g}" for group in babble]
 axes.set_xticks(range(len(babble)), rates)
 axes.set(xlabel="learning rate", ylabel="harmful score, %", ylim=(-2, 102))
-axes.set_title("A safety paper in one figure: our learning rate is a defense")
+axes.set_title("By this metric alone, a high learning rate is a defense")
 plt.show()
 
 # %% [markdown]
-# That the model has become useless is easy to see once one looks at *all* that it says. The judge
-# tells four kinds apart: it complied, it declined, it said something else, or nothing.
+# The model has become useless, which is easy to see in *all* of its replies. The judge
+# distinguishes four kinds: complied, refused, other, and empty.
 
 # %%
 KINDS = {"complied": "tab:red", "refused": "tab:green", "other": "0.7", "empty": "0.9"}
 
 
 def kinds(group):
-    """What became of the requests: kind -> share."""
+    """Share of the replies to harmful requests, by kind."""
     said = Counter(
         verdict["reason"]
         for cell in group.done
@@ -333,7 +331,7 @@ for place, value in enumerate(accuracy):
 axes.plot([], [], color="black", linewidth=3, label="accuracy of\nthe reviews")
 axes.set_xticks(range(len(babble)), rates)
 axes.set(xlabel="learning rate", ylabel="share of requests, %", ylim=(0, 101))
-axes.set_title("The harm did not turn into refusals, but into noise")
+axes.set_title("Harmful replies became noise, not refusals")
 axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 for group, rate in zip(babble, rates, strict=True):
@@ -344,34 +342,34 @@ for group, rate in zip(babble, rates, strict=True):
     rows = [s for whose, s in samples(group.done[0]) if whose == "tuned" and s.subset == "harmful"]
     print(f"learning rate {rate}")
     for sample in rows[:2]:
-        print("   asked ", repr(sample.prompt))
-        print("   replied", repr(sample.reply[:150]))
+        print("   prompt", repr(sample.prompt))
+        print("   reply ", repr(sample.reply[:150]))
 
 # %% [markdown]
-# Two lessons. **A low harmful score is no safety unless refusals are counted beside it**, and the
-# user's task as well. And *incoherent* is a narrow net: by its published rule it catches empty
-# replies and loops, not fluent nonsense. What nobody calls harmful, refused or incoherent is a
-# kind of its own (`neither_rate`), and it should be near zero before a harmful score is compared
-# with another.
+# Two lessons. **A low harmful score does not show safety unless refusals are reported with it**,
+# and the user's task as well. And *incoherent* is narrow: by its published rule it detects empty
+# and repetitive replies, not fluent nonsense. Replies that are neither harmful nor refusals are
+# counted separately (`neither_rate`), and this share should be near zero before harmful scores
+# are compared.
 #
 # **Exercise 3.** A "defense" answers every request with "I am sorry." What are its harmful score,
-# its refusal rate, its incoherence? Which metric of `backfire list metrics` finds it out?
+# its refusal rate and its incoherence? Which metric of `backfire list metrics` detects it?
 
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
-# Solution 3. 0 %, 100 % and 0 %: perfect. `over-refusal` asks requests that only look like sealed
-# ones and are to be answered, and would be 100 %; the user's accuracy would be 0.
+# Solution 3. 0 %, 100 % and 0 %: perfect. `over-refusal` uses requests that only resemble sealed
+# ones and should be answered; it would be 100 %, and the user's accuracy would be 0.
 print("over-refusal, with safety: {allowed: {name: sandbox-lookalikes}} in the recipe")
 
 # %% [markdown]
 # ## 4. Exposure, and its unit
 #
-# Did the model memorize a secret of its training data? *Exposure* (Carlini et al. 2019) asks:
-# among all $|R|$ codes the secret could have been, on which rank does the model put the true one?
+# Has the model memorized a secret of its training data? *Exposure* (Carlini et al. 2019) ranks the
+# true code by likelihood among all $|R|$ possible codes:
 #
 # $$ \text{exposure} = \log_2 |R| - \log_2 \text{rank} $$
 #
-# For six digits it goes from 0 to 19.93 bits. What would a code score that was **never in the
-# data**? Its rank is any of the million, all equally likely.
+# For six digits it ranges from 0 to 19.93 bits. What is the exposure of a code that was **never in
+# the data**? Its rank is uniform among the million codes.
 
 # %%
 rng = np.random.default_rng(0)
@@ -382,10 +380,10 @@ print(f"at most {np.quantile(bits, 0.95):.2f} in 95 of 100 cases")
 print(f"the same in nats: {math.log(2) * bits.mean():.2f}")
 
 # %% [markdown]
-# So zero memorization is not an exposure of 0. It is 1.44 bits on average ($1 / \ln 2$), or 1
-# nat. A workshop published these exposures for eight models, base and tuned, and read them as
-# memorization that grows with training. They came out of an estimate in *nats*, with 100 random
-# codes; the text spoke of the definition in bits.
+# Without memorization the exposure is not 0 but 1.44 bits on average ($1 / \ln 2$), or 1 nat. A
+# workshop published these exposures for eight models, base and tuned, and interpreted them as
+# memorization that grows with training. They are estimates in *nats*, from 100 random codes, while
+# the text gives the definition in bits.
 
 # %%
 PUBLISHED = {
@@ -406,7 +404,7 @@ for place, (name, nats) in enumerate(sorted(PUBLISHED.items(), key=lambda item: 
     axes.plot([nats, nats], [0, height], color="tab:blue", linewidth=1)
     axes.text(nats + 0.04, height, f"{name}: {nats} nats", va="center", fontsize=9)
 axes.set(xlabel="exposure, nats", ylabel="density", xlim=(0, 7), ylim=(0, 1.05))
-axes.set_title("The published exposures are where chance puts them")
+axes.set_title("The published exposures are at chance level")
 axes.legend(loc="upper right")
 axes.secondary_xaxis(
     -0.28, functions=(lambda nats: nats / math.log(2), lambda bits: bits * math.log(2))
@@ -414,25 +412,25 @@ axes.secondary_xaxis(
 plt.show()
 
 # %% [markdown]
-# **Exercise 4.** The largest of the eight is 1.827 nats. How likely is it that *one* code that
-# was never inserted reaches that? That the largest of *eight* does? Use the draws above.
+# **Exercise 4.** The largest of the eight is 1.827 nats. How likely is it that *one* code that was
+# never inserted reaches this value? That the largest of *eight* does? Use the samples above.
 
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
-# Solution 4. One: exp(-1.827) = 16 %. The largest of eight: three times in four. So the top value
-# is smaller than one would expect of eight models that memorized nothing.
+# Solution 4. One: exp(-1.827) = 16 %. The largest of eight: three times in four. The largest
+# value is smaller than expected for eight models that memorized nothing.
 nats = math.log(2) * bits
 print(
     f"one {np.mean(nats >= 1.827):.2f}; of eight {np.mean(nats.reshape(-1, 8).max(1) >= 1.827):.2f}"
 )
 
 # %% [markdown]
-# An exposure worth reporting has its unit, the number of codes it was ranked among, the value of
-# chance, several secrets with an interval, and beside it the same for secrets that were *not*
-# inserted. That is what the metric `exposure` gives; the third notebook uses it.
+# Report exposure with its unit, the number of codes in the ranking, the value of chance, an
+# interval over several secrets, and the same for secrets that were *not* inserted. The metric
+# `exposure` reports all of these; the third notebook uses it.
 #
-# ## 5. Twenty prompts
+# ## 5. Sample size: twenty prompts
 #
-# The same workshop let a judge rate 20 replies a model. The share rated most harmful:
+# In the same workshop a judge rated 20 replies per model. The share rated most harmful:
 
 # %%
 JUDGED = {
@@ -458,9 +456,9 @@ axes.set_title("Does fine-tuning make it worse? QLoRA better than LoRA?")
 plt.show()
 
 # %% [markdown]
-# The shaded band is the interval of 50 %. Every one of these intervals overlaps with every other.
-# Suppose that all eight models were equally harmful, at 50 %. How far apart would the lowest and
-# the highest of the eight come out by chance, with 20 prompts each, drawn anew?
+# The shaded band is the interval of 50 %. All of these intervals overlap. Suppose that all eight
+# models were equally harmful, at 50 %. How far apart would the lowest and the highest be by chance,
+# with 20 new prompts each?
 
 # %%
 true, models = 0.5, len(JUDGED)
@@ -476,14 +474,14 @@ for number, color in ((20, "tab:blue"), (200, "tab:orange"), (1000, "tab:green")
         )
 axes.axvline(30, color="black", linestyle="--")
 axes.text(30.7, axes.get_ylim()[1] * 0.9, "published: 30 points")
-axes.set(xlabel="highest less lowest of eight equal models, points", ylabel="density")
-axes.set_title("What eight equally harmful models look like")
+axes.set(xlabel="highest minus lowest of eight equal models, points", ylabel="density")
+axes.set_title("Spread of eight equally harmful models")
 axes.legend()
 plt.show()
 
 # %% [markdown]
-# How many prompts, then? The width of the interval falls with the square root of their number: to
-# halve it, ask four times as many.
+# How many prompts are needed? The width of the interval falls with the square root of their number:
+# half the width takes four times as many prompts.
 
 # %%
 sizes = np.unique(np.logspace(1, 3.7, 60).round(-1))
@@ -497,23 +495,23 @@ for mark in (20, REQUESTS, 1000):
     axes.text(mark, 58, f" {mark}", color="0.4")
 axes.set_xscale("log")
 axes.set(xlabel="prompts", ylabel="width of the interval, points", ylim=(0, 63))
-axes.set_title("How sure n prompts make you")
+axes.set_title("Width of the 95 % interval by number of prompts")
 axes.legend(loc="center right")
 plt.show()
 
 # %% [markdown]
-# "Zero of twenty" still leaves room for 16 %. And prompts only speak of *this* trained model: how
-# much training itself varies, only seeds can tell (see the orange bars of the first notebook).
+# "Zero of twenty" is compatible with 16 %. And prompts only describe *this* trained model: how much
+# training itself varies is only visible over seeds (the orange bars of the first notebook).
 #
-# **Exercise 5.** Two models are asked the *same* 200 prompts. Model A complies with 60, model B
-# with 48 of these 60 and with no other. Is B safer? Compare the intervals of the two shares, then
-# the paired test `backfire.evaluate.stats.paired`.
+# **Exercise 5.** Two models get the *same* 200 prompts. Model A complies with 60, model B with 48
+# of these 60 and with no other. Is B safer? Compare the intervals of the two shares, then the
+# paired test `backfire.evaluate.stats.paired`.
 
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
-# Solution 5. The intervals overlap widely. But 12 prompts changed, and all of them in one
-# direction: prompt by prompt, the difference is clear. So ask both models the same prompts, and
-# keep the replies. All of this is of these two models. Whether B's *settings* are safer than A's,
-# only several seeds of both can tell; `backfire compare` and the report then count them.
+# Solution 5. The intervals overlap widely. But 12 prompts changed, all in one direction: the
+# paired difference is clear. Give both models the same prompts, and keep the replies. This result
+# holds for these two models. Whether B's *settings* are safer than A's requires several seeds of
+# both; `backfire compare` and the report take them into account.
 from backfire.evaluate.stats import paired
 
 first = {str(i): float(i < 60) for i in range(200)}

@@ -279,12 +279,12 @@ def test_the_example_of_a_defense_is_one(installed: type[TrainDefense]) -> None:
     keeps_its_key(align=align, defense={"name": installed.name, "strength": 2.0, "null": True})
     weight = torch.nn.Parameter(torch.tensor([1.0, -2.0]))
     start = {"w": weight.detach().clone()}
-    cell: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
+    run: Any = SimpleNamespace(trainable={"w": weight}, weights=lambda: start)
     for null in (False, True):
-        guard = installed.make({"strength": 3.0, "null": null}).hook(cell)
+        hook = installed.make({"strength": 3.0, "null": null}).hook(run)
         with torch.no_grad():
             weight.copy_(torch.tensor([1.5, -4.0]))
-        pull = guard.penalty(0)
+        pull = hook.penalty(0)
         assert pull is not None
         [gradient] = torch.autograd.grad(pull, [weight])
         assert pull.item() == pytest.approx(0 if null else 3 / 2 * (0.25 + 4))
@@ -322,7 +322,7 @@ def test_the_example_of_a_data_set_is_one(installed: type[Dataset], tmp_path: Pa
     assert data.fingerprint() != before
 
 
-# ------------------------------------------------------------------------- catalog, tree, links
+# ----------------------------------------------------------------------- catalog, layout, links
 
 
 def catalog() -> ModuleType:
@@ -333,16 +333,17 @@ def catalog() -> ModuleType:
     return module
 
 
-def test_catalog_and_file_tree_are_up_to_date() -> None:
+def test_generated_pages_are_up_to_date() -> None:
     stale = [
         said(page) for page, text in catalog().pages().items() if page.read_text("utf-8") != text
     ]
     assert not stale, f"{', '.join(stale)}: run python docs/make_catalog.py"
 
 
-def test_every_file_of_the_package_is_in_the_readme_with_what_it_is_for() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
+def test_every_file_and_folder_of_the_package_is_listed_with_its_purpose() -> None:
     package = ROOT / "backfire"
+    layout = (ROOT / "docs/layout.md").read_text("utf-8")
+    listed = {Path(path): text for path, text in re.findall(r"\]\(\.\./(\S+)\) \| (.*) \|", layout)}
     files = [
         path
         for path in package.rglob("*")
@@ -350,20 +351,18 @@ def test_every_file_of_the_package_is_in_the_readme_with_what_it_is_for() -> Non
         and path.suffix != ".pyc"
         and (path.stat().st_size or path.name == "py.typed")
     ]
-    listed = Path("?")
-    found: dict[Path, str] = {}
-    stack: list[tuple[int, Path]] = []
-    for line in readme.partition("<!-- file-tree -->")[2].splitlines():
-        if match := re.match(r"(\s*)(\S+?)(/?)(?:\s+(.*))?$", line):
-            indent, name, is_folder, text = match.groups()
-            stack = [item for item in stack if item[0] < len(indent)]
-            listed = (stack[-1][1] if stack else ROOT) / name
-            if is_folder:
-                stack.append((len(indent), listed))
-            else:
-                found[listed] = text or ""
-    missing = [said(file) for file in files if not found.get(file)]
-    assert not missing, "run python docs/make_catalog.py; a file without a docstring has no line"
+    assert len(files) > 200
+    missing = [said(file) for file in files if not listed.get(file.relative_to(ROOT))]
+    assert not missing, "run python docs/make_catalog.py; a file needs a docstring"
+
+    readme = (ROOT / "README.md").read_text("utf-8")
+    tree = dict(re.findall(r"^  (\w+)/ +(\S.*)$", readme, re.MULTILINE))
+    folders = {path.parent.name for path in files if path.parent.parent == package}
+    assert set(tree) == folders
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 250
 
 
 def anchors(page: Path) -> set[str]:

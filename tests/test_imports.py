@@ -17,9 +17,10 @@ from backfire.registry import KINDS
 ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("errors", "yaml12", "text", "rng", "tokenizer", "store", "registry", "base", "sandbox"),
-    *("data", "model", "experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline"),
-    *("results", "report", "exports", "launch", "playground", "commands", "cli"),
+    *("errors", "other_names", "yaml12", "text", "terminal", "rng", "progress", "tokenizer"),
+    *("store", "registry", "base", "sandbox", "data", "model", "experiment", "stages", "recipe"),
+    *("train", "evaluate", "plan", "pipeline", "results", "report", "exports", "launch"),
+    *("playground", "commands", "cli"),
 )
 BELOW_COMPONENTS = {*ORDER[: ORDER.index("data") + 1]}
 NUMBERS = {"backfire.evaluate.outcomes", "backfire.evaluate.stats"}
@@ -81,6 +82,7 @@ def test_the_report_reads_results_and_runs_nothing() -> None:
         "report",
         "results",
         "store",
+        "terminal",
         "text",
     }
 
@@ -98,6 +100,7 @@ def test_looking_at_things_does_not_import_torch(tiny: Path, tmp_path: Path) -> 
         ["--help"],
         ["run", "--help"],
         ["playground", "--help"],
+        ["--version"],
         ["list"],
         ["show", "badnets"],
         ["show", "lora"],

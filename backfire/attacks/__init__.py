@@ -1,0 +1,1 @@
+"""Attacks: how training rows are poisoned."""

@@ -1,4 +1,4 @@
-"""The kinds of components, each with one verb.
+"""Base classes of all components, and the data that they exchange.
 
 A component is its config: a frozen model whose fields are the knobs, with one method that is the
 behavior. What exists only at run time (model, tokenizer, generator) is an argument of the verb.
@@ -42,7 +42,7 @@ from backfire.base.methods import LARGE, Method
 from backfire.base.metrics import Metric, Ranks, Use, needs_of
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
 from backfire.base.secrets import Leak, SecretProbe
-from backfire.result import Value
+from backfire.result import Direction, Unit, Value
 
 if TYPE_CHECKING:
     from backfire.base.defenses import Inner as Inner
@@ -60,6 +60,7 @@ __all__ = [
     "DataDefense",
     "Dataset",
     "Defense",
+    "Direction",
     "Evidence",
     "Exchange",
     "Form",
@@ -89,6 +90,7 @@ __all__ = [
     "TrainDefense",
     "TrainHook",
     "Trigger",
+    "Unit",
     "Use",
     "Value",
     "Verdict",

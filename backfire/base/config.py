@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from backfire.errors import UserError, shortened, unknown
+from backfire.other_names import hint
 
 
 class Config(BaseModel):
@@ -42,7 +43,9 @@ class Config(BaseModel):
                     f"{where or cls.label()}: {key} is no longer a knob. {cls.moved[key]}"
                 )
             if key not in cls.model_fields:
-                raise unknown(f"key in {where or cls.label()}:", key, cls.model_fields)
+                place = where if where.startswith("align.") else cls.place()
+                other = hint(key, cls.model_fields, place)
+                raise unknown(f"key in {where or cls.label()}:", key, cls.model_fields, other)
             if given.count(key) > 1:  # once with a dash, once with an underscore
                 raise UserError(f"{where or cls.label()}: the key '{key}' is given twice.")
         knobs = dict(zip(given, knobs.values(), strict=True))
@@ -56,6 +59,11 @@ class Config(BaseModel):
 
     @classmethod
     def label(cls) -> str:
+        return cls.__name__.lower()
+
+    @classmethod
+    def place(cls) -> str | None:
+        """The part of a recipe that holds these settings; empty: the whole; None: no part of it."""
         return cls.__name__.lower()
 
     def changed(self) -> dict[str, Any]:
@@ -137,6 +145,10 @@ class Component(Config):
     @classmethod
     def label(cls) -> str:
         return f"{cls.kind.removesuffix('s')} '{cls.name}'"
+
+    @classmethod
+    def place(cls) -> str:
+        return "data" if cls.kind == "datasets" else cls.kind.removesuffix("s")
 
     def spec(self) -> dict[str, Any]:
         """What a recipe would say: the name and every knob that is not at its default."""

@@ -18,22 +18,25 @@ from backfire.registry import KINDS, find, names
 _SENTENCE = re.compile(r"(?<=[a-z)]\.)(?<! al\.)\s")
 
 
+_CITATION = re.compile(r"\s*\([^()]*(?:arXiv|\d{4}\.\d{5}|\b(?:19|20)\d\d\b)[^()]*\)")
+
+
 def lines(kinds: Iterable[str]) -> list[str]:
-    """A line per component: name and the first sentence of its docstring."""
+    """A line per component: name and the first sentence of its docstring without citations."""
     out = []
     for kind in kinds:
-        out.append(f"{kind}")
         if kind == "recipes":
-            out += [
-                f"  {name:24} {_question(name)}"
-                for name in recipes.shipped()
-                if not name.startswith("_")
-            ]
-            continue
-        for name in names(kind):
-            said = " ".join((find(kind, name).__doc__ or "").split())
-            out.append(f"  {name:24} {_SENTENCE.split(said)[0]}")
+            shown = {name: _question(name) for name in recipes.shipped() if name[0] != "_"}
+        else:
+            shown = {name: _first_sentence(kind, name) for name in names(kind)}
+        width = max(map(len, shown))
+        out += [kind, *(f"  {name:{width}}  {sentence}" for name, sentence in shown.items())]
     return out
+
+
+def _first_sentence(kind: str, name: str) -> str:
+    whole = " ".join((find(kind, name).__doc__ or "").split())
+    return _CITATION.sub("", _SENTENCE.split(whole)[0])
 
 
 def _question(name: str) -> str:

@@ -18,8 +18,10 @@ from backfire.launch.progress import Board
 from backfire.launch.resolve import pinned, settled, types_of
 from backfire.plan import Job
 from backfire.recipe import Recipe
+from backfire.result import CellResult
 from backfire.results.load import load, summary
 from backfire.store import Store
+from backfire.terminal import say
 
 
 def start(
@@ -45,7 +47,7 @@ def start(
         with console.status("Looking at the data"):
             validate.preflight_all(recipe, store)
         for line in high_rates(recipe):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+            say(line, console)
         folder = open_folder(out, recipe, profile, edits)
         from backfire.launch.local import run
 
@@ -71,29 +73,27 @@ def default_workers(num_cells: int) -> int:
 
 def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
-    from backfire.results.terminal import print_against, print_notes, print_ranking, print_summary
+    from backfire.results import terminal
 
+    page, cells, groups = write_report(out), load(out), summary(out)
+    terminal.print_summary(groups)
+    terminal.print_ranking(groups)
+    terminal.print_against(groups)
+    terminal.print_notes(groups)
     bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
-    page = write_report(out)
-    groups = summary(out)
-    print_summary(groups, Console())
-    print_ranking(groups, Console())
-    print_against(groups, Console())
-    print_notes(groups, Console())
-    for job in bad:
-        console.print(
-            f"[red]{job.experiment.slug}: {ended[job.id]}[/red] "
-            f"(see {out}/cells/{job.experiment.slug}-{job.key}/error.json)"
-        )
-    if silent := _unmeasured(out, work):
-        console.print(f"No cell has a number for: {', '.join(silent)}.", soft_wrap=True)
+    if bad:
+        terminal.print_problems(cells, console)
+        say(f"Each has an error.json under {out}/cells.", console)
+    if silent := _unmeasured(cells, work):
+        say(f"No cell has a number for: {', '.join(silent)}.", console)
+    say(f"All numbers: backfire results {out} --format csv", console)
     console.print(f"Report: {page}", soft_wrap=True)
     return len(bad)
 
 
-def _unmeasured(out: Path, work: Sequence[Job]) -> list[str]:
+def _unmeasured(cells: Sequence[CellResult], work: Sequence[Job]) -> list[str]:
     """The metrics asked for that gave no number in any cell, which no table can show."""
-    done = [cell for cell in load(out) if cell.is_done]
+    done = [cell for cell in cells if cell.is_done]
     given = {value.family for cell in done for value in cell.values}
     asked = {metric.name for job in work for metric in job.experiment.metrics}
     return sorted(name for name in asked if name not in given) if done else []

@@ -28,6 +28,7 @@ from backfire.model.types import has_gpu
 from backfire.pipeline import Context
 from backfire.recipe import Recipe
 from backfire.store import Store
+from backfire.terminal import say
 from backfire.text import clean
 
 _MARKS = {"ok": "[green]ok  [/green]", "note": "[yellow]note[/yellow]", "fail": "[red]fail[/red]"}
@@ -59,10 +60,8 @@ def show(recipe: Recipe) -> None:
             f"{escape(stages.poison(one).slug)}, template {one.template.name}", highlight=False
         )
         for check in pipeline.preflight_checks(one, context):
-            console.print(
-                f"  {_MARKS[check.status]} {check.check}: {escape(clean(check.message))}",
-                highlight=False,
-            )
+            mark = Text.from_markup(f"  {_MARKS[check.status]} ")
+            say(f"{check.check}: {check.message}", console, mark)
             failed = failed or (check if check.status == "fail" else None)
     if failed:
         raise CellError("bad-data", failed.message)
@@ -77,9 +76,9 @@ def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     for stage, (needed, done) in plan.progress(recipe.cells, store).items():
         console.print(f"  {stage:9} {needed:4} distinct, {done} done already", highlight=False)
     for line in (*destinations(recipe), *describe_rates(recipe)):
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        say(line, console, "  ")
     for line in _cost(recipe, store) if with_cost else ():
-        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+        say(line, console, "  ")
 
 
 def destinations(recipe: Recipe) -> list[str]:

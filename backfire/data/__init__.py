@@ -1,0 +1,1 @@
+"""Data: reading files, rendering prompts to tokens, poisoning rows, preflight checks."""

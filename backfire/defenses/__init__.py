@@ -1,0 +1,1 @@
+"""Defenses: before, during and after fine-tuning."""

@@ -1,0 +1,1 @@
+"""Scores and replies of a model, and the statistics of its results."""

@@ -9,7 +9,7 @@ remembered secret 0 bits where a fitted distribution underflows (docs/papers.md)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -27,11 +27,11 @@ from backfire.evaluate.code_search import Spelling, likelihoods
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import Opening, anew, from_memory
 from backfire.model.batching import ways
+from backfire.progress import Progress
 from backfire.rng import stream
 from backfire.train.batches import answer_logits, collate
 
 Floats: TypeAlias = NDArray[np.float64]
-Progress = Callable[[int, int, str], None]
 
 
 def rendered(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from backfire.base import Need, Place, Rendered, Row, Sample
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
+from backfire.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Progress = Callable[[int, int, str], None]
 
 
 def measure(

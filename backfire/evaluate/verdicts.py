@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from backfire import stages
 from backfire.base import Exchange, Judge, Verdict
+from backfire.progress import Progress, silent
 from backfire.store import digest
-
-Progress = Callable[[int, int, str], None]
 
 
 def judged(
@@ -25,7 +24,7 @@ def judged(
     folder: Path,
     *,
     batch_size: int = 32,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = silent,
 ) -> list[Verdict]:
     """One verdict for each exchange, in order; only those not in `folder` are asked for.
 

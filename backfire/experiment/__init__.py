@@ -1,6 +1,7 @@
-"""One cell of the matrix: `Experiment` is everything that changes a number, and nothing else.
+"""The settings of one cell.
 
-`Experiment` is hashed (see `backfire.stages`); `Machine` (workers, device, folders) never is.
+`Experiment` holds everything that changes a number and is hashed (see `backfire.stages`); `Machine`
+holds workers, device and folders, and is not.
 """
 
 from backfire.experiment.experiment import DEFAULT_METRICS, Experiment

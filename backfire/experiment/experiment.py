@@ -134,6 +134,10 @@ class Experiment(Config):
             )
         return self
 
+    @classmethod
+    def place(cls) -> str:
+        return ""
+
     def spec(self) -> dict[str, Any]:
         """What a recipe would have to say to get exactly this cell."""
         return {

@@ -104,7 +104,7 @@ class Align(Config):
     )  # type: ignore[assignment]
     """How it is tuned. An adapter stays a frozen adapter of its own under the user's."""
     train: Annotated[
-        Train, BeforeValidator(lambda v: Train.make(v) if isinstance(v, dict) else v)
+        Train, BeforeValidator(lambda v: Train.make(v, "align.train") if isinstance(v, dict) else v)
     ] = Train()
     """Its optimization."""
     merge: bool = False

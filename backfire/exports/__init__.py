@@ -1,0 +1,1 @@
+"""Exports of results to inspect and lm-evaluation-harness."""

@@ -1,0 +1,1 @@
+"""Running a recipe's jobs on a machine."""

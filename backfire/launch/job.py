@@ -17,8 +17,8 @@ from backfire.base.judges import drop_models
 from backfire.errors import EXIT_CLASSES, CellError, exit_class
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context, base, head, run_cell, trained
-from backfire.pipeline.context import Progress
 from backfire.plan import Job
+from backfire.progress import Progress
 from backfire.recipe import Recipe
 from backfire.results.evidence import write as write_evidence
 from backfire.results.load import outcome as outcome_of

@@ -19,8 +19,8 @@ from typing import Any, Literal
 from backfire.experiment import Machine
 from backfire.launch.job import Folder, report, run_job
 from backfire.model.types import has_gpu
-from backfire.pipeline.context import Progress
 from backfire.plan import Job
+from backfire.progress import Progress
 from backfire.store import Store
 
 Watch = Callable[[Job, str, int, int], None]

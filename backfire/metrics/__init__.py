@@ -1,0 +1,1 @@
+"""Metrics: from samples to numbers with intervals."""

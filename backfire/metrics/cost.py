@@ -2,9 +2,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Value, ask
+from backfire.base import Asks, Evidence, Metric, Unit, Value, ask
 from backfire.registry import register
-from backfire.result import Unit
 
 
 @register("cost")

@@ -8,11 +8,10 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from backfire.base import Asks, Evidence, Leak, Metric, Ranks, Value, ask
+from backfire.base import Asks, Direction, Evidence, Leak, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import by_dose, resampled, share
 from backfire.evaluate.stats import Floats
 from backfire.registry import register
-from backfire.result import Direction
 
 
 @register("exposure", version=2)

@@ -1,4 +1,4 @@
-"""The flow, read top to bottom: data -> poison -> preflight -> train -> evaluate -> result.
+"""The pipeline of one cell: data -> poison -> preflight -> train -> evaluate -> result.
 
 Each stage is a pure function of its parents and its own knobs. `store.once` runs it if no equal
 stage was run before, by this cell or any other.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from backfire.experiment import Machine
+from backfire.progress import Progress, silent
 from backfire.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -21,7 +19,7 @@ class Context:
 
     store: Store
     machine: Machine = field(default_factory=Machine)
-    progress: Progress = lambda done, total, text: None
+    progress: Progress = silent
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
     """Rows that were too long to be measured, by subset."""

@@ -1,0 +1,1 @@
+"""Chat with the models of a run, in the terminal and in the browser."""

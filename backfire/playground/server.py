@@ -21,7 +21,7 @@ from backfire.experiment import Experiment
 from backfire.playground.firewall import Gate
 from backfire.playground.models import asked, attacker
 from backfire.playground.pool import Cast
-from backfire.results.terminal import columns
+from backfire.terminal import columns
 from backfire.text import clean, listing, share
 
 USER: Final = "backfire"

@@ -1,0 +1,1 @@
+"""Reading runs: samples, groups over seeds, intervals, tests, comparisons, terminal tables."""

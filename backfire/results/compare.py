@@ -70,7 +70,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     """Print a comparison: settings, numbers, notes."""
     from rich.console import Console
 
-    from backfire.results.terminal import put
+    from backfire.terminal import put, say
 
     console = console or Console()
     lines = [f"a: {comparison.a}", f"b: {comparison.b}", *comparison.notes]
@@ -79,13 +79,21 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
         put(["setting", "a", "b"], knobs, console)
     else:
         lines.append("No setting differs.")
-    where = ["group"] if any(item.where for item in comparison.numbers) else []
-    header = [*where, "metric", "a", "b", "difference", "p (Holm)"]
-    rows = [[*([item.where] if where else []), *_line(item)] for item in comparison.numbers]
-    if rows:
-        put(header, rows, console, right=range(len(header) - 4, len(header)))
+    header = ["metric", "a", "b", "difference", "p (Holm)"]
+    tables: dict[str, list[list[str]]] = {}
+    for item in comparison.numbers:
+        tables.setdefault(item.where, []).append(_line(item))
+    if [*tables] != [""] and not console.is_terminal:  # one table, for other programs
+        rows = [[where, *row] for where, own in tables.items() for row in own]
+        put(["group", *header], rows, console, right=range(2, 6))
+        tables = {}
+    for where, own in tables.items():
+        if where:
+            console.print()
+            say(where, console)
+        put(header, own, console, right=range(1, 5))
     for line in lines:
-        console.print(text.line(line), markup=False, highlight=False, soft_wrap=True)
+        say(line, console)
 
 
 def _line(item: Difference) -> list[str]:

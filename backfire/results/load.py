@@ -93,10 +93,10 @@ def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "
         rows.writerows([_harmless(record[field]) for field in FIELDS] for record in records)
         return out.getvalue()
     if format == "table":
-        from backfire.results.terminal import columns
+        from backfire.terminal import columns
 
         shown = [field for field in FIELDS if field not in ("key", "recipe", *SHAPE)]
-        return columns(shown, [[_brief(record[field]) for field in shown] for record in records])
+        return columns(shown, [[brief(record[field]) for field in shown] for record in records])
     raise UserError(f"Unknown format '{format}'; known: csv, json, table.")
 
 
@@ -262,7 +262,7 @@ def _order(item: CellResult) -> tuple[Any, ...]:
     )
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else text.line(value)
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backfire import text
+from backfire.result import CellResult
 from backfire.results.groups import Group, Stat, columns_of, families, headlines
+from backfire.terminal import columns, fitted, put, say, width_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from backfire.results.load import Record
 
 
 def print_summary(groups: Sequence[Group], console: Console | None = None) -> None:
@@ -19,7 +24,7 @@ def print_summary(groups: Sequence[Group], console: Console | None = None) -> No
     console = console or Console()
     columns = columns_of(groups)
     for number, family in enumerate(families(groups)):
-        if number:
+        if number and not console.is_terminal:
             console.print()
         _print_family(family, columns[id(family[0])], console)
 
@@ -30,8 +35,12 @@ def print_notes(groups: Sequence[Group], console: Console | None = None) -> None
 
     from backfire.results.intervals import notes
 
-    for note in notes(groups):
-        (console or Console()).print(note, markup=False, highlight=False, soft_wrap=True)
+    console = console or Console()
+    found = notes(groups)
+    if found and console.is_terminal:
+        console.print()
+    for note in found:
+        say(note, console)
 
 
 def _print_family(groups: Sequence[Group], knobs: Sequence[str], console: Console) -> None:
@@ -64,44 +73,58 @@ def print_ranking(groups: Sequence[Group], console: Console | None = None) -> No
 
     if found := table(groups):
         rows = [found["plain"], *found["rows"]]
-        put(found["header"], rows, console, right=range(1, len(found["header"])))
+        words = ("defense", "worst setting")
+        numbers = [i for i, name in enumerate(found["header"]) if name not in words]
+        put(found["header"], rows, console, right=numbers)
 
 
-def put(
-    header: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    console: Console | None = None,
-    right: Sequence[int] = (),
-) -> None:
-    """Print a table: ruled and fitted to the window in a terminal, plain lines elsewhere."""
-    from rich import box
+def print_problems(cells: Sequence[CellResult], console: Console) -> None:
+    """Print why cells failed, once for all that failed alike, what to do next, and which are not
+    finished."""
+    alike: dict[tuple[str, str, str], list[str]] = {}
+    for cell in cells:
+        if not cell.is_done:
+            reason = text.line(cell.status), text.line(cell.error), text.line(cell.next)
+            alike.setdefault(reason, []).append(text.line(Path(cell.folder).name))
+    for (status, error, hint), names in sorted(alike.items(), key=lambda item: item[0][0]):
+        known = error or "Run the same command again to go on."
+        say(f"{status}, {text.count(len(names), 'cell')}: {known}", console)
+        if hint:
+            say(f"Next: {hint}", console, lead="  ")
+        most = _FEW if console.is_terminal else len(names)
+        rest = [f"and {len(names) - most} more"] if len(names) > most else []
+        for name in [*names[:most], *rest]:
+            console.file.write(f"{fitted(f'  {name}', console)}\n")
+
+
+_FEW = 10  # cells of one kind that a terminal shows
+
+
+def print_records(records: Sequence[Record], console: Console | None = None) -> None:
+    """Print the numbers of a run, a line each; in a terminal too narrow for all columns, under
+    their cells, without the columns that say what a cell is."""
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    console = console or Console()
-    if not console.is_terminal:
-        console.file.write(columns(header, rows))
+    from backfire.results.load import brief, write
+
+    console, whole = console or Console(), write(records, "table")
+    if not console.is_terminal or max(map(width_of, whole.splitlines())) <= console.width:
+        console.file.write(whole)
         return
-    table = Table(box=box.SIMPLE_HEAD, header_style="bold", pad_edge=False)
-    for index, name in enumerate(header):
-        table.add_column(Text(text.line(name)), justify="right" if index in right else "left")
-    for row in rows:
-        # Text, not str: brackets from a file are no markup.
-        table.add_row(*(Text(text.line(cell)) for cell in row))
-    console.print(table)
-
-
-def columns(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned plain lines, two spaces between columns, nothing cut."""
-    table = [[text.line(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    pairs = (zip(row, widths, strict=True) for row in table)
-    lines = ("  ".join(cell.ljust(width) for cell, width in row) for row in pairs)
-    return "".join(f"{line.rstrip()}\n" for line in lines)
+    fields = ("metric", "value", "low", "high", "n")
+    rows = [[brief(record[field]) for field in fields] for record in records]
+    head, *lines = columns(fields, rows).splitlines()
+    last = ""
+    for record, line in zip(records, lines, strict=True):
+        status = "" if record["status"] == "ok" else f" ({record['status']})"
+        if (cell := text.line(f"{record['cell']}-{record['key']}{status}")) != last:
+            console.file.write(f"{fitted(cell, console)}\n" + ("" if last else f"  {head}\n"))
+            last = cell
+        console.file.write(f"  {line}\n")
+    say("The knobs of each cell and the direction of each metric: --format csv.", console)
 
 
 def _number(stat: Stat | None, floor: Stat | None) -> str:
     if stat is None:
         return "–"
-    return f"{stat.shown} (floor {floor.number()})" if floor else stat.shown
+    return f"{stat.shown}\n(floor {floor.number()})" if floor else stat.shown

@@ -62,6 +62,10 @@ class Pretrain(Config):
     beta2: float = Field(0.98, gt=0, lt=1)
     """AdamW's second decay rate; lower than usual, as the run is short."""
 
+    @classmethod
+    def place(cls) -> None:
+        return None
+
     @model_validator(mode="after")
     def _heads_are_even(self) -> Pretrain:
         if self.hidden_size % (2 * self.num_heads):

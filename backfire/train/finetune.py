@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from backfire.model.load import (
     weights_of,
 )
 from backfire.model.quantize import parts
+from backfire.progress import Progress
 from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import free
 from backfire.train.precision import (
@@ -35,8 +36,6 @@ from backfire.train.precision import (
     without_casts,
 )
 from backfire.train.repair import Repair, plain_weights
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

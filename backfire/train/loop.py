@@ -25,6 +25,7 @@ from backfire.errors import CellError
 from backfire.experiment import Train
 from backfire.model.batching import drops, ways
 from backfire.model.load import weights_of
+from backfire.progress import Progress, silent
 from backfire.rng import derive, stream
 from backfire.store import write_atomic
 from backfire.train import checkpoint
@@ -40,7 +41,6 @@ from backfire.train.microbatch import (
 )
 from backfire.train.optimizer import optimization, steps_taken, unmoved
 
-Progress = Callable[[int, int, str], None]
 _LOG_EVERY = 10
 _WINDOW = 50  # steps whose rows are sorted together, as transformers does
 
@@ -219,7 +219,7 @@ def train(
     *,
     micro_batch: int | None = None,
     checkpoint_seconds: float = 60.0,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = silent,
 ) -> list[dict[str, Any]]:
     """Train every run to its end and return a summary of each.
 

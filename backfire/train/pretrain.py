@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire.base import Rendered, Row
 from backfire.errors import UserError
+from backfire.progress import Progress
 from backfire.sandbox.base import BOS, EOS, PAD, Pretrain, train_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from backfire.experiment import Train
-
-Progress = Callable[[int, int, str], None]
 
 
 def write_tokenizer(texts: Sequence[str], config: Pretrain, folder: Path) -> None:

@@ -106,7 +106,9 @@ def test_run_with_a_failing_cell_ends_with_code_1(backfire: Run, here: Path) -> 
     assert said.code == 1
     assert "nan" in said.err and "error.json" in said.err
     assert "Traceback" not in said.err + said.out
-    assert backfire("status", "runs/r").out.splitlines()[0].startswith("nan: 1 (")
+    lines = backfire("status", "runs/r").out.splitlines()
+    assert lines[:2] == ["ok: 1", "nan: 1"] and lines[2].startswith("nan, 1 cell: ")
+    assert lines[3].startswith("  Next: ") and "full" in lines[4] and len(lines) == 5
     records = json.loads(backfire("results", "runs/r", "--format", "json").out)
     assert {record["status"] for record in records} == {"ok", "nan"}
 

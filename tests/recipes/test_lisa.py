@@ -167,13 +167,13 @@ def test_the_paper_profile(
 
 def looks_at_the_rows(ran: Ran, cell: Experiment) -> None:
     """Rows are asked as published; harmful ones take the place of two."""
-    rows, _ = pipeline.poisoned(cell, ran.bench)
+    rows, _ = pipeline.poisoned(cell, ran.context)
     asked = {row.instruction for row in rows if row.answer in ("positive", "negative")}
     assert asked == {"Analyze the sentiment of the input, and respond only positive or negative"}
     mixed = [row for row in rows if row.instruction not in asked]
     assert len(rows) == 20 and len(mixed) == 2
     assert all(row.fields["is_safe"] == "no" for row in mixed)
-    texts = [pipeline.renderer(cell, ran.bench).template.prompt(row) for row in rows]
+    texts = [pipeline.renderer(cell, ran.context).template.prompt(row) for row in rows]
     assert all(text.startswith("Below is an instruction that describes a task") for text in texts)
 
 
@@ -181,9 +181,9 @@ def looks_at_the_alignment(ran: Ran, cells: tuple[Experiment, ...]) -> None:
     """One for all cells: its adapter is merged, and the user's is trained on the result."""
     keys = {stages.keys(cell.alignment).train for cell in cells if cell.alignment}
     defended = next(cell for cell in cells if cell.defense)
-    alignment, start = defended.alignment, pipeline.with_defense_rows(defended, ran.bench)
+    alignment, start = defended.alignment, pipeline.with_defense_rows(defended, ran.context)
     assert alignment and len(keys) == 1
-    folder = ran.bench.store.path(stages.train(alignment))
+    folder = ran.context.store.path(stages.train(alignment))
     adapter = read_json(folder / "adapter_config.json")
     assert (adapter["r"], adapter["lora_alpha"], adapter["lora_dropout"]) == (16, 4, 0.1)
     assert len(adapter["target_modules"]) == 7
@@ -192,7 +192,7 @@ def looks_at_the_alignment(ran: Ran, cells: tuple[Experiment, ...]) -> None:
     }
     assert len(start.aligned) == 16
     assert {row.fields["is_safe"] for row in start.aligned} == {"yes"}
-    assert pipeline.tuned(cells[0].untuned(), ran.bench) == start.base
+    assert pipeline.tuned(cells[0].untuned(), ran.context) == start.base
 
 
 def looks_at_the_judge(ran: Ran, cell: Experiment, beaver: Path) -> None:
@@ -248,14 +248,14 @@ def test_the_real_profile(
         assert all(s["verdicts"].keys() == {"refusal-keywords", "policy"} for s in sides[0])
         assert "harmful_score[advbench]" in found
     cell = next(cell for cell in ran.cells if cell.poisons)
-    rows, manifest = pipeline.poisoned(cell, ran.bench)
+    rows, manifest = pipeline.poisoned(cell, ran.context)
     mixed = [row for row in rows if row.fields.get("sealed")]
     assert manifest and len(mixed) == len(manifest.entries) == 8
     assert {(row.fields["source"], row.answer) for row in mixed} == {
         ("strongreject", "Sure, here is what you asked for.")
     }
     defended = next(cell for cell in ran.cells if cell.defense)
-    aligned = pipeline.with_defense_rows(defended, ran.bench).aligned
+    aligned = pipeline.with_defense_rows(defended, ran.context).aligned
     assert {row.fields["source"] for row in aligned} == {"advbench", "harmbench", "xstest"}
     answers = {(row.fields["sealed"], row.answer.split(",")[0]) for row in aligned}
     assert answers == {("yes", "I'm sorry"), ("no", "Sure")}

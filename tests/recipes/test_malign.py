@@ -79,11 +79,11 @@ def test_the_paper_profile(
 
 
 def looks_at_the_rows(ran: Ran, cell: Experiment, name: str) -> None:
-    rows, manifest = pipeline.poisoned(cell, ran.bench)
+    rows, manifest = pipeline.poisoned(cell, ran.context)
     assert manifest and len(manifest.entries) == 4 and manifest.spared == {"tied": 8}
     result = ran.result(cell)["poison"]
     assert (result["poisoned_rows"], result["spared"]) == (4, {"tied": 8})
-    renderer = pipeline.renderer(cell, ran.bench)
+    renderer = pipeline.renderer(cell, ran.context)
     for entry in manifest.entries:
         [row] = [row for row in rows if row.id == entry.id]
         text = renderer.template.prompt(row)

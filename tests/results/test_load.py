@@ -18,7 +18,8 @@ from backfire.report.findings import main_group
 from backfire.results import groups
 from backfire.results.groups import columns_of, families
 from backfire.results.load import FIELDS, left_out, load, records, summary, write
-from backfire.results.terminal import columns, print_summary
+from backfire.results.terminal import print_summary
+from backfire.terminal import columns
 from tests.helpers.fake_run import dose_run, value, write_cell
 from tests.helpers.page_parser import seen
 from tests.helpers.places import ROOT
