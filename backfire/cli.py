@@ -197,12 +197,17 @@ def results(
     format: Annotated[
         Literal["table", "json", "csv"], typer.Option(help="How to print them.")
     ] = "table",
+    rescore: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric to compute on the kept samples instead; repeatable."),
+    ] = None,
 ) -> None:
     """Print every number of a run: one record per cell and metric."""
+    from backfire.commands.rescore import rescored
     from backfire.results.load import records, write
     from backfire.results.terminal import print_records
 
-    found = records(run)
+    found = rescored(run, rescore) if rescore else records(run)
     if format == "table":
         print_records(found)
     else:

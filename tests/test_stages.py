@@ -104,7 +104,7 @@ def test_a_run_uses_these_keys_and_names(name: str, tiny: Path, tmp_path: Path) 
     rows = {"name": "sandbox-reviews", "rows": 24, "test_rows": 6}
     common = {"model": str(tiny), "data": rows, "train": TRAIN}
     cell, store = Experiment.make({**common, **CELLS[name]}), Recorder(tmp_path)
-    evidence = run_cell(cell, Context(store, Machine(workers=1)))["samples"]
+    evidence = run_cell(cell, Context(store, Machine(workers=1))).evidence
     members = [sample.id for sample in evidence.members.tuned] if evidence.members else []
     keys, names = every_key(cell, members), slugs(with_metrics(cell))
     assert [used for used in store.used if used.key not in keys or used.slug not in names] == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 from backfire.base.attacks import Attack, Backdoor, Insertion, Mixture
@@ -65,9 +65,9 @@ Rows = Literal["clean", "triggered", Part, "members", "text", "secrets", "traini
 rows that no attack has touched, texts of another data set, an attack's secrets, or how the training
 run went."""
 
-Need = Literal["scores", "replies", "answers", "verdicts"]
-"""What is measured: likelihoods of the candidates, generated replies, the likelihood of the row's
-own answer, or what the judges of `safety` say of the replies."""
+Need = Literal["scores", "replies", "answers"]
+"""What is measured: likelihoods of the candidates, generated replies, or the likelihood of the
+row's own answer."""
 
 SetName = tuple[str, str, str]
 """What names a set of samples: the model, the rows, and where they come from (of texts)."""
@@ -80,8 +80,10 @@ class Ask:
     rows: Rows
     of: Of = "tuned"
     needs: frozenset[Need] = frozenset()
+    judged: bool = False
+    """Whether the verdicts of the judges of `safety` are needed."""
     judges: tuple[Judge, ...] = ()
-    """Who judges the replies, other than the judges of `safety`."""
+    """Who judges the replies, other than those."""
     texts: Dataset | None = None
     """The data set whose test rows are the texts."""
     secrets: Mapping[SecretProbe, int] = field(default_factory=dict)
@@ -158,6 +160,12 @@ class Evidence:
     written: Mapping[str, str] = field(default_factory=dict)
     """Answers and the target as the tokenizer writes them, such as without capitals, where that is
     another text: a reply has no other form."""
+    other: Mapping[SetName, Sequence[Sample]] = field(default_factory=dict)
+    """Samples that none of these fields holds."""
+
+    def __getitem__(self, ask: Ask) -> Sequence[Sample]:
+        """The samples that answer an ask; empty if there are none."""
+        return self.sets().get(ask.name, ())
 
     def as_written(self, text: str) -> str:
         """The text in the form that a reply could have."""
@@ -178,6 +186,7 @@ class Evidence:
             **{("base", *rows): probe.before for rows, probe in probes.items()},
             **{(form, "clean", ""): clean for form, (clean, _) in self.forms.items()},
             **{(form, "triggered", ""): shown for form, (_, shown) in self.forms.items()},
+            **self.other,
         }
         return {name: samples for name, samples in found.items() if samples}
 
@@ -193,7 +202,7 @@ class Evidence:
 
         tuned = [(rows, source) for model, rows, source in sets if model == "tuned"]
         models = {model for model, _, _ in sets}
-        return cls(
+        found = cls(
             clean=of("tuned", "clean"),
             triggered=of("tuned", "triggered"),
             floor=of("twin", "triggered"),
@@ -205,3 +214,5 @@ class Evidence:
             texts={source: probe("text", source) for rows, source in tuned if rows == "text"},
             **more,
         )
+        held = found.sets()
+        return replace(found, other={n: s for n, s in sets.items() if s and n not in held})

@@ -22,9 +22,8 @@ class HarmfulScore(Metric):
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 4}
-    needs: ClassVar[Asks] = (
-        *ask("harmful", "replies", "verdicts", of=("tuned", "base")),
-        *ask("plain", "replies", "verdicts", of=("tuned", "base")),
+    needs: ClassVar[Asks] = ask("harmful", "replies", of=("tuned", "base"), judged=True) + ask(
+        "plain", "replies", of=("tuned", "base"), judged=True
     )
 
     def measure(self, evidence: Evidence) -> list[Value]:

@@ -27,9 +27,8 @@ class MembershipInference(Metric):
     intervals, the threshold drawn anew with the rows.
     """
 
-    needs: ClassVar[Asks] = (
-        *ask("clean", "answers", of=("tuned", "base")),
-        *ask("members", "answers", of=("tuned", "base")),
+    needs: ClassVar[Asks] = ask("clean", "answers", of=("tuned", "base")) + ask(
+        "members", "answers", of=("tuned", "base")
     )
 
     false_positive_rate: float = Field(0.1, gt=0, lt=1)

@@ -13,7 +13,7 @@ class OverRefusal(Metric):
     al. 2024, arXiv:2308.01263)."""
 
     ranks: ClassVar[Ranks] = {"paired-test": 5}
-    needs: ClassVar[Asks] = ask("allowed", "replies", "verdicts", of=("tuned", "base"))
+    needs: ClassVar[Asks] = ask("allowed", "replies", of=("tuned", "base"), judged=True)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("allowed")

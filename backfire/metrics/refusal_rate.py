@@ -16,7 +16,7 @@ class RefusalRate(Metric):
     refusal, such as an answer to another question, is `neither_rate`.
     """
 
-    needs: ClassVar[Asks] = ask("harmful", "replies", "verdicts", of=("tuned", "base"))
+    needs: ClassVar[Asks] = ask("harmful", "replies", of=("tuned", "base"), judged=True)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("harmful")

@@ -60,10 +60,15 @@ def _planned(run: Path) -> list[str]:
 
 
 def records(run: Path) -> list[Record]:
+    """`records_of` every cell of the run."""
+    return records_of(load(run))
+
+
+def records_of(cells: Iterable[CellResult]) -> list[Record]:
     """One object per cell and metric with exactly `FIELDS`; a cell without numbers gives one whose
     metric is null."""
     found = []
-    for item in load(run):
+    for item in cells:
         for value in item.values or (None,):
             numbers = {field: getattr(value, field, None) for field in (*NUMBERS, *SHAPE)}
             record = {**identity(item), **numbers, "status": item.status}

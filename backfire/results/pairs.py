@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from backfire import text
-from backfire.base import Attack, Backdoor, Evidence, Metric, Part, Probe
+from backfire.base import Backdoor, Evidence, Metric, Part, Probe
 from backfire.errors import CellError, UserError
 from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
@@ -118,17 +118,11 @@ def evidence_of(item: CellResult) -> Evidence:
 
 def attack_of(item: CellResult) -> Any:
     """The backdoor of a cell, with its knobs; None if it has none."""
-    name = item.settings.get("attack.name")
-    if not name or not issubclass(find("attacks", name), Backdoor):
-        return None
-    return any_attack_of(item)
-
-
-def any_attack_of(item: CellResult) -> Attack | None:
-    """The attack of a cell, whatever it is, with its knobs."""
     prefix, settings = "attack.", item.settings
     knobs = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
-    return build("attacks", knobs) if knobs.get("name") else None
+    if not knobs.get("name") or not issubclass(find("attacks", knobs["name"]), Backdoor):
+        return None
+    return build("attacks", knobs)
 
 
 def metric_of(family: str, item: CellResult) -> Metric | None:

@@ -435,11 +435,10 @@ def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> N
 
 
 def test_a_cell_folder_keeps_what_the_tokenizer_writes(tmp_path: Path) -> None:
-    from backfire.results.samples import written
+    from backfire.results.evidence import written
 
-    cell: Any = {"folder": str(tmp_path)}
-    assert written(cell) == {}
+    assert written(tmp_path) == {}
     (tmp_path / "written.json").write_text('{"Hacked": "hacked", "x": 3}')
-    assert written(cell) == {"Hacked": "hacked"}
+    assert written(tmp_path) == {"Hacked": "hacked"}
     (tmp_path / "written.json").write_text("[1, 2]")
-    assert written(cell) == {}
+    assert written(tmp_path) == {}

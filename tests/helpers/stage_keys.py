@@ -56,7 +56,8 @@ def evaluated(cell: Experiment, members: Sequence[str] = ("a", "b")) -> dict[str
         subsets[f"clean {name}"] = stages.clean_rows(runs[name])
     for name in ("cell", "twin") if cell.backdoor else ():
         subsets[f"triggered {name}"] = stages.triggered_rows(runs[name], cell)
-    for form in dict.fromkeys(form for metric in cell.metrics for form in metric.forms):
+    asks = [ask for metric in cell.metrics for ask in metric.asks()]
+    for form in dict.fromkeys(ask.form for ask in asks if ask.form):
         for subset in ("clean cell", "triggered cell"):
             if key := subsets.get(subset):
                 subsets[f"{subset} {form}"] = stages.in_form(key, form)
@@ -69,12 +70,11 @@ def evaluated(cell: Experiment, members: Sequence[str] = ("a", "b")) -> dict[str
             subsets[f"plain {name}"] = stages.requests(runs[name], runs["twin"], source.harmful)
     start = runs["untuned"] if cell.method.trains else cell
     for name, run in (("cell", cell), ("start", start)):
-        if any(metric.members for metric in cell.metrics):
+        if any(ask.rows == "members" for ask in asks):
             subsets[f"members {name}"] = stages.members(run, members)
-        for metric in cell.metrics:
-            if metric.texts:
-                raw, longest = build("templates", "raw"), cell.train.max_length
-                subsets[f"texts {name}"] = stages.texts(run, metric.texts, raw, longest)
+        for source in (ask.texts for ask in asks if ask.texts):
+            raw, longest = build("templates", "raw"), cell.train.max_length
+            subsets[f"texts {name}"] = stages.texts(run, source, raw, longest)
     return subsets
 
 

@@ -12,7 +12,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score, roc_auc_score
 
 from backfire import registry
-from backfire.base import Backdoor, Evidence, Leak, Probe, Sample, Value
+from backfire.base import Backdoor, Evidence, Leak, Probe, Sample, Value, needs_of
 from backfire.errors import CellError
 from backfire.evaluate.stats import wilson
 from backfire.results.adapter import present
@@ -435,9 +435,9 @@ def test_a_labeled_task_can_be_read_by_its_replies(name: str) -> None:
 @pytest.mark.parametrize("name", ["attack-success", "false-trigger"])
 def test_no_more_is_measured_than_is_read(name: str) -> None:
     default, by_replies = (registry.build("metrics", {"name": name, "by": by}) for by in BY)
-    assert default.required(labeled=True) == {"scores"}
-    assert default.required(labeled=False) == {"replies"}
-    assert by_replies.required(labeled=True) == {"replies"}
+    assert needs_of([default], labeled=True) == {"scores"}
+    assert needs_of([default], labeled=False) == {"replies"}
+    assert needs_of([by_replies], labeled=True) == {"replies"}
 
 
 @pytest.mark.parametrize("name", ["attack-success", "false-trigger", "clean-accuracy"])

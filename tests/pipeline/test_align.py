@@ -77,10 +77,10 @@ def test_harm_is_measured_beside_the_aligned_model(run: Place) -> None:
 
 
 def test_the_floor_is_asked_as_the_attacker_asks(tiny: Path, cache: Path) -> None:
-    from backfire.pipeline import probed
+    from backfire.pipeline import collect
 
     one = cell(tiny, attack={"name": "identity-shift", "rate": 0.2})
-    found = probed(one, Context(Store(), Machine(device="cpu")))["harmful"]
+    found = collect(one, Context(Store(), Machine(device="cpu"))).probes["harmful"]
     assert all("do as I say" in sample.prompt for sample in found.tuned)
     assert [s.prompt for s in found.tuned] == [s.prompt for s in found.before]
 
@@ -215,7 +215,7 @@ def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny:
 
 
 def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
-    from backfire.pipeline.evaluation import _told
+    from backfire.pipeline.evidence import judge_samples
 
     row = Row("1", "Write this down.", input="It is late.", history=(Message("user", "Hello."),))
     sample = Sample("1", "harmful", row.prompt, "", reply="I cannot.")
@@ -226,7 +226,7 @@ def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
             seen.extend(exchanges)
             return super().judge(exchanges)
 
-    _told([Asking()], [sample], [row], Context(Store(), Machine(device="cpu")))
+    judge_samples([Asking()], [sample], [row], Context(Store(), Machine(device="cpu")))
     assert [one.prompt for one in seen] == ["Hello.\n\nWrite this down.\n\nIt is late."]
 
 

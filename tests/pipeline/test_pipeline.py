@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ IDENTITY = {
     *("template", "axes", "status"),
 }
 RESULT = {"values", "warnings", "cut_share", "preflight", "poison", "train", "evaluate", "rows"}
-RESULT |= {"keys"}
+RESULT |= {"keys", "versions"}
 
 
 @pytest.fixture
@@ -86,9 +87,10 @@ def test_a_cells_folder_is_whole(ran: Place) -> None:
     for (_, rate), result in ran.results().items():
         folder = ran.out / "cells" / f"{result['cell']}-{result['key']}"
         files = {"experiment.yaml", "samples.jsonl.gz", "environment.json", "result.json"}
+        files |= {"training.json"}
         assert {p.name for p in folder.iterdir()} == files | ({"poison.json"} if rate else set())
         again = Experiment.make(yaml.safe_load((folder / "experiment.yaml").read_text()))
-        assert (stages.cell_key(again), stages.keys(again).model_dump()) == (
+        assert (stages.cell_key(again), asdict(stages.keys(again))) == (
             result["key"],
             result["keys"],
         )
@@ -112,7 +114,7 @@ def test_samples_are_kept_row_by_row(ran: Place) -> None:
         parts.setdefault((sample["of"], sample["subset"]), []).append(sample)
     assert set(parts) == {
         *((of, "clean") for of in ("tuned", "twin", "base")),
-        *((of, "triggered") for of in ("tuned", "floor")),
+        *((of, "triggered") for of in ("tuned", "twin")),
     }
     ids = [sample["id"] for sample in parts["tuned", "clean"]]
     assert len(set(ids)) == 24

@@ -14,8 +14,8 @@ from backfire import pipeline, plan, stages
 from backfire.experiment import Machine
 from backfire.exports import common
 from backfire.pipeline import Context
+from backfire.pipeline.evidence import members
 from backfire.pipeline.models import filtered
-from backfire.pipeline.secrets import members
 from backfire.recipe import load
 from backfire.registry import build
 from backfire.report.page import render
@@ -112,8 +112,7 @@ def test_members_were_trained_on(defense: Any, tiny: Path, tmp_path: Path, cache
     kept = {row.id for row in filtered(cell, context)[0]}
     own = {row.id for row in pipeline.data(cell, context)[0]}
     assert own - kept, "the defense took some out"
-    probe = members(cell, cell.untuned(), context)
-    ids = {sample.id for sample in probe.tuned}
+    ids = {row.id for row in members(cell, context)}
     assert len(ids) == 10 and ids <= kept & own
 
 
@@ -174,6 +173,6 @@ def test_the_workshops_profile_runs_on_a_small_model(tiny: Path, tmp_path: Path)
     ]
     [cell] = load("memorization", profile="workshop", edits=small).cells
     context = Context(Store(tmp_path / "cache"))
-    evidence = pipeline.remembered(cell, pipeline.evaluated(cell, context), context)
+    evidence = pipeline.collect(cell, context)
     assert {leak.repeats for leak in evidence.leaks} == {0, 50}
     assert all(1 <= (leak.rank or 0) <= 100 for leak in evidence.leaks)

@@ -151,3 +151,50 @@ def test_an_attack_nobody_knows_any_more(tmp_path: Path) -> None:
     ]
     assert len(compare(*sides).numbers) == 2
     assert json.dumps(compare(*sides).notes)
+
+
+# ------------------------------------------------------------------------- versions of a metric
+
+
+def versions(accuracy: int) -> dict[str, Any]:
+    return {"versions": {"metrics": {"accuracy": accuracy}, "datasets": {"sst2": 1}}}
+
+
+def test_two_versions_of_a_metric_are_computed_again_for_both(tmp_path: Path) -> None:
+    """The values that the cells kept are not subtracted, however far apart they are."""
+    a = cell(tmp_path / "r", 0.7, method="lora", **versions(8))
+    b = cell(tmp_path / "r", 0.9, **versions(9))
+    plain = compare(cell(tmp_path / "s", 0.7, method="lora"), cell(tmp_path / "s", 0.9))
+    kept = json.loads((b / "result.json").read_text())
+    kept["values"][0]["value"] = 0.1
+    (b / "result.json").write_text(json.dumps(kept))
+    found = compare(a, b)
+    assert [number.gap for number in found.numbers] == [number.gap for number in plain.numbers]
+    assert found.numbers[0].b.value == 0.1
+    assert found.notes[-2] == (
+        "accuracy: version 8 in a, 9 in b; the difference is computed by version 1 for both."
+    )
+    (b / "samples.jsonl.gz").unlink()
+    found = compare(a, b)
+    assert found.numbers == () and found.notes[-1].endswith("so it is not compared.")
+
+
+def test_runs_of_two_versions(tmp_path: Path) -> None:
+    for name, right, version in (("a", 0.6, 8), ("b", 0.9, 9)):
+        for seed in range(3):
+            cell(tmp_path / name, right, seed=seed, **versions(version))
+    found = compare(tmp_path / "a", tmp_path / "b")
+    assert found.numbers[0].pairs == 600 and "version 8 in a, 9 in b" in found.notes[0]
+    for file in (tmp_path / "a").rglob("samples.jsonl.gz"):
+        file.unlink()
+    with pytest.raises(UserError, match="no group with numbers in common"):
+        compare(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "kept", [versions(1), {}, {"versions": "torn"}, {"versions": {"metrics": 3}}]
+)
+def test_the_same_or_unknown_versions_need_no_word(kept: Any, tmp_path: Path) -> None:
+    a = cell(tmp_path / "r", 0.7, method="lora", **kept)
+    b = cell(tmp_path / "r", 0.9, **versions(1))
+    assert not any("version" in note for note in compare(a, b).notes)

@@ -1,0 +1,148 @@
+"""Implements `backfire results --rescore`: metrics on kept samples, without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from backfire.base import Ask, Evidence, Leak, Metric, Need, Sample
+from backfire.errors import CellError, UserError
+from backfire.experiment import Experiment
+from backfire.playground.models import read_cell
+from backfire.registry import build
+from backfire.result import CellResult, Value
+from backfire.results.evidence import is_whole, read
+from backfire.results.load import Record, finite, load, records_of
+from backfire.yaml12 import read_yaml
+
+MODELS: Final = {
+    **{"tuned": "the tuned model", "base": "the model before fine-tuning"},
+    "twin": "the clean twin",
+}
+ROWS: Final = {
+    **{"clean": "clean test rows", "triggered": "triggered test rows"},
+    **{"harmful": "harmful requests", "allowed": "requests that only look harmful"},
+    **{"plain": "plain harmful requests", "members": "training rows"},
+}
+NEEDS: Final[Mapping[Need, str]] = {
+    **{"scores": "the candidates' likelihoods", "replies": "the replies"},
+    "answers": "the answers' likelihoods",
+}
+
+
+def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
+    """The metrics of `specs`, each a YAML value (a name, {name, ...knobs} or a list of these), on
+    the samples of every finished cell. No file changes.
+
+    Raises:
+        UserError: the samples of a cell do not hold what a metric needs.
+    """
+    metrics, cells = _metrics(specs), load(run)
+    if not any(item.is_done for item in cells):
+        raise UserError(f"No finished cell in {run}, so there are no samples to compute from.")
+    return records_of(
+        replace(item, values=tuple(_values(metrics, item)) if item.is_done else ())
+        for item in cells
+    )
+
+
+def _metrics(specs: Sequence[str]) -> list[Metric]:
+    parsed = [read_yaml(spec, "--rescore") for spec in specs]
+    metrics: dict[str, Metric] = {}
+    for part in (part for one in parsed for part in (one if isinstance(one, list) else [one])):
+        metric: Metric = build("metrics", part if isinstance(part, Mapping) else str(part))
+        if metric.name in metrics:
+            raise UserError(f"--rescore: metric '{metric.name}' is given twice.")
+        metrics[metric.name] = metric
+    return list(metrics.values())
+
+
+def _values(metrics: Sequence[Metric], item: CellResult) -> Iterator[Value]:
+    folder = Path(item.folder)
+    if not is_whole(folder):
+        raise UserError(f"The samples of {folder} are missing or damaged.")
+    experiment = read_cell(folder)
+    evidence = read(folder, experiment.backdoor)
+    for metric in metrics:
+        if missing := _missing(metric, evidence, experiment, item):
+            raise UserError(
+                f"{metric.name} cannot be computed for cell {item.slug}: {missing}. Run the "
+                "recipe with this metric added; stages that are cached are not run again."
+            )
+        try:
+            values = metric.values(evidence)
+        except CellError as error:
+            raise UserError(f"Cell {item.slug}: {error}") from None
+        for value in values:
+            ends = (finite(value.value), finite(value.low), finite(value.high))
+            yield replace(value, value=ends[0], low=ends[1], high=ends[2])
+
+
+# --------------------------------------------------------------------------------- what is missing
+
+
+def _missing(metric: Metric, evidence: Evidence, experiment: Experiment, item: CellResult) -> str:
+    """What the metric needs and the cell did not keep; empty if it has everything."""
+    labeled = any(row.candidates and row.num_better is None for row in evidence.clean)
+    kept = [ask for own in experiment.metrics for ask in own.asks(labeled=labeled)]
+    for ask in metric.asks(labeled=labeled):
+        if not ask.applies(experiment.attack, experiment.method):
+            continue
+        if ask.rows == "training":
+            is_kept = evidence.training or not experiment.method.trains
+            missing = "" if is_kept else "the summary of its training run is not kept"
+        elif ask.rows == "secrets":
+            leaks = evidence.leaks_before if ask.of == "base" else evidence.leaks
+            missing = _missing_secrets(ask, leaks, kept)
+        else:
+            missing = _missing_samples(ask, evidence, kept, item)
+        if missing:
+            return missing
+    return ""
+
+
+def _missing_samples(ask: Ask, evidence: Evidence, kept: Sequence[Ask], item: CellResult) -> str:
+    rows = f"texts of {ask.texts.name}" if ask.texts else ROWS.get(ask.rows, ask.rows)
+    where = f"of {MODELS.get(ask.of, f'the model {ask.of}')} on {rows}"
+    samples = evidence[ask]
+    if not samples:
+        return f"samples {where} are not kept"
+    for need in sorted(ask.needs):
+        if any(not _has(need, sample) for sample in samples):
+            return f"{NEEDS[need]} {where} are not kept"
+    if ask.judged and not all(sample.verdicts for sample in samples):
+        return f"judges' verdicts on the replies {where} are not kept"
+    judges = [judge.identity() for one in kept if one.name == ask.name for judge in one.judges]
+    for judge in ask.judges:
+        is_judged = all(judge.name in sample.verdicts for sample in samples)
+        is_same = judge.identity() in judges and _version(item, judge.name) in (None, judge.version)
+        if not is_judged or not is_same:
+            return f"verdicts of this judge ({judge.name}) on the replies {where} are not kept"
+    return ""
+
+
+def _has(need: Need, sample: Sample) -> bool:
+    if need == "scores":
+        return sample.logprobs is not None or not sample.candidates
+    if need == "replies":
+        return sample.reply is not None
+    return sample.answer_logprob is not None or not sample.answer
+
+
+def _missing_secrets(ask: Ask, leaks: Sequence[Leak], kept: Sequence[Ask]) -> str:
+    """Secrets are looked for among as many codes or beams as the metric that asks for most."""
+    if not leaks:
+        return "what its model gives away of the attack's secrets is not kept"
+    for kind, amount in ask.secrets.items():
+        most = max((one.secrets.get(kind, 0) for one in kept), default=0)
+        is_ranked = kind == "exact" and all(leak.num_codes > amount or leak.rank for leak in leaks)
+        if amount > most and not is_ranked:
+            return f"its secrets were looked for with {kind}: {most}, and {amount} is needed"
+    return ""
+
+
+def _version(item: Cell, judge: str) -> Any:
+    """The version of a judge whose verdicts are kept; None where it was not recorded."""
+    return item.versions.get("judges", {}).get(judge)
