@@ -143,6 +143,6 @@ def _missing_secrets(ask: Ask, leaks: Sequence[Leak], kept: Sequence[Ask]) -> st
     return ""
 
 
-def _version(item: Cell, judge: str) -> Any:
+def _version(item: CellResult, judge: str) -> int | None:
     """The version of a judge whose verdicts are kept; None where it was not recorded."""
     return item.versions.get("judges", {}).get(judge)
