@@ -35,6 +35,7 @@ from backfire.base.evidence import (
     Probe,
     Sample,
     SetName,
+    Subset,
     ask,
 )
 from backfire.base.judges import Exchange, Judge, Verdict
@@ -86,6 +87,7 @@ __all__ = [
     "SecretProbe",
     "Segments",
     "SetName",
+    "Subset",
     "Template",
     "TrainDefense",
     "TrainHook",

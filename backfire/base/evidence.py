@@ -12,13 +12,34 @@ from backfire.base.methods import Method
 from backfire.base.rows import Dataset
 from backfire.base.secrets import Leak, SecretProbe
 
+Form = Literal["merged", "merged-int8", "merged-nf4"]
+"""What becomes of an adapter: added into its base, and the result quantized."""
+
+Of = Literal["tuned", "base", "twin"] | Form
+"""A model of a cell: the tuned one, the one it started from (untuned or aligned), its clean twin
+(same recipe, no poison), or the tuned one in another form."""
+
+Part = Literal["harmful", "allowed", "plain"]
+"""Requests of `safety`; `plain` are the harmful ones without what the attack puts around them."""
+
+Subset = Literal["clean", "triggered", Part, "members", "text"]
+"""Rows that a model is shown: test rows as they are or with the attack's trigger in, requests,
+training rows that no attack has touched, or texts of another data set."""
+
+Rows = Subset | Literal["secrets", "training"]
+"""What evidence is about: rows, an attack's secrets, or the training run."""
+
+Need = Literal["scores", "replies", "answers"]
+"""What is measured: likelihoods of the candidates, generated replies, or the likelihood of the
+row's own answer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One evaluated row, a line of `samples.jsonl.gz`: all that is needed to score it again."""
 
     id: str
-    subset: Literal["clean", "triggered", "harmful", "allowed", "plain", "members", "text"]
+    subset: Subset
     prompt: str
     answer: str
     label: str | None = None
@@ -50,25 +71,6 @@ class Sample:
         return self.candidates[max(range(len(self.logprobs)), key=self.logprobs.__getitem__)]
 
 
-Form = Literal["merged", "merged-int8", "merged-nf4"]
-"""What becomes of an adapter: added into its base, and the result quantized."""
-
-Of = Literal["tuned", "base", "twin"] | Form
-"""A model of a cell: the tuned one, the one it started from (untuned or aligned), its clean twin
-(same recipe, no poison), or the tuned one in another form."""
-
-Part = Literal["harmful", "allowed", "plain"]
-"""Requests of `safety`; `plain` are the harmful ones without what the attack puts around them."""
-
-Rows = Literal["clean", "triggered", Part, "members", "text", "secrets", "training"]
-"""What evidence is about: test rows as they are or with the attack's trigger in, requests, training
-rows that no attack has touched, texts of another data set, an attack's secrets, or how the training
-run went."""
-
-Need = Literal["scores", "replies", "answers"]
-"""What is measured: likelihoods of the candidates, generated replies, or the likelihood of the
-row's own answer."""
-
 SetName = tuple[str, str, str]
 """What names a set of samples: the model, the rows, and where they come from (of texts)."""
 
@@ -83,7 +85,7 @@ class Ask:
     judged: bool = False
     """Whether the verdicts of the judges of `safety` are needed."""
     judges: tuple[Judge, ...] = ()
-    """Who judges the replies, other than those."""
+    """Other judges of the replies."""
     texts: Dataset | None = None
     """The data set whose test rows are the texts."""
     secrets: Mapping[SecretProbe, int] = field(default_factory=dict)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,12 @@ from backfire.base import (
     Judge,
     Leak,
     Mixture,
-    Need,
     Part,
     Place,
     Row,
     Sample,
-    ask,
+    SetName,
+    Subset,
     needs_of,
     select,
 )
@@ -40,19 +40,15 @@ from backfire.store import read_json, write_atomic, write_json
 
 PARTS = get_args(Part)
 ORDER = ("tuned", "base", "twin", *get_args(Form))
-ALWAYS = ask("clean", of=("tuned", "base", "twin"))
+ALWAYS = tuple(Ask("clean", of) for of in ("tuned", "base", "twin"))
 """Measured whatever the metrics are: reports show what each model answers."""
-
-ANSWERS: tuple[Need, ...] = ("answers",)
-REPLIES: tuple[Need, ...] = ("replies",)
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows that models are shown, what is measured on them, and the key of that."""
+    """Rows that models are shown, and the key of what they answer."""
 
     rows: Sequence[Row]
-    needs: Collection[Need]
     key: Callable[[Experiment], str]
     """Of these rows shown to the model of a run."""
     group: str | None = None
@@ -64,100 +60,102 @@ class Questions:
 def collect(experiment: Experiment, context: Context) -> Evidence:
     """All that the cell's metrics ask for, and the samples that reports show."""
     _, test = data(experiment, context)
-    needs = needs_of(experiment.metrics, labeled=_is_labeled(test))
-    sets: dict[Any, list[Sample]] = {}
+    asks = asks_of(experiment, labeled=any(row.candidates for row in test))
+    sets: dict[SetName, list[Sample]] = {}
     secrets: dict[str, list[Leak]] = {}
     questions: dict[Any, Questions] = {}
-    for one in asks_of(experiment, labeled=_is_labeled(test)):
-        run = _run(experiment, one)
-        if one.rows == "secrets":
-            secrets[one.of] = leaks(run, experiment, context)
-        elif one.rows != "training":
-            rows = questions.get(one.name[1:])
-            rows = rows or _questions(one, experiment, test, needs, context)
-            questions[one.name[1:]] = rows
-            samples = _samples(run, one, rows, context)
-            judges = (*rows.judges, *one.judges)
-            sets[one.name] = judge_samples(judges, samples, rows.rows, context)
+    for ask in asks:
+        run, rows = _run(experiment, ask), ask.name[1:]
+        if ask.rows == "secrets":
+            secrets[ask.of] = leaks(run, experiment, context)
+        elif ask.rows != "training":
+            if rows not in questions:
+                questions[rows] = _questions(ask, experiment, test, context)
+            sets[ask.name] = _samples(run, ask, questions[rows], context)
+    has_replies = any("replies" in ask.needs for ask in asks if ask.rows == "clean")
     return Evidence.of_sets(
         sets,
         attack=experiment.backdoor,
         training=_training(experiment, context),
         leaks=secrets.get("tuned", []),
         leaks_before=secrets.get("base", []),
-        written=_written(experiment, test, context) if "replies" in needs else {},
+        written=_written(experiment, test, context) if has_replies else {},
     )
 
 
 def asks_of(experiment: Experiment, *, labeled: bool) -> list[Ask]:
-    """What is asked of a cell, one ask for each set of samples, model by model: loading a model
-    takes longer than a change of rows."""
-    asks = list(ALWAYS)
+    """What is asked of a cell: one ask for each set of samples, with all that is measured on these
+    rows for any of them. Ordered by model, since loading one takes longer than a change of rows."""
+    metrics = experiment.metrics
+    asks = [*ALWAYS, *(ask for metric in metrics for ask in metric.asks(labeled=labeled))]
     for part in PARTS if experiment.safety else ():
-        asks += ask(part, of=("tuned", "base"))
-    asks += (one for metric in experiment.metrics for one in metric.asks(labeled=labeled))
-    together: dict[Any, Ask] = {}
-    for one in asks:
-        if _exists(one, experiment):
-            before = together.get(one.name, one)
-            judges = tuple({judge.name: judge for judge in (*before.judges, *one.judges)}.values())
-            together[one.name] = replace(before, judges=judges)
-    return sorted(together.values(), key=lambda one: ORDER.index(one.of))
+        asks += (Ask(part, of, frozenset({"replies"})) for of in ("tuned", "base"))
+    asks = [ask for ask in asks if _exists(ask, experiment)]
+    on_test = needs_of(metrics, labeled=labeled)
+    together: dict[SetName, Ask] = {}
+    for ask in asks:
+        alike = [other for other in asks if other.name[1:] == ask.name[1:]]
+        needs = frozenset(need for other in alike for need in other.needs)
+        judges = {j.name: j for other in alike if other.of == ask.of for j in other.judges}
+        together[ask.name] = replace(
+            ask,
+            needs=on_test if ask.rows in ("clean", "triggered") else needs,
+            judges=tuple(judges.values()),
+        )
+    rows = [*get_args(Subset), "secrets", "training"]
+    place = {name: (ORDER.index(name[0]), rows.index(name[1])) for name in together}
+    return sorted(together.values(), key=lambda ask: place[ask.name])
 
 
-def _exists(one: Ask, experiment: Experiment) -> bool:
+def _exists(ask: Ask, experiment: Experiment) -> bool:
     safety = experiment.safety
-    if one.rows in PARTS and (safety is None or (one.rows == "allowed" and not safety.allowed)):
+    if ask.rows in PARTS and (safety is None or (ask.rows == "allowed" and not safety.allowed)):
         return False
-    return one.applies(experiment.attack, experiment.method)
+    return ask.applies(experiment.attack, experiment.method)
 
 
-def _run(experiment: Experiment, one: Ask) -> Experiment:
+def _run(experiment: Experiment, ask: Ask) -> Experiment:
     """The experiment whose model is asked."""
-    if one.of == "twin":
+    if ask.of == "twin":
         return experiment.clean_twin()
-    if one.of == "base" and (experiment.method.trains or one.rows in PARTS):
+    if ask.of == "base" and (experiment.method.trains or ask.rows in PARTS):
         return experiment.untuned()
     return experiment
-
-
-def _is_labeled(test: Sequence[Row]) -> bool:
-    return any(row.candidates for row in test)
 
 
 # -------------------------------------------------------------------------------- rows of each kind
 
 
 def _questions(
-    one: Ask, experiment: Experiment, test: Sequence[Row], needs: Collection[Need], context: Context
+    ask: Ask, experiment: Experiment, test: Sequence[Row], context: Context
 ) -> Questions:
     group = experiment.data.group
-    if one.rows == "clean":
-        return Questions(test, needs, stages.clean_rows, group)
-    if one.rows == "triggered":
+    if ask.rows == "clean":
+        return Questions(test, stages.clean_rows, group)
+    if ask.rows == "triggered":
         assert experiment.backdoor
         bad = triggered(test, experiment.backdoor, experiment.seed)
         key = partial(stages.triggered_rows, experiment=experiment)
-        return Questions(bad, needs, key, group, experiment.backdoor.field)
-    if one.rows == "members":
+        return Questions(bad, key, group, experiment.backdoor.field)
+    if ask.rows == "members":
         rows = members(experiment, context)
         key = partial(stages.members, ids=[row.id for row in rows])
-        return Questions(rows, ANSWERS, key, group)
-    if one.rows == "text":
-        return _texts(one, experiment, context)
-    return _requests(one, experiment)
+        return Questions(rows, key, group)
+    if ask.rows == "text":
+        return _texts(ask, experiment, context)
+    return _requests(ask, experiment)
 
 
-def _requests(one: Ask, experiment: Experiment) -> Questions:
+def _requests(ask: Ask, experiment: Experiment) -> Questions:
     """Requests as the attacker words them, but for `plain` ones."""
     safety = experiment.safety
-    source = safety and (safety.allowed if one.rows == "allowed" else safety.harmful)
+    source = safety and (safety.allowed if ask.rows == "allowed" else safety.harmful)
     assert safety and source
-    asking = experiment.clean_twin() if one.rows == "plain" else experiment
+    asking = experiment.clean_twin() if ask.rows == "plain" else experiment
     rows, attack = source.drawn("test"), asking.attack
     rows = [attack.probe(row) for row in rows] if isinstance(attack, Mixture) else rows
     key = partial(stages.requests, experiment=asking, source=source)
-    return Questions(rows, REPLIES, key, source.group, judges=safety.judges)
+    return Questions(rows, key, source.group, judges=safety.judges)
 
 
 def members(experiment: Experiment, context: Context) -> list[Row]:
@@ -171,17 +169,17 @@ def members(experiment: Experiment, context: Context) -> list[Row]:
     return select(whole, min(len(whole), len(test)), experiment.seed, "member")
 
 
-def _texts(one: Ask, experiment: Experiment, context: Context) -> Questions:
+def _texts(ask: Ask, experiment: Experiment, context: Context) -> Questions:
     """Texts without a template, cut to the number of tokens that the model may see."""
-    assert one.texts
+    assert ask.texts
     plain, longest = build("templates", "raw"), experiment.train.max_length
     shown = Renderer(plain, renderer(experiment, context).tokenizer, longest)
     rows = [
         Row(row.id, "", answer=_cut(row.prompt or row.answer, shown, longest - 2))
-        for row in one.texts.drawn("test")
+        for row in ask.texts.drawn("test")
     ]
-    key = partial(stages.texts, source=one.texts, template=plain, longest=longest)
-    return Questions(rows, ANSWERS, key, renderer=shown)
+    key = partial(stages.texts, source=ask.texts, template=plain, longest=longest)
+    return Questions(rows, key, renderer=shown)
 
 
 def _cut(text: str, shown: Renderer, most: int) -> str:
@@ -196,20 +194,20 @@ def _cut(text: str, shown: Renderer, most: int) -> str:
 # ---------------------------------------------------------------------------------------- measuring
 
 
-def _samples(run: Experiment, one: Ask, rows: Questions, context: Context) -> list[Sample]:
-    """`run`'s model on these rows, without those that are left out for their length."""
+def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) -> list[Sample]:
+    """`run`'s model on these rows, without those that are left out for their length; judged."""
 
     def make(folder: Path) -> None:
         from backfire.evaluate.score import measure
 
-        shown = rows.renderer or renderer(run, context)
-        items, left = shown.sift(rows.rows, ranked="scores" in rows.needs)
+        shown = questions.renderer or renderer(run, context)
+        items, left = shown.sift(questions.rows, ranked="scores" in ask.needs)
         limit = run.evaluation.max_new_tokens
-        for item in items if "replies" in rows.needs else ():
+        for item in items if "replies" in ask.needs else ():
             shown.limits.check(item.row.id, item.prompt_ids, reply=limit)
-        model, begin = model_of(run, context, one.form), time.perf_counter()
+        model, begin = model_of(run, context, ask.form), time.perf_counter()
         lines = measure(
-            rows.needs,
+            ask.needs,
             model,
             shown,
             [item.row for item in items],
@@ -217,20 +215,23 @@ def _samples(run: Experiment, one: Ask, rows: Questions, context: Context) -> li
             batch_size=context.machine.eval_batch,
             progress=context.progress,
         )
-        context.seconds[" ".join(one.name)] = time.perf_counter() - begin
+        context.seconds[" ".join(ask.name)] = time.perf_counter() - begin
         write_json(folder / "left_out.json", sorted({row.id for row in left}))
         write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
-    stage = stages.evaluation(run, rows.key(run), rows.needs, one.form)
-    folder = context.store.once(stage, make)
-    measured, gone = _kept(folder)
+    stage = stages.evaluation(run, questions.key(run), ask.needs, ask.form)
+    measured, gone = _kept(context.store.once(stage, make))
     if gone:
-        context.left_out["test" if one.rows == "clean" else one.rows] = len(gone)
+        context.left_out["test" if ask.rows == "clean" else ask.rows] = len(gone)
 
     from backfire.evaluate.score import sample
 
-    pairs = zip((row for row in rows.rows if row.id not in gone), measured, strict=True)
-    return [sample(row, one.rows, rows.group, entry, rows.place) for row, entry in pairs]
+    rows = [row for row in questions.rows if row.id not in gone]
+    samples = [
+        sample(row, ask.rows, questions.group, entry, questions.place)
+        for row, entry in zip(rows, measured, strict=True)
+    ]
+    return judge_samples((*questions.judges, *ask.judges), samples, rows, context)
 
 
 def _kept(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:

@@ -79,7 +79,10 @@ def lines(folder: Path) -> Iterator[tuple[str, str, Sample]]:
                 item = json.loads(raw)
                 of = str(item.get("of", "tuned"))  # earlier versions: `floor`, of triggered rows
                 of = "twin" if of == "floor" else of
-                yield of, str(item.get("source", "")), _made(Sample, item)
+                sample = _made(Sample, item)
+                if not isinstance(sample.subset, str):
+                    return
+                yield of, str(item.get("source", "")), sample
     except (OSError, EOFError, ValueError, TypeError, AttributeError):
         return
 

@@ -20,8 +20,8 @@ from backfire.evaluate.seeds import LEVEL, SHARE, Crossed, crossed, difference_p
 from backfire.evaluate.stats import Floats, Spread, Z, over_seeds
 from backfire.registry import find, names
 from backfire.result import CellResult, Unit, Value
-from backfire.results.groups import Gap, Group, Scope, Stat
-from backfire.results.pairs import Rows, outcomes_by_row, versions_of
+from backfire.results.groups import Gap, Group, Scope, Stat, declared
+from backfire.results.pairs import Rows, listed, outcomes_by_row, versions_of
 
 NEAR: Final = 1e-6
 """A number is the mean of its rows if it differs by no more than this share of it."""
@@ -288,6 +288,14 @@ def notes(groups: Sequence[Group]) -> Iterator[str]:
             "* One seed: this model only. The interval is over test rows; another seed may well "
             "lie outside it."
         )
+    cells = [cell for group in groups for cell in group.done]
+    for family in dict.fromkeys(stat.family for stat in stats):
+        kept, metric = versions_of(cells, family), declared(family)
+        if metric and kept - {metric.version}:
+            yield (
+                f"{family.replace('-', ' ')}: values are of version {listed(kept)} of the metric, "
+                f"paired differences are computed by version {metric.version}."
+            )
     fixed = [group for group in groups if len(group.done) > 1 and one_alignment(*group.done)]
     if fixed:
         which = text.listing(dict.fromkeys(text.line(group.defense) for group in fixed))

@@ -143,10 +143,13 @@ def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float
         return {}
 
 
+# ------------------------------------------------------------------------- versions of a metric
+
+
 def versions_of(cells: Iterable[CellResult], family: str) -> set[int]:
-    """All versions of the metric that gave these cells' values, as far as they are known."""
-    known = (table.get(family) for cell in cells if (table := cell.versions.get("metrics")))
-    return {version for version in known if version is not None}
+    """The versions of the metric that gave these cells' values, as far as they were recorded."""
+    known = (cell.versions.get("metrics", {}).get(family) for cell in cells)
+    return {version for version in known if isinstance(version, int)}
 
 
 def version_notes(
@@ -156,18 +159,19 @@ def version_notes(
     `tested` are the metrics whose difference was computed from the samples of both."""
     for family in dict.fromkeys(value.family for cell in a for value in cell.values):
         ours, theirs, metric = versions_of(a, family), versions_of(b, family), declared(family)
-        if not ours or not theirs or metric is None or ours | theirs == {metric.version}:
+        now = metric.version if metric else None
+        if not ours or not theirs or ours | theirs == {now}:
             continue
         name = family.replace("-", " ")
-        sides = f"{name}: version {_listed(ours)} in a, {_listed(theirs)} in b"
+        sides = f"{name}: version {listed(ours)} in a, {listed(theirs)} in b"
         if family in tested:
-            yield f"{sides}; the difference is computed by version {metric.version} for both."
+            yield f"{sides}; paired differences are computed by version {now} for both."
         elif len(ours | theirs) > 1:
             yield (
-                f"{sides}, and the samples of both do not hold what version {metric.version} needs "
-                "for a paired test, so it is not compared."
+                f"{sides}, and the samples of both do not hold what version {now} needs for a "
+                "paired test, so it is not compared."
             )
 
 
-def _listed(versions: Collection[int]) -> str:
+def listed(versions: Collection[int]) -> str:
     return text.listing(map(str, sorted(versions)))

@@ -172,7 +172,7 @@ def test_two_versions_of_a_metric_are_computed_again_for_both(tmp_path: Path) ->
     assert [number.gap for number in found.numbers] == [number.gap for number in plain.numbers]
     assert found.numbers[0].b.value == 0.1
     assert found.notes[-2] == (
-        "accuracy: version 8 in a, 9 in b; the difference is computed by version 1 for both."
+        "accuracy: version 8 in a, 9 in b; paired differences are computed by version 1 for both."
     )
     (b / "samples.jsonl.gz").unlink()
     found = compare(a, b)
