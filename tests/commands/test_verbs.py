@@ -25,6 +25,7 @@ from tests.helpers.small_run import Place
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("metric", "value", "low", "high", "n", "direction", "status"),
+    *("unit", "role", "family", "part"),
 ]
 
 
