@@ -96,7 +96,7 @@ def test_two_cells_are_compared_secret_by_secret(tiny: Path, tmp_path: Path) -> 
     tests = comparisons(summary(place.out))
     assert {t.metric: t.result.n for t in tests} == {"exposure": 4, "extraction": 4}
     assert not common.outcomes(cells["none", 0], common.tuned(cells["none", 0]))
-    (Path(cells["none", 0]["folder"]) / "secrets.json").write_text("torn", encoding="utf-8")
+    (Path(cells["none", 0].folder) / "secrets.json").write_text("torn", encoding="utf-8")
     assert "exposure" not in pair(cells["none", 0], cells["deduplicate", 0])[0]
 
 
