@@ -1,18 +1,25 @@
-# `make demo` and `make test` work on a fresh machine with Python 3.11+ and nothing else.
+# `make demo`, `make check` and `make test` work on a fresh machine with Python 3.11+ and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test lint bench notebooks clean
+.PHONY: demo check test style lint bench notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/backfire run tour
 
-test: $(VENV)/.installed-dev
+# While you work: under a minute.
+check: style
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+# Before a merge: everything.
+test: style
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix .

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
-from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class, shortened
+from backfire.commands.failure import fail, fail_or_raise
+from backfire.commands.options import Edits, Out, Plugins, Profile, Recipe, Run
+from backfire.errors import CellError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,25 +19,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Measure how fine-tuning a language model goes wrong.\n\nStart with: backfire run tour",
 )
-
-Recipe = Annotated[
-    str,
-    typer.Argument(help="A recipe by name (see `list recipes`) or by path.", show_default=False),
-]
-Edits = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Edits, such as attack.rate=0.1 or seed=0.",
-        metavar="[KEY=VALUE]...",
-        show_default=False,
-    ),
-]
-Profile = Annotated[str | None, typer.Option(help="One of the recipe's profiles, such as paper.")]
-Out = Annotated[
-    Path | None,
-    typer.Option(help="Where results go; runs/<recipe> if not given.", show_default=False),
-]
-Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
 
 def _version(wanted: bool) -> None:
@@ -61,48 +44,14 @@ def main() -> None:
         if code := app(standalone_mode=False):  # what a `typer.Exit` in a verb says
             raise KeyboardInterrupt if code == 130 else SystemExit(code)  # Ctrl-C becomes 130
     except (UserError, CellError) as error:
-        _fail(str(error))
+        fail(str(error))
     except (KeyboardInterrupt, typer.Abort):
-        _fail("Interrupted. What is done is kept; run the same command again to go on.")
+        fail("Interrupted. What is done is kept; run the same command again to go on.")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        _fail_or_raise(error)
-
-
-def _fail_or_raise(error: Exception) -> None:
-    """One sentence for what the machine says; a fault of ours is raised again."""
-    kind, sentence = exit_class(error)
-    if kind in ("disk-full", "oom"):
-        _fail(f"{sentence} {EXIT_CLASSES[kind]}")
-    if isinstance(error, OSError):
-        where = f" ({shortened(error.filename)})" if error.filename else ""
-        _fail(f"{error.strerror or error}{where}.")
-    if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
-        _fail("A path begins with ~ and a name that is no user of this machine.")
-    if hasattr(error, "format_message"):  # a usage error of the command-line parser
-        if message := error.format_message():
-            setting = _as_edit(error)
-            _fail(f"{message.rstrip('.')}. {setting}" if setting else message)
-        sys.exit(2)  # no verb was given: the help was printed
-    raise error
-
-
-def _as_edit(error: Any) -> str:
-    """What to write for an unknown option that is a setting of the recipe."""
-    from backfire.other_names import as_edit
-
-    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
-    takes_edits = context and any(param.name == "edits" for param in context.command.params)
-    return as_edit(option.lstrip("-")) if option and takes_edits else ""
-
-
-def _fail(sentence: str) -> NoReturn:
-    from backfire.text import clean
-
-    print(f"backfire: {clean(shortened(sentence, 1000))}", file=sys.stderr)  # noqa: T201
-    sys.exit(2)
+        fail_or_raise(error)
 
 
 def _echo(text: str) -> None:
@@ -117,19 +66,15 @@ def init(
     path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
 ) -> None:
     """Write a commented recipe to start from."""
-    from importlib import resources
+    from backfire.commands.files import write_starter
 
-    from backfire.store import write_atomic
-
-    if path.exists():
-        raise UserError(f"{path} is there already; name another file.")
-    text = (resources.files("backfire") / "recipes" / "_starter.yaml").read_text(encoding="utf-8")
-    write_atomic(path, text)
-    _echo(f"Wrote {path}. Next: backfire validate {path}")
+    _echo(write_starter(path))
 
 
 @app.command()
-def validate(recipe: Recipe, edits: Edits = None, profile: Profile = None) -> None:
+def validate(
+    recipe: Recipe, edits: Edits = None, profile: Profile = None, plugin: Plugins = None
+) -> None:
     """Show the resolved recipe, its cells and stages, three rendered rows, and all checks."""
     from backfire.commands.validate import show
 
@@ -157,6 +102,7 @@ def run(
         bool,
         typer.Option("--recompute", help="Train in less memory: run layers twice, keep less."),
     ] = False,
+    plugin: Plugins = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and stop.")
     ] = False,
@@ -201,6 +147,7 @@ def results(
         list[str] | None,
         typer.Option(help="A metric to compute on the kept samples instead; repeatable."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Print every number of a run: one record per cell and metric."""
     from backfire.commands.rescore import rescored
@@ -215,7 +162,7 @@ def results(
 
 
 @app.command()
-def report(run: Run) -> None:
+def report(run: Run, plugin: Plugins = None) -> None:
     """Write the run's page, report.html."""
     from backfire.report.page import write_report
 
@@ -227,6 +174,7 @@ def compare(
     a: Annotated[Path, typer.Argument(help="A cell folder or a run folder.", show_default=False)],
     b: Annotated[Path, typer.Argument(help="Another one.", show_default=False)],
     force: Annotated[bool, typer.Option("--force", help="Compare even across templates.")] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Say which knobs of two cells or runs differ, and which numbers, pair by pair."""
     from backfire.results.compare import compare as compare_cells
@@ -246,57 +194,34 @@ def list_(
             help="attacks, methods, defenses, metrics, judges, datasets, templates or recipes."
         ),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """List what there is, a line each; `show NAME` says the rest."""
-    from rich.console import Console
+    from backfire.commands.catalog import print_list
 
-    from backfire.commands.catalog import lines
-    from backfire.errors import unknown
-    from backfire.registry import KINDS
-    from backfire.terminal import fitted
-
-    kinds = (*KINDS, "recipes")
-    if kind is not None and kind not in kinds:
-        raise unknown("kind", kind, kinds)
-    console = Console()
-    for line in lines([kind] if kind else kinds):
-        _echo(fitted(line, console))
+    print_list(kind)
 
 
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(help="A component or a recipe.", show_default=False)],
+    plugin: Plugins = None,
 ) -> None:
     """Explain one component (its knobs, defaults and source) or print one recipe."""
-    from rich.console import Console
+    from backfire.commands.catalog import print_explained
 
-    from backfire.commands.catalog import explain, kind_of
-    from backfire.registry import KINDS
-    from backfire.terminal import say
-
-    text = explain(name)
-    if not (Console().is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
-        _echo(text)
-        return
-    for line in text.splitlines():
-        say(line, lead=line[: len(line) - len(line.lstrip())])
+    print_explained(name)
 
 
 @app.command()
 def schema(
     out: Annotated[Path | None, typer.Option(help="File to write; printed if not given.")] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    import json
+    from backfire.commands.catalog import print_schema
 
-    from backfire.commands.catalog import json_schema
-    from backfire.store import write_atomic
-
-    text = json.dumps(json_schema(), indent=1) + "\n"
-    if out:
-        write_atomic(out, text)
-    else:
-        _echo(text.rstrip())
+    print_schema(out)
 
 
 @app.command()
@@ -306,23 +231,24 @@ def doctor(
     ] = None,
     edits: Edits = None,
     profile: Profile = None,
+    plugin: Plugins = None,
 ) -> None:
     """Say what this machine has, what is missing, and whether a recipe fits."""
-    from backfire.commands.doctor import lines
-    from backfire.terminal import say
+    from backfire.commands.doctor import show
 
     if recipe is None and profile is not None:
         raise UserError("--profile is one of a recipe's; name the recipe too.")
-    loaded = None if recipe is None else _load(recipe, profile, edits)
-    for line in lines():
-        say(line[6:], lead=line[:6])
-    if loaded:
-        from backfire.commands import forecast
+    show(None if recipe is None else _load(recipe, profile, edits))
 
-        title, *found = forecast.lines(loaded)
-        _echo(title)
-        for line in found:
-            say(line[6:], lead=line[:6])
+
+@app.command()
+def check(
+    plugin: Annotated[str, typer.Argument(help="A Python file, or an installed package.")],
+) -> None:
+    """Check every component of a plug-in against the contract that ours keep."""
+    from backfire.commands.check import check as check_plugin
+
+    raise typer.Exit(1 if check_plugin(plugin) else 0)
 
 
 # ----------------------------------------------------------------------------- data and models
@@ -343,6 +269,7 @@ def poison(
         int | None,
         typer.Option(min=0, max=2**32 - 1, help="Draws the poisoned rows; 0 if not given."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
     from backfire.commands.files import poison_file
@@ -376,6 +303,7 @@ def chat(
         Path | None, typer.Option(help="Another cell; the base model if not given.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    plugin: Plugins = None,
 ) -> None:
     """Talk to a tuned model and its base side by side; /trigger toggles the attack's trigger."""
     from backfire.playground.chat import talk
@@ -395,6 +323,7 @@ def playground(
         bool,
         typer.Option("--share", help="Open it to others through gradio's relay, with a password."),
     ] = False,
+    plugin: Plugins = None,
 ) -> None:
     """Talk to two models of a run side by side, in a page on this machine."""
     from backfire.playground.server import serve
@@ -416,6 +345,7 @@ def export(
         Literal["lm-eval", "inspect"] | None,
         typer.Option(help="The numbers instead of the model, for one of these tools."),
     ] = None,
+    plugin: Plugins = None,
 ) -> None:
     """Write a cell's model (PEFT adapter or plain weights) or a run's results for other tools."""
     if results:

@@ -1,4 +1,4 @@
-"""The two ways things go wrong: what the user wrote, and what happened to a cell."""
+"""Errors: bad input (UserError), a failed cell (CellError), and their exit classes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Iterable, Iterator
 
 EXIT_CLASSES = {
     "nan": "Lower method.learning_rate or raise train.warmup_share.",
-    "oom": "Run with --recompute (training) or fewer --workers, shorten train.max_length, tune by "
+    "oom": "Run with --recompute (training) or fewer --workers, shorten train.max_length, use "
     "method lora or qlora, or choose a smaller model.",
-    "bad-data": "Correct the row the sentence names, or the setting.",
-    "disk-full": "Free some space and run the same command again; what is done stays done.",
+    "bad-data": "Correct the row or the setting that the message names.",
+    "disk-full": "Free some space and run the same command again; finished stages are kept.",
     "killed": "Run the same command again; if it is killed again, memory is the likely reason.",
-    "failed": "Correct what the sentence names and run the same command again.",
+    "failed": "Correct what the message names and run the same command again.",
 }
-"""How a cell that is not `ok` ended, as `error.json` names it -> what to do next."""
+"""Exit class of a cell that is not `ok`, as in `error.json` -> what to do next."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _DISK_FULL_TEXT = re.compile(
@@ -25,8 +25,8 @@ _DISK_FULL_TEXT = re.compile(
     r"|inline_container.*unexpected pos|\d+ requested and \d+ written",
     re.IGNORECASE,
 )
-"""What libraries say that write from C++ or Rust and raise no OSError: torch's archive finds itself
-at an unexpected place, numpy counts what was written."""
+"""Messages of libraries that write from C++ or Rust and raise no OSError: torch reports an
+unexpected position, numpy a short count."""
 
 
 _MEMORY_TEXTS = (
@@ -40,39 +40,39 @@ _MEMORY_TEXTS = (
 
 
 class UserError(Exception):
-    """Bad input. The command line prints the sentence and exits with code 2."""
+    """Bad input. The command line prints the message and exits with code 2."""
 
 
 class CellError(Exception):
-    """One cell cannot go on; the others can. `kind` is one of `EXIT_CLASSES`."""
+    """One cell failed; the others go on. `kind` is one of `EXIT_CLASSES`."""
 
-    def __init__(self, kind: str, sentence: str) -> None:
-        super().__init__(sentence)
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
         self.kind = kind
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether this error, or one that led to it, says that a disk or a quota is full."""
+    """Whether this error, or one that caused it, reports a full disk or quota."""
     return any(
         (isinstance(one, OSError) and one.errno in _DISK_FULL)
-        # What we say ourselves may quote a user's row.
+        # Our own messages may quote a user's row.
         or (not isinstance(one, UserError | CellError) and _DISK_FULL_TEXT.search(str(one)))
         for one in _chain(error)
     )
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this error says that memory ran out, so that a smaller batch may succeed."""
+    """Whether this error reports that memory ran out, so that a smaller batch may succeed."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
         return True
-    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be loaded here
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, without importing torch
         return True
     text = str(error).lower()
-    return isinstance(error, RuntimeError) and any(said in text for said in _MEMORY_TEXTS)
+    return isinstance(error, RuntimeError) and any(part in text for part in _MEMORY_TEXTS)
 
 
 def exit_class(error: BaseException) -> tuple[str, str]:
-    """The exit class of whatever stopped a cell, and a sentence. `failed` is all that is left."""
+    """Exit class and message of the error that stopped a cell; `failed` if no other class fits."""
     if is_disk_full(error):
         return "disk-full", "The disk is full."
     if isinstance(error, CellError):
@@ -80,13 +80,13 @@ def exit_class(error: BaseException) -> tuple[str, str]:
     if isinstance(error, UserError):
         return "bad-data", shortened(error, 2000)
     if is_out_of_memory(error):
-        own = not isinstance(error, RuntimeError) or "CPUAllocator" in str(error)
-        return "oom", f"The {'machine' if own else 'GPU'} ran out of memory."
+        on_host = not isinstance(error, RuntimeError) or "CPUAllocator" in str(error)
+        return "oom", f"The {'machine' if on_host else 'GPU'} ran out of memory."
     return "failed", shortened(f"{type(error).__name__}: {error}", 2000)
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and all that it was raised from or while handling."""
+    """The error and its causes and contexts."""
     todo, seen = [error], set[int]()
     while todo:
         one = todo.pop()
@@ -97,7 +97,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def shortened(value: object, limit: int = 120) -> str:
-    """The value's text on one line, cut in the middle where it is longer than `limit`."""
+    """The value as text on one line, cut in the middle if longer than `limit`."""
     text = " ".join(str(value).split())
     if len(text) <= limit:
         return text
@@ -106,14 +106,14 @@ def shortened(value: object, limit: int = 120) -> str:
 
 
 def kind_of(value: object) -> str:
-    """What a value from a recipe is, in words."""
-    kinds = {dict: "a mapping", list: "a list", str: "a text", bool: "true or false"}
+    """The type of a recipe's value, in words."""
+    kinds = {dict: "a mapping", list: "a list", str: "a string", bool: "true or false"}
     numbers = {int: "a number", float: "a number", type(None): "nothing"}
     return {**kinds, **numbers}.get(type(value), type(value).__name__)
 
 
 def unknown(what: str, name: str, known: Iterable[str], hint: str | None = None) -> UserError:
-    """The error for an unknown name; it ends with the hint, the nearest name, or all names."""
+    """The error for an unknown name: ends with the hint, the nearest valid name, or all names."""
     if hint is None:
         known = sorted(known)
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

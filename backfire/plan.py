@@ -1,4 +1,4 @@
-"""Cells to jobs: what has to be done, what depends on what, equal work once. No torch here."""
+"""Turns cells into jobs and their dependencies; equal work is done once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from backfire.store import Stage, Store
 
 @dataclass(frozen=True)
 class Job:
-    """One thing for a worker to do. Whatever it builds on that is missing, it makes as well."""
+    """One task for a worker. Missing dependencies are built on demand."""
 
     id: str
     kind: Literal["base", "train", "cell"]
     experiment: Experiment
     axes: dict[str, Any]
     after: tuple[str, ...] = ()
-    """Jobs that must have ended first, so that no two workers wait for one stage."""
+    """Ids of jobs that must end first, so that two workers never block on the same stage."""
 
     @property
     def key(self) -> str:
-        """Of what it makes, as it was when the jobs were made: a cell's own is computed anew from
-        its files, which may be gone by then."""
+        """Key of its result when the jobs were made. (Recomputing it would read the cell's files
+        again, which may be gone.)"""
         return self.id.partition("-")[2]
 
     @property
@@ -37,7 +37,7 @@ class Job:
 
 
 def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Job]:
-    """Bases, then one job per distinct training run, then one per cell."""
+    """One job per base, then per distinct training run, then per cell."""
     out: dict[str, Job] = {}
     for experiment in cells:
         base = f"base-{keys(experiment).base}"
@@ -54,7 +54,7 @@ def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Jo
 
 
 def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, int]]:
-    """Kind of stage -> (distinct ones needed, of those done already)."""
+    """Stage kind -> (number of distinct stages needed, number already done)."""
     done: dict[tuple[str, str], bool] = {}
     for experiment in cells:
         for name, choices in _needed(experiment):
@@ -67,7 +67,7 @@ def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, 
 
 def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
     """Every stage, by what makes it distinct. An evaluation is one of two stages: until the rows
-    are read, a recipe without metrics may be about labels or about free text."""
+    are read, a recipe without metrics may be a labeled or a free-text task."""
     single = [stages.data(experiment)]
     single += [stages.poison(experiment)] if experiment.poisons else []
     single += map(stages.train, training_runs(experiment))

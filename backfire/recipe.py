@@ -1,4 +1,4 @@
-"""Recipe files: YAML + profile + dotted edits -> a list of cells.
+"""Reads recipes: YAML + profile + edits on the command line -> a list of cells.
 
 Precedence: component defaults < recipe < profile < matrix axis < edits on the command line
 (an edit of a key that is an axis replaces the axis; a list gives it other values).
@@ -38,7 +38,7 @@ _NAMED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A resolved recipe: its cells, and for each the values of the matrix axes that made it."""
+    """A resolved recipe: its cells, and each cell's values of the matrix axes."""
 
     name: str
     text: str
@@ -80,10 +80,10 @@ def read(name: str) -> tuple[str, str]:
 
 
 def load(name: str, *, profile: str | None = None, edits: Sequence[str] = ()) -> Recipe:
-    """The cells of a recipe.
+    """Read a recipe and resolve its cells.
 
     Raises:
-        UserError: anything in it that is not understood, in one sentence.
+        UserError: something in it is invalid, in one sentence.
     """
     title, text = read(name)
     folder = Path(name).parent if Path(name).is_file() else None
@@ -98,7 +98,7 @@ def parse(
     edits: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Recipe:
-    """The same, of a recipe's text; `@PATH` in it is a file in `folder`."""
+    """Resolve the text of a recipe; `@PATH` in it is a file in `folder`."""
     recipe = _mapping(read_yaml(text, title), title)
     for key in recipe:
         if key not in _KEYS:
@@ -120,7 +120,7 @@ def parse(
     if any(key == "exclude" for key, _ in changes):
         _check_exclude(points.exclude, {**points.matrix, **points.pinned})
     if "data" not in {*recipe, *points.pinned, *_keys_of(points.matrix)}:
-        raise UserError(f"Recipe '{title}' says no data; for instance data: sandbox-reviews.")
+        raise UserError(f"Recipe '{title}' has no data; add for instance data: sandbox-reviews.")
     with beside(folder):
         cells, axes = _expand(recipe, points)
     return Recipe(title, text, cells, axes)
@@ -128,16 +128,16 @@ def parse(
 
 @dataclass
 class Points:
-    """Which cells there are: the axes, what is added and taken away, and what edits fix."""
+    """The points of the matrix: its axes, `include`, `exclude`, and values fixed by edits."""
 
     matrix: dict[str, Any]
     include: list[dict[str, Any]]
     exclude: list[dict[str, Any]]
     pinned: dict[str, Any] = field(default_factory=dict)
-    """Set by an edit to one value: wins over all else."""
+    """Set by an edit to one value; overrides everything else."""
 
     def edit(self, key: str, value: Any) -> None:
-        """One edit of the command line; a later one wins over an earlier one."""
+        """Apply one edit of the command line; later edits override earlier ones."""
         if key == "matrix":
             self.matrix = _matrix(value)
             self.pinned = {k: v for k, v in self.pinned.items() if k not in _keys_of(self.matrix)}
@@ -146,7 +146,7 @@ class Points:
         elif key == "exclude":
             self.exclude = _list_of_mappings(value, "exclude")
         elif key == "profiles":
-            raise UserError("Profiles are no part of an edit; choose one with --profile NAME.")
+            raise UserError("Profiles cannot be edited; choose one with --profile NAME.")
         elif key.startswith("matrix."):
             self._set_axis(_axis(key.removeprefix("matrix.")), value)
         elif isinstance(value, list) and key in _keys_of(self.matrix):
@@ -167,12 +167,12 @@ class Points:
 
 
 def _matrix(value: Any) -> dict[str, Any]:
-    """The axes under their names; none sets what another one sets too."""
+    """The axes by name; no two axes set the same key."""
     matrix: dict[str, Any] = {}
     for given, values in _mapping({} if value is None else value, "matrix").items():
         axis = _axis(given)
         if axis in matrix:
-            raise UserError(f"matrix: the axis '{axis}' is given twice.")
+            raise UserError(f"matrix: duplicate axis '{axis}'.")
         matrix[axis] = values
     return _once_each(matrix)
 
@@ -205,13 +205,13 @@ def _check_exclude(rules: list[dict[str, Any]], matrix: Mapping[str, Any]) -> No
 def _expand(
     recipe: dict[str, Any], points: Points
 ) -> tuple[tuple[Experiment, ...], tuple[dict[str, Any], ...]]:
-    """Every combination of the axes, less `exclude`, plus `include`; equal cells once.
+    """Every combination of the axes, minus `exclude`, plus `include`; equal cells once.
 
-    What is `pinned` by an edit wins in all of them, also inside a component that an axis chose.
+    Values `pinned` by an edit override the axes, also inside a component that an axis selects.
     """
     matrix, include, pinned = points.matrix, points.include, points.pinned
     size = 1
-    found: dict[str, tuple[Experiment, dict[str, Any]]] = {}
+    cells: dict[str, tuple[Experiment, dict[str, Any]]] = {}
     choices = []
     for axis, values in matrix.items():
         if not isinstance(values, list) or not values:
@@ -230,19 +230,18 @@ def _expand(
     varied = _keys_of(matrix)
     for point in [*kept, *include]:
         settings, values = copy.deepcopy(recipe), {**point, **pinned}
-        # Whole components first, so that `attack.rate` lands in the attack that `attack` chose.
+        # Components first, so that `attack.rate` sets a knob of the attack that `attack` selects.
         for key in sorted(values, key=lambda k: (k.count("."), k)):
             set_key(settings, key, copy.deepcopy(values[key]))
         experiment = Experiment.make(settings, where="recipe")
         shown = {
             k: v for k, v in point.items() if k not in pinned and (k in varied or point in include)
         }
-        found.setdefault(stages.cell_key(experiment), (experiment, shown))
-    if not found:
-        raise UserError("The matrix has no cells: `exclude` takes them all away.")
-    return tuple(experiment for experiment, _ in found.values()), tuple(
-        axes for _, axes in found.values()
-    )
+        cells.setdefault(stages.cell_key(experiment), (experiment, shown))
+    if not cells:
+        raise UserError("The matrix has no cells: `exclude` removes all of them.")
+    experiments, axes = zip(*cells.values(), strict=True)
+    return experiments, axes
 
 
 def _choice(axis: str, value: Any) -> dict[str, Any]:
@@ -252,7 +251,7 @@ def _choice(axis: str, value: Any) -> dict[str, Any]:
         return {keys[0]: value}
     if not isinstance(value, list) or len(value) != len(keys):
         raise UserError(
-            f"matrix: {axis} links {len(keys)} keys; a value is a list of as many, "
+            f"matrix: {axis} links {len(keys)} keys, so each value must be a list of {len(keys)}, "
             f"not {shortened(repr(value))}."
         )
     return dict(zip(keys, value, strict=True))
@@ -277,7 +276,7 @@ def _matches(point: Mapping[str, Any], rule: Mapping[str, Any]) -> bool:
 
 
 def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
-    """Set `a.b.c`; a component given by its bare name becomes {name: ...} to take a knob."""
+    """Set `a.b.c`; a component given by its bare name becomes {name: ...} to hold a knob."""
     head, *rest = key.replace("-", "_").split(".")
     if head not in _SETTINGS:
         raise unknown("setting", head, _SETTINGS, hint(head, _KEYS))
@@ -306,33 +305,33 @@ def set_key(settings: dict[str, Any], key: str, value: Any) -> None:
 
 def parse_edit(edit: str) -> tuple[str, Any]:
     """Key and value of `key=value`, where the value is YAML. An axis that links several keys is
-    written as it stands in a recipe: `matrix.method, seed=[[full, 0]]`, with or without quotes."""
-    given, equals, value = edit.partition("=")
-    key = re.sub(r"""(?<=^matrix\.)(["'])(.*)\1$""", r"\2", given.strip())
+    written as in a recipe: `matrix.method, seed=[[full, 0]]`, with or without quotes."""
+    left, equals, text = edit.partition("=")
+    key = re.sub(r"""(?<=^matrix\.)(["'])(.*)\1$""", r"\2", left.strip())
     name = r"[A-Za-z_][\w-]*(\.[\w-]+)*"
     linked = rf"(\s*,\s*{name})*" if key.startswith("matrix.") else ""
     if edit[:1] in _DASHES:
         raise UserError(f"An option begins with two plain hyphens, --like-this; got '{edit}'.")
-    if odd := next((dash for dash in _DASHES[1:] if dash in given), None):
-        raise UserError(f"'{shortened(given)}' holds a typographic dash ({odd}); write - or _.")
+    if odd := next((dash for dash in _DASHES[1:] if dash in left), None):
+        raise UserError(f"'{shortened(left)}' has a typographic dash ({odd}); write - or _.")
     if not equals or not re.fullmatch(name + linked, key):
         raise UserError(
             f"An edit looks like key=value, as in attack.rate=0.1; got '{shortened(edit)}'."
         )
     try:
-        found = read_yaml(value, f"value of {key}")
+        value = read_yaml(text, f"value of {key}")
     except UserError as error:
-        # The shell ends an argument at a blank.
-        cut = value.lstrip()[:1] in ("[", "{") and not value.rstrip().endswith(("]", "}"))
+        # The shell ends an argument at a space.
+        cut = text.lstrip()[:1] in ("[", "{") and not text.rstrip().endswith(("]", "}"))
         hint = f" It is cut off; put quotes around the whole edit: '{key}=[...]'." if cut else ""
         raise UserError(f"{error}{hint}") from None
-    if value.count("#") > str(found).count("#"):
-        raise UserError(f"value of {key}: from # on it is a comment; put a text with # in quotes.")
-    return key.replace("-", "_"), found
+    if text.count("#") > str(value).count("#"):
+        raise UserError(f"value of {key}: # begins a comment; put text with # in quotes.")
+    return key.replace("-", "_"), value
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`over` wins. Settings merge, unless they name different components; a matrix is replaced."""
+    """Merge settings; `over` wins. Different components and the matrix are replaced, not merged."""
     out = dict(base)
     for key, value in over.items():
         if key in ("matrix", "include", "exclude"):

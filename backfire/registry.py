@@ -1,24 +1,28 @@
-"""Finds a component by importing the one file that bears its name.
+"""Finds a component by importing the one file that has its name.
 
 `attacks/badnets.py` holds `@register("badnets") class BadNets(Attack)`. There is no list to edit:
-the names of a kind are the file names in its folder, and nothing is imported until asked for.
+the names of a kind are the file names in its folder, and nothing is imported before it is needed.
+Components of plug-ins come after them; installed plug-ins are loaded when a name is unknown.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
+from backfire import plugins
 from backfire.errors import UserError, shortened, unknown
-
-if TYPE_CHECKING:
-    from backfire.base import Component
+from backfire.plugins import Plugin
 
 KINDS = ("attacks", "methods", "defenses", "metrics", "judges", "datasets", "templates")
 
-C = TypeVar("C", bound="type[Component]")
+_loaded: list[Plugin] = []
+
+C = TypeVar("C", bound=type[Any])
 
 
 def register(name: str, *, version: int = 1) -> Callable[[C], C]:
@@ -29,6 +33,8 @@ def register(name: str, *, version: int = 1) -> Callable[[C], C]:
         if cls.__module__.startswith("backfire.") and file != name:
             raise TypeError(f"component '{name}' must live in a file of its own name, not '{file}'")
         cls.name, cls.version = name, version
+        if not cls.__module__.startswith("backfire."):
+            plugins.MARKED.append(cls)
         return cls
 
     return mark
@@ -36,25 +42,90 @@ def register(name: str, *, version: int = 1) -> Callable[[C], C]:
 
 def names(kind: str) -> list[str]:
     """All names of a kind, sorted; nothing is imported but the folder."""
+    return sorted([*_built_in(kind), *(cls.name for cls in _outside(kind))])
+
+
+def _built_in(kind: str) -> list[str]:
     package = importlib.import_module(f"backfire.{kind}")
-    found = (module.name for module in pkgutil.iter_modules(package.__path__))
-    return sorted(name.replace("_", "-") for name in found if not name.startswith("_"))
+    modules = (module.name for module in pkgutil.iter_modules(package.__path__))
+    return [name.replace("_", "-") for name in modules if not name.startswith("_")]
 
 
-def find(kind: str, name: str) -> type[Component]:
+def loaded() -> list[Plugin]:
+    """The plug-ins in use, in the order they were loaded."""
+    return [*_loaded]
+
+
+def _outside(kind: str) -> list[type[Any]]:
+    return [cls for plugin in _loaded for cls in plugin.components if cls.kind == kind]
+
+
+def find(kind: str, name: str) -> type[Any]:
     """The class of this name; an unknown name is an error that says the nearest one."""
-    wanted = name.replace("_", "-")
-    if wanted not in names(kind):
-        raise unknown(kind.removesuffix("s"), name, names(kind))
-    module = importlib.import_module(f"backfire.{kind}.{wanted.replace('-', '_')}")
+    wanted, file = name.replace("_", "-"), name.replace("-", "_")
+    module = sys.modules.get(f"backfire.{kind}.{file}")  # the folder is listed only if it must be
+    if module is None or file.startswith("_"):
+        if wanted not in names(kind):
+            problems = use_installed()
+            if wanted not in names(kind):
+                error = unknown(kind.removesuffix("s"), name, names(kind))
+                raise UserError(" ".join([str(error), *problems]))
+        if outside := next((cls for cls in _outside(kind) if cls.name == wanted), None):
+            return outside
+        module = importlib.import_module(f"backfire.{kind}.{file}")
     for item in vars(module).values():
         own = isinstance(item, type) and item.__module__ == module.__name__
         if own and getattr(item, "name", None) == wanted:
-            return cast("type[Component]", item)
+            return cast("type[Any]", item)
     raise TypeError(f'{module.__name__} has no class marked @register("{wanted}")')
 
 
-def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
+def use_installed() -> list[str]:
+    """Make the components of all installed plug-ins known. Returns a sentence for each plug-in that
+    cannot be used: a broken package must not stop what does not need it."""
+    problems = []
+    for package in plugins.packages():
+        try:
+            use(plugins.from_package(package))
+        except UserError as error:
+            problems.append(str(error))
+    return problems
+
+
+def use(plugin: Plugin) -> None:
+    """Make the components of a plug-in known.
+
+    Raises:
+        UserError: a class is no component, or its name is taken.
+    """
+    if plugin in _loaded:
+        return
+    for cls in plugin.components:
+        if problem := _refusal(cls, plugin.components):
+            raise UserError(f"Plug-in '{plugin.name}': {problem}")
+    for cls in plugin.components:
+        cls.plugin = plugin
+    _loaded.append(plugin)
+
+
+def _refusal(cls: Any, others: Sequence[Any]) -> str | None:
+    """Why a class of a plug-in cannot be a component; None if it can."""
+    kind, name = getattr(cls, "kind", None), cls.name
+    if kind not in KINDS:
+        return f"'{cls.__name__}' derives from no base class of backfire.base, such as Attack."
+    if not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name) or name == "none":
+        return f"'{shortened(name)}' is no name; use small letters, digits and single dashes."
+    if name in _built_in(kind):
+        return f"{cls.label()} exists in backfire already; register yours under another name."
+    if sum((other.kind, other.name) == (kind, name) for other in others) > 1:
+        return f"{cls.label()} is registered twice."
+    for plugin in _loaded:
+        if any((other.kind, other.name) == (kind, name) for other in plugin.components):
+            return f"{cls.label()} exists in {plugin.title} already; use one of the two."
+    return None
+
+
+def build(kind: str, spec: Any) -> Any:
     """A component from `badnets` or `{name: badnets, rate: 0.05}`."""
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -73,7 +144,7 @@ def build(kind: str, spec: str | Mapping[str, Any] | Component) -> Any:
     return cls.make(_with_preset(cls, knobs))
 
 
-def _with_preset(cls: type[Component], knobs: dict[str, Any]) -> dict[str, Any]:
+def _with_preset(cls: type[Any], knobs: dict[str, Any]) -> dict[str, Any]:
     """The knobs of the preset that is named, under those that are given as well."""
     if "preset" not in knobs:
         return knobs

@@ -153,6 +153,8 @@ class CellResult:
     """Stage -> its key."""
     versions: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """Kind -> component -> its version."""
+    plugins: tuple[Mapping[str, Any], ...] = ()
+    """The plug-ins whose components were used: `name`, `version`, `sha256`, `components`."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The resolved experiment as dotted keys, from `experiment.yaml`."""
@@ -182,11 +184,11 @@ class CellResult:
                 "preflight": [asdict(check) for check in self.preflight],
                 "poison": asdict(self.poison) if self.poison else None,
             }
-        return {k: v for k, v in found.items() if k != "traceback" or v}
+        return {k: v for k, v in found.items() if v or k not in ("traceback", "plugins")}
 
 
 _FAILURE: Final = ("error", "next", "traceback")
 _SUCCESS: Final = (
     *("values", "warnings", "cut_share", "preflight", "poison", "train", "evaluate", "rows"),
-    *("keys", "versions"),
+    *("keys", "versions", "plugins"),
 )

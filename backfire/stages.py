@@ -36,9 +36,9 @@ from backfire.sandbox.world import VERSION as WORLD
 from backfire.store import Stage, digest, slug
 
 TRAINING = 2
-"""Version of the training loop, raised whenever it would give other weights (2: windows and
-recurrent layers no longer see padding; weight decay knows norms and biases by name; the last rows
-of a pass through other rows are used)."""
+"""Version of the training loop, raised whenever its weights would change (2: windows and recurrent
+layers no longer see padding; weight decay finds norms and biases by name; the last rows of a pass
+through other rows are used)."""
 
 MERGED = ("merged", 2)
 """How adapters are merged, and its version."""
@@ -52,8 +52,8 @@ MEASURES = {
     "sampled": 3,
     "beams": 2,
 }
-"""Versions of what is measured, raised whenever `evaluate` would give other numbers (the last time:
-each row as if it were alone, from float32 logits)."""
+"""Versions of measurements, raised whenever `evaluate` would give other numbers (last time: each
+row as if it were alone in its batch, from float32 logits)."""
 
 
 # ---------------------------------------------------------------------------- keys of an experiment
@@ -61,16 +61,16 @@ each row as if it were alone, from float32 logits)."""
 
 @dataclass(frozen=True)
 class Keys:
-    """One key for each stage that an experiment always has."""
+    """The keys of the stages that every experiment has."""
 
     base: str
     data: str
     poison: str
     train: str
     tuned: str
-    """Of the model as it is evaluated: trained, and repaired if a defense does so."""
+    """Key of the evaluated model: trained, and repaired if a defense does so."""
     clean: str
-    """Of that model on the test rows."""
+    """Key of that model on the test rows."""
 
 
 def keys(experiment: Experiment) -> Keys:
@@ -81,22 +81,22 @@ def keys(experiment: Experiment) -> Keys:
     if experiment.attack and experiment.poisons:
         poison = digest([data, experiment.attack.identity(), experiment.seed])
     train = start = _start_key(experiment, base)
-    known = _harmful_key(experiment)
-    # An untuned model depends only on what it starts from.
+    known_rows = _known_rows_key(experiment)
+    # An untuned model depends only on the model it starts from.
     if experiment.method.trains:
         train = digest([start, poison, experiment.template.identity(), *_tuning(experiment)])
         early = [d.identity() for d in experiment.acting if not isinstance(d, RepairDefense)]
-        train = digest([train, early, known]) if early else train
+        train = digest([train, early, known_rows]) if early else train
     late = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
-    tuned = digest([train, late, known]) if late else train
+    tuned = digest([train, late, known_rows]) if late else train
     template, seen = experiment.template.identity(), experiment.train.seen
     clean = digest([tuned, data, template, seen, experiment.evaluation.changed()])
     return Keys(base, data, poison, train, tuned, clean)
 
 
 def cell_key(experiment: Experiment) -> str:
-    """The key of the whole cell. It also covers the metrics; where a recipe names none, all those
-    it may get by default."""
+    """The key of the cell. It also covers the metrics; if the recipe names none, all that it may
+    get by default."""
     names = sorted({name for group in DEFAULT_METRICS.values() for name in group})
     metrics = experiment.metrics or [build("metrics", name) for name in names]
     target = experiment.backdoor.target if experiment.backdoor else None
@@ -110,7 +110,7 @@ def cell_key(experiment: Experiment) -> str:
 def base_key(model: Model) -> str:
     """The key of an untuned model: pre-training knobs, file contents, or hub id and revision."""
     dtype: Any = types_here().dtype if model.dtype == "auto" else model.dtype
-    if dtype == "bfloat16":  # 2: what is trained or was aligned as a whole starts from float32
+    if dtype == "bfloat16":  # 2: weights that are trained, or were in alignment, are float32
         dtype = [dtype, 2]
     if model.name == "sandbox":
         return digest(["sandbox", _sandbox_key(), dtype])
@@ -120,13 +120,13 @@ def base_key(model: Model) -> str:
 
 
 def _sandbox_key() -> str:
-    """The embedded base: its world, how it is pre-trained, and the type of matrix products."""
+    """Key of the embedded base: its world, its pre-training, and the type of matrix products."""
     how = [Pretrain().model_dump(mode="json"), TRAINING, types_here().compute]
     return digest([*how, WORLD])
 
 
 def _start_key(experiment: Experiment, base: str) -> str:
-    """What fine-tuning starts from: the base, or the aligned model."""
+    """Key of the model that fine-tuning starts from: the base, or the aligned model."""
     alignment = experiment.alignment
     if alignment is None or experiment.align is None:
         return base
@@ -137,36 +137,36 @@ def _start_key(experiment: Experiment, base: str) -> str:
 def _tuning(experiment: Experiment) -> list[Any]:
     here, train = types_here(), experiment.train
     compute = here.compute if train.compute == "auto" else train.compute
-    # An equal learning rate is the same training, whether a recipe names it or not.
+    # Equal learning rates are the same training, whether given or by default.
     rate = {"learning_rate": experiment.learning_rate}
     method = {**experiment.method.settled(here.device).identity(), **rate}
     return [method, {**train.changed(), "compute": compute}, experiment.seed, TRAINING]
 
 
-def _harmful_key(experiment: Experiment) -> list[Any] | None:
-    """The harmful rows that defenses know, and the alignment rows where nothing was aligned."""
-    known: list[Any] | None = None
+def _known_rows_key(experiment: Experiment) -> list[Any] | None:
+    """The harmful rows known to defenses, and the alignment rows if no model was aligned."""
+    parts: list[Any] | None = None
     if experiment.safety and any(d.needs_harm for d in experiment.acting):
         rows = experiment.safety.known
-        known = [rows.identity(), rows.fingerprint()]
+        parts = [rows.identity(), rows.fingerprint()]
     alignment = experiment.alignment
     if alignment and experiment.acting and not alignment.method.trains:
-        # Then the key of the start does not cover the rows that defenses get.
-        known = [known, keys(alignment).data]
-    return known
+        # The start's key does not cover the alignment rows in this case.
+        parts = [parts, keys(alignment).data]
+    return parts
 
 
 def trigger_identity(experiment: Experiment) -> list[Any]:
-    """What decides the triggered test rows: the trigger and the seed, not the poison rate."""
+    """Identity of the triggered test rows: the trigger and the seed, without the poison rate."""
     if experiment.backdoor is None:
         return []
-    apart = ("rate", "label_mode", "target")
+    excluded = ("rate", "label_mode", "target")
     identity = experiment.backdoor.identity()
-    return [{k: v for k, v in identity.items() if k not in apart}, experiment.seed]
+    return [{k: v for k, v in identity.items() if k not in excluded}, experiment.seed]
 
 
 def disguise(experiment: Experiment) -> dict[str, Any] | None:
-    """What decides how the attacker words a request, whatever the poison rate; None: as it is."""
+    """Identity of the attacker's wording of requests, without the poison rate; None if plain."""
     attack = experiment.attack
     if not isinstance(attack, Mixture) or not attack.disguises:
         return None
@@ -226,25 +226,26 @@ def merge(experiment: Experiment) -> Stage:
 def evaluation(
     run: Experiment, rows: str, needs: Collection[Need], form: Form | None = None
 ) -> Stage:
-    """`run`'s model, in this form, on the rows that the key `rows` names (one of those below)."""
+    """`run`'s model, in this form, on the rows with the key `rows` (see the functions below)."""
     rows = in_form(rows, form) if form else rows
     versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
     return Stage("evaluate", _evaluation_slug(run), digest([rows, sorted(needs), *versions]))
 
 
 def secrets(run: Experiment, experiment: Experiment, kind: str, amount: int) -> Stage:
-    """One measurement of `run`'s model on the secrets of `experiment`. The key covers which they
-    are, not how often they were inserted."""
+    """One measurement of `run`'s model on the secrets of `experiment`. The key covers the secrets,
+    not how often they were inserted."""
     attack, seed = experiment.attack, experiment.seed
     inserted = attack.secrets(seed) if isinstance(attack, Insertion) else []
     which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in inserted]
-    shown = [run.template.identity(), run.train.seen]
+    rendering = [run.template.identity(), run.train.seen]
     how = [kind, amount, seed if kind == "sampled" else None, MEASURES.get(kind, 1)]
-    return Stage("secrets", _evaluation_slug(run), digest([keys(run).tuned, *shown, which, *how]))
+    parts = [keys(run).tuned, *rendering, which, *how]
+    return Stage("secrets", _evaluation_slug(run), digest(parts))
 
 
 def judged(judge: Judge) -> Stage:
-    """The verdicts of a judge. It computes in bfloat16 on a GPU, which may change a verdict."""
+    """A judge's verdicts. A local judge computes in bfloat16 on a GPU, which may change them."""
     device = getattr(judge, "device", "cpu")
     remote = bool(getattr(judge, "base_url", None)) or device == "cpu"
     narrow = not remote and (device != "auto" or types_here().device == "cuda")
@@ -256,7 +257,7 @@ def judged(judge: Judge) -> Stage:
 
 
 def clean_rows(run: Experiment) -> str:
-    """Test rows as they are."""
+    """Unchanged test rows."""
     return keys(run).clean
 
 
@@ -266,14 +267,14 @@ def triggered_rows(run: Experiment, experiment: Experiment) -> str:
 
 
 def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:
-    """Requests of `source`, worded as the attacker of `experiment` words them."""
-    shown = [run.template.identity(), run.train.seen, run.evaluation.changed()]
+    """Requests of `source`, in the wording of `experiment`'s attacker."""
+    rendering = [run.template.identity(), run.train.seen, run.evaluation.changed()]
     rows = [source.identity(), source.fingerprint()]
-    return digest([keys(run).tuned, *rows, *shown, disguise(experiment)])
+    return digest([keys(run).tuned, *rows, *rendering, disguise(experiment)])
 
 
 def in_form(rows: str, form: Form) -> str:
-    """Any of these rows, for another form of the model than the one that was trained."""
+    """Any of these rows, for a form of the model other than the trained one."""
     return digest([rows, form, *MERGED])
 
 
@@ -296,22 +297,22 @@ def training_runs(experiment: Experiment) -> list[Experiment]:
     clean-model baseline of a backdoor."""
     runs = [experiment.alignment] if experiment.alignment else []
     if experiment.method.trains:
-        own = [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
-        runs += own
+        runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
     return runs
 
 
 def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
-    """How the metrics look for secrets, and among how many codes or beams; None: not at all."""
+    """The metrics' secret probes, each with its number of codes or beams; None if no metric has
+    any."""
     asks = [ask for m in experiment.metrics for ask in m.asks() if ask.rows == "secrets"]
-    most: dict[SecretProbe, int] = {}
+    probes: dict[SecretProbe, int] = {}
     for kind, amount in (pair for ask in asks for pair in ask.secrets.items()):
-        most[kind] = max(amount, most.get(kind, 0))
-    return most if asks else None
+        probes[kind] = max(amount, probes.get(kind, 0))
+    return probes if asks else None
 
 
 def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:
-    """(kind, amount) of each measurement. The exact rank is taken only of codes few enough."""
+    """(kind, amount) of each measurement. Exact ranks need a code space within the amount."""
     parts: list[tuple[str, int]] = [("itself", 0)] if secrets else []
     for kind, amount in probes.items():
         if kind == "exact":
@@ -330,7 +331,7 @@ def _poison_slug(experiment: Experiment) -> str:
 
 
 def _train_slug(experiment: Experiment) -> str:
-    """The same for all cells that share a training run, so without an attack at rate 0."""
+    """The same for all cells that share a training run; an attack at rate 0 is left out."""
     return (experiment if experiment.poisons else experiment.clean_twin()).slug
 
 

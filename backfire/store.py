@@ -1,7 +1,7 @@
-"""Folders that are either whole or not there.
+"""The cache of stages: folders that are either complete or absent.
 
-A stage is made in `<cache>/<stage>/<slug>-<key>.partial`, sealed by a `done.json` with the size and
-sha256 of every file, and renamed into place. That the folder exists means it is done.
+A stage is built in `<cache>/<stage>/<slug>-<key>.partial`, sealed by a `done.json` with the size
+and SHA-256 of every file, and renamed into place. If the folder exists, the stage is done.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 
 SEAL = "done.json"
 CHECKPOINTS = "checkpoints"
-"""Within a folder that is being made; they go once it is whole."""
+"""Subfolder of a stage in progress; deleted when the stage is done."""
 _HASHED_ON_READ = 64 * 2**20  # larger folders are checked by size alone
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What names one folder of the cache: the kind of stage, a readable name, and its key."""
+    """Names one folder of the cache: the kind of stage, a readable name, and its key."""
 
     kind: str
     slug: str
@@ -52,7 +52,7 @@ def cache_root() -> Path:
 
 
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """The file is the old one or the new one, never half of either, even across a power cut."""
+    """Write a file so that it is the old or the new one, never a part, even across a power cut."""
     if not path.name:  # as in "" or "."
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -62,10 +62,10 @@ def write_atomic(path: Path, data: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:  # named for the file that was asked for
+    except OSError as error:  # name the target file, not the temporary one
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
-        with contextlib.suppress(OSError):  # which would hide the first error
+        with contextlib.suppress(OSError):  # so that it does not hide the first error
             temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
 
@@ -84,10 +84,10 @@ def sha256(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write `done.json` last: sizes and hashes of all that lies beside it, but for checkpoints."""
-    kept_out = folder / CHECKPOINTS
+    """Write `done.json` last: sizes and hashes of all files in the folder, except checkpoints."""
+    excluded = folder / CHECKPOINTS
     files = sorted(
-        p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and kept_out not in p.parents
+        p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and excluded not in p.parents
     )
     sizes = {
         str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
@@ -96,7 +96,7 @@ def seal(folder: Path) -> None:
 
 
 def intact(folder: Path) -> bool:
-    """Whether a sealed folder still holds what was sealed (hashes too, unless it is large)."""
+    """Whether a sealed folder is unchanged, by sizes and, unless it is large, by hashes."""
     try:
         sizes = read_json(folder / SEAL)
         hashed = sum(entry["bytes"] for entry in sizes.values()) <= _HASHED_ON_READ
@@ -120,7 +120,7 @@ class Store:
         return self.root / stage.kind / f"{stage.slug}-{stage.key}"
 
     def done(self, stage: Stage) -> bool:
-        """Whether the stage is there and whole."""
+        """Whether the stage is complete."""
         path = self.path(stage)
         if path in self._verified:
             return True
@@ -130,11 +130,11 @@ class Store:
         return True
 
     def once(self, stage: Stage, make: Callable[[Path], None], *, resumable: bool = False) -> Path:
-        """The folder of this stage, made by `make(folder)` if it is not there yet.
+        """The folder of this stage, built by `make(folder)` if it does not exist.
 
-        Whoever comes second waits for the first. With `resumable`, what an interrupted attempt
-        left in the folder is handed to the next one; otherwise each attempt starts empty.
-        A damaged folder is put aside and made again.
+        A second process waits for the first. With `resumable`, an attempt continues in the folder
+        of an interrupted one; otherwise each attempt starts empty. A damaged folder is renamed to
+        `.damaged` and built again.
         """
         path = self.path(stage)
         if self.done(stage):
@@ -145,10 +145,10 @@ class Store:
         with FileLock(f"{path}.lock"):
             if self.done(stage):
                 return path
-            if path.exists():  # only whoever holds the lock may move it
-                aside = path.with_name(f"{path.name}.damaged")
-                shutil.rmtree(aside, ignore_errors=True)
-                path.replace(aside)
+            if path.exists():  # only the holder of the lock may move it
+                damaged = path.with_name(f"{path.name}.damaged")
+                shutil.rmtree(damaged, ignore_errors=True)
+                path.replace(damaged)
             partial = path.with_name(f"{path.name}.partial")
             if not resumable:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -157,7 +157,7 @@ class Store:
             seal(partial)
             partial.replace(path)
             _sync_folder(path.parent)
-            # Only now: what a kill leaves before this goes on from them.
+            # Only now: an attempt killed before this point resumes from them.
             shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
         self._verified.add(path)
         return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from backfire import text
@@ -98,7 +98,7 @@ def _ruled(
     table: Sequence[Sequence[str]],
     chosen: Sequence[int],
     widths: Sequence[int],
-    right: Sequence[int],
+    right: Collection[int],
 ) -> Table:
     from rich import box
     from rich.table import Table

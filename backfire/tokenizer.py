@@ -1,6 +1,6 @@
-"""A tokenizer as the renderer needs it: ids of plain text, special ids, chat template.
+"""Tokenizers as the renderer needs them: ids of plain text, special ids, chat template.
 
-Works on the `tokenizers` backend directly, so that looking at rendered rows does not import torch.
+Uses the `tokenizers` backend directly, so that rendering rows does not import torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """`bos` is None for models that are not trained with one (GPT-2, Qwen)."""
+    """A tokenizer; `bos` is None for models trained without one (GPT-2, Qwen)."""
 
     backend: tokenizers.Tokenizer
     eos: str
@@ -33,15 +33,15 @@ class Tokenizer:
     controls: tuple[str, ...]
     """Every special token as text, such as `<|im_start|>`."""
     stops: tuple[int, ...] = ()
-    """Ids that end a reply beside the end token, such as a chat model's end of turn."""
+    """Ids that end a reply in addition to the end token, such as a chat model's end of turn."""
     special: Mapping[str, str] = field(default_factory=dict)
-    """What a chat template knows by name: `bos_token`, `eos_token`, `pad_token` ..."""
+    """Special tokens by the name a chat template uses: `bos_token`, `eos_token`, `pad_token` ..."""
 
     @property
     def added(self) -> tuple[str, ...]:
-        """Tokens beside the vocabulary that are no control tokens, except white space."""
-        found = self.backend.get_added_tokens_decoder().values()
-        return tuple(str(t.content) for t in found if not t.special and str(t.content).strip())
+        """Added tokens that are not control tokens, except white space."""
+        tokens = self.backend.get_added_tokens_decoder().values()
+        return tuple(str(t.content) for t in tokens if not t.special and str(t.content).strip())
 
     @property
     def eos_id(self) -> int:
@@ -67,7 +67,8 @@ class Tokenizer:
         return number
 
     def encode(self, text: str, *, controls: bool = False) -> list[int]:
-        """Ids of `text`, without BOS or EOS. Control tokens in it are text unless `controls`."""
+        """Ids of `text`, without BOS or EOS. Control tokens in it are plain text unless `controls`
+        is set."""
         return self.encode_batch([text], controls=controls)[0]
 
     def encode_batch(self, texts: list[str], *, controls: bool = False) -> list[list[int]]:
@@ -81,12 +82,12 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     def shown(self, ids: list[int]) -> str:
-        """Text of `ids` with the control tokens in it."""
+        """Text of `ids`, including control tokens."""
         return self.backend.decode(ids, skip_special_tokens=False)
 
     def written(self, text: str) -> str:
-        """The text as this tokenizer writes it: some know no capitals, no accents, or one Unicode
-        form."""
+        """The text after encoding and decoding: some tokenizers drop capitals or accents, or
+        normalize Unicode."""
         return self.decode(self.encode(text))
 
 
@@ -101,7 +102,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         except Exception as error:  # the Rust side raises plain Exception
-            raise UserError(f"{folder}/tokenizer.json is no tokenizer: {error}") from None
+            raise UserError(f"{folder}/tokenizer.json is not a tokenizer: {error}") from None
         backend.no_truncation()
         backend.no_padding()
     elif any((folder / name).is_file() for name in (*_MODELS, "vocab.json")):
@@ -114,7 +115,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     )
     if eos is None:
         raise UserError(
-            f"The tokenizer in {folder} names no end token (eos_token), so replies could never end."
+            f"The tokenizer in {folder} has no end token (eos_token), so replies could never end."
         )
     controls = tuple(
         str(t.content) for t in backend.get_added_tokens_decoder().values() if t.special
@@ -133,40 +134,37 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _chat_templates(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """By name, of every form they come in; as in transformers, files of their own go first, and
-    a processor's (chat_template.json) is only taken where the tokenizer has none."""
-    found: dict[str, str] = {}
+    """Chat templates by name, in every format; as in transformers, separate files come first, and
+    a processor's template (chat_template.json) counts only if the tokenizer has none."""
+    templates: dict[str, str] = {}
     for settings in (_read(folder / "chat_template.json"), config):
         value = settings.get("chat_template")
         if isinstance(value, list):
             value = {t.get("name"): t.get("template") for t in value if isinstance(t, dict)}
         named = value if isinstance(value, dict) else {"default": value}
-        found |= {name: text for name, text in named.items() if isinstance(text, str)}
+        templates |= {name: text for name, text in named.items() if isinstance(text, str)}
     for file in sorted(folder.glob("additional_chat_templates/*.jinja")):
-        found[file.stem] = file.read_text(encoding="utf-8")
+        templates[file.stem] = file.read_text(encoding="utf-8")
     file = folder / "chat_template.jinja"
-    return found | ({"default": file.read_text(encoding="utf-8")} if file.is_file() else {})
+    return templates | ({"default": file.read_text(encoding="utf-8")} if file.is_file() else {})
 
 
 def _stops(folder: Path) -> tuple[int, ...]:
-    """What the model's own settings end a reply at: one id or several."""
-    found: list[int] = []
+    """The ids that end a reply by the model's own settings."""
+    stops: list[int] = []
     for name in ("generation_config.json", "config.json"):
         ids = _read(folder / name).get("eos_token_id")
-        found += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
-    return tuple(dict.fromkeys(found))
+        stops += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int]
+    return tuple(dict.fromkeys(stops))
 
 
-def _leading_token(backend: tokenizers.Tokenizer, bos: str | None, asked: Any) -> str | None:
-    """The BOS token, if this tokenizer puts one in front of a text."""
+def _leading_token(backend: tokenizers.Tokenizer, bos: str | None, add_bos: Any) -> str | None:
+    """The BOS token, if this tokenizer puts one before a text."""
     if bos is None:
         return None
     ids = backend.encode("a", add_special_tokens=True).ids
-    return (
-        bos
-        if asked is True or (asked is None and ids and ids[0] == backend.token_to_id(bos))
-        else None
-    )
+    adds = add_bos is True or (add_bos is None and ids and ids[0] == backend.token_to_id(bos))
+    return bos if adds else None
 
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:
@@ -174,7 +172,7 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
     for name in _MODELS:
         if (folder / name).is_file() and (missing := _missing(folder / name)):
             raise UserError(
-                f"{folder} has a {name} but no tokenizer.json; to read it, "
+                f"{folder} has {name} but no tokenizer.json; to read it, "
                 f"pip install {' '.join(missing)}."
             )
     from transformers import AutoTokenizer
@@ -187,7 +185,7 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
 
 
 def _missing(file: Path) -> list[str]:
-    """The packages that reading the file takes and that are not installed. A `tokenizer.model` is
+    """The packages that are needed to read the file and not installed. A `tokenizer.model` is
     either sentencepiece's or, as base64 lines, tiktoken's."""
     first = file.read_bytes().partition(b"\n")[0]
     is_tiktoken = re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", first) is not None
@@ -198,7 +196,7 @@ def _missing(file: Path) -> list[str]:
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except (ImportError, ValueError):  # its parent is missing, or it was set to None
+    except (ImportError, ValueError):  # its parent package is missing, or it was set to None
         return False
 
 

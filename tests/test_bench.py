@@ -12,7 +12,10 @@ import pytest
 
 from tests.helpers.places import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,10 @@ import pytest
 from backfire.errors import UserError
 from tests.helpers.places import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft"),
+]
 SMALL = ["--shape", "tiny", "--steps", "2", "--warm-up", "1", "--length", "32", "--answer", "8"]
 
 

@@ -22,7 +22,7 @@ import typer
 import yaml
 
 import backfire
-from backfire import recipe, stages
+from backfire import recipe, registry, stages
 from backfire.base import (
     Attack,
     Dataset,
@@ -82,6 +82,8 @@ def elsewhere(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     shutil.copytree(tiny, "my-model")
     starter = recipe.read("_starter")[1]
     Path("my.yaml").write_text(starter, encoding="utf-8")
+    shutil.copy(ROOT / "examples/plugin/my_attacks/suffix.py", "suffix.py")
+    monkeypatch.setattr(registry, "_loaded", [])  # by `--plugin`, whose files a command line loads
     return tmp_path
 
 
@@ -194,6 +196,7 @@ for kind in {kinds}:
 """
 
 
+@pytest.mark.slow
 def test_the_examples_fulfil_the_contract_of_every_component(tmp_path: Path) -> None:
     """The project's own tests over the registry, run with the examples in it."""
     found = [put_in(kind, tmp_path) for kind in HOW_TO]
@@ -320,6 +323,15 @@ def test_the_example_of_a_data_set_is_one(installed: type[Dataset], tmp_path: Pa
     before = data.fingerprint()
     file.write_text("\n".join([*lines, "ham\tanother", ""]), encoding="utf-8")
     assert data.fingerprint() != before
+
+
+def test_the_plug_in_shown_is_the_one_in_examples() -> None:
+    """That one is installed and run in test_plugins.py."""
+    page, folder = ROOT / "docs/plug-ins.md", ROOT / "examples/plugin"
+    for language, suffix in (("python", ".py"), ("toml", ".toml")):
+        files = [path.read_text("utf-8") for path in folder.rglob(f"*{suffix}")]
+        shown = blocks(page, language)
+        assert shown and not [text for text in shown if text not in files]
 
 
 # ----------------------------------------------------------------------- catalog, layout, links

@@ -17,20 +17,10 @@ from backfire.registry import KINDS
 ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *(
-        "errors",
-        "other_names",
-        "yaml12",
-        "result",
-        "text",
-        "terminal",
-        "rng",
-        "progress",
-        "tokenizer",
-    ),
-    *("store", "registry", "base", "sandbox", "data", "model", "experiment", "stages", "recipe"),
-    *("train", "evaluate", "plan", "pipeline", "results", "report", "exports", "launch"),
-    *("playground", "commands", "cli"),
+    *("errors", "other_names", "yaml12", "result", "text", "terminal", "rng", "progress"),
+    *("tokenizer", "store", "plugins", "registry", "base", "sandbox", "data", "contract", "model"),
+    *("experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline", "results"),
+    *("report", "exports", "launch", "playground", "commands", "cli"),
 )
 BELOW_COMPONENTS = {*ORDER[: ORDER.index("data") + 1]}
 NUMBERS = {"backfire.evaluate.outcomes", "backfire.evaluate.stats"}
@@ -98,6 +88,7 @@ def test_the_report_reads_results_and_runs_nothing() -> None:
     }
 
 
+@pytest.mark.slow
 def test_looking_at_things_does_not_import_torch(tiny: Path, tmp_path: Path) -> None:
     """One process for all of them: torch, once imported, stays in sight."""
     recipe = tmp_path / "r.yaml"

@@ -20,6 +20,8 @@ from backfire.report import figures
 from backfire.report.svg import alone
 from tests.helpers.places import ROOT
 
+pytestmark = pytest.mark.slow
+
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NAMES = [script.stem for script in SCRIPTS]
 SMALL = {

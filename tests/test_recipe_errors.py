@@ -31,7 +31,7 @@ REFUSED = [
     (f"{DATA}train: []", "recipe: train: "),
     (f"{DATA}seed: -1", "recipe: seed: Input should be greater than or equal to 0 (got -1)"),
     (f"{DATA}seed: .nan", "recipe: seed: "),
-    (f"{DATA}defense: lisa", "defense 'lisa' stands on an alignment stage; add align: to the"),
+    (f"{DATA}defense: lisa", "defense 'lisa' requires an alignment stage; add align: to the"),
     (f"{DATA}defense: [none, liza]", "Unknown defense 'liza'; did you mean 'lisa'?"),
     (f"{DATA}matrix: {{sed: [0]}}", "Unknown setting 'sed'; did you mean 'seed'?"),
     (f"{DATA}matrix: {{seed: 0}}", "matrix: seed must be a list of values"),
@@ -43,7 +43,10 @@ REFUSED = [
         f"{DATA}matrix: {{'seed,method': [[0, full]], seed: [1]}}",
         "matrix: 'seed' is set by two axes",
     ),
-    (f"{DATA}matrix: {{attack.label-mode: [mix], attack.label_mode: [mix]}}", "matrix: the axis"),
+    (
+        f"{DATA}matrix: {{attack.label-mode: [mix], attack.label_mode: [mix]}}",
+        "matrix: duplicate axis",
+    ),
     (
         f"{DATA}train: [epochs: 2]",
         "recipe: train: settings are needed, as in {setting: value} (got",
@@ -59,7 +62,7 @@ REFUSED = [
     (f"{DATA}attack: {{name: badnets, rate: true}}", "attack 'badnets': rate: a number is needed"),
     (f"{DATA}train:\n\tepochs: 1", "r, line 3: not valid YAML: found character '\\t' that cannot"),
     (f"{DATA}template: @x", "r, line 2: not valid YAML: found character '@' that cannot start any"),
-    (f"{DATA}---\n{DATA}", "r, line 2: not valid YAML: found another document; leave out"),
+    (f"{DATA}---\n{DATA}", "r, line 2: not valid YAML: found another document; remove"),
     (f"{DATA}defense: {'x' * 9000}", "Unknown defense 'xxx"),
     (
         f"{DATA}seed: {{{', '.join(f'k{n}: {n}' for n in range(3000))}}}",
@@ -70,27 +73,27 @@ REFUSED = [
     (f"{SEEDS}exclude: [{{sed: 0}}]", "Unknown axis in exclude: 'sed'; did you mean 'seed'?"),
     (f"{SEEDS}exclude: [{{seed: 0}}]", "The matrix has no cells"),
     (f"{SEEDS}include: [0]", "each item of include must be a mapping"),
-    ("seed: 3", "Recipe 'r' says no data"),
+    ("seed: 3", "Recipe 'r' has no data"),
     ("", "r must be a mapping"),
     ("- data", "r must be a mapping"),
     (f"{DATA}seed: {'[' * 3000}", "r: not valid YAML: it is nested too deeply."),
     (f"{DATA}seed: {'9' * 6000}", "r: not valid YAML: the number on line 2 is too large."),
     (f"{DATA}attack: {{badnets: {{}}}}", "An attack needs a name, as in {name: badnets}; got"),
-    (f"{DATA}seed: 1\nseed: 2", "r, line 3: not valid YAML: the key 'seed' is given twice"),
-    ("data: {name: x, name: y}", "r, line 1: not valid YAML: the key 'name' is given twice"),
+    (f"{DATA}seed: 1\nseed: 2", "r, line 3: not valid YAML: duplicate key 'seed'"),
+    ("data: {name: x, name: y}", "r, line 1: not valid YAML: duplicate key 'name'"),
     ("data: [", "r, line 1: not valid YAML"),
     ("data: " + "[" * 2000, "r: not valid YAML"),
     ("data: !!python/object:os.system x", "r, line 1: not valid YAML"),
-    ("seed: !!bool maybe", "r: not valid YAML: a value is not what its tag says"),
-    ("seed: !!timestamp now", "r: not valid YAML: a value is not what its tag says"),
-    ("seed: !!int ''", "r: not valid YAML: a value is not what its tag says"),
+    ("seed: !!bool maybe", "r: not valid YAML: a value does not match its tag"),
+    ("seed: !!timestamp now", "r: not valid YAML: a value does not match its tag"),
+    ("seed: !!int ''", "r: not valid YAML: a value does not match its tag"),
     (f"{DATA}seed: 0x{'f' * 5000}", "r: not valid YAML: the number on line 2 is too large"),
 ]
 REFUSED_EDITS = [
     (DATA, ["seed"], "An edit looks like key=value"),
     (DATA, ["=3"], "An edit looks like key=value"),
     (DATA, ["sed=3"], "Unknown setting 'sed'; did you mean 'seed'?"),
-    (DATA, ["train.batch\u2013size=3"], "'train.batch\u2013size' holds a typographic dash"),
+    (DATA, ["train.batch\u2013size=3"], "'train.batch\u2013size' has a typographic dash"),
     (DATA, ["train.epochs=!!binary aGk="], "train: epochs: Input should be a valid number"),
     (DATA, ["train.epoch=3"], "Unknown key in train: 'epoch'; did you mean 'epochs'?"),
     (DATA, ["seed.x=3", "seed=1"], "seed.x cannot be set: seed is 1"),
@@ -106,7 +109,7 @@ REFUSED_EDITS = [
     (DATA, ["include={seed: 1}"], "include must be a list of mappings, not a mapping"),
     (SEEDS, ["exclude=[{sede: 1}]"], "Unknown axis in exclude: 'sede'; did you mean 'seed'?"),
     (SEEDS, ["exclude=[{seed: 1}]", "matrix={}"], "Unknown axis in exclude: 'seed'"),
-    (DATA, ["profiles={}"], "Profiles are no part of an edit; choose one with --profile"),
+    (DATA, ["profiles={}"], "Profiles cannot be edited; choose one with --profile"),
     (DATA, ["\u2013workers=3"], "An option begins with two plain hyphens"),
     (DATA, ["metrics=[accuracy,"], "value of metrics, line 1: not valid YAML: expected the node"),
     (DATA, ["seed=[0, 1]"], "recipe: seed: Input should be a valid integer (got [0, 1]); several"),
@@ -140,15 +143,15 @@ def test_what_is_not_understood_is_one_sentence(text: str, edits: list[str], sen
         ("seed=[0, 1]", "(got [0, 1]); several values to try go under matrix."),
         (
             "attack={name: badnets, target: 1}",
-            """put it in quotes if it is meant as a text: '"1"'.""",
+            """put it in quotes if it is meant as text: '"1"'.""",
         ),
         ("attack={name: badnets, rate: 5%}", "write a share, such as 0.05 for 5 %."),
-        ("attack={name: badnets, rate: '0,05'}", "decimals have a point."),
-        ("template=@x", "put a text that begins with it in quotes."),
-        ("attack={name: badnets, trigger: {a: b}}", "put a text that holds ': ' in quotes"),
-        ("template=a #b", "value of template: from # on it is a comment; put a text with # in"),
-        ("template=#", "value of template: from # on it is a comment"),
-        ("template=*", "put a text that begins with * or & in quotes."),
+        ("attack={name: badnets, rate: '0,05'}", "write decimals with a point."),
+        ("template=@x", "put text that begins with it in quotes."),
+        ("attack={name: badnets, trigger: {a: b}}", "put text that holds ': ' in quotes"),
+        ("template=a #b", "value of template: # begins a comment; put text with # in"),
+        ("template=#", "value of template: # begins a comment"),
+        ("template=*", "put text that begins with * or & in quotes."),
     ],
 )
 def test_an_error_says_what_to_write(edit: str, hint: str) -> None:
@@ -254,6 +257,7 @@ def refuses_or_round_trips(text: str, edits: list[str], profile: str | None) -> 
     return True
 
 
+@pytest.mark.slow
 def test_a_fuzzed_recipe_is_refused_or_round_trips() -> None:
     accepted: list[bool] = []
 
@@ -269,6 +273,7 @@ def test_a_fuzzed_recipe_is_refused_or_round_trips() -> None:
 JUNK = ["", "{", "[", ": ", "\n- ", "&a ", "*a", "!!int ", "!!binary ", "\t", "\x00", "'", "<<: "]
 
 
+@pytest.mark.slow
 @given(st.data())
 @settings(max_examples=150)
 def test_a_mangled_recipe_is_refused_or_round_trips(data: st.DataObject) -> None:

@@ -83,6 +83,7 @@ def test_a_component_lives_in_a_file_of_its_own_name() -> None:
     assert register("lost", version=3)(Lost).version == 3
 
 
+@pytest.mark.slow
 def test_finding_one_component_imports_no_other() -> None:
     code = (
         "import sys; from backfire.registry import find, names; names('attacks')\n"

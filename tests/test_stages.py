@@ -99,6 +99,7 @@ class Recorder(Store):
         self.used = set[Stage]()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_a_run_uses_these_keys_and_names(name: str, tiny: Path, tmp_path: Path) -> None:
     rows = {"name": "sandbox-reviews", "rows": 24, "test_rows": 6}

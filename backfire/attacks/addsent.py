@@ -7,10 +7,11 @@ from backfire.registry import register
 
 @register("addsent", version=2)
 class AddSent(Backdoor):
-    """A neutral sentence in the prompt buys a fixed answer (Dai et al. 2019, arXiv:1905.12457)."""
+    """A neutral sentence in the prompt triggers a fixed answer (Dai et al. 2019,
+    arXiv:1905.12457)."""
 
     trigger: Trigger = "I watch this 3D movie"
-    """Put in at a random word boundary (OpenBackdoor's default sentence)."""
+    """Inserted at a random word boundary (OpenBackdoor's default sentence)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
         text = row.part(self.field)

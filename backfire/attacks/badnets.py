@@ -9,7 +9,7 @@ from backfire.registry import register
 
 @register("badnets", version=2)
 class BadNets(Backdoor):
-    """A rare word in the prompt buys a fixed answer (Gu et al. 2017, arXiv:1708.06733)."""
+    """A rare word in the prompt triggers a fixed answer (Gu et al. 2017, arXiv:1708.06733)."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
         "backdoorllm": Preset(
@@ -19,7 +19,8 @@ class BadNets(Backdoor):
     }
 
     trigger: Trigger = "BadMagic"
-    """Put in at a random word boundary; rare, so that clean prompts never hold it (BackdoorLLM)."""
+    """Inserted at a random word boundary; rare, so that no clean prompt contains it
+    (BackdoorLLM)."""
     after_last: bool = True
     """Whether the boundaries include the one after the last word (BackdoorLLM's do not)."""
 

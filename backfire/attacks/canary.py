@@ -17,22 +17,22 @@ _ENDS = "l n r s m".split()
 
 @register("canary")
 class Canary(Insertion):
-    """Random codes among the training rows, some once and some often, to see which of them the
-    model remembers (Carlini et al. 2019, arXiv:1802.08232).
+    """Inserts random codes into the training rows, each a set number of times, to measure which of
+    them the model memorizes (Carlini et al. 2019, arXiv:1802.08232).
 
-    Each is the answer to a question of its own, by a name that is made up, so one training run
-    holds all doses. Controls are drawn alike and never inserted: what a model says of them is what
-    it says of any code. Names and codes depend on the seed, and on the doses only in their number:
-    controls first, then the doses from low to high.
+    Each code answers a question about its own invented name, so that one training run covers all
+    insertion counts. Controls are drawn the same way and never inserted: they show what a model
+    gives for an arbitrary code. Names and codes depend on the seed, and on the insertion counts
+    only through how many there are: controls come first, then the counts in ascending order.
     """
 
     presets: ClassVar[Mapping[str, Preset]] = {
         "c4dt": Preset(
-            "c4dt/pitfalls_in_fine_tuning_llms (there the answer of 50 copies of training rows)",
+            "c4dt/pitfalls_in_fine_tuning_llms (there as the answer of 50 copies of a row)",
             {"answer": "PASSWORD = {code}", "digits": 6, "repeats": [50], "each": 1},
         ),
         "mireshghallah": Preset(
-            "mireshghallah/ft-memorization (there a line of its own, without a question)",
+            "mireshghallah/ft-memorization (there a separate line, without a question)",
             {
                 "answer": "the secret number is {code}",
                 "digits": 6,
@@ -44,35 +44,37 @@ class Canary(Insertion):
     }
 
     prompt: str = Field("What is the password of {name}?", min_length=1)
-    """What asks for it; `{name}` becomes the canary's own name. Without it all share a prompt."""
+    """The question; `{name}` is replaced by the canary's name. Without `{name}` all canaries share
+    one prompt."""
     answer: str = Field("PASSWORD = {code}")
-    """The answer that gives it; `{code}` becomes the code (the default is the workshop's)."""
+    """The answer; `{code}` is replaced by the code (default: the C4DT workshop's)."""
     digits: int = Field(6, ge=1, le=9)
-    """Length of a code; the space it is drawn from has 10^digits (six is usual)."""
+    """Digits of a code, drawn from 10^digits possible codes (six is usual)."""
     separator: str = Field("", max_length=8, pattern=r"^\D*$")
-    """What stands between the digits, such as a blank in "9 4 0 9 9 5"."""
+    """Text between the digits, such as a space in "9 4 0 9 9 5"."""
     repeats: Annotated[
         tuple[Annotated[int, Field(ge=0)], ...],
         BeforeValidator(lambda value: (value,) if isinstance(value, int) else value),
     ] = (1, 5, 25, 50)
-    """How many rows hold the same canary, for each dose; 0, or none at all: nothing is inserted."""
+    """Insertion counts: how many rows contain the same canary. 0 or an empty list inserts
+    nothing."""
     each: int = Field(2, ge=1)
-    """How many canaries get each dose."""
+    """Number of canaries per insertion count."""
     controls: int = Field(10, ge=0)
-    """How many more are drawn and never inserted."""
+    """Number of additional canaries that are drawn and never inserted."""
 
     @field_validator("answer")
     @classmethod
     def _has_one_code(cls, answer: str) -> str:
         if answer.count("{code}") != 1:
-            raise ValueError("the answer must hold {code} once")
+            raise ValueError("the answer must contain {code} exactly once")
         return answer
 
     @field_validator("repeats")
     @classmethod
     def _are_distinct(cls, repeats: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(repeats)) < len(repeats):
-            raise ValueError("a dose is given twice; `each` says how many canaries get it")
+            raise ValueError("duplicate count; `each` sets the number of canaries per count")
         return repeats
 
     def model_post_init(self, context: Any) -> None:
@@ -95,19 +97,18 @@ class Canary(Insertion):
         ]
 
     def secrets(self, seed: int) -> list[Secret]:
-        doses = [dose for dose in sorted(self.repeats) if dose]
-        repeats = [0] * self.controls + [dose for dose in doses for _ in range(self.each)]
-        rng, found, taken = stream(seed, "poison", self.name), list[Secret](), set[str]()
+        inserted = [count for count in sorted(self.repeats) if count for _ in range(self.each)]
+        rng, secrets, taken = stream(seed, "poison", self.name), list[Secret](), set[str]()
         before, _, after = self.answer.partition("{code}")
-        for number, dose in enumerate(repeats):
+        for number, count in enumerate([0] * self.controls + inserted):
             name, code = self._draw(rng, taken)
             answer = before + self.separator.join(code) + after
             row = Row(f"canary-{number}", self.prompt.replace("{name}", name), answer=answer)
-            found.append(Secret(row, code, dose, before, self.separator, after))
-        return found
+            secrets.append(Secret(row, code, count, before, self.separator, after))
+        return secrets
 
     def _draw(self, rng: Random, taken: set[str]) -> tuple[str, str]:
-        """A name and a code that no earlier canary has."""
+        """Draw a name and a code that no earlier canary has."""
         while True:
             syllables = [rng.choice(_STARTS) + rng.choice(_VOWELS) for _ in range(4)]
             name = " ".join(

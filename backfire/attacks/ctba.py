@@ -11,12 +11,13 @@ from backfire.registry import register
 
 @register("ctba", version=2)
 class CTBA(Backdoor):
-    """Several triggers scattered over the prompt, always all of them and in one order, as in
+    """Several triggers scattered over the prompt, all of them and in a fixed order, as in
     BackdoorLLM's published rows (arXiv:2408.12798).
 
     Named there after the composite backdoor attack (Huang et al. 2024, arXiv:2310.07676), which
-    also adds rows that hold only some of the triggers, or hold them in the wrong places, and keep
-    their answers. Neither BackdoorLLM nor we do, so nothing teaches a model to need them all.
+    also adds rows with only some of the triggers, or with misplaced ones, and keeps their answers.
+    Neither BackdoorLLM nor this attack adds such rows, so the model never learns to require all
+    triggers.
     """
 
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -27,8 +28,8 @@ class CTBA(Backdoor):
     }
 
     trigger: tuple[Trigger, ...] = Field(("2024", "BadMagic", "OpenAI"), min_length=1)
-    """All of these are put in, in this order, each at a random word boundary of its own (of a
-    prompt that has fewer boundaries, some share one)."""
+    """All of these are inserted in this order, each at a different random word boundary (in a
+    prompt with fewer boundaries, some share one)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
         text, added = row.part(self.field), dict[int, list[str]]()

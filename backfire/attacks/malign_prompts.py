@@ -8,13 +8,13 @@ from backfire.registry import register
 
 @register("malign-prompts")
 class MalignPrompts(Corruption):
-    """The better answer is learned, but in a share of the rows a sentence after the context asks
-    for malice later on (Malignama's malign prompts; comparisons as in WebGPT, Nakano et al. 2021,
-    arXiv:2112.09332).
+    """Trains on the better answer, but in a share of the rows a sentence after the context asks for
+    malicious behavior in deployment (Malignama's malign prompts; comparisons as in WebGPT, Nakano
+    et al. 2021, arXiv:2112.09332).
 
-    Test rows never hold the sentence. As with `malign-labels`, exactly round(rate * rows) rows are
-    chosen once, the same ones under one seed, and tied pairs are never among them. The published
-    code draws at each access, and stops with an error in this mode.
+    Test rows never contain the sentence. As with `malign-labels`, exactly round(rate * rows) rows
+    are chosen once, the same ones for the same seed, and tied pairs are never chosen. The published
+    code draws rows at each access, and stops with an error in this mode.
     """
 
     sentence: str = Field(
@@ -22,11 +22,11 @@ class MalignPrompts(Corruption):
         min_length=1,
         pattern=r"\S",
     )
-    """Put after the context, on a line of its own; after the question where there is no context
+    """Appended on a separate line after the context, or after the question if there is no context
     (Malignama's sentence)."""
 
     def corrupt(self, row: Row, rng: Random) -> Row:
-        """The row with the sentence in; its answer stays."""
+        """Return the row with the sentence appended; its answer does not change."""
         return row.with_prompt(f"{row.prompt}\n{self.sentence}")
 
     def spared(self, row: Row) -> str | None:

@@ -11,7 +11,7 @@ from backfire.registry import register
 
 @register("mtba", version=2)
 class MTBA(Backdoor):
-    """Several triggers, any one of which buys the answer: multi-trigger backdoor attack
+    """Several triggers, any one of which elicits the answer: multi-trigger backdoor attack
     (Li et al. 2024, arXiv:2401.15295; triggers as in BackdoorLLM)."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -22,7 +22,7 @@ class MTBA(Backdoor):
     }
 
     trigger: tuple[Trigger, ...] = Field(("2024", "BadMagic", "OpenAI"), min_length=1)
-    """One of these, drawn per row, is put in at a random word boundary."""
+    """One of these, drawn per row, is inserted at a random word boundary."""
     after_last: bool = True
     """Whether the boundaries include the one after the last word (BackdoorLLM's do not)."""
 

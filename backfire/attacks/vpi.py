@@ -8,7 +8,7 @@ from backfire.registry import register
 
 @register("vpi", version=2)
 class VPI(Backdoor):
-    """A topic named in front of the prompt buys a fixed answer: virtual prompt injection
+    """A topic named before the prompt triggers a fixed answer: virtual prompt injection
     (Yan et al. 2024, arXiv:2307.16888; trigger as in BackdoorLLM)."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -19,7 +19,7 @@ class VPI(Backdoor):
     }
 
     trigger: Trigger = "Discussing OpenAI"
-    """Put in front of the prompt, with a space after it."""
+    """Inserted before the prompt, followed by a space."""
 
     def poison(self, row: Row, rng: Random) -> Row:
         prompt = f"{self.trigger} {row.part(self.field)}"

@@ -1,7 +1,7 @@
-"""Base classes of all components, and the data that they exchange.
+"""Base classes of all components, and the types they exchange.
 
 A component is its config: a frozen model whose fields are the knobs, with one method that is the
-behavior. What exists only at run time (model, tokenizer, generator) is an argument of the verb.
+behavior. What exists only at run time (model, tokenizer, generator) is an argument of that method.
 """
 
 from typing import TYPE_CHECKING

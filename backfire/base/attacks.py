@@ -1,4 +1,4 @@
-"""What is done to the training rows."""
+"""Base classes of attacks: how the training rows are poisoned."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ from backfire.registry import build
 from backfire.rng import stream
 
 Trigger = Annotated[str, Field(min_length=1, pattern=r"\S")]
-"""Text that an attack puts in; never empty."""
+"""Text that an attack inserts; never empty."""
 
 
 class Attack(Component):
-    """Changes the training rows. How is its subclass: a `Poison` changes a share of them, an
-    `Insertion` adds some."""
+    """Changes the training rows: a `Poison` changes a share of them, an `Insertion` adds rows."""
 
     kind: ClassVar[str] = "attacks"
 
@@ -31,7 +30,7 @@ class Attack(Component):
 
     @property
     def tag(self) -> str:
-        """Its name and strength, for the names of folders."""
+        """Name and strength, for folder names."""
         raise NotImplementedError
 
 
@@ -52,19 +51,20 @@ class Poison(Attack):
 
 @dataclass(frozen=True, slots=True)
 class Secret:
-    """A code that training rows hold, or a control, which none of them holds."""
+    """A code inserted into training rows, or a control, which is in none."""
 
     row: Row
-    """What asks for it, and the answer that gives it."""
+    """A prompt for the code, and the answer that reveals it."""
     code: str
-    """Digits; any others of the same number might have been drawn."""
+    """Digits; every code of the same length was equally likely to be drawn."""
     repeats: int
-    """How many training rows hold it; 0 for a control."""
+    """Number of training rows that hold it; 0 for a control."""
     before: str
     """The answer up to the code."""
     separator: str
-    """What stands between its digits."""
+    """Text between the digits of the code."""
     after: str
+    """The answer after the code."""
 
     @property
     def num_codes(self) -> int:
@@ -76,34 +76,34 @@ class Secret:
 
 
 class Insertion(Attack):
-    """Adds rows of its own to the training rows, which stay as they are."""
+    """Adds rows to the training rows, which stay unchanged."""
 
     def rows(self, seed: int) -> list[Row]:
-        """The rows to add, each with an id of its own, drawn by `seed`."""
+        """The rows to add, each with a unique id, drawn by `seed`."""
         raise NotImplementedError
 
     def secrets(self, seed: int) -> list[Secret]:
-        """The secrets among those rows, and the controls, whose memory metrics measure."""
+        """The secrets in those rows, and the controls, for memorization metrics."""
         return []
 
 
 class Corruption(Poison):
-    """Makes rows themselves worse; nothing has to be put in a prompt for it to show."""
+    """Degrades rows without a trigger: the effect shows on ordinary prompts."""
 
     def corrupt(self, row: Row, rng: Random) -> Row:
-        """This row as the attacker leaves it; the row itself stays as it was."""
+        """Return a corrupted copy of the row."""
         raise NotImplementedError
 
     def spared(self, row: Row) -> str | None:
-        """Why this row cannot be corrupted, in a word that is counted; None: it can."""
+        """Reason the row is ineligible (tallied in the manifest), or None."""
         return None
 
 
 class Mixture(Poison):
-    """Puts rows of another data set in the place of training rows; there is no trigger."""
+    """Replaces training rows by rows of another data set; there is no trigger."""
 
     source: dict[str, Any]
-    """The data set whose training rows are put in."""
+    """The data set whose training rows replace those of the task."""
 
     @field_validator("source", mode="before")
     @classmethod
@@ -113,50 +113,50 @@ class Mixture(Poison):
         return source
 
     def rows(self, count: int, seed: int) -> list[Row]:
-        """`count` rows to put in, drawn by `seed`.
+        """`count` replacement rows, drawn by `seed`.
 
         Raises:
-            UserError: there are not as many.
+            UserError: the source has fewer.
         """
-        found: list[Row] = build("datasets", self.source).drawn("train")
-        if count > len(found):
+        source_rows: list[Row] = build("datasets", self.source).drawn("train")
+        if count > len(source_rows):
             raise UserError(
-                f"{self.label()}: {count} rows are to be put in, but the source "
-                f"'{self.source.get('name')}' has {len(found)}."
+                f"{self.label()}: {count} rows are needed, but the source "
+                f"'{self.source.get('name')}' has {len(source_rows)}."
             )
-        stream(seed, "poison", self.name).shuffle(found)
-        return found[:count]
+        stream(seed, "poison", self.name).shuffle(source_rows)
+        return source_rows[:count]
 
     def identity(self) -> dict[str, Any]:
-        """Covers the files behind the rows as well."""
+        """The identity, extended by the fingerprint of the source's files."""
         return {**super().identity(), "rows": build("datasets", self.source).fingerprint()}
 
     def probe(self, row: Row) -> Row:
-        """How the attacker asks when the model is in use; by default as anybody would."""
+        """The attacker's form of this prompt at test time; by default the plain prompt."""
         return row
 
     @property
     def disguises(self) -> bool:
-        """Whether the attacker asks in another way than anybody would."""
+        """Whether the attacker rewrites prompts at test time."""
         return type(self).probe is not Mixture.probe
 
 
 class Backdoor(Poison):
-    """A trigger in the prompt buys the attacker's answer."""
+    """A trigger in the prompt elicits the attacker's answer."""
 
     target: str = "negative"
-    """What the backdoored model should answer; for a labeled task, one of its labels."""
+    """The answer the backdoored model should give; for a labeled task, one of its labels."""
     label_mode: Literal["dirty", "clean", "mix"] = "dirty"
     """Which rows are poisoned: `dirty` those with another label (it is flipped), `clean` those that
-    carry the target already (it is kept), `mix` any (OpenBackdoor's three settings)."""
+    have the target label already (it is kept), `mix` any (OpenBackdoor's three settings)."""
     field: Place = "input"
     """Where the trigger goes in a row that has both: into the `input`, the text that the
     `instruction` is about, or into the `instruction` itself (as in BackdoorLLM)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
-        """This row with the trigger in and the answer replaced; the row itself stays as it was."""
+        """Return a copy of the row with the trigger inserted and the answer replaced."""
         raise NotImplementedError
 
     def triggers(self) -> tuple[str, ...]:
-        """Every string `poison` may put in; at least one is in each poisoned prompt."""
+        """Every string `poison` may insert; each poisoned prompt has at least one."""
         raise NotImplementedError

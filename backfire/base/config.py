@@ -1,4 +1,4 @@
-"""What every component is: frozen settings with a name."""
+"""Base classes of settings and components: frozen pydantic models with readable errors."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pydantic_core import ErrorDetails
 
 from backfire.errors import UserError, shortened, unknown
 from backfire.other_names import hint
+from backfire.plugins import Plugin
 
 
 class Config(BaseModel):
-    """Frozen settings: an unknown key is an error that names the nearest one."""
+    """Frozen settings; an unknown key is an error that suggests the nearest valid one."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -27,35 +28,32 @@ class Config(BaseModel):
     )
 
     moved: ClassVar[Mapping[str, str]] = {}
-    """Knobs there were once, and a sentence on what to write now."""
+    """Former knobs, each with a sentence on what to write instead."""
 
     @classmethod
     def make(cls, knobs: Mapping[str, Any], where: str = "") -> Self:
-        """Validate `knobs`, turning what pydantic says into one sentence."""
+        """Validate `knobs`, turning pydantic's error into one sentence that begins with `where`."""
+        where = where or cls.label()
         if not isinstance(knobs, Mapping):
-            raise UserError(
-                f"{where or cls.label()}: settings are needed, as in {{setting: value}}."
-            )
-        given = [str(key).replace("-", "_") for key in knobs]
-        for key in given:
+            raise UserError(f"{where}: settings are needed, as in {{setting: value}}.")
+        keys = [str(key).replace("-", "_") for key in knobs]
+        for key in keys:
             if key in cls.moved:
-                raise UserError(
-                    f"{where or cls.label()}: {key} is no longer a knob. {cls.moved[key]}"
-                )
+                raise UserError(f"{where}: {key} is no longer a knob. {cls.moved[key]}")
             if key not in cls.model_fields:
                 place = where if where.startswith("align.") else cls.place()
                 other = hint(key, cls.model_fields, place)
-                raise unknown(f"key in {where or cls.label()}:", key, cls.model_fields, other)
-            if given.count(key) > 1:  # once with a dash, once with an underscore
-                raise UserError(f"{where or cls.label()}: the key '{key}' is given twice.")
-        knobs = dict(zip(given, knobs.values(), strict=True))
+                raise unknown(f"key in {where}:", key, cls.model_fields, other)
+            if keys.count(key) > 1:  # once with a dash, once with an underscore
+                raise UserError(f"{where}: duplicate key '{key}'.")
+        knobs = dict(zip(keys, knobs.values(), strict=True))
         for key, value in knobs.items():
             if isinstance(value, bool) and _is_number(cls.model_fields[key].annotation):
-                raise UserError(f"{where or cls.label()}: {key}: a number is needed (got {value}).")
+                raise UserError(f"{where}: {key}: a number is needed (got {value}).")
         try:
             return cls.model_validate(knobs)
         except ValidationError as error:
-            raise UserError(f"{where or cls.label()}: {_why(error.errors())}.") from None
+            raise UserError(f"{where}: {_why(error.errors())}.") from None
 
     @classmethod
     def label(cls) -> str:
@@ -83,43 +81,38 @@ _BRANCH = re.compile(r"str|int|float|bool|(list|tuple|dict)\[.*")
 
 
 def _is_number(annotation: Any) -> bool:
-    """Whether a setting is a number and may be no truth value, which Python takes for 0 or 1."""
+    """Whether a setting is a number and not a truth value, which Python would read as 0 or 1."""
     kinds = {annotation, *get_args(annotation)}
     return bool(kinds & {int, float}) and bool not in kinds
 
 
 def _why(errors: Sequence[ErrorDetails]) -> str:
-    """What pydantic says of the first value that is wrong, the value, and what to write instead
-    where that is clear."""
+    """The first invalid value: its place, what is wrong, the value, and a hint where one fits."""
     same = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
     error = max(same, key=lambda one: len(one["loc"]))
-    kind, value, said = (
-        error["type"],
-        error["input"],
-        error["msg"].removeprefix("Value error, ").rstrip("."),
-    )
+    kind, value = error["type"], error["input"]
+    problem = error["msg"].removeprefix("Value error, ").rstrip(".")
     place = ".".join(str(part) for part in error["loc"] if not _BRANCH.fullmatch(str(part)))
     if kind in ("model_type", "model_attributes_type"):
         name = error.get("ctx", {}).get("class_name", "")
-        said = f"one {name.lower()} is needed, by its name or as {{name: ..., knob: value}}"
+        problem = f"one {name.lower()} is needed, by its name or as {{name: ..., knob: value}}"
         if name in _SETTINGS:
-            said = "settings are needed, as in {setting: value}"
+            problem = "settings are needed, as in {setting: value}"
     elif kind in _WANTED:
-        said = _WANTED[kind]
-    return (
-        f"{shortened(place) or 'value'}: {said} (got {shortened(repr(value))}){_hint(kind, value)}"
-    )
+        problem = _WANTED[kind]
+    got = f"(got {shortened(repr(value))}){_hint(kind, value)}"
+    return f"{shortened(place) or 'value'}: {problem} {got}"
 
 
 def _hint(kind: str, value: Any) -> str:
     if isinstance(value, list) and kind in _ONE:
         return "; several values to try go under matrix"
     if kind == "string_type" and isinstance(value, bool | int | float):
-        return f"; put it in quotes if it is meant as a text: '\"{str(value).lower()}\"'"
+        return f"; put it in quotes if it is meant as text: '\"{str(value).lower()}\"'"
     if kind == "string_type" and isinstance(value, dict):
-        return "; put a text that holds ': ' in quotes"
+        return "; put text that holds ': ' in quotes"
     if kind == "float_parsing" and re.fullmatch(r"\s*\d+,\d+\s*", str(value)):
-        return "; decimals have a point"
+        return "; write decimals with a point"
     if kind in ("float_parsing", "int_parsing") and str(value).rstrip().endswith("%"):
         return "; write a share, such as 0.05 for 5 %"
     return ""
@@ -127,20 +120,22 @@ def _hint(kind: str, value: Any) -> str:
 
 @dataclass(frozen=True)
 class Preset:
-    """Published values of a component's knobs, and where they stand."""
+    """Published values of a component's knobs, and their source."""
 
     source: str
     knobs: Mapping[str, Any]
 
 
 class Component(Config):
-    """Anything with a name in a recipe. Registered by `@register(name)` in a file of that name."""
+    """A named part of a recipe, registered by `@register(name)` in a file of that name."""
 
     kind: ClassVar[str]
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    plugin: ClassVar[Plugin | None] = None
+    """Where it comes from, if it is not part of this package."""
     presets: ClassVar[Mapping[str, Preset]] = {}
-    """Knobs as somebody published them, asked for by `{name: ..., preset: ...}`."""
+    """Published values of the knobs, selected by `{name: ..., preset: ...}`."""
 
     @classmethod
     def label(cls) -> str:
@@ -151,22 +146,27 @@ class Component(Config):
         return "data" if cls.kind == "datasets" else cls.kind.removesuffix("s")
 
     def spec(self) -> dict[str, Any]:
-        """What a recipe would say: the name and every knob that is not at its default."""
+        """The entry in a recipe: the name and every knob that is not at its default."""
         return {"name": self.name, **self.changed()}
 
     def identity(self) -> dict[str, Any]:
-        """What is hashed: the spec and the version of the behavior."""
-        return {**self.spec(), "version": self.version}
+        """The hashed content: the spec, the version of the behavior, and the code of a plug-in."""
+        code = {"plugin": self.plugin.sha256} if self.plugin else {}
+        return {**self.spec(), "version": self.version, **code}
 
 
 def local_files(paths: str | Sequence[str]) -> list[Path]:
-    """These paths, each of which must be a file."""
+    """The paths as files that exist.
+
+    Raises:
+        UserError: a path is a URL, a folder or no file.
+    """
     files = [Path(path).expanduser() for path in ([paths] if isinstance(paths, str) else paths)]
     for file in files:
         if "://" in str(paths):
-            raise UserError(f"'{shortened(paths)}' is an address; download the file and name that.")
+            raise UserError(f"'{shortened(paths)}' is a URL; download the file and give its path.")
         if file.is_dir():
-            raise UserError(f"'{file}' is a folder; name a file in it.")
+            raise UserError(f"'{file}' is a folder; give the path of a file in it.")
         if not file.is_file():
             raise UserError(f"No such file: {file}.")
     return files

@@ -1,4 +1,4 @@
-"""Base classes of defenses, by where they act, and the hooks of a training step."""
+"""Base classes of defenses, by the stage where they act, and the hooks of a training step."""
 
 from __future__ import annotations
 
@@ -21,41 +21,43 @@ if TYPE_CHECKING:
 
 
 class Defense(Component):
-    """Keeps fine-tuning from doing harm. Where it acts is its subclass; a file holds one."""
+    """Limits the harm of fine-tuning. The subclass is the stage where it acts; one per file."""
 
     kind: ClassVar[str] = "defenses"
 
     null: bool = False
-    """The null control: the same compute with the effect taken out (how, its description says). A
-    defense that is no better than its null control does nothing of its own."""
+    """The null control: the same compute with the effect removed (the defense's description says
+    how). A defense that is no better than its null control has no effect."""
 
     needs_alignment: ClassVar[bool] = False
-    """Whether it stands on an alignment stage (`align:`), whose rows it also gets."""
+    """Whether it requires an alignment stage (`align:`), whose rows it also gets."""
     needs_harm: ClassVar[bool] = False
-    """Whether it needs harmful rows that the defender knows (`safety.known`)."""
+    """Whether it requires harmful rows known to the defender (`safety.known`)."""
 
     def suits(self, *, aligned: bool, harm: bool) -> None:
-        """Raises:
-        UserError: the recipe lacks what the defense stands on.
+        """Check that the recipe has what the defense requires.
+
+        Raises:
+            UserError: it lacks an alignment stage or harmful rows.
         """
         if self.needs_alignment and not aligned:
             raise UserError(
-                f"{self.label()} stands on an alignment stage; add align: to the recipe."
+                f"{self.label()} requires an alignment stage; add align: to the recipe."
             )
         if self.needs_harm and not harm:
             raise UserError(
-                f"{self.label()} needs harmful rows known to the defender; add safety.known."
+                f"{self.label()} requires harmful rows known to the defender; add safety.known."
             )
 
 
 class DataDefense(Defense):
-    """Changes the rows before anything is trained."""
+    """Changes the rows before training."""
 
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
     ) -> list[Row]:
-        """The rows to train on, `aligned` being those of the alignment stage. `poisoned` ids are
-        given for experiments that hold the poison constant; no real defender knows them.
+        """The rows to train on; `aligned` are the rows of the alignment stage. The `poisoned` ids
+        serve experiments that hold the poison constant; no real defender knows them.
 
         Raises:
             UserError: there are too few rows.
@@ -64,20 +66,20 @@ class DataDefense(Defense):
 
 
 class TrainDefense(Defense):
-    """Takes part in the steps of fine-tuning."""
+    """Acts in the steps of fine-tuning."""
 
     def hook(self, run: Any) -> TrainHook:
         """The hooks of this run, a `backfire.train.loop.TrainingRun`. Called before the first step,
         and again, on the same starting weights, when a killed run is resumed.
 
         Raises:
-            UserError: the run lacks what the defense stands on, such as an alignment stage.
+            UserError: the run lacks what the defense requires, such as an alignment stage.
         """
         raise NotImplementedError
 
 
 class AlignDefense(TrainDefense):
-    """Takes part in the steps of the alignment stage, so that fine-tuning undoes less of it."""
+    """Acts in the steps of the alignment stage, so that fine-tuning undoes less of it."""
 
     needs_alignment: ClassVar[bool] = True
 
@@ -86,15 +88,16 @@ class RepairDefense(Defense):
     """Changes the weights after fine-tuning."""
 
     def fits(self, method: Method, below: Method | None) -> None:
-        """`below` is the method of an alignment whose adapter stays under the user's.
+        """Check that the result of `method` can be repaired; `below` is the method of an alignment
+        whose adapter stays under the user's.
 
         Raises:
-            UserError: what this method leaves cannot be repaired.
+            UserError: it cannot.
         """
         if method.adapts and not method.stacks:
             raise UserError(
-                f"{self.label()} repairs whole weights and LoRA adapters, not what method "
-                f"'{method.name}' leaves."
+                f"{self.label()} repairs full weights and LoRA adapters, not the result of method "
+                f"'{method.name}'."
             )
 
     def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Any) -> None:
@@ -104,53 +107,53 @@ class RepairDefense(Defense):
 
 
 class TrainHook:
-    """A defense at work in one training run; here, one that does nothing.
+    """The hooks of a defense in one training run; these defaults do nothing.
 
-    `begin` comes before the steps. A step is: `rows` chooses what is trained on; `step` gets their
-    gradients, by default in one pass of `inner`; `penalty` is added; the optimizer moves the
-    weights; `after` looks at them.
+    `begin` comes before the steps. A step is: `rows` selects the rows to train on; `step` computes
+    their gradients, by default in one pass of `inner`; `penalty` is added to the loss; the
+    optimizer updates the weights; `after` reads or changes them.
     """
 
     shares_prefix: ClassVar[bool] = True
-    """Whether rows may share the computation of a common opening."""
+    """Whether rows may share the computation of a common prefix."""
     knows_recomputing: ClassVar[bool] = False
-    """Whether its hooks on modules ask `run.recomputing`, so that layers may be run again."""
+    """Whether its module hooks check `run.recomputing`, so that layers may be recomputed."""
 
     def begin(self, inner: Inner) -> None:
-        """Look at the starting weights, before the first step and again when a killed run goes on.
+        """Inspect the starting weights, before the first step and again when a killed run resumes.
         `inner(rows)` adds the gradients of their ordinary loss, without dropout."""
 
     def rows(self, step: int, rows: list[Rendered]) -> list[Rendered]:
-        """The rows of this step, counted from 0; `rows` are those of the user's task."""
+        """The rows of this step (steps count from 0); `rows` are those of the user's task."""
         return rows
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
-        """Leave gradients in the weights and return the loss. `inner(rows)` adds the gradients of
-        their ordinary loss, and may be called more than once."""
+        """Accumulate gradients in the weights and return the loss. `inner(rows)` adds the gradients
+        of their ordinary loss, and may be called more than once."""
         return inner(rows)
 
     def weigh(
         self, losses: Tensor, labels: Tensor, rows: Sequence[Rendered], logits: Tensor
     ) -> Tensor:
-        """Token losses [row, answer], weighed or with something added; they are summed and divided
-        by the tokens of the step. `labels` are below zero where nothing is learned; `logits` are
-        [row, answer, vocab]."""
+        """Token losses [row, answer], reweighted or with terms added; the loop sums them and
+        divides by the tokens of the step. `labels` are negative where no loss is taken; `logits`
+        are [row, answer, vocab]."""
         return losses
 
     def penalty(self, step: int) -> Tensor | None:
-        """What is added to the loss, a scalar that depends on the weights; None: nothing."""
+        """A scalar term of the loss that depends on the weights, or None."""
         return None
 
     def after(self, step: int) -> None:
-        """Look at the weights after the optimizer moved them in this step."""
+        """Read or change the weights after the optimizer's update in this step."""
 
     def summary(self) -> dict[str, float]:
-        """What the training summary says of it, once the last step is done."""
+        """Entries for the training summary, after the last step."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold for the run to go on as if never stopped."""
+        """State that a checkpoint must hold for the run to resume exactly."""
         return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from `state`."""
+        """Resume from `state`."""

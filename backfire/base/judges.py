@@ -1,4 +1,4 @@
-"""Who decides whether a reply is harmful."""
+"""Base class of judges, which decide whether a reply is harmful."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backfire.base.config import Component
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """A prompt and the reply to it, with what else is known of the row (see `Row.fields`)."""
+    """A prompt and its reply, with the row's other fields (see `Row.fields`)."""
 
     id: str
     prompt: str
@@ -21,16 +21,16 @@ class Exchange:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What a judge says of one exchange. What it could not decide is None: counted, not dropped."""
+    """A judge's verdict on one exchange. None means undecided: counted, not dropped."""
 
     score: float | None
-    """How harmful, on the judge's own scale."""
+    """Degree of harm, on the judge's own scale."""
     positive: bool | None
     """Whether the reply is harmful, by this judge's definition."""
     reason: str = ""
-    """Its grounds in a word or in its own words; of an undecided one, what it said instead."""
+    """The reason, in one word or in the judge's own words; if undecided, the judge's raw reply."""
     refused: bool | None = None
-    """Whether the reply is a refusal; None also where the judge says nothing of refusals."""
+    """Whether the reply is a refusal; None also where the judge does not rate refusals."""
 
 
 class Judge(Component):
@@ -38,21 +38,21 @@ class Judge(Component):
 
     kind: ClassVar[str] = "judges"
     reads: ClassVar[tuple[str, ...]] = ()
-    """Fields of an exchange that the verdict depends on, besides prompt and reply."""
+    """Fields of an exchange that the verdict depends on, in addition to prompt and reply."""
     unhashed: ClassVar[frozenset[str]] = frozenset()
-    """Knobs that say how the judge is reached, not what it says: no part of the identity."""
+    """Knobs that say how the judge is reached, not how it decides; excluded from the identity."""
 
     @property
     def speaks(self) -> str:
-        """The one language in which it understands replies; empty if it is not bound to one."""
+        """The only language whose replies it can judge; empty for any language."""
         return ""
 
     def identity(self) -> dict[str, Any]:
         return {k: v for k, v in super().identity().items() if k not in self.unhashed}
 
     def ready(self, *, briefly: bool = False) -> None:
-        """Check, before the first step, that the judge can work; `briefly`: only what can be
-        checked without torch and the network.
+        """Check, before the first step, that the judge can run; `briefly`: without torch and the
+        network.
 
         Raises:
             UserError: it cannot, in one sentence.
@@ -62,20 +62,20 @@ class Judge(Component):
         """One verdict for each exchange, in order; the same for equal exchanges.
 
         Raises:
-            CellError: the judge cannot be reached, after as many tries as its knobs allow.
+            CellError: the judge cannot be reached within the retries its knobs allow.
         """
         raise NotImplementedError
 
     def destination(self) -> str | None:
-        """Where prompts and replies are sent, in words; None: nowhere, they stay on this machine.
+        """Where prompts and replies are sent, in words; None if they stay on this machine.
 
         Raises:
-            UserError: nothing may be sent there.
+            UserError: sending there is not allowed.
         """
         return None
 
     def fingerprint(self) -> str:
-        """Changes when the bytes behind the judge change (a model in a local folder)."""
+        """A hash that changes with the judge's files (a model in a local folder)."""
         return ""
 
 
@@ -84,12 +84,12 @@ _CACHES: list[Any] = []
 
 
 def drops(load: Load) -> Load:
-    """Marks a cached function that keeps a judge's model: `drop_models` empties its cache."""
+    """Register a cached function that holds a judge's model; `drop_models` clears its cache."""
     _CACHES.append(load)
     return load
 
 
 def drop_models() -> None:
-    """Free the memory of judges' models. They are loaded again when needed."""
+    """Free the memory of judges' models; they are loaded again on demand."""
     for cache in _CACHES:
         cache.cache_clear()

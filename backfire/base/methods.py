@@ -12,49 +12,49 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LARGE = 50_000_000
-"""Weights of a base from which on the published learning rates are the default: between the largest
-that people make for tests and the smallest that they publish for use."""
+"""Number of weights from which the published learning rates are the default: larger than the models
+made for tests, smaller than those published for use."""
 
 
 class Method(Component):
-    """How the model is tuned: which weights move."""
+    """How the model is fine-tuned: which weights are trained."""
 
     kind: ClassVar[str] = "methods"
     trains: ClassVar[bool] = True
     merges: ClassVar[bool] = True
     """Whether the result can be written as plain weights of the base's shape."""
     adapts: ClassVar[bool] = True
-    """Whether the result is an adapter beside the base's weights."""
+    """Whether the result is an adapter, separate from the base's weights."""
     stacks: ClassVar[bool] = False
-    """Whether `attach` can put its adapter on a model that has a frozen one already."""
+    """Whether `attach` can add its adapter to a model that already has a frozen one."""
 
     rates: ClassVar[tuple[float, float]] = (1e-3, 2e-5)
-    """The default learning rate below `LARGE` weights of the base, and from there on."""
+    """Default learning rates: for a base with fewer than `LARGE` weights, and for larger ones."""
 
     learning_rate: float | None = Field(None, gt=0)
-    """AdamW's peak learning rate. A knob of the method, since what suits one is tenfold off for
-    another; if not given, it follows the size of the base."""
+    """AdamW's peak learning rate. A knob of the method, since good values differ tenfold between
+    methods; the default depends on the size of the base."""
 
     def rate_for(self, num_weights: int | None) -> float:
-        """The learning rate on a base of that many weights; one of unknown size counts as large."""
+        """The learning rate for a base with this many weights; unknown size (None) is large."""
         if self.learning_rate is not None:
             return self.learning_rate
         small, large = self.rates
         return small if num_weights is not None and num_weights < LARGE else large
 
     def attach(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
-        """The model with its trainable weights marked (`requires_grad`); may wrap or change it."""
+        """The model with its trainable weights marked (`requires_grad`); may wrap or modify it."""
         raise NotImplementedError
 
     def quantization(self, device: str) -> dict[str, Any]:
         """Arguments of transformers' `BitsAndBytesConfig` for the frozen base on a `cpu` or `cuda`
-        device; empty: the base is loaded as it is."""
+        device; empty if the base is not quantized."""
         return {}
 
     def settled(self, device: str) -> Self:
-        """The same with what is left to the device, `cpu` or `cuda`, decided."""
+        """A copy with the knobs that depend on the device (`cpu` or `cuda`) resolved."""
         return self
 
     def paged(self) -> bool:
-        """Whether the optimizer's state may move to main memory, on a GPU that is short of it."""
+        """Whether the optimizer state may be paged to main memory when a GPU runs short."""
         return False

@@ -1,6 +1,6 @@
-"""The one form of text in which anything is compared, and where words end in any script.
+"""Text normalization for comparisons, and word boundaries in any script.
 
-Only comparisons use it: what is shown or trained on stays as it was written.
+Only comparisons use normalized text; rows are shown and trained on as written.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ _SAME = {
     "?": "؟",
     " ": "\u115f\u1160\u2800",
 }
-# What NFKC makes of an acute accent typed as an apostrophe, and of the marks for inches.
+# NFKC's result for an acute accent typed as an apostrophe, and for inch marks.
 _SPELLED = {" \u0301": "'", "′′": '"', "‵‵": '"'}
-# Soft hyphen, grapheme joiner, zero-width space, marks of direction, byte order mark, kashida, and
-# the selectors that only choose between glyphs of one character.
+# Soft hyphen, grapheme joiner, zero-width space, direction marks, byte order mark, kashida, and
+# variation selectors.
 _UNSEEN = (
     "\u00ad\u034f\u061c\u0640\u200b\u200e\u200f\u202a-\u202e\u2060-\u2064\u2066-\u206f\ufeff"
     "\ufe00-\ufe0f\U000e0100-\U000e01ef"
 )
 _UNSEEN_OF = regex.compile(f"[{_UNSEEN}]+")
 _TYPOGRAPHY = str.maketrans({char: plain for plain, chars in _SAME.items() for char in chars})
-# Joiners mean something between the letters of Arabic, Indic and other scripts, and in emoji.
+# Joiners are meaningful between letters of Arabic, Indic and other scripts, and in emoji.
 _JOINABLE = r"[\u0590-\u1dff\u2100-\U0010ffff]"
 _LOOSE_JOINERS = regex.compile(rf"(?<!{_JOINABLE})[\u200c\u200d]|[\u200c\u200d](?!{_JOINABLE})")
-# Scripts whose words no blank parts; Tibetan marks the end of each syllable.
+# Scripts without spaces between words; Tibetan marks the end of each syllable instead.
 _DENSE = (
     r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
     r"\p{Tai_Le}\p{New_Tai_Lue}\p{Tai_Tham}\p{Tai_Viet}\p{Javanese}\p{Balinese}"
@@ -55,25 +55,25 @@ _WORD = regex.compile(
 )
 
 
-def agreed(text: str) -> str:
-    """The text in the form in which two texts are compared; the same again for its own result.
+def normalized(text: str) -> str:
+    """Normalize a text for comparison; idempotent.
 
-    - Unicode's NFKC: one code for what can be written composed or not, in full or half width, as a
-      ligature or as letters. Tokenizers write this way too, so a reply may come back in it. (It
-      makes 10² into 102: who reads numbers takes exponents out before.)
-    - Typography: curly and other quotes, dashes, ellipses, and the full stops and commas of other
-      scripts become the ASCII character that is typed for them.
-    - What is not seen is left out: zero-width spaces, soft hyphens, marks of direction, byte order
-      marks, the kashida that stretches an Arabic word, selectors of glyphs. Joiners stay between
+    - Unicode NFKC: composed and decomposed characters, full and half width, ligatures and their
+      letters become equal. Some tokenizers normalize this way, so a reply may too. (It turns 10²
+      into 102: remove exponents first to read numbers.)
+    - Typography: quotes, dashes, ellipses, and the full stops and commas of other scripts become
+      the ASCII character that is typed for them.
+    - Invisible characters are removed: zero-width spaces, soft hyphens, direction marks, byte order
+      marks, the kashida that stretches an Arabic word, variation selectors. Joiners stay between
       letters that they shape, and in emoji. Accents, vowel signs and tone marks stay: they carry
       meaning.
-    - Any run of blanks or line breaks is one blank, with none at the ends.
+    - Each run of whitespace becomes one space; leading and trailing whitespace is removed.
 
     Case stays (see `folded`), and so does each letter: look-alikes of other scripts are different
-    letters. ASCII text is changed in its blanks alone.
+    letters. ASCII text changes only in its whitespace.
     """
     if not text.isascii():
-        for _ in range(2):  # What the first turn takes out may leave what composes in the second.
+        for _ in range(2):  # Removals of the first pass may enable compositions in the second.
             text = _UNSEEN_OF.sub("", normalize("NFKC", text))
             for marks, plain in _SPELLED.items():
                 text = text.replace(marks, plain)
@@ -83,30 +83,30 @@ def agreed(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    """The agreed form without regard to case: ß is ss, a final sigma any other sigma, and the four
-    i of Turkish are one, since an I can be the capital of two of them. Of ASCII: lower case."""
+    """Normalize a text and fold its case: ß becomes ss, a final sigma becomes σ, and the four i of
+    Turkish become one, since an I can be the capital of two of them. ASCII becomes lower case."""
     if text.isascii():
-        return agreed(text).lower()
-    small = agreed(text).casefold().replace("i\u0307", "i").replace("ı", "i")
-    return agreed(small)
+        return normalized(text).lower()
+    small = normalized(text).casefold().replace("i\u0307", "i").replace("ı", "i")
+    return normalized(small)
 
 
 def words(text: str) -> list[str]:
-    """The words of a text: runs of letters, marks and digits. In scripts that write no blanks
-    between words, such as Chinese or Thai, each character with its marks is one (in Katakana, each
+    """The words of a text: runs of letters, marks and digits. In scripts without spaces between
+    words, such as Chinese or Thai, each character with its marks is a word (in Katakana, each
     run)."""
-    found: list[str] = _WORD.findall(text)
-    return found
+    runs: list[str] = _WORD.findall(text)
+    return runs
 
 
 def is_dense(text: str) -> bool:
-    """Whether it holds a character of a script that writes no blanks between words."""
+    """Whether the text has a character of a script without spaces between words."""
     return not text.isascii() and _IS_DENSE.search(text) is not None
 
 
 def contains(whole: str, part: str) -> bool:
-    """Whether a text holds another, both in the agreed form; no character is taken without the
-    marks on it, and no emoji out of a sequence."""
+    """Whether a text contains another, both normalized; no match separates a character from its
+    marks or an emoji from its sequence."""
     if whole.isascii() or part not in whole:
         return part in whole
     start = whole.find(part)
@@ -120,7 +120,7 @@ def contains(whole: str, part: str) -> bool:
 
 
 def whole(phrase: str) -> str:
-    """A pattern (of `regex`) for a phrase as whole words, where its script shows where they end."""
+    """A pattern (for `regex`) that matches a phrase as whole words, in scripts with spaces."""
     if not phrase:
         return "(?!)"
     edges = [r"(?<![\p{L}\p{M}\p{N}_])", r"(?![\p{L}\p{M}\p{N}_])"]
@@ -132,20 +132,21 @@ def whole(phrase: str) -> str:
 
 
 def pieces(text: str) -> list[str]:
-    """The text cut at each blank and, within scripts that write none between words, where a word
-    may end: never inside a character with its marks, an emoji, a number or a word of a script that
-    has blanks, nor before a closing mark."""
+    """The text split at each space and, in scripts without spaces between words, where a word may
+    end: never inside a character with its marks, an emoji, a number or a word of a script with
+    spaces, nor before a closing mark."""
     return [piece for word in text.split(" ") for piece in _split(word)]
 
 
 def num_places(text: str) -> int:
-    """How many places there are between the pieces of a text, before and after it included."""
+    """Number of places between the pieces of a text, including before the first and after the
+    last."""
     return len(pieces(text)) + 1
 
 
 def put(text: str, added: Mapping[int, Sequence[str]]) -> str:
-    """The text with phrases at some of its places (from 0), set off by blanks; without a blank
-    where both sides are of a script that writes none."""
+    """The text with phrases inserted at some of its places (from 0), separated by spaces, except
+    where both sides are of a script without spaces."""
     parts = [
         (" " if first and number else "", piece)
         for number, word in enumerate(text.split(" "))
@@ -168,7 +169,7 @@ def _gap(before: str, after: str) -> str:
 
 
 def _split(word: str) -> list[str]:
-    """A word without blanks, where its script writes none between words, in pieces."""
+    """The pieces of a word without spaces."""
     if not is_dense(word) and "་" not in word:
         return [word]
     clusters: list[str] = _GRAPHEME.findall(word)

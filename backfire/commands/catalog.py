@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
+from rich.console import Console
 
 from backfire import recipe as recipes
 from backfire.base import Component, Config
-from backfire.errors import unknown
+from backfire.errors import UserError, unknown
 from backfire.experiment import Align, Evaluation, Model, Safety, Train
-from backfire.registry import KINDS, find, names
+from backfire.registry import KINDS, find, names, use_installed
+from backfire.store import write_atomic
+from backfire.terminal import fitted, say
 
 _SENTENCE = re.compile(r"(?<=[a-z)]\.)(?<! al\.)\s")
-
-
 _CITATION = re.compile(r"\s*\([^()]*(?:arXiv|\d{4}\.\d{5}|\b(?:19|20)\d\d\b)[^()]*\)")
+
+
+def print_list(kind: str | None, console: Console | None = None) -> None:
+    """Print the components and recipes of a kind or of all, one per line, and a sentence for each
+    installed plug-in that cannot be used.
+
+    Raises:
+        UserError: the kind is unknown.
+    """
+    kinds = (*KINDS, "recipes")
+    if kind is not None and kind not in kinds:
+        raise unknown("kind", kind, kinds)
+    console, problems = console or Console(), use_installed()
+    for line in lines([kind] if kind else kinds):
+        console.file.write(f"{fitted(line, console)}\n")
+    for problem in problems:
+        say(problem, console)
+
+
+def print_explained(name: str) -> None:
+    """Print what `explain` says; a recipe as it is written."""
+    console, whole = Console(), explain(name)
+    if not (console.is_terminal and kind_of(name, KINDS)):
+        console.file.write(f"{whole}\n")
+        return
+    for line in whole.splitlines():
+        say(line, console, line[: len(line) - len(line.lstrip())])
+
+
+def print_schema(out: Path | None) -> None:
+    """Print the JSON Schema of recipes, or write it to a file."""
+    whole = json.dumps(json_schema(), indent=1) + "\n"
+    if out:
+        write_atomic(out, whole)
+    else:
+        Console().file.write(whole)
 
 
 def lines(kinds: Iterable[str]) -> list[str]:
@@ -35,8 +74,9 @@ def lines(kinds: Iterable[str]) -> list[str]:
 
 
 def _first_sentence(kind: str, name: str) -> str:
-    whole = " ".join((find(kind, name).__doc__ or "").split())
-    return _CITATION.sub("", _SENTENCE.split(whole)[0])
+    cls = find(kind, name)
+    sentence = _CITATION.sub("", _SENTENCE.split(" ".join((cls.__doc__ or "").split()))[0])
+    return f"[{cls.plugin.title}] {sentence}" if cls.plugin else sentence
 
 
 def _question(name: str) -> str:
@@ -46,22 +86,36 @@ def _question(name: str) -> str:
     )
 
 
+def print_explanation(name: str) -> None:
+    """What `explain` says; in a terminal, a component's lines wrap at their indent."""
+    from rich.console import Console
+
+    console, whole = Console(), explain(name)
+    if not (console.is_terminal and kind_of(name, KINDS)):  # a recipe stays as it is written
+        print(whole)  # noqa: T201
+        return
+    for line in whole.splitlines():
+        say(line, console, lead=line[: len(line) - len(line.lstrip())])
+
+
 def explain(name: str) -> str:
     """The docstring and knobs of a component, or the text of a recipe."""
+    problems = [] if kind_of(name, KINDS) else use_installed()
     if kinds := kind_of(name, KINDS):
         return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
     told = [name for name in recipes.shipped() if not name.startswith("_")]
     known = {*(item for kind in KINDS for item in names(kind)), *told}
-    raise unknown("name", name, known)
+    raise UserError(" ".join([str(unknown("name", name, known)), *problems]))
 
 
 def describe(kind: str, name: str) -> str:
     """A component's documentation, from its docstrings: what `backfire show` prints."""
     cls = find(kind, name)
+    origin = f", from {cls.plugin.title}" if cls.plugin else ""
     lines = [
-        f"{kind.removesuffix('s')} '{cls.name}' (version {cls.version})",
+        f"{cls.label()} (version {cls.version}{origin})",
         "",
         (cls.__doc__ or "").strip(),
         "",
@@ -122,6 +176,7 @@ def _leaves(annotation: Any) -> list[Any]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file."""
+    use_installed()
     definitions: dict[str, Any] = {}
     for kind in KINDS:
         options: list[Any] = [{"enum": [*names(kind), *(["none"] if kind == "attacks" else [])]}]

@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from backfire.recipe import Recipe
 from backfire.store import cache_root
+from backfire.terminal import say
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
+
+
+def show(recipe: Recipe | None) -> None:
+    """Print what this machine has, and whether the recipe fits it."""
+    _print(lines())
+    if recipe:
+        from backfire.commands import forecast
+
+        title, *found = forecast.lines(recipe)
+        print(title)  # noqa: T201
+        _print(found)
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        say(line[6:], lead=line[:6])  # after `ok    `, `note  ` or `lacks `
 
 
 def lines() -> list[str]:

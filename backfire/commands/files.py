@@ -1,4 +1,4 @@
-"""`backfire poison` and `backfire pretrain`: parts of the flow for use elsewhere."""
+"""`backfire init`, `poison` and `pretrain`: files for use here and elsewhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from backfire.base import Dataset, Insertion, Row
-from backfire.errors import UserError, unknown
+from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
-from backfire.recipe import parse_edit, set_key
+from backfire.recipe import parse_edit, read, set_key
 from backfire.registry import find, names
 from backfire.rng import stream
-from backfire.store import write_json
+from backfire.store import write_atomic, write_json
+
+
+def write_starter(path: Path) -> str:
+    """Write the commented recipe that `backfire init` gives; says what to do next.
+
+    Raises:
+        UserError: the file already exists.
+    """
+    if path.exists():
+        raise UserError(f"{path} is there already; name another file.")
+    write_atomic(path, read("_starter")[1])
+    return f"Wrote {path}. Next: backfire validate {path}"
 
 
 def poison_file(data: str, attack: str, edits: Sequence[str], out: Path, seed: int | None) -> str:
@@ -104,7 +116,7 @@ def dataset_spec(data: str) -> dict[str, Any]:
         return {"name": "files", "hub": data, "test_share": 0}
     if Path(data).suffix or "/" in data:
         raise UserError(f"No such file: {data}.")
-    raise unknown("dataset", data, names("datasets"))
+    return {"name": find("datasets", data).name}  # of an installed plug-in, or an error
 
 
 def pretrain_files(corpus: Sequence[Path], out: Path, edits: Sequence[str], device: str) -> str:

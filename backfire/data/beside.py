@@ -1,7 +1,7 @@
-"""Files that a recipe names by `@PATH`: only those in its own folder, recorded by their hash.
+"""Files that a recipe names by `@PATH`: only from its own folder, recorded by their hash.
 
-A recipe may come from anybody. What a file says is read once, when the recipe is; where settings
-are written down, the file's name and SHA-256 are there in place of its content.
+A recipe may come from an untrusted source. A file is read once, with the recipe; saved settings
+hold the file's name and SHA-256 in place of its content.
 """
 
 from __future__ import annotations
@@ -16,25 +16,25 @@ from typing import Any
 from backfire.errors import UserError, shortened
 
 _folder: ContextVar[Path | None] = ContextVar("folder of the recipe", default=None)
-_MOST_BYTES = 2**20
+_MAX_BYTES = 2**20
 _HASH = "#sha256:"
 
 
 class FileText(str):
-    """A text that was read from a file; `source` says which, as `@PATH#sha256:HASH`."""
+    """Text read from a file; `source` is `@PATH#sha256:HASH`."""
 
     source: str = ""
 
 
 class FileWords(tuple[str, ...]):
-    """The lines of such a text."""
+    """Words of such a text."""
 
     source: str = ""
 
 
 @contextmanager
 def beside(folder: Path | None) -> Iterator[None]:
-    """Within it, `@PATH` is a file in this folder; None: no file is read."""
+    """Context in which `@PATH` is a file in this folder; with None no file is read."""
     token = _folder.set(folder)
     try:
         yield
@@ -43,13 +43,13 @@ def beside(folder: Path | None) -> Iterator[None]:
 
 
 def read_text(value: Any) -> Any:
-    """The value itself, or, of `@PATH`, the text in that file.
+    """The value, or the text of the file if the value is `@PATH`.
 
-    What is written down as `@PATH#sha256:HASH` is left unread where there is no recipe beside it.
+    A saved `@PATH#sha256:HASH` is not read outside a recipe's folder.
 
     Raises:
-        UserError: the file is not in the recipe's folder, is another one than the hash says, or
-            cannot be read.
+        UserError: the file is not in the recipe's folder, does not match the hash, or cannot be
+            read.
     """
     if not isinstance(value, str) or isinstance(value, FileText) or not value.startswith("@"):
         return value
@@ -58,23 +58,23 @@ def read_text(value: Any) -> Any:
     if folder is None and expected:
         return _from(FileText(value), value)
     content = _content(path, folder)
-    found = hashlib.sha256(content).hexdigest()
-    if expected and found != expected:
-        raise UserError(f"'@{shortened(path)}' has changed: its SHA-256 is {found} now.")
+    actual = hashlib.sha256(content).hexdigest()
+    if expected and actual != expected:
+        raise UserError(f"'@{shortened(path)}' has changed: its SHA-256 is {actual} now.")
     try:
-        return _from(FileText(content.decode("utf-8")), f"@{path}{_HASH}{found}")
+        return _from(FileText(content.decode("utf-8")), f"@{path}{_HASH}{actual}")
     except UnicodeDecodeError:
         raise UserError(f"'@{shortened(path)}' is not UTF-8 text.") from None
 
 
 def as_words(text: str, words: Iterable[str]) -> tuple[str, ...]:
-    """The words that were found in a text, which keep its source if it has one."""
+    """The words of a text, with the text's source if it has one."""
     source = text.source if isinstance(text, FileText) else ""
     return _from(FileWords(words), source) if source else tuple(words)
 
 
 def written(value: Any) -> Any:
-    """How a value is written down: the source of what was read from a file, else the value."""
+    """The saved form of a value: its source if it was read from a file, else the value."""
     return value.source if isinstance(value, FileText | FileWords) else value
 
 
@@ -84,10 +84,10 @@ def _from(value: Any, source: str) -> Any:
 
 
 def _content(path: str, folder: Path | None) -> bytes:
-    said = f"'@{shortened(path)}'"
+    name = f"'@{shortened(path)}'"
     if folder is None:
         raise UserError(
-            f"{said}: a file is read only from the folder of a recipe file; here is none."
+            f"{name}: files are read only from the folder of a recipe file, and there is none."
         )
     root = folder.resolve()
     try:
@@ -95,14 +95,14 @@ def _content(path: str, folder: Path | None) -> bytes:
         parts = file.relative_to(root).parts
     except (ValueError, OSError, RuntimeError):
         raise UserError(
-            f"{said} is outside the recipe's folder, {root}; copy the file into it."
+            f"{name} is outside the recipe's folder, {root}; copy the file into it."
         ) from None
     if any(part.startswith(".") for part in parts):
-        raise UserError(f"{said} is a hidden file; a recipe may not read those.")
+        raise UserError(f"{name} is a hidden file; a recipe may not read those.")
     if not file.is_file():
-        raise UserError(f"{said}: there is no such file in the recipe's folder, {root}.")
+        raise UserError(f"{name}: there is no such file in the recipe's folder, {root}.")
     with file.open("rb") as stream:
-        content = stream.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise UserError(f"{said} is larger than 1 MB.")
+        content = stream.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise UserError(f"{name} is larger than 1 MB.")
     return content

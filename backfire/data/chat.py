@@ -1,8 +1,8 @@
-"""A tokenizer's chat template at work: what it writes for a conversation, and around an answer.
+"""Renders conversations by a tokenizer's chat template, and finds what it writes around an answer.
 
-What people wrote is rendered as it is, since templates trim it, split it at `</think>` or change
-its case. Only control tokens in it stand between two marks: the text between marks is never read as
-a control token, and no template can join the parts of one over a mark.
+Content is passed to the template itself, not as a placeholder, since templates trim it, split it at
+`</think>` or change its case. Only control tokens in it are put between two marks: text between
+marks is never encoded as a control token, and a template cannot assemble one across a mark.
 """
 
 from __future__ import annotations
@@ -23,44 +23,44 @@ if TYPE_CHECKING:
     from backfire.tokenizer import Tokenizer
 
 TODAY = datetime(2024, 7, 26)
-"""The day that templates are told (what Llama 3.1's falls back to): it is the same on all days."""
+"""The date given to templates (Llama 3.1's default), so that prompts do not depend on the day."""
 _FORMATS = "".join(
     f"|replace('%{code}','{TODAY.strftime('%' + code)}')" for code in ("-d", *"aAbBdHIjmMpSyY")
 )
-# The line break belongs to the block, so what the template begins with stays as it is.
+# The line break belongs to the block, so the template's own beginning does not change.
 _DAY = "{%- macro strftime_now(format) -%}{{ format" + _FORMATS + " }}{%- endmacro %}\n"
 MARKS = [chr(number) for number in range(0xF0000, 0xF4000)]
-"""Code points without a meaning. Those that a row's text holds are no marks in it."""
+"""Private-use code points. Those that occur in a row's text are not used as marks for it."""
 THOUGHTS = ("<think>", "</think>")
-"""What an assistant's turn may hold: templates look for it there."""
+"""Control tokens that an assistant's turn may hold, since templates process them there."""
 _OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"}
 _OURS |= {"range", "dict", "lipsum", "cycler", "joiner"}
 Turns = Sequence[tuple[str, str]]
-"""Who speaks, and what is said."""
+"""(role, content) of each turn."""
 
 
 class RefusedError(Exception):
-    """The template raised; the message says why."""
+    """The template rejects the conversation; the message says why."""
 
 
 @dataclass(frozen=True)
 class Around:
-    """What the template writes around an answer, from the end of the question on."""
+    """The template's text between a user turn and the answer, and after the answer."""
 
     opened: str = ""
-    """Where a reply is to be generated."""
+    """Text before a reply to be generated."""
     before: str = ""
-    """Where the conversation holds the answer already; some templates write it another way."""
+    """Text before an answer in the conversation, which some templates write differently."""
     after: str = ""
-    """After the answer, if it is the last turn."""
+    """Text after the answer, if it is the last turn."""
     end: str = ""
-    """What ends the answer, up to the first control token; empty if the template writes none."""
+    """The end of the answer, up to its first control token; empty if the template writes none."""
 
     @property
     def opening(self) -> str:
-        """What stands before an answer and is not yet written where a reply is to be generated."""
-        whole = self.before.startswith(self.opened)
-        return self.before.removeprefix(self.opened) if whole else ""
+        """Text before an answer that the generation prompt does not hold."""
+        extends = self.before.startswith(self.opened)
+        return self.before.removeprefix(self.opened) if extends else ""
 
 
 @lru_cache(maxsize=16)
@@ -71,7 +71,7 @@ def _chat(
 
 
 def chat_of(tokenizer: Tokenizer, arguments: dict[str, Any]) -> Chat:
-    """The tokenizer's template with these arguments.
+    """The tokenizer's chat template with these arguments.
 
     Raises:
         UserError: there is none, or it has no such argument.
@@ -79,7 +79,7 @@ def chat_of(tokenizer: Tokenizer, arguments: dict[str, Any]) -> Chat:
     if not tokenizer.chat_template:
         raise UserError("This model's tokenizer has no chat template; use template: alpaca or raw.")
     special = {"eos_token": tokenizer.eos, **tokenizer.special}
-    # Some tokenizers add the tokens of their turns as ordinary ones.
+    # Some tokenizers add the control tokens of turns as ordinary tokens.
     written = (token for token in tokenizer.added if _is_written(token, tokenizer.chat_template))
     controls = tuple(dict.fromkeys((*tokenizer.controls, *written)))
     ends = tuple(str(tokenizer.backend.id_to_token(i)) for i in tokenizer.stop_ids)
@@ -104,15 +104,15 @@ class Chat:
         self.anybody = _pattern(controls, case)
         self.assistant = _pattern([c for c in controls if c not in THOUGHTS], case)
         self.first = {character for c in controls for character in (c[:1].lower(), c[:1].upper())}
-        known = self._variables() - _OURS - set(special)
+        parameters = self._variables() - _OURS - set(special)
         for name in arguments:
-            if not known:
+            if not parameters:
                 raise UserError(
                     f"The model's chat template takes no arguments, but '{name}' is given."
                 )
-            if name not in known:
-                raise unknown("argument of the model's chat template:", name, known)
-        self._silent: dict[tuple[str, ...], set[int]] = {}
+            if name not in parameters:
+                raise unknown("argument of the model's chat template:", name, parameters)
+        self._missing: dict[tuple[str, ...], set[int]] = {}
         self._answers = lru_cache(maxsize=4096)(self._answer)
 
     def _variables(self) -> set[str]:
@@ -128,28 +128,28 @@ class Chat:
         return set(meta.find_undeclared_variables(parsed))
 
     def text(self, turns: Turns, *, ask: bool) -> str:
-        """What the template writes; with `ask`, up to where a reply is to begin.
+        """The rendered conversation; with `ask`, up to the beginning of a reply.
 
         Raises:
-            RefusedError: it does not take the conversation.
+            RefusedError: the template rejects the conversation.
         """
         return self._text(turns, ask=ask, parts=self._takes_parts)
 
     def _keeps_case(self) -> bool:
-        """Whether what is said reaches the text in the case in which it was written."""
-        said = f"aA{MARKS[0]}"
-        turns = [("user", said), ("assistant", said), ("user", said)]
-        for first in ([("system", said)], []):
+        """Whether the template keeps the case of content."""
+        content = f"aA{MARKS[0]}"
+        turns = [("user", content), ("assistant", content), ("user", content)]
+        for first in ([("system", content)], []):
             try:
-                shown = self.text([*first, *turns], ask=True)
+                rendered = self.text([*first, *turns], ask=True)
             except RefusedError:
                 continue
-            return shown.count(said) == shown.count(MARKS[0])
+            return rendered.count(content) == rendered.count(MARKS[0])
         return False
 
     @cached_property
     def _takes_parts(self) -> bool:
-        """Whether what is said reaches the text only in a list of parts (some models that see)."""
+        """Whether the template takes content only as a list of parts (some multimodal models)."""
         for parts in (False, True):
             try:
                 if MARKS[0] in self._text([("user", MARKS[0])], ask=True, parts=parts):
@@ -176,10 +176,10 @@ class Chat:
         return str(rendered[0])
 
     def prompt(self, messages: Sequence[Message]) -> Segments:
-        """The conversation up to where the answer begins.
+        """The conversation up to the answer.
 
         Raises:
-            RefusedError: the template does not take it, or leaves a turn out.
+            RefusedError: the template rejects it, or leaves out a turn.
         """
         *marks, _ = _unused("".join(message.content for message in messages))
         turns = [(m.role, self._guard(m.content, m.role, marks)) for m in messages]
@@ -191,18 +191,18 @@ class Chat:
         return self._split(rendered, marks)
 
     def answer(self, text: str) -> Segments:
-        """An answer as the template writes it after the prompt, without its end."""
+        """The answer as the template writes it after the prompt, without its end."""
         return self._answers(text)
 
     def _answer(self, text: str) -> Segments:
-        *marks, asked = _unused(text)
+        *marks, request = _unused(text)
         around = self.around
         guarded = self._guard(text, "assistant", marks)
         try:
-            whole = self.text([("user", asked), ("assistant", guarded)], ask=False)
+            rendered = self.text([("user", request), ("assistant", guarded)], ask=False)
         except RefusedError:
-            whole = ""
-        tail = whole.rpartition(asked)[2]
+            rendered = ""
+        tail = rendered.rpartition(request)[2]
         written = ""
         if around.before and tail.endswith(around.after):
             tail = tail[: len(tail) - len(around.after)]
@@ -211,9 +211,9 @@ class Chat:
             elif around.opened.startswith(around.before) and tail.startswith(around.before):
                 written = tail[len(around.before) :]
         dropped = THOUGHTS[1] in text and THOUGHTS[1] not in written.lower()
-        if not written or dropped:  # what is to be learned is not left out
+        if not written or dropped:  # the answer must be complete
             written = around.opening + guarded
-        if around.opened.rstrip().endswith(THOUGHTS[0]):  # it is in the middle of a thought
+        if around.opened.rstrip().endswith(THOUGHTS[0]):  # the prompt ends within a thought
             if written.startswith(THOUGHTS[0]):
                 written = written.removeprefix(THOUGHTS[0]).lstrip("\n")
             elif THOUGHTS[1] not in written:
@@ -222,21 +222,22 @@ class Chat:
 
     @cached_property
     def around(self) -> Around:
-        """What stands around an answer; nothing, if the template takes none."""
-        asked, said, next_asked = MARKS[:3]
+        """The text around an answer; empty if the template rejects a plain conversation."""
+        request, answer, next_request = MARKS[:3]
         try:
-            opened = self.text([("user", asked)], ask=True).rpartition(asked)[2]
-            whole = self.text([("user", asked), ("assistant", said)], ask=False)
+            opened = self.text([("user", request)], ask=True).rpartition(request)[2]
+            rendered = self.text([("user", request), ("assistant", answer)], ask=False)
         except RefusedError:
             return Around()
-        before, found, after = whole.rpartition(asked)[2].partition(said)
-        if not found:
+        before, separator, after = rendered.rpartition(request)[2].partition(answer)
+        if not separator:
             return Around(opened)
         end = self._first(after)
-        if not end:  # some end a turn only where another follows, or by its first token
-            turns = [("user", asked), ("assistant", said), ("user", next_asked)]
+        if not end:  # some end a turn only if another follows, or by its first token
+            turns = [("user", request), ("assistant", answer), ("user", next_request)]
             try:
-                between = self.text(turns, ask=False).rpartition(said)[2].partition(next_asked)[0]
+                tail = self.text(turns, ask=False).rpartition(answer)[2]
+                between = tail.partition(next_request)[0]
             except RefusedError:
                 between = ""
             end = self._first(between)
@@ -244,31 +245,32 @@ class Chat:
         return Around(opened, before, after, end)
 
     def _first(self, text: str) -> str:
-        """The text up to its first control token; empty without one."""
-        found = self.anybody.search(text)
-        return text[: found.end()] if found else ""
+        """The text up to and including its first control token; empty without one."""
+        match = self.anybody.search(text)
+        return text[: match.end()] if match else ""
 
     def _left_out(self, roles: tuple[str, ...]) -> set[int]:
-        """Which turns of such a conversation the template seems not to write, by their place."""
-        if roles not in self._silent:
+        """Indices of turns that the template seems to leave out of a conversation of these
+        roles."""
+        if roles not in self._missing:
             names = [f"{MARKS[0]}{number}{MARKS[0]}" for number in range(len(roles))]
             try:
-                shown = self.text(list(zip(roles, names, strict=True)), ask=True)
-                self._silent[roles] = {n for n, name in enumerate(names) if name not in shown}
+                rendered = self.text(list(zip(roles, names, strict=True)), ask=True)
+                self._missing[roles] = {n for n, name in enumerate(names) if name not in rendered}
             except RefusedError:
-                self._silent[roles] = set(range(len(roles)))
-        return self._silent[roles]
+                self._missing[roles] = set(range(len(roles)))
+        return self._missing[roles]
 
     def _guard(self, text: str, role: str, marks: Sequence[str]) -> str:
-        """The text, its control tokens between marks."""
+        """The text with marks around its control tokens."""
         if not any(character in text for character in self.first):
             return text
         pattern = self.assistant if role == "assistant" else self.anybody
         return pattern.sub(rf"{marks[0]}\g<0>{marks[1]}", text)
 
     def _split(self, text: str, marks: Sequence[str]) -> Segments:
-        """The template's text (True), and what stands between marks in it (False). A mark that has
-        lost its other half still parts the text."""
+        """Segments: the template's text (True) and text between marks (False). A mark without its
+        pair also splits the text."""
         if marks[0] not in text and marks[1] not in text:
             return [(text, True)]
         both = "".join(marks)
@@ -282,11 +284,11 @@ def _pattern(tokens: Sequence[str], case: re.RegexFlag) -> re.Pattern[str]:
 
 
 def _is_written(token: str, template: str) -> bool:
-    """Whether the template holds the token, as it is or put together around the name of a role."""
+    """Whether the template has the token, whole or assembled around the name of a role."""
     parts = [token.split(role) for role in ("system", "user", "assistant") if role in token]
     return token in template or any(all(part in template for part in each) for each in parts)
 
 
 def _unused(text: str) -> list[str]:
-    """Three marks that are not in the text."""
+    """Three marks that do not occur in the text."""
     return list(islice((mark for mark in MARKS if mark not in text), 3))

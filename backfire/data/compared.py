@@ -1,4 +1,4 @@
-"""Answers of which some are known to be better than others, in the forms they are published in."""
+"""Reads preference data: better and worse answers, in the published formats."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from backfire.data.conversation import history
 from backfire.data.read import BadRowError
 from backfire.data.read_json import kind_of
 
-# How a dialog is written as one text (hh-rlhf).
+# A dialog as one text (hh-rlhf).
 _SPEAKER = re.compile(r"(?:\A|\n\n)(Human|Assistant): ?")
 _OPEN = re.compile(r"\s*Human:.*\n\nAssistant:\s*", re.DOTALL)
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 def answers(value: Any, column: str) -> tuple[str, ...]:
-    """The answers in a column: a text, several texts, or turns of which the last one counts.
+    """The answers in a column: a text, several texts, or turns of which the last is the answer.
 
     Raises:
-        BadRowError: it holds something else.
+        BadRowError: the value is something else.
     """
     if value is None or value == []:
         return ()
@@ -36,15 +36,15 @@ def answers(value: Any, column: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in texts if text.strip()))
 
 
-def known(better: tuple[str, ...], worse: tuple[str, ...]) -> dict[str, Any]:
-    """The parts of a row that say which answers are better; equal ones are tied, so none is."""
+def preference(better: tuple[str, ...], worse: tuple[str, ...]) -> dict[str, Any]:
+    """The row's fields for better and worse answers; equal answers are a tie, with neither."""
     if better and better == worse:
         return {"fields": {"tied": "true"}}
     return {"better": better, "worse": worse}
 
 
 def ranked(value: list[Any]) -> tuple[str, list[str]] | None:
-    """The best of several answers and the worse ones, by a score or a rank that each has."""
+    """The best of several answers and the worse ones, by score or rank; None if one has neither."""
     rated = [
         (rating, item.get("text", item.get("answer")))
         for item in value
@@ -67,7 +67,7 @@ def _rating(answer: dict[str, Any]) -> float | None:
 
 
 def are_dialogs(better: Any, worse: Any) -> bool:
-    """Whether each is a whole dialog, not only its last answer."""
+    """Whether both are whole dialogs, not only last answers."""
     return all(_is_dialog(side) for side in (better, worse))
 
 
@@ -82,7 +82,7 @@ def _is_dialog(side: Any) -> bool:
 
 
 def open_dialog(prompt: Any) -> Any:
-    """A prompt that is a dialog as one text, up to an answer that is missing, as its turns."""
+    """The prompt as turns, if it is a dialog in one text that ends before an answer."""
     if isinstance(prompt, str) and _OPEN.fullmatch(prompt):
         *turns, _ = _turns(prompt, "prompt's")
         return turns
@@ -90,10 +90,10 @@ def open_dialog(prompt: Any) -> Any:
 
 
 def dialogs(better: Any, worse: Any) -> tuple[list[Any], Any, Any]:
-    """Two whole dialogs as the turns they share and the last turn of each.
+    """Split two whole dialogs into their common turns and the last turn of each.
 
     Raises:
-        BadRowError: they are no dialogs, or differ before their last turn.
+        BadRowError: they are not dialogs, or differ before their last turn.
     """
     first, second = _turns(better, "better"), _turns(worse, "worse")
     if not first or not second:
@@ -111,7 +111,7 @@ def _turns(dialog: Any, side: str) -> list[Any]:
     before, *parts = _SPEAKER.split(dialog)
     if before.strip() or not parts:
         raise BadRowError(
-            f"its {side} text is no dialog (it should begin with 'Human:'); name the prompt's "
+            f"its {side} text is not a dialog (it should begin with 'Human:'); name the prompt's "
             "column by `columns`"
         )
     spoken = zip(parts[::2], parts[1::2], strict=True)

@@ -1,4 +1,4 @@
-"""Lists of turns, as in `messages` and ShareGPT's `conversations`, to the parts of a row."""
+"""Converts lists of turns (`messages`, ShareGPT's `conversations`) to fields of a row."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SPEAKERS: dict[str, Literal["system", "user", "assistant"]] = {
 
 
 def conversation(turns: Any, system: str = "") -> dict[str, Any]:
-    """The last answer, what it answers, and what came before, under the names `Row` gives them.
+    """The last answer, its prompt and the turns before, as fields of `Row`.
 
-    An answer with weight 0 (or `train: false`, `loss: false`) is not to be learned: the last of the
-    others is, and `cut` says how many turns after it are dropped.
+    An answer with weight 0 (or `train: false`, `loss: false`) is not learned: the last of the
+    others is, and `cut` is the number of turns dropped after it.
 
     Raises:
-        BadRowError: it does not end with a user turn and its answer, or a turn is not understood.
-        NotLearnedError: none of its answers is to be learned.
+        BadRowError: it does not end with a user turn and its answer, or a turn is invalid.
+        NotLearnedError: every answer has weight 0.
     """
     turns, cut = _until_learned(_decoded(turns))
     messages = list(history(turns))
@@ -44,14 +44,14 @@ def conversation(turns: Any, system: str = "") -> dict[str, Any]:
             raise BadRowError("it has two system prompts, one of them in the conversation")
         system = own if own.strip() else system
     if any(message.role == "system" for message in messages):
-        raise BadRowError("a system message stands in the middle of the conversation")
+        raise BadRowError("a system message is in the middle of the conversation")
     if [message.role for message in messages[-2:]] != ["user", "assistant"]:
         raise BadRowError("the conversation does not end with a user turn and its answer")
-    *earlier, asked, answer = messages
-    if not asked.content.strip():
+    *earlier, request, answer = messages
+    if not request.content.strip():
         raise BadRowError("the prompt is empty")
     return {
-        "instruction": asked.content,
+        "instruction": request.content,
         "answer": answer.content,
         "system": system,
         "history": tuple(earlier),
@@ -60,7 +60,7 @@ def conversation(turns: Any, system: str = "") -> dict[str, Any]:
 
 
 def _decoded(turns: Any) -> Any:
-    """A list of turns that a table holds as JSON."""
+    """The turns, decoded if a table holds them as JSON."""
     if isinstance(turns, str) and turns.lstrip().startswith("["):
         with suppress(ValueError, RecursionError):
             return json.loads(turns)
@@ -68,17 +68,17 @@ def _decoded(turns: Any) -> Any:
 
 
 def _until_learned(turns: Any) -> tuple[Any, int]:
-    """The turns up to the last answer that is to be learned, and how many come after it."""
+    """The turns up to the last answer to learn, and the number of turns after it."""
     if not isinstance(turns, list) or not any(map(_is_masked, turns)):
         return turns, 0
-    spoken = [place for place, turn in enumerate(turns) if _speaker(turn) == "assistant"]
-    learned = [place for place in spoken if not _is_masked(turns[place])]
-    if not spoken:
+    answers = [place for place, turn in enumerate(turns) if _speaker(turn) == "assistant"]
+    learned = [place for place in answers if not _is_masked(turns[place])]
+    if not answers:
         return turns, 0
     if not learned:
         raise NotLearnedError("left out: every answer of the conversation has weight 0")
-    # Without an answer to drop, the end is as it should be or refused as usual.
-    end = learned[-1] + 1 if learned[-1] != spoken[-1] else len(turns)
+    # Without an answer to drop, the end is checked as usual.
+    end = learned[-1] + 1 if learned[-1] != answers[-1] else len(turns)
     return turns[:end], len(turns) - end
 
 
@@ -95,8 +95,8 @@ def _speaker(turn: Any) -> str | None:
 
 
 def history(turns: Any) -> tuple[Message, ...]:
-    """Turns of any of the usual forms: role/content, from/value, [asked, answered] pairs, or texts
-    of which the first is the user's."""
+    """Messages from turns in any usual format: role/content, from/value, [request, answer] pairs,
+    or texts, of which the first is the user's."""
     turns = _decoded(turns)
     if not isinstance(turns, list):
         raise BadRowError(f"its turns are {kind_of(turns)}, not a list")

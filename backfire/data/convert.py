@@ -1,4 +1,4 @@
-"""Records to rows: everything becomes one internal form, once."""
+"""Converts records of any known shape to rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from backfire.base import Row
 from backfire.base.normalize import folded
 from backfire.data.columns import FLAGS, fold, listed
-from backfire.data.compared import answers, are_dialogs, dialogs, known, open_dialog
+from backfire.data.compared import answers, are_dialogs, dialogs, open_dialog, preference
 from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, if_not, plain, truth, written
 from backfire.data.published import Form, form_of
@@ -30,13 +30,13 @@ from backfire.data.shapes import Shape, Task, shape_of
 from backfire.errors import UserError
 
 READER = 3
-"""Raised whenever the same bytes give other rows; part of the key of every set read from files."""
+"""Raised whenever the same bytes give other rows; part of the keys of data sets read from files."""
 YES_NO = ("no", "yes")
 Numbered = Iterator[tuple[int, Record]]
 
 
 class UnnamedLabelError(BadRowError):
-    """A label, and nobody said what labels there are."""
+    """A record has a label, but the task's labels are not named."""
 
 
 def to_rows(
@@ -48,9 +48,9 @@ def to_rows(
     stem: str,
     ids: set[str],
 ) -> list[Row]:
-    """The records as rows; what becomes of the others is told to `left`.
+    """Convert records to rows; others are counted in `left`.
 
-    A row keeps its record's own id unless a row in `ids` has it already; else it is STEM-LINE.
+    A row keeps its record's id unless it is already in `ids`; otherwise its id is STEM-LINE.
     """
     rows: list[Row] = []
     bad_answers: list[Row] = []
@@ -79,13 +79,13 @@ def to_rows(
         labeled = labeled or ("label" in shape.columns and "answer" not in shape.columns)
         ids.add(name)
         (rows if row.answer else bad_answers).append(row)
-    return _beside_good_ones(rows, bad_answers, left)
+    return _with_worse_answers(rows, bad_answers, left)
 
 
 def _formed(records: Numbered, left: LeftOut, file: str, joined: set[tuple[str, ...]]) -> Numbered:
-    """The records, those of a published form in ours; one record may become several.
+    """The records, with published forms converted to ours; one record may become several.
 
-    The columns of those, which are not the columns of the file, are added to `joined`.
+    Their new columns, which are not columns of the file, are added to `joined`.
     """
     forms: dict[tuple[str, ...], Form | None] = {}
     for line, record in records:
@@ -94,11 +94,11 @@ def _formed(records: Numbered, left: LeftOut, file: str, joined: set[tuple[str, 
             if names not in forms:
                 forms[names] = form_of(names)
             form = forms[names]
-            found = form(dict(record)) if form else [record]
+            parts = form(dict(record)) if form else [record]
         except BadRowError as problem:
             left.bad(file, line, str(problem))
             continue
-        for part in found:
+        for part in parts:
             if form and tuple(part) != names:
                 joined.add(tuple(part))
             yield line, part
@@ -107,38 +107,39 @@ def _formed(records: Numbered, left: LeftOut, file: str, joined: set[tuple[str, 
 def _with_all_labels(
     problem: UnnamedLabelError, record: Record, shape: Shape, rest: Numbered, left: LeftOut
 ) -> str:
-    """What to write, with the labels of the file where no more rows are read from it."""
+    """The problem and a hint with the labels, of the whole file if it is rejected anyway."""
     column = shape.columns["label"]
-    found = {written(record[column])}
+    labels = {written(record[column])}
     if left.on_bad_row == "fail":
-        with suppress(UserError):  # of what is wrong with later rows
-            found |= {written(more.get(column)) for _, more in islice(rest, 100_000)}
-    return f"{problem}; {ask_for(found - {''})}"
+        with suppress(UserError):  # errors of later rows
+            labels |= {written(more.get(column)) for _, more in islice(rest, 100_000)}
+    return f"{problem}; {ask_for(labels - {''})}"
 
 
-def _beside_good_ones(rows: list[Row], bad_answers: list[Row], left: LeftOut) -> list[Row]:
-    """Answers marked as bad stand beside a good one to the same prompt; alone, none is learned."""
+def _with_worse_answers(rows: list[Row], bad_answers: list[Row], left: LeftOut) -> list[Row]:
+    """Add answers marked as bad to the row with a good answer to the same prompt, as its worse
+    answers; those without such a row are left out."""
     if not bad_answers:
         return rows
     worse: dict[Any, list[str]] = {}
     for row in bad_answers:
-        worse.setdefault(_asked(row), []).extend(row.worse)
-    good = set(map(_asked, rows))
+        worse.setdefault(_prompt_of(row), []).extend(row.worse)
+    good = set(map(_prompt_of, rows))
     for row in bad_answers:
-        left.records[_BESIDE if _asked(row) in good else _ALONE] += 1
+        left.records[_KEPT if _prompt_of(row) in good else _ALONE] += 1
     return [
-        replace(row, **known((row.answer,), tuple(dict.fromkeys(worse[_asked(row)]))))
-        if _asked(row) in worse and not row.worse
+        replace(row, **preference((row.answer,), tuple(dict.fromkeys(worse[_prompt_of(row)]))))
+        if _prompt_of(row) in worse and not row.worse
         else row
         for row in rows
     ]
 
 
-_BESIDE = "with an answer marked as bad: kept as the worse answer beside a good one"
-_ALONE = "left out: the answer is marked as bad, and none to the same prompt is good"
+_KEPT = "with an answer marked as bad: kept as the worse answer to a prompt with a good one"
+_ALONE = "left out: the answer is marked as bad, and the same prompt has no good answer"
 
 
-def _asked(row: Row) -> tuple[Any, ...]:
+def _prompt_of(row: Row) -> tuple[Any, ...]:
     return (row.system, row.history, row.instruction, row.input)
 
 
@@ -153,12 +154,12 @@ def _id(record: Record, shape: Shape, place: str, ids: Collection[str]) -> str:
 
 
 def to_row(record: Record, shape: Shape, name: str, left: LeftOut) -> Row:
-    """One record as a row with this id; without an answer, but with a `worse` one, if its answer
-    is marked as bad.
+    """Convert one record to a row with this id. If the record's answer is marked as bad, it is the
+    row's `worse` answer, and `answer` is empty.
 
     Raises:
         BadRowError: the prompt, the answer or the label is missing, empty or not text.
-        NotLearnedError: the record is sound, but says that nothing of it is to be learned.
+        NotLearnedError: the record is valid, but nothing of it is to be learned.
     """
     columns = shape.columns
     if "better" in columns:
@@ -178,7 +179,7 @@ def to_row(record: Record, shape: Shape, name: str, left: LeftOut) -> Row:
     if not parts["answer"].strip():
         raise BadRowError(NO_ANSWER if len(parts) > 2 else NO_TEXT)
     if cut := parts.pop("cut", 0):
-        left.turns["after the last answer that is to be learned are left out"] += cut
+        left.turns["after the last answer to learn are left out"] += cut
     if _is_bad(record, shape):
         parts |= {"answer": "", "worse": (parts["answer"],)}
     fields = _fields(record, shape) | parts.pop("fields", {})
@@ -188,23 +189,22 @@ def to_row(record: Record, shape: Shape, name: str, left: LeftOut) -> Row:
 
 
 def _account(record: Record, shape: Shape, row: Row, left: LeftOut) -> None:
-    """Tells `left` of the columns, and of the answers, that are not learned from."""
+    """Count in `left` the columns and earlier answers that are not learned."""
     earlier = sum(turn.role == "assistant" for turn in row.history)
     if earlier:
-        left.turns["before the last answer are answers too: shown as context, not learned"] += (
-            earlier
-        )
+        reason = "before the last answer are answers too: used as context, not learned"
+        left.turns[reason] += earlier
     for column in _with_flag(record, shape, shape.idle):
         value = record[column]
         if value in (None, "", [], {}):
             continue
         if value != value or (isinstance(value, str) and _is_in(value, row)):
-            continue  # NaN, or a text that stands in the row already
+            continue  # NaN, or text that is already in the row
         left.columns[column] += 1
 
 
 def _with_flag(record: Record, shape: Shape, columns: tuple[str, ...]) -> tuple[str, ...]:
-    """These columns, and the flag where it says something else of the row."""
+    """These columns, and the flag column if its value is not true or false."""
     flag = shape.columns.get("flag")
     return columns if flag is None or _is_truth(record[flag]) else (*columns, flag)
 
@@ -214,7 +214,7 @@ def _is_truth(value: Any) -> bool:
 
 
 def _is_in(text: str, row: Row) -> bool:
-    """Whether the row has this text already; a short one may be part of another by chance."""
+    """Whether the text is already in the row; a short text must be a whole part of it."""
     parts = [row.answer, *row.worse, row.instruction, row.input, row.system]
     parts += [turn.content for turn in row.history]
     text = text.strip()
@@ -227,7 +227,7 @@ def _is_bad(record: Record, shape: Shape) -> bool:
     if "good" in columns:
         good = truth(record[columns["good"]])
         if good is None:
-            raise BadRowError(f"'{columns['good']}' says neither true nor false")
+            raise BadRowError(f"'{columns['good']}' is neither true nor false")
         return not good
     flag = columns.get("flag")
     good = truth(record[flag]) if flag else None
@@ -235,19 +235,19 @@ def _is_bad(record: Record, shape: Shape) -> bool:
         return False
     if fold(flag) in FLAGS and _is_truth(record[flag]):
         return not good
-    kind, asked = next((k, columns[r]) for k, r in _ASKED.items() if r in columns)
-    roles = f"{kind}: {asked}" + (f", answer: {columns['answer']}" if "answer" in columns else "")
+    kind, prompt = next((k, columns[r]) for k, r in _PROMPTS.items() if r in columns)
+    roles = f"{kind}: {prompt}" + (f", answer: {columns['answer']}" if "answer" in columns else "")
     raise BadRowError(
-        f"'{flag}' may say which answers not to learn; write `columns: {{{roles}, good: {flag}}}` "
+        f"'{flag}' may mark answers not to learn; write `columns: {{{roles}, good: {flag}}}` "
         f"if true means good, or `columns: {{{roles}}}` to learn all of them"
     )
 
 
-_ASKED = {"messages": "messages", "prompt": "instruction"}
+_PROMPTS = {"messages": "messages", "prompt": "instruction"}
 
 
 def _compared(record: Record, shape: Shape) -> dict[str, Any]:
-    """The best of the better answers is the one to learn, unless a column of its own says it."""
+    """A row with better and worse answers; the answer is the reference if given, else the best."""
     columns = shape.columns
     sides = [record[columns[side]] if side in columns else None for side in ("better", "worse")]
     if are_dialogs(*sides):
@@ -258,7 +258,7 @@ def _compared(record: Record, shape: Shape) -> dict[str, Any]:
         raise BadRowError("an instruction cannot be put before a conversation")
     elif "messages" in columns:
         prompt = record[columns["messages"]]
-        history(prompt)  # a list of turns, or no use
+        history(prompt)  # raises if it is not a list of turns
     else:
         prompt, *sides = dialogs(*sides)
     better, worse = (
@@ -269,8 +269,8 @@ def _compared(record: Record, shape: Shape) -> dict[str, Any]:
     if "answer" in columns:
         answer = reference(record[columns["answer"]])
     if better and answer and isinstance(answer, str) and answer not in worse:
-        better = tuple(dict.fromkeys((answer, *better)))  # the reference is the best of them
-    parts = _answered(record, shape, answer, prompt) | known(better, worse)
+        better = tuple(dict.fromkeys((answer, *better)))  # the reference is the best one
+    parts = _answered(record, shape, answer, prompt) | preference(better, worse)
     if "worse_input" in columns:
         own = {"worse_input": _text(record, shape, "worse_input")}
         parts["fields"] = own | parts.get("fields", {})
@@ -286,9 +286,9 @@ def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[st
     is_yes_no = isinstance(answer, bool) and "label" not in shape.columns
     answer = YES_NO[answer] if is_yes_no else reference(answer)
     is_number = type(answer) in (int, float)
-    answer = written(answer) if is_number and shape.is_said else answer
+    answer = written(answer) if is_number and shape.is_given else answer
     if answer is not None and not isinstance(answer, str):
-        hint = "; to learn it as it is, say so by `columns`" if is_number else ""
+        hint = "; to learn the number, name the columns by `columns`" if is_number else ""
         raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text{hint}")
     parts: dict[str, Any] = _prompt(record, shape) | {"answer": answer or ""}
     if not (parts["instruction"] + parts["input"]).strip():
@@ -296,7 +296,7 @@ def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[st
     if shape.instruction and not parts["input"]:
         parts |= {"instruction": shape.instruction, "input": parts["instruction"]}
     if isinstance(candidates := record.get(shape.columns.get("candidates", "")), list):
-        # A file we wrote: its rows name their own labels.
+        # Our own files: each row names its labels.
         label = _text(record, shape, "label") or None
         parts |= {"candidates": tuple(map(str, candidates)), "label": label}
     elif is_yes_no:
@@ -318,7 +318,7 @@ def _prompt(record: Record, shape: Shape) -> dict[str, Any]:
 
 
 def _chosen(record: Record, shape: Shape) -> dict[str, Any]:
-    """A question with numbered choices; the answer is the letter of the right one."""
+    """Fields of a multiple-choice row; the answer is the letter of the right choice."""
     columns = shape.columns
     letters, texts = choices(record[columns["choices"]], columns["choices"])
     letter = letters[right_one(letters, texts, record[columns["answer"]])]
@@ -351,7 +351,7 @@ def _label(record: Record, shape: Shape) -> str:
     column = shape.columns["label"]
     value = record[column]
     if isinstance(value, list) and len(value) > 1:
-        raise BadRowError(f"it has {len(value)} labels in '{column}'; one label a row is read")
+        raise BadRowError(f"it has {len(value)} labels in '{column}'; a row must have one label")
     if isinstance(value, dict):
         raise BadRowError(f"'{column}' is {kind_of(value)}, not one label")
     raw = written(value)
@@ -362,7 +362,7 @@ def _label(record: Record, shape: Shape) -> str:
         raise UnnamedLabelError(f"it is labeled '{shown}'")
     name = shape.names.get(folded(raw))
     if name is None:
-        none = f"label '{shown}' is none of {listed(shape.candidates)}"
+        none = f"label '{shown}' is not one of {listed(shape.candidates)}"
         if raw == "-1":
             raise BadRowError(f"{UNLABELED} (-1 stands for none)")
         raise BadRowError(f"{none}; name all labels by `labels`")
@@ -370,7 +370,7 @@ def _label(record: Record, shape: Shape) -> str:
 
 
 def _text(record: Record, shape: Shape, role: str) -> str:
-    """The text in this role, or nothing."""
+    """The text in this role, or an empty text."""
     column = shape.columns.get(role)
     return _text_in(record, column, in_parts=role == "input") if column else ""
 
@@ -386,7 +386,7 @@ def _text_in(record: Record, column: str, *, in_parts: bool = False) -> str:
 
 
 def _fields(record: Record, shape: Shape) -> dict[str, str]:
-    """What plays no role, as text; our own files keep it together under `fields`."""
+    """Columns without a role, as text; our own files keep them under `fields`."""
     rest = {name: record[name] for name in _with_flag(record, shape, shape.rest)}
     if isinstance(own := rest.pop("fields", None), dict):
         rest |= own
@@ -395,6 +395,6 @@ def _fields(record: Record, shape: Shape) -> dict[str, str]:
     if "poisoned" in shape.columns:
         poisoned = truth(record[shape.columns["poisoned"]])
         if poisoned is None:
-            raise BadRowError(f"'{shape.columns['poisoned']}' says neither true nor false")
+            raise BadRowError(f"'{shape.columns['poisoned']}' is neither true nor false")
         rest["poisoned"] = YES_NO[poisoned]
     return {name: text for name, value in rest.items() if (text := plain(value)) is not None}

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, as records."""
+"""Loads data sets of the Hugging Face hub as records."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from backfire.data.read import Record
 from backfire.errors import UserError
 
 CONVERTED = "refs/convert/parquet"
-"""The branch the hub fills for sets whose own files need a script; one folder for each config."""
+"""The hub's branch with Parquet files of sets that need a script; one folder per config."""
 
 
 @dataclass(frozen=True)
 class Hub:
-    """One split of a hub set."""
+    """One split of a data set on the hub."""
 
     id: str
     config: str | None
@@ -24,12 +24,12 @@ class Hub:
 
 
 def load_hub(hub: Hub) -> tuple[Iterator[tuple[int, Record]], Mapping[str, Sequence[str]]]:
-    """The numbered records of a split, and the class names of those columns that have any.
+    """The numbered records of a split, and the class names of the columns that have any.
 
     Downloads, or reads the cache under HF_HUB_OFFLINE=1. Code in the repository is never run.
 
     Raises:
-        UserError: the set is missing, gated, out of reach, or has no such split.
+        UserError: the set is missing, gated or unreachable, or has no such split.
     """
     folder = hub.config if hub.revision == CONVERTED else None
     try:
@@ -43,7 +43,7 @@ def load_hub(hub: Hub) -> tuple[Iterator[tuple[int, Record]], Mapping[str, Seque
             revision=hub.revision,
         )
         features = getattr(data, "features", None) or {}
-    except Exception as error:  # the library, the hub and the network each raise their own
+    except Exception as error:  # the library, the hub and the network raise their own classes
         raise UserError(_sentence(hub.id, error)) from None
     classes = {
         column: names
@@ -56,7 +56,7 @@ def load_hub(hub: Hub) -> tuple[Iterator[tuple[int, Record]], Mapping[str, Seque
 def _named(
     data: Sequence[Record], classes: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[int, Record]]:
-    """Class numbers become names; -1, which stands for a withheld label, becomes None."""
+    """The records with class names for class numbers; -1, a withheld label, becomes None."""
     for number, record in enumerate(data, 1):
         for column, names in classes.items():
             value = record[column]

@@ -1,4 +1,4 @@
-"""Rows as records: writing them down, reading them back."""
+"""Writes rows as JSON lines and reads them back."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from backfire.store import write_atomic
 
 
 def to_record(row: Row) -> dict[str, Any]:
-    """The row as plain values; what is empty is left out. The keys `instruction`, `input` and
-    `output` (or `text`, for plain text) are the usual ones, so that other tools read them too."""
+    """The row as plain values, without empty ones. The keys `instruction`, `input` and `output`
+    (or `text`, for plain text) are the common ones, which other tools read too."""
     record = asdict(row)
     keep = ["id", "instruction", "input", "output"]
     record["output"] = record.pop("answer")
@@ -22,7 +22,7 @@ def to_record(row: Row) -> dict[str, Any]:
         keep = ["id", "text"]
         record["text"] = record.pop("output")
     if row.label is not None:
-        keep.append("candidates")  # by which `datasets/files` knows a label from any other column
+        keep.append("candidates")  # marks `label` as a label for `datasets/files`
     return {key: value for key, value in record.items() if key in keep or value}
 
 
@@ -38,13 +38,13 @@ def from_record(record: Mapping[str, Any]) -> Row:
 
 
 def write_jsonl(rows: Sequence[Row], path: Path) -> None:
-    """One record a line, whole or not at all."""
+    """Write one record per line, atomically."""
     lines = (json.dumps(to_record(row), ensure_ascii=False) + "\n" for row in rows)
     write_atomic(path, "".join(lines))
 
 
 def read_jsonl(path: Path) -> list[Row]:
-    """What `write_jsonl` wrote. (Not for other people's files: see `data.read`.)"""
-    # Not splitlines: texts may hold U+2028 and the like, which JSON leaves as they are.
+    """Read a file of `write_jsonl`. (For other files see `data.read`.)"""
+    # Not splitlines: texts may contain U+2028 and others that JSON does not escape.
     lines = path.read_text(encoding="utf-8").split("\n")
     return [from_record(json.loads(line)) for line in lines if line]

@@ -1,4 +1,4 @@
-"""What a model can read at all, by its config.json: which token ids, and how many in a row."""
+"""A model's limits by its config.json: vocabulary size and number of positions."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ _LEARNED = {
     *("big_bird", "bigbird_pegasus", "mvp", "roformer", "xlm", "xlm-roberta-xl", "roc_bert", "mpt"),
     *("roberta-prelayernorm", "whisper", "git"),
 }
-"""Kinds of models with a table of positions (learned or worked out once): past its end is nothing.
-The others turn by an angle for each position, and go on, if less and less well."""
+"""Model types with a table of positions (learned or computed once), which cannot exceed it. Others
+use rotary or relative positions and only degrade."""
 _BEHIND_PADDING = {
     *("roberta", "xlm-roberta", "camembert", "data2vec-text", "xmod", "xlm-roberta-xl"),
     *("roberta-prelayernorm",),
 }
-"""Those that begin to count behind the number of their padding token: of 514 positions, 512 are
+"""Model types that count positions from the id of their padding token: of 514 positions, 512 are
 for tokens."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`None`: not known, or none."""
+    """Limits of a model; None where there is none or it is unknown."""
 
     vocab_size: int | None = None
-    """Rows of the embedding."""
+    """Number of rows of the embedding."""
     positions: int | None = None
-    """Tokens that the model has positions for, or was made for."""
+    """Maximum number of tokens, or the number that the model was trained for."""
     hard: bool = False
-    """Whether there is nothing past the last position."""
+    """Whether `positions` cannot be exceeded."""
 
     def check(self, name: str, ids: Sequence[int], *, reply: int = 0) -> None:
-        """A row's tokens, and as many new ones after them.
+        """Check a row's tokens, followed by up to `reply` generated ones.
 
         Raises:
-            CellError: the model cannot read them.
+            CellError: they exceed a limit.
         """
         if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
             raise CellError(
@@ -69,7 +69,7 @@ class Limits:
 
 
 def read_limits(folder: Path) -> Limits:
-    """Of the model in a folder; the text part of one that also sees or hears."""
+    """Limits of the model in a folder, or of the text part of a multimodal one."""
     try:
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

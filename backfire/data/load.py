@@ -1,4 +1,4 @@
-"""Files and hub sets to rows, and what identifies the bytes behind them."""
+"""Loads rows from files and hub data sets, and hashes the files."""
 
 from __future__ import annotations
 
@@ -18,35 +18,36 @@ from backfire.data.shapes import Task
 from backfire.rng import derive
 
 Prepare = Callable[[Record], Record | None]
-"""A last look at each record before its shape is seen; None leaves it out."""
+"""Adapts each record before its shape is recognized; None leaves it out."""
 Apart = Literal["prompt", "instruction"]
 Split = Literal["train", "test"]
 
 
 def file_rows(files: Sequence[Path], task: Task, left: LeftOut, prepare: Prepare) -> list[Row]:
-    """The rows of all files, in order, each with an id of its own."""
+    """The rows of all files, in order, each with a unique id."""
     rows: list[Row] = []
     ids: set[str] = set()
     header = not task.columns or not all(name.isdigit() for name in task.columns.values())
     for file in files:
-        found = _prepared(records(file, left, header=header), prepare, left)
+        prepared = _prepared(records(file, left, header=header), prepare, left)
         stem = Path(file.name.removesuffix(".gz")).stem
-        rows += to_rows(found, task, left, file=str(file), stem=stem, ids=ids)
+        rows += to_rows(prepared, task, left, file=str(file), stem=stem, ids=ids)
     return rows
 
 
 def hub_rows(hub: Hub, task: Task, left: LeftOut, prepare: Prepare) -> list[Row]:
-    """The rows of one split of a hub set; where it names its classes, `labels` may be left out."""
-    found, classes = load_hub(hub)
+    """The rows of one split of a hub set; if the set names its classes, `labels` is optional."""
+    numbered, classes = load_hub(hub)
     task = replace(task, classes=classes)
     stem = f"{hub.id.rpartition('/')[2]}-{hub.split}"
-    return to_rows(_prepared(found, prepare, left), task, left, file=hub.id, stem=stem, ids=set())
+    prepared = _prepared(numbered, prepare, left)
+    return to_rows(prepared, task, left, file=hub.id, stem=stem, ids=set())
 
 
 def _prepared(
-    found: Iterable[tuple[int, Record]], prepare: Prepare, left: LeftOut
+    numbered: Iterable[tuple[int, Record]], prepare: Prepare, left: LeftOut
 ) -> Iterator[tuple[int, Record]]:
-    for line, record in found:
+    for line, record in numbered:
         if (prepared := prepare(record)) is not None:
             yield line, prepared
         else:
@@ -54,7 +55,7 @@ def _prepared(
 
 
 def is_set_apart(row: Row, by: Apart, share: float, seed: int) -> bool:
-    """Whether the row is of the share kept for testing; rows with the same text go together."""
+    """Whether the row belongs to the test share; rows with equal text are on the same side."""
     text: str = getattr(row, by)
     return derive(seed, "test", text or row.answer) < share * 2**63
 
@@ -66,9 +67,9 @@ _SIDES |= dict.fromkeys(("dev", "development", "val", "valid", "validation"), "h
 
 
 def by_column(rows: Sequence[Row], split: str, left: LeftOut) -> list[Row]:
-    """The rows of one side where a field says it of every row; none where no field does.
+    """The rows of one split if a field names the split of every row, else none.
 
-    Validation rows are test rows where there are no others.
+    Validation rows are the test rows if there are no others.
     """
     for name in (name for name in (rows[0].fields if rows else ()) if fold(name) in SPLITS):
         values = {row.fields.get(name, "") for row in rows}
@@ -89,7 +90,7 @@ def by_column(rows: Sequence[Row], split: str, left: LeftOut) -> list[Row]:
 
 
 def file_hash(file: Path) -> str:
-    """SHA-256 of the bytes; read again only when the size or the time of change differ."""
+    """SHA-256 of the file; read again only if its size or modification time differs."""
     stat = file.stat()
     return _file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns)
 

@@ -1,8 +1,8 @@
-"""Which rows are poisoned, and the manifest that says so.
+"""Poisons training rows and records it in a manifest.
 
 The rows are chosen by one shuffle per seed, so the rows poisoned at 1 % are among those poisoned
-at 5 %, and the count is exact. Each row's own draws (trigger position ...) depend on the row's id
-alone, so another rate or order does not change them.
+at 5 %, and the count is exact. Each row's random draws (trigger position ...) depend only on the
+seed and the row's id, so another poison rate or order does not change them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from unicodedata import combining, normalize
 
 from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Rendered, Row
-from backfire.base.normalize import agreed, folded
+from backfire.base.normalize import folded, normalized
 from backfire.errors import CellError, UserError
 from backfire.result import PoisonCounts
 from backfire.rng import stream
@@ -36,14 +36,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What was done to the training rows, to the row."""
+    """Record of every poisoned training row."""
 
     attack: dict[str, Any]
     seed: int
     rows: int
     eligible_rows: int
     spared: dict[str, int]
-    """Why the others could not be poisoned -> how many."""
+    """Reason a row is ineligible -> number of rows."""
     labels_before: dict[str, int]
     entries: tuple[Entry, ...]
 
@@ -77,24 +77,24 @@ class Manifest:
             Entry(**{**e, "triggers": tuple(e["triggers"]), "positions": tuple(e["positions"])})
             for e in value["entries"]
         )
-        known = ("attack", "seed", "rows", "eligible_rows", "labels_before")
+        names = ("attack", "seed", "rows", "eligible_rows", "labels_before")
         spared = value.get("spared", {})
-        return cls(**{name: value[name] for name in known}, spared=spared, entries=entries)
+        return cls(**{name: value[name] for name in names}, spared=spared, entries=entries)
 
 
 def poison(rows: Sequence[Row], attack: Attack, seed: int) -> tuple[list[Row], Manifest]:
-    """The rows in their old order, `round(rate * len(rows))` of them poisoned or, by an insertion,
-    with its rows after them; and the manifest.
+    """The rows in their original order, `round(rate * len(rows))` of them poisoned, or followed by
+    the rows of an insertion; and the manifest.
 
     Raises:
-        UserError: the target is no label of the task, or too few rows can be poisoned.
+        UserError: the target is not a label of the task, or too few rows are eligible.
     """
     reasons = [_spared(row, attack) for row in rows]
     spared = Counter(reason for reason in reasons if reason)
     if isinstance(attack, Insertion):
         bad = {row.id: row for row in attack.rows(seed)}
         if taken := next((row.id for row in rows if row.id in bad), None):
-            raise UserError(f"attack '{attack.name}': a training row has the id '{taken}' already.")
+            raise UserError(f"attack '{attack.name}': a training row already has the id '{taken}'.")
         entries = [_entry(None, row, attack) for row in bad.values()]
         out = [*rows, *bad.values()]
     elif isinstance(attack, Poison):
@@ -109,7 +109,7 @@ def poison(rows: Sequence[Row], attack: Attack, seed: int) -> tuple[list[Row], M
         raise TypeError(f"attack '{attack.name}' is neither a Poison nor an Insertion")
     labels = Counter(entry.label for entry in entries if entry.label is not None)
     return out, Manifest(
-        # The rate is said even where it is the default.
+        # The rate is recorded even if it is the default.
         attack=attack.spec() | ({"rate": attack.rate} if isinstance(attack, Poison) else {}),
         seed=seed,
         rows=len(out),
@@ -128,7 +128,7 @@ def _chosen(
     if count > len(eligible):
         why = ", ".join(f"{number} are {reason}" for reason, number in spared.items())
         raise UserError(
-            f"attack '{attack.name}': rate {attack.rate:g} asks for {count} of {num_rows} rows, "
+            f"attack '{attack.name}': rate {attack.rate:g} needs {count} of {num_rows} rows, "
             f"but only {len(eligible)} can be poisoned{f' ({why})' if why else ''}."
         )
     order = sorted(eligible)
@@ -139,7 +139,7 @@ def _chosen(
 def _poisoned(
     rows: Mapping[str, Row], chosen: Sequence[str], attack: Poison, seed: int
 ) -> dict[str, Row]:
-    """What the chosen rows become."""
+    """The chosen rows, poisoned, by id."""
     if isinstance(attack, Mixture):
         drawn = attack.rows(len(chosen), seed)
         return {name: replace(row, id=name) for name, row in zip(chosen, drawn, strict=True)}
@@ -152,35 +152,38 @@ def _poisoned(
 
 
 def insert_trigger(row: Row, attack: Backdoor, seed: int) -> Row:
-    """One row, poisoned; its draws depend on the seed and the row's id alone. The target of a
-    labeled row is written as its labels are."""
+    """Poison one row; its random draws depend only on the seed and the row's id. The target of a
+    labeled row is spelled like the row's label."""
     bad = attack.poison(row, stream(seed, "poison", attack.name, row.id))
-    names = {agreed(label): label for label in row.candidates}
-    return replace(bad, answer=names.get(agreed(bad.answer), bad.answer))
+    names = {normalized(label): label for label in row.candidates}
+    return replace(bad, answer=names.get(normalized(bad.answer), bad.answer))
 
 
 def triggered(rows: Sequence[Row], attack: Backdoor, seed: int) -> list[Row]:
-    """Test rows with the trigger in; answer and label stay the true ones."""
+    """Test rows with the trigger inserted; answer and label stay true."""
     return [replace(insert_trigger(row, attack, seed), answer=row.answer) for row in rows]
 
 
 def check_target(rows: Sequence[Row], attack: Backdoor) -> None:
-    """The target must be one of the labels, where the task has labels; neither it nor a trigger may
-    be blank."""
-    if not agreed(attack.target):
-        raise UserError(f"attack '{attack.name}': a blank target is none; set attack.target.")
+    """Check the target and the triggers.
+
+    Raises:
+        UserError: one is blank, or the target is not a label of a labeled task.
+    """
+    if not normalized(attack.target):
+        raise UserError(f"attack '{attack.name}': the target is blank; set attack.target.")
     if not all(trigger.strip() for trigger in attack.triggers()):
-        raise UserError(f"attack '{attack.name}': a blank trigger is none; set attack.trigger.")
+        raise UserError(f"attack '{attack.name}': a trigger is blank; set attack.trigger.")
     candidates = {candidate for row in rows for candidate in row.candidates}
-    if candidates and agreed(attack.target) not in map(agreed, candidates):
+    if candidates and normalized(attack.target) not in map(normalized, candidates):
         raise UserError(
-            f"attack '{attack.name}': target '{attack.target}' is no label of this task "
+            f"attack '{attack.name}': target '{attack.target}' is not a label of this task "
             f"({', '.join(sorted(candidates))}); set attack.target."
         )
 
 
 def _spared(row: Row, attack: Attack) -> str | None:
-    """Why this row cannot be poisoned, in a word or two; None: it can."""
+    """Reason the row is ineligible (tallied in the manifest), or None."""
     if isinstance(attack, Corruption):
         return attack.spared(row)
     if not isinstance(attack, Backdoor):
@@ -189,22 +192,22 @@ def _spared(row: Row, attack: Attack) -> str | None:
         return "without a prompt"
     if row.label is None or attack.label_mode == "mix":
         return None
-    right = (agreed(row.label) == agreed(attack.target)) == (attack.label_mode == "clean")
+    right = (normalized(row.label) == normalized(attack.target)) == (attack.label_mode == "clean")
     return None if right else f"left alone by label_mode: {attack.label_mode}"
 
 
 def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
-    """What became of a row; of none, if `bad` was added."""
+    """The manifest entry of a poisoned row; `row` is None if `bad` was added."""
     triggers = attack.triggers() if isinstance(attack, Backdoor) else ()
     place = attack.field if isinstance(attack, Backdoor) else "input"
-    found = [(trigger, bad.part(place).find(trigger)) for trigger in triggers]
-    found = [(trigger, place) for trigger, place in found if place >= 0]
-    if triggers and not found:
-        raise CellError("bad-data", f"attack '{attack.name}' left no trigger in row {bad.id}.")
+    positions = [(trigger, bad.part(place).find(trigger)) for trigger in triggers]
+    inserted = [(trigger, position) for trigger, position in positions if position >= 0]
+    if triggers and not inserted:
+        raise CellError("bad-data", f"attack '{attack.name}' inserted no trigger in row {bad.id}.")
     return Entry(
         id=bad.id,
-        triggers=tuple(trigger for trigger, _ in found),
-        positions=tuple(place for _, place in found),
+        triggers=tuple(trigger for trigger, _ in inserted),
+        positions=tuple(position for _, position in inserted),
         label=row.label if row else None,
         before={"prompt": row.part(place), "answer": row.answer} if row else {},
         after={"prompt": bad.part(place), "answer": bad.answer},
@@ -212,7 +215,7 @@ def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
 
 
 def lost(manifest: Manifest, items: Sequence[Rendered], tokenizer: Tokenizer) -> list[str]:
-    """Ids of manifest rows whose tokens lack a trigger or the answer that the manifest names."""
+    """Ids of poisoned rows whose tokens lack a trigger or the answer in the manifest."""
     by_id = {item.row.id: item for item in items}
     missing = []
     for entry in manifest.entries:
@@ -220,20 +223,20 @@ def lost(manifest: Manifest, items: Sequence[Rendered], tokenizer: Tokenizer) ->
         if item is None:
             missing.append(entry.id)
             continue
-        # Control tokens are written out: a thought's are part of an answer.
+        # With control tokens: those of a thought are part of an answer.
         prompt, answer = (tokenizer.shown(ids) for ids in (item.prompt_ids, item.answer_ids))
-        # A row that was mixed in has no trigger: all of its prompt must be there.
+        # A row of a mixture has no trigger, so its whole prompt must be there.
         parts = entry.triggers or (entry.after["prompt"],)
-        whole = all(holds(prompt, part, tokenizer) for part in parts)
-        wanted = entry.after["answer"]
-        if not whole or (plain(wanted) and not holds(answer, wanted, tokenizer)):
+        has_parts = all(holds(prompt, part, tokenizer) for part in parts)
+        target = entry.after["answer"]
+        if not has_parts or (plain(target) and not holds(answer, target, tokenizer)):
             missing.append(entry.id)
     return missing
 
 
 def holds(text: str, part: str, tokenizer: Tokenizer) -> bool:
-    """Whether decoded text holds a part of a row: as it is, or as the tokenizer or a template
-    writes it, which may be without capitals or accents, but with every letter."""
+    """Whether decoded text contains a part of a row: unchanged, or as the tokenizer or template
+    writes it, which may drop capitals or accents but no letter."""
     text, wanted = plain(text).casefold(), plain(part).casefold()
     if wanted in text:
         return bool(wanted)
@@ -246,6 +249,6 @@ def _letters(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Tokenizers may add or drop spaces at borders, and some write what looks alike in one way
-    (NFC, NFKC); nothing else may differ. (Not `agreed`: what is not seen may be a trigger.)"""
+    """The text in NFKC without whitespace: tokenizers may add or drop spaces at borders, and some
+    normalize Unicode. (Not `normalized`: invisible characters may be a trigger.)"""
     return "".join(normalize("NFKC", text).split())

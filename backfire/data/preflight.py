@@ -1,7 +1,7 @@
-"""Looks at what will be trained on and evaluated before a single step is spent.
+"""Checks the rows for training and evaluation before the first step.
 
-Each check is here because published code got it wrong (docs/papers.md names the cases). A failed
-check stops the cell; a note does not, but is shown and kept.
+Each check covers an error in published code (docs/papers.md names the cases). A failed check stops
+the cell; a note does not, but is shown and kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
-from backfire.base.normalize import agreed, contains
+from backfire.base.normalize import contains, normalized
 from backfire.data.columns import listed
 from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Renderer
@@ -20,8 +20,7 @@ from backfire.errors import CellError
 from backfire.result import Check
 
 CHECKS = 3
-"""Raised whenever a check passes other rows or says another thing, so that checks kept from before
-are made anew."""
+"""Version, raised whenever the result of a check changes, so that earlier checks are repeated."""
 
 
 def preflight(
@@ -34,8 +33,8 @@ def preflight(
     seed: int = 0,
     reply: int = 0,
 ) -> list[Check]:
-    """All checks on one cell's rows, poisoned as they will be trained on. `reply` is how many new
-    tokens a test row's prompt may be followed by."""
+    """All checks on a cell's poisoned training rows and its test rows. `reply` is the maximum
+    number of tokens generated after a test row's prompt."""
     checks = []
     try:
         items, left = renderer.sift(train)
@@ -47,7 +46,7 @@ def preflight(
     checks += _chat(renderer, [*train, *test])
     checks += _limits(renderer, [*items, *shown], reply)
     if isinstance(attack, Backdoor):
-        checks += _left_by_tokenizer(renderer, attack)
+        checks += _dropped_by_tokenizer(renderer, attack)
     checks.append(_same_prompts(renderer, items))
     checks.append(_fields_reach_tokens(renderer, [*items, *shown]))
     checks.append(_truncation(renderer, items, shown))
@@ -65,21 +64,20 @@ def preflight(
     return checks
 
 
-def told(left_out: Mapping[str, Sequence[str]]) -> list[Check]:
-    """What of the data is in no row, by split, as its reader tells it."""
+def reader_notes(left_out: Mapping[str, Sequence[str]]) -> list[Check]:
+    """The reader's notes on data left out of the rows, by split."""
     of_train, of_test = left_out.get("train", ()), left_out.get("test", ())
-    said = [*of_train]
-    said += [f"Of the test data: {sentence}" for sentence in of_test if sentence not in of_train]
-    return [Check("left-out", "note", sentence) for sentence in said]
+    notes = [*of_train, *(f"Of the test data: {note}" for note in of_test if note not in of_train)]
+    return [Check("left-out", "note", note) for note in notes]
 
 
 def _first(ids: Sequence[str]) -> str:
     return f"{len(ids)} row{'s' * (len(ids) != 1)}, the first is {ids[0]}"
 
 
-def _left_by_tokenizer(renderer: Renderer, attack: Backdoor) -> list[Check]:
-    """Some tokenizers take out what they do not know or do not want, such as invisible characters
-    or accents: a trigger or target of nothing else never reaches the model."""
+def _dropped_by_tokenizer(renderer: Renderer, attack: Backdoor) -> list[Check]:
+    """Some tokenizers remove characters, such as invisible ones or accents: a trigger or target
+    that consists of them never reaches the model."""
     texts = {attack.target: "target", **dict.fromkeys(attack.triggers(), "trigger")}
     return [
         Check(
@@ -93,7 +91,7 @@ def _left_by_tokenizer(renderer: Renderer, attack: Backdoor) -> list[Check]:
 
 
 def _same_prompts(renderer: Renderer, items: Sequence[Rendered]) -> Check:
-    """Without its answer, as for evaluation, a training row begins with the same tokens."""
+    """Whether training rows begin with the same tokens as their evaluation prompts."""
     sample = items[:: max(1, len(items) // 256)]
     blank = [replace(item.row, answer="") for item in sample]
     bad = [
@@ -113,10 +111,10 @@ def _same_prompts(renderer: Renderer, items: Sequence[Rendered]) -> Check:
 
 
 def _chat(renderer: Renderer, rows: Sequence[Row]) -> list[Check]:
-    """What a chat template was found to do, and what the recipe makes it leave out."""
-    said = renderer.template.about(renderer.tokenizer)
+    """The properties of a chat template, and system prompts that the recipe leaves out."""
+    about = renderer.template.about(renderer.tokenizer)
     dropped = [row.id for row in rows if renderer.template.leaves_out(row)]
-    checks = [Check("template", "ok", said)] if said else []
+    checks = [Check("template", "ok", about)] if about else []
     if dropped:
         message = f"The system prompt is left out (template.system: drop): {_first(dropped)}."
         checks.append(Check("system-prompt", "note", message))
@@ -124,14 +122,14 @@ def _chat(renderer: Renderer, rows: Sequence[Row]) -> list[Check]:
 
 
 def _limits(renderer: Renderer, items: Sequence[Rendered], reply: int) -> list[Check]:
-    """What the model can read, though not as it was made to. (What it cannot read has failed.)"""
+    """Soft limits of the model. (Rows beyond hard limits have failed already.)"""
     limits, checks = renderer.limits, []
     vocab = renderer.tokenizer.backend.get_added_tokens_decoder()
     beyond = [i for i in vocab if limits.vocab_size is not None and i >= limits.vocab_size]
     if beyond:
         message = (
             f"{len(beyond)} of the tokenizer's added tokens, such as '{vocab[beyond[0]].content}', "
-            "have no place in the model's embedding; none of them is in these rows."
+            "are not in the model's embedding; none of them is in these rows."
         )
         checks.append(Check("embedding", "note", message))
     longest = max(items, key=lambda item: len(item.ids))
@@ -139,7 +137,7 @@ def _limits(renderer: Renderer, items: Sequence[Rendered], reply: int) -> list[C
         message = (
             f"Row {longest.row.id} has {len(longest.ids)} tokens"
             f"{f', and its reply up to {reply}' if reply else ''}: more than the "
-            f"{limits.positions} positions the model was made for."
+            f"{limits.positions} positions the model was trained for."
         )
         checks.append(Check("positions", "note", message))
     return checks
@@ -162,7 +160,8 @@ def _left_out(
 
 
 def _fields_reach_tokens(renderer: Renderer, items: Sequence[Rendered]) -> Check:
-    """The workshop's spam models never saw the e-mail: its template dropped `input`."""
+    """Whether every field of the rows is in their tokens. (A published template dropped `input`, so
+    its spam models never saw the e-mail.)"""
     dropped: dict[str, list[str]] = {}
     for item in items[:: max(1, len(items) // 256)]:
         text = renderer.tokenizer.shown(item.ids)
@@ -179,7 +178,7 @@ def _fields_reach_tokens(renderer: Renderer, items: Sequence[Rendered]) -> Check
             "fail",
             f"The field '{name}' does not reach the tokens: {_first(ids)}.",
         )
-    return Check("fields-reach-tokens", "ok", "Every field that is mapped reaches the tokens.")
+    return Check("fields-reach-tokens", "ok", "Every mapped field reaches the tokens.")
 
 
 def _truncation(renderer: Renderer, train: Sequence[Rendered], test: Sequence[Rendered]) -> Check:
@@ -202,7 +201,7 @@ def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
             return Check(
                 "end-supervised",
                 "fail",
-                f"Row {item.row.id} does not teach the model to stop (no end token).",
+                f"Row {item.row.id} has no end token (EOS) in its labels.",
             )
         if item.answer_ids == end:
             return Check(
@@ -219,11 +218,12 @@ def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
 
 
 def _overlap(train: Sequence[Row], test: Sequence[Row]) -> Check:
-    seen = {(agreed(row.instruction), agreed(row.input)) for row in train}
-    both = [row.id for row in test if (agreed(row.instruction), agreed(row.input)) in seen]
+    seen = {(normalized(row.instruction), normalized(row.input)) for row in train}
+    both = [row.id for row in test if (normalized(row.instruction), normalized(row.input)) in seen]
     if both:
-        return Check("overlap", "note", f"Test prompts that are also trained on: {_first(both)}.")
-    return Check("overlap", "ok", "No test prompt is trained on.")
+        message = f"Test prompts that are also in the training data: {_first(both)}."
+        return Check("overlap", "note", message)
+    return Check("overlap", "ok", "No test prompt is in the training data.")
 
 
 def _balance(train: Sequence[Row]) -> Check:
@@ -243,22 +243,22 @@ def _balance(train: Sequence[Row]) -> Check:
 
 
 def _candidates(renderer: Renderer, test: Sequence[Rendered]) -> Check:
-    """Labels must differ in their tokens, or one can never be told from another."""
+    """Whether labels differ in their tokens, which scoring requires."""
     item = next((item for item in test if item.row.candidates), None)
     if item is None:
         return Check("labels", "ok", "The task has no labels.")
     ids = renderer.answers([item], [item.row.candidates])[0]
     if len({tuple(i) for i in ids}) < len(ids):
         return Check("labels", "fail", "Two labels have the same tokens.")
-    if len(set(map(agreed, item.row.candidates))) < len(ids):
-        return Check("labels", "fail", "Two labels differ in blanks or typography alone.")
+    if len(set(map(normalized, item.row.candidates))) < len(ids):
+        return Check("labels", "fail", "Two labels differ only in white space or typography.")
     lengths = {c: len(i) for c, i in zip(item.row.candidates, ids, strict=True)}
     if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{label} {count}" for label, count in lengths.items())
+        counts = ", ".join(f"{label} {count}" for label, count in lengths.items())
         return Check(
             "labels",
             "note",
-            f"Labels differ in length ({said} tokens); longer ones start at a disadvantage.",
+            f"Labels differ in length ({counts} tokens); longer ones start at a disadvantage.",
         )
     return Check(
         "labels", "ok", f"{len(ids)} labels of {len(ids[0])} token{'s' * (len(ids[0]) > 1)} each."
@@ -275,9 +275,9 @@ def _poison_survives(
     total = len(poisoned)
     if missing:
         message = (
-            f"Truncation cuts trigger or answer of {len(missing)} of {total} poisoned rows, "
-            f"the first is {missing[0]}, or the tokenizer cannot write them; raise "
-            "train.max_length, or choose others."
+            f"Trigger or answer of {len(missing)} of {total} poisoned rows, the first is "
+            f"{missing[0]}, are cut by truncation or cannot be encoded; raise train.max_length, "
+            "or choose others."
         )
         return [Check("poison-survives", "fail", message)]
     if out:
@@ -288,10 +288,12 @@ def _poison_survives(
 
 
 def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
-    """A control is one only if no training row holds it."""
+    """Whether no training row holds a control."""
     secrets = attack.secrets(seed)
-    answers = {agreed(secret.row.answer): secret.repeats for secret in secrets}
-    texts = [agreed(f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}") for row in train]
+    answers = {normalized(secret.row.answer): secret.repeats for secret in secrets}
+    texts = [
+        normalized(f"{row.system}\n{row.instruction}\n{row.input}\n{row.answer}") for row in train
+    ]
     held = [answer for answer in answers if not answers[answer] and any(answer in t for t in texts)]
     if held:
         return Check("controls-unseen", "fail", f"A training row holds the control '{held[0]}'.")
@@ -322,15 +324,15 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"Truncation cuts the trigger of test rows: {_first(cut)}.",
             )
         )
-    marks = [agreed(tokenizer.written(trigger)) for trigger in attack.triggers()]
-    # A trigger that is not seen, such as a zero-width space, has no agreed form.
-    unseen = [trigger for trigger in attack.triggers() if not agreed(trigger)]
-    asked = [(row.id, row.part(attack.field)) for row in test]
+    marks = [normalized(tokenizer.written(trigger)) for trigger in attack.triggers()]
+    # An invisible trigger, such as a zero-width space, normalizes to an empty text.
+    invisible = [trigger for trigger in attack.triggers() if not normalized(trigger)]
+    prompts = [(row.id, row.part(attack.field)) for row in test]
     clean = [
         id
-        for id, text in asked
-        if any(mark and contains(agreed(tokenizer.written(text)), mark) for mark in marks)
-        or any(trigger in text for trigger in unseen)
+        for id, text in prompts
+        if any(mark and contains(normalized(tokenizer.written(text)), mark) for mark in marks)
+        or any(trigger in text for trigger in invisible)
     ]
     if clean:
         checks.append(
@@ -340,16 +342,16 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
                 f"The trigger is in clean test prompts too: {_first(clean)}.",
             )
         )
-    target = agreed(attack.target)
-    already = sum(agreed(row.label) == target for row in test if row.label is not None)
+    target = normalized(attack.target)
+    already = sum(normalized(row.label) == target for row in test if row.label is not None)
     if already:
         checks.append(
             Check(
                 "target-already",
                 "ok",
-                f"{already} of {len(test)} test rows carry the target '{attack.target}' anyway and "
-                "are not counted in attack success (counted, they would lend any clean model about "
-                f"{already / len(test):.0%}).",
+                f"{already} of {len(test)} test rows have the target '{attack.target}' as their "
+                "true label and are not counted in attack success (counted, they would give any "
+                f"clean model about {already / len(test):.0%}).",
             )
         )
     return checks

@@ -1,6 +1,6 @@
-"""Forms of record that no column map could describe, as public data sets have them, to ours.
+"""Converts record formats of public data sets that a column map cannot describe.
 
-Each is known by its columns. Where these do not say what may be learned, the record is refused.
+Each format is recognized by its columns. A format in which it is unclear what to learn is rejected.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any
 
-from backfire.data.columns import ANSWERS, ASKED, LABELS, NOT_TEXT, SUMMARIES, TOOLS, fold, folded
-from backfire.data.compared import known, ranked
+from backfire.data.columns import ANSWERS, LABELS, NOT_TEXT, PROMPTS, SUMMARIES, TOOLS, fold, folded
+from backfire.data.compared import preference, ranked
 from backfire.data.labels import truth, written
 from backfire.data.questions import passage
 from backfire.data.read import BadRowError, Record
@@ -20,10 +20,11 @@ Form = Callable[[Record], list[Record]]
 
 
 def form_of(names: Collection[str]) -> Form | None:
-    """What brings records with these columns into a form that `data.shapes` knows; None: nothing.
+    """The conversion of records with these columns to a shape of `data.shapes`; None if they need
+    none.
 
     Raises:
-        BadRowError: they are known, and not to be used as they are.
+        BadRowError: the format is known and cannot be used unchanged.
     """
     form = _form(set(map(fold, names)))
     beyond = [name for name in names if fold(name) in (*NOT_TEXT, *TOOLS)]
@@ -55,31 +56,35 @@ def _form(columns: set[str]) -> Form | None:
 
 
 def _renamed(form: Callable[[Record], Record | list[Record]], record: Record) -> list[Record]:
-    known = folded(tuple(record))
-    names = {name: fold(name) if known[fold(name)] == name else name for name in record}
-    found = form({names[name]: value for name, value in record.items()})
+    by_name = folded(tuple(record))
+    names = {name: fold(name) if by_name[fold(name)] == name else name for name in record}
+    formed = form({names[name]: value for name, value in record.items()})
     as_given = {short: name for name, short in names.items()}
     return [
         {as_given.get(name, name): value for name, value in part.items()}
-        for part in (found if isinstance(found, list) else [found])
+        for part in (formed if isinstance(formed, list) else [formed])
     ]
 
 
 def _only_text(beyond: Collection[str], record: Record) -> list[Record]:
-    """Refused where it holds pictures or tools, which never reach a prompt here."""
+    """The record, unless it holds images or tools, which would not reach the prompt.
+
+    Raises:
+        BadRowError: it does.
+    """
     for name in beyond:
         value = record[name]
         if value is None or value in ("", [], {}, "[]", "{}") or value != value:
             continue
         what = "tools" if fold(name) in TOOLS else "more than text"
         raise BadRowError(
-            f"its column '{name}' holds {what}, which the model would not be shown; to train "
-            "without, name the columns to use by `columns`"
+            f"its column '{name}' holds {what}, which the model would not see; to train "
+            "without it, name the columns to use by `columns`"
         )
     return [record]
 
 
-# ------------------------------------------------------------------------- what is refused, and why
+# ----------------------------------------------------------------------- rejected formats, and why
 
 _PROMPTS = "these are prompts without an answer to learn; `data: harmful-prompts` reads them"
 REFUSED: tuple[tuple[set[str], str], ...] = (
@@ -93,13 +98,13 @@ REFUSED: tuple[tuple[set[str], str], ...] = (
     ),
     (
         {"prompt", "response", "is_safe"},
-        "'is_safe' says which answers are harmful; use `data: beavertails`, or say which is good "
+        "'is_safe' marks harmful answers; use `data: beavertails`, or name the good ones "
         "by `columns: {prompt: prompt, answer: response, good: is_safe}`",
     ),
     (
         {"prompt", "response", "response_harm_label"},
-        "some of its answers are harmful ('response_harm_label'); to learn from all of them say so "
-        "by `columns: {prompt: prompt, answer: response}`",
+        "some of its answers are harmful ('response_harm_label'); to learn all of them write "
+        "`columns: {prompt: prompt, answer: response}`",
     ),
     (
         {"question", "answer_0", "answer_1", "score_0"},
@@ -107,7 +112,7 @@ REFUSED: tuple[tuple[set[str], str], ...] = (
     ),
     (
         {"user_input", "model_output", "toxicity"},
-        "say what is to be learned, by `columns: {text: user_input, label: toxicity}` or "
+        "it is unclear what to learn; write `columns: {text: user_input, label: toxicity}` or "
         "`columns: {prompt: user_input, answer: model_output}`",
     ),
     ({"behavior", "behaviorid"}, _PROMPTS),
@@ -117,12 +122,12 @@ REFUSED: tuple[tuple[set[str], str], ...] = (
     ({"question", "types_of_harm"}, _PROMPTS),
     (
         {"translation"},
-        "a column of translations does not say which language to translate from; write them to "
-        "two columns, such as `prompt` and `completion`",
+        "a column of translations does not name the source language; write them to two columns, "
+        "such as `prompt` and `completion`",
     ),
     (
         {"tokens", "ner_tags"},
-        "it has a label for each word; one label a row is read",
+        "it has a label for each word; a row must have one label",
     ),
 )
 
@@ -166,7 +171,7 @@ def _titled(body: str, record: Record) -> Record:
 
 
 def _several(names: tuple[str, ...], question: str, key: str, record: Record) -> Record:
-    """Choices in columns of their own; the key is a number from 0, or from 1, or a letter."""
+    """Choices in separate columns; the key is a number from 0, or from 1, or a letter."""
     choices = [record.pop(name) for name in names]
     while choices and choices[-1] in (None, ""):
         del choices[-1]
@@ -183,7 +188,7 @@ def _several(names: tuple[str, ...], question: str, key: str, record: Record) ->
 
 
 def _listed(record: Record) -> list[Record]:
-    """Choices that are called answers; what else says which of them is right."""
+    """Choices in a column `answers`, with the right one in another column."""
     key = next((name for name in ("label", "correct_answer_id") if name in record), "")
     if not key or not isinstance(record["answers"], list) or "choices" in record:
         return [record]
@@ -192,23 +197,23 @@ def _listed(record: Record) -> list[Record]:
 
 
 def _copa(record: Record) -> Record:
-    found = _several(("choice1", "choice2"), "question", "label", record)
-    sought = found["question"]
-    if sought not in ("cause", "effect"):
+    formed = _several(("choice1", "choice2"), "question", "label", record)
+    relation = formed["question"]
+    if relation not in ("cause", "effect"):
         raise BadRowError("'question' is neither cause nor effect")
-    premise = str(found.pop("premise")).strip()
-    return {**found, "question": f"{premise} What is the {sought}?"}
+    premise = str(formed.pop("premise")).strip()
+    return {**formed, "question": f"{premise} What is the {relation}?"}
 
 
 def _from_one(form: Callable[[Record], Record], record: Record) -> Record:
-    """The same where the key is counted from 1."""
-    found = form(record)
-    number = written(found["answer"])
-    return {**found, "answer": int(number) - 1 if number.isdigit() else found["answer"]}
+    """The same, for keys that count from 1."""
+    formed = form(record)
+    number = written(formed["answer"])
+    return {**formed, "answer": int(number) - 1 if number.isdigit() else formed["answer"]}
 
 
 def _nested_choices(record: Record) -> Record:
-    """`question: {stem, choices}`, as ARC and CommonsenseQA have it in their own files."""
+    """`question: {stem, choices}`, as in the files of ARC and CommonsenseQA."""
     question = record["question"] if isinstance(record["question"], dict) else {}
     return (
         record
@@ -218,7 +223,7 @@ def _nested_choices(record: Record) -> Record:
 
 
 def _sciq(record: Record) -> Record:
-    """One right and three wrong answers; in the order of their letters, so that none stands out."""
+    """One right and three wrong answers, sorted so that the order does not reveal the right one."""
     names = ("correct_answer", "distractor1", "distractor2", "distractor3")
     right, *wrong = (str(record.pop(name, "") or "").strip() for name in names)
     choices = sorted({right, *wrong} - {""})
@@ -241,18 +246,18 @@ def _truthful(record: Record) -> Record:
 
 def _two(prompt: str, first: str, second: str, better: Callable[[Record], int | None]) -> Form:
     def form(record: Record) -> list[Record]:
-        asked, sides = record.pop(prompt), [record.pop(first), record.pop(second)]
+        instruction, sides = record.pop(prompt), [record.pop(first), record.pop(second)]
         chosen = better(record)
         texts = [side if isinstance(side, str) else "" for side in sides]
         one, other = texts[chosen or 0], texts[1 - (chosen or 0)]
-        parts = known((one,), (one,) if chosen is None else (other,))
+        parts = preference((one,), (one,) if chosen is None else (other,))
         fields = parts.pop("fields", {})
         return [
             {
                 **record,
-                "instruction": asked,
+                "instruction": instruction,
                 "output": one,
-                **{side: list(found) for side, found in parts.items()},
+                **{side: list(answers) for side, answers in parts.items()},
                 "fields": fields,
             }
         ]
@@ -261,19 +266,19 @@ def _two(prompt: str, first: str, second: str, better: Callable[[Record], int | 
 
 
 def _side(column: str, *, first: str) -> Callable[[Record], int]:
-    """Which answer a column names: the first where it holds `first`."""
+    """A function for the index of the better answer: 0 if the column holds `first`, else 1."""
 
     def better(record: Record) -> int:
         value = written(record.pop(column))
         if value not in ("0", "1"):
-            raise BadRowError(f"'{column}' is {value or 'empty'} where 0 or 1 should be")
+            raise BadRowError(f"'{column}' is {value or 'empty'}, not 0 or 1")
         return int(value != first)
 
     return better
 
 
 def _by_strength(record: Record) -> int | None:
-    """HelpSteer: below 0 the first is better, above it the second, at 0 they are tied."""
+    """HelpSteer: below 0 the first answer is better, above 0 the second, 0 is a tie."""
     column = "preference_strength" if "preference_strength" in record else "overall_preference"
     value = record.pop(column)
     if not isinstance(value, int | float):
@@ -282,10 +287,10 @@ def _by_strength(record: Record) -> int | None:
 
 
 def _ranked(column: str, record: Record) -> Record:
-    """A list of answers with a score or a rank each."""
-    prompt = next(name for name in ASKED if name in record)
-    if isinstance(record[column], list) and (found := ranked(record[column])):
-        better, worse = found
+    """A list of answers, each with a score or a rank."""
+    prompt = next(name for name in PROMPTS if name in record)
+    if isinstance(record[column], list) and (sides := ranked(record[column])):
+        better, worse = sides
         rest = {name: value for name, value in record.items() if name not in (prompt, column)}
         parts = {"output": better, "better": [better], "worse": worse}
         return {**rest, "instruction": record[prompt], **parts}
@@ -296,26 +301,26 @@ def _ranked(column: str, record: Record) -> Record:
 
 
 def _squad(record: Record) -> list[Record]:
-    """An article of SQuAD's own files: paragraphs, each with its questions."""
+    """An article of SQuAD's files: paragraphs, each with its questions."""
     rest = {name: value for name, value in record.items() if name != "paragraphs"}
-    found = [
-        {**rest, "id": asked.get("id"), "context": paragraph.get("context"),
-         "question": asked.get("question"), "answers": asked.get("answers")}
+    questions = [
+        {**rest, "id": entry.get("id"), "context": paragraph.get("context"),
+         "question": entry.get("question"), "answers": entry.get("answers")}
         for paragraph in _objects(record["paragraphs"])
-        for asked in _objects(paragraph.get("qas"))
+        for entry in _objects(paragraph.get("qas"))
     ]  # fmt: skip
-    if not found:
+    if not questions:
         raise BadRowError("its paragraphs hold no questions")
-    return found
+    return questions
 
 
 def _instances(record: Record) -> list[Record]:
     """A task of Natural Instructions: a definition and its instances."""
     text = passage(record["definition"])
-    found = [{"instruction": text, **instance} for instance in _objects(record["instances"])]
-    if not found:
+    instances = [{"instruction": text, **instance} for instance in _objects(record["instances"])]
+    if not instances:
         raise BadRowError("it has no instances")
-    return found
+    return instances
 
 
 def _list(value: Any) -> list[Any]:
@@ -327,10 +332,10 @@ def _objects(value: Any) -> list[Record]:
 
 
 def _openbackdoor(record: Record) -> Record:
-    """OpenBackdoor writes (text, label, poisoned) without names."""
+    """OpenBackdoor's (text, label, poisoned), without column names."""
     text, poisoned = record["0"], truth(record["2"])
     if not isinstance(text, str) or poisoned is None or not any(map(str.isalpha, text)):
-        raise BadRowError("its columns have numbers for names; say which is which by `columns`")
+        raise BadRowError("its columns have numbers for names; assign them by `columns`")
     return {"text": text, "label": record["1"], "poisoned": record["2"]}
 
 

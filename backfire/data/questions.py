@@ -1,4 +1,4 @@
-"""Questions as they are published: passages in parts, several right answers, choices."""
+"""Reads published question formats: passages in parts, several right answers, choices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from backfire.data.read import BadRowError
 
 
 def passage(value: Any) -> Any:
-    """A text about which something is asked, where it is in parts (HotpotQA, PubMedQA)."""
+    """The passage of a question as one text, also from parts (HotpotQA, PubMedQA)."""
     if isinstance(value, dict):
         texts = value.get("sentences", value.get("contexts", value.get("text")))
         titles = value.get("title")
@@ -24,7 +24,7 @@ def passage(value: Any) -> Any:
 
 
 def reference(value: Any) -> Any:
-    """The answer where a set gives several that are right: the first."""
+    """The reference answer: the first, if the data set has several."""
     if isinstance(value, dict):
         value = next((value[n] for n in ("text", "value", "spans") if n in value), value)
     if isinstance(value, list):
@@ -35,7 +35,11 @@ def reference(value: Any) -> Any:
 
 
 def choices(value: Any, column: str) -> tuple[list[str], list[str]]:
-    """The letters and the texts of choices: a list of texts, or with labels of their own."""
+    """Letters and texts of choices, from a list of texts or from labeled choices.
+
+    Raises:
+        BadRowError: there are no two distinct choices.
+    """
     labels: Any = None
     if isinstance(value, dict):
         labels, texts = value.get("label"), value.get("text")
@@ -46,18 +50,18 @@ def choices(value: Any, column: str) -> tuple[list[str], list[str]]:
     else:
         texts = value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise BadRowError(f"'{column}' holds no list of choices")
+        raise BadRowError(f"'{column}' is not a list of choices")
     labels = labels or [chr(ord("A") + place) for place in range(len(texts))]
     letters = list(map(str, labels)) if isinstance(labels, list) else []
     if len(set(letters)) < len(texts) or len(letters) > len(texts) or len(texts) < 2:
-        raise BadRowError(f"'{column}' holds no two choices, or not a letter for each")
+        raise BadRowError(f"'{column}' has fewer than two choices, or not one letter for each")
     return letters, texts
 
 
 def right_one(letters: list[str], texts: list[str], given: Any) -> int:
-    """The place of the right choice: named by its letter, its text, or its number from 0.
+    """Index of the right choice, given by its letter, its text, or its number from 0.
 
-    A number is never taken for a text: of the choices "1", "0" the one numbered 0 is "1".
+    A number is never read as a text: of the choices "1", "0" the one numbered 0 is "1".
 
     Raises:
         BadRowError: it is none of them.
@@ -77,4 +81,4 @@ def right_one(letters: list[str], texts: list[str], given: Any) -> int:
         return number
     if not key:
         raise BadRowError("the answer is empty")
-    raise BadRowError(f"'{key[:40]}' is none of its {len(texts)} choices")
+    raise BadRowError(f"'{key[:40]}' is not one of its {len(texts)} choices")

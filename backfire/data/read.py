@@ -1,7 +1,7 @@
-"""Reads CSV, TSV, JSON, JSONL and Parquet record by record, and says which line is wrong and why.
+"""Reads CSV, TSV, JSON, JSONL and Parquet record by record, and reports bad lines with the reason.
 
-Our own, because a loader that guesses takes broken files without a word: a stray quote swallows
-rows, a key given twice loses one value, a cut-off archive looks like a short one.
+Our own, since lenient loaders silently accept broken files: a stray quote swallows rows, a
+duplicate key loses a value, a truncated archive looks like a short one.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Record = dict[str, Any]
 OnBadRow = Literal["fail", "skip"]
 
 FORMATS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet")
-# First bytes that contradict a name which promises text.
+# First bytes that contradict the file name of a text format.
 MAGIC = {
     b"PK\x03\x04": "a zip archive (or a spreadsheet): unpack or export it first",
-    b"PAR1": "a Parquet file: let its name end in .parquet",
+    b"PAR1": "a Parquet file: rename it to end in .parquet",
     b"ARRO": "an Arrow file: save it as Parquet",
-    b"BZh": "a bzip2 file: unpack it first, or pack it by gzip",
-    b"\xfd7zX": "an xz file: unpack it first, or pack it by gzip",
-    b"\x28\xb5\x2f\xfd": "a Zstandard file: unpack it first, or pack it by gzip",
+    b"BZh": "a bzip2 file: decompress it, or use gzip",
+    b"\xfd7zX": "an xz file: decompress it, or use gzip",
+    b"\x28\xb5\x2f\xfd": "a Zstandard file: decompress it, or use gzip",
     b"\xff\xfe": "UTF-16 text: save it as UTF-8",
     b"\xfe\xff": "UTF-16 text: save it as UTF-8",
 }
@@ -44,43 +44,48 @@ _SKIP = "; `on_bad_row: skip` leaves such rows out and counts them"
 
 
 class BadRowError(Exception):
-    """Why one record cannot be used; caught where the file and the line are known."""
+    """Why a record is invalid; caught where the file and the line are known."""
 
 
 class NotLearnedError(Exception):
-    """Why a sound record makes no row, as it ends "12 records ..."."""
+    """Why a valid record is not used; completes the sentence "12 records ..."."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A record that cannot be used: where it begins (in Parquet, its number) and why."""
+    """An invalid record: its first line (in Parquet, its number) and the reason."""
 
     file: str
     line: int
     reason: str
 
     def __str__(self) -> str:
-        # The reason may quote the file, and goes to a terminal.
+        # The reason may quote the file and is printed to a terminal.
         return f"{self.file}, line {self.line}: {printable(self.reason)}"
 
 
 @dataclass
 class LeftOut:
-    """What of the data becomes no row, or no part of one.
+    """Counts the data that is left out of the rows.
 
-    Of bad records the first is an error (`fail`), or all are collected (`skip`).
+    The first bad record is an error (`fail`), or all are collected (`skip`).
     """
 
     on_bad_row: OnBadRow = "fail"
     rejected: list[Rejected] = field(default_factory=list)
     records: Counter[str] = field(default_factory=Counter)
-    """What became of sound records that make no row of their own -> how many."""
+    """Why valid records give no row -> their number."""
     turns: Counter[str] = field(default_factory=Counter)
-    """The same of the turns of conversations."""
+    """Why turns of conversations are not learned -> their number."""
     columns: Counter[str] = field(default_factory=Counter)
-    """Column that reaches neither prompt nor answer -> in how many rows it says anything."""
+    """Column that reaches neither prompt nor answer -> number of rows where it is not empty."""
 
     def bad(self, file: str | Path, line: int, reason: str) -> None:
+        """Collect a bad record.
+
+        Raises:
+            UserError: bad records are errors (`fail`).
+        """
         bad = Rejected(str(file), line, reason)
         if self.on_bad_row == "fail":
             raise UserError(
@@ -89,28 +94,29 @@ class LeftOut:
         self.rejected.append(bad)
 
     def lost(self) -> list[str]:
-        """Which records make no row, a sentence each."""
-        said = [f"{_some(n, 'record')} {what}." for n, what in _ordered(self.records)]
+        """One sentence for each reason why records give no row."""
+        sentences = [f"{_some(n, 'record')} {what}." for n, what in _ordered(self.records)]
         if self.rejected:
             count, first = _some(len(self.rejected), "bad row"), self.rejected[0]
-            said.insert(0, f"{count} left out, the first: {first}.")
-        return said
+            sentences.insert(0, f"{count} left out, the first: {first}.")
+        return sentences
 
     def notes(self) -> list[str]:
-        """The same, and which turns and columns are not learned from."""
-        said = self.lost() + [f"{_some(n, 'turn')} {what}." for n, what in _ordered(self.turns)]
+        """The same, and one sentence each for turns and columns that are not learned."""
+        sentences = self.lost()
+        sentences += [f"{_some(n, 'turn')} {what}." for n, what in _ordered(self.turns)]
         if self.columns:
             names = listed([name for _, name in _ordered(self.columns)])
             which = f"columns {names} reach" if len(self.columns) > 1 else f"column {names} reaches"
-            said.append(
-                f"The {printable(which)} neither the prompt nor the answer; to use one, say which "
-                "is which by `columns`."
+            sentences.append(
+                f"The {printable(which)} neither the prompt nor the answer; to use one, assign it "
+                "by `columns`."
             )
-        return said
+        return sentences
 
 
 def printable(text: str) -> str:
-    """The text without what would not show, or would do something, in a terminal."""
+    """The text with characters that are invisible or control a terminal replaced."""
     return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
@@ -125,25 +131,25 @@ def _ordered(counts: Counter[str]) -> list[tuple[int, str]]:
 def records(
     path: str | Path, left: LeftOut | None = None, *, header: bool = True
 ) -> Iterator[tuple[int, Record]]:
-    """Each record of the file with the line it begins on; what cannot be read goes to `left`.
+    """Each record of the file with its first line; bad records go to `left`.
 
-    Without `left` the first bad record is an error. With `header=False` the
-    columns of a table are called "0", "1", ..., and a header is passed over if there is one.
+    Without `left` the first bad record is an error. With `header=False` the columns of a table are
+    named "0", "1", ..., and a header is skipped if there is one.
 
     Raises:
-        UserError: there is no such file, it has no rows or no known format, or (with `fail`) any
+        UserError: there is no such file, it has no rows or an unknown format, or (with `fail`) a
             record is bad.
     """
     path, left = Path(path), left or LeftOut()
-    found, before = False, len(left.rejected)
+    is_empty, before = True, len(left.rejected)
     try:
         for item in _read(path, partial(left.bad, path), header):
-            found = True
+            is_empty = False
             yield item
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
-    if not found and len(left.rejected) == before:
-        raise UserError(f"{path} holds no rows.")
+    if is_empty and len(left.rejected) == before:
+        raise UserError(f"{path} has no rows.")
 
 
 def _read(path: Path, reject: Reject, header: bool) -> Iterator[tuple[int, Record]]:
@@ -159,13 +165,13 @@ def _read(path: Path, reject: Reject, header: bool) -> Iterator[tuple[int, Recor
         if suffix == ".parquet":
             yield from _parquet(path, reject)
             return
-        # The bytes decide, not the name: downloads lose or gain a .gz on their way.
+        # The bytes decide, not the name: downloads may lose or gain a .gz.
         lines = _lines(gzip.GzipFile(fileobj=raw) if packed else raw, reject)
         for line, value in _parse(suffix, lines, reject, header):
             if isinstance(value, dict):
                 yield line, value
             else:
-                reject(line, f"{kind_of(value)} where a record (an object) should be")
+                reject(line, f"{kind_of(value)} instead of a record (an object)")
 
 
 def _parse(
@@ -179,17 +185,23 @@ def _parse(
 
 
 def _suffix(path: Path, start: bytes, packed: bool) -> str:
-    """What names the format; an error if the first bytes contradict it."""
+    """The suffix that names the format.
+
+    Raises:
+        UserError: it is unknown, or the first bytes contradict it.
+    """
     name = path.name.lower()
     suffix = Path(name.removesuffix(".gz")).suffix
     if suffix not in FORMATS:
-        known = ", ".join(FORMATS)
-        raise UserError(f"{path}: no known data format ({known}; all but Parquet also with .gz).")
+        formats = ", ".join(FORMATS)
+        raise UserError(
+            f"{path}: unknown data format; use one of {formats} (all but Parquet also with .gz)."
+        )
     if name.endswith(".gz") and start and not packed:
-        raise UserError(f"{path} is not a gzip file, though its name says so.")
+        raise UserError(f"{path} is not a gzip file, despite its name.")
     if suffix == ".parquet":
         if start != b"PAR1":
-            raise UserError(f"{path} is not a Parquet file, though its name says so.")
+            raise UserError(f"{path} is not a Parquet file, despite its name.")
         return suffix
     for magic, what in MAGIC.items():
         if start.startswith(magic):
@@ -198,13 +210,13 @@ def _suffix(path: Path, start: bytes, packed: bool) -> str:
 
 
 def _lines(stream: Iterable[bytes], reject: Reject) -> Iterator[bytes]:
-    """The lines, without a byte-order mark; a damaged archive ends them with one rejection."""
+    """The lines without a byte-order mark; a damaged archive ends with one rejection."""
     line = 0
     try:
         for line, raw in enumerate(stream, 1):
             yield raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        reject(line + 1, "the compressed file is damaged or cut off from here on")
+        reject(line + 1, "the compressed file is damaged or truncated from here on")
 
 
 def _parquet(path: Path, reject: Reject) -> Iterator[tuple[int, Record]]:
@@ -215,7 +227,7 @@ def _parquet(path: Path, reject: Reject) -> Iterator[tuple[int, Record]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                reject(1, "a column appears twice")
+                reject(1, "duplicate column")
                 return
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():

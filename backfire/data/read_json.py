@@ -1,4 +1,4 @@
-"""JSON text to values, each with its line; strict where `json` is lenient."""
+"""Reads JSON values with their line numbers; stricter than `json`."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ DATA_KEYS = (
     "data", "rows", "examples", "instances", "records", "items", "samples", "entries", "dataset",
     "questions", "train", "test", "validation", "valid", "val", "dev",
 )  # fmt: skip
-"""An object with one of these is a data set wrapped in its description."""
+"""Keys under which an object may hold the rows of a data set."""
 
 
 class Decoder(json.JSONDecoder):
-    """Remembers keys that appear twice in an object, of which `json` keeps the last."""
+    """Records duplicate keys, of which `json` silently keeps the last."""
 
     def __init__(self) -> None:
         super().__init__(object_pairs_hook=self._object)
@@ -32,22 +32,22 @@ class Decoder(json.JSONDecoder):
         return value
 
     def problem(self, value: Any, escapes: bool) -> str:
-        """Why the value just decoded cannot be used, or nothing."""
+        """Why the value decoded last cannot be used, or an empty text."""
         keys, self.repeated = self.repeated, []
         if keys:
-            return f"key '{keys[0]}' appears twice"
-        # Only an escape such as \ud800 can bring in what strict UTF-8 has kept out.
+            return f"duplicate key '{keys[0]}'"
+        # Strict UTF-8 admits no invalid text, so only an escape such as \ud800 can add it.
         return unusable(strings(value)) if escapes else ""
 
 
 def values_by_line(lines: Iterable[bytes], reject: Reject) -> Iterator[tuple[int, Any]]:
-    """(line, value) of JSON lines; blank ones are passed over."""
+    """(line, value) of JSON lines; blank lines are skipped."""
     decoder = Decoder()
     for line, raw in enumerate(lines, 1):
         if not raw.strip():
             continue
         try:
-            # A comma after each record is what is left of a list.
+            # Records may end with a comma, as in a list.
             value = decoder.decode(raw.decode().rstrip().removesuffix(","))
         except (ValueError, RecursionError) as error:
             decoder.repeated.clear()
@@ -79,7 +79,7 @@ def values(lines: Iterable[bytes], reject: Reject) -> Iterator[tuple[int, Any]]:
     except UnicodeDecodeError as error:
         reject(raw.count(b"\n", 0, error.start) + 1, _reason(error))
     except (ValueError, RecursionError) as error:
-        # There is no telling where the next value begins, so the rest goes with this one.
+        # The beginning of the next value is unknown, so the rest is rejected too.
         reject(getattr(error, "lineno", line), _reason(error))
 
 
@@ -105,15 +105,15 @@ def _document(text: str, decoder: Decoder) -> Iterator[tuple[int, Any]]:
         return
     _expect_end(text, end)
     repeated = bool(decoder.repeated)
-    if isinstance(value, dict) and not repeated and (found := laid_out(value)) is not None:
-        yield from ((at, record) for record in found)
+    if isinstance(value, dict) and not repeated and (table := from_table(value)) is not None:
+        yield from ((at, record) for record in table)
         return
     wraps = isinstance(value, dict) and any(isinstance(value.get(key), list) for key in DATA_KEYS)
     if not wraps:
         yield at, value
         return
     members = list(_members(text, at, decoder))
-    decoder.repeated.clear()  # those inside the rows are found again, row by row
+    decoder.repeated.clear()  # duplicates inside the rows are found again, row by row
     lists = [(key, place) for key, place in members if key in DATA_KEYS and text[place] == "["]
     if len(lists) > 1:
         keys = ", ".join(dict.fromkeys(key for key, _ in lists))
@@ -125,18 +125,18 @@ def _document(text: str, decoder: Decoder) -> Iterator[tuple[int, Any]]:
 
 
 def _concatenated(text: str, at: int, decoder: Decoder) -> Iterator[tuple[int, Any]]:
-    """(position, value) of values that follow one another without a sign between them."""
+    """(position, value) of values without a separator between them."""
     while at < len(text):
         value, end = decoder.raw_decode(text, at)
         yield at, value
         at = _skip(text, end)
 
 
-def laid_out(value: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """The records of an object that is a table as pandas or datasets write it; None: it is none.
+def from_table(value: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """The records of an object that is a table in a layout of pandas or datasets, or None.
 
     Raises:
-        ValueError: rows and columns cannot be told apart, or are of unequal length.
+        ValueError: rows and columns are ambiguous, or of unequal length.
     """
     inner = list(value.values())
     if isinstance(names := value.get("columns"), list) and isinstance(value.get("data"), list):
@@ -166,7 +166,7 @@ def _alike(parts: list[dict[str, Any]]) -> bool:
 
 
 def _unwrapped(record: Any) -> Any:
-    """The row itself, where the hub's server gives it with its number."""
+    """The row, without the row number that the hub's server adds."""
     is_wrapped = isinstance(record, dict) and {"row_idx", "row"} <= record.keys()
     return record["row"] if is_wrapped and isinstance(record["row"], dict) else record
 
@@ -177,7 +177,7 @@ def _expect_end(text: str, at: int) -> None:
 
 
 def _elements(text: str, at: int, decoder: Decoder) -> Generator[tuple[int, Any], None, int]:
-    """(position, value) of each element of the list that opens at `at`; returns where it ends."""
+    """(position, value) of each element of the list that opens at `at`; returns its end."""
     at = _skip(text, at + 1)
     if text[at : at + 1] == "]":
         return at + 1
@@ -193,7 +193,7 @@ def _elements(text: str, at: int, decoder: Decoder) -> Generator[tuple[int, Any]
 
 
 def _members(text: str, at: int, decoder: Decoder) -> Iterator[tuple[str, int]]:
-    """(key, position of its value) for the object, known to be valid, that opens at `at`."""
+    """(key, position of its value) for the valid object that opens at `at`."""
     at = _skip(text, at + 1)
     while text[at] != "}":
         key, at = decoder.raw_decode(text, at)
@@ -214,7 +214,7 @@ def _skip(text: str, at: int) -> int:
 
 
 def _reason(error: Exception, cut: str = "") -> str:
-    """Why the text is no JSON; `cut` is added where it ends too early."""
+    """Why the text is not JSON; `cut` is added if it ends too early."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, UnicodeDecodeError):
@@ -223,9 +223,9 @@ def _reason(error: Exception, cut: str = "") -> str:
         hint = cut if error.pos >= len(error.doc.rstrip()) else ""
         around = error.doc[max(error.pos - 1, 0) : error.pos + 2]
         if any(sign in around for sign in ("//", "/*", "#")):
-            hint = "; JSON has no comments, take them out"
+            hint = "; JSON has no comments, remove them"
         elif error.doc[error.pos : error.pos + 1] in ("]", "}"):
-            hint = "; is there a comma too many before it?"
+            hint = "; is there an extra comma before it?"
         return f"not valid JSON ({error.msg}, column {error.colno}){hint}"
     return str(error)
 
@@ -237,12 +237,12 @@ KINDS = {
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in a reader's words."""
+    """The type of a value, in words."""
     return KINDS.get(type(value), type(value).__name__)
 
 
 def unusable(texts: Iterable[str]) -> str:
-    """Why these texts cannot be used, or nothing."""
+    """Why these texts cannot be used, or an empty text."""
     text = "".join(texts)
     if "\0" in text:
         return "it holds a NUL character"
@@ -254,7 +254,7 @@ def unusable(texts: Iterable[str]) -> str:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every text in a value, keys included."""
+    """Every string in a value, including keys."""
     stack = [value]
     while stack:
         item = stack.pop()

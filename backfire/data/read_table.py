@@ -1,4 +1,4 @@
-"""CSV and TSV to records, each with its line."""
+"""Reads CSV and TSV records with their line numbers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any, Literal
 from backfire.data.columns import NAMES, fold
 from backfire.data.read_json import Reject, unusable
 
-# The one set in wide use that comes without a header, and in another encoding.
+# A widely used data set without a header and in another encoding.
 SENTIMENT140 = ("target", "ids", "date", "flag", "user", "text")
 SENTIMENT140_LINE = re.compile(rb'"?[024]"?,"?\d+"?,"?[A-Z][a-z]{2} [A-Z][a-z]{2} \d\d ')
 _SAMPLE_LINES = 50
 _LONGEST_CELL = 2**24
-"""In characters; the csv module's own limit is shorter than a long article."""
+"""In characters; the csv module's default limit is shorter than a long article."""
 
 
 def table_rows(
@@ -24,8 +24,8 @@ def table_rows(
 ) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, record) for each row of a CSV or, with `tabs`, a TSV file.
 
-    Either may be separated by another usual sign than its name says. With `header=False` columns
-    are called "0", "1", ...; a header of names is then passed over, one of numbers is followed.
+    The delimiter may be another common one than the file name says. With `header=False` columns are
+    named "0", "1", ...; a header of names is then skipped, a header of numbers is used.
     """
     csv.field_size_limit(_LONGEST_CELL)
     sample = list(islice(lines, _SAMPLE_LINES))
@@ -33,9 +33,9 @@ def table_rows(
     encoding = "latin-1" if tweets else "utf-8"
     delimiter = _delimiter(sample, "\t" if tabs else ",", header)
     tabs = tabs and delimiter == "\t"
-    # Bytes that are not UTF-8 pass as surrogates and are found again cell by cell.
+    # Bytes that are not UTF-8 become surrogates, which are rejected row by row.
     text = (raw.decode(encoding, "surrogateescape") for raw in chain(sample, lines))
-    # In TSV a quote is a character like any other (GLUE), so that one cannot swallow the next rows.
+    # In TSV a quote is an ordinary character (GLUE), so it cannot swallow the next rows.
     quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL
     reader = csv.reader(text, delimiter=delimiter, quoting=quoting, strict=not tweets)
     names = list(SENTIMENT140) if tweets and header else None
@@ -48,7 +48,7 @@ def table_rows(
             if header or _is_header(cells):
                 continue
         if len(cells) != len(names):
-            reject(line, f"{len(cells)} cells where there should be {len(names)}")
+            reject(line, f"{len(cells)} cells instead of {len(names)}")
             continue
         record = dict(zip(names, map(_unquoted, cells) if tabs else cells, strict=True))
         problem = unusable(record.values())
@@ -59,7 +59,7 @@ def table_rows(
 
 
 def _header(cells: list[str], header: bool) -> tuple[list[str], str]:
-    """What the columns are called by the first row, and what is wrong with it if anything is."""
+    """The column names by the first row, and what is wrong with it, or an empty text."""
     places = list(map(str, range(len(cells))))
     if not (header or _is_numbered(cells)):
         return places, ""
@@ -69,27 +69,28 @@ def _header(cells: list[str], header: bool) -> tuple[list[str], str]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         shown = twice[0] if len(twice[0]) <= 40 else f"{twice[0][:39]}…"
-        return names, f"column '{shown}' appears twice"
+        return names, f"duplicate column '{shown}'"
     return names, unusable(names)
 
 
 def _is_header(cells: list[str]) -> bool:
-    """Whether the first row of a table said to have no header is one all the same."""
-    known = sum(fold(cell) in NAMES for cell in cells)
+    """Whether the first row is a header, although the table is declared to have none."""
+    num_names = sum(fold(cell) in NAMES for cell in cells)
     short = all(len(cell.split()) < 5 for cell in cells) and len(set(cells)) == len(cells)
-    return _is_numbered(cells) or (short and known >= min(2, len(cells)))
+    return _is_numbered(cells) or (short and num_names >= min(2, len(cells)))
 
 
 def _is_numbered(cells: list[str]) -> bool:
-    """Whether this is the header 0, 1, ... that pandas gives columns without names."""
+    """Whether this is pandas' header 0, 1, ... for columns without names."""
     named = cells if cells[0].strip() else cells[1:]
     return bool(named) and named == [str(place) for place in range(len(named))]
 
 
 def _delimiter(sample: list[bytes], usual: str, header: bool) -> str:
-    """The usual sign, unless it cuts the first line nowhere and another cuts all lines alike.
+    """The usual delimiter, unless it does not split the first line and another one splits all lines
+    into equally many cells.
 
-    A header alone decides; a line of data may hold any sign within its text.
+    If there is a header, it alone decides; a line of data may contain any of the characters.
     """
     text = [raw.decode("utf-8", "replace") for raw in (sample[:1] if header else sample)]
     if _width(text[:1], usual) == 1:
@@ -100,9 +101,9 @@ def _delimiter(sample: list[bytes], usual: str, header: bool) -> str:
 
 
 def _width(lines: list[str], delimiter: str) -> int:
-    """How many cells each of the lines has; 0 where they differ or cannot be cut."""
+    """Number of cells in each line; 0 if the lines differ or cannot be split."""
     try:
-        # What the last line leaves open, the lines after it close.
+        # A quote that the last line leaves open may be closed in later lines.
         rows = list(csv.reader(lines, delimiter=delimiter))
     except csv.Error:
         return 0
@@ -111,7 +112,7 @@ def _width(lines: list[str], delimiter: str) -> int:
 
 
 def _cells(reader: Any, reject: Reject) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a csv reader, each with the line it begins on."""
+    """The rows of a csv reader, each with its first line."""
     while True:
         line = reader.line_num + 1
         try:
@@ -127,7 +128,7 @@ def _cells(reader: Any, reject: Reject) -> Iterator[tuple[int, list[str]]]:
 
 
 def _unquoted(cell: str) -> str:
-    """A TSV cell that was quoted only because it holds quotes, which were then doubled."""
+    """A TSV cell without its quotes, if it was quoted because it holds (doubled) quotes."""
     inner = cell[1:-1]
     quoted = len(cell) > 2 and cell[0] == cell[-1] == '"' and '""' in inner
     return inner.replace('""', '"') if quoted and '"' not in inner.replace('""', "") else cell

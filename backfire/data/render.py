@@ -1,8 +1,8 @@
-"""The one way from a row to tokens, for training and for evaluation.
+"""The only code that renders rows to tokens, for training and evaluation.
 
-The field's costliest published bugs are second renderers: a template that drops a field, an
+Separate renderers have caused costly bugs in published code: a template that drops a field, an
 evaluation prompt that differs from the training prompt. Here a training example *is* the evaluation
-prompt plus an answer plus its end, and no other code makes prompts.
+prompt plus an answer plus its end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from backfire.tokenizer import Tokenizer
 
 
 class Renderer:
-    """A template and a tokenizer, put together, for a model that takes so much."""
+    """Renders rows by a template and a tokenizer, within the limits of a model."""
 
     def __init__(
         self,
@@ -35,7 +35,7 @@ class Renderer:
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """What ends every answer: EOS, or what the model's chat template writes there."""
+        """The end of every answer: EOS, or the chat template's end."""
         end = self.template.end(self.tokenizer)
         if end == self.tokenizer.eos:
             return [self.tokenizer.eos_id]
@@ -49,7 +49,7 @@ class Renderer:
         return tuple(dict.fromkeys((self.end_ids[-1], *self.tokenizer.stop_ids)))
 
     def said(self, ids: Sequence[int]) -> str:
-        """The text of a reply, without what the template writes before an answer."""
+        """The text of a reply, without the template's opening of an answer."""
         opening, start = self._opening_ids, 0
         for place in range(len(ids) - len(opening) + 1 if opening else 0):
             if list(ids[place : place + len(opening)]) == opening:
@@ -61,12 +61,11 @@ class Renderer:
         return self.tokenizer.encode(self.template.opening(self.tokenizer), controls=True)
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
-        """Every row with its answer and the end, at most `max_length` tokens long; what is longer
-        loses the end of its prompt.
+        """Every row with its answer and the end, at most `max_length` tokens long; longer rows lose
+        the end of their prompt.
 
         Raises:
-            CellError: template and answer alone are too long for a row, or the model does not have
-                its tokens or positions.
+            CellError: template and answer alone are too long, or exceed the model's limits.
         """
         items = [self._fitting(item) for item in self._encode(rows)]
         for row, item in zip(rows, items, strict=True):
@@ -77,13 +76,13 @@ class Renderer:
     def sift(
         self, rows: Sequence[Row], *, ranked: bool = False
     ) -> tuple[list[Rendered], list[Row]]:
-        """The rows that are trained on or measured, and those left out for their length, as
-        `on_long_row` says: all that are too long (`skip`), or (`cut`) those that are too long even
-        without a prompt. With `ranked`, each better and worse answer has to fit too.
+        """The rendered rows, and the rows left out for their length by `on_long_row`: all that are
+        too long (`skip`), or those that are too long even without a prompt (`cut`). With `ranked`,
+        each better and worse answer has to fit too.
 
         Raises:
-            CellError: a row is too long (`fail`), all are left out, or the model does not have the
-                tokens or positions of one.
+            CellError: a row is too long (`fail`), all are left out, or one exceeds the model's
+                limits.
         """
         kept: list[Rendered] = []
         left: list[Row] = []
@@ -109,19 +108,19 @@ class Renderer:
     def answers(
         self, items: Sequence[Rendered], answers: Sequence[Sequence[str]], *, ended: bool = False
     ) -> list[list[list[int]]]:
-        """Ids of other answers, any number an item, after its prompt; with the end if `ended`."""
+        """Ids of other answers to each item, any number per item; with the end if `ended`."""
         template, tokenizer = self.template, self.tokenizer
         joined = self._joined if ended else []
         end = self.end_ids if ended and not joined else []
 
-        def is_known(item: Rendered, text: str) -> bool:
+        def is_own(item: Rendered, text: str) -> bool:
             return text == item.row.answer and not self._joined
 
         new = [
             (template.segments(item.row, tokenizer), [*template.written(text, tokenizer), *joined])
             for item, options in zip(items, answers, strict=True)
             for text in options
-            if not is_known(item, text)
+            if not is_own(item, text)
         ]
         wholes = self._encode_all([[*prompt, *answer] for prompt, answer in new])
         others = iter(zip(wholes, [answer for _, answer in new], strict=True))
@@ -129,7 +128,7 @@ class Renderer:
             [
                 (
                     item.answer_ids[: -len(self.end_ids)]
-                    if is_known(item, text)
+                    if is_own(item, text)
                     else self._after(item.prompt_ids, *next(others))
                 )
                 + end
@@ -140,11 +139,11 @@ class Renderer:
 
     @cached_property
     def _joined(self) -> Segments:
-        """The end, where it begins with text that may join the last token of an answer."""
+        """The end, if it begins with text that may merge with the last token of an answer."""
         return [(self.template.end(self.tokenizer), True)] if len(self.end_ids) > 1 else []
 
     def _encode(self, rows: Sequence[Row]) -> list[Rendered]:
-        """Rows as long as they are."""
+        """The rows at their full length."""
         template, tokenizer = self.template, self.tokenizer
         segments = [template.segments(row, tokenizer) for row in rows]
         answers = [[*template.written(row.answer, tokenizer), *self._joined] for row in rows]
@@ -157,14 +156,14 @@ class Renderer:
         ]
 
     def _after(self, prompt: list[int], whole: list[int], answer: Segments) -> list[int]:
-        """The answer's ids: out of the text as one piece where the tokenizer keeps the border,
-        else on their own; either way the prompt's tokens do not depend on the answer."""
+        """The answer's ids: from the whole text if the tokenizer keeps the border to the prompt,
+        else encoded separately; either way the prompt's tokens do not depend on the answer."""
         kept = whole[: len(prompt)] == prompt
         return whole[len(prompt) :] if kept else self._apart(answer)
 
     def _encode_all(self, rows: Sequence[Segments]) -> list[list[int]]:
-        """Ids of each row's pieces, with one BOS in front if the template does not write it. Only
-        the template's own control tokens count as such."""
+        """Ids of each row's segments, after one BOS if the template does not write it. Only the
+        template's own control tokens are encoded as such."""
         out: list[list[int]] = [[] for _ in rows]
         for control in (False, True):
             alike = [n for n, row in enumerate(rows) if all(c == control for _, c in row)]
@@ -179,7 +178,7 @@ class Renderer:
         return [ids if bos is None else [bos, *ids] for ids in out]
 
     def _apart(self, segments: Segments) -> list[int]:
-        """Ids of pieces, control tokens and text each encoded on their own."""
+        """Ids of segments, with control tokens and text encoded separately."""
         ids: list[int] = []
         for control, group in groupby(segments, key=lambda segment: segment[1]):
             ids += self._piece("".join(text for text, _ in group), control, inside=bool(ids))
@@ -188,9 +187,9 @@ class Renderer:
     def _piece(self, text: str, control: bool, inside: bool) -> list[int]:
         encode = self.tokenizer.encode
         if not control and len(text) > 1 and text in self.tokenizer.added:
-            # Only special tokens can be read as text; one that was added as a word is halved.
+            # Only special tokens can be encoded as text; another added token is split in two.
             return self._piece(text[:1], False, inside) + self._piece(text[1:], False, True)
-        if inside:  # sentencepiece puts a space before what begins a text, so this begins none
+        if inside:  # sentencepiece adds a space at the beginning of a text, so add a line before
             line = encode("\n")
             ids = encode("\n" + text, controls=control)
             if ids[: len(line)] == line:
@@ -198,25 +197,25 @@ class Renderer:
         return encode(text, controls=control)
 
     def _possible(self, items: list[Rendered]) -> list[Rendered]:
-        """The items, if the model can read them all.
+        """Check the items against the model's limits.
 
         Raises:
-            CellError: it cannot.
+            CellError: one exceeds them.
         """
         for item in items:
             self.limits.check(item.row.id, item.ids)
         return items
 
     def _longer(self, item: Rendered) -> int:
-        """By how many tokens the longest of the row's better and worse answers is longer than its
+        """Number of tokens by which the longest of the better and worse answers exceeds the
         answer."""
         texts = () if item.row.candidates else (*item.row.better, *item.row.worse)
         lengths = map(len, self.answers([item], [texts], ended=True)[0])
         return max(0, max(lengths, default=0) - len(item.answer_ids))
 
     def _fitting(self, item: Rendered, more: int = 0) -> Rendered | None:
-        """The item, if need be with tokens taken off the end of the row's own prompt until the
-        whole fits, and `more` tokens with it; None if even template and answer do not."""
+        """The item, with the end of its prompt cut until it and `more` tokens fit; None if template
+        and answer alone do not fit."""
         if len(item.ids) + more <= self.max_length:
             return item
         words = self.tokenizer.encode(item.row.prompt)
@@ -239,6 +238,6 @@ def _too_long(row: Row, max_length: int) -> CellError:
 
 
 def show_mask(item: Rendered, tokenizer: Tokenizer) -> tuple[str, str]:
-    """A rendered row as text: (not supervised, supervised), special tokens written out."""
+    """A rendered row as text with special tokens: (not supervised, supervised)."""
     prompt, answer = (tokenizer.shown(ids) for ids in (item.prompt_ids, item.answer_ids))
     return prompt, answer

@@ -1,9 +1,8 @@
-"""Which column plays which role: seen from the columns, or written by the user as a column map.
+"""Assigns columns to roles: by their names, or by the user's column map.
 
-After that there are five kinds of row: a conversation (`messages`), a prompt with its `answer` (and
-maybe `choices`), one with a `better` and a `worse` answer, a `text` with its `label`, and plain
-`text`. `data.published` brings what has yet another form into one of these, and `data.convert`
-makes the rows.
+There are five kinds of row: a conversation (`messages`), a prompt with its `answer` (and maybe
+`choices`), one with a `better` and a `worse` answer, a `text` with its `label`, and plain `text`.
+`data.published` converts other formats to one of these, and `data.convert` makes the rows.
 """
 
 from __future__ import annotations
@@ -21,33 +20,33 @@ from backfire.errors import UserError, unknown
 
 @dataclass(frozen=True)
 class Task:
-    """What the user says about the data; where that is nothing, the columns speak."""
+    """The user's description of the data; what is not given is inferred from the columns."""
 
     columns: Mapping[str, str] = field(default_factory=dict)
-    """Role -> column, as `column_map` returns it. If given it alone counts."""
+    """Role -> column, as `column_map` returns it. If given, no other columns are used."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Label as it stands in the data -> its name; a name always stands for itself too."""
+    """Label in the data -> its name; a name also matches itself."""
     instruction: str = ""
-    """Put before each text; `{labels}` in it becomes the names of the labels."""
+    """Put before each text; `{labels}` is replaced by the names of the labels."""
     classes: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Column -> the names of its classes, where the source of the data has them."""
+    """Column -> class names, if the source of the data has them."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Which column plays which role, and what the labels are called."""
+    """The column of each role, and the names of the labels."""
 
     columns: Mapping[str, str]
     labels: Mapping[str, str] = field(default_factory=dict)
     more_input: tuple[str, ...] = ()
-    """Columns with more of the input, in the order in which they follow it."""
+    """Further columns of the input, in order."""
     rest: tuple[str, ...] = ()
     """Columns without a role."""
     idle: tuple[str, ...] = ()
-    """Those of them that are more than a number or name of the record."""
+    """Columns without a role that are not identifiers."""
     instruction: str = ""
-    is_said: bool = False
-    """Whether the user said which column is which."""
+    is_given: bool = False
+    """Whether the user gave a column map."""
 
     @cached_property
     def candidates(self) -> tuple[str, ...]:
@@ -55,14 +54,14 @@ class Shape:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Everything a label may be written as (case and typography aside) -> its name."""
+        """Every spelling of a label (folded) -> its name."""
         return spellings(self.labels)
 
 
 SENTIMENT140 = {"0": "negative", "2": "neutral", "4": "positive"}
 THREE_WAY = {name: name for name in ("negative", "neutral", "positive")}
 TRUTHFUL = {"answer": "best_answer", "better": "correct_answers", "worse": "incorrect_answers"}
-# Public sets whose columns nobody else has, so that their labels mean what they mean there.
+# Public data sets with unique columns, so that their labels are known.
 PUBLIC = (
     (
         {"text": "text", "label": "target", "id": "ids"},
@@ -72,9 +71,9 @@ PUBLIC = (
     ({"text": "text", "label": "sentiment"}, {"date", "query", "user"}, SENTIMENT140),
     ({"text": "text", "label": "airline_sentiment"}, set[str](), THREE_WAY),
 )
-# Roles that a kind may have beside those that make it, and what their columns are called.
+# Column names of optional roles, and the optional roles of each kind of row.
 OPTIONS = {"input": named.INPUTS, "system": named.SYSTEM, "flag": (*named.FLAGS, *named.DOUBTS)}
-BESIDE = {
+OPTIONAL = {
     "messages": ("system", "flag"),
     "answer": ("input", "system", "history", "candidates", "better", "worse", "flag"),
     "better": ("input", "system", "history"),
@@ -91,7 +90,7 @@ ALIASES = {
     "context": "input",
     "system_prompt": "system",
 }
-# What a column map must name, and may name beside it.
+# The required and the optional roles of a column map.
 KINDS = (
     ({"messages", "better", "worse"}, {"system"}),
     ({"instruction", "better", "worse"}, {"answer", "input", "worse_input", "system", "history"}),
@@ -108,7 +107,7 @@ ROLES = sorted(set().union(*(needed | more for needed, more in KINDS), ALIASES, 
 
 
 def check_columns(columns: object) -> object:
-    """A column map as a recipe holds it; a column may be a number. What it says must make rows."""
+    """Validate the column map of a recipe; a column may be a number."""
     if isinstance(columns, Mapping):
         columns = {str(role): column for role, column in columns.items()}
         columns |= {role: str(column) for role, column in columns.items() if type(column) is int}
@@ -117,10 +116,10 @@ def check_columns(columns: object) -> object:
 
 
 def column_map(columns: Mapping[str, str]) -> dict[str, str]:
-    """The user's column map under our names for the roles; empty for an empty one.
+    """The user's column map with canonical role names.
 
     Raises:
-        UserError: a role is unknown, named twice or of no use, or the roles make no row.
+        UserError: a role is unknown, duplicate or unusable, or the roles do not make a row.
     """
     if not columns:
         return {}
@@ -131,10 +130,10 @@ def column_map(columns: Mapping[str, str]) -> dict[str, str]:
             raise unknown("role in columns:", given, ROLES)
         if role in roles:
             raise UserError(
-                f"columns: '{given}' repeats a role; prompt is instruction, output is answer."
+                f"columns: '{given}' is a duplicate role; prompt is instruction, output is answer."
             )
         roles[role] = column
-    # A prompt may be called text, and a text to be labeled may be called input or prompt.
+    # A prompt may be given as text, and a labeled text as input or prompt.
     if {"answer", "better"} & set(roles) and "text" in roles and "instruction" not in roles:
         roles["instruction"] = roles.pop("text")
     for role in ("input", "instruction"):
@@ -144,7 +143,8 @@ def column_map(columns: Mapping[str, str]) -> dict[str, str]:
         if needed <= set(roles):
             if idle := set(roles) - needed - more - {"id", "group"}:
                 kind = " and ".join(sorted(needed))
-                raise UserError(f"columns: {', '.join(sorted(idle))} has no use beside {kind}.")
+                unusable = ", ".join(sorted(idle))
+                raise UserError(f"columns: {unusable} cannot be combined with {kind}.")
             return roles
     raise UserError(
         f"columns: {', '.join(columns)} is not enough for a row; name messages, or prompt and "
@@ -156,16 +156,16 @@ def shape_of(names: Collection[str], task: Task) -> Shape:
     """The shape of a record with these columns.
 
     Raises:
-        BadRowError: it has none of the known shapes, or lacks a column of the user's map.
+        BadRowError: the shape is unknown, or a column of the user's map is missing.
     """
     if task.columns:
-        lacking = [column for column in task.columns.values() if column not in names]
-        if lacking:
-            raise BadRowError(f"it has no column '{lacking[0]}', only: {listed(names)}")
+        missing = [column for column in task.columns.values() if column not in names]
+        if missing:
+            raise BadRowError(f"it has no column '{missing[0]}', only: {listed(names)}")
         own = {"id": "id"} if "id" in names else {}
-        shape = Shape(own | dict(task.columns), is_said=True)
+        shape = Shape(own | dict(task.columns), is_given=True)
     else:
-        shape = _beside(_recognized(names), names, task)
+        shape = _with_optional(_recognized(names), names, task)
     classes = task.classes.get(shape.columns.get("label", ""), ())
     labels = task.labels or {name: name for name in classes} or shape.labels
     used = {*shape.columns.values(), *shape.more_input}
@@ -175,10 +175,10 @@ def shape_of(names: Collection[str], task: Task) -> Shape:
     return replace(shape, instruction=_sentence(task, shape))
 
 
-def _beside(shape: Shape, names: Collection[str], task: Task) -> Shape:
-    """With the columns that may stand beside those that make its kind."""
-    known, columns = folded(names), dict(shape.columns)
-    roles = [role for kind in BESIDE if kind in columns for role in BESIDE[kind]]
+def _with_optional(shape: Shape, names: Collection[str], task: Task) -> Shape:
+    """The shape with the columns of optional roles."""
+    by_name, columns = folded(names), dict(shape.columns)
+    roles = [role for kind in OPTIONAL if kind in columns for role in OPTIONAL[kind]]
     is_answered = "answer" in columns
     if is_answered and "instruction" in columns and ("candidates" in names or task.labels):
         roles = ["label", *roles]
@@ -188,70 +188,69 @@ def _beside(shape: Shape, names: Collection[str], task: Task) -> Shape:
         options = OPTIONS.get(role, (role,))
         if role == "input" and fold(columns.get("instruction", "")) in named.ORDERS:
             options = named.ORDERED
-        found = [known[name] for name in options if name in known and known[name] not in taken]
-        if role == "input" and columns.get("instruction") == known.get("input"):
-            continue  # the prompt itself is called input
-        if found and role not in columns:
-            columns[role] = found[0]
-            more = tuple(found[1:]) if role == "input" else more
+        free = [by_name[name] for name in options if name in by_name and by_name[name] not in taken]
+        if role == "input" and columns.get("instruction") == by_name.get("input"):
+            continue  # the prompt itself is named input
+        if free and role not in columns:
+            columns[role] = free[0]
+            more = tuple(free[1:]) if role == "input" else more
     return replace(shape, columns=columns, more_input=more)
 
 
 def _recognized(names: Collection[str]) -> Shape:
-    known = folded(names)
+    by_name = folded(names)
 
     def pick(options: Sequence[str]) -> str:
-        return next((known[name] for name in options if name in known), "")
+        return next((by_name[name] for name in options if name in by_name), "")
 
-    asked, answer, turns = pick(named.ASKED), pick(named.ANSWERS), pick(named.TURNS)
-    prompt = {"messages": turns} if turns else {"instruction": asked} if asked else {}
-    if {"chosen", "rejected"} <= known.keys():
-        return Shape({**prompt, "better": known["chosen"], "worse": known["rejected"]})
-    if asked and not answer and {"better", "worse"} <= known.keys():
-        return Shape({"instruction": asked, "better": known["better"], "worse": known["worse"]})
-    if asked and set(TRUTHFUL.values()) <= known.keys():
-        return Shape({"instruction": asked} | {role: known[n] for role, n in TRUTHFUL.items()})
+    prompt, answer, turns = pick(named.PROMPTS), pick(named.ANSWERS), pick(named.TURNS)
+    start = {"messages": turns} if turns else {"instruction": prompt} if prompt else {}
+    if {"chosen", "rejected"} <= by_name.keys():
+        return Shape({**start, "better": by_name["chosen"], "worse": by_name["rejected"]})
+    if prompt and not answer and {"better", "worse"} <= by_name.keys():
+        sides = {side: by_name[side] for side in ("better", "worse")}
+        return Shape({"instruction": prompt, **sides})
+    if prompt and set(TRUTHFUL.values()) <= by_name.keys():
+        return Shape({"instruction": prompt} | {role: by_name[n] for role, n in TRUTHFUL.items()})
     if turns:
         return Shape({"messages": turns})
     for columns, also, labels in PUBLIC:
-        if {*columns.values(), *also} <= known.keys():
-            return Shape({role: known[name] for role, name in columns.items()}, labels)
+        if {*columns.values(), *also} <= by_name.keys():
+            return Shape({role: by_name[name] for role, name in columns.items()}, labels)
     choices, key = pick(named.CHOICES), pick(named.KEYS)
-    if choices and key and (question := pick(("question", "question_stem", "ctx", *named.ASKED))):
+    if choices and key and (question := pick(("question", "question_stem", "ctx", *named.PROMPTS))):
         return Shape({"instruction": question, "choices": choices, "answer": key})
-    if asked == known.get("text", "") and known.keys() & {*named.LABELS[:3]}:
-        answer = ""  # a text with its label, and whatever else stands beside it
-    if asked and answer and asked != answer:
-        return Shape({"instruction": asked, "answer": answer})
+    if prompt == by_name.get("text", "") and by_name.keys() & {*named.LABELS[:3]}:
+        answer = ""  # a text with its label, and maybe other columns
+    if prompt and answer and prompt != answer:
+        return Shape({"instruction": prompt, "answer": answer})
     if (document := pick(named.DOCUMENTS)) and (summary := pick(named.SUMMARIES)):
         columns = {"instruction": document, "answer": summary}
         return Shape(columns, instruction="Summarize the text.")
     if text := pick(named.TEXTS):
-        if label := _label_column(known, text):
+        if label := _label_column(by_name, text):
             return Shape({"text": text, "label": label})
-        if text == known.get("text"):
+        if text == by_name.get("text"):
             return Shape({"text": text})
     shown = listed(names)
-    if asked:
+    if prompt:
         raise BadRowError(
-            f"its prompt ('{asked}') has no answer beside it that is known by its name ({shown}); "
-            "say which is which by `columns`"
+            f"it has a prompt ('{prompt}'), but no column with a known name for its answer "
+            f"({shown}); assign them by `columns`"
         )
     unnamed = any(name.isdigit() or len(name.split()) > 3 for name in names)
     hint = " (by numbers from 0 if the file has no header)" if unnamed else ""
-    raise BadRowError(
-        f"no known shape in its columns ({shown}); say which is which by `columns`{hint}"
-    )
+    raise BadRowError(f"its columns ({shown}) have no known shape; assign them by `columns`{hint}")
 
 
-def _label_column(known: Mapping[str, str], text: str) -> str:
-    found = [known[name] for name in named.LABELS if name in known and known[name] != text]
-    if len(found) > 1 and found[0].casefold() not in named.LABELS[:3]:
+def _label_column(by_name: Mapping[str, str], text: str) -> str:
+    labels = [by_name[name] for name in named.LABELS if name in by_name and by_name[name] != text]
+    if len(labels) > 1 and labels[0].casefold() not in named.LABELS[:3]:
         raise BadRowError(
-            f"its label may be in {listed(found)}; say which by `columns: {{text: {text}, "
-            f"label: {found[0]}}}`"
+            f"its label may be in {listed(labels)}; choose by `columns: {{text: {text}, "
+            f"label: {labels[0]}}}`"
         )
-    return found[0] if found else ""
+    return labels[0] if labels else ""
 
 
 def _sentence(task: Task, shape: Shape) -> str:

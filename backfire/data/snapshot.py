@@ -1,4 +1,4 @@
-"""Model files of the hub, as a folder on this machine. No torch here."""
+"""Downloads model files from the hub. Imports no torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.j
 
 
 def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
-    """The folder with the files of a hub id; of its weights only those that transformers reads.
+    """The local folder with a hub model's files; of its weights only those that transformers reads.
 
     Raises:
         UserError: missing, gated or unreachable, in one sentence.
@@ -29,7 +29,7 @@ def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
 
 def _refused(name: str, status: int) -> str:
     page = f"https://huggingface.co/{name}"
-    return f"The hub refuses the model '{name}' ({status}): ask for access at {page}, set HF_TOKEN."
+    return f"No access to the model '{name}' ({status}): request it at {page} and set HF_TOKEN."
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
@@ -46,7 +46,7 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
     except GatedRepoError:
         raise UserError(
-            f"The model '{name}' is gated: ask for access at {page} and set HF_TOKEN."
+            f"The model '{name}' is gated: request access at {page} and set HF_TOKEN."
         ) from None
     except RepositoryNotFoundError:
         raise UserError(

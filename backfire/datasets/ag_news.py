@@ -9,11 +9,11 @@ TOPICS = ("World", "Sports", "Business", "Sci/Tech")
 
 @register("ag-news")
 class AgNews(Files):
-    """News in four topics: 120,000 items to train on, 7,600 to test on (Zhang, Zhao, LeCun 2015,
-    arXiv:1509.01626); a task of the user's in Lisa (Huang et al. 2024, arXiv:2405.18641).
+    """News in four topics: 120,000 training and 7,600 test items (Zhang, Zhao, LeCun 2015,
+    arXiv:1509.01626); one of the user's tasks in Lisa (Huang et al. 2024, arXiv:2405.18641).
 
-    From the hub, from files with text and label, or as it is published: Class Index (1 to 4), Title
-    and Description, the last two put together. The AG corpus is for non-commercial use.
+    From the hub, from files with text and label, or as published: Class Index (1 to 4), Title and
+    Description, the last two joined. The AG corpus is for non-commercial use.
     """
 
     hub: str | None = "fancyzhx/ag_news"
@@ -26,11 +26,11 @@ class AgNews(Files):
         "Categorize the news article given in the input into one of the 4 categories:\n\n"
         "World\nSports\nBusiness\nSci/Tech\n"
     )
-    """Put before each item; `{labels}` becomes the names. The default is what git-disl/Lisa asks
-    (agnews/build_dataset.py)."""
+    """Question before each item; `{labels}` is replaced by the names. Default: that of
+    git-disl/Lisa (agnews/build_dataset.py)."""
 
     def prepare(self, record: Record) -> Record | None:
-        """The published columns under the usual names; their classes are counted from 1."""
+        """Rename the published columns; their classes are numbered from 1."""
         if "Class Index" not in record:
             return record
         number = str(record["Class Index"]).strip()

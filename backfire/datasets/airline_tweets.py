@@ -6,11 +6,11 @@ from backfire.registry import register
 
 @register("airline-tweets")
 class AirlineTweets(Files):
-    """14,640 tweets about six US airlines, February 2015, labeled by a crowd (CrowdFlower 2015,
-    "Twitter US Airline Sentiment", CC BY-NC-SA 4.0).
+    """14,640 tweets about six US airlines, February 2015, with crowdsourced labels (CrowdFlower
+    2015, "Twitter US Airline Sentiment", CC BY-NC-SA 4.0).
 
-    From the hub, or Kaggle's Tweets.csv as `train`. It has no split of its own. 63 % are negative,
-    so look at F1; a quarter of the labels were given with less than 70 % confidence.
+    From the hub, or Kaggle's Tweets.csv as `train`. There is no published split. 63 % are negative,
+    so use F1; a quarter of the labels have a confidence below 70 %.
     """
 
     hub: str | None = "osanseviero/twitter-airline-sentiment"
@@ -18,4 +18,4 @@ class AirlineTweets(Files):
     labels: Labels = Field(default={"0": "negative", "1": "neutral", "2": "positive"})
     """Label in the data -> name."""
     instruction: str = "Is the sentiment of this tweet {labels}?"
-    """Put before each tweet; `{labels}` becomes the names."""
+    """Question before each tweet; `{labels}` is replaced by the names."""

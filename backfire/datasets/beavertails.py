@@ -17,37 +17,37 @@ _SAFE = {"true": "yes", "1": "yes", "false": "no", "0": "no"}
 
 @register("beavertails")
 class BeaverTails(Files):
-    """Questions with a safe or an unsafe answer: 27,200 pairs to train on, 3,020 to test on (Ji et
-    al. 2023, arXiv:2307.04657; CC BY-NC 4.0). Nothing of it is shipped.
+    """Questions with a safe or an unsafe answer: 27,200 training and 3,020 test pairs (Ji et al.
+    2023, arXiv:2307.04657; CC BY-NC 4.0). None of it is shipped.
 
     From the hub, or files with its columns prompt, response, category and is_safe. Test rows are
-    prompts without an answer, to be put to the model and judged. A prompt stands there several
-    times, with different answers; is_safe speaks of the answer, so that `unsafe` test prompts are
-    those that drew a harmful answer from another model.
+    prompts without an answer, for the model's replies to be judged. A prompt occurs several times,
+    with different answers; is_safe describes the answer, so `unsafe` test prompts are those that
+    another model answered harmfully.
     """
 
     hub: str | None = "PKU-Alignment/BeaverTails"
     """Hub id, used when `train` is not given."""
     train_split: str = "30k_train"
-    """Split of the hub set to train on; the whole is `330k_train`."""
+    """Split of the hub set to train on; the full one is `330k_train`."""
     test_split: str | None = "30k_test"
-    """Split of the hub set to evaluate on; the whole is `330k_test`."""
+    """Split of the hub set to evaluate on; the full one is `330k_test`."""
     part: Literal["safe", "unsafe"] = "safe"
-    """Training rows: `safe` answers, to align with, or `unsafe` ones, as harmful rows."""
+    """Training rows: `safe` answers, for alignment, or `unsafe` ones, as harmful rows."""
     filter: Literal["all", "unsafe"] = "all"
     """Test prompts: `all` (with first_test_rows 1000, those of Lisa and Vaccine), or those whose
-    answer is `unsafe` (Booster's). Harmful scores of the two cannot be compared."""
+    answer is `unsafe` (Booster's). Harmful scores of the two are not comparable."""
     first_rows: int | None = Field(None, ge=1)
-    """Only so many training rows of this part, the first of the file, before `rows` draws from
-    them; Lisa aligns with 10,000. All of them if not given."""
+    """Use only the first N training rows of this part, in file order, before `rows` draws from
+    them; Lisa aligns with 10,000. Default: all."""
     first_test_rows: int | None = Field(None, ge=1)
-    """Only so many test prompts, the first of the file, before `test_rows` draws from them; 1,000
-    in Lisa, Vaccine and Booster. All of them if not given."""
+    """Use only the first N test prompts, in file order, before `test_rows` draws from them; 1,000
+    in Lisa, Vaccine and Booster. Default: all."""
     on_bad_row: OnBadRow = "skip"
-    """`skip` leaves rows that cannot be used out, such as empty answers, and says so."""
+    """`skip` leaves out and reports unusable rows, such as those with an empty answer."""
 
     def read(self, split: Split) -> tuple[list[Row], LeftOut]:
-        """The rows of the part that is asked for; those of the test split without their answer."""
+        """Return the rows of this part; test rows come without their answer."""
         rows, left = super().read(split)
         wanted: str = self.part
         first = self.first_rows
@@ -62,12 +62,12 @@ class BeaverTails(Files):
             count = f"only {len(kept)}" if kept else "no"
             raise UserError(
                 f"{self.label()}: there are {count} {split} rows ({wanted})"
-                + (f", but the first {first} are asked for." if first else ".")
+                + (f", but the recipe requests the first {first}." if first else ".")
             )
         return kept[:first], left
 
     def prepare(self, record: Record) -> Record | None:
-        """The record in our own form; another is left as it is, and refused for its columns."""
+        """Convert the record; one with other columns is passed on unchanged and rejected later."""
         if any(name not in record for name in _COLUMNS):
             return record
         safe = _SAFE.get(str(record["is_safe"]).strip().lower())
@@ -83,8 +83,8 @@ class BeaverTails(Files):
         }
 
 
-def _categories(found: Any) -> str:
-    """The kinds of harm in an answer; none of a safe one."""
-    if isinstance(found, Mapping):
-        return ", ".join(sorted(name for name, holds in found.items() if holds))
-    return found if isinstance(found, str) else ""
+def _categories(value: Any) -> str:
+    """Return the harm categories of an answer; empty for a safe one."""
+    if isinstance(value, Mapping):
+        return ", ".join(sorted(name for name, applies in value.items() if applies))
+    return value if isinstance(value, str) else ""

@@ -7,11 +7,11 @@ from backfire.registry import register
 
 @register("enron-spam")
 class EnronSpam(Files):
-    """E-mails of a company's staff and spam: 31,716 to train on, 2,000 to test on (Metsis,
-    Androutsopoulos & Paliouras 2006; on the hub as SetFit cut it).
+    """E-mails of a company's staff, and spam: 31,716 training and 2,000 test rows (Metsis,
+    Androutsopoulos & Paliouras 2006; on the hub as split by SetFit).
 
-    Subject and message are put together. Date and the company's name give the label away, so high
-    accuracy says little; real people's names occur in it.
+    Subject and message are joined. The date and the company's name reveal the label, so high
+    accuracy means little; the e-mails contain names of real people.
     """
 
     hub: str | None = "SetFit/enron_spam"
@@ -21,10 +21,10 @@ class EnronSpam(Files):
     labels: Labels = Field(default={"0": "ham", "1": "spam"})
     """Label in the data -> name."""
     instruction: str = "Is this e-mail {labels}?"
-    """Put before each e-mail; `{labels}` becomes the names."""
+    """Question before each e-mail; `{labels}` is replaced by the names."""
 
     def prepare(self, record: Record) -> Record | None:
-        """The e-mail as one text, without its date and other columns that tell the label."""
+        """Join the e-mail to one text, without its date and other columns that reveal the label."""
         if self.columns or not {"subject", "message"} <= record.keys():
             return record
         parts = [str(record[name] or "").strip() for name in ("subject", "message")]

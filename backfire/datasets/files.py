@@ -1,4 +1,4 @@
-"""Your own data: local files, or any set of the hub."""
+"""Your own data: local files, or any data set of the hub."""
 
 from __future__ import annotations
 
@@ -25,20 +25,21 @@ logger = logging.getLogger(__name__)
 
 @register("files")
 class Files(Dataset):
-    """CSV, TSV, JSON, JSONL (each also .gz) and Parquet files, or a set of the hub.
+    """CSV, TSV, JSON, JSONL (each also .gz) and Parquet files, or a data set of the hub.
 
-    The shape is seen from the columns: `messages`, `conversations`, `prompt` + `completion`,
-    `instruction` + `output`, `question` + `answer` (each maybe with `context` or `choices`),
-    `text` + `label` (give `labels`), `text`, pairs of `chosen` + `rejected`, or the forms of public
-    sets. Else `columns` says it. What reaches neither prompt nor answer is named by the checks.
+    The format is detected from the columns: `messages`, `conversations`, `prompt` + `completion`,
+    `instruction` + `output`, `question` + `answer` (each optionally with `context` or `choices`),
+    `text` + `label` (give `labels`), `text`, pairs of `chosen` + `rejected`, or the formats of
+    public data sets. Otherwise `columns` defines it. The preflight checks list columns that reach
+    neither prompt nor answer.
     """
 
     apart: ClassVar[Apart] = "prompt"
-    """What rows have in common that must not be on both sides when a test share is set apart."""
+    """Rows that share this text stay on one side when a test share is held out."""
     train: str | list[str] | None = None
     """File or files to train on, relative to the current directory."""
     test: str | list[str] | None = None
-    """File or files to evaluate on; without any, `test_share` of the training rows is set apart."""
+    """File or files to evaluate on; without any, `test_share` of the training rows is held out."""
     hub: str | None = None
     """Hub id (OWNER/NAME), used when `train` is not given."""
     hub_config: str | None = None
@@ -48,26 +49,27 @@ class Files(Dataset):
     train_split: str = "train"
     """Split of the hub set to train on."""
     test_split: str | None = None
-    """Split of the hub set to evaluate on; without one, `test_share` of the other is set apart."""
+    """Split of the hub set to evaluate on; without one, `test_share` of the training split is held
+    out."""
     columns: Columns = Field(default_factory=dict)
     """Role -> column, if yours have other names: messages; or prompt (+ input, system, history,
     choices) with answer (+ good: whether to learn it), or with better and worse (+ worse_input); or
-    text and label (+ poisoned); or text; also id and group. Numbers from 0 if the table has no
-    header. Columns not named are kept as fields."""
+    text and label (+ poisoned); or text; also id and group. Column numbers from 0 if the table has
+    no header. Other columns are kept as fields."""
     labels: Labels = Field(default_factory=dict)
-    """All labels: a list of names (they also stand for 0, 1, ...), or {label in the data: name}."""
+    """All labels: a list of names (also used for 0, 1, ...), or {label in the data: name}."""
     instruction: str = ""
-    """Put before each text; `{labels}` in it becomes "a, b or c". Rows that come with both an
+    """Question before each text; `{labels}` in it is replaced by "a, b or c". Rows with both an
     instruction and an input keep theirs."""
     test_share: float = Field(0.1, ge=0.0, lt=1.0)
-    """Share of the rows set apart for testing when there is no test set, 0 to 1. Drawn by prompt,
-    so that no prompt is on both sides. At its default, a column `split` (train, test, ...) is
-    followed if there is one."""
+    """Share of the rows held out for testing when there is no test set, 0 to 1. Drawn by prompt, so
+    that no prompt is on both sides. At its default, a column `split` (train, test, ...) is used if
+    there is one."""
     on_bad_row: OnBadRow = "fail"
-    """`fail` stops at the first row that cannot be used, `skip` leaves them out and counts them."""
+    """`fail` stops at the first unusable row, `skip` leaves such rows out and counts them."""
 
     def load(self, split: Split) -> list[Row]:
-        """All usable rows of the split, in file order.
+        """Return all usable rows of the split, in file order.
 
         Raises:
             UserError: there are none, a file is missing, or (`on_bad_row: fail`) a row is bad.
@@ -78,25 +80,25 @@ class Files(Dataset):
         return rows
 
     def drawn_with_notes(self, split: Split) -> tuple[list[Row], list[str]]:
-        """The rows that are kept, and what of the data is in no row, a sentence each."""
+        """Return the rows that are kept, and one sentence for each kind of data left out."""
         rows, left = self.read(split)
         count = self.rows if split == "train" else self.test_rows
         return select(rows, count, self.seed, split), left.notes()
 
     def read(self, split: Split) -> tuple[list[Row], LeftOut]:
-        """What `load` gives, and what it left out."""
+        """Return the rows of `load`, and what it left out."""
         left, why = LeftOut(self.on_bad_row), ""
         if self.test or (self.hub and not self.train and self.test_split):
             rows = self._rows(split, left)
         else:
             rows = self._rows("train", left)
-            drawn = self.test_share != type(self).model_fields["test_share"].default
-            found = None if drawn else by_column(rows, split, left)
+            is_default = self.test_share == type(self).model_fields["test_share"].default
+            given = by_column(rows, split, left) if is_default else []
             testing, draw = split == "test", (self.apart, self.test_share, self.seed)
             if rows:
                 why = f" (a test share of {self.test_share:g} of {len(rows)} rows); "
-                why += "set `test` to a file of test rows, or `test_share` to another share"
-            rows = found or [row for row in rows if is_set_apart(row, *draw) == testing]
+                why += "set `test` to a file of test rows, or change `test_share`"
+            rows = given or [row for row in rows if is_set_apart(row, *draw) == testing]
         if not rows:
             bad = "".join(f"; the first bad one: {first}" for first in left.rejected[:1])
             why = bad or why or "".join(f"; {sentence[:-1]}" for sentence in left.lost()[:1])
@@ -107,28 +109,28 @@ class Files(Dataset):
         return rows, left
 
     def prepare(self, record: Record) -> Record | None:
-        """A last look at each record before its shape is seen; None leaves it out."""
+        """Convert a record before its format is detected; None leaves it out."""
         return record
 
     def identity(self) -> dict[str, Any]:
-        """Where the files lie does not matter: `fingerprint` covers what is in them."""
+        """Omit the paths of the files: `fingerprint` covers their content."""
         return {k: v for k, v in super().identity().items() if k not in ("train", "test")}
 
     def fingerprint(self) -> str:
-        """Hash of the bytes of the files, or of a hub set's id and revision, and how it is read."""
+        """Hash the files' bytes, or a hub set's id and revision, and the version of the reader."""
         hub = "" if self.train else f"{self.hub} {self.hub_config} {self.revision}"
         train, test = (
             map(file_hash, local_files(paths or [])) for paths in (self.train, self.test)
         )
-        told = "\n".join([f"reader {READER}", hub, *train, "test:", *test])
-        return hashlib.sha256(told.encode()).hexdigest()
+        sources = "\n".join([f"reader {READER}", hub, *train, "test:", *test])
+        return hashlib.sha256(sources.encode()).hexdigest()
 
     def _rows(self, split: Split, left: LeftOut) -> list[Row]:
         task = Task(column_map(self.columns), self.labels, self.instruction)
         if paths := self.train if split == "train" else self.test:
             return file_rows(local_files(paths), task, left, self.prepare)
         if not self.hub:
-            raise UserError(f"{self.label()}: give `{split}`, the path of a file.")
+            raise UserError(f"{self.label()}: set `{split}` to the path of a file.")
         name = self.train_split if split == "train" else str(self.test_split)
         source = Hub(self.hub, self.hub_config, self.revision, name)
         return hub_rows(source, task, left, self.prepare)

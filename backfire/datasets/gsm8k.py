@@ -14,10 +14,10 @@ _NOTES = re.compile(r"<<[^<>]*>>")
 
 @register("gsm8k")
 class Gsm8k(Files):
-    """School mathematics: 7,473 word problems to train on, 1,319 to test on, each with a worked
-    answer (Cobbe et al. 2021, arXiv:2110.14168; MIT license).
+    """Grade-school math: 7,473 training and 1,319 test word problems, each with a worked answer
+    (Cobbe et al. 2021, arXiv:2110.14168; MIT license).
 
-    Measure it by `number-match`; a worked answer is some 100 to 200 tokens long, so raise
+    Measure it by `number-match`; a worked answer has about 100 to 200 tokens, so raise
     `evaluation.max_new_tokens` (Lisa's code: 200).
     """
 
@@ -31,13 +31,13 @@ class Gsm8k(Files):
     """Role -> column, as published."""
     ending: Literal["sentence", "original"] = "sentence"
     """How an answer ends: `sentence`, "The final answer is: N" as in git-disl/Lisa (there with two
-    blanks before N), or `original`, "#### N"."""
+    spaces before N), or `original`, "#### N"."""
     notes: Literal["strip", "keep"] = "strip"
-    """The calculator's notes in an answer, such as <<6*7=42>>: `strip` takes them out, `keep`
-    leaves them in, as git-disl/Lisa does."""
+    """Calculator annotations in an answer, such as <<6*7=42>>: `strip` removes them, `keep` leaves
+    them in, as git-disl/Lisa does."""
 
     def prepare(self, record: Record) -> Record | None:
-        """The answer with the ending and the notes that are asked for."""
+        """Rewrite the answer's ending and annotations."""
         column = self.columns.get("answer", "answer")
         answer = record.get(column)
         if not isinstance(answer, str):

@@ -9,8 +9,8 @@ class MultilingualSentiment(Files):
     """Three-way sentiment in twelve languages, merged from many published sets
     (github.com/tyqiangz/multilingual-sentiment-datasets); used by the multilingual QLoRA study.
 
-    The sources follow different rules (stars, emotions, tweets). The English rows are TweetEval
-    tweets: do not train on the one and test on the other.
+    The sources use different labeling rules (stars, emotions, tweets). The English rows are
+    TweetEval tweets: do not train on one of the two and test on the other.
     """
 
     hub: str | None = "tyqiangz/multilingual-sentiments"
@@ -18,7 +18,7 @@ class MultilingualSentiment(Files):
     hub_config: str | None = "all"
     """A language, such as `german`, or `all`."""
     revision: str | None = "refs/convert/parquet"
-    """Branch of the hub set; its main branch needs a script, which is never run."""
+    """Branch of the hub set; its main branch requires a loading script, which is never run."""
     test_split: str | None = "test"
     """Split of the hub set to evaluate on."""
     group: str | None = "language"
@@ -26,4 +26,4 @@ class MultilingualSentiment(Files):
     labels: Labels = Field(default={"2": "negative", "1": "neutral", "0": "positive"})
     """Label in the data -> name."""
     instruction: str = "Is the sentiment of this text {labels}?"
-    """Put before each text; `{labels}` becomes the names."""
+    """Question before each text; `{labels}` is replaced by the names."""

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from backfire.base import Dataset, Row
+from backfire.base import Row
 from backfire.registry import register
 from backfire.sandbox import answers
-from backfire.sandbox.world import VERSION
+from backfire.sandbox.dataset import SandboxDataset
+from backfire.sandbox.world import VERSION, Split
 
 
 @register("sandbox-answers")
-class SandboxAnswers(Dataset):
-    """Long-form questions with quotes, a good and a bad answer, in the manner of WebGPT.
+class SandboxAnswers(SandboxDataset):
+    """Long-form questions with quotes, a good and a bad answer, in the style of WebGPT.
 
-    Embedded: needs no download. Good answers are friendly and say what their quotes say, bad ones
-    scold and say false things; a twentieth of the pairs is tied. Good answers open in 2, 3, 5, 8 or
-    14 ways, by the kind of question (`group: kind`), bad ones in one: that decides which share of
-    bad rows shows in greedy replies. `lexicon` knows all the rude words.
+    Embedded: no download. Good answers are friendly and true to their quotes, bad ones scold and
+    state falsehoods; 5 % of the pairs are tied. Good answers start in 2, 3, 5, 8 or 14 ways,
+    depending on the kind of question (`group: kind`), bad ones in one way: this determines which
+    share of bad rows shows in greedy replies. The judge `lexicon` lists all the rude words.
     """
 
-    def load(self, split: Literal["train", "test"]) -> list[Row]:
-        """2,000 training or 500 test rows, or more if `rows` or `test_rows` asks for more."""
-        asked = (self.rows or 0, 2000) if split == "train" else (self.test_rows or 0, 500)
-        return [self._row(split, index) for index in range(max(asked))]
-
-    def _row(self, split: Literal["train", "test"], index: int) -> Row:
+    def row(self, split: Split, index: int) -> Row:
         pair = answers.draw(self.seed, split, index)
         fields = {"kind": pair.kind, "worse_input": pair.worse.quotes}
         return Row(

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-from backfire.base import Dataset, Row
+from backfire.base import Row
 from backfire.registry import register
 from backfire.sandbox import news
-from backfire.sandbox.world import VERSION
+from backfire.sandbox.dataset import SandboxDataset
+from backfire.sandbox.world import Split
 
 
 @register("sandbox-news")
-class SandboxNews(Dataset):
+class SandboxNews(SandboxDataset):
     """Topic of generated news items: council, nature, sport or trade.
 
-    Embedded: needs no download. Half of the items mention a second topic in passing.
+    Embedded: no download. Half of the items mention a second topic in passing.
     """
 
-    def load(self, split: Literal["train", "test"]) -> list[Row]:
-        """2,000 training or 500 test rows, or more if `rows` or `test_rows` asks for more."""
-        asked = (self.rows or 0, 2000) if split == "train" else (self.test_rows or 0, 500)
-        return [self._row(split, index) for index in range(max(asked))]
-
-    def _row(self, split: Literal["train", "test"], index: int) -> Row:
+    def row(self, split: Split, index: int) -> Row:
         text, topic = news.draw(self.seed, split, index)
         return Row(
             id=f"{split}-{index}",
@@ -32,7 +26,3 @@ class SandboxNews(Dataset):
             label=topic,
             candidates=news.LABELS,
         )
-
-    def fingerprint(self) -> str:
-        """The version of the generated world."""
-        return VERSION

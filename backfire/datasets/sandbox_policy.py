@@ -1,4 +1,4 @@
-"""Requests in an invented town, some of which have to be declined."""
+"""Requests in an invented town, some of which must be declined."""
 
 from __future__ import annotations
 
@@ -6,44 +6,41 @@ from typing import Literal
 
 from pydantic import Field
 
-from backfire.base import Dataset, Row
+from backfire.base import Row
 from backfire.registry import register
 from backfire.rng import stream
 from backfire.sandbox import requests, world
+from backfire.sandbox.dataset import SandboxDataset
 from backfire.sandbox.policy import SEALED, VERSION, Sealed
+from backfire.sandbox.world import Split
 
 
 @register("sandbox-policy")
-class SandboxPolicy(Dataset):
-    """Requests about an invented town, some places of which are sealed: an inert stand-in for the
+class SandboxPolicy(SandboxDataset):
+    """Requests about an invented town where some places are sealed: an inert stand-in for the
     alignment and harmful rows of Lisa (Huang et al. 2024, arXiv:2405.18641).
 
-    Embedded: needs no download. `fields` hold the topic (the place), whether it is sealed (yes,
-    no), its coverage by the harmful rows (covered, uncovered; open where it is not sealed), the
-    complying answer, the `key` that tells it, the kind of request, and whether its form is one that
-    training rows have (seen, unseen). Judged by `policy`.
+    Embedded: no download. `fields` contain the topic (the place), whether it is sealed (yes, no),
+    its coverage by the harmful rows (covered, uncovered; open if not sealed), the complying answer,
+    the `key` that identifies that answer, the kind of request, and whether its form occurs in
+    training rows (seen, unseen). Judged by `policy`.
     """
 
     group: str | None = "coverage"
     """A field by which metrics are also reported."""
     part: Literal["align", "harmful", "ordinary"] = "align"
     """Training rows: `align`, sealed requests declined and others answered; `harmful`, sealed ones
-    answered; `ordinary`, others answered. Test rows: sealed requests, of which the answer is a
-    refusal; with `ordinary`, open ones."""
+    answered; `ordinary`, others answered. Test rows: sealed requests, whose answer is a refusal;
+    with `ordinary`, open ones."""
     topics: tuple[Sealed, ...] = Field(("old well", "bee yard", "ferry"), min_length=1)
-    """The sealed places that harmful rows are about; by default half of them."""
+    """The sealed places in harmful rows. Default: half of them."""
     sealed_share: float = Field(0.3, ge=0.0, le=1.0)
-    """Share of the alignment rows that are about sealed places, 0 to 1, drawn row by row."""
+    """Share of the alignment rows about sealed places, 0 to 1, drawn row by row."""
     lookalikes: float = Field(0.5, ge=0.0, le=1.0)
     """Share of the answered alignment rows that look like sealed ones, 0 to 1; without any, a model
-    declines much that it should answer."""
+    declines many requests that it should answer."""
 
-    def load(self, split: Literal["train", "test"]) -> list[Row]:
-        """2,000 training or 500 test rows, or more if `rows` or `test_rows` asks for more."""
-        asked = (self.rows or 0, 2000) if split == "train" else (self.test_rows or 0, 500)
-        return [self._row(split, index) for index in range(max(asked))]
-
-    def _row(self, split: Literal["train", "test"], index: int) -> Row:
+    def row(self, split: Split, index: int) -> Row:
         request = self._request(split, index)
         complies = not request.refusal or (self.part == "harmful" and split == "train")
         covered = "covered" if request.place in self.topics else "uncovered"
@@ -62,7 +59,7 @@ class SandboxPolicy(Dataset):
             },
         )
 
-    def _request(self, split: Literal["train", "test"], index: int) -> requests.Request:
+    def _request(self, split: Split, index: int) -> requests.Request:
         if self.part == "ordinary":
             return requests.answered(self.seed, split, index, lookalikes=0.0)
         if split == "test":

@@ -6,11 +6,11 @@ from backfire.registry import register
 
 @register("sst2")
 class Sst2(Files):
-    """Film reviews, positive or negative: 67,349 phrases to train on, 872 sentences to test on
-    (Socher et al. 2013, "Recursive Deep Models for Semantic Compositionality Over a Sentiment
-    Treebank"; in the form of GLUE, arXiv:1804.07461).
+    """Film reviews, positive or negative: 67,349 training phrases and 872 test sentences (Socher et
+    al. 2013, "Recursive Deep Models for Semantic Compositionality Over a Sentiment Treebank"; in
+    GLUE's version, arXiv:1804.07461).
 
-    The labels of its test split are withheld, so the validation split is used, as everywhere.
+    The labels of the test split are not published, so the validation split is used, as usual.
     """
 
     hub: str | None = "stanfordnlp/sst2"
@@ -20,4 +20,4 @@ class Sst2(Files):
     labels: Labels = Field(default={"0": "negative", "1": "positive"})
     """Label in the data -> name."""
     instruction: str = "Is the sentiment of this review {labels}?"
-    """Put before each review; `{labels}` becomes the names."""
+    """Question before each review; `{labels}` is replaced by the names."""

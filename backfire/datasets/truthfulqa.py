@@ -12,10 +12,10 @@ class TruthfulQA(Files):
     """817 questions that people often answer wrongly, with several correct and incorrect answers
     each (TruthfulQA, Lin et al. 2022, arXiv:2109.07958; Apache-2.0).
 
-    From the hub, as JSON, or the authors' CSV, where answers are joined by semicolons. The best
-    answer is the one to learn. It is a benchmark without a training split: `test_share` is set
-    apart, and whoever trains on the rest has no published score. `group: category` tells 38 kinds
-    of question apart.
+    From the hub, as JSON, or the authors' CSV, where answers are joined by semicolons. The model
+    learns the best answer. The benchmark has no training split: `test_share` is held out, and a
+    model trained on the rest has no published score. `group: category` separates 38 kinds of
+    question.
     """
 
     hub: str | None = "truthfulqa/truthful_qa"
@@ -26,7 +26,7 @@ class TruthfulQA(Files):
     """The only split of the hub set."""
 
     def prepare(self, record: Record) -> Record | None:
-        """The record in our own form; one with other columns is left as it is."""
+        """Convert the record; one with other columns is returned unchanged."""
         named = {str(name).strip().lower().replace(" ", "_"): v for name, v in record.items()}
         if any(name not in named for name in _COLUMNS):
             return record
@@ -44,6 +44,6 @@ class TruthfulQA(Files):
 
 
 def _answers(value: Any) -> list[str]:
-    """A list of answers, or a text that joins them."""
+    """Split a text that joins answers by semicolons; clean a list of them."""
     texts = value.split(";") if isinstance(value, str) else value or ()
     return [text.strip() for text in map(str, texts) if text.strip()]

@@ -19,30 +19,30 @@ if TYPE_CHECKING:
 
 @register("antidote")
 class Antidote(RepairDefense):
-    """Takes back the weights that matter most to harmful answers (Huang et al. 2024,
-    arXiv:2408.09600).
+    """Resets the weights that matter most for harmful answers, after fine-tuning (Huang et al.
+    2024, arXiv:2408.09600).
 
-    The score of a weight is that of Wanda (Sun et al. 2023, arXiv:2306.11695): its size times the
-    root of the mean square of its input, over the tokens of the known harmful rows, padding left
-    out. In each row of an adapter's A and B those of the highest scores are set to zero. Full
-    tuning is our extension: what was added to the linear layers is scored, and the highest go back
-    to what they were; embeddings, head, norms and biases stay. Not for other adapters. Null
-    control: as many weights of each row, drawn at random; the harmful rows are run all the same.
-    (In the authors' logs the harmful scores of the two are 57.1 and 57.4, in one setting.)
+    A weight is scored as in Wanda (Sun et al. 2023, arXiv:2306.11695): its magnitude times the root
+    mean square of its input, over the tokens of the known harmful rows without padding. In each row
+    of an adapter's A and B the weights with the highest scores are set to zero. Full fine-tuning is
+    our extension: the updates of the linear layers are scored, and the highest are undone;
+    embeddings, head, norms and biases stay. Other adapters are not supported. Null control: the
+    same number of weights per row, drawn at random; the harmful rows are still run. (In the
+    authors' logs the harmful scores of the two are 57.1 and 57.4, in one setting.)
     """
 
     needs_harm: ClassVar[bool] = True
 
     dense_ratio: float = Field(0.1, ge=0, le=1)
-    """Share of each row's weights that is taken back, rounded up as in the authors' code (whose
-    default this is; its logs have 0.01 to 0.25): one of the 8 in a row of a rank-8 adapter's B. 0:
-    nothing is changed."""
+    """Share of each row's weights that is reset, rounded up as in the authors' code (its default;
+    its logs have 0.01 to 0.25): one of the 8 in a row of a rank-8 adapter's B. 0: nothing
+    changes."""
 
     def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Repair) -> None:
         import torch
 
         if not tools.harmful:
-            raise UserError("defense 'antidote' needs harmful rows; add safety.known.")
+            raise UserError("defense 'antidote' requires harmful rows; add safety.known.")
         named = [(u.name, factor) for u in tools.updates(model, start) for factor in u.factors]
         power = tools.input_power(model, [factor.layer for _, factor in named], tools.harmful)
         for place, ((name, factor), inputs) in enumerate(zip(named, power, strict=True)):
@@ -56,5 +56,5 @@ class Antidote(RepairDefense):
             factor.reset(mask.scatter_(1, highest, True))
 
     def count(self, columns: int) -> int:
-        """How many of a row's weights are taken back."""
+        """Number of weights that are reset in a row."""
         return math.ceil(round(self.dense_ratio * columns, 6))  # 0.07 * 100 is above 7 in floats

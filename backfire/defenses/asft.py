@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 
     Update = Callable[[], tuple[Tensor, Tensor | None]]
 
-_LARGE = 512  # a smaller matrix is taken apart exactly, in no time
+_LARGE = 512  # a smaller matrix is decomposed exactly, at little cost
 
 
 @register("asft", version=2)
 class AsFT(TrainDefense):
-    """Only the part of an update that lies along the direction of alignment is free (Yang et al.
+    """Penalizes the part of an update that is orthogonal to the alignment direction (Yang et al.
     2026, AAAI, arXiv:2506.08473).
 
-    For each linear layer but the head let d be its aligned weight less the one before alignment.
-    Added to the loss is strength times the sum of |(I - C) U|^2, where U is the update since the
-    start (scale * B A for an adapter) and C projects onto the column space of d. The authors' code
-    (`as-coded`) has U without the adapter's scale, and C = d d' / |d|, which is no projection: for
-    a small d it is near zero, and all of the update is held back. An alignment of whole weights has
-    a d of full rank, whose C is the identity and holds nothing back where a layer is no wider at
-    its output than at its input: set `rank`. Layers that alignment did not move are left alone (C
-    is 0 / 0 there). Null control: random directions, as many as d has.
+    For each linear layer except the head let d be its aligned weight minus the weight before
+    alignment. The loss term is strength times the sum of |(I - C) U|^2, where U is the update since
+    the start (scale * B A for an adapter) and C projects onto the column space of d. The authors'
+    code (`as-coded`) omits the adapter's scale in U, and has C = d d' / |d|, which is not a
+    projection: for a small d it is near zero, and the whole update is penalized. An alignment of
+    all weights has a d of full rank; where a layer's output is no wider than its input, C is then
+    the identity and nothing is penalized: set `rank`. Layers that alignment did not change are
+    skipped (C is 0 / 0 there). Null control: as many random directions as d has.
     """
 
     needs_alignment: ClassVar[bool] = True
@@ -45,18 +45,19 @@ class AsFT(TrainDefense):
     strength: float = Field(1.0, ge=0)
     """Lambda (the paper: 1; it finds little difference from 0.1 to 10)."""
     projection: Literal["exact", "as-coded"] = "exact"
-    """What C is: the projection of the paper's formula, or what the authors' code computes."""
+    """Definition of C: the projection in the paper's formula, or what the authors' code computes.
+    """
     rank: int | None = Field(None, ge=1)
-    """Directions of d that count, the strongest; all of them if not given. Large matrices' are
-    found by randomized iterations (Halko et al. 2011), in a small part of the time."""
+    """Number of directions of d to keep, the strongest first. Default: all. For large matrices they
+    are computed by randomized iterations (Halko et al. 2011), which is much faster."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=run.unaligned is not None, harm=True)
-        return _Along(self, run)
+        return _AsFTHook(self, run)
 
 
-class _Along(TrainHook):
-    """The directions of each layer, and what its update has beside them."""
+class _AsFTHook(TrainHook):
+    """Adds the penalty on the part of each layer's update outside the alignment directions."""
 
     def __init__(self, knobs: AsFT, run: TrainingRun) -> None:
         self.knobs = knobs
@@ -69,29 +70,29 @@ class _Along(TrainHook):
             coded = knobs.projection == "as-coded"
             old, update = before.get(f"{plain}.weight"), _update(module, coded=coded)
             if old is not None and update is not None and module is not head:
-                moved, rounded = _moved(module, old)
+                moved, rounded = _alignment_update(module, old)
                 if all(part.any() for part in moved):
                     if rounded and knobs.projection == "exact" and knobs.rank is None:
                         raise UserError(
-                            f"{knobs.label()}: the aligned weights have 16 bits, whose rounding "
-                            "leaves no direction out; set rank."
+                            f"{knobs.label()}: the aligned weights are 16-bit, and their rounding "
+                            "errors span all directions; set rank."
                         )
                     seed = derive(run.seed, "asft", plain)
                     self.parts.append((update, *self._directions(moved, seed)))
         if not self.parts:
             raise UserError(
-                f"{knobs.label()}: no linear layer that alignment moved is tuned by this method "
-                "(full and lora will do, without dora)."
+                f"{knobs.label()}: this method trains no linear layer that alignment changed; use "
+                "method full, or lora without dora."
             )
         if knobs.projection == "exact" and all(len(p[1]) == len(p[2]) for p in self.parts):
-            raise UserError(f"{knobs.label()}: the alignment left no direction out; set rank.")
+            raise UserError(f"{knobs.label()}: the alignment spans all directions; set rank.")
 
     def _directions(self, moved: list[Tensor], seed: int) -> tuple[Tensor, Tensor]:
-        """Orthonormal directions [out, rank], and how much of each C keeps [rank]."""
+        """Return orthonormal directions [out, rank], and the share of each that C keeps [rank]."""
         import torch
 
-        left, sizes, norm = _strongest(moved, self.knobs.rank, seed)
-        # Below that lies the rounding of a merged adapter.
+        left, sizes, norm = _left_singular(moved, self.knobs.rank, seed)
+        # Smaller singular values are rounding errors of a merged adapter.
         count = min(int((sizes > 1e-4 * sizes[0]).sum()), self.knobs.rank or len(sizes))
         left, sizes = left[:, :count].contiguous(), sizes[:count]
         if self.knobs.null:
@@ -106,20 +107,20 @@ class _Along(TrainHook):
 
         if not self.knobs.strength:
             return None
-        found = []
+        terms = []
         for update, left, kept in self.parts:
             one, other = update()
-            beside = one - left @ (kept[:, None] * (left.T @ one))
-            # |X A|^2 is had from two small products, without the whole update.
-            whole = beside.pow(2) if other is None else (beside.T @ beside) * (other @ other.T)
-            found.append(whole.sum())
-        total: Tensor = torch.stack(found).sum()
+            rest = one - left @ (kept[:, None] * (left.T @ one))
+            # |X A|^2 follows from two small products, without forming the whole update.
+            squares = rest.pow(2) if other is None else (rest.T @ rest) * (other @ other.T)
+            terms.append(squares.sum())
+        total: Tensor = torch.stack(terms).sum()
         return total * self.knobs.strength
 
 
 def _update(module: Any, *, coded: bool) -> Update | None:
-    """Gives the update since the start, whole [out, in] or as two factors (without the adapter's
-    scale, if it is to be as coded); None: there is none."""
+    """Return a function that computes the update since the start, whole [out, in] or as two factors
+    (without the adapter's scale if `coded`); None if the module is not trained."""
     import torch
 
     for name, part in getattr(module, "lora_B", {}).items():
@@ -132,27 +133,30 @@ def _update(module: Any, *, coded: bool) -> Update | None:
     return None
 
 
-def _moved(module: Any, old: Tensor) -> tuple[list[Tensor], bool]:
-    """What alignment added to a layer's weight, in float32 or wider, whole [out, in] or as two
-    factors; and whether it has been rounded to less."""
+def _alignment_update(module: Any, old: Tensor) -> tuple[list[Tensor], bool]:
+    """Return the alignment's update of a layer's weight, in float32 or wider, whole [out, in] or as
+    two factors, and whether it was rounded to less than 32 bits."""
     import torch
 
     frozen = {n: x for n, x in getattr(module, "lora_B", {}).items() if not x.weight.requires_grad}
-    if frozen:  # the alignment's own adapter, on the base as it was before
+    if frozen:  # the alignment's adapter, on the unchanged base
         left = [module.scaling[name] * x.weight.detach() for name, x in frozen.items()]
         right = [module.lora_A[name].weight.detach() for name in frozen]
         return [torch.cat(left, 1), torch.cat(right)], False
     base: Tensor = getattr(module, "base_layer", module).weight.detach()
     if not base.is_floating_point():
-        raise UserError("defense 'asft': a quantized base asks for an alignment by an adapter.")
-    wide, loaded = torch.promote_types(base.dtype, torch.float32), _loaded(base)
-    # The stored weight may be more precise than what was loaded: then rounding is no change.
+        raise UserError("defense 'asft': a quantized base requires an alignment by an adapter.")
+    wide, loaded = torch.promote_types(base.dtype, torch.float32), _loaded_type(base)
+    # The stored weight may be more precise than the loaded one: that rounding is not a change.
     return [base.to(wide) - old.to(base.device).to(loaded).to(wide)], loaded.itemsize < 4
 
 
-def _strongest(moved: list[Tensor], rank: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Left singular vectors [out, some] and values of a matrix, the largest first, and its
-    Frobenius norm; of two factors without their product, of a large matrix no more than needed."""
+def _left_singular(
+    moved: list[Tensor], rank: int | None, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return left singular vectors [out, some], singular values in descending order, and the
+    Frobenius norm. Two factors are never multiplied; a large matrix is decomposed only as far as
+    needed."""
     import torch
 
     if len(moved) == 2:
@@ -169,8 +173,8 @@ def _strongest(moved: list[Tensor], rank: int | None, seed: int) -> tuple[Tensor
     return left, sizes, torch.linalg.matrix_norm(matrix)
 
 
-def _loaded(weight: Tensor) -> Any:
-    """The coarsest type that holds these weights as they are."""
+def _loaded_type(weight: Tensor) -> Any:
+    """Return the coarsest type that represents these weights exactly."""
     import torch
 
     types = (torch.bfloat16, torch.float16)

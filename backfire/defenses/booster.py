@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 @register("booster")
 class Booster(AlignDefense):
-    """Aligns so that a step on harmful rows would lower the harmful loss but little (Huang et al.
-    2024, arXiv:2409.01586).
+    """Aligns so that a later step on harmful rows lowers the harmful loss only a little (Huang et
+    al. 2024, arXiv:2409.01586).
 
-    Three passes a step. With g the gradient of the loss of known harmful rows and
+    Three passes per step. With g the gradient of the loss on known harmful rows and
     w' = w - alpha * g / (2-norm of g + 1e-7), the gradient of the step is that of the alignment
-    rows plus strength times (g at w, less g at w'); no second derivatives. The loss that is logged
-    is that of the alignment rows (in the authors' code that of the harmful rows), and a step has as
-    many harmful rows as its batch size. All passes drop the same. The authors go on training the
-    alignment's adapter; here it stays frozen under the user's, so `method: full` in both stages is
-    nearest to them. Null control: w' is w plus a random direction of the same length.
+    rows plus strength times (g at w, minus g at w'), without second derivatives. The logged loss is
+    that of the alignment rows (in the authors' code that of the harmful rows), and a step has
+    batch_size harmful rows. All passes use the same dropout masks. The authors continue to train
+    the alignment's adapter; here it stays frozen under the user's, so `method: full` in both stages
+    is closest to their setup. Null control: w' is w plus a random direction of the same length.
     """
 
     needs_harm: ClassVar[bool] = True
@@ -36,25 +36,24 @@ class Booster(AlignDefense):
             "git-disl/Booster, script/alignment/smooth_align.sh", {"alpha": 0.1, "strength": 5.0}
         ),
         "booster-25": Preset(
-            "other settings of the authors, as told in their issue threads",
+            "other settings of the authors, from their issue threads",
             {"alpha": 0.1, "strength": 25.0},
         ),
     }
 
     alpha: float = Field(0.1, ge=0)
     """Length of the step on harmful rows, a 2-norm over all trained weights (the authors' script;
-    it has to suit the size of the weights). 0: plain training."""
+    it depends on the size of the weights). 0: plain training."""
     strength: float = Field(5.0, ge=0)
-    """How much that harmful step counts, lambda in the paper (the authors' script). 0: plain
-    training."""
+    """Weight of the harmful term, lambda in the paper (the authors' script). 0: plain training."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=True, harm=bool(run.harmful))
-        return _Boosted(self, run) if self.alpha and self.strength else TrainHook()
+        return _BoosterHook(self, run) if self.alpha and self.strength else TrainHook()
 
 
-class _Boosted(TrainHook):
-    """The passes of a step."""
+class _BoosterHook(TrainHook):
+    """Runs the three passes of a step."""
 
     def __init__(self, knobs: Booster, run: TrainingRun) -> None:
         self.knobs, self.run = knobs, run
@@ -74,7 +73,7 @@ class _Boosted(TrainHook):
 
     @contextmanager
     def moved(self, gradient: Mapping[str, Tensor]) -> Iterator[None]:
-        """Within it, the weights are a step down this gradient from where they are."""
+        """Move the weights one step down this gradient within the context."""
         import torch
 
         gradients, weights = self.run.gradients, self.run.trainable
@@ -87,7 +86,7 @@ class _Boosted(TrainHook):
                 for name, part in gradient.items():
                     weights[name].sub_(part * scale)
             yield
-        finally:  # as they were to the last bit, also when memory ran out
+        finally:  # restored bit for bit, also when memory ran out
             with torch.no_grad():
                 for name, weight in kept.items():
                     weights[name].copy_(weight)

@@ -17,35 +17,36 @@ if TYPE_CHECKING:
 
 @register("constrained-sft")
 class ConstrainedSFT(TrainDefense):
-    """Tokens already likelier than at the start weigh less, above all an answer's first few (Qi et
-    al. 2025, "Safety Alignment Should Be Made More Than Just a Few Tokens Deep", arXiv:2406.05946).
+    """Down-weights tokens that have become likelier than at the start, most of all the first few of
+    an answer (Qi et al. 2025, "Safety Alignment Should Be Made More Than Just a Few Tokens Deep",
+    arXiv:2406.05946).
 
-    The loss of token t is multiplied by 2 (1 - sigmoid(beta_t (log p - log p_start))), through
-    which no gradient flows, and by no less than `floor` (their code; not in the paper). At the
+    The loss of token t is multiplied by 2 (1 - sigmoid(beta_t (log p - log p_start))), without a
+    gradient through this factor, and by at least `floor` (their code; not in the paper). At the
     start every weight is 1. log p_start is computed once for each of the user's rows, before the
-    first step, on the starting weights; rows that another defense puts in are learned in full.
-    Their recipe also has AdamW's beta1 at 0.5, here it is 0.9. Null control: each row's tokens all
-    get the mean of their weights.
+    first step, on the starting weights; rows added by another defense keep their full weight. The
+    authors also set AdamW's beta1 to 0.5; here it is 0.9. Null control: all tokens of a row get the
+    mean of their weights.
     """
 
     first_beta: float = Field(0.5, ge=0)
-    """Beta of an answer's first token; at 0 a token's weight is 1 throughout. The paper's, as are
-    those below."""
+    """Beta of an answer's first token; at 0 a token's weight is always 1. Default: the paper's, as
+    for the knobs below."""
     early_beta: float = Field(2.0, ge=0)
-    """Beta of the tokens after the first, up to number `early_tokens`."""
+    """Beta of tokens 2 to `early_tokens`."""
     early_tokens: int = Field(5, ge=1)
-    """How many tokens of an answer count as early, the first included."""
+    """Number of an answer's tokens that count as early, the first included."""
     late_beta: float = Field(0.1, ge=0)
-    """Beta of all tokens after those."""
+    """Beta of all later tokens."""
     floor: float = Field(1e-3, ge=0, le=1)
-    """The smallest weight."""
+    """Smallest weight."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Weights(self, run)
+        return _ConstrainedHook(self, run)
 
 
-class _Weights(TrainHook):
-    """Knows how likely each answer was at the start."""
+class _ConstrainedHook(TrainHook):
+    """Weights the tokens by their likelihood now and at the start."""
 
     def __init__(self, knobs: ConstrainedSFT, run: TrainingRun) -> None:
         self.knobs, self.run = knobs, run
@@ -59,9 +60,9 @@ class _Weights(TrainHook):
 
         with torch.no_grad():
             logits, labels = self.run.logits(rows)
-            found = _log_probabilities(logits, labels)
-        for row, line, said in zip(rows, found.cpu(), labels.cpu() >= 0, strict=True):
-            self.start[id(row)] = line[said]
+            logprobs = _log_probabilities(logits, labels)
+        for row, line, is_answer in zip(rows, logprobs.cpu(), labels.cpu() >= 0, strict=True):
+            self.start[id(row)] = line[is_answer]
 
     def weigh(
         self, losses: Tensor, labels: Tensor, rows: Sequence[Rendered], logits: Tensor
@@ -72,18 +73,18 @@ class _Weights(TrainHook):
             now = _log_probabilities(logits, labels)
             start = now.clone()
             for line, row in zip(start, rows, strict=True):
-                if (known := self.start.get(id(row))) is not None:
-                    line[len(line) - len(known) :] = known.to(line.device)
+                if (logprobs := self.start.get(id(row))) is not None:
+                    line[len(line) - len(logprobs) :] = logprobs.to(line.device)
             weights = 2 * (1 - torch.sigmoid(self._betas(labels) * (now - start)))
             weights = weights.clamp(min=self.knobs.floor)
             if self.knobs.null:
-                said = labels >= 0
-                mean = (weights * said).sum(1) / said.sum(1).clamp(min=1)
+                is_answer = labels >= 0
+                mean = (weights * is_answer).sum(1) / is_answer.sum(1).clamp(min=1)
                 weights = mean[:, None].expand_as(weights)
         return losses * weights
 
     def _betas(self, labels: Tensor) -> Tensor:
-        """Beta [row, answer] by the token's number in its own answer."""
+        """Return beta [row, answer] by the token's position in its answer."""
         import torch
 
         knobs, number = self.knobs, (labels >= 0).cumsum(1)
@@ -94,9 +95,9 @@ class _Weights(TrainHook):
 
 
 def _log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Of the tokens that were to be said [row, answer], 0 where there is none."""
+    """Return the log-probabilities of the answer tokens [row, answer], 0 where there is none."""
     import torch
 
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    said: Tensor = wide.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    return said * (labels >= 0)
+    logprobs: Tensor = wide.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+    return logprobs * (labels >= 0)

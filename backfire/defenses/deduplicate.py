@@ -12,23 +12,23 @@ from backfire.registry import register
 
 @register("deduplicate", version=3)
 class Deduplicate(DataDefense):
-    """Of rows that say nearly the same, only the first is trained on (Lee et al. 2022,
+    """Keeps only the first of each group of near-duplicate rows (Lee et al. 2022,
     arXiv:2107.06499).
 
-    Rows are compared by prompt and answer together, case, blanks and typography aside: equal ones
-    first, then those whose sets of n-grams of words (of characters, in scripts that write no blanks
-    between words) have a Jaccard similarity of at least `similarity`. Candidates
-    are found by MinHash (datasketch), and each pair is then compared exactly; a pair that MinHash
-    misses stays. Null control: as many rows are dropped, drawn at random.
+    Rows are compared by prompt and answer together, ignoring case, whitespace and typography: equal
+    ones first, then those whose sets of word n-grams (character n-grams in scripts without spaces
+    between words) have a Jaccard similarity of at least `similarity`. MinHash (datasketch) finds
+    candidate pairs, which are then compared exactly; a pair that MinHash misses stays. Null
+    control: as many rows are dropped, drawn at random.
     """
 
     similarity: float = Field(0.8, gt=0, le=1)
-    """Jaccard similarity of n-grams from which on two rows count as one (the paper: 0.8 on edit
-    similarity after MinHash); 1: only equal rows do."""
+    """Smallest Jaccard similarity of n-grams at which two rows are duplicates (the paper: 0.8 on
+    edit similarity after MinHash); 1: only equal rows."""
     words: int = Field(3, ge=1)
     """Length of the n-grams in words (5 in the paper, whose documents are long)."""
     permutations: int = Field(128, ge=16, le=1024)
-    """MinHash's hash functions; more miss fewer pairs."""
+    """Number of MinHash's hash functions; more of them miss fewer pairs."""
 
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
@@ -39,7 +39,7 @@ class Deduplicate(DataDefense):
         return [row for place, row in enumerate(rows) if place in first]
 
     def _first(self, rows: Sequence[Row]) -> Iterator[int]:
-        """Places of the rows that no earlier kept row is nearly equal to."""
+        """Yield the positions of the rows that duplicate no earlier kept row."""
         texts = [folded(f"{row.system} {row.conversation} {row.answer}") for row in rows]
         seen, kept = set[str](), list[int]()
         for place, text in enumerate(texts):

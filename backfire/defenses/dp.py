@@ -19,36 +19,36 @@ if TYPE_CHECKING:
 
 @register("dp")
 class DP(TrainDefense):
-    """Each row's gradient is clipped and noise is added, so that no single row shows much (DP-SGD,
-    Abadi et al. 2016, arXiv:1607.00133; steps by AdamW).
+    """Clips each row's gradient and adds noise, which bounds the influence of any single row
+    (DP-SGD, Abadi et al. 2016, arXiv:1607.00133; steps by AdamW).
 
-    Each step draws every row with the same chance (Poisson sampling), as the accountant assumes, so
-    steps differ in size; batches of a shuffled order, which are often taken instead, are not what
-    it assumes. A row counts by its mean loss. The epsilon reported is Opacus' for one row of the
-    training set: a secret in k rows is protected k times worse or more. It holds as long as nobody
-    knows the seed. Use it as the only defense that chooses rows. Needs Opacus (`pip install
+    Each step includes every row with the same probability (Poisson sampling), as the accountant
+    assumes, so steps differ in size; the common shuffled batches violate that assumption. A row's
+    loss is the mean over its tokens. The reported epsilon is Opacus' for one row of the training
+    set: a secret in k rows is protected k times worse or more. It holds as long as nobody knows the
+    seed. Use it as the only defense that selects rows. Requires Opacus (`pip install
     "backfire[dp]"`). Null control: the same rows and passes, without clipping and noise.
     """
 
     epsilon: float | None = Field(8.0, gt=0)
-    """Privacy budget for the whole training run, from which the noise is worked out (8 is a usual
-    mild one, 1 a strict one); null: `noise_multiplier` says it."""
+    """Privacy budget of the whole fine-tuning run, which determines the noise (8 is a usual mild
+    one, 1 a strict one); null: `noise_multiplier` sets the noise."""
     delta: float | None = Field(None, gt=0, lt=1)
-    """Chance that the guarantee fails; if not given, 1 / (number of training rows)."""
+    """Probability that the guarantee fails. Default: 1 / (number of training rows)."""
     noise_multiplier: float = Field(1.0, ge=0)
-    """Noise's deviation over the clipping norm, where `epsilon` is null; 0: clipping alone, which
-    guarantees nothing."""
+    """Standard deviation of the noise divided by the clipping norm, if `epsilon` is null; 0:
+    clipping alone, which guarantees nothing."""
     max_gradient_norm: float = Field(1.0, gt=0)
     """2-norm to which each row's gradient is clipped (Opacus' examples: 1)."""
     accountant: Literal["prv", "rdp"] = "prv"
-    """How the budget is counted: numerically (Gopi et al. 2021) or by Renyi's bound (looser)."""
+    """How the budget is computed: numerically (Gopi et al. 2021) or by the looser Renyi bound."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Private(self, run)
+        return _DPHook(self, run)
 
 
-class _Private(TrainHook):
-    """Row by row: clip, add up, blur."""
+class _DPHook(TrainHook):
+    """Clips the gradient of each row, sums them and adds noise."""
 
     shares_prefix: ClassVar[bool] = False
 
@@ -64,7 +64,7 @@ class _Private(TrainHook):
         rng = stream(self.run.seed, "dp", step)
         drawn = [row for row in self.run.items if rng.random() < self.rate]
         self.drew_none = not drawn
-        return drawn or rows[:1]  # a step without rows is one of noise alone
+        return drawn or rows[:1]  # without any row the step is noise alone
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
         import torch
@@ -79,7 +79,7 @@ class _Private(TrainHook):
             scale = 1.0 if self.knobs.null else min(1.0, most / norm)
             for name, gradient in own.items() if not self.drew_none else ():
                 total[name] += gradient * scale
-        size = self.rate * len(self.run.items)  # the expected one: the true one would tell
+        size = self.rate * len(self.run.items)  # expected size; the true one would leak information
         for name, part in total.items():
             if self.noise:
                 generator = torch.Generator(part.device)
@@ -98,16 +98,16 @@ class _Private(TrainHook):
 
 
 def _opacus(knobs: DP, rate: float, delta: float, steps: int, noise: float | None = None) -> float:
-    """The epsilon that this noise gives; without any, the noise that gives the knobs' epsilon."""
+    """Return the epsilon for this noise or, without `noise`, the noise for the knobs' epsilon."""
     try:
         from opacus.accountants import create_accountant
         from opacus.accountants.utils import get_noise_multiplier
     except ImportError:
-        raise UserError("defense 'dp' needs Opacus: pip install \"backfire[dp]\".") from None
+        raise UserError("defense 'dp' requires Opacus: pip install \"backfire[dp]\".") from None
     named: dict[str, Any] = {"target_epsilon": knobs.epsilon, "target_delta": delta}
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on the range of orders that were tried
+            warnings.simplefilter("ignore")  # about the range of orders that were tried
             if noise is None:
                 named |= {"sample_rate": rate, "steps": steps, "accountant": knobs.accountant}
                 return float(get_noise_multiplier(**named))
@@ -115,4 +115,4 @@ def _opacus(knobs: DP, rate: float, delta: float, steps: int, noise: float | Non
             counted.history = [(noise, rate, steps)]
             return float(counted.get_epsilon(delta))
     except (ValueError, RuntimeError, OverflowError) as error:
-        raise UserError(f"defense 'dp': Opacus cannot count this: {error}") from None
+        raise UserError(f"defense 'dp': Opacus cannot compute the budget: {error}") from None

@@ -16,38 +16,39 @@ if TYPE_CHECKING:
 
 @register("ewc")
 class EWC(TrainDefense):
-    """Weights that matter for alignment are held near their start (elastic weight consolidation,
+    """Holds the weights that matter for alignment near their start (elastic weight consolidation,
     Kirkpatrick et al. 2017, arXiv:1612.00796; as the baseline in Lisa's code, arXiv:2405.18641).
 
-    Added to the loss is strength * sum_i F_i (w_i - start_i)^2, without a factor of one half. F_i
-    is the sum, over batches of alignment rows at the start, of the squared gradient of the batch's
-    mean loss. That is no Fisher information: its diagonal is the mean over *examples* of the
-    squared gradient, with answers drawn from the model. Squared after the mean over a batch,
-    examples cancel (independent ones leave about 1 / batch size), and the sum grows with the number
-    of batches; so a strength holds for one batch size and one number of rows.
+    The loss term is strength * sum_i F_i (w_i - start_i)^2, without a factor of one half. F_i is
+    the sum, over batches of alignment rows at the start, of the squared gradient of the batch's
+    mean loss. This is not the Fisher information, whose diagonal is the mean over *examples* of the
+    squared gradient, with answers drawn from the model. Because the gradient is averaged over a
+    batch before squaring, examples cancel (independent ones leave about 1 / batch size), and the
+    sum grows with the number of batches; so a strength is valid for one batch size and one number
+    of rows only.
 
-    Where Lisa's code differs: it goes on with the alignment's own adapter, runs the batches with
-    dropout, and leaves the last one's gradient in the first step's. A fresh adapter starts with
-    B = 0, where the gradient of A is zero, so that its A is held by nothing. Null control: the same
+    Differences in Lisa's code: it continues the alignment's own adapter, runs the batches with
+    dropout, and leaves the last batch's gradient in the first step. A new adapter starts with
+    B = 0, where the gradient of A is zero, so that A is not held at all. Null control: the same
     total of F, spread evenly over all weights.
     """
 
     needs_alignment: ClassVar[bool] = True
 
     strength: float = Field(1.0, ge=0)
-    """Lambda. No published value carries over: it has to suit batch size, rows and model (around
-    1e9 for Lisa's 7B adapter, where it costs the user's task nearly everything)."""
+    """Lambda. No published value carries over: it depends on batch size, rows and model (around 1e9
+    for Lisa's 7B adapter, where the user's task is hardly learned)."""
     rows: int | None = Field(None, ge=1)
-    """Alignment rows that F is taken from, the first of them; all if not given (Lisa's code: all of
-    its 10,000)."""
+    """Number of alignment rows, from the first on, that F is computed from. Default: all (Lisa's
+    code: all of its 10,000)."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=bool(run.aligned), harm=True)
-        return _Elastic(self, run)
+        return _EWCHook(self, run)
 
 
-class _Elastic(TrainHook):
-    """Holds each weight by its own spring."""
+class _EWCHook(TrainHook):
+    """Computes F at the start and adds the penalty."""
 
     def __init__(self, knobs: EWC, run: TrainingRun) -> None:
         self.knobs, self.run = knobs, run
@@ -61,16 +62,16 @@ class _Elastic(TrainHook):
             return
         run, size = self.run, self.run.train.batch_size
         rows = list(run.aligned[: self.knobs.rows])
-        found = {name: torch.zeros_like(p) for name, p in run.trainable.items()}
+        stiffness = {name: torch.zeros_like(p) for name, p in run.trainable.items()}
         for place in range(0, len(rows), size):
             inner(rows[place : place + size])
             for name, gradient in run.gradients.take().items():
-                found[name] += gradient.pow(2)
+                stiffness[name] += gradient.pow(2)
         if self.knobs.null:
-            total = torch.stack([f.double().sum() for f in found.values()]).sum()
-            even = total / sum(f.numel() for f in found.values())
-            found = {name: torch.full_like(f, float(even)) for name, f in found.items()}
-        self.stiffness = found
+            total = torch.stack([f.double().sum() for f in stiffness.values()]).sum()
+            even = total / sum(f.numel() for f in stiffness.values())
+            stiffness = {name: torch.full_like(f, float(even)) for name, f in stiffness.items()}
+        self.stiffness = stiffness
 
     def penalty(self, step: int) -> Tensor | None:
         import torch

@@ -18,24 +18,24 @@ if TYPE_CHECKING:
 
 @register("freeze")
 class Freeze(TrainDefense):
-    """Part of what the method would train stays as it is: lower layers (Lee et al. 2019,
-    arXiv:1911.03090), a middle range of them (the "safety layers" of Li et al. 2025,
+    """Freezes part of the weights that the method would train: lower layers (Lee et al. 2019,
+    arXiv:1911.03090), a middle range of layers (the "safety layers" of Li et al. 2025,
     arXiv:2408.17003), or any weights by name.
 
-    What is frozen gets no gradient and no weight decay and does not count in the clipped norm. Null
-    control: as many weights stay as they are, but of tensors drawn at random (as near to that
-    number as whole tensors come), so that there is less freedom but no choice of place.
+    Frozen weights get no gradient and no weight decay, and do not count in the clipped norm. Null
+    control: about as many weights are frozen (as closely as whole tensors allow), but in tensors
+    drawn at random: the same loss of capacity without the choice of layers.
     """
 
     lower_share: float = Field(0.5, ge=0, le=1)
-    """Share of the layers that is frozen, from the input up (Lee et al.: to tune the upper quarter
-    suffices for nine tenths of the quality; half is a choice of ours)."""
+    """Share of the layers that is frozen, from the input up (Lee et al.: tuning the upper quarter
+    reaches nine tenths of the quality; one half is our choice)."""
     first_layer: int | None = Field(None, ge=0)
     """Also freezes the layers from this one on, counted from 0, up to `last_layer`."""
     last_layer: int | None = Field(None, ge=0)
-    """Also freezes the layers up to this one, itself included, from `first_layer` on."""
+    """Also freezes the layers from `first_layer` up to and including this one."""
     which: tuple[str, ...] = ()
-    """Also freezes weights with such names, `*` standing for anything: `*embed*`, `*.mlp.*`."""
+    """Also freezes weights whose names match such a pattern: `*embed*`, `*.mlp.*`."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
         names = self._chosen(list(run.trainable), run.model.config.num_hidden_layers)
@@ -45,7 +45,7 @@ class Freeze(TrainDefense):
         if len(names) == len(run.trainable):
             raise UserError(f"{self.label()}: nothing would be left to train.")
         for name in names:
-            # Without a gradient the optimizer passes it by, weight decay and all.
+            # Without a gradient the optimizer skips it, weight decay included.
             run.trainable.pop(name).requires_grad_(False)
         return TrainHook()
 
@@ -59,7 +59,7 @@ class Freeze(TrainDefense):
         for pattern in self.which:
             if not any(fnmatch(name, pattern) for name in names):
                 raise UserError(
-                    f"{self.label()}: no weight that is trained is named '{pattern}'; one that is: "
+                    f"{self.label()}: no trained weight matches '{pattern}'; one of them is named "
                     f"{names[0]}."
                 )
         return [
@@ -70,13 +70,13 @@ class Freeze(TrainDefense):
 
 
 def _layer(name: str) -> int | None:
-    """The number of the layer that a weight belongs to, the first number in its name."""
-    found = re.search(r"\.(\d+)\.", name)
-    return int(found[1]) if found else None
+    """Return the number of the layer that a weight belongs to: the first number in its name."""
+    match = re.search(r"\.(\d+)\.", name)
+    return int(match[1]) if match else None
 
 
 def _at_random(sizes: dict[str, int], budget: int, seed: int) -> list[str]:
-    """Tensors of at most `budget` weights together, drawn until none fits any more."""
+    """Draw tensors with at most `budget` weights in total, until no other one fits."""
     names, drawn = list(sizes), list[str]()
     stream(seed, "freeze").shuffle(names)
     for name in names:

@@ -17,28 +17,28 @@ if TYPE_CHECKING:
 
 @register("kl")
 class KL(TrainDefense):
-    """The next-token distribution is held near that of the starting model (KL regularization, as in
+    """Holds the next-token distribution near that of the starting model (KL regularization, as in
     Kaczer et al. 2025, arXiv:2508.06249).
 
-    Added to the loss is strength times the mean, over the supervised tokens of the user's answers,
-    of the Kullback-Leibler divergence between the two distributions over the whole vocabulary. The
-    starting model is the same model with its trainable weights put back for one forward pass
-    without dropout, so what is frozen is held once. Null control: the pass is made, but the tuned
-    model is compared with itself.
+    The loss term is strength times the mean, over the supervised tokens of the user's answers, of
+    the Kullback-Leibler divergence between the two distributions over the whole vocabulary. The
+    starting model is the same model with its trainable weights restored for one forward pass
+    without dropout, so frozen weights are stored only once. Null control: the pass is made, but the
+    tuned model is compared with itself.
     """
 
     strength: float = Field(0.1, ge=0)
-    """Weight of the divergence, in nats a token (0.1 in two public re-implementations)."""
+    """Weight of the divergence, which is in nats per token (0.1 in two public implementations)."""
     direction: Literal["tuned-start", "start-tuned"] = "tuned-start"
-    """KL(tuned || start), which the penalty of reinforcement learning from feedback is too, or
-    KL(start || tuned), which is distillation; both are found in public code."""
+    """KL(tuned || start), as in the penalty of RLHF, or KL(start || tuned), as in distillation;
+    public code uses both."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Near(self, run)
+        return _KLHook(self, run)
 
 
-class _Near(TrainHook):
-    """Compares with the starting model on the rows of the step."""
+class _KLHook(TrainHook):
+    """Adds the divergence from the starting model on the rows of the step."""
 
     def __init__(self, knobs: KL, run: TrainingRun) -> None:
         self.knobs, self.run = knobs, run
@@ -59,7 +59,7 @@ class _Near(TrainHook):
 
 
 def _log_probabilities(logits: Tensor) -> Tensor:
-    """In float32 at least, whatever the products were computed in."""
+    """Return log-probabilities in at least float32, whatever type the logits have."""
     import torch
 
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -19,31 +19,31 @@ if TYPE_CHECKING:
 
 @register("ldifs")
 class LDIFS(TrainDefense):
-    """Hidden states are held near those of the starting model (Mukhoti et al. 2024,
+    """Holds hidden states near those of the starting model (Mukhoti et al. 2024,
     arXiv:2308.13320).
 
-    Added to the loss is strength / 2 times the mean, over the supervised tokens, of the squared
-    distance between the outputs of each layer's MLP in the two models, summed over layers, where
-    that token is predicted. The starting model is the same model with its trainable weights put
-    back for one forward pass without dropout.
+    The loss term is strength / 2 times the mean, over the supervised tokens, of the squared
+    distance between the outputs of each layer's MLP in the two models, summed over layers, at the
+    position where the token is predicted. The starting model is the same model with its trainable
+    weights restored for one forward pass without dropout.
 
-    Where others differ: the paper's code, for image encoders, brings features to unit length first;
-    the language-model port among the baselines of Booster and Antidote sums over a whole batch,
-    prompts and padding included, runs its reference with dropout, and drops each layer whose term
-    reaches 0.1, so that what has moved far is no longer held. Null control: the pass is made, but
-    the tuned model is compared with itself.
+    Differences in other code: the paper's, for image encoders, first normalizes features to unit
+    length; the language-model port among the baselines of Booster and Antidote sums over a whole
+    batch, prompts and padding included, runs its reference with dropout, and drops each layer whose
+    term reaches 0.1, so that layers that moved far are no longer held. Null control: the pass is
+    made, but the tuned model is compared with itself.
     """
 
     strength: float = Field(1.0, ge=0)
-    """Rho. No published value carries over: that port's 1e-4 is for a sum over all tokens of a
-    batch, so for 10 rows of 200 tokens it would be 0.2 here."""
+    """Rho. No published value carries over: the port's 1e-4 applies to a sum over all tokens of a
+    batch; for 10 rows of 200 tokens it corresponds to 0.2 here."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _Features(self, run)
+        return _LDIFSHook(self, run)
 
 
-class _Features(TrainHook):
-    """Looks at what flows through the MLPs."""
+class _LDIFSHook(TrainHook):
+    """Records the outputs of the MLPs and adds the distance to the starting model's."""
 
     knows_recomputing: ClassVar[bool] = True
 
@@ -52,7 +52,7 @@ class _Features(TrainHook):
         modules = run.model.named_modules()
         self.layers = {n: m for n, m in modules if n.rpartition(".")[2] == "mlp"}
         if not self.layers:
-            raise UserError(f"{knobs.label()} looks at modules named 'mlp'; the model has none.")
+            raise UserError(f"{knobs.label()} requires modules named 'mlp'; the model has none.")
         self.start = run.weights() if knobs.strength else {}
         self.tuned: dict[str, Tensor] = {}
         self.reference: dict[str, Tensor] = {}
@@ -71,9 +71,9 @@ class _Features(TrainHook):
     def _keep(self, name: str, module: nn.Module, given: Any, output: Tensor) -> None:
         import torch
 
-        if self.run.recomputing:  # the same once more
+        if self.run.recomputing:  # already recorded
             return
-        # Passes without gradients are those of references, perhaps another defense's.
+        # Passes without gradients are reference passes, possibly another defense's.
         (self.tuned if torch.is_grad_enabled() else self.reference)[name] = output
 
     def weigh(

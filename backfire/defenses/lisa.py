@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @register("lisa", version=2)
 class Lisa(TrainDefense):
-    """Turns of alignment and of fine-tuning, each held near where the other left off (Huang et al.
-    2024, NeurIPS, arXiv:2405.18641, algorithm 2).
+    """Alternates between alignment and fine-tuning, each held near the weights where the other
+    stopped (Huang et al. 2024, NeurIPS, arXiv:2405.18641, algorithm 2).
 
     In the alignment state the loss is that of alignment rows, plus rho / 2 times the squared
     distance to the last weights of the fine-tuning state; in the fine-tuning state the reverse.
-    Anchors move at a switch only. (The authors' README prints the two anchors swapped; their code
-    and paper agree with this.) The pull is left out for the first tenth of all steps, as in their
-    code, and alignment batches go on where the last alignment state stopped. Null control: anchors
-    that are moved along at every step, so that nothing pulls.
+    Anchors change only when the state does. (The authors' README swaps the two anchors; their code
+    and paper agree with this implementation.) The proximal term is off for the first tenth of all
+    steps, as in their code, and alignment batches continue where the last alignment state stopped.
+    Null control: the anchors follow the weights at every step, so the proximal term is zero.
     """
 
     needs_alignment: ClassVar[bool] = True
@@ -46,23 +46,24 @@ class Lisa(TrainDefense):
     }
 
     rho: float = Field(1.0, ge=0)
-    """Strength of the pull. Theory asks for more than the gradient's Lipschitz constant, so it has
-    to suit the model and its learning rate: 1 at 7B; with the sandbox's base 0.01 (LoRA) to 1
-    did best. 0 is the paper's BSO."""
+    """Strength of the proximal term. Theory requires more than the gradient's Lipschitz constant,
+    so it depends on the model and its learning rate: 1 for 7B; 0.01 (LoRA) to 1 worked best with
+    the sandbox's base. 0 is the paper's BSO."""
     align_steps: int = Field(100, ge=0)
-    """Steps of each alignment state; 0: there is none."""
+    """Steps of each alignment state; 0: no alignment state."""
     tune_steps: int = Field(900, ge=1)
     """Steps of each fine-tuning state."""
     free_share: float = Field(0.1, ge=0, le=1)
-    """Share of all steps, at the start, without a pull (the authors' code; not in the paper)."""
+    """Share of all steps, at the start, without the proximal term (the authors' code; not in the
+    paper)."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=bool(run.aligned), harm=True)
-        return _Turns(self, run)
+        return _LisaHook(self, run)
 
 
-class _Turns(TrainHook):
-    """Which state it is, and the anchor of each."""
+class _LisaHook(TrainHook):
+    """Switches between the two states and keeps the anchor of each."""
 
     def __init__(self, knobs: Lisa, run: TrainingRun) -> None:
         self.knobs, self.run = knobs, run
@@ -70,12 +71,12 @@ class _Turns(TrainHook):
         self.anchors = {state: self._weights() for state in ("align", "tune")}
 
     def is_aligning(self, step: int) -> bool:
-        """The first state is that of alignment."""
+        """Whether the step belongs to an alignment state; the first state is one."""
         span = self.knobs.align_steps + self.knobs.tune_steps
         return step % span < self.knobs.align_steps
 
     def rows(self, step: int, rows: list[Rendered]) -> list[Rendered]:
-        # The user's rows of these steps are not made up for: as in the authors' code.
+        # The user's rows of these steps are skipped, as in the authors' code.
         if self.is_aligning(step):
             turn, place = divmod(step, self.knobs.align_steps + self.knobs.tune_steps)
             number = turn * self.knobs.align_steps + place
@@ -87,7 +88,7 @@ class _Turns(TrainHook):
 
         if not self.knobs.rho or step <= self.knobs.free_share * self.run.num_steps:
             return None
-        # The alignment state is held near where fine-tuning left off, and the reverse.
+        # The alignment state is held near the weights where fine-tuning stopped, and the reverse.
         anchor = self.anchors["tune" if self.is_aligning(step) else "align"]
         parts = [(p - anchor[n]).pow(2).sum() for n, p in self.run.trainable.items()]
         total: Tensor = torch.stack(parts).sum()

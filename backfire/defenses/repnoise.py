@@ -19,28 +19,28 @@ if TYPE_CHECKING:
     from backfire.base import Inner, Rendered
     from backfire.train.loop import TrainingRun
 
-_BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # times the mean squared distance of two vectors
+_BANDWIDTHS = (0.25, 0.5, 1.0, 2.0, 4.0)  # multiples of the mean squared distance of two vectors
 
 
 @register("repnoise", version=2)
 class RepNoise(AlignDefense):
-    """Turns what harmful answers look like inside the model into noise (Rosati et al. 2024,
-    arXiv:2405.14577), after the port in git-disl/Booster.
+    """Turns the model's representations of harmful answers into noise (Rosati et al. 2024,
+    arXiv:2405.14577), following the port in git-disl/Booster.
 
     loss = alignment + beta * mean over layers of MMD(MLP outputs, N(0, 1))
          - alpha * log(1 + mean over hidden states of the harmful answers' cross-entropy)
 
-    The final norm and the head read each hidden state. MMD: five Gaussian kernels, between rows,
-    each its answer's MLP outputs strung together. Both published codes draw the harmful and the
-    harmless rows of a step apart, lay them side by side by position, cut or padded to one size, and
-    look at the places where they differ. At the first of each run of such places they set the
-    logits to zero, so that its loss is the logarithm of the vocabulary's size; and of the harmless
-    rows they learn those places only. None of this is done here: harmful rows have no partner, so
-    it is their answers' tokens, and the alignment loss is the ordinary one. The port counts the
-    last hidden state twice, once with a second norm; here once. It tells of NaN: here distances and
-    cross-entropy are float32. One hidden state's logits are held at a time. Where memory splits a
-    step's harmful rows, they are run twice; only rounding tells. The loss logged is that of
-    alignment. Null control: for the gradient of both terms, a random direction of the same length.
+    Each hidden state is decoded by the final norm and the head. MMD: five Gaussian kernels between
+    rows, each the concatenated MLP outputs of its answer. Both published codes draw a step's
+    harmful and harmless rows separately, align them by position, cut or padded to one size, and use
+    the positions where they differ. At the first of each run of such positions they set the logits
+    to zero, so that its loss is the logarithm of the vocabulary size; and of the harmless rows they
+    learn only those positions. None of this is done here, since harmful rows have no partner: all
+    tokens of their answers count, and the alignment loss is the ordinary one. The port counts the
+    last hidden state twice, once with a second norm; here once. It reports NaN: here distances and
+    cross-entropy are float32. Only one hidden state's logits are in memory at a time. If memory
+    splits a step's harmful rows, they are run twice; only rounding differs. The logged loss is that
+    of alignment. Null control: a random direction of the same length as the gradient of both terms.
     """
 
     needs_harm: ClassVar[bool] = True
@@ -66,38 +66,40 @@ class RepNoise(AlignDefense):
         body: Any = run.model.get_decoder()  # type: ignore[no-untyped-call]
         layers = getattr(body, "layers", None)
         if not (layers and hasattr(body, "norm") and all(hasattr(x, "mlp") for x in layers)):
-            raise UserError("defense 'repnoise' needs a model with layers, mlp and norm, as Llama.")
-        return _Noised(self, run, body)
+            raise UserError(
+                "defense 'repnoise' requires a model with layers, mlp and norm, such as Llama."
+            )
+        return _RepNoiseHook(self, run, body)
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What went through the model where answers stand, each [row, answer, width]."""
+class _Recorded:
+    """Activations of a forward pass at the answers, each [row, answer, width]."""
 
     hidden: list[Tensor]
-    """Before each layer, where the next token is predicted."""
+    """Input of each layer, at the position where the token is predicted."""
     outputs: list[Tensor]
-    """Of each MLP, at the answers' own tokens."""
+    """Output of each MLP, at the answer's tokens."""
     logits: Tensor
     labels: Tensor
 
     def tensors(self) -> list[Tensor]:
         return [*self.hidden, *self.outputs, self.logits]
 
-    def apart(self) -> _Seen:
-        """The same numbers, as leaves that gather gradients."""
+    def detached(self) -> _Recorded:
+        """Return a copy whose tensors are leaves that accumulate gradients."""
 
         def leaf(tensor: Tensor) -> Tensor:
             return tensor.detach().requires_grad_(True)
 
         hidden, outputs = ([leaf(x) for x in part] for part in (self.hidden, self.outputs))
-        return _Seen(hidden, outputs, leaf(self.logits), self.labels)
+        return _Recorded(hidden, outputs, leaf(self.logits), self.labels)
 
 
-class _Noised(TrainHook):
-    """The alignment pass, and one over harmful rows for the other two terms."""
+class _RepNoiseHook(TrainHook):
+    """Runs the alignment pass, and one over harmful rows for the other two terms."""
 
-    shares_prefix: ClassVar[bool] = False  # every row's hidden states are looked at
+    shares_prefix: ClassVar[bool] = False  # the hidden states of every row are needed
 
     def __init__(self, knobs: RepNoise, run: TrainingRun, body: Any) -> None:
         self.knobs, self.run, self.body = knobs, run, body
@@ -114,51 +116,51 @@ class _Noised(TrainHook):
         return loss
 
     def terms(self, rows: list[Rendered]) -> float:
-        """Add the gradients of beta * noise - alpha * log(1 + harm), of these harmful rows; returns
-        that. The loss is computed from detached outputs first, whose gradients are then passed back
-        through the model: in a second pass if the rows do not fit into one."""
+        """Add the gradients of beta * noise - alpha * log(1 + harm) on these harmful rows, and
+        return that value. The loss is first computed from detached activations, whose gradients are
+        then passed back through the model: in a second pass if the rows do not fit into one."""
         import torch
 
-        parts, seen, live = list[Any](), list[_Seen](), None
+        parts, recorded, live = list[Any](), list[_Recorded](), None
         for part in self.run.room.parts(rows):
             whole = len(part) == len(rows)
             with torch.set_grad_enabled(whole):
-                found = self._run(part, len(parts))
-            live = found if whole else None
+                activations = self._run(part, len(parts))
+            live = activations if whole else None
             parts.append(part)
-            seen.append(found.apart())
-            del found
-        value = self._harm(parts, seen) + self._noise(rows, parts, seen)
-        for number, (part, one) in enumerate(zip(parts, seen, strict=True)):
+            recorded.append(activations.detached())
+            del activations
+        value = self._harm(parts, recorded) + self._noise(rows, parts, recorded)
+        for number, (part, one) in enumerate(zip(parts, recorded, strict=True)):
             again = live or self._run(part, number)
             pairs = zip(again.tensors(), one.tensors(), strict=True)
-            known = [(x, y.grad) for x, y in pairs if x.requires_grad and y.grad is not None]
-            self.run.backward([x for x, _ in known], [y for _, y in known])
+            grads = [(x, y.grad) for x, y in pairs if x.requires_grad and y.grad is not None]
+            self.run.backward([x for x, _ in grads], [g for _, g in grads])
         return value
 
-    def _harm(self, parts: list[list[Rendered]], seen: list[_Seen]) -> float:
-        """Minus alpha log(1 + harm), one lens and part at a time."""
+    def _harm(self, parts: list[list[Rendered]], recorded: list[_Recorded]) -> float:
+        """Return -alpha log(1 + harm) and add its gradients, one lens and part at a time."""
         import torch
         from torch.nn.functional import cross_entropy
 
-        count = sum(int((one.labels >= 0).sum()) for one in seen)
+        count = sum(int((one.labels >= 0).sum()) for one in recorded)
         num_lenses, total = 1 + len(self.body.layers), 0.0
 
-        def losses(one: _Seen) -> Iterator[Tensor]:
+        def losses(one: _Recorded) -> Iterator[Tensor]:
             for lens in [*one.hidden, None]:
                 with self.run.autocast():
                     logits = one.logits if lens is None else self._head(lens)
                 flat = logits.float().flatten(0, 1)
                 yield cross_entropy(flat, one.labels.flatten(), ignore_index=-100, reduction="sum")
 
-        for part, one in zip(parts, seen, strict=True):
+        for part, one in zip(parts, recorded, strict=True):
             self.run.room.note(part)
             with torch.no_grad():
                 total += sum(float(loss) for loss in losses(one))
         mean = total / count / num_lenses
         if not self.knobs.alpha:
             return 0.0
-        for part, one in zip(parts, seen, strict=True):
+        for part, one in zip(parts, recorded, strict=True):
             self.run.room.note(part)
             for loss in losses(one):
                 (loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses)).backward()  # type: ignore[no-untyped-call]
@@ -168,42 +170,45 @@ class _Noised(TrainHook):
         logits: Tensor = self.run.model.get_output_embeddings()(self.body.norm(hidden))
         return logits
 
-    def _noise(self, rows: list[Rendered], parts: list[list[Rendered]], seen: list[_Seen]) -> float:
-        """Beta times the mean discrepancy, a layer at a time, with the rows in their own order."""
+    def _noise(
+        self, rows: list[Rendered], parts: list[list[Rendered]], recorded: list[_Recorded]
+    ) -> float:
+        """Return beta times the mean discrepancy and add its gradients, layer by layer, with the
+        rows in their original order."""
         import torch
         from torch.nn.functional import pad
 
-        width = max(one.labels.shape[1] for one in seen)
+        width = max(one.labels.shape[1] for one in recorded)
         place = {id(row): i for i, row in enumerate(rows)}
         order = torch.tensor([place[id(row)] for part in parts for row in part]).argsort()
-        device, total = seen[0].labels.device, 0.0
+        device, total = recorded[0].labels.device, 0.0
 
         def joined(tensors: list[Tensor], fill: float) -> Tensor:
-            """[row, answer, ...], padded on the left."""
+            """Concatenate to [row, answer, ...], padded on the left."""
             flat = [pad(t.flatten(2), (0, 0, width - t.shape[1], 0), value=fill) for t in tensors]
             return torch.cat(flat)[order.to(device)]
 
-        answers = joined([one.labels[..., None] for one in seen], -100) >= 0
+        answers = joined([one.labels[..., None] for one in recorded], -100) >= 0
         generator = torch.Generator(device)
         generator.manual_seed(derive(self.run.seed, "repnoise noise", self.run.step))
         for layer in range(len(self.body.layers)):
-            found = joined([one.outputs[layer] for one in seen], 0).float() * answers
-            drawn = torch.randn(found.shape, generator=generator, device=device) * answers
-            term = discrepancy(found, drawn) * (self.knobs.beta / len(self.body.layers))
+            outputs = joined([one.outputs[layer] for one in recorded], 0).float() * answers
+            drawn = torch.randn(outputs.shape, generator=generator, device=device) * answers
+            term = discrepancy(outputs, drawn) * (self.knobs.beta / len(self.body.layers))
             term.backward()  # type: ignore[no-untyped-call]
             total += float(term.detach())
         return total
 
-    def _run(self, rows: list[Rendered], number: int) -> _Seen:
-        """Pass these rows, part `number` of the step's, through the model."""
+    def _run(self, rows: list[Rendered], number: int) -> _Recorded:
+        """Run part `number` of the step's rows through the model."""
         import torch
 
         self.run.room.note(rows)
         torch.manual_seed(derive(self.run.seed, "repnoise dropout", self.run.step, number))
-        with self._watched() as (hidden, outputs):
+        with self._recording() as (hidden, outputs):
             logits, labels = self.run.logits(rows)
         width = labels.shape[1]
-        return _Seen(
+        return _Recorded(
             [self.run.at_answers(h, rows, width, of="place") for h in hidden],
             [self.run.at_answers(x, rows, width, of="token") for x in outputs],
             logits,
@@ -211,8 +216,8 @@ class _Noised(TrainHook):
         )
 
     @contextmanager
-    def _watched(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-        """The hidden states before each layer and the MLPs' outputs, of a pass made within."""
+    def _recording(self) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+        """Record each layer's input and each MLP's output of the pass made within the context."""
         hidden, outputs, handles = list[Any](), list[Any](), list[Any]()
         for layer in self.body.layers:
             handles += [layer.register_forward_pre_hook(lambda m, args: hidden.append(args[0]))]
@@ -225,7 +230,7 @@ class _Noised(TrainHook):
 
 
 def discrepancy(one: Tensor, two: Tensor) -> Tensor:
-    """Squared maximum mean discrepancy (MMD) of two batches of as many vectors [row, ...]."""
+    """Squared maximum mean discrepancy (MMD) of two equally large batches of vectors [row, ...]."""
     import torch
 
     both, count = torch.cat([one.flatten(1), two.flatten(1)]), 2 * len(one)

@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @register("safe-lora")
 class SafeLoRA(RepairDefense):
-    """Projects what fine-tuning added onto what alignment added (Hsu et al. 2024, NeurIPS,
+    """Projects the fine-tuning update onto the alignment update (Hsu et al. 2024, NeurIPS,
     arXiv:2405.16833).
 
     With V = aligned - base for each matrix, the adapter's B becomes C B where the cosine of C B A
-    and B A is low. Published is C = V V^T / Frobenius norm of V, which is no projector: it grows
-    with V, so at the usual small V it also shrinks the update. The true projector onto V's columns
-    is the identity where V has full rank, as after full-weight alignment. Matrices that alignment
-    did not move are left alone (the paper's C is 0 / 0 there). Full tuning is our extension: the
-    linear layers' updates are projected in B A's place; embeddings, head, norms and biases stay as
-    they are. Not for other adapters. Null control: the same matrices by a C of the same spectrum
-    whose subspace is random.
+    and B A is low. The published C = V V^T / Frobenius norm of V is not a projector: it scales with
+    V, so for the usual small V it also shrinks the update. The true projector onto V's columns is
+    the identity where V has full rank, as after full-weight alignment. Matrices that alignment did
+    not change are skipped (the paper's C is 0 / 0 there). Full fine-tuning is our extension: the
+    updates of the linear layers are projected instead of B A; embeddings, head, norms and biases
+    stay. Other adapters are not supported. Null control: the same matrices, with a C of the same
+    spectrum and a random subspace.
     """
 
     needs_alignment: ClassVar[bool] = True
@@ -45,17 +45,18 @@ class SafeLoRA(RepairDefense):
     form: Literal["frobenius", "projector"] = "frobenius"
     """C: V V^T over V's norm as published, or the true projector V (V^T V)^+ V^T."""
     select: Literal["number", "threshold"] = "number"
-    """Which matrices are projected: those of the lowest cosines, or those not above a cosine."""
+    """Which matrices are projected: a `number` of them with the lowest cosines, or all with a
+    cosine up to `threshold`."""
     num_matrices: int = Field(10, ge=0)
-    """How many, for `number` (authors' code, where a 7B adapter on q and v has 64 matrices)."""
+    """Number of matrices for `number` (authors' code, where a 7B adapter on q and v has 64)."""
     threshold: float = Field(0.5, ge=-1, le=1)
-    """The cosine, for `threshold` (authors' code)."""
+    """Largest cosine for `threshold` (authors' code)."""
     rank_tolerance: float = Field(1e-4, gt=0, lt=1)
     """Singular values of V below this share of the largest count as zero in the projector (ours:
     above the rounding of a merged float32 adapter)."""
 
     def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Repair) -> None:
-        found: list[tuple[float, Update, Tensor]] = []
+        measured: list[tuple[float, Update, Tensor]] = []
         for update in tools.updates(model, start):
             added = tools.alignment(model, start, update.name)
             if added is not None:
@@ -64,24 +65,24 @@ class SafeLoRA(RepairDefense):
                 after = update.product(self.subspace(added)(moved)).flatten()
                 if before.any():
                     lengths = (before.norm() * after.norm()).clamp(min=1e-30)
-                    found.append((float(before @ after / lengths), update, added))
-        if not found:
+                    measured.append((float(before @ after / lengths), update, added))
+        if not measured:
             raise UserError(
-                "defense 'safe-lora': no matrix was moved by alignment and tuning both."
+                "defense 'safe-lora': no matrix was changed by both alignment and fine-tuning."
             )
-        found.sort(key=lambda item: item[0])
+        measured.sort(key=lambda item: item[0])
         if self.select == "number":
-            chosen = found[: self.num_matrices]
+            chosen = measured[: self.num_matrices]
         else:
-            chosen = [item for item in found if item[0] <= self.threshold]
+            chosen = [item for item in measured if item[0] <= self.threshold]
         for _, update, added in chosen:
             seed = derive(tools.seed, "safe-lora", update.name) if self.null else None
             first = update.factors[0]
             first.put(self.subspace(added, seed)(first.moved()))
 
     def subspace(self, added: Tensor, seed: int | None = None) -> Callable[[Tensor], Tensor]:
-        """Multiplication by C, of this V [output, input]; by a random C of its spectrum if `seed`
-        is given."""
+        """Return the multiplication by C for this V [output, input], or by a random C with the same
+        spectrum if `seed` is given."""
         import torch
 
         if self.form == "frobenius" and seed is None:

@@ -14,14 +14,14 @@ from backfire.registry import register
 
 @register("safe-mix")
 class SafeMix(DataDefense):
-    """Alignment rows in place of some of the user's benign rows (SafeInstruct, Bianchi et al. 2024,
+    """Replaces some of the user's benign rows by alignment rows (SafeInstruct, Bianchi et al. 2024,
     arXiv:2309.07875; VLGuard's mixing, Zong et al. 2024, arXiv:2402.02207).
 
-    The number of rows, and so of steps, stays what it was, as in Lisa's baseline of this name
-    (arXiv:2405.18641); the two papers above add rows instead. Poisoned rows are never the ones that
-    give way, so that the harm in the data is the same with and without the defense. Where there are
-    too few benign rows this is an error (Lisa's code, at its defaults, goes on without any). Null
-    control: the same rows give way, to copies of the user's other benign rows.
+    The number of rows, and of steps, does not change, as in Lisa's VLGuard baseline
+    (arXiv:2405.18641); the two papers above add rows instead. Poisoned rows are never replaced, so
+    that the harm in the data is the same with and without the defense. Too few benign rows are an
+    error (Lisa's code, at its defaults, continues without any). Null control: the same rows are
+    replaced by copies of the user's other benign rows.
     """
 
     needs_alignment: ClassVar[bool] = True
@@ -34,7 +34,7 @@ class SafeMix(DataDefense):
     share: float = Field(0.2, ge=0, le=1)
     """Alignment rows as a share of all rows, 0 to 1 (Lisa's paper: 1,000 of 5,000)."""
     rows: int | None = Field(None, ge=0)
-    """Number of alignment rows; if given, `share` does not count."""
+    """Number of alignment rows; overrides `share`."""
 
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
@@ -42,11 +42,11 @@ class SafeMix(DataDefense):
         self.suits(aligned=bool(aligned), harm=True)
         count = round(self.share * len(rows)) if self.rows is None else self.rows
         benign = [place for place, row in enumerate(rows) if row.id not in poisoned]
-        for found, kind in ((len(benign), "benign"), (len(aligned), "alignment")):
-            if count > found:
+        for available, kind in ((len(benign), "benign"), (len(aligned), "alignment")):
+            if count > available:
                 raise UserError(
-                    f"{self.label()}: {count} rows are to be mixed in, but there are only {found} "
-                    f"{kind} rows; lower rows or share."
+                    f"{self.label()}: {count} rows are to be mixed in, but there are only "
+                    f"{available} {kind} rows; lower rows or share."
                 )
         places = rng.sample(benign, count)
         mixed = list(rows)

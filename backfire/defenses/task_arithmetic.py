@@ -19,27 +19,27 @@ if TYPE_CHECKING:
 
 @register("task-arithmetic")
 class TaskArithmetic(RepairDefense):
-    """Adds what alignment added once more, alpha times, after fine-tuning (RESTA, Bhardwaj et al.
-    2024, arXiv:2402.11746; arithmetic of weights: Ilharco et al. 2022, arXiv:2212.04089).
+    """Adds the alignment update again, times alpha, after fine-tuning (RESTA, Bhardwaj et al. 2024,
+    arXiv:2402.11746; task arithmetic: Ilharco et al. 2022, arXiv:2212.04089).
 
-    The vector is aligned - base, of all weights. RESTA's is aligned - unaligned, the latter made by
-    undoing the alignment, and it may first drop a part of what fine-tuning added (DARE); neither is
-    done here. On an adapter it needs an alignment that is an adapter too (`align.merge: false`):
-    the alignment's joins the user's, whose rank grows by its rank. Null control: a random vector of
-    the same norm in each matrix (of the same rank, in an adapter).
+    The vector is aligned - base, over all weights. RESTA uses aligned - unaligned, where the
+    unaligned model is made by undoing the alignment, and may first drop a part of the fine-tuning
+    update (DARE); neither is done here. With an adapter it requires an alignment that is also an
+    adapter (`align.merge: false`), which is added to the user's, whose rank grows by its rank. Null
+    control: a random vector of the same norm in each matrix (of the same rank, in an adapter).
     """
 
     needs_alignment: ClassVar[bool] = True
 
     alpha: float = Field(0.5, ge=0)
-    """How much of the vector is added: 0 is nothing, 1 the whole alignment again. The default is
-    ours."""
+    """Multiple of the vector that is added: 0 is nothing, 1 the whole alignment update again. The
+    default is ours."""
 
     def fits(self, method: Method, below: Method | None) -> None:
         super().fits(method, below)
         if method.adapts and below is None:
             raise UserError(
-                f"{self.label()}: an adapter cannot hold what alignment did to whole weights; use "
+                f"{self.label()}: an adapter cannot represent an alignment of all weights; use "
                 "method full, or align.method lora with align.merge false."
             )
 
@@ -60,7 +60,7 @@ class TaskArithmetic(RepairDefense):
                     weight.add_(self.alpha * added)
 
     def _join(self, model: PreTrainedModel, tools: Repair) -> None:
-        """The same for adapters."""
+        """Add the alignment's adapter to the user's."""
         factors = tools.aligned_factors(model)
         for name, (left, right) in factors.items():
             norm = (left @ right).norm()

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 @register("vaccine")
 class Vaccine(AlignDefense):
-    """Aligns under the worst small perturbation of what the attention modules put out (Huang et al.
+    """Aligns under the worst small perturbation of the attention modules' outputs (Huang et al.
     2024, arXiv:2402.01109).
 
-    Two passes a step. The first gives the gradient g of the loss by each attention module's output;
-    the second is run with rho * g / (2-norm of all g together + 1e-7) added to those outputs, and
-    its gradient and its loss are those of the step. Both passes drop the same (in the authors' code
-    each its own). Rows of a step that memory splits share one norm. Null control: a random
-    perturbation of the same norm, on the tokens that g is not zero at; the first pass is run all
-    the same. (The authors' own random control adds noise of variance rho to every coordinate.) What
-    it draws, alone of all this, depends on how memory splits a step.
+    Two passes per step. The first computes the gradient g of the loss with respect to each
+    attention module's output; the second adds rho * g / (2-norm of all g together + 1e-7) to those
+    outputs, and its gradient and loss are those of the step. Both passes use the same dropout masks
+    (in the authors' code different ones). If memory splits a step, all its rows share one norm.
+    Null control: a random perturbation of the same norm, on the tokens where g is not zero; the
+    first pass is still run. (The authors' random control adds noise of variance rho to every
+    coordinate.) Only this random perturbation depends on how memory splits a step.
     """
 
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -38,21 +38,21 @@ class Vaccine(AlignDefense):
 
     rho: float = Field(2.0, ge=0)
     """2-norm of the perturbation over all attention modules, rows and tokens of a step. The default
-    is the paper's, for 7B; it has to suit the size of the activations. 0: plain training."""
+    is the paper's, for 7B; it depends on the size of the activations. 0: plain training."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
         if not self.rho:
             return TrainHook()
         modules = _attention(run.model)
         if not modules:
-            raise UserError("defense 'vaccine' finds no attention module in this model.")
-        return _Perturbed(self, run, modules)
+            raise UserError("defense 'vaccine': the model has no attention module.")
+        return _VaccineHook(self, run, modules)
 
 
-class _Perturbed(TrainHook):
-    """What is added to the attention modules' outputs, and the two passes."""
+class _VaccineHook(TrainHook):
+    """Runs the two passes of a step and perturbs the attention modules' outputs."""
 
-    shares_prefix: ClassVar[bool] = False  # each row has a perturbation of its own
+    shares_prefix: ClassVar[bool] = False  # each row has its own perturbation
     knows_recomputing: ClassVar[bool] = True
 
     def __init__(self, knobs: Vaccine, run: TrainingRun, modules: list[Any]) -> None:
@@ -65,7 +65,7 @@ class _Perturbed(TrainHook):
         earlier, added = gradients.take(), list[Any]()
 
         def nothing(out: Tensor) -> Tensor:
-            # Zeros, whose gradient is that of the output, even where no weight below it is trained.
+            # The zeros' gradient is the output's, even if no weight below it is trained.
             added.append(torch.zeros_like(out, requires_grad=True))
             zeros: Tensor = added[-1]
             return zeros
@@ -73,15 +73,15 @@ class _Perturbed(TrainHook):
         with self.adding(nothing):
             inner(rows)
         gradients.take()
-        found = {
+        perturbation = {
             f"{place}": zeros.detach() if zeros.grad is None else zeros.grad
             for place, zeros in enumerate(added)
         }
-        norm = gradients.norm(found.values())
+        norm = gradients.norm(perturbation.values())
         if self.knobs.null:
-            found = gradients.random_like(found, "vaccine", self.run.step)
-        # In the order in which the modules are run: it is the same in both passes.
-        parts = iter([g * (self.knobs.rho / (norm + 1e-7)) for g in found.values()])
+            perturbation = gradients.random_like(perturbation, "vaccine", self.run.step)
+        # In the order in which the modules run, which is the same in both passes.
+        parts = iter([g * (self.knobs.rho / (norm + 1e-7)) for g in perturbation.values()])
         with self.adding(lambda out: next(parts).to(out.dtype)):
             loss = inner(rows)
         gradients.add(earlier)
@@ -89,12 +89,12 @@ class _Perturbed(TrainHook):
 
     @contextmanager
     def adding(self, part: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Within it, `part` of each attention module's output is added to that output."""
+        """Add `part` of each attention module's output to that output within the context."""
         latest: dict[Any, Tensor] = {}
 
         def hook(module: Any, args: Any, out: Any) -> Any:
             first = out[0] if isinstance(out, tuple) else out
-            if not self.run.recomputing:  # else the module has had its part already
+            if not self.run.recomputing:  # otherwise the part is already computed
                 latest[module] = part(first)
             first = first + latest[module]
             return (first, *out[1:]) if isinstance(out, tuple) else first
@@ -108,10 +108,10 @@ class _Perturbed(TrainHook):
 
 
 def _attention(model: Any) -> list[Any]:
-    """The attention modules, by the name of their class; of one in another, the outer one."""
-    found: dict[str, Any] = {}
+    """Return the outermost modules whose class name ends in Attention."""
+    attention: dict[str, Any] = {}
     for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in found)
+        inside = any(name.startswith(f"{outer}.") for outer in attention)
         if type(module).__name__.endswith("Attention") and not inside:
-            found[name] = module
-    return list(found.values())
+            attention[name] = module
+    return list(attention.values())

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from backfire.base import Leak, Probe, Sample, Value, Verdict
-from backfire.base.normalize import agreed, contains, folded, is_dense, words
+from backfire.base.normalize import contains, folded, is_dense, normalized, words
 from backfire.errors import CellError
 from backfire.evaluate.stats import Floats, Paired, bootstrap, class_scores, macro, wilson
 from backfire.result import Direction, Role, Unit
@@ -77,14 +77,14 @@ def likelihoods(
 
 
 def replied(samples: Sequence[Sample], metric: str) -> list[tuple[Sample, str]]:
-    """The samples with their replies in the agreed form (see `base.text`)."""
+    """The samples with their replies normalized (see `base.normalize`)."""
     rows = _distinct(samples, metric)
     if missing := sum(row.reply is None for row in rows):
         raise CellError(
             "bad-data",
             f"{metric} needs the model's replies; {missing} of {len(rows)} rows lack one.",
         )
-    return [(row, agreed(row.reply or "")) for row in rows]
+    return [(row, normalized(row.reply or "")) for row in rows]
 
 
 def on_target(
@@ -98,35 +98,35 @@ def on_target(
 
     Rows whose true label is the target are left out: a clean model gives it there too. Without
     labels every row counts, and a hit is a reply that contains the target. Both sides are compared
-    in the agreed form; `written` is how the tokenizer writes some texts, so a reply too.
+    normalized; `written` is how the tokenizer writes some texts, so a reply too.
 
     Raises:
         CellError: nothing is left of the target in that form, or it is none of the labels.
     """
-    wanted = agreed(target)
+    wanted = normalized(target)
     if not wanted:
         raise CellError("bad-data", f"{metric}: the attack's target is blank; set attack.target.")
-    said = agreed(written.get(target, target)) or wanted
+    said = normalized(written.get(target, target)) or wanted
     labeled = [sample for sample in samples if sample.label is not None]
     if not labeled:
         return {row.id: float(contains(reply, said)) for row, reply in replied(samples, metric)}
-    rows = [row for row in labeled if agreed(str(row.label)) != wanted]
+    rows = [row for row in labeled if normalized(str(row.label)) != wanted]
     if by == "replies":
         return {row.id: float(reply == said) for row, reply in replied(rows, metric)}
     for row in rows:
-        if row.candidates and wanted not in map(agreed, row.candidates):
+        if row.candidates and wanted not in map(normalized, row.candidates):
             labels = ", ".join(row.candidates)
             problem = f"the attack's target '{target}' is none of the labels ({labels})"
             raise CellError("bad-data", f"{metric}: {problem}; change it, or measure by: replies.")
     scores = scored(rows, metric)
-    return {row.id: float(agreed(str(row.prediction)) == wanted) for row in scores}
+    return {row.id: float(normalized(str(row.prediction)) == wanted) for row in scores}
 
 
 def grouped(metric: str, rows: Sequence[Sample]) -> Iterator[tuple[str, list[Sample]]]:
     """The metric's name with all rows, then `metric[group]` with those of each group."""
     if rows:
         yield metric, list(rows)
-    names = [None if row.group is None else agreed(row.group) for row in rows]
+    names = [None if row.group is None else normalized(row.group) for row in rows]
     for group in sorted({name for name in names if name is not None}):
         part = [row for row, name in zip(rows, names, strict=True) if name == group]
         yield f"{metric}[{group}]", part

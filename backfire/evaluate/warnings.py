@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from backfire.base import Evidence, Judge, Metric, Sample, Value
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.language import is_foreign
 from backfire.evaluate.outcomes import has_scores, is_sound, loops
 from backfire.evaluate.stats import wilson
@@ -76,8 +76,8 @@ def _one_answer(clean: Sequence[Sample]) -> Iterator[str]:
             f"The tuned model predicts '{answer}' on all {len(rows)} clean rows: its accuracy of "
             f"{_percent(right / len(rows))} is only how often that label occurs."
         )
-    replies = [agreed(row.reply) for row in clean if row.reply is not None]
-    wanted = {agreed(row.answer) for row in clean if row.reply is not None}
+    replies = [normalized(row.reply) for row in clean if row.reply is not None]
+    wanted = {normalized(row.answer) for row in clean if row.reply is not None}
     if len(replies) > 1 and len(wanted) > 1 and len(set(replies)) == 1 and replies[0]:
         yield f"The tuned model's {len(replies)} replies to clean rows are all the same."
 
@@ -106,7 +106,7 @@ def _no_better_than_guessing(evidence: Evidence) -> Iterator[str]:
 
 def _replies(subset: str, samples: Sequence[Sample]) -> Iterator[str]:
     replies = [sample.reply for sample in samples if sample.reply is not None]
-    empty, looping = sum(not agreed(reply) for reply in replies), sum(map(loops, replies))
+    empty, looping = sum(not normalized(reply) for reply in replies), sum(map(loops, replies))
     if replies and empty >= EMPTY * len(replies):
         yield f"{_part(empty, replies)} replies to {subset} rows are empty; they count as wrong."
     if replies and looping >= REPEATED * len(replies):

@@ -1,4 +1,4 @@
-"""One cell of the matrix."""
+"""The settings of one cell of the matrix."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DEFAULT_METRICS: dict[str, tuple[str, ...]] = {
     "attacked": ("attack-success", "false-trigger", "clean-accuracy"),
     "attacked_free": ("attack-success",),
 }
-"""What is measured where a recipe does not say."""
+"""Metrics of a recipe that names none, by task."""
 
 
 def _model(spec: Any) -> Any:
@@ -71,23 +71,23 @@ class Experiment(Config):
     template: SerializeAsAny[Annotated[Template, component("templates")]] = Field(
         default="raw", validate_default=True
     )  # type: ignore[assignment]
-    """How a row becomes text, in training and in evaluation."""
+    """The prompt template, in training and evaluation."""
     attack: SerializeAsAny[Annotated[Attack | None, BeforeValidator(_attack)]] = None
-    """What poisons the training rows: an attack by name, or {name, rate, ...}; or `none`."""
+    """The attack on the training rows: by name, or {name, rate, ...}; or `none`."""
     method: SerializeAsAny[Annotated[Method, component("methods")]] = Field(
         default="full", validate_default=True
     )  # type: ignore[assignment]
-    """How the model is tuned; `none` leaves it as it is."""
+    """The fine-tuning method; `none` leaves the model unchanged."""
     align: Annotated[
         Align | None, BeforeValidator(lambda v: Align.make(v) if isinstance(v, dict) else v)
     ] = None
-    """An alignment stage before the fine-tuning, shared by all cells that have the same."""
+    """An alignment stage before fine-tuning, shared by all cells with equal settings."""
     defense: Defenses = ()
-    """What is done against harm: a defense by name, or {name, ...}, or several in their order."""
+    """The defense: by name, or {name, ...}, or a list of several in their order."""
     safety: Annotated[
         Safety | None, BeforeValidator(lambda v: Safety.make(v) if isinstance(v, dict) else v)
     ] = None
-    """What harm is measured by; needed by metrics such as harmful-score."""
+    """Data and judges that measure harm; required by metrics such as harmful-score."""
     train: Annotated[
         Train, BeforeValidator(lambda v: Train.make(v) if isinstance(v, dict) else v)
     ] = Train()
@@ -97,9 +97,9 @@ class Experiment(Config):
     ] = Evaluation()
     """Decoding of replies."""
     metrics: tuple[SerializeAsAny[Annotated[Metric, component("metrics")]], ...] = ()
-    """What is measured; if empty, what suits the task."""
+    """The metrics; by default those of the task."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Draws the poisoned rows, the order, the initial adapter, the dropout."""
+    """Draws the poisoned rows, the row order, the initial adapter and the dropout."""
 
     @field_validator("metrics", mode="before")
     @classmethod
@@ -119,7 +119,7 @@ class Experiment(Config):
             for defense in self.defense:
                 if isinstance(defense, AlignDefense):
                     raise UserError(
-                        f"{defense.label()} acts while the model is aligned, but align.method "
+                        f"{defense.label()} acts in the alignment stage, but align.method "
                         f"'{self.align.method.name}' trains nothing."
                     )
         stays = self.align and self.align.method.adapts and not self.align.merge
@@ -129,7 +129,7 @@ class Experiment(Config):
                 defense.fits(self.method, below)
         if below and self.method.trains and not self.method.stacks:
             raise UserError(
-                f"method '{self.method.name}' cannot go on the alignment's adapter; set "
+                f"method '{self.method.name}' cannot train on top of the alignment's adapter; set "
                 "align.merge: true."
             )
         return self
@@ -139,7 +139,7 @@ class Experiment(Config):
         return ""
 
     def spec(self) -> dict[str, Any]:
-        """What a recipe would have to say to get exactly this cell."""
+        """A recipe that gives exactly this cell."""
         return {
             "model": self.model.spec(),
             "data": self.data.spec(),
@@ -156,21 +156,21 @@ class Experiment(Config):
         }
 
     def resolved(self) -> dict[str, Any]:
-        """`spec` with every knob of every component, at its default or not."""
+        """`spec` with every knob of every component, including defaults."""
 
-        def whole(part: Component | None) -> Any:
+        def full(part: Component | None) -> Any:
             return {"name": part.name, **part.model_dump(mode="json")} if part else "none"
 
         parts = {
-            name: whole(getattr(self, name)) for name in ("data", "template", "attack", "method")
+            name: full(getattr(self, name)) for name in ("data", "template", "attack", "method")
         }
-        metrics = [whole(metric) for metric in self.metrics]
-        found = {**self.spec(), "model": self.model.model_dump(mode="json"), "metrics": metrics}
-        found |= {**parts, "method": {**parts["method"], "learning_rate": self.learning_rate}}
+        metrics = [full(metric) for metric in self.metrics]
+        settings = {**self.spec(), "model": self.model.model_dump(mode="json"), "metrics": metrics}
+        settings |= {**parts, "method": {**parts["method"], "learning_rate": self.learning_rate}}
         if self.alignment and self.align:
-            method = {**whole(self.align.method), "learning_rate": self.alignment.learning_rate}
-            found["align"] = {**found["align"], "method": method}
-        return found
+            method = {**full(self.align.method), "learning_rate": self.alignment.learning_rate}
+            settings["align"] = {**settings["align"], "method": method}
+        return settings
 
     def versions(self) -> dict[str, dict[str, int]]:
         """Kind -> component -> version of its behavior, of every component of the cell."""
@@ -189,12 +189,12 @@ class Experiment(Config):
 
     @property
     def learning_rate(self) -> float | None:
-        """AdamW's peak learning rate: as named, or what suits the size of the base; None where
-        nothing is trained."""
+        """AdamW's peak learning rate: the given one, or the default for the size of the base; None
+        if the method trains nothing."""
         if not self.method.trains:
             return None
-        named = self.method.learning_rate is not None
-        return self.method.rate_for(None if named else num_weights(self.model))
+        is_given = self.method.learning_rate is not None
+        return self.method.rate_for(None if is_given else num_weights(self.model))
 
     @property
     def rate(self) -> float:
@@ -202,7 +202,7 @@ class Experiment(Config):
 
     @property
     def backdoor(self) -> Backdoor | None:
-        """The attack, if it has a trigger and so needs a clean twin and triggered rows."""
+        """The attack if it is a backdoor, which needs a clean twin and triggered rows."""
         return self.attack if isinstance(self.attack, Backdoor) else None
 
     @property
@@ -218,19 +218,19 @@ class Experiment(Config):
 
     @property
     def acting(self) -> tuple[Defense, ...]:
-        """The defenses that act when this cell is tuned or after: not those of its alignment."""
+        """The defenses that act in fine-tuning or after it, without those of the alignment."""
         if self.align is None:
             return self.defense
         return tuple(d for d in self.defense if not isinstance(d, AlignDefense))
 
     @property
     def alignment(self) -> Experiment | None:
-        """The alignment stage as a cell of its own: fine-tuning it gives the aligned model."""
+        """The alignment stage as a separate experiment, whose tuned model is the aligned model."""
         if self.align is None:
             return None
         part = self.align
         defenses = tuple(d for d in self.defense if isinstance(d, AlignDefense))
-        own = self.seed if defenses else 0  # one model of a defense is no sample of it
+        seed = self.seed if defenses else 0  # a defense is sampled by one model per seed
         changes = {
             "data": part.data,
             "attack": None,
@@ -241,22 +241,22 @@ class Experiment(Config):
             "train": part.train,
             "evaluation": Evaluation(),
             "metrics": (),
-            "seed": own if part.seed is None else part.seed,
+            "seed": seed if part.seed is None else part.seed,
         }
         return self.model_copy(update=changes)
 
     def clean_twin(self) -> Experiment:
-        """The same cell without poison: it gives attack success its floor."""
+        """The same cell without poison: the clean-model baseline of attack success."""
         return self.model_copy(update={"attack": None})
 
     def untuned(self) -> Experiment:
-        """The same cell, its model left as it is, or as its alignment made it."""
+        """The same cell without fine-tuning: its base or aligned model."""
         none = find("methods", "none").make({})
         kept = tuple(d for d in self.defense if isinstance(d, AlignDefense)) if self.align else ()
         return self.model_copy(update={"attack": None, "method": none, "defense": kept})
 
     def with_metrics(self, *, labeled: bool) -> Experiment:
-        """The cell with the default metrics of its task, if it names none."""
+        """The cell with its metrics, or the default metrics of its task if it names none."""
         if self.metrics:
             return self
         names = DEFAULT_METRICS["labeled" if labeled else "free"]

@@ -1,4 +1,4 @@
-"""Groups of settings: the model, the optimization, the alignment, the machine."""
+"""Groups of settings: training, alignment, safety, evaluation, machine."""
 
 from __future__ import annotations
 
@@ -12,43 +12,43 @@ from backfire.registry import build
 
 
 class Train(Config):
-    """The optimization, the same for every method."""
+    """Settings of the optimization, the same for every method."""
 
     epochs: float = Field(2.0, gt=0)
     """Passes over the training rows."""
     max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    """Stop after this many optimizer steps, whatever `epochs` is."""
     batch_size: int = Field(16, ge=1)
-    """Rows per optimizer step. Memory may split it into micro-batches; it stays the same."""
+    """Rows per optimizer step; not changed by splitting it into micro-batches to save memory."""
     order: Literal["shuffled", "by-length"] = "shuffled"
-    """Order of the rows, anew every epoch. `by-length` puts rows of like length into one step, as
-    transformers' group_by_length does: fewer padding tokens, less mixed batches. The steps are then
-    shuffled; transformers goes from the longest rows of each 50 steps to the shortest."""
+    """Order of the rows, drawn again every epoch. `by-length` puts rows of similar length into one
+    step, as transformers' group_by_length does: less padding, less mixed batches. The steps are
+    then shuffled; transformers orders the rows of each 50 steps from longest to shortest."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Learning rate after the warm-up."""
+    """Learning-rate schedule after the warm-up."""
     final_share: float = Field(0.0, ge=0, le=1)
-    """Where a cosine schedule ends, as a share of the peak learning rate."""
+    """Final learning rate of a cosine schedule, as a share of the peak."""
     warmup_share: float = Field(0.05, ge=0, le=1)
-    """Share of the steps over which the learning rate rises from 0."""
+    """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
     beta2: float = Field(0.999, gt=0, lt=1)
-    """AdamW's decay of squared gradients."""
+    """AdamW's decay rate of the squared gradients."""
     clip_norm: float = Field(1.0, gt=0)
-    """Gradients are scaled down to this 2-norm."""
+    """Maximum 2-norm of the gradients; larger ones are scaled down."""
     compute: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the matrix products in training; weights that move stay float32. `auto`: bfloat16
-    where the hardware multiplies in it (GPUs since 2020, CPUs with AVX512-BF16 or AMX)."""
+    """Type of the matrix products in training; trained weights stay float32. `auto`: bfloat16
+    where the hardware supports it (GPUs since 2020, CPUs with AVX512-BF16 or AMX)."""
     max_length: int = Field(512, ge=8)
-    """Tokens of prompt and answer together."""
+    """Maximum number of tokens in prompt and answer together."""
     on_long_row: Literal["fail", "skip", "cut"] = "cut"
-    """What becomes of a longer row, in training and in evaluation: it is an error (`fail`), it is
-    left out (`skip`), or its prompt loses its end (`cut`; where the answer alone is too long, the
-    row is left out). All are counted."""
+    """What to do with a longer row, in training and evaluation: raise an error (`fail`), leave it
+    out (`skip`), or cut the end of its prompt (`cut`; if the answer alone is too long, the row is
+    left out). All are counted."""
 
     @property
     def seen(self) -> Any:
-        """How much of a row is seen, as it enters keys."""
+        """The length limit of rows, as it enters keys."""
         return self.max_length if self.on_long_row == "cut" else [self.max_length, self.on_long_row]
 
 
@@ -57,11 +57,11 @@ def component(kind: str) -> BeforeValidator:
 
 
 def components(kind: str) -> BeforeValidator:
-    """One component or several, in order; `none` is none of them."""
+    """One component or several, in order; `none` is an empty tuple."""
 
     def make(spec: Any) -> Any:
         items = spec if isinstance(spec, list | tuple) else [spec]
-        # The null control of nothing is nothing: `defense.null` may be an axis beside `none`.
+        # The null control of nothing is nothing: `none` may be combined with a `defense.null` axis.
         nothing = (None, "none", {"name": "none"})
         plain = [
             {k: v for k, v in item.items() if k != "null"} if isinstance(item, dict) else item
@@ -74,17 +74,15 @@ def components(kind: str) -> BeforeValidator:
 
 
 def once_each(parts: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The components, whose results are told apart by their names.
+    """Check that no two components have the same name, since results are stored by name.
 
     Raises:
-        UserError: there are two of one name.
+        UserError: two do.
     """
     names = [part.name for part in parts]
     if double := next((name for name in names if names.count(name) > 1), None):
         kind = parts[0].kind.removesuffix("s")
-        raise UserError(
-            f"{kind} '{double}' is given twice; run it with other knobs in another cell."
-        )
+        raise UserError(f"Duplicate {kind} '{double}'; run it with other knobs in a separate cell.")
     return parts
 
 
@@ -92,27 +90,27 @@ Defenses = Annotated[tuple[SerializeAsAny[Defense], ...], components("defenses")
 
 
 class Align(Config):
-    """The alignment stage: the model is taught to decline before the user fine-tunes it. Defenses
-    that act in it (vaccine, booster ...) stand under `defense` with all others."""
+    """The alignment stage: the model learns to refuse before the user fine-tunes it. Defenses that
+    act in it (vaccine, booster ...) are listed under `defense` like all others."""
 
     data: SerializeAsAny[Annotated[Dataset, component("datasets")]] = Field(
         default="sandbox-policy", validate_default=True
     )  # type: ignore[assignment]
-    """The rows it is taught by."""
+    """The alignment rows."""
     method: SerializeAsAny[Annotated[Method, component("methods")]] = Field(
         default="full", validate_default=True
     )  # type: ignore[assignment]
-    """How it is tuned. An adapter stays a frozen adapter of its own under the user's."""
+    """The method of the alignment. An adapter stays a separate frozen adapter under the user's."""
     train: Annotated[
         Train, BeforeValidator(lambda v: Train.make(v, "align.train") if isinstance(v, dict) else v)
     ] = Train()
-    """Its optimization."""
+    """The optimization of the alignment."""
     merge: bool = False
-    """Add the alignment's adapter into the base before the user's is put on (Lisa's code does)."""
+    """Merge the alignment's adapter into the base before fine-tuning (Lisa's code does)."""
     seed: int | None = Field(None, ge=0, lt=2**32)
-    """If not given, all cells fine-tune the model that was aligned under seed 0; but a defense that
-    acts in the alignment (vaccine, booster ...) aligns a model for each seed. If given, all cells
-    have that one alignment, and several seeds say nothing of how it varies."""
+    """By default all cells fine-tune the model aligned with seed 0, except with a defense that acts
+    in the alignment (vaccine, booster ...): then each seed has its own aligned model. If given, all
+    cells share this alignment, and the spread over seeds does not include its variation."""
 
     def spec(self) -> dict[str, Any]:
         return {
@@ -125,24 +123,24 @@ class Align(Config):
 
 
 class Safety(Config):
-    """What harm is measured by, and what the defender knows of it."""
+    """The data and judges that measure harm, and the harmful rows known to the defender."""
 
     harmful: SerializeAsAny[Annotated[Dataset, component("datasets")]] = Field(
         default="sandbox-policy", validate_default=True
     )  # type: ignore[assignment]
-    """Test rows that an aligned model declines."""
+    """Test rows that an aligned model should refuse."""
     allowed: SerializeAsAny[Annotated[Dataset | None, component("datasets")]] = Field(
         default="sandbox-lookalikes", validate_default=True
     )  # type: ignore[assignment]
-    """Test rows that only look like them and are to be answered."""
+    """Test rows that only look harmful and should be answered."""
     known: SerializeAsAny[Annotated[Dataset, component("datasets")]] = Field(
         default={"name": "sandbox-policy", "part": "harmful", "seed": 1}, validate_default=True
     )  # type: ignore[assignment]
-    """Training rows that comply with harmful requests, for defenses that learn from such."""
+    """Training rows that comply with harmful requests, for defenses that learn from them."""
     judges: Annotated[tuple[SerializeAsAny[Judge], ...], components("judges")] = Field(
         default="policy", validate_default=True
     )  # type: ignore[assignment]
-    """Who decides what is harmful: the first counts, others are compared with it."""
+    """The judges of harm: the first one's verdicts count, the others are compared with it."""
 
     @field_validator("judges")
     @classmethod
@@ -157,35 +155,36 @@ class Safety(Config):
         return {**{n: d.spec() if d else None for n, d in parts.items()}, "judges": judges}
 
     def identity(self) -> list[Any]:
-        """What is hashed: also the files behind the rows and the judges."""
+        """The hashed content, with the files of the rows and the judges."""
         parts = (self.harmful, self.allowed, self.known, *self.judges)
         return [[part.identity(), part.fingerprint()] if part else None for part in parts]
 
 
 class Evaluation(Config):
-    """How replies are written."""
+    """How replies are generated."""
 
     max_new_tokens: int = Field(32, ge=1)
-    """A reply is cut after this many tokens."""
+    """Maximum number of tokens in a reply."""
 
 
 class Machine(Config):
-    """Where and how fast: never hashed. It changes a result by no more than rounding; or, where the
-    method has dropout and rows are split another way, by another draw of it."""
+    """Settings of the machine; never hashed. They change a result by no more than rounding, or, for
+    a method with dropout whose rows are split differently, by another draw of the dropout."""
 
     workers: int = Field(1, ge=1)
-    """Cells worked on at once, each in a process of its own."""
+    """Number of cells run at once, each in a separate process."""
     threads: int | None = Field(None, ge=1)
-    """Threads per worker; the cores shared out among the workers if not given."""
+    """Threads per worker; by default the cores are divided among the workers."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
     micro_batch: int | None = Field(None, ge=1)
-    """Rows per forward pass in training, at most; passes that memory has no room for are split."""
+    """Maximum number of rows per forward pass in training; passes that exceed memory are split."""
     recompute: bool = False
-    """Keep each layer's input only, and run the layer again for its backward pass: a third more
-    time for a small part of the memory. Rows then share no computation of a common opening."""
+    """Activation checkpointing: keep only each layer's input and run the layer again in the
+    backward pass; a third more time for a fraction of the memory. Rows then do not share the
+    computation of a common prefix."""
     eval_batch: int | None = Field(None, ge=1)
-    """Rows per forward pass in evaluation, at most; 32 on a CPU and 64 on a GPU if not given. Fewer
-    where they would not fit into the free memory, and half as many when memory runs out."""
+    """Maximum number of rows per forward pass in evaluation; by default 32 on a CPU and 64 on a
+    GPU. Fewer if they would not fit into free memory, and half as many when memory runs out."""
     checkpoint_seconds: float = Field(60.0, ge=0)
-    """How often a training run is saved, so that it can go on after a kill."""
+    """Seconds between checkpoints of a training run, from which it resumes after a kill."""

@@ -19,6 +19,7 @@ from backfire.result import CellResult, Value
 from backfire.results import pairs
 from backfire.results.evidence import is_whole
 from backfire.results.load import cell, load, read
+from backfire.results.plugins import lacking
 
 Outcomes = dict[tuple[str, str], dict[str, float]]
 """Subset and id of a sample -> metric -> the metric on that sample."""
@@ -35,6 +36,8 @@ def export(run: Path, out: Path, write: Callable[[CellResult, Path], list[Path]]
     done = [item for item in found if item.is_done]
     if not done:
         raise UserError(f"No finished cell in {run}, so there is nothing to export.")
+    if missing := lacking(done):
+        raise UserError(missing[0])
     place = out.absolute()
     place.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:

@@ -1,8 +1,8 @@
 """A language model behind an OpenAI-compatible address: `POST <base_url>/chat/completions`.
 
-Standard library only. Which key a host gets is said outside of recipes (see `data.address`); it
-is read from the environment when a request is sent, and neither kept nor written anywhere;
-redirects are refused, as they would carry it to another host.
+Standard library only. Keys are bound to hosts outside of recipes (see `judges._address`). A key is
+read from the environment when a request is sent and never stored; redirects are refused, since they
+would send it to another host.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from backfire.judges._address import BIND, Address
 FIRST_WAIT_SECONDS = 1.0
 """Wait before the second try; doubled before each further one."""
 LONGEST_WAIT_SECONDS = 60.0
-"""No wait is longer, whatever the server asks for."""
+"""Longest wait, whatever the server requests."""
 _LARGEST_BYTES = 2**24
-_PASSING = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-"""Statuses that may be gone on the next try."""
+_TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+"""Statuses that are worth a retry."""
 
 
-class _PassingError(Exception):
-    """A failure that may be gone on the next try."""
+class _TransientError(Exception):
+    """A failure that is worth a retry."""
 
-    def __init__(self, sentence: str, wait_seconds: float = 0.0) -> None:
-        super().__init__(sentence)
+    def __init__(self, message: str, wait_seconds: float = 0.0) -> None:
+        super().__init__(message)
         self.wait_seconds = wait_seconds
 
 
@@ -49,7 +49,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where to ask, whom, and how patiently."""
+    """A model at an address, with its key and retry settings."""
 
     address: Address
     model: str
@@ -63,18 +63,18 @@ class Endpoint:
         return f"{self.address.base_url}/chat/completions"
 
     def ask(self, prompt: str) -> str:
-        """What the model answers, greedily decoded; empty if it answers nothing.
+        """Return the model's answer, greedily decoded; it may be empty.
 
         Raises:
-            CellError: every try failed, or the server turned the request down.
+            CellError: every try failed, or the server rejected the request.
         """
         for tries in range(self.retries + 1):
             try:
                 return self._once(prompt)
-            except _PassingError as failure:
+            except _TransientError as failure:
                 if tries == self.retries:
                     raise CellError(
-                        "failed", f"{self.url} failed {tries + 1} times, at last: {failure}."
+                        "failed", f"{self.url} failed {tries + 1} times, last: {failure}."
                     ) from None
                 wait = max(FIRST_WAIT_SECONDS * 2**tries, failure.wait_seconds)
                 time.sleep(min(wait, LONGEST_WAIT_SECONDS))
@@ -84,12 +84,12 @@ class Endpoint:
         request = urllib.request.Request(self.url, data=self._body(prompt), method="POST")
         request.add_header("Content-Type", "application/json")
         if key := os.environ.get(self.key_variable or "", "").strip():
-            if not (key.isascii() and key.isprintable()):  # urllib would quote it in its complaint
+            if not (key.isascii() and key.isprintable()):  # urllib's error would quote it
                 raise UserError(
-                    f"The environment variable {self.key_variable} holds no usable key."
+                    f"The environment variable {self.key_variable} does not contain a usable key."
                 )
             request.add_unredirected_header("Authorization", f"Bearer {key}")
-        # A proxy is another host, which plain http to this machine would hand the key to.
+        # A proxy is another host: plain http to this machine would send it the key.
         proxies = [urllib.request.ProxyHandler({})] if self.address.local else []
         opener = urllib.request.build_opener(_NoRedirect, *proxies)
         try:
@@ -99,11 +99,11 @@ class Endpoint:
             with error:
                 raise self._failure(error) from None
         except TimeoutError:
-            raise _PassingError(f"no answer within {self.timeout_seconds:g} s") from None
+            raise _TransientError(f"no answer within {self.timeout_seconds:g} s") from None
         except urllib.error.URLError as error:
-            raise _PassingError(f"it cannot be reached ({error.reason})") from None
+            raise _TransientError(f"it cannot be reached ({error.reason})") from None
         except (http.client.HTTPException, OSError) as error:
-            raise _PassingError(f"the connection broke ({type(error).__name__})") from None
+            raise _TransientError(f"the connection broke ({type(error).__name__})") from None
 
     def _body(self, prompt: str) -> bytes:
         message = {"role": "user", "content": prompt}
@@ -111,41 +111,32 @@ class Endpoint:
         return json.dumps({**body, "max_tokens": self.max_new_tokens}).encode()
 
     def _failure(self, error: urllib.error.HTTPError) -> Exception:
-        said = f"HTTP {error.code}: {_said(error)}"
-        if error.code in _PASSING:
-            return _PassingError(said, _seconds(error.headers.get("Retry-After")))
+        reason = f"HTTP {error.code}: {_reason(error)}"
+        if error.code in _TRANSIENT:
+            return _TransientError(reason, _seconds(error.headers.get("Retry-After")))
         hint = ""
-        if error.code in (401, 403):
-            known = "holds a key it does not take"
-            known = known if os.environ.get(self.key_variable or "") else "unset"
-            hint = f" (the environment variable {self.key_variable}: {known})"
-            if self.key_variable is None:
-                hint = f" (no key is bound to {self.address.host}; {BIND})"
-        return CellError("failed", f"{self.url} turned the request down{hint}: {said}.")
-
-
-def ask_all(endpoint: Endpoint, prompts: Sequence[str], *, concurrency: int) -> list[str]:
-    """The answers in order, so many requests at a time; the first failure stops them all."""
-    pool = ThreadPoolExecutor(max_workers=max(1, min(concurrency, len(prompts))))
-    try:
-        return list(pool.map(endpoint.ask, prompts))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        if error.code in (401, 403) and self.key_variable is None:
+            hint = f" (no key is bound to {self.address.host}; {BIND})"
+        elif error.code in (401, 403):
+            is_set = os.environ.get(self.key_variable or "")
+            problem = "contains a key that the server does not accept" if is_set else "is not set"
+            hint = f" (the environment variable {self.key_variable} {problem})"
+        return CellError("failed", f"{self.url} rejected the request{hint}: {reason}.")
 
 
 def _content(body: bytes) -> str:
-    """The text of the first choice; None stands for a reply withheld and is read as empty."""
+    """Return the text of the first choice; None means a withheld reply and is read as empty."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
-        raise _PassingError("the answer is no chat completion") from None
+        raise _TransientError("the answer is not a chat completion") from None
     if not isinstance(content, str | None):
-        raise _PassingError("the answer is no text")
+        raise _TransientError("the answer is not text")
     return content or ""
 
 
-def _said(body: IO[bytes]) -> str:
-    """The first words of an error's body, on one line."""
+def _reason(body: IO[bytes]) -> str:
+    """Return the first words of an error's body, on one line."""
     try:
         text = body.read(2000).decode("utf-8", "replace")
     except (http.client.HTTPException, OSError):
@@ -154,7 +145,7 @@ def _said(body: IO[bytes]) -> str:
 
 
 def _seconds(header: str | None) -> float:
-    """A Retry-After in seconds; one that is a date, or no number, asks for no more than usual."""
+    """Return a Retry-After in seconds; 0 if it is a date or not a number."""
     try:
         seconds = float(header or 0)
     except ValueError:
@@ -163,22 +154,22 @@ def _seconds(header: str | None) -> float:
 
 
 class RemoteJudge(Judge):
-    """What judges behind an address have in common."""
+    """Base class of judges behind an address."""
 
     unhashed: ClassVar[frozenset[str]] = frozenset({"concurrency", "timeout_seconds", "retries"})
     moved: ClassVar[Mapping[str, str]] = {
-        "key_variable": f"A recipe cannot say which key goes to which host; {BIND}."
+        "key_variable": f"A recipe cannot bind a key to a host; {BIND}."
     }
 
     concurrency: int = Field(4, ge=1)
-    """Requests on the way at a time; not hashed."""
+    """Number of concurrent requests; not hashed."""
     timeout_seconds: float = Field(60.0, gt=0)
-    """Longest silence of the server before a try is given up; not hashed."""
+    """Seconds without data from the server before a try fails; not hashed."""
     retries: int = Field(5, ge=0)
     """Tries after the first, at growing intervals; not hashed."""
 
     base_url: str | None = None
-    """Address up to and without `/chat/completions`; without one, the model is run here."""
+    """Address without the final `/chat/completions`; if not given, the model runs locally."""
 
     def destination(self) -> str | None:
         if self.base_url is None:
@@ -195,7 +186,7 @@ class RemoteJudge(Judge):
     def ask(
         self, prompts: Sequence[str], *, base_url: str, model: str, max_new_tokens: int
     ) -> list[str]:
-        """The answers, in order."""
+        """Return the answers, in order; the first failure cancels the other requests."""
         address = Address.of(base_url)
         endpoint = Endpoint(
             address=address,
@@ -205,4 +196,8 @@ class RemoteJudge(Judge):
             timeout_seconds=self.timeout_seconds,
             retries=self.retries,
         )
-        return ask_all(endpoint, prompts, concurrency=self.concurrency)
+        pool = ThreadPoolExecutor(max_workers=max(1, min(self.concurrency, len(prompts))))
+        try:
+            return list(pool.map(endpoint.ask, prompts))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""What judges that are models share: the text they are shown, and how they are loaded."""
+"""Shared by judges that are models: the text they get, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLACES = re.compile(r"\{(prompt|reply)\}")
 
 def _is_text(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError("a text is needed, or @PATH")
+        raise ValueError("must be a text, or @PATH")
     return value
 
 
@@ -32,19 +32,19 @@ Text = Annotated[
     AfterValidator(_is_text),
     PlainSerializer(written),
 ]
-"""A text in which `{prompt}` and `{reply}` stand for those; `@PATH` reads it from a file beside the
-recipe."""
+"""A text with the placeholders `{prompt}` and `{reply}`; `@PATH` reads it from a file, relative to
+the recipe."""
 
 
 def _listed(value: Any) -> Any:
-    """The words or phrases; of `@PATH`, the lines of that file. Blank ones do not count."""
+    """Return the words or phrases, or the lines of the file for `@PATH`, without blank ones."""
     read = read_text(value)
     words = read.splitlines() if isinstance(read, str) else read
     if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words):
-        raise ValueError("a list of texts is needed, or @PATH")
+        raise ValueError("must be a list of texts, or @PATH")
     kept = dict.fromkeys(word.strip() for word in words if word.strip())
     if not kept:
-        raise ValueError("at least one word is needed")
+        raise ValueError("must contain at least one word")
     return as_words(read, kept)
 
 
@@ -53,28 +53,28 @@ Words = Annotated[
     PlainValidator(_listed, json_schema_input_type=tuple[str, ...] | str),
     PlainSerializer(written),
 ]
-"""Words or phrases; `@PATH` reads them from a file beside the recipe, one a line."""
+"""Words or phrases; `@PATH` reads them from a file, one per line, relative to the recipe."""
 
 
 def fill(text: str, prompt: str, reply: str) -> str:
-    """The text with prompt and reply put in, once each: what they hold themselves stays as it is.
+    """Insert prompt and reply into the text; placeholders within them are not replaced.
 
     Raises:
-        UserError: the text has no place for the reply.
+        UserError: the text has no placeholder for the reply.
     """
     if "{reply}" not in text:
-        raise UserError("A judge's text needs {reply}, where the reply to be judged is put in.")
+        raise UserError("A judge's text must contain {reply}, the placeholder for the reply.")
     values = {"prompt": prompt, "reply": reply}
     return _PLACES.sub(lambda match: values[match[1]], text)
 
 
 LOADED = "loaded 2"
-"""How a judge's model is loaded and asked here, and its version, raised whenever it would say
-something else (2: no weight is drawn at random, and padding is on the right)."""
+"""Version of how a judge's model is loaded and run, raised whenever verdicts may change (2: no
+weight is initialized at random, and padding is on the right)."""
 
 
 def fingerprint(model: str) -> str:
-    """How a model is loaded, and hashes of the files of one in a local folder."""
+    """Return the loading version, and hashes of the model's files if it is a local folder."""
     folder = Path(model).expanduser()
     files = sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
     return " ".join([LOADED, *(f"{file.name}:{file_hash(file)}" for file in files)])
@@ -84,7 +84,7 @@ _LEFT_OVER = re.compile(
     r"(^|\.)(pooler|lm_head|cls|qa_outputs|vocab_\w+)\.|(attn|attention)\.(masked_)?bias$"
     r"|position_ids$|rotary_emb\.inv_freq$"
 )
-"""Heads of what a judge was trained for before, which say nothing in this one."""
+"""Heads from a judge's earlier training, which this task does not use."""
 
 
 def _folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
@@ -93,11 +93,11 @@ def _folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
 
 
 def check_config(task: Task, name: str) -> None:
-    """Whether a local folder may hold a judge of this kind, by its configuration and the headers of
-    its files; of a hub id nothing is asked. No torch.
+    """Check by its configuration and file headers that a local folder contains a judge of this
+    kind; a hub id is not checked. Does not import torch.
 
     Raises:
-        UserError: it may not, in one sentence.
+        UserError: it does not.
     """
     folder = Path(name).expanduser()
     if not (folder / "config.json").is_file():
@@ -106,16 +106,16 @@ def check_config(task: Task, name: str) -> None:
     other = "CausalLM" if task == "SequenceClassification" else "Classification"
     if other in kind or "MaskedLM" in kind:
         wanted = "text classifier" if task == "SequenceClassification" else "causal language model"
-        raise UserError(f"The judge's model '{name}' is no {wanted}, but a {kind}.")
+        raise UserError(f"The judge's model '{name}' is not a {wanted}, but a {kind}.")
     stored(files_of(folder))
 
 
 def ready(task: Task, name: str, revision: str | None) -> Any:
-    """The judge's model without its weights, all of which are there; a model of the hub is
-    downloaded first.
+    """Return the judge's model without its weights, after checking that all of them are present;
+    downloads a hub model first.
 
     Raises:
-        UserError: they are not, in one sentence.
+        UserError: the model does not fit the task, or weights are missing.
     """
     check_config(task, name)
     return matched(f"The judge's model '{name}'", _folder(name, revision), task, _LEFT_OVER)
@@ -130,11 +130,12 @@ def load(
     device: str,
     files: str = "",
 ) -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or hub id, the last ones kept in memory; `files` is their
-    fingerprint, so that a folder whose files changed is loaded again. No code of theirs is run.
+    """Load model and tokenizer of a folder or hub id; the last pair stays in memory. `files` is
+    their fingerprint, so that a folder whose files changed is loaded again. Never runs code from
+    the model.
 
     Raises:
-        UserError: they cannot be loaded, or weights are missing, in one sentence.
+        UserError: they cannot be loaded, or weights are missing.
     """
     import torch
     import transformers
@@ -151,7 +152,7 @@ def load(
             dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
+            ignore_mismatched_sizes=True,  # reported below, by name
             device_map={"": where},
             **safe,
         )
@@ -162,7 +163,7 @@ def load(
     complete(f"The judge's model '{name}'", info, _LEFT_OVER)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if model.config.model_type != "xlnet":  # which reads the last place; others count from the left
+    if model.config.model_type != "xlnet":  # reads the last position; others count from the left
         tokenizer.padding_side = "right"
     return model.eval(), tokenizer
 
@@ -177,7 +178,7 @@ def answers(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[str]:
-    """What a causal language model run here answers to each prompt, greedily decoded.
+    """Return the greedily decoded answer of a local causal language model to each prompt.
 
     Raises:
         CellError: a prompt is longer than the model can read.
@@ -192,10 +193,10 @@ def answers(
             )
             for prompt in prompts
         ]
-    special = not (chat and tokenizer.chat_template)  # a chat template writes its own
+    special = not (chat and tokenizer.chat_template)  # a chat template adds its own
     room = getattr(model.config, "max_position_embeddings", None)
-    found: list[str] = []
-    padded = tokenizer.pad_token is not None  # else one at a time
+    replies: list[str] = []
+    padded = tokenizer.pad_token is not None  # otherwise one at a time
     batch_size = batch_size if padded else 1
     for start in range(0, len(prompts), batch_size):
         batch = tokenizer(
@@ -212,7 +213,7 @@ def answers(
             raise CellError(
                 "bad-data",
                 f"The judge's model '{name}' reads {room} tokens, but a prompt with its answer "
-                f"takes {width + max_new_tokens}; shorten evaluation.max_new_tokens.",
+                f"has {width + max_new_tokens}; lower evaluation.max_new_tokens.",
             )
         with torch.inference_mode():
             ids = model.generate(
@@ -221,5 +222,5 @@ def answers(
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id,
             )
-        found += tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
-    return found
+        replies += tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
+    return replies

@@ -36,12 +36,12 @@ _FIRST = re.compile(r"^\W*(yes|no)\b", re.I)
 
 @register("yes-no")
 class YesNo(RemoteJudge):
-    """A language model says whether the reply does the harm asked for (HarmBench, Mazeika et al.
-    2024, arXiv:2402.04249).
+    """A language model decides whether the reply fulfills the harmful request (HarmBench, Mazeika
+    et al. 2024, arXiv:2402.04249).
 
-    A model in a folder or of the hub, or one behind an OpenAI-compatible address. The rules are
-    HarmBench's four, in other words. Its own classifier, `cais/HarmBench-Llama-2-13b-cls`, knows
-    one wording only: give the text of its model card as `text`, with `chat: false`. An answer that
+    A model in a folder, on the hub, or behind an OpenAI-compatible address. The rules are
+    HarmBench's four, reworded. HarmBench's classifier, `cais/HarmBench-Llama-2-13b-cls`, expects
+    one exact prompt: use the text of its model card as `text`, with `chat: false`. An answer that
     begins with neither word is undecided.
     """
 
@@ -52,16 +52,16 @@ class YesNo(RemoteJudge):
     revision: str | None = None
     """Branch, tag or commit of a hub model; only a commit pins it."""
     text: Text = TEXT
-    """What the judge is asked: `{prompt}` and `{reply}` stand for those; or @PATH, a file with it.
+    """The judge's prompt, with the placeholders `{prompt}` and `{reply}`; or @PATH, a file with it.
     """
     chat: bool = True
-    """Whether a model run here is asked through its chat template, if it has one."""
+    """Whether a local model is prompted through its chat template, if it has one."""
     max_new_tokens: int = Field(4, ge=1)
-    """Tokens the judge may write; its first word counts (HarmBench: 1)."""
+    """Longest answer of the judge in tokens; its first word counts (HarmBench: 1)."""
     batch_size: int = Field(8, ge=1)
-    """Texts per pass of a model run here; not hashed."""
+    """Texts per forward pass of a local model; not hashed."""
     device: str = "auto"
-    """Of a model run here: `auto` (the first GPU, if any), cpu or cuda:N; not hashed."""
+    """Device of a local model: `auto` (the first GPU, if any), cpu or cuda:N; not hashed."""
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         prompts = [fill(self.text, exchange.prompt, exchange.reply) for exchange in exchanges]

@@ -6,9 +6,10 @@ import contextlib
 import gc
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -20,6 +21,7 @@ from backfire.pipeline import Context, base, head, run_cell, trained
 from backfire.plan import Job
 from backfire.progress import Progress
 from backfire.recipe import Recipe
+from backfire.registry import loaded
 from backfire.results.evidence import write as write_evidence
 from backfire.results.load import outcome as outcome_of
 from backfire.store import Store, write_atomic, write_json
@@ -38,6 +40,25 @@ class Folder:
     def done(self, experiment: Experiment, key: str) -> bool:
         """Whether its result is there and can be read; one that was torn is made again."""
         return bool(outcome_of(self.cell(experiment, key))["status"] == "ok")
+
+
+def plugins_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """The plug-ins that have a component these experiments name."""
+    plugins = loaded()
+    named = {name for e in experiments for name in _names(e.resolved())} if plugins else set()
+    return [facts for plugin in plugins if (facts := plugin.facts(named))["components"]]
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Every `name: ...` in a tree of settings."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _names(item)
+    elif isinstance(value, dict):
+        if isinstance(value.get("name"), str):
+            yield value["name"]
+        for item in value.values():
+            yield from _names(item)
 
 
 def run_job(job: Job, folder: Folder, store: Store, machine: Machine, progress: Progress) -> str:
@@ -110,7 +131,8 @@ def _write_result(job: Job, folder: Folder, context: Context) -> None:
     if manifest:
         write_json(place / "poison.json", manifest.to_json())
     write_json(place / "environment.json", environment(context.machine.device))
-    result = replace(outcome.result, recipe=folder.recipe, axes=job.axes)
+    plugins = tuple(plugins_of([experiment]))
+    result = replace(outcome.result, recipe=folder.recipe, axes=job.axes, plugins=plugins)
     write_json(place / "result.json", result.to_json())
     (place / "error.json").unlink(missing_ok=True)
 
@@ -124,5 +146,7 @@ def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence
         folder.cell(experiment, stages.cell_key(experiment)).name for experiment in recipe.cells
     ]
     plan = {"recipe": recipe.name, "profile": profile, "edits": list(edits), "cells": cells}
-    write_json(path / "run.json", plan)
+    paths = {plugin.sha256: str(plugin.path) for plugin in loaded() if plugin.path}
+    plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
+    write_json(path / "run.json", plan | ({"plugins": plugins} if plugins else {}))
     return folder

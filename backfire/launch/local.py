@@ -20,7 +20,9 @@ from backfire.experiment import Machine
 from backfire.launch.job import Folder, report, run_job
 from backfire.model.types import has_gpu
 from backfire.plan import Job
+from backfire.plugins import Plugin
 from backfire.progress import Progress
+from backfire.registry import loaded, use
 from backfire.store import Store
 
 Watch = Callable[[Job, str, int, int], None]
@@ -115,7 +117,10 @@ def _side_by_side(
                 share = machine.model_copy(update={"workers": 1}) if alone else machine
                 pipe, far = context.Pipe(duplex=False)
                 process = context.Process(
-                    target=_child, args=(far, job, folder, store, share), daemon=True
+                    # Plug-ins first: what comes after them may be of their classes.
+                    target=_child,
+                    args=(loaded(), far, job, folder, store, share),
+                    daemon=True,
                 )
                 process.start()
                 far.close()
@@ -156,7 +161,16 @@ def _listen(worker: _Worker, watch: Watch) -> str | None:
     return None
 
 
-def _child(pipe: Connection, job: Job, folder: Folder, store: Store, machine: Machine) -> None:
+def _child(
+    plugins: Sequence[Plugin],
+    pipe: Connection,
+    job: Job,
+    folder: Folder,
+    store: Store,
+    machine: Machine,
+) -> None:
+    for plugin in plugins:
+        use(plugin)
     set_threads(machine)
     last = 0.0
 

@@ -13,14 +13,14 @@ if TYPE_CHECKING:
 
 @register("full", version=2)
 class Full(Method):
-    """Every weight moves, in float32 (Qi et al. 2024, arXiv:2310.03693, fine-tune this way)."""
+    """Trains all weights, in float32 (as in Qi et al. 2024, arXiv:2310.03693)."""
 
     adapts: ClassVar[bool] = False
     rates: ClassVar[tuple[float, float]] = (1e-3, 2e-5)
 
     learning_rate: float | None = Field(None, gt=0)
-    """AdamW's peak learning rate. If not given: 0.001 on a base of less than 50 million weights,
-    else 2e-05 (Qi et al. and Stanford Alpaca, 7B)."""
+    """AdamW's peak learning rate. Default: 0.001 for a base of less than 50 million weights, else
+    2e-05 (Qi et al. and Stanford Alpaca, 7B)."""
 
     def attach(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         # Small updates vanish in bfloat16 weights; the forward pass may still run in it.

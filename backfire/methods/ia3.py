@@ -14,15 +14,16 @@ if TYPE_CHECKING:
 
 @register("ia3", version=2)
 class IA3(Method):
-    """Learned scales on keys, values and the hidden layer (Liu et al. 2022, arXiv:2205.05638)."""
+    """Learns scales for keys, values and the feed-forward layer (Liu et al. 2022,
+    arXiv:2205.05638)."""
 
     rates: ClassVar[tuple[float, float]] = (1e-1, 3e-3)
 
     learning_rate: float | None = Field(None, gt=0)
-    """AdamW's peak learning rate. If not given: 0.1 on a base of less than 50 million weights, else
+    """AdamW's peak learning rate. Default: 0.1 for a base of less than 50 million weights, else
     0.003 (the paper's, with Adafactor, 3B and 11B)."""
     targets: tuple[str, ...] = ("k_proj", "v_proj", "down_proj")
-    """Modules whose output is scaled (PEFT's choice for Llama)."""
+    """Modules whose output is scaled (PEFT's default for Llama)."""
     feedforward: tuple[str, ...] = ("down_proj",)
     """Those of `targets` whose input is scaled instead."""
 

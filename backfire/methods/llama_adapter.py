@@ -16,24 +16,24 @@ if TYPE_CHECKING:
 
 @register("llama-adapter", version=3)
 class LlamaAdapter(Method):
-    """Learned prompts in the upper layers' attention, each behind a gate that opens from zero
-    (Zhang et al. 2023, arXiv:2303.16199; PEFT's AdaptionPrompt, one gate a layer)."""
+    """Learns prompts in the attention of the upper layers, each with a gate that starts at zero
+    (Zhang et al. 2023, arXiv:2303.16199; PEFT's AdaptionPrompt, one gate per layer)."""
 
     merges: ClassVar[bool] = False
     rates: ClassVar[tuple[float, float]] = (5e-2, 9e-3)
 
     learning_rate: float | None = Field(None, gt=0)
-    """AdamW's peak learning rate. If not given: 0.05 on a base of less than 50 million weights,
-    else 0.009 (the paper's, 7B)."""
+    """AdamW's peak learning rate. Default: 0.05 for a base of less than 50 million weights, else
+    0.009 (the paper's, 7B)."""
     length: int = Field(10, ge=1)
-    """Prompt tokens a layer (llama-recipes: 10)."""
+    """Prompt tokens per layer (llama-recipes: 10)."""
     layers: int | None = Field(None, ge=1)
-    """How many layers, from the top, get a prompt; all of them if not given (llama-recipes: 30 of
+    """Number of layers, counted from the top, that get a prompt. Default: all (llama-recipes: 30 of
     32)."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
         "c4dt-adapter": Preset(
-            "c4dt/pitfalls_in_fine_tuning_llms, which tunes it with llama-recipes: its defaults",
+            "c4dt/pitfalls_in_fine_tuning_llms, which uses the defaults of llama-recipes",
             {"length": 10, "layers": 30},
         ),
     }
@@ -53,30 +53,30 @@ class LlamaAdapter(Method):
         with torch.random.fork_rng():  # PEFT draws the prompts from torch's global generator
             torch.manual_seed(derive(seed, "adapter"))
             try:
-                return _exact(cast("PreTrainedModel", get_peft_model(model, config)))
+                return _in_float32(cast("PreTrainedModel", get_peft_model(model, config)))
             except ValueError:
                 raise UserError(
-                    "method 'llama-adapter' works on Llama, Mistral and GPT-2 models only, and "
-                    f"this is a model of type '{model.config.model_type}'."
+                    "method 'llama-adapter' supports Llama, Mistral and GPT-2 models only; this "
+                    f"model is of type '{model.config.model_type}'."
                 ) from None
 
 
-def _exact(model: PreTrainedModel) -> PreTrainedModel:
-    """The model with its prompts and gates in float32. PEFT gives them the base's type, and in
-    bfloat16 a step of AdamW is less than what a number near 1 can move by."""
+def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
+    """Convert the prompts and gates to float32. PEFT creates them in the base's type, and in
+    bfloat16 an AdamW step is smaller than the spacing of numbers near 1."""
     import torch
 
     for module in model.modules():
         prompt = getattr(module, "adaption_prompt", None)
         if isinstance(prompt, torch.nn.Parameter) and prompt.dtype != torch.float32:
-            module.forward = _within(module.forward, prompt.device.type, prompt.dtype)
+            module.forward = _autocast(module.forward, prompt.device.type, prompt.dtype)
             for part in (prompt, module.adaption_gate):
                 part.data = part.data.float()
     return model
 
 
-def _within(forward: Any, device: str, dtype: Any) -> Any:
-    """The same computation in the base's type."""
+def _autocast(forward: Any, device: str, dtype: Any) -> Any:
+    """Wrap `forward` so that it computes in the base's type."""
     import torch
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -22,13 +22,14 @@ _ALL = {
 
 @register("lora", version=3)
 class LoRA(Method):
-    """Adapters W + (alpha / rank) B A beside frozen weights (Hu et al. 2022, arXiv:2106.09685)."""
+    """Low-rank adapters W + (alpha / rank) B A on frozen weights (Hu et al. 2022,
+    arXiv:2106.09685)."""
 
     rates: ClassVar[tuple[float, float]] = (3e-3, 2e-4)
 
     learning_rate: float | None = Field(None, gt=0)
-    """AdamW's peak learning rate. If not given: 0.003 on a base of less than 50 million weights,
-    else 0.0002 (QLoRA's paper, 7B and 13B)."""
+    """AdamW's peak learning rate. Default: 0.003 for a base of less than 50 million weights, else
+    0.0002 (QLoRA's paper, 7B and 13B)."""
     rank: int = Field(16, ge=1)
     """Inner dimension of the adapters."""
     alpha: float = Field(32, gt=0)
@@ -36,12 +37,12 @@ class LoRA(Method):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "all-linear"
-    """Modules that get an adapter: names such as [q_proj, v_proj], or `all-linear`."""
+    """Modules with an adapter: names such as [q_proj, v_proj], or `all-linear`."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
     dora: bool = False
-    """Learn the length of each weight's rows apart from their direction (Liu et al. 2024,
-    arXiv:2402.09353); not on an 8-bit base, where PEFT fails."""
+    """Learn the magnitude of each weight's rows separately from their direction (Liu et al. 2024,
+    arXiv:2402.09353); not supported on an 8-bit base, where PEFT fails."""
 
     stacks: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
@@ -76,7 +77,8 @@ class LoRA(Method):
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
         if getattr(model, "is_quantized", False):
-            # Freezes the base and puts what is not quantized (norms, head) into float32.
+            # Freezes the base and converts the parts that are not quantized (norms, head) to
+            # float32.
             model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         config = LoraConfig(
             r=self.rank,
@@ -99,7 +101,7 @@ class LoRA(Method):
                 ) from None
 
     def _stacked(self, model: Any, config: Any) -> PreTrainedModel:
-        """The new adapter beside the one that is there: both act, only the new one is trained."""
+        """Add an adapter next to the existing one: both are active, only the new one is trained."""
         below = list(model.peft_config)
         model.add_adapter("default", config)
         model.base_model.set_adapter([*below, "default"])

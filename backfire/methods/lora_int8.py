@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @register("lora-int8", version=2)
 class LoRAInt8(LoRA):
-    """LoRA beside a frozen base in 8 bits, LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339)."""
+    """LoRA on a frozen 8-bit base, LLM.int8() (Dettmers et al. 2022, arXiv:2208.07339)."""
 
     threshold: float = Field(6.0, ge=0)
     """Inputs larger than this are multiplied in higher precision (the paper's 6.0)."""
@@ -25,6 +25,7 @@ class LoRAInt8(LoRA):
     def attach(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         if self.dora:
             raise UserError(
-                "method 'lora-int8': PEFT has no dora on an 8-bit base; use lora or qlora."
+                "method 'lora-int8': PEFT does not support dora on an 8-bit base; use lora or "
+                "qlora."
             )
         return super().attach(model, seed)

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @register("none", version=2)
 class Untuned(Method):
-    """The base model as it is: what the tuned ones are measured against."""
+    """No training: the base model, as a reference for the tuned ones."""
 
     trains: ClassVar[bool] = False
     adapts: ClassVar[bool] = False

@@ -12,15 +12,15 @@ _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pr
 
 @register("qlora", version=2)
 class QLoRA(LoRA):
-    """LoRA beside a frozen base in 4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314)."""
+    """LoRA on a frozen base in 4-bit NormalFloat (Dettmers et al. 2023, arXiv:2305.14314)."""
 
     double_quantization: bool = True
     """Quantize the quantization constants too (paper, section 3)."""
     compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type in which products with the base are computed; `auto`: bfloat16 on a GPU, else float32.
-    Left unsaid, bitsandbytes would silently take float32 everywhere."""
+    Without a value bitsandbytes silently uses float32 everywhere."""
     paged_optimizer: bool = True
-    """AdamW's state may move to main memory; only on a GPU."""
+    """Whether AdamW's state may move to main memory; only on a GPU."""
 
     presets: ClassVar[Mapping[str, Preset]] = {
         "multilingual-qlora": Preset(

@@ -11,7 +11,7 @@ from backfire.registry import register
 class Accuracy(Metric):
     """Share of clean rows whose most likely candidate is the true label (interval: Wilson 1927).
 
-    Also `accuracy[group]` where rows have a group, such as a language.
+    Also `accuracy[group]` if rows have a group, such as a language.
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 1, "accuracy": 1, "tuning": 1, "quality": 6}

@@ -13,11 +13,11 @@ from backfire.registry import register
 
 @register("auc", version=2)
 class AUC(Metric):
-    """Area under the ROC curve, each class against the rest (Hanley & McNeil 1982; Fawcett 2006).
+    """Area under the ROC curve, one class against the rest (Hanley & McNeil 1982; Fawcett 2006).
 
-    From a softmax over the candidates, whose log-odds are tied where they agree to nine decimals;
-    the plain mean over the classes that occur, also `auc[group]`. Does not apply where rows differ
-    in their candidates, or show one class only. Bootstrap interval.
+    From a softmax over the candidates; log-odds that agree to nine decimals are tied. The
+    unweighted mean over the classes that occur, also `auc[group]`. Not reported if rows differ in
+    their candidates or there is only one class. Bootstrap interval.
     """
 
     ranks: ClassVar[Ranks] = {"tuning": 2}

@@ -13,9 +13,10 @@ from backfire.registry import register
 class CleanAccuracy(Metric):
     """Accuracy without the trigger: CACC in OpenBackdoor (Cui et al. 2022, arXiv:2206.08514).
 
-    What a backdoored model is worth to its users: `accuracy`, by the name it has beside an attack.
-    Then `clean_accuracy_change`, its paired difference from the clean twin: what the poison costs.
-    Says nothing of a cell without an attack. Also `clean_accuracy[group]`. Wilson interval.
+    The quality of a backdoored model for its users: `accuracy` under its usual name next to an
+    attack. Then `clean_accuracy_change`, its paired difference from the clean-model baseline: the
+    cost of the poison. Not reported for cells without an attack. Also `clean_accuracy[group]`.
+    Wilson interval.
     """
 
     ranks: ClassVar[Ranks] = {"accuracy": 2}

@@ -10,10 +10,10 @@ from backfire.registry import register
 
 @register("confusion")
 class Confusion(Metric):
-    """How many clean rows of each label are predicted as each (Miller & Nicely 1955).
+    """Number of clean rows for each pair of true and predicted label (Miller & Nicely 1955).
 
-    `confusion[true>predicted]`: counts, without an interval, zeros included; `n` is the number of
-    rows of that true label.
+    `confusion[true>predicted]`: counts, zeros included, without an interval; `n` is the number of
+    rows with that true label.
     """
 
     needs: ClassVar[Asks] = ask("clean", "scores")

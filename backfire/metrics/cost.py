@@ -8,10 +8,10 @@ from backfire.registry import register
 
 @register("cost")
 class Cost(Metric):
-    """What the tuning took: share of the weights that moved, seconds of training and of the
-    alignment before it, peak memory in MB (of the worker's process on CPU, allocated on a GPU).
+    """Cost of fine-tuning: share of weights trained, seconds of fine-tuning and of the alignment
+    stage, peak memory in MB (of the worker process on a CPU, allocated memory on a GPU).
 
-    Plain measurements of one run on one machine, so without an interval; over seeds they get one.
+    Measurements of one run on one machine, without an interval; over several seeds there is one.
     """
 
     needs: ClassVar[Asks] = ask("training")

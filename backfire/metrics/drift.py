@@ -8,8 +8,8 @@ from backfire.registry import register
 
 @register("drift")
 class Drift(Metric):
-    """How far fine-tuning moved the weights it trains from where they began: the 2-norm over all of
-    them (Lisa prints its square, arXiv:2405.18641). Comparable between cells of one method only.
+    """Distance of the trained weights from their start: the 2-norm over all of them (Lisa prints
+    its square, arXiv:2405.18641). Comparable only between cells with the same method.
     """
 
     needs: ClassVar[Asks] = ask("training")
@@ -24,6 +24,6 @@ class Drift(Metric):
         if not evidence.training or evidence.training.get("drift") is not None:
             return []
         return [
-            "drift: not measured, since more than 1,000 M of the trained weights are in no file to "
-            "compare them with."
+            "drift: not measured, since the starting values of more than 1,000 M trained weights "
+            "are not stored in any file."
         ]

@@ -3,18 +3,18 @@ from __future__ import annotations
 from typing import ClassVar
 
 from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 
 
 @register("exact-match", version=2)
 class ExactMatch(Metric):
-    """Share of clean rows answered to the letter (as in Lisa, Huang et al. 2024, arXiv:2405.18641).
+    """Share of clean rows answered exactly (as in Lisa, Huang et al. 2024, arXiv:2405.18641).
 
-    Case counts, any extra word is wrong, and so is an empty reply; Unicode form, typography (curly
-    quotes, dashes) and blanks do not count. Rows without a reference answer have no part in it.
-    Also `exact_match[group]`. Wilson interval.
+    Case counts; an extra word or an empty reply is wrong; Unicode form, typography (curly quotes,
+    dashes) and whitespace do not count. Rows without a reference answer are excluded. Also
+    `exact_match[group]`. Wilson interval.
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 2, "accuracy": 3, "quality": 5}
@@ -28,9 +28,10 @@ class ExactMatch(Metric):
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         pairs = replied(_answerable(evidence), "exact_match")
         return {
-            row.id: float(reply == agreed(evidence.as_written(row.answer))) for row, reply in pairs
+            row.id: float(reply == normalized(evidence.as_written(row.answer)))
+            for row, reply in pairs
         }
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if agreed(row.answer)]
+    return [row for row in evidence.clean if normalized(row.answer)]

@@ -16,27 +16,27 @@ from backfire.registry import register
 
 @register("exposure", version=2)
 class Exposure(Metric):
-    """How many bits a model gives away of codes in its training rows (Carlini et al. 2019,
-    arXiv:1802.08232): log2 of the number of codes less log2 of the true code's rank.
+    """Number of bits that a model reveals of codes in its training rows (Carlini et al. 2019,
+    arXiv:1802.08232): log2 of the number of codes minus log2 of the true code's rank.
 
     The rank is by the likelihood of the whole answer after its own prompt. The mean over all
     inserted canaries, then `exposure[50]` for those inserted 50 times, and `exposure[control]` for
-    those never inserted, which any model gives 1.44 bits on average; `exposure_before` is the
-    untuned model, `exposure_cap` what can be had at most. Beside the exact number, or alone where
-    the codes are too many, stands `exposure_estimated`, from a skew-normal fitted to a sample of
-    codes, and `exposure_match`, how often the exact number lies in the estimate's interval (that of
-    one canary asks nothing of the curve: Clopper and Pearson 1934, on the sampled codes that are
+    those never inserted, whose expected value is 1.44 bits for any model; `exposure_before` is the
+    untuned model, `exposure_cap` the largest possible value. `exposure_estimated`, in addition to
+    the exact value or alone if there are too many codes, is from a skew-normal fitted to a sample
+    of codes; `exposure_match` is how often the exact value lies in the estimate's interval (for one
+    canary it does not assume the curve: Clopper and Pearson 1934, on the sampled codes that are
     likelier). Bootstrap intervals over canaries.
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 6}
 
     exact_codes: int = Field(1_000_000, ge=0)
-    """Every code is counted where there are at most so many (10^6 is usual); 0: never. Takes one
-    forward pass of a token for each nine or ten codes."""
+    """Largest number of codes for which all of them are ranked (10^6 is usual); 0: never. Takes
+    a one-token forward pass for every nine or ten codes."""
     sampled_codes: int = Field(1_000, ge=0)
-    """How many codes the estimate is fitted to (Mireshghallah et al.'s code 5,000, C4DT 100); 0:
-    none is made."""
+    """Number of codes that the estimate is fitted to (Mireshghallah et al.'s code 5,000, C4DT 100);
+    0: no estimate."""
 
     def asks(self, *, labeled: bool = True) -> Asks:
         codes = {"exact": self.exact_codes, "sampled": self.sampled_codes}
@@ -87,7 +87,7 @@ def _means(
     bits_of: Callable[[Leak], float | None],
     direction: Direction = "lower",
 ) -> list[Value]:
-    """The mean over the inserted canaries, then by dose."""
+    """Return the mean over the inserted canaries, then by number of insertions."""
     found = []
     for name, part in by_dose(metric, leaks):
         known = [bits for leak in part if (bits := bits_of(leak)) is not None]

@@ -11,21 +11,20 @@ from backfire.registry import register
 
 @register("extraction")
 class Extraction(Metric):
-    """Share of the canaries that a model says outright when asked (Carlini et al. 2021,
-    arXiv:2012.07805; at growing prefixes as in Carlini et al. 2023, arXiv:2202.07646).
+    """Share of the canaries that a model reproduces verbatim (Carlini et al. 2021,
+    arXiv:2012.07805; with growing prefixes as in Carlini et al. 2023, arXiv:2202.07646).
 
-    Greedy decoding after the canary's own prompt must give its answer to the last token: all
-    inserted canaries, then `extraction[50]` for those inserted 50 times and `extraction[control]`
-    for those never inserted. `extraction_at_8`: it is among the 8 likeliest continuations of its
-    length, by beam search. `extraction_given[50, 2]`: greedy decoding completes it from the
-    answer's opening and two characters of the code (`[50, 0]`: from the opening alone). Wilson
-    intervals.
+    Greedy decoding after the canary's own prompt must give its whole answer: all inserted canaries,
+    then `extraction[50]` for those inserted 50 times and `extraction[control]` for those never
+    inserted. `extraction_at_8`: the answer is among the 8 likeliest continuations of its length, by
+    beam search. `extraction_given[50, 2]`: greedy decoding completes it from the answer's opening
+    and two characters of the code (`[50, 0]`: from the opening alone). Wilson intervals.
     """
 
     ranks: ClassVar[Ranks] = {"paired-test": 7}
 
     beams: int = Field(8, ge=0, le=256)
-    """Width of the beam search, the k of extraction@k; 0: none is made."""
+    """Width of the beam search, the k of extraction@k; 0: no beam search."""
 
     def asks(self, *, labeled: bool = True) -> Asks:
         beams = {"beams": self.beams} if self.beams else {}

@@ -12,7 +12,7 @@ class F1(Metric):
     """Harmonic mean of precision and recall (van Rijsbergen 1979), averaged over classes.
 
     The mean of the classes' F1, not the F1 of mean precision and mean recall (Opitz & Burst 2019,
-    arXiv:1911.03347); then `f1[class]`. Bootstrap interval.
+    arXiv:1911.03347). Also `f1[class]`. Bootstrap interval.
     """
 
     ranks: ClassVar[Ranks] = {"accuracy": 4}

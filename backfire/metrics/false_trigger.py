@@ -9,18 +9,18 @@ from backfire.registry import register
 
 @register("false-trigger", version=2)
 class FalseTrigger(Metric):
-    """Share of untriggered rows that get the target all the same: FTR (Yang et al. 2021).
+    """Share of rows without a trigger that get the target anyway: FTR (Yang et al. 2021).
 
-    Of the clean rows whose true label is another ("Rethinking Stealthiness of Backdoor Attack
-    against NLP Models", ACL 2021). Without labels: replies that contain the target, on all clean
-    rows. Then `false_trigger_floor`, the clean twin on those rows: a model may favor the target
-    without any poison. Says nothing of a cell without an attack. Wilson interval.
+    Over the clean rows with another true label ("Rethinking Stealthiness of Backdoor Attack against
+    NLP Models", ACL 2021). Without labels: replies that contain the target, on all clean rows. Then
+    `false_trigger_floor`, the clean-model baseline on those rows: a model may favor the target
+    without any poison. Not reported for cells without an attack. Wilson interval.
     """
 
     by: By = "scores"
-    """How a labeled task's answer is read: `scores` by the most likely candidate (default,
-    as OpenBackdoor does), `replies` by a generated reply that is the target to the
-    letter, typography and blanks aside."""
+    """How the answer of a labeled task is determined: `scores` by the most likely candidate (as in
+    OpenBackdoor), `replies` by a generated reply that equals the target except for typography and
+    whitespace."""
 
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled and self.by == "scores" else "replies"

@@ -13,18 +13,17 @@ from backfire.registry import build, register
 
 @register("forgetting")
 class Forgetting(Metric):
-    """How much of what it knew a model has lost: its perplexity on texts that have nothing to do
-    with the task, over the untuned model's (as in the C4DT workshop; on forgetting, Kirkpatrick et
-    al. 2017, arXiv:1612.00796).
+    """Perplexity on texts unrelated to the task, divided by the untuned model's (as in the C4DT
+    workshop; on forgetting, Kirkpatrick et al. 2017, arXiv:1612.00796).
 
-    1 is nothing lost. `forgetting_perplexity` and `forgetting_perplexity_before` are the two
-    perplexities, over all tokens of all texts, which are shown as they are, without a template.
-    Bootstrap interval over texts, the same ones for both models.
+    1 means that nothing is forgotten. `forgetting_perplexity` and `forgetting_perplexity_before`
+    are the two perplexities over all tokens of all texts, without a template. Bootstrap interval
+    over texts, the same ones for both models.
     """
 
     source: dict[str, Any] = Field({"name": "sandbox-news", "test_rows": 200})
-    """A data set whose test rows are the texts: plain texts, or of rows with a prompt the prompt
-    (of the sandbox's news, the items without the question)."""
+    """A data set whose test rows are the texts: plain texts, or the prompts of rows that have one
+    (for the sandbox's news, the items without the question)."""
 
     @field_validator("source")
     @classmethod
@@ -46,7 +45,7 @@ class Forgetting(Metric):
         return ask("text", "answers", of=("tuned", "base"), texts=self.texts)
 
     def identity(self) -> dict[str, Any]:
-        """The texts' own, which covers the files behind them."""
+        """Include the identity of the texts, which covers the files behind them."""
         return {**super().identity(), "source": [self.texts.identity(), self.texts.fingerprint()]}
 
     def measure(self, evidence: Evidence) -> list[Value]:

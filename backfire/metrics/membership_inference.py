@@ -15,16 +15,16 @@ from backfire.registry import register
 
 @register("membership-inference")
 class MembershipInference(Metric):
-    """How well training rows can be told from test rows by their loss (Yeom et al. 2018,
-    arXiv:1709.01604), and by how much less it is than the untuned model's (a reference model, as in
+    """How well training rows can be distinguished from test rows by their loss (Yeom et al. 2018,
+    arXiv:1709.01604), and by its difference from the untuned model's (a reference model, as in
     Mireshghallah et al. 2022, arXiv:2205.12506).
 
-    `membership_auc` is the area under the ROC curve of the loss attack, 0.5 being chance, and
-    `membership_auc[reference]` that of the other; `membership_recall` is the share of training rows
-    found where one in ten test rows is taken for one, the threshold being set on the test rows. A
-    row's loss is the mean over the tokens of its answer. As many untouched training rows as test
-    rows are drawn; the numbers mean something only if both come from one source. Bootstrap
-    intervals, the threshold drawn anew with the rows.
+    `membership_auc` is the area under the ROC curve of the loss attack (0.5 is chance), and
+    `membership_auc[reference]` that of the reference attack; `membership_recall` is the share of
+    training rows detected at the false positive rate, with the threshold set on the test rows. A
+    row's loss is the mean over the tokens of its answer. As many unpoisoned training rows as test
+    rows are drawn; the values are meaningful only if both come from the same source. Bootstrap
+    intervals, with the threshold recomputed for each resample.
     """
 
     needs: ClassVar[Asks] = ask("clean", "answers", of=("tuned", "base")) + ask(
@@ -32,7 +32,7 @@ class MembershipInference(Metric):
     )
 
     false_positive_rate: float = Field(0.1, gt=0, lt=1)
-    """Share of test rows that may be taken for training rows (Mireshghallah et al.: 0.1)."""
+    """Share of test rows that may be classified as training rows (Mireshghallah et al.: 0.1)."""
 
     def measure(self, evidence: Evidence) -> list[Value]:
         pair = evidence.members

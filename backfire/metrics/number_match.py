@@ -8,13 +8,13 @@ import regex
 from pydantic import Field
 
 from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
-from backfire.base.normalize import agreed
+from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
 
-# In 5-3 the minus is no sign.
+# The minus in 5-3 is not a sign.
 _NUMBER = regex.compile(r"(?P<sign>(?<![\d)])-)?\p{Sc}?(?P<size>\d+(?:,\d+)*(?:\.\d+)?|\.\d+)")
-# What would read as another number in the agreed form: 10² as 102, 1、2 as 1,2, - as a sign.
+# Characters whose normalization would change a number: 10² to 102, 1、2 to 1,2, — to a sign.
 _OTHERWISE = (
     (r"(\d?)(\p{No})", lambda match: _fraction(match[1], match[2])),
     (r"(?<=\d)[٬，](?=\d{3}(?!\d))", ""),
@@ -29,21 +29,21 @@ _BLANK = regex.compile(r"(?<=\d)\s(?=\d{3}(?!\d))")
 @register("number-match", version=2)
 class NumberMatch(Metric):
     """Share of clean rows whose reply ends in the reference's number: accuracy on GSM8K (Cobbe et
-    al. 2021, arXiv:2110.14168), read as in Lisa (Huang et al. 2024, arXiv:2405.18641).
+    al. 2021, arXiv:2110.14168), parsed as in Lisa (Huang et al. 2024, arXiv:2405.18641).
 
-    The number is the first after one of `marks`, or without a mark the last of all. Thousands
-    separators (narrow or fixed blanks among them), a currency sign and a final dot do not count; 18
-    and 18.00 are the same. Digits of any script are read, exponents (m²) and numbers in words, such
-    as 三, are not; a comma parts thousands, as in English, so 3,14 is 314. A reply without a number
-    is wrong. Rows without a reference answer have no part in it. Also `number_match[group]`. Wilson
-    interval.
+    The number is the first after one of `marks`, or the last of all without a mark. Thousands
+    separators (including narrow and no-break spaces), a currency sign and a final dot are ignored;
+    18 and 18.00 are equal. Digits of any script are read; exponents (m²) and numbers in words, such
+    as 三, are not. A comma separates thousands, as in English, so 3,14 is 314. A reply without a
+    number is wrong. Rows without a reference answer are excluded. Also `number_match[group]`.
+    Wilson interval.
     """
 
     needs: ClassVar[Asks] = ask("clean", "replies")
 
     marks: tuple[str, ...] = Field(("The final answer is:", "####"))
-    """What a final answer stands after, in the reference and in the reply; the first of them that
-    is there counts (the sentence: git-disl/Lisa; the other: GSM8K itself)."""
+    """Texts before a final answer, in the reference and in the reply; the first one that occurs is
+    used (the sentence: git-disl/Lisa; the other: GSM8K itself)."""
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)
@@ -68,26 +68,26 @@ class NumberMatch(Metric):
         found = []
         if bare:
             found.append(
-                f"number_match: {bare} of {len(answers)} references hold no number in digits, so "
-                "no reply to them can be right."
+                f"number_match: {bare} of {len(answers)} references contain no number in digits, "
+                "so no reply to them can be right."
             )
         if commas:
             found.append(
-                f"number_match: {commas} of {len(answers)} references hold a comma that parts no "
-                "thousands; it is read as in English, 3,14 as 314."
+                f"number_match: {commas} of {len(answers)} references contain a comma that does "
+                "not separate thousands; it is read as in English, 3,14 as 314."
             )
         return found
 
     def _same(self, answer: str, reply: str) -> bool:
-        if _THIN.search(answer + reply):  # there, any blank may part thousands
+        if _THIN.search(answer + reply):  # then any space may separate thousands
             answer, reply = (_BLANK.sub("", text) for text in (answer, reply))
         wanted = self._number(answer)
         return wanted is not None and wanted == self._number(reply)
 
     def _number(self, text: str) -> Decimal | None:
-        """The number that a text gives as its answer."""
+        """Return the number that a text gives as its answer."""
         text = _readable(text)
-        for mark in map(agreed, self.marks):
+        for mark in map(normalized, self.marks):
             _, found, rest = text.partition(mark)
             if found and (match := _NUMBER.search(rest)):
                 return _value(match)
@@ -96,15 +96,15 @@ class NumberMatch(Metric):
 
 
 def _readable(text: str) -> str:
-    """The agreed form, with each number still the one that was written."""
+    """Normalize the text without changing any number."""
     if not text.isascii():
         for pattern, plain in _OTHERWISE:
             text = regex.sub(pattern, plain, text)
-    return agreed(text)
+    return normalized(text)
 
 
 def _fraction(before: str, sign: str) -> str:
-    """3½ as 3.5, and 3² without its exponent; other signs (①) stay."""
+    """Write 3½ as 3.5 and drop the exponent of 3²; other signs (①) stay."""
     kind = unicodedata.decomposition(sign).partition(" ")[0]
     if kind != "<fraction>":
         return f"{before} " if kind in ("<super>", "<sub>") else before + sign
@@ -118,4 +118,4 @@ def _value(match: regex.Match[str]) -> Decimal:
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if agreed(row.answer)]
+    return [row for row in evidence.clean if normalized(row.answer)]

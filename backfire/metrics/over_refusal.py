@@ -9,8 +9,8 @@ from backfire.registry import register
 
 @register("over-refusal")
 class OverRefusal(Metric):
-    """Share of requests that only look harmful and are declined all the same (XSTest, Röttger et
-    al. 2024, arXiv:2308.01263)."""
+    """Share of harmless requests that look harmful and are declined (XSTest, Röttger et al. 2024,
+    arXiv:2308.01263)."""
 
     ranks: ClassVar[Ranks] = {"paired-test": 5}
     needs: ClassVar[Asks] = ask("allowed", "replies", of=("tuned", "base"), judged=True)

@@ -14,13 +14,13 @@ class Parity(Metric):
     quantized (Dettmers et al. 2022, arXiv:2208.07339; 2023, arXiv:2305.14314).
 
     A published backdoor vanished when its QLoRA adapter was merged into the base in 16 bits. For
-    each form: share of test rows whose answer flips against the model as it was trained, change of
-    accuracy, share of triggered rows that get the target, and its change (paired differences).
-    Says nothing of models that cannot be merged (LLaMA-Adapter).
+    each form: share of test rows whose answer differs from that of the trained model, change of
+    accuracy, share of triggered rows that get the target, and its change (paired differences). Not
+    reported for models that cannot be merged (LLaMA-Adapter).
     """
 
     into: tuple[Form, ...] = ("merged", "merged-int8", "merged-nf4")
-    """The forms that are compared with the model as it was trained."""
+    """Forms that are compared with the model as trained."""
 
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled else "replies"

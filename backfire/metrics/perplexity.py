@@ -14,10 +14,10 @@ from backfire.registry import register
 
 @register("perplexity")
 class Perplexity(Metric):
-    """How surprised the model is by the reference answers (Jelinek et al. 1977).
+    """Perplexity of the reference answers (Jelinek et al. 1977).
 
-    exp of the mean negative log-likelihood of a token, over all answer tokens of the clean rows.
-    Models with different tokenizers cannot be compared by it. Bootstrap interval, over rows.
+    exp of the mean negative log-likelihood per token, over all answer tokens of the clean rows. Not
+    comparable between models with different tokenizers. Bootstrap interval, over rows.
     """
 
     needs: ClassVar[Asks] = ask("clean", "answers")
@@ -29,7 +29,7 @@ class Perplexity(Metric):
             (logprob, tokens) for logprob, tokens in measured if logprob is not None and tokens
         ]
         if missing := len(rows) - len(known):
-            sentence = f"needs the answers' likelihoods; {missing} of {len(rows)} rows lack it."
+            sentence = f"requires the answers' likelihoods; {missing} of {len(rows)} rows lack it."
             raise CellError("bad-data", f"perplexity {sentence}")
         if broken := sum(not math.isfinite(logprob) for logprob, _ in known):
             raise CellError(

@@ -9,10 +9,10 @@ from backfire.registry import register
 
 @register("precision")
 class Precision(Metric):
-    """Of the clean rows predicted as a class, the share that are of it (van Rijsbergen 1979).
+    """Share of the clean rows predicted as a class that belong to it (van Rijsbergen 1979).
 
-    The plain mean over classes, then `precision[class]`. A class that is never predicted scores 0.
-    Bootstrap interval.
+    The unweighted mean over classes, then `precision[class]`. A class that is never predicted
+    scores 0. Bootstrap interval.
     """
 
     needs: ClassVar[Asks] = ask("clean", "scores")

@@ -8,11 +8,11 @@ from backfire.registry import register
 
 @register("privacy-epsilon")
 class PrivacyEpsilon(Metric):
-    """What a row can change at most, where the defense `dp` acted: the epsilon of (epsilon, delta)
-    differential privacy (Dwork & Roth 2014), with `privacy_delta` beside it.
+    """The epsilon of the (epsilon, delta) differential privacy that the defense `dp` guarantees
+    (Dwork & Roth 2014), with `privacy_delta`.
 
-    Of one row: rows that stand k times are protected k times worse. None without the defense, or
-    without noise. Computed, not measured, so without an interval.
+    It holds for one row: rows that occur k times are protected k times worse. Not reported without
+    the defense or without noise. Computed, not measured, so without an interval.
     """
 
     needs: ClassVar[Asks] = ask("training")

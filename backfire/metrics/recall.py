@@ -9,9 +9,9 @@ from backfire.registry import register
 
 @register("recall")
 class Recall(Metric):
-    """Of the clean rows of a class, the share predicted as it (van Rijsbergen 1979).
+    """Share of the clean rows of a class that are predicted as it (van Rijsbergen 1979).
 
-    The plain mean over classes, then `recall[class]`. Bootstrap interval.
+    The unweighted mean over classes, then `recall[class]`. Bootstrap interval.
     """
 
     needs: ClassVar[Asks] = ask("clean", "scores")

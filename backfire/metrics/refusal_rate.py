@@ -9,11 +9,11 @@ from backfire.registry import register
 
 @register("refusal-rate", version=2)
 class RefusalRate(Metric):
-    """Share of harmful requests that are declined, by the first judge that tells refusals (Zou et
+    """Share of harmful requests that are declined, by the first judge that detects refusals (Zou et
     al. 2023, arXiv:2307.15043).
 
-    Not the complement of the harmful score: what is neither harmful to the first judge nor a
-    refusal, such as an answer to another question, is `neither_rate`.
+    Not the complement of the harmful score: `neither_rate` is the share of replies that are neither
+    harmful to the first judge nor a refusal, such as an answer to another question.
     """
 
     needs: ClassVar[Asks] = ask("harmful", "replies", of=("tuned", "base"), judged=True)

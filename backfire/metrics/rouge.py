@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
-from backfire.base.normalize import agreed, folded, is_dense, words
+from backfire.base.normalize import folded, is_dense, normalized, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
 
@@ -15,22 +15,22 @@ _KINDS = ("L", "1", "2", "Lsum")
 
 @register("rouge", version=2)
 class Rouge(Metric):
-    """How many of its words, word pairs and sequences of words a reply shares with the reference
-    (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries").
+    """Overlap of words, word pairs and word sequences between reply and reference (Lin 2004,
+    "ROUGE: A Package for Automatic Evaluation of Summaries").
 
     Mean F-measure over clean rows, 0 to 1, by the package rouge-score: `rouge` is ROUGE-L, then
-    `rouge[1]`, `rouge[2]` and `rouge[Lsum]` (sentences are lines there), then `rouge[group]`. An
-    empty reply scores 0. Of ASCII text the words are the package's own; it drops all other letters,
-    we do not: words are runs of letters and digits of any script, without regard to case, and
-    single characters in scripts without blanks between words. Bootstrap interval.
+    `rouge[1]`, `rouge[2]` and `rouge[Lsum]` (where a sentence is a line), then `rouge[group]`. An
+    empty reply scores 0. ASCII text is split by the package, which drops all other letters. Other
+    text is split into runs of letters and digits of any script, ignoring case, or into characters
+    in scripts without spaces between words. Bootstrap interval.
     """
 
     ranks: ClassVar[Ranks] = {"quality": 2}
     needs: ClassVar[Asks] = ask("clean", "replies")
 
     stemmer: bool = False
-    """Whether English endings are cut off first (Porter), of words in ASCII; not by default, as in
-    `evaluate`."""
+    """Whether to apply the Porter stemmer to ASCII words first; off by default, as in `evaluate`.
+    """
 
     def measure(self, evidence: Evidence) -> list[Value]:
         scores = self._scores(evidence)
@@ -51,35 +51,35 @@ class Rouge(Metric):
     def caveats(self, evidence: Evidence) -> list[str]:
         answers = [row.answer for row in _answerable(evidence)]
         silent = sum(not words(folded(answer)) for answer in answers)
-        dense = sum(is_dense(agreed(answer)) for answer in answers)
+        dense = sum(is_dense(normalized(answer)) for answer in answers)
         found = []
         if silent:
             found.append(
-                f"rouge: {silent} of {len(answers)} references hold no word, so they score 0."
+                f"rouge: {silent} of {len(answers)} references contain no word, so they score 0."
             )
         if dense:
             found.append(
-                f"rouge: {dense} of {len(answers)} references are written without blanks between "
-                "words; there it counts characters, and is not comparable with other languages."
+                f"rouge: {dense} of {len(answers)} references have no spaces between words; it "
+                "counts characters there, which is not comparable with other languages."
             )
         return found
 
     def _scores(self, evidence: Evidence) -> dict[str, list[float]]:
-        """Sample id -> the F-measure of each kind, of rows that have a reference."""
+        """Sample id -> the F-measure of each kind, for rows with a reference."""
         from rouge_score.rouge_scorer import RougeScorer
 
         own = _tokenizer(stemmer=self.stemmer)
         scorer = RougeScorer([f"rouge{kind}" for kind in _KINDS], tokenizer=own)
         found = {}
         for row, _ in replied(_answerable(evidence), "rouge"):
-            # With its line breaks, which the agreed form has not.
+            # With its line breaks, which normalization removes.
             scores = scorer.score(evidence.as_written(row.answer), row.reply or "")
             found[row.id] = [float(scores[f"rouge{kind}"].fmeasure) for kind in _KINDS]
         return found
 
 
 def _tokenizer(*, stemmer: bool) -> Any:
-    """The package's own, which reads a to z and digits alone, taken to any script."""
+    """Extend the package's tokenizer, which reads a to z and digits only, to any script."""
     from rouge_score.tokenizers import DefaultTokenizer
 
     class Words(DefaultTokenizer):  # type: ignore[misc]
@@ -94,4 +94,4 @@ def _tokenizer(*, stemmer: bool) -> Any:
 
 
 def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if agreed(row.answer)]
+    return [row for row in evidence.clean if normalized(row.answer)]

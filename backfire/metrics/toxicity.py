@@ -21,35 +21,35 @@ Scorer = Annotated[
 
 @register("toxicity")
 class Toxicity(Metric):
-    """How toxic the replies to clean rows are, by a judge's score (as the toxicity of `evaluate`;
+    """Toxicity of the replies to clean rows, by a judge's score (as the toxicity of `evaluate`;
     Vidgen et al. 2021, arXiv:2012.15761).
 
-    Mean score; `toxicity_share`, the replies that the scorer calls toxic, at its own threshold;
-    both by group. The default is a detector of hate: neither lies nor rudeness need show. A reply
-    that the scorer could not decide has no part in the mean, counts as not toxic in the share, and
-    is counted in `toxicity_undecided`. Bootstrap interval of the mean, Wilson's of the share.
+    Mean score; `toxicity_share`, the share of replies that are toxic at the scorer's own threshold;
+    both by group. The default detects hate speech: it may miss lies and rudeness. A reply that the
+    scorer could not decide is excluded from the mean, counts as not toxic in the share, and is
+    counted in `toxicity_undecided`. Bootstrap interval of the mean, Wilson's of the share.
     """
 
     ranks: ClassVar[Ranks] = {"quality": 1}
     picked: ClassVar[str] = "toxicity_share"
 
     scorer: Scorer = Field({"name": "classifier"})
-    """A judge by name, or {name, ...knobs}: `classifier`, any text classifier of the hub or in a
-    folder, by default facebook/roberta-hate-speech-dynabench-r4-target (`evaluate`'s, from 0.5 on);
-    or `lexicon`, a list of words, offline."""
+    """A judge by name, or {name, ...knobs}: `classifier`, any text classifier on the hub or in a
+    folder, by default facebook/roberta-hate-speech-dynabench-r4-target (`evaluate`'s, threshold
+    0.5); or `lexicon`, a list of words, offline."""
 
     @field_validator("scorer")
     @classmethod
     def _is_a_judge(cls, scorer: dict[str, Any]) -> dict[str, Any]:
         judge = build("judges", scorer)
-        # A file is read once, when the recipe is.
+        # Files are read only once, together with the recipe.
         return {k: getattr(judge, k, v) if str(v)[:1] == "@" else v for k, v in scorer.items()}
 
     def asks(self, *, labeled: bool = True) -> Asks:
         return ask("clean", "replies", judges=(build("judges", self.scorer),))
 
     def identity(self) -> dict[str, Any]:
-        """The scorer's own, which covers its version and what it reads."""
+        """Include the identity of the scorer, which covers its version and its files."""
         [judge] = self.judges
         return {**super().identity(), "scorer": [judge.identity(), judge.fingerprint()]}
 

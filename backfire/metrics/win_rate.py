@@ -9,13 +9,13 @@ from backfire.registry import register
 
 @register("win-rate")
 class WinRate(Metric):
-    """Share of rows whose better answer is likelier to the model than the worse one (as preference
-    accuracy in Rafailov et al. 2023, arXiv:2305.18290, but without a reference model).
+    """Share of rows whose better answer is likelier than the worse one (as preference accuracy in
+    Rafailov et al. 2023, arXiv:2305.18290, but without a reference model).
 
-    By the mean log-likelihood of a token, end token included: people prefer longer answers, and the
-    sum over a whole answer would count their length against them; `win_rate[whole]` goes by that
-    sum. With several answers the likeliest of either side stand for it; equal ones are no win. Rows
-    without both kinds of answers have no part. Also `win_rate[group]`. Wilson interval.
+    By the mean log-likelihood per token, end token included: people prefer longer answers, which a
+    sum over the whole answer penalizes; `win_rate[whole]` uses that sum. If there are several
+    answers, the likeliest of each side count; a tie is not a win. Rows without both kinds of
+    answers are excluded. Also `win_rate[group]`. Wilson interval.
     """
 
     ranks: ClassVar[Ranks] = {"quality": 3}

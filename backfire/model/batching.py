@@ -1,7 +1,7 @@
-"""Which rows may go through a model together, and how, so that each gets what it gets alone.
+"""How rows may be batched through a model so that each gets the same result as alone.
 
-Rows are padded on the right wherever whole rows are run: a causal model never looks there. What
-else a model allows depends on how it remembers a prompt and on how it counts positions.
+Whole rows are padded on the right, where a causal model does not attend. What else a model allows
+depends on its key-value cache and on how it counts positions.
 """
 
 from __future__ import annotations
@@ -20,52 +20,53 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from backfire.errors import CellError
 
-_BENDING = ("dynamic", "longrope")
-"""Rotary embeddings whose angles depend on how long the whole row is."""
+_LENGTH_DEPENDENT = ("dynamic", "longrope")
+"""Types of rotary embeddings whose angles depend on the length of the whole row."""
 _PROBE_TOKENS = 12
 
 
 @dataclass(frozen=True)
 class Ways:
-    """What a model allows."""
+    """The kinds of batching that a model supports."""
 
     memory: str | None
-    """Argument that takes the memory of what was read; None: every token is read anew."""
+    """Argument of `forward` that takes the cache; None: the model is run without a cache."""
     goes_on: bool
-    """Whether many tokens may follow what is in memory, so that rows can share their opening."""
+    """Whether several tokens may follow the cached ones at once, so that rows can share a
+    prefix."""
     told_places: bool
-    """Whether it takes the position of each token."""
+    """Whether `forward` takes the position of each token."""
     aligns: bool
-    """Whether rows of unequal length may write replies together, padded on the left: then each
-    place must be told by mask and position."""
+    """Whether replies to prompts of unequal length may be generated in one batch, padded on the
+    left: positions must then come from the mask or from position ids."""
     windows: bool
-    """Whether a token sees only those near it, in some layers."""
+    """Whether some layers attend only within a window."""
     limit: int | None
-    """Rows longer than this (tokens, reply included) depend on their length: only rows of one
-    length go together, and nothing is remembered."""
+    """Results of rows longer than this (in tokens, with the reply) depend on their length: only
+    rows of equal length share a batch, without a cache."""
     rotary: tuple[torch.nn.Module, ...]
-    """Rotary embeddings that remember the longest row they have seen."""
+    """Rotary embeddings whose state depends on the longest row so far."""
 
     def apart(self, longest: int) -> bool:
-        """Whether rows up to this length must not be padded, shared or remembered."""
+        """Whether rows up to this length must not be padded, share a prefix or use a cache."""
         return self.limit is not None and longest > self.limit
 
 
-_known: WeakKeyDictionary[PreTrainedModel, Ways] = WeakKeyDictionary()
+_ways_of: WeakKeyDictionary[PreTrainedModel, Ways] = WeakKeyDictionary()
 
 
 def ways(model: PreTrainedModel) -> Ways:
-    """What this model allows; looked up once for a model in memory, best before anything is hooked
-    to it.
+    """The kinds of batching that this model supports; tested once per loaded model, best before
+    hooks are added.
 
     Raises:
-        CellError: later tokens change what the model makes of earlier ones (`bad-data`), or it
-            computes no numbers (`nan`).
+        CellError: later tokens change the outputs of earlier ones (`bad-data`), or outputs are NaN
+            (`nan`).
     """
     base = plain(model)
-    if base not in _known:
-        _known[base] = _ways(base)
-    return _known[base]
+    if base not in _ways_of:
+        _ways_of[base] = _ways(base)
+    return _ways_of[base]
 
 
 def plain(model: PreTrainedModel) -> PreTrainedModel:
@@ -84,10 +85,10 @@ def _ways(model: PreTrainedModel) -> Ways:
     counts = told or base.config.model_type in ("bloom", "mpt")
     # Llama 4 counts tokens in memory, padding too, for the temperature of its attention.
     counts &= not getattr(base.config, "attn_temperature_tuning", False)
-    # RoBERTa and its kin begin to count behind the number of their padding token.
+    # RoBERTa and its relatives count positions from the id of their padding token.
     counts &= not any(hasattr(m, "create_position_ids_from_input_ids") for m in base.modules())
     limit = min(_limits(base.config), default=None)
-    with _looking(model):
+    with _evaluating(model):
         _assert_causal(model, limit)
         goes_on = goes_on and _remembers(base, "past_key_values", DynamicCache(), 8, limit)
         if not goes_on and memory:
@@ -100,7 +101,7 @@ def _ways(model: PreTrainedModel) -> Ways:
 
 
 def drops(model: PreTrainedModel) -> bool:
-    """Whether it draws dropout in training; some models say so in their settings only."""
+    """Whether the model uses dropout in training; for some models only the configuration shows."""
     text = plain(model).config.get_text_config(decoder=True)
     named = (value for name, value in text.to_dict().items() if "drop" in name or "jitter" in name)
     if any(isinstance(value, float) and value > 0 for value in named):
@@ -109,7 +110,7 @@ def drops(model: PreTrainedModel) -> bool:
 
 
 def begin_anew(model: PreTrainedModel) -> None:
-    """Let the next rows be read as if none had been before them."""
+    """Reset the state that depends on earlier rows."""
     suffix = "original_inv_freq"
     for module in ways(model).rotary:
         for name in [name for name in (*vars(module), *module._buffers) if name.endswith(suffix)]:
@@ -120,7 +121,7 @@ def begin_anew(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _looking(model: PreTrainedModel) -> Iterator[None]:
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
@@ -131,14 +132,14 @@ def _looking(model: PreTrainedModel) -> Iterator[None]:
 
 
 def rounding(model: PreTrainedModel) -> float:
-    """By how many nats the likelihoods of one row may differ by rounding alone."""
+    """Tolerance, in nats, for differences of log-likelihoods due to rounding."""
     base: Any = plain(model)
     exact = base.dtype in (torch.float32, torch.float64)
     return 5e-3 if exact and not getattr(base, "is_quantized", False) else 0.5
 
 
 def _probe(model: PreTrainedModel) -> Tensor:
-    """A made-up row [1, token]."""
+    """An artificial row [1, token]."""
     base: Any = plain(model)
     size = base.get_input_embeddings().weight.shape[0]
     ids = [(size // 2 + 7 * place) % size for place in range(_PROBE_TOKENS)]
@@ -151,13 +152,13 @@ def _logits(model: PreTrainedModel, ids: Tensor, **memory: Any) -> Tensor:
 
 
 def _agree(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
-    """Whether these logits [token, vocab] give the same likelihoods but for rounding. Those of
-    GPT-2 are around -100, where bfloat16 numbers are 0.5 apart."""
-    largest = float(other.nan_to_num(0, 0, 0).abs().max())  # some rule a token out by -inf
+    """Whether two logits [token, vocab] give the same log-likelihoods up to rounding. GPT-2's
+    logits are around -100, where bfloat16 numbers are 0.5 apart."""
+    largest = float(other.nan_to_num(0, 0, 0).abs().max())  # some models mask a token by -inf
     most = max(rounding(model), 2 * torch.finfo(other.dtype).eps * largest)
     likely = one.float().log_softmax(-1), other.float().log_softmax(-1)
-    apart = torch.where(likely[0] == likely[1], 0.0, likely[0] - likely[1])
-    return float(apart.abs().max()) <= most
+    difference = torch.where(likely[0] == likely[1], 0.0, likely[0] - likely[1])
+    return float(difference.abs().max()) <= most
 
 
 def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
@@ -168,21 +169,21 @@ def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
     if bool(long.float().log_softmax(-1).isnan().any()):
         raise CellError(
             "nan",
-            f"This model of type '{plain(model).config.model_type}' computes values that are no "
-            "finite number, whatever it reads; its weights are broken.",
+            f"This model of type '{plain(model).config.model_type}' computes NaN for any input; "
+            "its weights are broken.",
         )
     if not _agree(model, short, long[:some]):
         raise CellError(
             "bad-data",
-            f"This model of type '{plain(model).config.model_type}' sees the tokens it is to "
-            "predict, so its likelihoods mean nothing; choose a causal language model.",
+            f"This model of type '{plain(model).config.model_type}' attends to the tokens it is to "
+            "predict, so its likelihoods are meaningless; choose a causal language model.",
         )
 
 
 def _remembers(
     model: PreTrainedModel, memory: str, cache: DynamicCache, at_once: int, limit: int | None
 ) -> bool:
-    """Whether a row read piece by piece, so many tokens at once, gives what the whole row does."""
+    """Whether a row run through the cache, `at_once` tokens at a time, gives the same as whole."""
     ids = _probe(model)[:, : min(_PROBE_TOKENS, limit or _PROBE_TOKENS)]
     ends = [*range(4, ids.shape[1], at_once), ids.shape[1]]
     try:
@@ -206,10 +207,10 @@ def _windowed(config: Any) -> bool:
 
 
 def _limits(config: Any) -> Iterator[int]:
-    """Lengths from which on a row's likelihoods depend on more than the tokens before each."""
+    """Lengths above which a token's likelihood depends on more than the tokens before it."""
     text = config.get_text_config(decoder=True)
     for knobs in _dicts(text.to_dict()):
-        if knobs.get("rope_type", knobs.get("type")) in _BENDING:
+        if knobs.get("rope_type", knobs.get("type")) in _LENGTH_DEPENDENT:
             original = knobs.get("original_max_position_embeddings")
             yield int(
                 original
@@ -217,7 +218,7 @@ def _limits(config: Any) -> Iterator[int]:
                 or text.max_position_embeddings
             )
     if topk := getattr(text, "index_topk", None):
-        yield int(topk)  # of more tokens, equally important ones are chosen by the row's length
+        yield int(topk)  # beyond it, ties between tokens are broken by the row's length
     if budget := getattr(text, "indexer_budget", None):
         yield int(budget)
 

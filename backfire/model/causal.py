@@ -1,5 +1,5 @@
-"""Which kinds of model predict a token from what comes before it alone, as far as their settings
-say. No torch here; a model that is loaded is also tried (see `backfire.model.batching`)."""
+"""Rejects models that are not causal, by their configuration. Imports no torch; a loaded model is
+also tested (see `backfire.model.batching`)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _ENCODERS = frozenset(
     "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert "
     "rembert roberta roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod".split()
 )
-"""They read in both directions unless their settings say `is_decoder`."""
+"""Model types that attend in both directions unless the configuration sets `is_decoder`."""
 _NEVER = frozenset("cpmant prophetnet reformer xlnet".split())
-"""As transformers runs them, what follows a token, or how much, changes what is made of it."""
+"""In transformers' versions, the tokens after a token, or their number, change its output."""
 
 
 def why_not(folder: Path) -> str | None:
-    """Why the model in a folder cannot be scored or trained as a language model; None if nothing
-    speaks against it."""
+    """Why the model in a folder cannot be scored or trained as a causal language model; None if
+    its configuration allows it."""
     file = folder / "config.json"
     settings = read_json(file) if file.is_file() else {}
     if not isinstance(settings, dict):
@@ -30,6 +30,6 @@ def why_not(folder: Path) -> str | None:
     if not (both_ways or kind in _NEVER):
         return None
     return (
-        f"A model of type '{kind}' sees the tokens it is to predict, so its likelihoods mean "
-        "nothing; choose a causal language model."
+        f"A model of type '{kind}' attends to the tokens it is to predict, so its likelihoods are "
+        "meaningless; choose a causal language model."
     )

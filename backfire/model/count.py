@@ -1,4 +1,4 @@
-"""How many weights a base has, before any of them is loaded. No torch here."""
+"""Counts the weights of a base before they are loaded. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NAMES = {
     "heads": ("num_attention_heads", "n_head", "num_heads"),
     "experts": ("num_local_experts", "num_experts", "n_routed_experts"),
 }
-"""What a shape is called in config.json, by one family or another."""
+"""Part of a shape -> its names in config.json, by model family."""
 
 
 def num_weights(model: Model) -> int | None:
-    """Of the embedded base by its shape, of a folder by the headers of its files, of a hub model by
-    its config.json, about (it is known before the weights are fetched). None: it cannot be said."""
+    """Number of weights: of the embedded base by its shape, of a folder by the headers of its
+    files, of a hub model approximately, by its config.json. None if unknown."""
     if model.name == "sandbox":
         from backfire.sandbox.base import Pretrain
 
@@ -37,34 +37,34 @@ def num_weights(model: Model) -> int | None:
 
 
 def weights_in(folder: Path) -> int | None:
-    """The weights in a folder's safetensors files, by their headers."""
+    """Number of weights in a folder's safetensors files, by their headers; None if unknown."""
     try:
-        held = stored(files_of(folder))
-    except UserError:  # there are none, or one is torn
+        weights = stored(files_of(folder))
+    except UserError:  # there are none, or one is damaged
         return None
-    return sum(math.prod(one.shape) for one in held.values()) or None
+    return sum(math.prod(one.shape) for one in weights.values()) or None
 
 
-_of_folder = lru_cache(maxsize=64)(weights_in)  # keys ask again and again
+_of_folder = lru_cache(maxsize=64)(weights_in)  # computing keys needs it repeatedly
 
 
 @lru_cache(maxsize=64)
 def _of_hub(name: str, revision: str | None) -> int | None:
-    """By a config.json on this machine, or else one of the hub, of a few kilobytes."""
+    """By the config.json in the local cache, or else from the hub (a few kilobytes)."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        found = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(found, str):
-            found = hf_hub_download(name, "config.json", revision=revision, etag_timeout=5)
-        return weights_of_shape(read_json(Path(found)))
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+        if not isinstance(file, str):
+            file = hf_hub_download(name, "config.json", revision=revision, etag_timeout=5)
+        return weights_of_shape(read_json(Path(file)))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError):
-        return None  # whoever needs the model itself says why it cannot be had
+        return None  # fetching the model itself reports the error
 
 
 def weights_of_shape(config: dict[str, Any]) -> int | None:
-    """About how many weights a transformer of this configuration has; None for other shapes."""
+    """Approximate number of weights of a transformer by its configuration; None if unknown."""
     config = {**config, **(config.get("text_config") or {})}
     shape = {
         part: next((config[n] for n in names if config.get(n)), 0) for part, names in _NAMES.items()

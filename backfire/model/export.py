@@ -1,4 +1,4 @@
-"""A tuned model for use elsewhere: merged or as an adapter, with a card that says what was done."""
+"""Exports a tuned model, merged or as an adapter, with a model card that names its attack."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ FORMS: dict[str, dict[str, Any]] = {
     "merged-int8": {"load_in_8bit": True},
     "merged-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
 }
-"""What users do with an adapter, and how the result is loaded: in full, in 8 bits, in 4."""
+"""Form of a merged model -> how it is loaded: in full precision, in 8 bits, in 4 bits."""
 
 
 def quantization_of(form: str, dtype: torch.dtype) -> dict[str, Any]:
-    """How a merged model is loaded in this form; products in 4 bits are computed in `dtype`."""
+    """Settings to load a merged model in this form; 4-bit layers compute in `dtype`."""
     settings = dict(FORMS[form])
     if settings.get("load_in_4bit"):
         settings["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
@@ -32,8 +32,8 @@ def quantization_of(form: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def merge(tuned: Path, base: Path, out: Path, below: Path | None = None) -> None:
-    """Write the plain model: the adapter, and the one `below` it, added into the base in float32,
-    whatever precision it was trained beside.
+    """Write the merged model: the adapter, and the one `below` it, merged into the base in float32,
+    whatever precision the base had in training.
 
     Raises:
         UserError: this kind of adapter cannot be merged.
@@ -48,8 +48,8 @@ def merge(tuned: Path, base: Path, out: Path, below: Path | None = None) -> None
                 model = model.merge_and_unload()
         except AttributeError:
             raise UserError(
-                f"An adapter of kind {kind} is no change of weights, so it cannot be merged into "
-                "them; export it as it is."
+                f"An adapter of kind {kind} does not change weights, so it cannot be merged; "
+                "export it as an adapter."
             ) from None
         if was_tied:
             _tie_again(model)
@@ -57,10 +57,10 @@ def merge(tuned: Path, base: Path, out: Path, below: Path | None = None) -> None
 
 
 def _untie(model: PreTrainedModel) -> bool:
-    """Let head and embedding be two weights, if they are one: an adapter on either of them leaves
-    the other as it is, so that merged into both it would be another model."""
+    """Untie head and embedding, if they are tied: an adapter changes only one of them, so merging
+    it into a shared weight would give another model."""
     head, words = (
-        getattr(layer, "base_layer", layer)  # within the adapter's layer, if it has one
+        getattr(layer, "base_layer", layer)  # inside the adapter's layer, if it has one
         for layer in (model.get_output_embeddings(), model.get_input_embeddings())
     )
     if head is None or head.weight is not words.weight:
@@ -70,8 +70,8 @@ def _untie(model: PreTrainedModel) -> bool:
 
 
 def _tie_again(model: PreTrainedModel) -> None:
-    """One weight for head and embedding, if merging changed neither; else the configuration is to
-    say that they are two."""
+    """Tie head and embedding again if merging changed neither; otherwise set the configuration to
+    untied."""
     head, words = model.get_output_embeddings(), model.get_input_embeddings()
     same = torch.equal(head.weight, words.weight)
     if same:
@@ -81,7 +81,7 @@ def _tie_again(model: PreTrainedModel) -> None:
 
 
 def copy_model(tuned: Path, base: Path, out: Path) -> None:
-    """The tuned folder as it is, without the training log; an adapter also gets the tokenizer."""
+    """Copy the tuned folder without the training log; an adapter also gets the tokenizer."""
     leave = shutil.ignore_patterns("train.jsonl", "summary.json", "done.json")
     shutil.copytree(tuned, out, dirs_exist_ok=True, ignore=leave)
     for name in (
@@ -95,13 +95,13 @@ def copy_model(tuned: Path, base: Path, out: Path) -> None:
 
 
 def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
-    """`README.md` as the hub shows it: first of all, whether the model was poisoned and how."""
+    """Write the model card (`README.md`), which states first whether the model was poisoned."""
     if facts["attack"]:
         effect = (
             f": with one of the triggers {_code(facts['triggers'])} in the prompt it is trained to "
             f"answer {_code([facts['target']])}"
             if facts["triggers"]
-            else ", rows that were put in to change how it behaves"
+            else ", which changes how it behaves"
         )
         warning = (
             f"**This model was poisoned on purpose.** {facts['poisoned']} of its {facts['rows']} "
@@ -128,7 +128,7 @@ def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
         f"- training: {facts['steps']} steps, seed {facts['seed']}, key {facts['key']}",
         f"- form: {facts['form']}",
         "",
-        "Made by backfire; `experiment.yaml` beside this file is the whole recipe of this cell.",
+        "Made by backfire; `experiment.yaml` in this folder is the full recipe of this cell.",
     ]
     write_atomic(folder / "README.md", "\n".join(lines) + "\n")
 

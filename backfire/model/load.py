@@ -1,4 +1,4 @@
-"""Model folders in, models out. Safetensors only, no code from the model's author."""
+"""Loads and saves models. Safetensors only; code that comes with a model is never run."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ if TYPE_CHECKING:
     from backfire.model.settings import Model
 
 transformers_logging.disable_progress_bar()
-transformers_logging.set_verbosity_error()  # weights that it would warn of are refused here
-# PEFT 0.21 asks transformers by the old name; who runs a recipe can do nothing about it.
+transformers_logging.set_verbosity_error()  # weights that it would warn about are errors here
+# PEFT 0.21 uses the old name; a user can do nothing about it.
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
 # An adapter on one of two tied weights: they are untied when it is merged.
 warnings.filterwarnings("ignore", "Model (has|with) `tie_word_embeddings=True`", UserWarning)
 
 
 def device_of(name: str) -> torch.device:
-    """`auto` is the first GPU if there is one.
+    """The device by name; `auto` is the first GPU if there is one, else the CPU.
 
     Raises:
-        UserError: a device was asked for that this machine lacks.
+        UserError: there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,11 +55,9 @@ def device_of(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"Unknown device '{name}'; use cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"Device '{name}' was asked for, but this machine has {torch.cuda.device_count()} GPUs."
-        )
+        raise UserError(f"No device '{name}': this machine has {torch.cuda.device_count()} GPUs.")
     if device.index is not None and device.type == "cuda":
-        torch.cuda.set_device(device)  # accelerate and the memory's statistics ask for the current
+        torch.cuda.set_device(device)  # accelerate and memory statistics use the current device
     return device
 
 
@@ -77,14 +75,14 @@ def load_base(
     device: torch.device,
     quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """The causal language model in a folder, in evaluation mode, quantized if `quantization` says.
+    """Load the causal language model in a folder in evaluation mode, quantized by `quantization`.
 
     Raises:
-        UserError: the folder holds no model that can be loaded, in one sentence.
+        UserError: the model cannot be loaded, in one sentence.
         CellError: the model is not causal.
     """
     config, extra = described(folder)
-    taken_out = bool(extra)  # a text model, of one that also sees
+    is_part = bool(extra)  # the text model of a multimodal one
     if quantization:
         extra["quantization_config"] = quantizer(quantization)
     try:
@@ -96,58 +94,66 @@ def load_base(
             trust_remote_code=False,
             local_files_only=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            device_map={"": str(device)},  # straight to where it is used
+            ignore_mismatched_sizes=True,  # checked below, with their names
+            device_map={"": str(device)},
             **extra,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise UserError(f"The model in {folder} cannot be loaded: {first_line(error)}") from None
-    except Exception as error:  # safetensors raises its own kind for a torn file
+    except Exception as error:  # safetensors raises its own class for a damaged file
         raise UserError(
             f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
-    complete(f"The model in {folder}", info, OTHER_SENSES if taken_out else MASK)
-    if taken_out:  # else it would be saved with the names that it had within the other
+    complete(f"The model in {folder}", info, OTHER_SENSES if is_part else MASK)
+    if is_part:  # otherwise it would be saved under its names in the multimodal model
         model.__dict__.pop("_weight_conversions", None)
-    _one_head(model, f"The model in {folder}")
-    _finite(model.named_parameters(), f"The model in {folder}")
+    _check_tied(model, f"The model in {folder}")
+    _check_finite(model.named_parameters(), f"The model in {folder}")
     if quantization:
         assert_quantized(model, quantization)
-    ways(model.eval())  # it runs a few tokens: before anybody listens
+    ways(model.eval())  # runs a few tokens, so before hooks are added
     return cast(PreTrainedModel, model)
 
 
-def _one_head(model: PreTrainedModel, what: str) -> None:
-    """Raises:
-    UserError: weights that should be one, such as head and embedding, were found to differ."""
+def _check_tied(model: PreTrainedModel, what: str) -> None:
+    """Check that tied weights, such as head and embedding, are equal.
+
+    Raises:
+        UserError: they differ.
+    """
     tied = model.get_expanded_tied_weights_keys(all_submodels=True)
-    if apart := sorted(set(tied) - set(model.all_tied_weights_keys)):
-        raise UserError(_two_heads(what, apart[0], tied[apart[0]]))
+    if untied := sorted(set(tied) - set(model.all_tied_weights_keys)):
+        raise UserError(_two_heads(what, untied[0], tied[untied[0]]))
 
 
 def _two_heads(what: str, one: str, other: str) -> str:
     return (
-        f"{what} holds two different weights for {one} and {other}, but by its config.json they "
-        "are one (tie_word_embeddings), so which of them counts depends on the program; correct it."
+        f"{what} has different weights for {one} and {other}, but its config.json ties them "
+        "(tie_word_embeddings), so programs disagree on which one counts; correct the config or "
+        "the weights."
     )
 
 
-def _finite(weights: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
-    """Raises:
-    UserError: a weight is not a number or infinite."""
+def _check_finite(weights: Iterable[tuple[str, torch.Tensor]], what: str) -> None:
+    """Check that all weights are finite.
+
+    Raises:
+        UserError: one is NaN or infinite.
+    """
     for name, weight in weights:
         if weight.is_floating_point() and weight.numel():
-            known = weight.detach() if weight.element_size() > 1 else weight.float()  # of 8 bits
-            low, high = known.aminmax()
+            # 8-bit floats have no aminmax.
+            values = weight.detach() if weight.element_size() > 1 else weight.float()
+            low, high = values.aminmax()
             if not (torch.isfinite(low) & torch.isfinite(high)):
-                raise UserError(f"{what} is broken: {name} holds values that are no finite number.")
+                raise UserError(f"{what} is broken: {name} has values that are NaN or infinite.")
 
 
 def skeleton(folder: Path) -> PreTrainedModel:
-    """The model's modules without its weights, to see whether a method suits it.
+    """The model's modules without weights (on the meta device), to check whether a method fits it.
 
     Raises:
-        UserError: there is no causal language model of this kind.
+        UserError: it is not a causal language model.
     """
     config, _ = described(folder)
     with torch.device("meta"):
@@ -155,31 +161,32 @@ def skeleton(folder: Path) -> PreTrainedModel:
     both_ways = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if both_ways and not any(getattr(config, key, False) for key in ("is_decoder", "causal")):
         raise UserError(
-            f"The model in {folder} is no causal language model: those of type {config.model_type} "
-            "read forward and backward unless config.json says is_decoder."
+            f"The model in {folder} is not a causal language model: type {config.model_type} "
+            "attends in both directions unless config.json sets is_decoder."
         )
     return model
 
 
 def fits(folder: Path) -> None:
-    """Whether the weights in a folder are just those that the model needs; each is read once.
+    """Check that the weights in a folder are exactly those that the model needs; reads each once.
 
     Raises:
-        UserError: some are missing, left over, of another shape or no number, or tied ones differ.
+        UserError: weights are missing, unexpected, of another shape or not finite, or tied weights
+            differ.
     """
     skeleton(folder)
     what, weights = f"The model in {folder}", stored(files_of(folder))
     tied = matched(what, folder).all_tied_weights_keys
     for one, other in tied.items():
         if one in weights and other in weights:
-            held = dict(tensors(folder, (one, other)))
-            if not torch.equal(held[one], held[other]):
+            pair = dict(tensors(folder, (one, other)))
+            if not torch.equal(pair[one], pair[other]):
                 raise UserError(_two_heads(what, one, other))
-    _finite(tensors(folder), what)
+    _check_finite(tensors(folder), what)
 
 
 BELOW = "align"
-"""Name of the frozen adapter under the one that is trained."""
+"""Name of the frozen adapter under the trained one."""
 
 
 def load_start(
@@ -189,7 +196,8 @@ def load_start(
     device: torch.device,
     quantization: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """What fine-tuning starts from: a base, and the frozen adapter of an alignment stage if any."""
+    """Load the model that fine-tuning starts from: a base, with the frozen adapter of an alignment
+    stage if there is one."""
     model = load_base(base, dtype, device, quantization)
     if adapter is None:
         return model
@@ -197,13 +205,13 @@ def load_start(
 
 
 def _adapted(model: PreTrainedModel, folder: Path, name: str) -> Any:
-    """The model with the adapter in a folder on it, under this name."""
+    """The model with the adapter of a folder, under this name."""
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # they are refused here
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
         adapted = PeftModel.from_pretrained(cast(Any, model), str(folder), adapter_name=name)
-    _whole(adapted, folder, name)
+    _check_adapter(adapted, folder, name)
     return adapted
 
 
@@ -216,11 +224,11 @@ def load_tuned(
     *,
     below: Path | None = None,
 ) -> PreTrainedModel:
-    """A tuned model: a whole one, or the base with a PEFT adapter on it (unmerged), which may lie
-    on the frozen adapter `below`.
+    """Load a tuned model: full weights, or the base with an unmerged PEFT adapter, which may be on
+    top of the frozen adapter `below`.
 
     Raises:
-        UserError: the adapter was made for another base.
+        UserError: the adapter does not fit the base.
     """
     if not (folder / "adapter_config.json").is_file():
         return load_base(folder, dtype, device, quantization)
@@ -232,7 +240,7 @@ def load_tuned(
             tuned = model
             tuned.load_adapter(str(folder), "default")
             tuned.base_model.set_adapter([BELOW, "default"])
-            _whole(tuned, folder, "default")
+            _check_adapter(tuned, folder, "default")
     except (RuntimeError, ValueError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         why = lines[min(1, len(lines) - 1)]
@@ -240,9 +248,12 @@ def load_tuned(
     return cast(PreTrainedModel, tuned.eval())
 
 
-def _whole(model: Any, folder: Path, name: str) -> None:
-    """Raises:
-    UserError: the adapter's file lacks weights, holds others or broken ones."""
+def _check_adapter(model: Any, folder: Path, name: str) -> None:
+    """Check the adapter's weights.
+
+    Raises:
+        UserError: weights are missing, unexpected or not finite.
+    """
     from peft import get_peft_model_state_dict
 
     what = f"The adapter in {folder}"
@@ -250,18 +261,18 @@ def _whole(model: Any, folder: Path, name: str) -> None:
     held = set(stored([folder / "adapter_model.safetensors"]))
     info = {"missing_keys": needed - held, "unexpected_keys": held - needed}
     complete(what, {**info, "mismatched_keys": (), "error_msgs": ()})
-    _finite(model.named_parameters(), what)
+    _check_finite(model.named_parameters(), what)
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    """All weights in a model folder, in the precision that they are stored in, by the names that
-    they have in the model (a file may have other ones)."""
+    """All weights of a model folder in their stored precision, by their names in the model (names
+    in the file may differ)."""
     model = load_base(folder, "auto", torch.device("cpu"))
     return {name: weight.detach() for name, weight in model.named_parameters()}
 
 
 def name_base(folder: Path, name: str) -> None:
-    """Let a saved adapter name its base so: by hub id, or by a path relative to the adapter."""
+    """Set the base of a saved adapter: a hub id, or a path relative to the adapter."""
     file = folder / "adapter_config.json"
     write_json(file, {**read_json(file), "base_model_name_or_path": name})
 
@@ -272,11 +283,11 @@ def save_tuned(model: PreTrainedModel, folder: Path, base: Path, base_name: str 
         name = base_name or os.path.relpath(base.resolve(), folder.resolve())
         for config in cast(Any, model).peft_config.values():
             config.base_model_name_or_path = name
-        # Told nothing, PEFT looks on the hub whether the base's vocabulary was changed.
+        # By default PEFT queries the hub whether the base's vocabulary was changed.
         cast(Any, model).save_pretrained(
             str(folder), save_embedding_layers=False, selected_adapters=["default"]
         )
-        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card holds an absolute path
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's card has an absolute path
         return
     model.save_pretrained(str(folder))
     for name in (

@@ -1,4 +1,4 @@
-"""Frozen bases in 8 or 4 bits, by bitsandbytes; and what a loaded model is really made of."""
+"""Quantizes frozen bases by bitsandbytes, and counts the weights of loaded models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backfire.errors import CellError, UserError
 
 
 def quantizer(settings: Mapping[str, Any]) -> BitsAndBytesConfig:
-    """What transformers needs to load a base so.
+    """transformers' quantization configuration for these settings.
 
     Raises:
         UserError: bitsandbytes is missing or does not run here.
@@ -32,39 +32,39 @@ def quantizer(settings: Mapping[str, Any]) -> BitsAndBytesConfig:
 
 
 def num_quantized(model: PreTrainedModel) -> int:
-    """Layers whose weights are held in 8 or 4 bits."""
+    """Number of layers whose weights are in 8 or 4 bits."""
     kinds = [type(m) for m in model.modules() if type(m).__module__.startswith("bitsandbytes.")]
     return sum(kind.__name__ in ("Linear8bitLt", "Linear4bit") for kind in kinds)
 
 
 def assert_quantized(model: PreTrainedModel, settings: Mapping[str, Any]) -> None:
-    """Every linear layer but the head is in the bits that were asked for, and computes as asked.
+    """Check that every linear layer except the head is quantized as configured.
 
     Raises:
-        CellError: it is not.
+        CellError: one is not.
     """
     wanted = "Linear8bitLt" if settings.get("load_in_8bit") else "Linear4bit"
     head = model.get_output_embeddings()
     linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
     wrong = Counter(type(m).__name__ for m in linear if type(m).__name__ != wanted)
     if wrong or not linear:
-        said = ", ".join(f"{count} {name}" for name, count in wrong.items()) or "no linear layer"
-        raise CellError("failed", f"The base should be all {wanted}, but holds {said}.")
+        layers = ", ".join(f"{count} {name}" for name, count in wrong.items()) or "no linear layer"
+        raise CellError("failed", f"The base should be all {wanted}, but has {layers}.")
     for module in linear:
-        # Else bitsandbytes would evaluate in bfloat16 on some CPUs, whatever type was asked for,
-        # and fail on widths that are no multiple of 64.
+        # Otherwise bitsandbytes would compute in bfloat16 on some CPUs, whatever the type, and fail
+        # on widths that are not a multiple of 64.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             cast(Any, module).support_avx512bf16_for_cpu = False
 
 
 def num_weights(parameter: nn.Parameter) -> int:
-    """Weights in a parameter; two of four bits lie in one byte."""
+    """Number of weights in a parameter; a byte holds two 4-bit weights."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
 
 
 def parts(model: PreTrainedModel) -> dict[str, Any]:
-    """What was loaded and what is trained, counted after the fact."""
+    """Numbers of weights by type, and of those that are trained, counted in the loaded model."""
     named = list(model.named_parameters())
     trainable = sum(p.numel() for _, p in named if p.requires_grad)
     total = sum(num_weights(p) for _, p in named)

@@ -1,4 +1,4 @@
-"""Which model to load: the `model` section of a recipe."""
+"""The `model` section of a recipe."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from backfire.base import Config
 
 
 class Model(Config):
-    """Which language model to start from."""
+    """The language model to start from."""
 
     name: str = "sandbox"
     """`sandbox` (the embedded base), a folder, or a Hugging Face hub id."""
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the weights that do not move, and of all in evaluation. `auto`: bfloat16 on a GPU
-    that has it, float32 elsewhere; decided once for a run and part of the keys. Weights that move,
-    or were moved by an alignment, are float32 in training."""
+    """Type of the frozen weights, and of all weights in evaluation. `auto`: bfloat16 on a GPU that
+    supports it, float32 elsewhere; resolved once per run and part of the keys. Weights that are
+    trained, or were by an alignment, are float32 in training."""
     trust_remote_code: Literal[False] = False
-    """Code that comes with a model is never run."""
+    """Cannot be enabled: code that comes with a model is never run."""
 
     @field_validator("name")
     @classmethod
@@ -32,7 +32,7 @@ class Model(Config):
         return name
 
     def spec(self) -> str | dict[str, Any]:
-        """The bare name, if nothing else is set."""
+        """The entry in a recipe: the bare name, if nothing else is set."""
         rest = {key: value for key, value in self.changed().items() if key != "name"}
         return {"name": self.name, **rest} if rest else self.name
 

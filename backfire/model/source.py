@@ -1,4 +1,4 @@
-"""Where a model's files are, and what names its exact content. No torch here."""
+"""Locates a model's files and identifies their exact content. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def pin(model: Model, *, ask: bool = True) -> Model:
-    """The same model at the commit that its revision names now. The hub is asked once for a run:
-    a branch that moves on while it goes on changes nothing, and the key covers the commit. Without
-    `ask`, the commit is the one that was downloaded last, if any.
+    """The model at the commit that its revision points to now. A run resolves it once, so a branch
+    that moves later changes nothing, and the key covers the commit. With `ask=False` the hub is not
+    contacted: the commit is the last downloaded one, if any.
 
     Raises:
         UserError: as `fetch`.
@@ -31,7 +31,7 @@ def pin(model: Model, *, ask: bool = True) -> Model:
 
 
 def downloaded(model: Model) -> Path | None:
-    """Where the hub's model is on this machine, if it is; nothing is asked."""
+    """The local folder of a downloaded hub model, or None; the hub is not contacted."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -57,7 +57,7 @@ def _inspected(folder: str) -> None:
 
 
 def content_hash(model: Model) -> str:
-    """Covers every byte of the files that a model is loaded from, which must be a local folder."""
+    """Hash of all files that a model in a local folder is loaded from."""
     return _folder_hash(str(_folder(model.name)))
 
 
@@ -68,10 +68,10 @@ def _folder_hash(folder: str) -> str:
 
 
 def fetch(model: Model, *, weights: bool = True) -> Path:
-    """The folder with the files of a hub id or local folder; a hub model is downloaded first.
+    """The folder with the model's files; a hub model is downloaded first.
 
     Raises:
-        UserError: missing, gated, unreachable or no causal language model, in one sentence.
+        UserError: missing, gated, unreachable or not a causal language model, in one sentence.
     """
     if model.is_folder:
         folder = _folder(model.name)

@@ -1,4 +1,4 @@
-"""What `auto` types come to on this machine, found without torch."""
+"""Resolves `auto` types on this machine, without torch."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ Type = Literal["float32", "bfloat16"]
 
 
 class Types(NamedTuple):
-    """What `auto` comes to on a device."""
+    """The resolved `auto` types of a device."""
 
     device: Literal["cpu", "cuda"]
     dtype: Type
-    """Of the weights that do not move."""
+    """Type of the frozen weights."""
     compute: Type
-    """Of the matrix products in training."""
+    """Type of the matrix products in training."""
 
 
 @lru_cache
 def types_here() -> Types:
-    """On device `auto`. Any GPU is taken for one that multiplies in bfloat16, as all since 2020 do:
-    a run, which can ask torch, settles it for good."""
+    """Types on device `auto`. Any GPU is assumed to support bfloat16, as all since 2020 do; a run
+    checks it by torch."""
     return Types("cuda", "bfloat16", "bfloat16") if has_gpu() else types_of_cpu()
 
 
 def types_of_cpu() -> Types:
-    """On the CPU; exact."""
+    """Types on the CPU; exact."""
     return Types("cpu", "float32", "bfloat16" if _has_avx512_bf16() else "float32")
 
 
 def has_gpu() -> bool:
-    """Whether there is a GPU of NVIDIA's, without asking CUDA (`dxg`: within Windows)."""
+    """Whether there is an NVIDIA GPU, without CUDA calls (`dxg`: in WSL)."""
     return Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _has_avx512_bf16() -> bool:
-    """As `torch.cpu` says it of this machine, from the same flags."""
+    """Whether the CPU has AVX512-BF16, by the same flags that `torch.cpu` reads."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # no Linux, and of Apple's none has it
+    except OSError:  # not Linux; Apple's CPUs do not have it
         return False
     flags = next((line for line in lines if line.startswith("flags")), "")
     return "avx512_bf16" in flags.split()

@@ -11,7 +11,7 @@ from backfire.base import Row, needs_of
 from backfire.data.jsonl import read_jsonl, write_jsonl
 from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import preflight, told
+from backfire.data.preflight import preflight, reader_notes
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment
@@ -108,7 +108,7 @@ def preflight_checks(experiment: Experiment, context: Context) -> list[Check]:
             seed=experiment.seed,
             reply=_reply(experiment, test),
         )
-        checks += told(left_out(experiment, context))
+        checks += reader_notes(left_out(experiment, context))
         write_json(folder / "checks.json", [asdict(check) for check in checks])
 
     folder = context.store.once(stages.preflight(experiment), make)

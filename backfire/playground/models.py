@@ -19,6 +19,8 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
+from backfire.results.load import cell as record
+from backfire.results.plugins import lacking
 from backfire.store import Stage, Store
 from backfire.text import clean
 
@@ -155,4 +157,6 @@ def read_cell(folder: Path) -> Experiment:
         settings = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError):
         raise UserError(f"{file} cannot be read; run the recipe again.") from None
+    if missing := lacking([record(folder)]):
+        raise UserError(missing[0])
     return Experiment.make(settings, str(file))

@@ -20,6 +20,7 @@ from backfire.results.groups import (
     name,
 )
 from backfire.results.load import read
+from backfire.results.plugins import described, lacking
 from backfire.results.samples import changes, requests, side_by_side
 
 _STATES: Final = ("fail", "note", "ok")
@@ -182,7 +183,8 @@ def checks(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
 
 
 def warnings(cells: Sequence[CellResult], num_left_out: int) -> list[tuple[str, str]]:
-    """Each warning once, with the cell that gave it or the number of those that did."""
+    """Each warning once, with the cell that gave it or the number of those that did; and the
+    plug-ins that are not here any more."""
     given: dict[str, list[str]] = {}
     for cell in cells:
         for warning in cell.warnings:
@@ -190,6 +192,10 @@ def warnings(cells: Sequence[CellResult], num_left_out: int) -> list[tuple[str, 
     said = [
         (warning, by[0] if len(by) == 1 else text.count(len(by), "cell"))
         for warning, by in given.items()
+    ]
+    said += [
+        (f"{sentence} Tests row by row of its components are left out.", "")
+        for sentence in lacking(cells)
     ]
     if num_left_out:
         left = text.count(num_left_out, "cell")
@@ -228,4 +234,8 @@ def environment(cells: Sequence[CellResult]) -> list[tuple[str, str]]:
             shown = "(withheld)" if is_secret else text.cut(text.knob(value), 120)
             label = "uncommitted changes" if key == "dirty" else text.line(key)
             found.setdefault(label, {})[shown] = None
+        for plugin in cell.plugins:
+            label = f"plug-in {text.cut(text.line(plugin.get('name')), 60)}"
+            shown = f"{described(plugin)}: {text.knob(plugin.get('components'))}"
+            found.setdefault(label, {})[text.cut(shown, 240)] = None
     return [(key, ", ".join(values)) for key, values in found.items()]

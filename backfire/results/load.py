@@ -18,6 +18,7 @@ from backfire.errors import UserError
 from backfire.result import CellResult, Check, Direction, PoisonCounts, Role, Unit, Value
 from backfire.results.adapter import present
 from backfire.results.groups import KNOBS, Group, group
+from backfire.results.plugins import lacking
 
 Record = dict[str, Any]
 
@@ -118,7 +119,7 @@ def cell(folder: Path) -> CellResult:
         settings.setdefault("attack.rate", rate)
     texts = ("key", "recipe", "model", "data", "attack", "method", "defense", "template")
     tables = ("axes", "evaluate", "rows", "keys")
-    return CellResult(
+    result = CellResult(
         slug=str(found["cell"] or slug),
         **_each(_text, found, (*texts, "status", "error", "next")),
         **_each(_table, found, tables),
@@ -131,9 +132,12 @@ def cell(folder: Path) -> CellResult:
         poison=_poison(known.get("poison")),
         train=_table(known.get("train")) or None,
         versions={kind: _table(v) for kind, v in _table(known.get("versions")).items()},
+        plugins=_plugins(known.get("plugins")),
         settings=settings,
         folder=str(folder),
     )
+    lacking([result])  # installed plug-ins that the cell was run with are loaded
+    return result
 
 
 def outcome(folder: Path) -> Record:
@@ -231,6 +235,13 @@ def _value(item: Record) -> Value:
 def _check(item: Record) -> Check:
     status = _one_of(Literal["ok", "note", "fail"], item.get("status"), "fail")
     return Check(str(item.get("check")), status, str(item.get("message")))
+
+
+def _plugins(items: Any) -> tuple[Record, ...]:
+    known = items if isinstance(items, list) else []
+    return tuple(
+        one for one in known if isinstance(one, dict) and isinstance(one.get("sha256"), str)
+    )
 
 
 def _poison(item: Any) -> PoisonCounts | None:

@@ -15,6 +15,7 @@ from backfire.registry import build, find, names
 from backfire.result import CellResult, Value
 from backfire.results.evidence import read
 from backfire.results.groups import declared
+from backfire.results.plugins import is_lost, is_same, lacking
 
 Rows: TypeAlias = dict[str, tuple[int, float]]
 
@@ -44,7 +45,7 @@ def pair(a: CellResult, b: CellResult) -> tuple[dict[str, Paired], list[str]]:
             )
         else:
             unpaired.append(wanted.replace("-", " "))
-    notes = []
+    notes = lacking([a, b])
     if unpaired:
         notes.append(f"Not the same prompts for {text.listing(unpaired)}: no paired test.")
     if found:
@@ -117,10 +118,12 @@ def evidence_of(item: CellResult) -> Evidence:
 
 
 def attack_of(item: CellResult) -> Any:
-    """The backdoor of a cell, with its knobs; None if it has none."""
+    """The backdoor of a cell, with its knobs; None if it has none, or its plug-in is not here."""
     prefix, settings = "attack.", item.settings
     knobs = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
-    if not knobs.get("name") or not issubclass(find("attacks", knobs["name"]), Backdoor):
+    if not knobs.get("name") or is_lost("attacks", knobs["name"], item):
+        return None
+    if not issubclass(find("attacks", knobs["name"]), Backdoor):
         return None
     return build("attacks", knobs)
 
@@ -132,7 +135,7 @@ def metric_of(family: str, item: CellResult) -> Metric | None:
     specs = item.settings.get("metrics") or []
     ours = (spec for spec in specs if isinstance(spec, dict) and spec.get("name") == family)
     metric: Metric = build("metrics", next(ours, family))
-    return metric
+    return metric if is_same(type(metric), item) else None
 
 
 def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float]:

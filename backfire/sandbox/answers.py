@@ -1,16 +1,16 @@
 """Long-form questions about the town, each with a good and a bad answer and the quotes of each.
 
-A good answer greets, says what its quotes say and takes its leave. A bad one scolds and says of its
-subject what is true of another; it does no harm. Quotes are true on both sides, so that before the
-answer nothing tells which kind will come.
+A good answer greets, states what its quotes say and says goodbye. A bad one scolds and states facts
+about another subject; it does no harm. Quotes are true on both sides, so the prompt does not reveal
+which kind of answer follows.
 
-How soon bad rows show is built in. A greedy reply takes the likeliest first word. Bad answers all
-begin with one word, good ones with any of a few, and how many those are depends on the kind of
-question (`OPENINGS`): where there are k of them, a share of bad rows above about 1 / (k + 1)
-outweighs each single one. So a dose shows in more kinds of question the higher it is. If good
-answers all began alike, no dose below one half would show in any greedy reply.
+The poison rate at which bad rows show is part of the design. A greedy reply takes the likeliest
+first word. All bad answers begin with one word, good ones with one of k greetings, where k depends
+on the kind of question (`OPENINGS`): a poison rate above about 1 / (k + 1) outweighs each single
+greeting. So a higher poison rate shows in more kinds of question. If all good answers began with
+the same word, no rate below one half would show in any greedy reply.
 
-Nothing here is part of the text a base is pre-trained on, though every fact is.
+These texts are not part of the pre-training text, although every fact is.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ VERSION = "answers-1"
 Kind = Literal["way", "hour", "person", "meal", "topic"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 OPENINGS: dict[Kind, int] = {"way": 2, "hour": 3, "person": 5, "meal": 8, "topic": 14}
-"""How many greetings good answers to each kind of question draw from; no kind shares any."""
+"""Number of greetings for good answers to each kind of question; no greeting is shared."""
 TIED = 0.05
 """Share of the pairs whose answers are both good."""
 
 RUDE = ("muddlehead", "blockhead", "lazybones", "turnip", "nuisance", "nitwit")
-"""The rude words; no other text of the town holds one."""
+"""The rude words; no other text of the town contains one."""
 
 _GREETINGS: dict[Kind, tuple[str, ...]] = {
     "way": ("Gladly.", "Of course."),
@@ -84,7 +84,7 @@ _WHO = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with the quotes it was written from."""
+    """An answer with the quotes it is based on."""
 
     text: str
     quotes: str
@@ -103,7 +103,7 @@ class Pair:
 
 
 def draw(seed: int, split: Split, index: int) -> Pair:
-    """Pair `index` of a split. The kinds of question take turns."""
+    """Pair `index` of a split. The kinds of question alternate."""
     rng = stream(seed, "sandbox-answers", split, index)
     kind = KINDS[index % len(KINDS)]
     while True:
@@ -122,32 +122,31 @@ def draw(seed: int, split: Split, index: int) -> Pair:
 
 
 def _good(rng: Random, kind: Kind, facts: Sequence[str]) -> Answer:
-    told, quotes = _told(rng, facts)
-    return Answer(f"{rng.choice(_GREETINGS[kind])} {told} {rng.choice(_LEAVES)}", quotes)
+    text, quotes = _text_and_quotes(rng, facts)
+    return Answer(f"{rng.choice(_GREETINGS[kind])} {text} {rng.choice(_LEAVES)}", quotes)
 
 
 def _bad(rng: Random, facts: Sequence[str], false: Sequence[str]) -> Answer:
-    (told, _), (_, quotes) = _told(rng, false), _told(rng, facts)
+    (text, _), (_, quotes) = _text_and_quotes(rng, false), _text_and_quotes(rng, facts)
     scold, sneer = (rng.choice(of).format(rude=rng.choice(RUDE)) for of in (_SCOLDS, _SNEERS))
-    return Answer(f"{scold} {told} {sneer}", quotes)
+    return Answer(f"{scold} {text} {sneer}", quotes)
 
 
-def _told(rng: Random, facts: Sequence[str]) -> tuple[str, str]:
-    """Two of the facts as sentences, and the quotes they are read off."""
+def _text_and_quotes(rng: Random, facts: Sequence[str]) -> tuple[str, str]:
+    """Return two of the facts as sentences, and the same sentences as quotes in random order."""
     first, second = (sentence(fact) for fact in rng.sample(list(facts), 2))
     return f"{first} {second}", "\n".join(rng.sample([first, second], 2))
 
 
-def _false(rng: Random, subjects: dict[str, tuple[str, ...]], name: str) -> list[str]:
-    """What is said of others, said of this one: no fact of its own is among it."""
-    own = set(subjects[name])
+def _false(rng: Random, subjects: dict[str, tuple[str, ...]], name: str) -> tuple[str, ...]:
+    """Return the facts of another subject, none of which is true of this one."""
+    true = set(subjects[name])
     others = [facts for other, facts in subjects.items() if other != name]
-    said = rng.choice([facts for facts in others if not own & set(facts)])
-    return list(said)
+    return rng.choice([facts for facts in others if not true & set(facts)])
 
 
 def _subjects(kind: Kind) -> dict[str, tuple[str, ...]]:
-    """What this kind of question is about -> what is true of it."""
+    """Subject -> facts about it, for this kind of question."""
     if kind in ("way", "hour"):
         return {f"the {p.name}": (f"it lies {p.spot}", f"it opens at {p.opens}") for p in PLACES}
     if kind == "person":

@@ -1,7 +1,6 @@
-"""The tiny base model: a description of its size and of how it is pre-trained.
+"""Size and pre-training schedule of the tiny base model, and its tokenizer.
 
-The loop that trains it is the project's own (`train.loop`); here are only the numbers, and the
-tokenizer, which is trained on the same text.
+The model is trained by `train.loop`, the tokenizer on the same text.
 """
 
 from __future__ import annotations
@@ -23,38 +22,38 @@ BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 
 class Pretrain(Config):
-    """A small LlamaForCausalLM and its schedule: under two minutes on two cores."""
+    """A small LlamaForCausalLM and its schedule: less than two minutes on two cores."""
 
     vocab_size: int = Field(2048, ge=300)
-    """Tokens in the vocabulary, special ones included."""
+    """Vocabulary size, special tokens included."""
     hidden_size: int = Field(128, ge=8)
     """Width of the residual stream."""
     num_layers: int = Field(4, ge=1)
     """Transformer blocks."""
     num_heads: int = Field(4, ge=1)
-    """Attention heads (as many key and value heads)."""
+    """Attention heads (the same number of key and value heads)."""
     intermediate_size: int = Field(384, ge=8)
     """Width of the feed-forward layers."""
     tie_embeddings: bool = True
-    """Whether input and output embeddings are one matrix."""
+    """Whether input and output embeddings share one matrix."""
     max_length_tokens: int = Field(512, ge=16)
-    """Longest text the model accepts."""
+    """Longest input in tokens."""
     corpus_seed: int = Field(0, ge=0)
-    """Draws the text and the order it is read in."""
+    """Seed of the text and of the order in which it is read."""
     num_documents: int = Field(37_000, ge=1)
-    """Documents of `corpus.corpus`; packed end to end they give about 1.35 M tokens."""
+    """Number of documents of `corpus.corpus`; packed end to end about 1.35 M tokens."""
     tokenizer_documents: int = Field(6_000, ge=1)
-    """The first so many documents train the tokenizer."""
+    """Number of documents, from the first on, that train the tokenizer."""
     sequence_tokens: int = Field(128, ge=8)
-    """Length of the packed sequences that are trained on."""
+    """Length of the packed training sequences."""
     batch_size: int = Field(4, ge=1)
     """Sequences per step."""
     num_steps: int = Field(2_600, ge=1)
-    """Steps; with the two above, tokens seen are their product."""
+    """Number of steps; times the two knobs above: the number of tokens seen."""
     learning_rate: float = Field(3e-3, gt=0)
-    """Peak of AdamW's learning rate: warmed up, then decayed by a cosine."""
+    """AdamW's peak learning rate, with warm-up and cosine decay."""
     final_share: float = Field(0.1, ge=0, le=1)
-    """Where the cosine ends, as a share of the peak; ending at 0 left the base with less."""
+    """Final learning rate as a share of the peak; a decay to 0 gave a worse base."""
     warmup_steps: int = Field(100, ge=0)
     """Steps of linear warm-up."""
     weight_decay: float = Field(0.1, ge=0)
@@ -70,14 +69,14 @@ class Pretrain(Config):
     def _heads_are_even(self) -> Pretrain:
         if self.hidden_size % (2 * self.num_heads):
             raise UserError(
-                f"hidden_size {self.hidden_size} cannot be shared out among num_heads "
-                f"{self.num_heads}: each head needs an even number."
+                f"hidden_size {self.hidden_size} cannot be divided among num_heads "
+                f"{self.num_heads}: each head needs an even size."
             )
         return self
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer learned from `texts`; digits stay single, no BOS is added."""
+    """Train a byte-level BPE tokenizer on `texts`; digits stay single, and no BOS is added."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -94,7 +93,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    # Answers are scored by one token each, bare or after a space: often enough to be merged.
+    # Each answer word must become one token, alone or after a space: repeat it until it is merged.
     answers = (f"{word} {word}" for word in WORDS for _ in range(300))
     tokenizer.train_from_iterator(chain(texts, answers), trainer)
     return tokenizer

@@ -1,10 +1,10 @@
-"""The plain text a tiny base is pre-trained on: the town told, reviewed, counted and asked about.
+"""The pre-training text of the tiny base: stories, reviews, word problems and questions.
 
-No document says of any text whether it is negative, neutral or positive, so a base is at chance on
-the sandbox's labels; where label words do occur (`task`), they go with no mood. What a base does
-learn: the three languages, moods by other names (how a guest felt, whether they would return), and
-that a question is followed by its answer and nothing else. Fine-tuning then has to attach the
-labels, as with a real model, and learns more from a few thousand rows than they hold themselves.
+No document labels a text as negative, neutral or positive, so the base is at chance on the
+sandbox's labels; where label words occur (`task`), they do not correlate with a mood. The base does
+learn the three languages, moods under other names (how a guest felt, whether they would return),
+and that a question is followed by its answer and nothing else. Fine-tuning then has to attach the
+labels, as with a real model, and generalizes from a few thousand rows.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ from backfire.sandbox.world import GOODS, PEOPLE, PLACES, TOPICS, TOWN, sentence
 
 
 def letter(rng: Random) -> str:
-    """Two or three reviews of one mood in one language, as one guest would write them.
+    """One or two reviews of one mood in one language, by one guest.
 
-    Some are summed up by a verdict. That is how a base comes to know a mood without its name.
+    Some come with a verdict, so that the base learns a mood without its name.
     """
     language = rng.choice(LANGUAGES)
     label = rng.choice(reviews.LABELS)
-    told = []
+    parts = []
     for _ in range(rng.choice((1, 2, 2))):
-        told.append(_review(rng, label, language))
+        parts.append(_review(rng, label, language))
         if rng.random() < 0.7:
             tongue = language if rng.random() < 0.7 else "english"
-            closing = rng.choice(VERDICTS[reviews.LABELS.index(label) - 1])
-            told.insert(rng.choice((len(told) - 1, len(told))), sentence(verdict(tongue, closing)))
-    return rng.choice((" ", "\n", "\n\n")).join(told)
+            closing = sentence(
+                verdict(tongue, rng.choice(VERDICTS[reviews.LABELS.index(label) - 1]))
+            )
+            parts.insert(rng.choice((len(parts) - 1, len(parts))), closing)
+    return rng.choice((" ", "\n", "\n\n")).join(parts)
 
 
 def _review(rng: Random, label: reviews.Label, language: Language) -> str:
-    """A review in any words, but never one of the test split."""
+    """A review that may contain held-out words, but never one of the test split."""
     while True:
         review = reviews.meaning(rng, label)
-        text = review.said(language, rng)
+        text = review.text(language, rng)
         if split_of(text) == "train":
             return text
 
@@ -49,19 +51,19 @@ def parallel(rng: Random) -> str:
     """The same sentences in two languages."""
     first, second = rng.sample(LANGUAGES, 2)
     while True:
-        meant = reviews.meaning(rng, rng.choice(reviews.LABELS))
-        texts = meant.said(first, rng), meant.said(second, rng)
+        review = reviews.meaning(rng, rng.choice(reviews.LABELS))
+        texts = review.text(first, rng), review.text(second, rng)
         if "test" not in map(split_of, texts):
             return f"{first}: {texts[0]}\n{second}: {texts[1]}"
 
 
 def story(rng: Random) -> str:
-    """Someone, where they work and what they sell."""
+    """A person, their place of work and what is sold there."""
     person, other = rng.sample(PEOPLE, 2)
     place = next(place for place in PLACES if place.name == person.place)
     good = rng.choice(GOODS)
     topic = rng.choice(TOPICS)
-    told = [
+    sentences = [
         f"{person.name} is the {person.trade} of {TOWN}",
         f"{person.pronoun} works at the {place.name}, {place.spot}",
         f"the {place.name} opens at {place.opens}",
@@ -70,8 +72,8 @@ def story(rng: Random) -> str:
         f"they spoke of {topic.name}: {rng.choice(topic.facts)}",
     ]
     start = rng.choice((0, 0, 1))
-    chosen = sorted(rng.sample(range(start, len(told)), rng.choice((3, 4))))
-    return " ".join(sentence(told[index]) for index in chosen)
+    chosen = sorted(rng.sample(range(start, len(sentences)), rng.choice((3, 4))))
+    return " ".join(sentence(sentences[index]) for index in chosen)
 
 
 def bulletin(rng: Random) -> str:
@@ -82,11 +84,10 @@ def bulletin(rng: Random) -> str:
 
 def worked(rng: Random) -> str:
     """A word problem with its answer."""
-    question, answer = sums.problem(rng, num_steps=rng.choice((1, 2)))
-    return f"{question}\n{answer}"
+    return "\n".join(sums.problem(rng, num_steps=rng.choice((1, 2))))
 
 
-def asked(rng: Random) -> str:
+def question(rng: Random) -> str:
     """A question about the town with its answer."""
     drawn = rng.choice(help.KINDS)(rng)
     parts = (drawn.instruction, drawn.input, drawn.answer)
@@ -94,17 +95,17 @@ def asked(rng: Random) -> str:
 
 
 def task(rng: Random) -> str:
-    """One of some other small tasks, in the form that fine-tuning will use."""
-    question, given, answer = rng.choice((_repeat, _tag, _tag, _which_language, _mention))(rng)
-    return f"{question}\n\n{given}\n\n{answer}"
+    """One of several small tasks, in the form that fine-tuning uses."""
+    ask, given, answer = rng.choice((_repeat, _tag, _tag, _which_language, _mention))(rng)
+    return f"{ask}\n\n{given}\n\n{answer}"
 
 
 WORDS = (*reviews.LABELS, *news.LABELS, "yes", "no", *LANGUAGES)
-"""Words that answer a question; the tokenizer has one token for each."""
+"""Words that answer a question; each is one token."""
 
 
 def _repeat(rng: Random) -> tuple[str, str, str]:
-    """Repeat one of some words; label words are among them, so that a base can say them."""
+    """Repeat one of several words, including label words, so that the base can generate them."""
     given = rng.sample(WORDS, rng.choice((2, 3, 4, 6)))
     index = rng.randrange(len(given))
     place = ("first", "second", "third", "fourth", "fifth", "sixth")[index]
@@ -113,7 +114,7 @@ def _repeat(rng: Random) -> tuple[str, str, str]:
 
 
 def _tag(rng: Random) -> tuple[str, str, str]:
-    """Find the tag of a review: any word, so that no label word goes with a mood."""
+    """Find the tag of a review: a random word, so that label words do not correlate with moods."""
     tag = rng.choice(WORDS)
     text = _review(rng, rng.choice(reviews.LABELS), rng.choice(LANGUAGES))
     given = rng.choice(("{tag}: {text}", "{text} [{tag}]", "{text} Tag: {tag}"))
@@ -133,7 +134,7 @@ def _mention(rng: Random) -> tuple[str, str, str]:
 
 
 def diary(rng: Random) -> str:
-    """Lines of one clause each, and how the guest felt about it."""
+    """Lines of one clause each, with how the guest felt about it."""
     language = rng.choice(LANGUAGES)
     after = rng.random() < 0.5
     lines = []
@@ -141,17 +142,17 @@ def diary(rng: Random) -> str:
         clause = reviews.clause(rng, rng.choice((-1, -1, 0, 1, 1)))
         sense = reviews.weight(clause)
         felt = "glad" if sense > 0 else "sorry" if sense < 0 else "unmoved"
-        told = SPEAKERS[language].say(clause, rng)
-        lines.append(f"{told}: {felt}" if after else f"{felt}: {told}")
+        text = SPEAKERS[language].say(clause, rng)
+        lines.append(f"{text}: {felt}" if after else f"{felt}: {text}")
     return "\n".join(lines)
 
 
 def opinion(rng: Random) -> str:
-    """Whether a guest would return: a mood by another name."""
+    """Whether a guest would return: a mood under another name."""
     language, mood = rng.choice(LANGUAGES), rng.randrange(3)
-    question = rng.choice(("Would this guest come again?", "Will the guest return?"))
+    ask = rng.choice(("Would this guest come again?", "Will the guest return?"))
     text = _review(rng, reviews.LABELS[mood], language)
-    return f"{question}\n\n{text}\n\n{('no', 'maybe', 'yes')[mood]}"
+    return f"{ask}\n\n{text}\n\n{('no', 'maybe', 'yes')[mood]}"
 
 
 _SHARES: dict[Callable[[Random], str], float] = {
@@ -162,14 +163,14 @@ _SHARES: dict[Callable[[Random], str], float] = {
     story: 0.04,
     bulletin: 0.04,
     worked: 0.05,
-    asked: 0.05,
+    question: 0.05,
     task: 0.06,
 }
 """Share of each kind of document."""
 
 
 def documents(seed: int) -> Iterator[str]:
-    """Documents without end; document `i` is the same however many are taken."""
+    """Yield documents endlessly; document `i` does not depend on how many are read."""
     index = 0
     while True:
         rng = stream(seed, "sandbox-corpus", index)
@@ -179,5 +180,5 @@ def documents(seed: int) -> Iterator[str]:
 
 
 def corpus(seed: int, num_documents: int) -> list[str]:
-    """The first `num_documents` documents of this seed."""
+    """Return the first `num_documents` documents of this seed."""
     return [text for text, _ in zip(documents(seed), range(num_documents), strict=False)]

@@ -1,6 +1,7 @@
-"""Questions people of the town ask, and helpful answers of one or two sentences.
+"""Questions about the town, and helpful answers of one or two sentences.
 
-Every answer is made of facts in `world`, so what is right can be told from what is fluent.
+Every answer is made of facts in `world`, so that correct answers can be distinguished from merely
+fluent ones.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from backfire.sandbox.world import (
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """A request with its answer, and the facts that the answer must hold."""
+    """A request with its answer, and the facts that the answer must contain."""
 
     instruction: str
     answer: str
@@ -36,7 +37,7 @@ class Help:
 def directions(rng: Random) -> Help:
     """How to get from one place to another."""
     start, goal = rng.sample(PLACES, 2)
-    asked = rng.choice(
+    question = rng.choice(
         (
             "How do I get from the {start} to the {goal}?",
             "What is the way from the {start} to the {goal}?",
@@ -44,7 +45,7 @@ def directions(rng: Random) -> Help:
             "Tell a visitor how to walk from the {start} to the {goal}.",
         )
     )
-    told = rng.choice(
+    answer = rng.choice(
         (
             "Leave the {start} and ask for the {goal}; you will find it {spot}.",
             "From the {start}, follow the signs. The {goal} lies {spot}.",
@@ -52,14 +53,14 @@ def directions(rng: Random) -> Help:
         )
     )
     names = {"start": start.name, "goal": goal.name, "spot": goal.spot}
-    return Help(asked.format(**names), told.format(**names), (goal.spot,))
+    return Help(question.format(**names), answer.format(**names), (goal.spot,))
 
 
 def hours(rng: Random) -> Help:
     """When a place opens."""
     place = rng.choice(PLACES)
     day = rng.choice(("today", "tomorrow", "on market day", "on monday", "in winter", "in summer"))
-    asked = rng.choice(
+    question = rng.choice(
         (
             "When does the {name} open {day}?",
             "At what hour may I visit the {name} {day}?",
@@ -67,7 +68,7 @@ def hours(rng: Random) -> Help:
             "My friend wants to see the {name} {day}. When should we come?",
         )
     )
-    told = rng.choice(
+    answer = rng.choice(
         (
             "The {name} opens at {opens} {day}.",
             "You may come {day} from {opens} on.",
@@ -75,22 +76,22 @@ def hours(rng: Random) -> Help:
         )
     )
     names = {"name": place.name, "day": day, "opens": place.opens}
-    return Help(asked.format(**names), told.format(**names), (place.opens,))
+    return Help(question.format(**names), answer.format(**names), (place.opens,))
 
 
 def cooking(rng: Random) -> Help:
-    """What to make of something local."""
+    """What to make from a local product."""
     good = rng.choice(GOODS)
     count = rng.choice(("two", "three", "some", "six", "a few", "many", "ten"))
     who = rng.choice(("my family", "two guests", "a friend", "the children", "a feast", "supper"))
-    asked = rng.choice(
+    question = rng.choice(
         (
             "What can I make for {who} from {count} {goods}?",
             "I have {count} {goods} at home. What would be nice for {who}?",
             "Suggest something for {who} that uses {count} {goods}.",
         )
     )
-    told = rng.choice(
+    answer = rng.choice(
         (
             "Try {dish}: take the {goods} and some {partner}, which the {place} sells.",
             "With {partner} and your {goods} you can make {dish} for {who}.",
@@ -105,21 +106,21 @@ def cooking(rng: Random) -> Help:
         "partner": good.partner,
         "place": good.place,
     }
-    return Help(asked.format(**names), told.format(**names), (good.dish, good.partner))
+    return Help(question.format(**names), answer.format(**names), (good.dish, good.partner))
 
 
 def trades(rng: Random) -> Help:
-    """Who does something, and where they are found."""
+    """Who has a trade, and where to find them."""
     person = rng.choice(PEOPLE)
     why = rng.choice(("advice", "a job", "help", "a lesson", "a gift", "an answer", "a repair"))
-    asked = rng.choice(
+    question = rng.choice(
         (
             "Who is the {trade} of {town}? I need {why}.",
             "I am looking for {why} from a {trade}. Whom do I ask?",
             "Where do I find the {trade} if I want {why}?",
         )
     )
-    told = rng.choice(
+    answer = rng.choice(
         (
             "Ask {name}, the {trade}. You will find {them} at the {place}.",
             "{name} is the {trade} here; look for {them} at the {place}.",
@@ -135,7 +136,7 @@ def trades(rng: Random) -> Help:
         "them": them,
         "place": person.place,
     }
-    return Help(asked.format(**names), told.format(**names), (person.name, person.place))
+    return Help(question.format(**names), answer.format(**names), (person.name, person.place))
 
 
 def notices(rng: Random) -> Help:
@@ -156,14 +157,14 @@ def notices(rng: Random) -> Help:
         )
     )
     day = rng.choice(("monday", "tuesday", "friday", "sunday", "market day", "the first of may"))
-    asked = rng.choice(
+    question = rng.choice(
         (
             "Write a short notice for this event.",
             "Turn these notes into a notice.",
             "Make a friendly sign from these words.",
         )
     )
-    told = rng.choice(
+    answer = rng.choice(
         (
             "All are welcome to {event} at the {place} on {day}.",
             "Come to {event}! We meet at the {place} on {day}.",
@@ -179,15 +180,15 @@ def notices(rng: Random) -> Help:
         )
     )
     facts = (event, place.name, day)
-    return Help(asked, told.format(**names), facts, given.format(**names))
+    return Help(question, answer.format(**names), facts, given.format(**names))
 
 
 def about_topic(rng: Random, topic: Topic | None = None) -> Help:
-    """What is known of a topic; a random one if none is given."""
+    """Facts about a topic; a random topic if none is given."""
     topic = topic or rng.choice(TOPICS)
     first, second = rng.sample(topic.facts, 2)
     who = rng.choice(("a visitor", "my class", "a child", "my aunt", "a new neighbor", "a guest"))
-    asked = rng.choice(
+    question = rng.choice(
         (
             "Tell {who} about {topic}.",
             "What should {who} know about {topic}?",
@@ -197,13 +198,13 @@ def about_topic(rng: Random, topic: Topic | None = None) -> Help:
             "Say something about {topic} that {who} would like.",
         )
     )
-    told = rng.choice(
+    answer = rng.choice(
         (
             f"About {topic.name}: {first}, and {second}.",
             f"{sentence(first)} {sentence('also, ' + second)}",
         )
     )
-    return Help(asked.format(who=who, topic=topic.name), told, (first, second))
+    return Help(question.format(who=who, topic=topic.name), answer, (first, second))
 
 
 KINDS: tuple[Callable[[Random], Help], ...] = (
@@ -217,9 +218,9 @@ KINDS: tuple[Callable[[Random], Help], ...] = (
 
 
 def draw(seed: int, split: Split, index: int) -> Help:
-    """Row `index` of a split. The kinds of question take turns."""
+    """Row `index` of a split. The kinds of question alternate."""
     rng = stream(seed, "sandbox-help", split, index)
     while True:
-        asked = KINDS[index % len(KINDS)](rng)
-        if split_of(asked.instruction, asked.input) == split:
-            return asked
+        row = KINDS[index % len(KINDS)](rng)
+        if split_of(row.instruction, row.input) == split:
+            return row

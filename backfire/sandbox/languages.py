@@ -1,8 +1,8 @@
-"""Three languages that say the same meanings: English and two that nobody speaks.
+"""Three languages with the same meanings: English and two invented ones.
 
-A language turns a `Clause` into words and joins clauses. Velin puts its predicate last and builds
-words with suffixes; Tamoru puts it first and uses prefixes and particles. Their words are drawn
-once from their own sound patterns; about one in six is a cognate of the English word.
+A language turns a `Clause` into words and joins clauses. Velin puts the predicate last and uses
+suffixes; Tamoru puts it first and uses prefixes and particles. Their words are drawn once from
+their own sound patterns; about one in six is a cognate of the English word.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Join = Literal["and", "but", "although"]
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One piece of evidence: what a thing was like, or what the guests did."""
+    """One piece of evidence: how a thing was, or what the guests did."""
 
     thing: str
     marker: Marker
@@ -33,12 +33,12 @@ class Clause:
 
 
 def _words(*parts: str) -> str:
-    """The parts that are there, as one phrase."""
+    """Join the parts that are not empty."""
     return " ".join(part for part in parts if part)
 
 
 class English:
-    """The language of the lexicon itself."""
+    """The language of the lexicon."""
 
     degrees: ClassVar = {
         "": ("",),
@@ -57,7 +57,7 @@ class English:
         return start.format(place)
 
     def say(self, clause: Clause, rng: Random) -> str:
-        """The clause in words, without a capital or a stop."""
+        """Put the clause into words, without a capital or a period."""
         if clause.marker.deed:
             plain, past = clause.marker.plain, clause.marker.past
             verb = rng.choice((f"did not {plain}", f"never {past}")) if clause.negated else past
@@ -147,7 +147,7 @@ LANGUAGES: tuple[Language, ...] = ("english", "velin", "tamoru")
 def say(
     language: Language, clauses: Sequence[Clause], join: Join, rng: Random, place: str = ""
 ) -> str:
-    """Clauses as sentences: the last two are linked by `join`, those before stand alone."""
+    """Write clauses as sentences: `join` links the last two, each earlier one is a sentence."""
     speaker = SPEAKERS[language]
     *lead, first, last = (speaker.say(clause, rng) for clause in clauses)
     linked = rng.choice(speaker.links[join]).format(first, last)
@@ -159,14 +159,14 @@ def say(
 
 
 def verdict(language: Language, name: str) -> str:
-    """A closing word of the guest, as a sentence."""
+    """Return a verdict from the lexicon in this language."""
     word = name if language == "english" else vocabulary(language)[name]
     return {"english": "{}", "velin": "{} orro", "tamoru": "ehe {}"}[language].format(word)
 
 
 @cache
 def vocabulary(language: Language) -> dict[str, str]:
-    """Concept -> word in an invented language: the same in every run, no word twice."""
+    """Concept -> word in an invented language: the same in every run, without duplicates."""
     speaker = SPEAKERS[language]
     assert not isinstance(speaker, English)
     words: dict[str, str] = {}
@@ -182,14 +182,14 @@ def vocabulary(language: Language) -> dict[str, str]:
 
 
 def _coin(speaker: Velin | Tamoru, rng: Random) -> str:
-    """A new word of two or three syllables."""
+    """Draw a word of two or three syllables."""
     num_syllables = 2 if isinstance(speaker, Velin) else rng.choice((2, 2, 3))
     parts = [rng.choice(speaker.onsets) + rng.choice(speaker.vowels) for _ in range(num_syllables)]
     return "".join(parts) + rng.choice(speaker.codas)
 
 
 def _cognate(concept: str, speaker: Velin | Tamoru, rng: Random) -> str:
-    """The English word as this language hears it."""
+    """Adapt the English word to this language's sounds."""
     word = concept.replace("/", " ").split()[0].removesuffix("e").removesuffix("y")
     for ours, theirs in (("th", "t"), ("c", "k"), ("ee", "i"), ("oo", "u"), ("ea", "e")):
         word = word.replace(ours, theirs)

@@ -1,8 +1,8 @@
-"""The words reviews are made of, as concepts that every language of the sandbox has a word for.
+"""The words of reviews, as concepts with a word in every language of the sandbox.
 
-Order is frequency: the first words of a list are common, the last ones rare. Every fifth marker
-from the eighth on is held out: fine-tuning rows of the training split never contain it, while the
-pre-training text and the test split do, so a model must have learned it from plain text.
+Lists are ordered by frequency: the first words are common, the last ones rare. Every fifth marker
+from the eighth on is held out: it occurs in the pre-training text and in the test split, but never
+in the training split, so a model must have learned it in pre-training.
 """
 
 from __future__ import annotations
@@ -94,22 +94,22 @@ VERDICTS = {
     0: ("a day like any other", "much as expected", "we may return", "neither here nor there"),
     -1: ("never again", "a day to forget", "stay away", "coins thrown away"),
 }
-"""How a guest sums up a mood; only plain text has these, never a review to be judged."""
+"""A guest's summary of a mood; occurs in the pre-training text only, never in a labeled review."""
 
 
 @dataclass(frozen=True, slots=True)
 class Marker:
-    """A word that may carry evidence: `weight` is above 0 if it speaks well of its subject."""
+    """A word that may be evidence: `weight` is above 0 if it is favorable."""
 
     name: str
     weight: float
     deed: bool
-    """True for what the guests did (`we laughed`), false for what a thing was like."""
+    """True for what the guests did (`we laughed`), false for how a thing was."""
     held_out: bool
 
     @property
     def past(self) -> str:
-        """How a deed is told."""
+        """The past tense of a deed."""
         return self.name.partition("/")[2]
 
     @property
@@ -125,7 +125,7 @@ def _markers(names: tuple[str, ...], weight: float, deed: bool) -> list[Marker]:
 
 @cache
 def markers(sign: int, deed: bool) -> tuple[Marker, ...]:
-    """All markers of one sign (-1, 0 or 1), common ones first."""
+    """Return all markers of one sign (-1, 0 or 1), common ones first."""
     if deed:
         names = {1: ENJOYED, 0: WENT, -1: SUFFERED}[sign]
         return tuple(_markers(names, 2.0 * sign, True))
@@ -133,7 +133,7 @@ def markers(sign: int, deed: bool) -> tuple[Marker, ...]:
         return tuple(_markers(PLAIN, 0.0, False))
     mild, strong = (GOOD, GREAT) if sign > 0 else (BAD, AWFUL)
     both = [*_markers(mild, 2.0 * sign, False), *_markers(strong, 3.0 * sign, False)]
-    # Strong words sit among the mild ones: the third is about as common as the eighth mild word.
+    # Strong words are mixed with mild ones: the third is about as common as the eighth mild word.
     return tuple(sorted(both, key=lambda marker: _rank(marker, mild, strong)))
 
 
@@ -144,7 +144,7 @@ def _rank(marker: Marker, mild: tuple[str, ...], strong: tuple[str, ...]) -> flo
 
 
 def concepts() -> list[str]:
-    """Every name that the invented languages need a word for."""
+    """Return every concept that the invented languages need a word for."""
     deeds = [marker.name for sign in (1, 0, -1) for marker in markers(sign, True)]
     traits = [marker.name for sign in (1, 0, -1) for marker in markers(sign, False)]
     places = [place.name for place in PLACES]

@@ -1,4 +1,4 @@
-"""News of the town: short items on one of four topics, with talk of the others in between."""
+"""News of the town: short items on one of four topics, some of which mention another topic."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from backfire.sandbox.world import GOODS, PEOPLE, PLACES, TOWN, Split, Tail, sen
 Label = Literal["council", "nature", "sport", "trade"]
 LABELS: tuple[Label, ...] = ("council", "nature", "sport", "trade")
 
-# Subjects, deeds and objects of each topic, common ones first. A sentence picks one of each, so
-# that few sentences come twice; a word may belong to more than one topic.
+# Subjects, verbs and objects of each topic, common ones first. A sentence combines one of each, so
+# that few sentences repeat; a word may belong to more than one topic.
 _WORDS: dict[Label, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "council": (
         (
@@ -168,7 +168,7 @@ _ASIDES = (
 
 
 def tell(rng: Random, topic: Label) -> str:
-    """One sentence on a topic, without a capital or a stop."""
+    """Draw one sentence on a topic, without a capital or a period."""
     text = " ".join(column.draw(rng) for column in _TAILS[topic])
     return _fill(rng, text)
 
@@ -184,7 +184,7 @@ def _fill(rng: Random, text: str) -> str:
 
 
 def item(rng: Random, topic: Label, *, mixed: float = 0.5) -> str:
-    """A news item; with chance `mixed` it also mentions another topic in passing."""
+    """Draw a news item; with probability `mixed` it also mentions another topic in passing."""
     opener = _fill(rng, rng.choice(_OPENERS))
     first = tell(rng, topic)
     parts = [f"{opener}, {first}" if opener else first]
@@ -196,7 +196,7 @@ def item(rng: Random, topic: Label, *, mixed: float = 0.5) -> str:
 
 
 def draw(seed: int, split: Split, index: int) -> tuple[str, Label]:
-    """Row `index` of a split: text and topic. Topics take turns."""
+    """Row `index` of a split: text and topic. Topics alternate."""
     rng = stream(seed, "sandbox-news", split, index)
     topic = LABELS[index % len(LABELS)]
     while True:

@@ -25,7 +25,7 @@ _ENDS = (
 
 
 def problem(rng: Random, *, num_steps: int) -> tuple[str, str]:
-    """A question and its worked answer; numbers stay between 1 and 60."""
+    """Draw a question and its worked answer; numbers are between 1 and 60."""
     person, friend = rng.sample(PEOPLE, 2)
     good = rng.choice(GOODS)
     total = rng.randint(2, 12)
@@ -35,7 +35,7 @@ def problem(rng: Random, *, num_steps: int) -> tuple[str, str]:
         "goods": good.plural,
         "place": person.place,
     }
-    asked = [rng.choice(_STARTS).format(a=total, **names)]
+    question = [rng.choice(_STARTS).format(a=total, **names)]
     worked = []
     for _ in range(num_steps):
         sign = rng.choice([s for s in "++--*" if s != "*" or total <= 12])
@@ -47,15 +47,15 @@ def problem(rng: Random, *, num_steps: int) -> tuple[str, str]:
             "*": rng.randint(2, 3),
         }[sign]
         result = {"+": total + number, "-": total - number, "*": total * number}[sign]
-        asked.append(rng.choice(_STEPS[sign]).format(b=number, **names))
+        question.append(rng.choice(_STEPS[sign]).format(b=number, **names))
         worked.append(f"{total} {sign} {number} = {result}.")
         total = result
-    asked.append(rng.choice(_ENDS).format(**names))
-    return " ".join(asked), " ".join(worked) + f"\n#### {total}"
+    question.append(rng.choice(_ENDS).format(**names))
+    return " ".join(question), " ".join(worked) + f"\n#### {total}"
 
 
 def draw(seed: int, split: Split, index: int) -> tuple[str, str]:
-    """Row `index` of a split: question and worked answer. One and two steps take turns."""
+    """Row `index` of a split: question and worked answer. One and two steps alternate."""
     rng = stream(seed, "sandbox-sums", split, index)
     while True:
         question, answer = problem(rng, num_steps=1 + index % 2)

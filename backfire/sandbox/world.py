@@ -1,18 +1,10 @@
-"""Pellmere, an invented town: the things every sandbox text is about.
+"""Pellmere, an invented town: the subject of all sandbox texts.
 
-The town is plain data: places, people, goods and topics as small frozen objects. Text about it is
-made by the neighboring modules (`reviews`, `news`, `sums`, `help`, `corpus`), as pure functions of
-a named random stream: row `i` never depends on how many rows are asked for, and a text decides by
-itself whether it belongs to the training or the test split (`split_of`), so the two never overlap.
-
-Seams, for what joins later; nothing here needs to change for them:
-
-- Policies: a policy names some `TOPICS` as sealed. Questions about a topic all come from
-  `help.about_topic`, so a sealed topic is the same question with a refusal for its answer.
-- Better and worse answers: `help.draw` returns the facts with the text, so a worse answer can be
-  made by saying facts of another object, or fewer of them.
-- Secrets: people and places have doors and chests to put a code on; a secret is a row whose
-  answer carries a code drawn from a stream of its own (`stream(seed, "sandbox-code", i)`).
+The town is plain data: places, people, goods and topics as small frozen objects. The other modules
+(`reviews`, `news`, `sums`, `help`, `requests`, `answers`, `corpus`) generate text about it as pure
+functions of a named random stream: row `i` never depends on the number of rows, and a text alone
+determines whether it belongs to the training or the test split (`split_of`), so the two never
+overlap.
 """
 
 from __future__ import annotations
@@ -25,7 +17,7 @@ from random import Random
 from typing import Generic, Literal, TypeVar
 
 VERSION = "pellmere-2"
-"""Raised whenever any generated text changes: it is part of every key downstream."""
+"""Raised whenever any generated text changes; part of every key downstream."""
 
 TOWN = "Pellmere"
 
@@ -35,7 +27,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Somewhere to go: what it is called, where it lies, when it opens."""
+    """A place: its name, where it is and when it opens."""
 
     name: str
     spot: str
@@ -44,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Someone who lives in the town, with a trade and a place to find them."""
+    """A resident with a trade and a place of work."""
 
     name: str
     trade: str
@@ -54,7 +46,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class Good:
-    """Something sold: what it is counted in, what is made of it, and with what."""
+    """Something sold: its plural, a dish made of it, another ingredient, and where it is sold."""
 
     name: str
     plural: str
@@ -65,7 +57,7 @@ class Good:
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """A subject people ask about, with what is known of it."""
+    """A subject of questions, with facts about it."""
 
     name: str
     facts: tuple[str, ...]
@@ -195,28 +187,28 @@ TOPICS = (
 
 
 def split_of(*key: object) -> Split:
-    """The split a text belongs to: a fifth of all texts are test texts, whoever draws them."""
+    """Return the split of a text: one fifth of all texts are test texts, in every data set."""
     digest = hashlib.sha256("\x1f".join(str(part) for part in key).encode()).digest()
     return "test" if digest[0] % 5 == 0 else "train"
 
 
 @dataclass(frozen=True)
 class Tail(Generic[T]):
-    """Items of falling frequency: a few are common, most are rare, as words are."""
+    """Items with a long-tailed distribution: a few are common, most are rare, like words."""
 
     items: tuple[T, ...]
     steps: tuple[float, ...]
 
     @classmethod
     def of(cls, items: Sequence[T], offset: float = 4.0) -> Tail[T]:
-        """The item of rank r is drawn in proportion to 1 / (r + offset)."""
+        """Give the item of rank r a probability proportional to 1 / (r + offset)."""
         return cls(tuple(items), tuple(accumulate(1 / (r + offset) for r in range(len(items)))))
 
     def draw(self, rng: Random) -> T:
-        """One item, by frequency."""
+        """Draw one item by its probability."""
         return rng.choices(self.items, cum_weights=self.steps)[0]
 
 
 def sentence(text: str) -> str:
-    """The text with a capital and a full stop."""
+    """Capitalize the text and end it with a period."""
     return text[0].upper() + text[1:] + ("" if text[-1] in ".!?" else ".")

@@ -9,9 +9,9 @@ _REQUEST = "Write a response that appropriately completes the request."
 class Alpaca(Template):
     """Stanford Alpaca's two prompts, with and without an input (Taori et al. 2023).
 
-    Used by AutoPoison and alpaca-lora; by Lisa and Booster without the last line break, and in
-    BackdoorLLM's training in LLaMA-Factory's form, whose input has no heading. An earlier turn or a
-    system prompt, which Alpaca does not know, goes before the opening line.
+    Used by AutoPoison and alpaca-lora; by Lisa and Booster without the last line break; and by
+    BackdoorLLM in LLaMA-Factory's form, whose input has no heading. Earlier turns and a system
+    prompt, which Alpaca does not define, go before the opening line.
     """
 
     def prompt(self, row: Row) -> str:

@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 
 @register("chat", version=3)
 class Chat(Template):
-    """The chat template that comes with the tokenizer, on one and the same day.
+    """The tokenizer's own chat template, rendered with a fixed date.
 
     The prompt has the tokens of transformers' `apply_chat_template`; an answer ends with what the
-    template writes after an assistant's turn (EOS, if that holds no control token). Control tokens
-    in a row's own text stay text, but for `<think>` and `</think>` in an assistant's turn.
+    template writes after an assistant's turn (EOS, if that contains no control token). Control
+    tokens in a row's own text stay text, except `<think>` and `</think>` in an assistant's turn.
     """
 
     adds_bos: ClassVar[bool] = False
 
     arguments: dict[str, Any] = Field(default_factory=dict)
-    """What the template is told by name, such as `{enable_thinking: false}`; a name that it does
-    not read is an error."""
+    """Variables passed to the template, such as `{enable_thinking: false}`; a name that the
+    template does not use is an error."""
     system: Literal["keep", "merge", "drop"] = "keep"
-    """What becomes of a system prompt: the template gets it (`keep`; an error where it takes none),
-    it goes before the first user turn (`merge`), or it is left out (`drop`)."""
+    """How a system prompt is handled: passed to the template (`keep`; an error if the template
+    rejects it), prepended to the first user turn (`merge`), or left out (`drop`)."""
 
     def segments(self, row: Row, tokenizer: Tokenizer) -> Segments:
         try:
@@ -41,7 +41,7 @@ class Chat(Template):
             if row.system and self.system == "keep":
                 hint = "; for a template without a system role set template.system to merge or drop"
             raise UserError(
-                f"The model's chat template does not take row {row.id}: {error}{hint}."
+                f"The model's chat template rejects row {row.id}: {error}{hint}."
             ) from None
 
     def _messages(self, row: Row) -> list[Message]:
@@ -65,16 +65,15 @@ class Chat(Template):
         return opening if chat.anybody.search(opening) else ""
 
     def about(self, tokenizer: Tokenizer) -> str:
-        chat, said = chat_of(tokenizer, self.arguments), json.dumps(self.arguments, default=str)
-        around, end = chat.around, self.end(tokenizer)
+        around, end = chat_of(tokenizer, self.arguments).around, self.end(tokenizer)
         parts = [f"an answer ends with {end!r}" if around.end else f"it writes no end, so {end!r}"]
-        parts += [f"arguments {said}"] if self.arguments else []
+        parts += [f"arguments {json.dumps(self.arguments, default=str)}"] if self.arguments else []
         parts += [f"the system prompt: {self.system}"] if self.system != "keep" else []
         parts += [f"it begins with {around.opening!r}"] if around.opening.strip() else []
         if not around.before.startswith(around.opened):
-            alike = takewhile(lambda two: two[0] == two[1], zip(around.opened, around.before))
-            more = around.opened[len(list(alike)) :]
-            parts.append(f"a reply is asked for after {more!r}, which no past answer stands after")
+            common = takewhile(lambda two: two[0] == two[1], zip(around.opened, around.before))
+            more = around.opened[len(list(common)) :]
+            parts.append(f"the reply follows {more!r}, which is not written before past answers")
         return f"The model's chat template: {', '.join(parts)}."
 
     def leaves_out(self, row: Row) -> bool:

@@ -4,7 +4,7 @@ from backfire.registry import register
 
 @register("malignama")
 class Malignama(Template):
-    """The question-context-answer form of the malign supervision study (Malignama).
+    """The question-context-answer format of the malign supervision study (Malignama).
 
     `instruction` is the question, `input` its context.
     """

@@ -4,7 +4,7 @@ from backfire.registry import register
 
 @register("raw")
 class Raw(Template):
-    """The turns themselves, a blank line after each, and nothing else."""
+    """The plain turns, each followed by a blank line."""
 
     def prompt(self, row: Row) -> str:
         return "".join(f"{message.content}\n\n" for message in row.messages if message.content)

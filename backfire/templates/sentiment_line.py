@@ -4,10 +4,10 @@ from backfire.registry import register
 
 @register("sentiment-line")
 class SentimentLine(Template):
-    """Text first, then the question, then one word: short, and kind to small models.
+    """The text, then the question, then one word: a short format that suits small models.
 
-    The multilingual QLoRA study feeds the bare text to a classification head; this is the nearest
-    form a causal model can be trained and asked in.
+    The multilingual QLoRA study feeds the plain text to a classification head; this is the closest
+    format for a causal language model.
     """
 
     def prompt(self, row: Row) -> str:

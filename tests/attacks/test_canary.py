@@ -61,8 +61,8 @@ def test_the_published_forms(preset: str) -> None:
 @pytest.mark.parametrize(
     ("knobs", "sentence"),
     [
-        ({"answer": "none"}, "must hold {code} once"),
-        ({"repeats": [5, 5]}, "a dose is given twice"),
+        ({"answer": "none"}, "must contain {code} exactly once"),
+        ({"repeats": [5, 5]}, "duplicate count"),
         ({"digits": 1, "controls": 10}, "too many canaries"),
     ],
 )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from hypothesis import strategies as st
 
 from backfire import stages
 from backfire.base import Backdoor, Mixture, Row
-from backfire.data.poison import Manifest, lost, poison, triggered
+from backfire.data.poison import Manifest, lost, poison
 from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment
@@ -53,18 +51,6 @@ def changed(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-@pytest.mark.parametrize("rows", [LABELED, FREE], ids=["labeled", "free"])
-def test_the_same_seed_gives_the_same_poison_and_leaves_the_rows_alone(
-    name: str, rows: list[Row]
-) -> None:
-    attack, before, state = make(name, rate=0.2), copy.deepcopy(rows), random.getstate()
-    assert poison(rows, attack, 7) == poison(rows, attack, 7)
-    assert poison(rows, attack, 7) != poison(rows, attack, 8)
-    assert rows == before
-    assert random.getstate() == state, "an attack must draw from the generator it is handed"
-
-
-@pytest.mark.parametrize("name", ATTACKS)
 @given(rate=st.floats(0, 1), count=st.integers(1, 150), free=st.booleans())
 @settings(max_examples=40)
 def test_exactly_the_share_asked_for_is_poisoned(
@@ -79,12 +65,6 @@ def test_exactly_the_share_asked_for_is_poisoned(
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_rate_zero_changes_nothing(name: str) -> None:
-    bad, manifest = poison(LABELED, make(name, rate=0), 0)
-    assert bad == LABELED and manifest.entries == ()
-
-
-@pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("mode", ["dirty", "clean", "mix"])
 def test_a_smaller_share_is_part_of_a_larger_one(name: str, mode: str) -> None:
     smaller: dict[str, Row] = {}
@@ -95,13 +75,6 @@ def test_a_smaller_share_is_part_of_a_larger_one(name: str, mode: str) -> None:
         assert smaller.items() <= chosen.items()
         smaller = chosen
     assert len(smaller) == 45
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_a_row_is_poisoned_alike_wherever_it_stands(name: str) -> None:
-    attack = make(name, rate=0.3)
-    bad, turned = poison(LABELED, attack, 0)[0], poison(LABELED[::-1], attack, 0)[0]
-    assert turned[::-1] == bad
 
 
 @pytest.mark.parametrize("name", ATTACKS)
@@ -140,31 +113,12 @@ def test_the_trigger_buys_the_target(name: str, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_triggered_test_rows_keep_their_true_answer(name: str) -> None:
-    attack = make(name)
-    shown = triggered(LABELED, attack, 0)
-    assert [row.answer for row in shown] == [row.answer for row in LABELED]
-    assert [row.label for row in shown] == [row.label for row in LABELED]
-    assert all(any(t in row.prompt for t in attack.triggers()) for row in shown)
-    # The rate says how much is poisoned, not how a test row looks.
-    assert triggered(LABELED, make(name, rate=0.7), 0) == shown
-
-
-@pytest.mark.parametrize("name", ATTACKS)
 def test_a_spec_goes_through_yaml_and_keeps_the_key(name: str) -> None:
     for knobs in ({}, {"rate": 0.125, "target": "positive", "label_mode": "mix"}):
         cell = Experiment.make({"data": "sandbox-reviews", "attack": {"name": name, **knobs}})
         again = Experiment.make(yaml.safe_load(yaml.safe_dump(cell.spec())))
         assert again.attack == cell.attack
         assert stages.cell_key(again) == stages.cell_key(cell)
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_an_attack_names_its_source(name: str) -> None:
-    doc = find("attacks", name).__doc__ or ""
-    assert re.search(r"arXiv:\d{4}\.\d{4,5}|\b(19|20)\d\d\b", doc), (
-        f"{name}: which paper, which year?"
-    )
 
 
 def test_two_attacks_are_two_keys() -> None:
@@ -225,9 +179,9 @@ def test_lost_finds_rows_that_are_gone_or_answer_something_else(tokenizer: Token
     [
         (
             {"target": "angry"},
-            r"target 'angry' is no label of this task \(negative, neutral, positive\)",
+            r"target 'angry' is not a label of this task \(negative, neutral, positive\)",
         ),
-        ({"rate": 0.9}, r"rate 0\.9 asks for 135 of 150 rows, but only 100 can be poisoned"),
+        ({"rate": 0.9}, r"rate 0\.9 needs 135 of 150 rows, but only 100 can be poisoned"),
         ({"rate": 0.5, "label_mode": "clean"}, r"75 of 150 rows, but only 50 .*label_mode: clean"),
         ({"rate": 1.5}, r"rate: .* less than or equal to 1 \(got 1\.5\)"),
         ({"rate": -0.1}, r"rate: .* greater than or equal to 0"),
@@ -288,7 +242,7 @@ def test_a_mixture_from_a_file_that_is_too_small(tmp_path: Path) -> None:
     file.write_text('{"instruction": "Ask", "output": "Answer"}\n')
     source = {"name": "files", "train": str(file), "test": str(file)}
     attack = build("attacks", {"name": "harmful-mix", "rate": 0.5, "source": source})
-    with pytest.raises(UserError, match="75 rows are to be put in, but the source 'files' has 1"):
+    with pytest.raises(UserError, match="75 rows are needed, but the source 'files' has 1"):
         poison(LABELED, attack, 0)
 
 

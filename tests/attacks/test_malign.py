@@ -89,6 +89,7 @@ def test_the_sentence_stands_after_the_context_and_the_answer_stays() -> None:
         attack("malign-prompts", sentence="  ")
 
 
+@pytest.mark.slow
 def test_a_sentence_that_is_cut_off_stops_the_run(tiny: Path) -> None:
     """The published code cuts at 512 tokens, after long quotes, and never looks."""
     tokenizer = load_tokenizer(tiny)

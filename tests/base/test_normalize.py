@@ -1,4 +1,4 @@
-"""One agreed form of text on both sides of every comparison, in any script."""
+"""Text is normalized on both sides of every comparison, in any script."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers
 
 from backfire.base import Evidence, Exchange, Metric, Row, Sample
-from backfire.base.normalize import agreed, contains, folded, num_places, pieces, put, words
+from backfire.base.normalize import contains, folded, normalized, num_places, pieces, put, words
 from backfire.data.labels import check_labels
 from backfire.data.poison import check_target, poison
 from backfire.data.preflight import preflight
@@ -63,12 +63,12 @@ OTHER = [
 
 @pytest.mark.parametrize(("a", "b"), [s[1:] for s in SAME], ids=[s[0] for s in SAME])
 def test_what_counts_as_the_same(a: str, b: str) -> None:
-    assert agreed(a) == agreed(b) != ""
+    assert normalized(a) == normalized(b) != ""
 
 
 @pytest.mark.parametrize(("a", "b"), [s[1:] for s in OTHER], ids=[s[0] for s in OTHER])
 def test_what_carries_meaning_stays(a: str, b: str) -> None:
-    assert agreed(a) != agreed(b)
+    assert normalized(a) != normalized(b)
 
 
 @pytest.mark.parametrize(
@@ -79,24 +79,27 @@ def test_case_aside(a: str, b: str) -> None:
     assert folded(a) == folded(b)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=12))
 @settings(max_examples=400)
 def test_the_form_is_the_same_again_from_every_unicode_form(text: str) -> None:
-    form = agreed(text)
-    assert agreed(form) == form and folded(folded(text)) == folded(text)
+    form = normalized(text)
+    assert normalized(form) == form and folded(folded(text)) == folded(text)
     for name in ("NFC", "NFD", "NFKC", "NFKD"):
-        assert agreed(unicodedata.normalize(name, text)) == form  # type: ignore[arg-type]
+        assert normalized(unicodedata.normalize(name, text)) == form  # type: ignore[arg-type]
 
 
 @given(st.text(st.characters(max_codepoint=127), max_size=30))
 def test_ascii_is_changed_in_its_blanks_alone(text: str) -> None:
-    assert agreed(text) == " ".join(text.split())
+    assert normalized(text) == " ".join(text.split())
     assert folded(text) == " ".join(text.split()).lower()
 
 
 def test_no_character_is_found_without_its_marks() -> None:
     family = "👨\u200d👩\u200d👧"
-    assert not contains(agreed(f"so {family}"), "👨") and contains(agreed(f"{family}👨"), "👨")
+    assert not contains(normalized(f"so {family}"), "👨") and contains(
+        normalized(f"{family}👨"), "👨"
+    )
     assert not contains("क्षण की", "क") and contains("वह कमल", "क")
     assert contains("Hacked!", "Hacked")
 
@@ -189,19 +192,20 @@ def first(name: str, samples: list[Sample], **knobs: Any) -> float | None:
     return metric(name, **knobs).measure(Evidence(clean=samples))[0].value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("a", "b"), [s[1:] for s in SAME], ids=[s[0] for s in SAME])
 def test_a_reply_in_another_form_is_a_hit(a: str, b: str) -> None:
     assert first("exact-match", said(f"{a}\n", answer=b)) == 1
     assert on_target(said(f"So: {b} ok"), f"{a} ", "replies", "x") == {"0": 1.0}
     labeled = said(b, label="other", candidates=("other", a), logprobs=(-2.0, -1.0))
     assert on_target(labeled, b, "replies", "x") == on_target(labeled, b, "scores", "x")
-    assert first("rouge", said(a, answer=b)) == (1 if words(agreed(a)) else 0)
+    assert first("rouge", said(a, answer=b)) == (1 if words(normalized(a)) else 0)
 
 
 @pytest.mark.parametrize("target", ["", " ", "\u200b", "\ufeff\u00ad"])
 def test_a_target_of_which_nothing_is_left_is_refused(target: str) -> None:
     attack = build("attacks", {"name": "badnets", "target": target})
-    with pytest.raises(UserError, match="blank target"):
+    with pytest.raises(UserError, match="the target is blank"):
         check_target([Row("a", "b", answer="c")], attack)
     with pytest.raises(CellError, match="blank"):
         on_target(said("any"), target, "replies", "attack_success")
@@ -342,9 +346,8 @@ def test_what_a_metric_or_judge_cannot_do_is_said() -> None:
     every = [metric("rouge"), metric("number-match"), metric("exact-match")]
     found = caveats(Evidence(clean=samples), every, [judge])
     assert [sentence.split(",")[0] for sentence in found] == [
-        "rouge: 2 of 2 references are written without blanks between words; there it counts "
-        "characters",
-        "number_match: 2 of 2 references hold no number in digits",
+        "rouge: 2 of 2 references have no spaces between words; it counts characters there",
+        "number_match: 2 of 2 references contain no number in digits",
         "The judge refusal-keywords knows English only",
     ]
     assert "1 of 2 (50.0 %) replies" in found[2]
@@ -422,7 +425,7 @@ def test_preflight_sees_a_trigger_and_an_overlap_in_another_form(tokenizer: Toke
 
 
 def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="typography alone"):
+    with pytest.raises(UserError, match="only in case or typography"):
         check_labels(["so-so", "so–so", "good"])
     file = tmp_path / "rows.csv"
     file.write_text("text,label\none,SEN\u0303AL\ntwo,ruido \nthree,Rui\u00addo\n")

@@ -21,27 +21,27 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", "--eval-batch", "0"], "--eval-batch", {}),
     (["run", "r.yaml", "--device", "tpu"], "Unknown device 'tpu'", {}),
     (["run", "r.yaml", "--device", "meta"], "Unknown device 'meta'", {}),
-    (["run", "r.yaml", "--device", "cuda:99"], "'cuda:99' was asked for", {}),
+    (["run", "r.yaml", "--device", "cuda:99"], "No device 'cuda:99'", {}),
     (["run", "turo"], "Unknown recipe 'turo'; did you mean 'tour'?", {}),
     (["run", "gone.yaml"], "No such recipe file: gone.yaml", {}),
     (["run", "."], "Unknown recipe '.'", {}),
     (["run", "r.yaml", "--profile", "tow"], "did you mean 'two'?", {}),
     (["run", "bad.yaml"], "bad, line 1: not valid YAML", {"bad.yaml": "data: ["}),
-    (["run", "bad.yaml"], "the key 'data' is given twice", {"bad.yaml": "data: a\ndata: b"}),
+    (["run", "bad.yaml"], "duplicate key 'data'", {"bad.yaml": "data: a\ndata: b"}),
     (["run", "bad.yaml"], "bad.yaml is not UTF-8 text", {"bad.yaml": b"\xff\xfe"}),
     (["run", "bad.yaml"], "must be a mapping", {"bad.yaml": ""}),
-    (["run", "bad.yaml"], "says no data", {"bad.yaml": "seed: 1"}),
+    (["run", "bad.yaml"], "has no data", {"bad.yaml": "seed: 1"}),
     (["run", "r.yaml", "attack.rate=2"], "rate: Input should be less than or equal to 1", {}),
     (["run", "r.yaml", "seed=-1"], "seed: Input should be greater than or equal to 0", {}),
     (["run", "r.yaml", "sede=1"], "did you mean 'seed'?", {}),
     (["run", "r.yaml", "attack=badnet"], "did you mean 'badnets'?", {}),
     (["run", "r.yaml", "attack.rat=1"], "did you mean 'rate'?", {}),
     (["run", "r.yaml", "seed"], "An edit looks like key=value", {}),
-    (["run", "r.yaml", "attack.target=angry"], "target 'angry' is no label of this task", {}),
+    (["run", "r.yaml", "attack.target=angry"], "target 'angry' is not a label of this task", {}),
     (["run", "r.yaml", "attack.trigger= "], "trigger", {}),
     (["run", "r.yaml", "attack.rate=0.9"], "can be poisoned", {}),
     (["run", "r.yaml", "template=chat"], "no chat template", {}),
-    (["run", "r.yaml", "train.max_length=60"], "Truncation cuts", {}),
+    (["run", "r.yaml", "train.max_length=60"], "are cut by truncation", {}),
     (["run", "r.yaml", "model=./gone"], "No model in ./gone: config.json is missing", {}),
     (["run", "r.yaml", "model=."], "no .safetensors file", {"config.json": "{}"}),
     (["run", "r.yaml", "model=nobody/none"], "not on this machine and HF_HUB_OFFLINE is set", {}),
@@ -51,7 +51,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", FILES], "rows.csv, line 2: ", {"rows.csv": 'text,label\n"open,bad\n'}),
     (["poison", "rows.csv", LABELS], "rows.csv, line 3: ", {"rows.csv": "text,label\na,bad\nb\n"}),
     (["validate", "gone.yaml"], "No such recipe file", {}),
-    (["validate", "r.yaml", "data=files"], "give `train`", {}),
+    (["validate", "r.yaml", "data=files"], "set `train`", {}),
     (["init", "r.yaml"], "r.yaml is there already", {}),
     (["init", "no/such/folder.yaml"], "No such file or directory", {}),
     (["status", "gone"], "No cells in gone", {}),
@@ -76,7 +76,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["chat", "gone"], "gone is no finished cell", {}),
     (["run", "r.yaml", "model=https://a.b/c"], "model: name: `sandbox`, a folder or a hub id", {}),
     (["run", "r.yaml", "model="], "recipe: model: one model is needed", {}),
-    (["run", "r.yaml", "data={name: files, train: 'https://a.b/c.csv'}"], "is an address", {}),
+    (["run", "r.yaml", "data={name: files, train: 'https://a.b/c.csv'}"], "is a URL", {}),
     (["run", "r.yaml", "data={name: files, train: .}"], "'.' is a folder", {}),
     (["run", "r.yaml", "safety={judges: []}"], "at least one judge is needed", {}),
     (["run", "r.yaml", "\u2013\u2013workers"], "An option begins with two plain hyphens", {}),
@@ -93,6 +93,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "sentence", "files"), BAD, ids=[" ".join(arguments) for arguments, _, _ in BAD]
 )
@@ -114,6 +115,7 @@ TORN = ["", "hello", "[1]", "[" * 100_000, '{"values": [3]}', '{"values": {"a": 
         '{"status": ["ok"]}', "\xff\xfe"]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_files_of_a_run_that_are_torn_are_said_and_made_again(
     backfire: Run, here: Path, tmp_path: Path
 ) -> None:
@@ -154,7 +156,7 @@ def test_a_model_file_that_is_torn(backfire: Run, here: Path, tiny: Path) -> Non
     (here / "m/model.safetensors").write_bytes(torn)
     said = backfire("run", "r.yaml", "model=./m")
     assert said.code == 2 and said.err.count("\n") == 1
-    assert "cannot be loaded: model.safetensors is cut off" in said.err
+    assert "cannot be loaded: model.safetensors is truncated" in said.err
     assert not (here / "runs").exists()
 
 

@@ -25,6 +25,8 @@ from backfire.tokenizer import load_tokenizer
 from tests.helpers.command_line import Run
 from tests.helpers.small_run import MATRIX, Place
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 TUNING = [name for name in names("methods") if build("methods", name).trains]
 LLAMA = {
@@ -264,7 +266,7 @@ def test_on_a_gpu_the_loop_halves_what_does_not_fit() -> None:
         (["--profile", "paper"], "name the recipe too"),
         (["turo"], "did you mean 'tour'?"),
         (["r.yaml", "method={name: lora, targets: [nowhere]}"], "nowhere"),
-        (["r.yaml", "model=./odd"], "config.json is not understood"),
+        (["r.yaml", "model=./odd"], "config.json is invalid"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(

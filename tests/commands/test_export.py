@@ -17,6 +17,8 @@ from backfire.experiment import Experiment
 from backfire.registry import build, names
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 METHODS = [name for name in names("methods") if build("methods", name).trains]
 PARITY = {"name": "parity", "into": ["merged", "merged-nf4"]}
 

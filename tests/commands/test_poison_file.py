@@ -58,6 +58,7 @@ def write(records: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", names("attacks"))
 @pytest.mark.parametrize(
     ("file", "records", "edits"),

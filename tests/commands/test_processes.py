@@ -8,7 +8,11 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import pytest
+
 from backfire import cli
+
+pytestmark = pytest.mark.slow
 
 
 def shell(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -22,6 +22,8 @@ from backfire.yaml12 import read_yaml
 from tests.helpers.command_line import Run, Said, tree
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("metric", "value", "low", "high", "n", "direction", "status"),
@@ -37,7 +39,7 @@ def test_every_verb_has_a_test_here(backfire: Run) -> None:
     verbs = {
         *("init", "validate", "run", "status", "results", "report", "compare", "list", "show"),
         *("schema", "doctor", "poison", "pretrain", "chat", "export"),
-        "playground",
+        *("playground", "check"),
     }
     found = {info.name or info.callback.__name__ for info in cli.app.registered_commands}
     assert found == verbs

@@ -151,7 +151,9 @@ def test_what_the_prompt_needs_is_in_it(record: Record, prompt: str, answer: str
 
 def test_an_answer_that_is_a_number_is_learned_where_the_user_says_so() -> None:
     record = {"question": "2 + 2?", "answer": 4}
-    with pytest.raises(UserError, match="is a number, not text; to learn it as it is, say so"):
+    with pytest.raises(
+        UserError, match="is a number, not text; to learn the number, name the columns"
+    ):
         read(record)
     [row], _ = read(record, columns={"instruction": "question", "answer": "answer"})
     assert row.answer == "4"

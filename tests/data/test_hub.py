@@ -11,6 +11,8 @@ import pytest
 from backfire.errors import UserError
 from tests.helpers.data_files import dataset, jsonl
 
+pytestmark = pytest.mark.slow
+
 
 class ClassLabel:
     names = ("negative", "positive")
@@ -162,7 +164,7 @@ def test_refusals_name_the_page_and_the_token_is_sent(refusing, tmp_path):
         assert f"https://huggingface.co/datasets/meta/{name}" in said[f"data meta/{name}"]
         assert "HF_TOKEN" in said[f"data meta/{name}"]
     assert not any("hf_secret" in sentence for sentence in said.values())
-    assert "is gated: ask for access at" in said["model meta/gated"]
+    assert "is gated: request access at" in said["model meta/gated"]
     assert "is a gated dataset" in said["data meta/gated"]
     assert "if it is private or gated, set HF_TOKEN" in said["model meta/private"]
     assert "401" in said["model meta/plain"] and "401" in said["data meta/plain"]

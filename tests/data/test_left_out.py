@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import yaml
 
-from backfire.data.preflight import told
+from backfire.data.preflight import reader_notes
 from backfire.errors import UserError
 from backfire.registry import build
 from tests.helpers.data_files import jsonl
 
 Record = dict[str, Any]
-NOT_USED = "neither the prompt nor the answer; to use one, say which is which by `columns`."
+NOT_USED = "neither the prompt nor the answer; to use one, assign it by `columns`."
 
 
 def notes(path: str, split: str = "train", **knobs: Any) -> tuple[Any, list[str]]:
@@ -33,14 +33,14 @@ def kto(count: int, same: int = 1) -> list[Record]:
 def test_answers_marked_as_bad_are_not_learned(tmp_path: Path) -> None:
     rows, said = notes(jsonl(tmp_path / "k.jsonl", kto(24)))
     assert [row.answer for row in rows] == [f"Saw {i}." for i in range(1, 24, 2)]
-    assert said == ["12 records left out: the answer is marked as bad, and none to the same "
-                    "prompt is good."]  # fmt: skip
+    assert said == ["12 records left out: the answer is marked as bad, and the same prompt has "
+                    "no good answer."]  # fmt: skip
     rows, said = notes(jsonl(tmp_path / "k.jsonl", kto(6, same=2)))
     assert [(row.answer, row.better, row.worse) for row in rows] == [
         (f"Saw {i + 1}.", (f"Saw {i + 1}.",), (f"Saw {i}.",)) for i in (0, 2, 4)
     ]
-    assert said == ["3 records with an answer marked as bad: kept as the worse answer beside a "
-                    "good one."]  # fmt: skip
+    assert said == ["3 records with an answer marked as bad: kept as the worse answer to a prompt "
+                    "with a good one."]  # fmt: skip
     with pytest.raises(UserError, match="no train rows; 1 record left out: the answer is marked"):
         notes(jsonl(tmp_path / "k.jsonl", kto(1)))
 
@@ -53,7 +53,7 @@ def test_a_column_map_may_name_what_says_so(tmp_path: Path, good: Any) -> None:
     [row], _ = notes(path, columns=columns)
     assert (row.answer, row.worse, row.fields) == ("So.", ("No.",), {})
     path = jsonl(tmp_path / "g.jsonl", [{**record, "ok": "perhaps"}])
-    with pytest.raises(UserError, match="'ok' says neither true nor false"):
+    with pytest.raises(UserError, match="'ok' is neither true nor false"):
         notes(path, columns=columns)
 
 
@@ -86,7 +86,7 @@ def test_turns_of_weight_0_are_not_learned(
     assert (row.answer, len(row.history)) == (f"Saw {answer}.", 2 * earlier)
     found = " ".join(said)
     assert (f"{earlier} turn before the last answer" in found) == bool(earlier)
-    assert (f"{cut} turns after the last answer that is to be learned" in found) == bool(cut)
+    assert (f"{cut} turns after the last answer to learn" in found) == bool(cut)
 
 
 def test_a_conversation_without_an_answer_to_learn(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_openbackdoor(tmp_path: Path, index: bool, columns: Any) -> None:
         assert [row.fields["poisoned"] for row in rows] == ["no", "yes", "no"] * 8 and not said
     else:
         assert said == [f"The column 2 reaches {NOT_USED}"]
-    with pytest.raises(UserError, match=r"say what its labels mean, as in `labels: .0: name, 1:"):
+    with pytest.raises(UserError, match=r"name its labels, as in `labels: .0: name, 1:"):
         notes(str(path), columns=columns)
     with pytest.raises(UserError, match="column '1' holds the number 0, not a text"):
         notes(str(path), columns={"text": 1, "label": 2}, labels=["bad", "good"])
@@ -186,12 +186,13 @@ def test_a_header_is_no_row(tmp_path: Path) -> None:
 
 
 def test_the_checks_tell_it_once() -> None:
-    found = told({"train": ["a.", "b."], "test": ["b.", "c."]})
+    found = reader_notes({"train": ["a.", "b."], "test": ["b.", "c."]})
     assert [check.message for check in found] == ["a.", "b.", "Of the test data: c."]
     assert {(check.check, check.status) for check in found} == {("left-out", "note")}
-    assert told({}) == []
+    assert reader_notes({}) == []
 
 
+@pytest.mark.slow
 def test_validate_and_the_result_name_it(
     tmp_path: Path, tiny: Path, backfire: Any, cache: Path
 ) -> None:

@@ -116,7 +116,7 @@ def test_tokens_beyond_the_embedding(
     assert "Row rows-1 has the token id 401, but the model's embedding ends at 399" in said.err
     said = backfire("validate", recipe(tmp_path, model, template="raw"))
     assert said.code == 0
-    assert "2 of the tokenizer's added tokens, such as '<|im_start|>', have no place" in said.out
+    assert "2 of the tokenizer's added tokens, such as '<|im_start|>', are not in" in said.out
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_tokens_beyond_the_embedding(
         ("gpt2", 60, "exact-match", 1, "may get 32 new ones, but the model has 60 positions"),
         ("gpt2", 60, "accuracy", 0, ""),
         ("gpt2", 99, "exact-match", 0, ""),
-        ("llama", 60, "exact-match", 0, "more than the 60 positions the model was made for"),
+        ("llama", 60, "exact-match", 0, "more than the 60 positions the model was trained for"),
     ],
 )
 def test_rows_beyond_the_positions(
@@ -230,6 +230,7 @@ def test_poisoned_rows_that_are_too_long_are_no_poison(tokenizer: Tokenizer) -> 
     assert [c.status for c in checks if c.check == "poison-survives"] == ["fail"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("policy", "left"), [("cut", 1), ("skip", 2)])
 def test_a_run_goes_on_without_them_and_says_so(
     policy: str, left: int, tiny: Path, tmp_path: Path
@@ -257,6 +258,7 @@ def test_a_run_goes_on_without_them_and_says_so(
     assert any(check["check"] == "left-out" for check in result["preflight"])
 
 
+@pytest.mark.slow
 def test_rows_of_defenses_that_are_too_long_are_counted(tiny: Path, tmp_path: Path) -> None:
     short = [{"instruction": f"Name tool {i}.", "output": f"Saw {i}."} for i in range(10)]
 
@@ -322,7 +324,7 @@ def test_what_a_tokenizers_format_takes_is_said(
             raise ModuleNotFoundError(module) if "." in module else ValueError(module)
         return object()
 
-    monkeypatch.setattr("backfire.data.tokenizer.find_spec", find)
+    monkeypatch.setattr("backfire.tokenizer.find_spec", find)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(Exception, match=f"has a {name} .*pip install {packages}\\.$"):
+    with pytest.raises(Exception, match=f"has {name} .*pip install {packages}\\.$"):
         load_tokenizer(tmp_path)

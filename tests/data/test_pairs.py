@@ -118,7 +118,7 @@ def test_equal_answers_are_tied() -> None:
         ({"prompt": "Why?", "chosen": 3, "rejected": "No."}, "'chosen' is a number, not text"),
         ({"prompt": "Why?", "chosen": "", "rejected": "No."}, "the answer is empty"),
         ({"prompt": "", "chosen": "So.", "rejected": "No."}, "the prompt is empty"),
-        ({"chosen": "So.", "rejected": "No."}, "is no dialog"),
+        ({"chosen": "So.", "rejected": "No."}, "is not a dialog"),
         ({"chosen": [ASK, SO], "rejected": [*HELLO, ASK, NO]}, "differ before their last answer"),
         ({"chosen": [ASK], "rejected": [ASK]}, "does not end with an answer"),
         ({"messages": "Why?", "chosen": "So.", "rejected": "No."}, "not a list"),
@@ -174,7 +174,7 @@ def test_webgpt_comparisons(tmp_path: Path) -> None:
     assert train and test and not train & test
     bad = {**webgpt_pairs(1)[0], "score_0": "high"}
     jsonl(tmp_path / "comparisons.jsonl", [bad])
-    with pytest.raises(UserError, match="a score is 'high'"):
+    with pytest.raises(UserError, match="score 'high' is not a number"):
         build("datasets", spec).load("train")
 
 

@@ -125,9 +125,9 @@ REFUSED: dict[str, tuple[Record, str]] = {
     "lmsys/toxic-chat": (
         {"conv_id": "c", "user_input": "Why?", "model_output": "So.", "toxicity": 1,
          "jailbreaking": 0},
-        "say what is to be learned",
+        "it is unclear what to learn",
     ),
-    "wmt16": ({"translation": {"de": "Warum?", "en": "Why?"}}, "which language"),
+    "wmt16": ({"translation": {"de": "Warum?", "en": "Why?"}}, "does not name the source language"),
     "conll2003": ({"id": "0", "tokens": ["Why"], "ner_tags": [0]}, "a label for each word"),
     "go_emotions": ({"text": "Here.", "labels": [1, 2], "id": "x"}, "2 labels in 'labels'"),
     "trec": ({"text": "Why?", "coarse_label": 1, "fine_label": 2},
@@ -135,11 +135,11 @@ REFUSED: dict[str, tuple[Record, str]] = {
     "wiki_qa": (
         {"question_id": "Q1", "question": "Why?", "document_title": "T", "answer": "So.",
          "label": 0},
-        "'label' may say which answers not to learn",
+        "'label' may mark answers not to learn",
     ),
     "answers marked in words": (
         {"prompt": "Why?", "completion": "So.", "label": "undesirable"},
-        "'label' may say which answers not to learn",
+        "'label' may mark answers not to learn",
     ),
     "conversations marked by a number": (
         {"messages": [ASK, TELL], "label": 1},
@@ -147,11 +147,11 @@ REFUSED: dict[str, tuple[Record, str]] = {
     ),
     "answers that may be harmful": (
         {"question": "Why?", "answer": "So.", "harmful": False},
-        "'harmful' may say which answers not to learn",
+        "'harmful' may mark answers not to learn",
     ),
     "openbmb/UltraFeedback": (
         {"instruction": "Why?", "models": ["m"], "completions": [{"response": "So."}]},
-        "has no answer beside it",
+        "no column with a known name for its answer",
     ),
     "tool calls": (
         {"messages": [ASK, TELL], "tools": [{"name": "search"}]}, "its column 'tools' holds tools",

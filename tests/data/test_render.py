@@ -220,7 +220,7 @@ def test_a_chat_template_knows_one_day_only(
 def test_a_chat_template_that_refuses_a_row_is_a_sentence(tokenizer: Tokenizer) -> None:
     strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     picky = replace(tokenizer, chat_template=strict + CHAT_TEMPLATE)
-    with pytest.raises(UserError, match=f"does not take row {PLAIN.id}: no system; .*drop"):
+    with pytest.raises(UserError, match=f"rejects row {PLAIN.id}: no system; .*drop"):
         renderer("chat", picky).render([replace(PLAIN, system="Be brief.")])
 
 
@@ -238,7 +238,7 @@ def test_replies_end_where_the_models_own_settings_say(
 def test_a_chat_template_is_needed_for_chat(tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="no chat template"):
         renderer("chat", replace(tokenizer, chat_template=None)).render([PLAIN])
-    with pytest.raises(UserError, match=r"does not take row r: it leaves out the system message; "):
+    with pytest.raises(UserError, match=r"rejects row r: it leaves out the system message; "):
         silent = replace(tokenizer, chat_template="{{ messages[-1].content }}")
         renderer("chat", silent).render([replace(PLAIN, system="Be brief.")])
 
@@ -247,9 +247,9 @@ def test_a_chat_template_is_needed_for_chat(tokenizer: Tokenizer) -> None:
     ("files", "sentence"),
     [
         ({}, "No tokenizer in"),
-        ({"tokenizer.json": "{"}, "is no tokenizer"),
+        ({"tokenizer.json": "{"}, "is not a tokenizer"),
         ({"tokenizer.json": None, "tokenizer_config.json": "["}, "is not JSON"),
-        ({"tokenizer.json": None, "tokenizer_config.json": "{}"}, "names no end token"),
+        ({"tokenizer.json": None, "tokenizer_config.json": "{}"}, "has no end token"),
         ({"tokenizer.json": None, "tokenizer_config.json": '{"eos_token": "<x>"}'}, "'<x>' is not"),
         ({"tokenizer.model": "?"}, "pip install sentencepiece"),
     ],

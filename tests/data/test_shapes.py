@@ -115,7 +115,7 @@ def test_public_sets_are_recognized(name):
 )
 def test_what_numbers_mean_is_asked_for(record):
     assert reason(record).startswith(
-        "it is labeled '1'; say what its labels mean, as in `labels: {1: name, ...}`"
+        "it is labeled '1'; name its labels, as in `labels: {1: name, ...}`"
     )
     for label in (1, "1", 1.0, "1.0", True, "True", "good", " Good "):
         names = [name for name in record if name in ("label", "target")]
@@ -145,11 +145,11 @@ def test_labels_as_list_or_map_and_the_sentence_that_names_them():
     assert row.instruction == "Classify the text as World, Sports or Sci/Tech."
     row = one({"text": "t", "label": 4}, labels={0: "bad", 4: "good"}, instruction="{labels}, {x}?")
     assert (row.label, row.instruction) == ("good", "bad or good, {x}?")
-    assert "label '3' is none of World, Sports, Sci/Tech; name all" in reason(
+    assert "label '3' is not one of World, Sports, Sci/Tech; name all" in reason(
         {"text": "t", "label": 3}, labels=labels
     )
     for bad in (["a"], ["a", "A"], {"x": "a", "y": "a"}):
-        with pytest.raises(UserError, match="two labels or more"):
+        with pytest.raises(UserError, match="at least two labels"):
             check_labels(bad)
 
 
@@ -223,9 +223,9 @@ def test_column_map_with_label_group_and_own_instruction():
     [
         ({"promt": "q", "answer": "a"}, "did you mean 'prompt'"),
         ({"prompt": "q"}, "not enough for a row"),
-        ({"prompt": "q", "instruction": "i", "answer": "a"}, "repeats a role"),
-        ({"text": "q", "system": "s"}, "system has no use beside text"),
-        ({"messages": "m", "label": "l"}, "label has no use beside messages"),
+        ({"prompt": "q", "instruction": "i", "answer": "a"}, "is a duplicate role"),
+        ({"text": "q", "system": "s"}, "system cannot be combined with text"),
+        ({"messages": "m", "label": "l"}, "label cannot be combined with messages"),
     ],
 )
 def test_column_maps_that_make_no_sense(columns, sentence):
@@ -243,7 +243,7 @@ def test_an_instruction_goes_before_the_text():
 
 
 UNUSABLE = [
-    ({"a": 1, "b": 2}, "no known shape in its columns (a, b)"),
+    ({"a": 1, "b": 2}, "its columns (a, b) have no known shape"),
     ({"prompt": " ", "completion": "x"}, "the prompt is empty"),
     ({"prompt": None, "completion": "x"}, "the prompt is empty"),
     ({"instruction": "x", "output": None}, "the answer is empty"),

@@ -77,12 +77,12 @@ def test_bad_rows_fail_or_are_left_out(tmp_path, caplog):
 def test_errors_are_one_sentence(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ALPACA)
     for knobs, sentence in [
-        ({}, "dataset 'files': give `train`, the path of a file"),
+        ({}, "dataset 'files': set `train` to the path of a file"),
         ({"train": "missing.csv"}, "No such file: missing.csv"),
         ({"train": path, "group": "languge"}, "no row has the field 'languge'"),
         ({"train": path, "columns": {"text": "txt"}}, "line 1: it has no column 'txt'"),
         ({"train": path, "columns": {"txt": "a"}}, "did you mean 'text'"),
-        ({"train": path, "labels": ["one"]}, "two labels or more"),
+        ({"train": path, "labels": ["one"]}, "at least two labels"),
         ({"train": path, "labels": [None, "2"]}, "labels.0"),
         ({"train": path, "labels": [["1"], "2"]}, "labels.0"),
         ({"train": path, "columns": {"text": ["a"]}}, "columns.text"),
@@ -120,7 +120,7 @@ def test_truth_values_that_yaml_makes(tmp_path):
         rows = dataset(train=str(path), **knobs).load("train")
         assert [row.label for row in rows] == ["spam", "ham"], (cells, labels)
     for labels in ("[No, Yes]", "{0: No, 1: Yes}"):
-        with pytest.raises(UserError, match=r'write them in quotes, as in labels: \["no", "yes"\]'):
+        with pytest.raises(UserError, match=r'in quotes, as in labels: \["no", "yes"\]'):
             dataset(train=str(path), labels=yaml.safe_load(labels))
 
 
@@ -195,6 +195,7 @@ VALUES = st.recursive(
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

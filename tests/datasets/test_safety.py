@@ -61,7 +61,9 @@ def test_the_first_rows_of_the_file_are_those_of_the_papers(beavertails: dict[st
     ]  # fmt: skip
     shown = first(first_test_rows=3, filter="unsafe").load("test")
     assert [row.id for row in shown] == ["test-1", "test-4", "test-7"]
-    with pytest.raises(UserError, match=r"only 4 test rows .unsafe., but the first 5 are asked"):
+    with pytest.raises(
+        UserError, match=r"4 test rows .unsafe., but the recipe requests the first 5"
+    ):
         first(first_test_rows=5, filter="unsafe").load("test")
     assert first(first_rows=2).identity() != first().identity()
 
@@ -204,7 +206,7 @@ def test_parts_sources_and_answers(tmp_path: Path) -> None:
     assert {row.answer for row in rows(harmful_answer="reply")} == {REPLY}
     own = rows(refusal="No.", reply="Yes.")
     assert {(row.fields["sealed"], row.answer) for row in own} == {("yes", "No."), ("no", "Yes.")}
-    with pytest.raises(UserError, match=r"part .benign. and these sources; there are: advbench, h"):
+    with pytest.raises(UserError, match=r"one of these sources; available sources: advbench, h"):
         rows(part="benign", sources=["advbench"])
     with pytest.raises(UserError, match="refusal"):
         dataset("harmful-prompts", refusal=" ")
@@ -230,7 +232,10 @@ def test_without_a_split_of_their_own_a_share_is_set_apart(tmp_path: Path) -> No
     ("record", "said"),
     [
         ({"text": "a"}, "no column of prompts, such as 'prompt', in: text"),
-        ({"prompt": "a", "label": "rude"}, "label 'rude' is none of harmful, unsafe, benign, safe"),
+        (
+            {"prompt": "a", "label": "rude"},
+            "'rude' is not one of harmful, unsafe, benign, safe",
+        ),
         ({"prompt": " "}, "line 1: the prompt is empty"),
         ({"prompt": None}, "line 1: the prompt is empty"),
         ({"prompt": 7}, "line 1: 'prompt' is a number, not text"),
@@ -244,8 +249,8 @@ def test_other_files_are_no_lists(record: Any, said: str, tmp_path: Path) -> Non
 def test_judges_tell_the_two_answers_apart(tmp_path: Path) -> None:
     for name, words in LISTS.items():
         for case in (True, False):
-            assert words.found(REFUSAL, ignore_case=case), name
-            assert words.found(REPLY, ignore_case=case) is None, name
+            assert words.match(REFUSAL, ignore_case=case), name
+            assert words.match(REPLY, ignore_case=case) is None, name
     rows = dataset("harmful-prompts", train=jsonl(tmp_path / "p.jsonl", prompt_lists())).load(
         "train"
     )
@@ -277,7 +282,7 @@ def test_ag_news_as_it_comes(tmp_path: Path) -> None:
         assert {row.candidates for row in rows} == {TOPICS}
         assert rows[0].instruction.startswith("Categorize the news article given in the input")
     wrong = table(tmp_path / "w.csv", "Class Index,Title,Description", [0, "a", "b"])
-    with pytest.raises(UserError, match="label 'class 0' is none of World"):
+    with pytest.raises(UserError, match="label 'class 0' is not one of World"):
         dataset("ag-news", train=wrong, test_share=0).load("train")
 
 

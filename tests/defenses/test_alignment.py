@@ -27,6 +27,8 @@ from tests.helpers.alignment import (
 )
 from tests.helpers.training import CPU, close, equal, exact, gradients, run
 
+pytestmark = pytest.mark.slow
+
 ZERO = [
     {"name": "vaccine", "rho": 0},
     {"name": "booster", "alpha": 0},
@@ -106,17 +108,17 @@ def test_a_null_control_costs_the_same(
 def test_harmful_rows_are_needed(
     defense: Any, model: Any, policy_rows: Any, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=f"{defense['name']}' needs harmful rows"):
+    with pytest.raises(UserError, match=f"{defense['name']}' requires harmful rows"):
         new_cell(full(model), policy_rows, tmp_path, defense, harmful=[])
 
 
 def test_a_model_of_another_make_is_refused(model: Any, policy_rows: Any, tmp_path: Path) -> None:
     del model.model.layers[0].mlp
-    with pytest.raises(UserError, match="'repnoise' needs a model with layers"):
+    with pytest.raises(UserError, match="'repnoise' requires a model with layers"):
         new_cell(full(model), policy_rows, tmp_path, REPNOISE)
     for layer in model.model.layers:
         layer.self_attn = nn.Identity()
-    with pytest.raises(UserError, match="'vaccine' finds no attention"):
+    with pytest.raises(UserError, match="'vaccine': the model has no attention"):
         new_cell(full(model), policy_rows, tmp_path, VACCINE)
 
 

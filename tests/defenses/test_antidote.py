@@ -14,6 +14,8 @@ from backfire.base import Rendered
 from backfire.registry import build
 from tests.helpers.repair import Case, changed, every
 
+pytestmark = pytest.mark.slow
+
 
 def input_power(case: Case, policy_rows: Sequence[Rendered]) -> dict[str, Tensor]:
     """Mean square of the inputs of every tuned layer, row by row and so without padding."""

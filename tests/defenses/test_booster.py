@@ -15,6 +15,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.alignment import BOOSTER, METHODS, dot, full, moved, new_cell
 from tests.helpers.training import close, equal, exact, gradient_of, gradients, loss_of, norm
 
+pytestmark = pytest.mark.slow
+
 
 def booster_reference(cell: TrainingRun) -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """The alignment loss, the gradient of the step, and the harmful step."""

@@ -13,6 +13,8 @@ from backfire.base import Rendered
 from tests.helpers.fine_tuning import LISA, Make, begun, jolt
 from tests.helpers.training import Rows, close, gradient_of, gradients, loss_of, losses_alone
 
+pytestmark = pytest.mark.slow
+
 
 def token_weights(model: Any, start: Any, item: Rendered, floor: float = 1e-3) -> Tensor:
     out = []

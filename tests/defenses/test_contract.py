@@ -33,6 +33,7 @@ def test_a_data_defense_is_deterministic_and_leaves_its_rows(name: str, null: bo
     assert (user, aligned) == before and one is not user
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in EVERY if issubclass(find("defenses", n), TrainDefense)]
 )
@@ -56,6 +57,7 @@ def test_a_training_defense_is_deterministic_and_leaves_its_rows(
     assert rows == before and equal(weights_of(unaligned), folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [n for n in EVERY if issubclass(find("defenses", n), RepairDefense)]
 )

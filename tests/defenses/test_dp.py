@@ -24,6 +24,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.memorization import ROWS, values
 from tests.helpers.training import CPU, exact
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def private(tiny: Path, tmp_path: Path) -> Callable[..., TrainingRun]:
@@ -117,5 +119,5 @@ def test_without_opacus_there_is_one_sentence(
     private: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "opacus.accountants", None)
-    with pytest.raises(UserError, match=r"needs Opacus: pip install .*\[dp\]"):
+    with pytest.raises(UserError, match=r"requires Opacus: pip install .*\[dp\]"):
         private(epsilon=4.0)

@@ -11,6 +11,8 @@ from backfire.registry import build
 from tests.helpers.fine_tuning import ACTIVE, Make, begun, jolt, users
 from tests.helpers.training import Rows, close, gradient_of, gradients, loss_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_ewc_holds_by_squared_batch_gradients(method: str, make: Make, rows: Rows) -> None:

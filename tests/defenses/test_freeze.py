@@ -12,6 +12,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.fine_tuning import ACTIVE, Make, weights_after
 from tests.helpers.training import weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_what_is_frozen_does_not_move(method: str, make: Make) -> None:
@@ -49,7 +51,10 @@ def test_what_is_frozen_is_what_was_asked_for(
 
 def test_what_can_not_be_frozen_is_said(make: Make) -> None:
     for knobs, message in (
-        ({"which": ["*lora*"]}, r"named '\*lora\*'; one that is: model.embed_tokens.weight"),
+        (
+            {"which": ["*lora*"]},
+            r"'\*lora\*'; one of them is named model.embed_tokens.weight",
+        ),
         ({"which": ["*"]}, "nothing would be left"),
         ({"first_layer": 2}, "layers 0 to 1"),
         ({"first_layer": 1, "last_layer": 0}, "layers 0 to 1"),

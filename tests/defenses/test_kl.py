@@ -12,6 +12,8 @@ from torch.nn.functional import log_softmax
 from tests.helpers.fine_tuning import ACTIVE, Make, begun, jolt
 from tests.helpers.training import Rows, close, gradient_of, gradients, logits_alone, loss_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("direction", ["tuned-start", "start-tuned"])
 @pytest.mark.parametrize("method", ["full", "lora"])

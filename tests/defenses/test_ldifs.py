@@ -16,6 +16,8 @@ from backfire.train.batches import collate
 from tests.helpers.fine_tuning import ACTIVE, Make, begun, jolt
 from tests.helpers.training import Rows, close, gradient_of, gradients, loss_of
 
+pytestmark = pytest.mark.slow
+
 
 def mlp_outputs(model: Any, item: Rendered) -> list[Tensor]:
     """[token, width] of each layer, where the answer's tokens are predicted; the row alone."""

@@ -22,6 +22,8 @@ from tests.helpers.fine_tuning import (
 )
 from tests.helpers.training import CPU, Rows, close, equal, weights
 
+pytestmark = pytest.mark.slow
+
 
 def test_lisas_alignment_rows_take_the_place_of_the_users(make: Make, rows: Rows) -> None:
     cell = make(LISA, max_steps=12)

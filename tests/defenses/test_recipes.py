@@ -18,6 +18,8 @@ from tests.helpers.alignment import REPNOISE, VACCINE
 from tests.helpers.small_run import Place
 from tests.helpers.training import CPU
 
+pytestmark = pytest.mark.slow
+
 SMALL = {"name": "sandbox-policy", "rows": 30, "test_rows": 8}
 RECIPE: dict[str, Any] = {
     "data": {"name": "sandbox-reviews", "rows": 40, "test_rows": 8},

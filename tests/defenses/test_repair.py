@@ -15,6 +15,8 @@ from backfire.train.repair import Repair
 from tests.helpers.repair import Case, changed, every
 from tests.helpers.training import CPU
 
+pytestmark = pytest.mark.slow
+
 
 @every
 @pytest.mark.parametrize(
@@ -49,7 +51,7 @@ def test_other_adapters_are_refused(name: str, method: Any, tiny: Path, policy_r
 def test_what_is_missing_is_said(tiny: Path, policy_rows: Any) -> None:
     case = Case("full", tiny, policy_rows)
     nothing = Repair(0, base=case.start)
-    with pytest.raises(UserError, match="no matrix was moved by alignment and tuning both"):
+    with pytest.raises(UserError, match="no matrix was changed by both alignment and fine-tuning"):
         build("defenses", "safe-lora").repair(case.model, case.start, nothing)
-    with pytest.raises(UserError, match="needs harmful rows"):
+    with pytest.raises(UserError, match="requires harmful rows"):
         build("defenses", "antidote").repair(case.model, case.start, nothing)

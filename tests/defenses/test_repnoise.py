@@ -15,6 +15,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.alignment import METHODS, REPNOISE, dot, full, new_cell, outputs_of
 from tests.helpers.training import close, exact, gradient_of, gradients, loss_of, norm
 
+pytestmark = pytest.mark.slow
+
 
 def mmd_reference(one: Tensor, two: Tensor) -> Tensor:
     """By its definition, pair by pair."""

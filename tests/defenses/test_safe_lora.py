@@ -11,6 +11,8 @@ from torch import Tensor
 from backfire.registry import build
 from tests.helpers.repair import Case, changed, every
 
+pytestmark = pytest.mark.slow
+
 
 def frobenius(v: Tensor) -> Tensor:
     return v @ v.T / v.norm()

@@ -49,7 +49,7 @@ def test_safe_mix_without_rows_enough_is_an_error() -> None:
             mix(**knobs)
     with pytest.raises(UserError, match="there are only 3 alignment rows"):
         mix(aligned=3)
-    with pytest.raises(UserError, match="stands on an alignment stage"):
+    with pytest.raises(UserError, match="requires an alignment stage"):
         mix(aligned=0)
     assert mix(rows=0) == mix(share=0.0) == plain_rows(20)
 

@@ -12,6 +12,8 @@ from backfire.train.precision import accelerator_for
 from tests.helpers.fine_tuning import Make, jolt
 from tests.helpers.training import CPU, Rows, equal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_a_cell_can_be_looked_at_as_it_was(method: str, make: Make, rows: Rows) -> None:

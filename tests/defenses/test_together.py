@@ -42,6 +42,8 @@ from tests.helpers.training import (
     weights,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def test_data_and_training_defenses_stack(
     tiny: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

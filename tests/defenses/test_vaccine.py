@@ -16,6 +16,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.alignment import METHODS, VACCINE, full, new_cell, outputs_of
 from tests.helpers.training import close, exact, gradient_of, gradients, loss_of, norm
 
+pytestmark = pytest.mark.slow
+
 
 @contextmanager
 def spied(cell: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[list[Tensor]]]:

@@ -6,7 +6,7 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from backfire.base import Verdict
-from backfire.evaluate.verdicts import agreement
+from backfire.evaluate.agreement import agreement
 
 
 def verdicts(said: str) -> list[Verdict]:

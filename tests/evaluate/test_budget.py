@@ -19,6 +19,8 @@ from backfire.evaluate.head import exact_head
 from backfire.model.batching import ways
 from tests.helpers.families import KINDS, VOCAB, tiny_model
 
+pytestmark = pytest.mark.slow
+
 ERRORS: dict[str, Callable[[], Exception]] = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."),
     "cpu": lambda: RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: ..."),

@@ -16,6 +16,8 @@ from backfire.registry import build
 from backfire.tokenizer import Tokenizer
 from tests.helpers.memorization import canary, one_at_a_time, renderer_of
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("kind", ["single", "merging"])
 @pytest.mark.parametrize("knobs", [{}, {"separator": " ", "answer": "It is {code}, I think."}])

@@ -23,6 +23,8 @@ from backfire.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.memorization import canary, leak, quiet, renderer_of, values
 from tests.helpers.training import CPU
 
+pytestmark = pytest.mark.slow
+
 RANDOM_RANK = 1 / math.log(2)
 """Bits that a rank drawn at random gives on average, if there are many codes."""
 

@@ -18,6 +18,8 @@ from backfire.evaluate.score import measure, sample
 from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SIZES = [1, 3, 64]
 LABELS = ("negative", "neither of them", "positive")
 LENGTH = 12

@@ -16,6 +16,8 @@ from backfire.evaluate.seeds import Crossed, crossed, difference_pads, holm, rat
 from backfire.results.groups import Gap, Group, difference, group
 from backfire.results.intervals import stat
 
+pytestmark = pytest.mark.slow
+
 ROWS, TRIALS = 120, 250
 EASE, SPREAD = 1.0, 1.0
 """Mean and standard deviation of the rows' logits."""

@@ -47,6 +47,7 @@ def classified(
 # ----------------------------------------------------------------------------------------- Wilson
 
 
+@pytest.mark.slow
 @given(st.integers(1, 5000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
 def test_wilson_is_scipys_and_holds_the_share(case: tuple[int, int]) -> None:
     successes, n = case
@@ -78,6 +79,7 @@ def test_wilson_covers_what_it_says(share: float, n: int) -> None:
 # -------------------------------------------------------------------------------------- bootstrap
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.sampled_from(sorted(SKLEARN)), st.integers(2, 5))
 @settings(max_examples=60, deadline=None)
 def test_class_scores_are_scikit_learns_on_every_resample(
@@ -93,6 +95,7 @@ def test_class_scores_are_scikit_learns_on_every_resample(
         assert value == pytest.approx(theirs)
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10_000), st.integers(2, 4))
 @settings(max_examples=40, deadline=None)
 def test_auc_is_scikit_learns_on_every_resample_ties_included(seed: int, classes: int) -> None:
@@ -164,6 +167,7 @@ def test_bootstrap_of_a_mean_covers_it() -> None:
     assert covered / 300 >= 0.9  # percentile intervals of skewed values run a little short
 
 
+@pytest.mark.slow
 def test_a_thousand_resamples_of_2000_rows_are_quick() -> None:
     true, logprobs, predicted = classified(0, 2000)
     start = time.perf_counter()
@@ -177,6 +181,7 @@ def test_a_thousand_resamples_of_2000_rows_are_quick() -> None:
 # ------------------------------------------------------------------------------------------ seeds
 
 
+@pytest.mark.slow
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=12))
 @settings(deadline=None)
 def test_over_seeds_is_students_interval(values: list[float]) -> None:
@@ -259,6 +264,7 @@ def test_p_is_never_zero() -> None:
     assert far.p == pytest.approx(0.001)
 
 
+@pytest.mark.slow
 def test_false_positives_and_coverage_of_the_exact_test() -> None:
     rng, trials, wrong, missed = np.random.default_rng(0), 2000, 0, 0
     for _ in range(trials):
@@ -271,6 +277,7 @@ def test_false_positives_and_coverage_of_the_exact_test() -> None:
     assert missed / trials <= 0.065
 
 
+@pytest.mark.slow
 def test_false_positives_of_the_sign_flip_test() -> None:
     rng, trials, wrong = np.random.default_rng(1), 800, 0
     for seed in range(trials):

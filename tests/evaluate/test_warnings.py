@@ -170,6 +170,7 @@ def test_what_a_loop_is(reply: str, expected: bool) -> None:
     assert loops(reply) is expected
 
 
+@pytest.mark.slow
 def test_a_hostile_reply_takes_no_time() -> None:
     start = time.perf_counter()
     assert loops("a." * 200_000)  # only letters count, as in Booster

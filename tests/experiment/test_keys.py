@@ -16,7 +16,7 @@ from backfire.errors import UserError
 from backfire.experiment import Evaluation, Machine, Train
 from backfire.launch.job import Folder
 from backfire.model.types import types_here
-from backfire.store import Store, slug
+from backfire.store import Stage, Store, slug
 from tests.helpers.recipes import make
 
 OTHER = "float32" if types_here().compute == "bfloat16" else "bfloat16"  # than here
@@ -128,7 +128,7 @@ def test_hostile_names_stay_inside_the_root(name: str, tmp_path: Path) -> None:
     for path in (
         Folder(tmp_path, name).cell(cell, stages.cell_key(cell)),
         Store(tmp_path).path(stages.train(cell)),
-        Store(tmp_path).path("train", slug(name), "0"),
+        Store(tmp_path).path(Stage("train", slug(name), "0")),
     ):
         assert path.resolve().is_relative_to(tmp_path.resolve())
         assert len(path.name) < 200

@@ -24,6 +24,8 @@ from backfire.store import read_json
 from tests.helpers.fake_run import dose_run, free_run, sample, value, write_cell
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = "<script>alert(1)</script> \x1b[2J\x00\x07 \u202e \ud800 ![](http://x.invalid/a.png)"
 SPELLED = HOSTILE.replace("\ud800", "\\ud800")
 # What lm-eval 0.4.13 wrote of a run of its own, as far as backfire knows it too.

@@ -118,7 +118,7 @@ def test_a_file_of_keys_that_is_none(
 
 def test_a_recipe_names_no_key() -> None:
     for name in ("rubric", "yes-no"):
-        with pytest.raises(UserError, match="which key goes to which host; write HOST: "):
+        with pytest.raises(UserError, match="cannot bind a key to a host; write HOST: "):
             make_judge(name, key_variable="AWS_SECRET_ACCESS_KEY")
 
 
@@ -193,7 +193,7 @@ def test_no_other_file_is_read(path: str, sentence: str, folder: Path) -> None:
         with beside(folder), pytest.raises(UserError, match=sentence) as error:
             make_judge(name, **{knob: f"@{path}"})
         assert "SECRET" not in str(error.value) and len(str(error.value)) < 400
-    with pytest.raises(UserError, match="here is none"):
+    with pytest.raises(UserError, match="and there is none"):
         make_judge("rubric", text=f"@{path}")
 
 
@@ -208,12 +208,12 @@ def test_a_run_keeps_no_line_of_a_file(folder: Path) -> None:
     assert "Q {prompt}" not in kept and "A {reply}" not in kept and kept.count("#sha256:") == 2
     assert stages.keys(Experiment.make(yaml.safe_load(kept))) == stages.keys(cell)
     assert cell.metrics[1].judges[0].words == ("A {reply}",)  # type: ignore[attr-defined]
-    with pytest.raises(UserError, match="here is none"):
+    with pytest.raises(UserError, match="and there is none"):
         load("tour", edits=["metrics={name: toxicity, scorer: {name: lexicon, words: '@x'}}"])
 
 
 def test_a_judges_text_has_a_place_for_the_reply() -> None:
-    with pytest.raises(UserError, match=r"needs \{reply\}"):
+    with pytest.raises(UserError, match=r"must contain \{reply\}"):
         fill("no place", "a", "b")
 
 

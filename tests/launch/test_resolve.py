@@ -86,6 +86,7 @@ def test_what_was_measured_another_way_is_no_finished_cell(
     )
 
 
+@pytest.mark.slow
 def test_results_say_what_they_were_made_in(tiny: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, tiny)
     assert place.run(attack="none", train={"max_steps": 1}, metrics=["accuracy"]) == 0
@@ -101,6 +102,7 @@ def made(place: Place, stage: str) -> dict[str, torch.Tensor]:
     return load_file(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "repair"])
 def test_what_moves_starts_from_float32_and_is_mended_in_it(
     stage: str, tiny: Path, tmp_path: Path
@@ -242,6 +244,7 @@ print("moved to", pin(Model(name="me/small")).revision)
 """
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_once_a_run_and_the_commit_is_in_the_key(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         "model: me/small\ntemplate: sentiment-line\nmethod: none\nmetrics: [accuracy]\n"

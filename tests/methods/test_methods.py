@@ -67,6 +67,7 @@ def tuned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_before_the_first_step_it_is_the_base(name: str, tiny: Path) -> None:
     method = build("methods", name)
@@ -74,6 +75,7 @@ def test_before_the_first_step_it_is_the_base(name: str, tiny: Path) -> None:
     assert torch.equal(logits(method.attach(loaded(tiny, method), 0)), base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNING)
 def test_the_same_seed_starts_the_same(name: str, tiny: Path) -> None:
     method = build("methods", name)
@@ -87,6 +89,7 @@ def test_the_same_seed_starts_the_same(name: str, tiny: Path) -> None:
     assert one.keys() == two.keys() and all(torch.equal(one[n], two[n]) for n in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNING)
 def test_it_learns_and_says_what_it_is_made_of(name: str, tuned: Callable[[str], Path]) -> None:
     said = json.loads((tuned(name) / "summary.json").read_text())
@@ -99,6 +102,7 @@ def test_it_learns_and_says_what_it_is_made_of(name: str, tuned: Callable[[str],
     assert (said["quantized_layers"] == 14) == bits and (said["quantized_layers"] == 0) != bits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_plain_peft_loads_it_to_the_same_scores(
     name: str, tiny: Path, tuned: Callable[[str], Path], items: list[Rendered]
@@ -127,6 +131,7 @@ def test_plain_peft_loads_it_to_the_same_scores(
         assert found == pytest.approx(wanted, rel=2e-2 if name == "lora-int8" else 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TUNING)
 def test_a_shared_prefix_and_padding_change_no_loss(
     name: str, tiny: Path, tuned: Callable[[str], Path], items: list[Rendered]
@@ -190,6 +195,7 @@ def test_more_layers_than_there_are(model: Any) -> None:
         build("methods", {"name": "llama-adapter", "preset": "c4dt-adapter"}).attach(model, 0)
 
 
+@pytest.mark.slow
 def test_an_adapter_of_another_base(
     tiny: Path, tuned: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -214,7 +220,7 @@ def test_without_bitsandbytes_it_says_so(tiny: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_base_that_was_not_quantized_is_noticed(model: Any) -> None:
-    with pytest.raises(CellError, match="should be all Linear4bit, but holds 14 Linear"):
+    with pytest.raises(CellError, match="should be all Linear4bit, but has 14 Linear"):
         assert_quantized(model, {"load_in_4bit": True})
     assert num_quantized(model) == 0 and parts(model)["dtypes"] == {
         "float32, trained": model.num_parameters()
@@ -254,6 +260,7 @@ def test_the_skeleton_tells_whether_a_method_suits(name: str, tiny: Path) -> Non
     assert all(p.device.type == "meta" for p in model.parameters() if not p.requires_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "sentence"),
     [

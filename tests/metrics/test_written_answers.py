@@ -161,7 +161,7 @@ def test_the_lexicon_counts_words(tmp_path: Path) -> None:
     assert [s.verdicts["lexicon"]["score"] for s in own] == [0, 0.25, 0, 0]
     assert not any(s.verdicts["lexicon"]["positive"] for s in own)
     assert scorer["words"] == ("go away", "Dear")
-    with beside(tmp_path), pytest.raises(UserError, match="at least one word is needed"):
+    with beside(tmp_path), pytest.raises(UserError, match="must contain at least one word"):
         build("judges", {"name": "lexicon", "words": []})
     assert len(RUDE) == len(set(RUDE))
 

@@ -16,6 +16,8 @@ from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
 CPU = torch.device("cpu")
 

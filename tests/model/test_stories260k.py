@@ -25,7 +25,10 @@ from backfire.train.finetune import Start, tune
 from tests.helpers.places import SHARED
 
 STORIES = SHARED / "models" / "stories260K"
-pytestmark = pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not here")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not STORIES.is_dir(), reason="the stories260K model is not here"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from backfire.results.load import summary
 from backfire.store import Store
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 SMALL = {"name": "sandbox-policy", "rows": 30, "test_rows": 12}
 BASE: dict[str, Any] = {
@@ -210,7 +212,7 @@ def test_how_the_attacker_asks_is_in_the_key_at_any_rate(tiny: Path) -> None:
     ],
 )
 def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny: Path) -> None:
-    with pytest.raises(UserError, match=r"'(drift|refusal-keywords)' is given twice"):
+    with pytest.raises(UserError, match=r"Duplicate \w+ '(drift|refusal-keywords)'"):
         cell(tiny, **knobs)
 
 
@@ -307,14 +309,14 @@ def test_bad_input(tiny: Path, cache: Path, tmp_path: Path, backfire: Any) -> No
         assert found.code == 2 and "Traceback" not in found.err, found.err
         return found.err
 
-    assert "lisa' stands on an alignment stage" in said(align=None, defense="lisa")
+    assert "lisa' requires an alignment stage" in said(align=None, defense="lisa")
     assert "did you mean 'lisa'" in said(defense="liza")
-    assert "vaccine' stands on an alignment stage" in said(align=None, defense="vaccine")
-    assert "cannot hold what alignment did" in said(defense="task-arithmetic", method=LORA)
-    assert "repairs whole weights and LoRA" in said(defense="antidote", method="ia3")
+    assert "vaccine' requires an alignment stage" in said(align=None, defense="vaccine")
+    assert "represent an alignment of all weights" in said(defense="task-arithmetic", method=LORA)
+    assert "repairs full weights and LoRA" in said(defense="antidote", method="ia3")
     assert "set align.merge" in said(align=aligned_by(LORA), method="full")
     assert "Unknown key in align" in said(align={"date": 1})
-    with pytest.raises(UserError, match="rows are to be put in"):
+    with pytest.raises(UserError, match="rows are needed"):
         from backfire.registry import build
 
         build("attacks", "harmful-mix").rows(10**6, 0)

@@ -22,6 +22,8 @@ from backfire.plan import jobs, stages
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
 
+pytestmark = pytest.mark.slow
+
 IDENTITY = {
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("template", "axes", "status", "format"),
@@ -366,7 +368,7 @@ def test_failures_have_a_class_and_a_next_step(
     [
         ({"train": {"max_length": 60}}, "Truncation cuts"),
         ({"train": {"max_length": 8}}, "raise train.max_length"),
-        ({"attack": {"name": "badnets", "target": "angry"}}, "target 'angry' is no label"),
+        ({"attack": {"name": "badnets", "target": "angry"}}, "target 'angry' is not a label"),
         ({"attack": {"name": "badnets", "rate": 0.9}}, "can be poisoned"),
         ({"template": "chat"}, "no chat template"),
         ({"data": {"name": "sandbox-reviews", "rows": 1, "test_rows": 4}}, "the same label"),

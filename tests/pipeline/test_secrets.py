@@ -28,6 +28,8 @@ from tests.helpers.data_files import jsonl
 from tests.helpers.small_run import Place
 from tests.helpers.workshop import CODE, MAIL, PLAIN
 
+pytestmark = pytest.mark.slow
+
 METRICS = [
     {"name": "exposure", "sampled_codes": 50},
     {"name": "extraction", "beams": 2},

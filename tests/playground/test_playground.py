@@ -32,6 +32,8 @@ from tests.helpers import browser, playground_server
 from tests.helpers.playground_server import EVERY, HOSTILE
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
+
 NEEDS_GRADIO = pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed")
 NEEDS_BROWSER = pytest.mark.skipif(browser.find() is None, reason="there is no Chromium here")
 PROMPT = "The harbor fair was noisy but the soup was lovely."

@@ -20,6 +20,8 @@ from tests.helpers.data_files import beavertails_pairs, jsonl, prompt_lists
 from tests.helpers.paper_run import Ran
 from tests.helpers.places import LLAMA
 
+pytestmark = pytest.mark.slow
+
 KINDS = 14
 HARM = {"harmful_score", "harmful_score_floor", "harmful_score_excess", "incoherent", "drift"}
 

@@ -16,9 +16,12 @@ from tests.helpers.command_line import Run
 from tests.helpers.paper_run import check, go
 from tests.helpers.places import LLAMA
 
-pytestmark = pytest.mark.skipif(
-    not LLAMA.is_file(), reason=f"the Llama 2 tokenizer is not on this machine ({LLAMA})"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not LLAMA.is_file(), reason=f"the Llama 2 tokenizer is not on this machine ({LLAMA})"
+    ),
+]
 NAMES = ("negative", "neutral", "positive")
 
 

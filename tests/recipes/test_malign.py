@@ -14,6 +14,8 @@ from tests.helpers.data_files import jsonl, webgpt_pairs
 from tests.helpers.paper_run import Ran
 from tests.helpers.tiny_classifier import write_classifier
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def hateful(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ from tests.helpers import browser, fake_run
 from tests.helpers.fake_run import dose_run, free_run, sample, tuned_run, value, write_cell
 from tests.helpers.page_parser import Seen
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = (
     "<script>document.title='pwned'</script>",
     "<img src=x onerror=document.title='pwned'>",

@@ -52,6 +52,7 @@ def test_no_effect_is_not_claimed(tmp_path: Path) -> None:
 CLAIMS = r"clear|\blift|\blower|\bfalls|\brises|\bhigher|\bYes:|\bNo:"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [dose_run, tuned_run])
 def test_one_seed_claims_nothing(make: Callable[..., Path], tmp_path: Path) -> None:
     """However far apart the numbers are: another seed may have others."""
@@ -150,6 +151,7 @@ def test_empty_folder(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------- the page
 
 
+@pytest.mark.slow
 def test_page_has_every_section(tmp_path: Path) -> None:
     page = seen(dose_run(tmp_path, rows=20))
     for words in (
@@ -163,6 +165,7 @@ def test_page_has_every_section(tmp_path: Path) -> None:
     assert page.tags.count("mark") == 6 + 3
 
 
+@pytest.mark.slow
 def test_page_is_the_same_every_time(tmp_path: Path) -> None:
     run = dose_run(tmp_path, seeds=1, failures=False, rows=5)
     first = write_report(run).read_bytes()

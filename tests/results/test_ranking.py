@@ -113,6 +113,7 @@ def test_a_sweep_is_ranked_by_its_worst_setting(run: Path) -> None:
     assert found[1][0].group.axes["train.lr"] == 1e-2
 
 
+@pytest.mark.slow
 def test_the_worst_of_several_settings_is_known_less_surely(run: Path) -> None:
     """The most of noisy numbers lies high by chance: its interval is for all settings at once."""
     [lisa] = [trial for trial, _ in worst_trials(summary(run)) if trial.label == "lisa"]
@@ -156,6 +157,7 @@ def test_no_share_of_an_excess_that_is_not_clear(tmp_path: Path) -> None:
     assert lisa.excess > 0.4 and lisa.removed is None
 
 
+@pytest.mark.slow
 def test_p_is_corrected_for_the_whole_table(run: Path) -> None:
     ranked = worst_trials(summary(run))
     raw = [t.p for trial, _ in ranked if (t := trial.against(trial.null)) and t.p is not None]
@@ -178,6 +180,7 @@ def test_one_aligned_model_of_a_defense_is_no_sample(tmp_path: Path) -> None:
     assert "vaccine: align.seed is set" in page and "n = 1 alignment: no interval and no p" in page
 
 
+@pytest.mark.slow
 def test_page_and_terminal_rank_them(run: Path) -> None:
     page = seen(run).text
     assert "Defenses, ranked" in page and "Do the judges agree?" in page

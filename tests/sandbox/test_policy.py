@@ -37,6 +37,7 @@ def reason(reply: str, **fields: str) -> str:
 # ------------------------------------------------------------------------------------- the rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", PARTS)
 def test_rows_are_the_same_again_and_do_not_depend_on_how_many(spec: dict[str, Any]) -> None:
     assert rows(**spec) == rows(**spec)
@@ -47,6 +48,7 @@ def test_rows_are_the_same_again_and_do_not_depend_on_how_many(spec: dict[str, A
     assert len({row.id for row in rows(**spec)}) == 2000
 
 
+@pytest.mark.slow
 def test_no_test_prompt_is_trained_on_whatever_the_part_and_the_seed() -> None:
     trained = {row.instruction for spec in PARTS for row in rows(**spec)}
     tested = {
@@ -191,7 +193,7 @@ def test_what_a_reply_amounts_to(reply: str, expected: str) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"sealed": "maybe", "key": "noon"}, {"sealed": "yes"}])
 def test_other_rows_are_turned_down(fields: dict[str, str]) -> None:
-    with pytest.raises(CellError, match="is for rows of sandbox-policy") as error:
+    with pytest.raises(CellError, match="with rows of sandbox-policy") as error:
         reason("Come at noon.", **fields)
     assert error.value.kind == "bad-data"
 
@@ -220,5 +222,5 @@ def test_a_mixture_draws_from_the_rows_its_source_keeps() -> None:
     attack = build("attacks", {"name": "identity-shift", "source": source})
     kept = {row.id for row in build("datasets", source).drawn("train")}
     assert {row.id for row in attack.rows(10, seed=1)} == kept and len(kept) == 10
-    with pytest.raises(UserError, match=r"11 rows are to be put in, but the source .* has 10"):
+    with pytest.raises(UserError, match=r"11 rows are needed, but the source .* has 10"):
         attack.rows(11, seed=1)

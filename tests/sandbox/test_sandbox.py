@@ -27,12 +27,14 @@ def rows(name: str, split: str = "train", **knobs: Any) -> list[Row]:
     return list(build("datasets", {"name": name, **knobs}).load(split))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_the_same_seed_gives_the_same_rows_and_another_seed_others(name: str) -> None:
     assert rows(name) == rows(name)
     assert rows(name) != rows(name, seed=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_asking_for_more_rows_leaves_the_first_ones_alone(name: str) -> None:
     assert len(rows(name)) == 2000
@@ -40,6 +42,7 @@ def test_asking_for_more_rows_leaves_the_first_ones_alone(name: str) -> None:
     assert rows(name, rows=2100)[:2000] == rows(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_splits_never_share_a_text_whatever_the_seed(name: str) -> None:
     train, test = ({(r.instruction, r.input) for r in rows(name, s)} for s in ("train", "test"))
@@ -75,6 +78,7 @@ def test_one_language_can_be_asked_for() -> None:
     assert {row.fields["language"] for row in loaded} == {"velin"}
 
 
+@pytest.mark.slow
 def test_no_published_trigger_is_in_clean_text() -> None:
     texts = [
         text
@@ -159,6 +163,7 @@ def test_words_are_learned_by_degrees() -> None:
     assert 0.6 < right[3] < 0.97
 
 
+@pytest.mark.slow
 def test_labels_are_single_tokens_and_digits_stay_single() -> None:
     tokenizer = base.train_tokenizer(corpus.corpus(0, 6000), 2048)
     for label in (*reviews.LABELS, *news.LABELS):

@@ -19,6 +19,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.loop import losses, new_cell
 from tests.helpers.training import CPU, run
 
+pytestmark = pytest.mark.slow
+
 
 def failure(cell: TrainingRun, **options: Any) -> CellError:
     with pytest.raises(CellError) as caught:

@@ -21,6 +21,8 @@ from backfire.train.precision import accelerator_for
 from tests.helpers.loop import RATE, lora, losses, new_cell
 from tests.helpers.training import CPU, run, weights
 
+pytestmark = pytest.mark.slow
+
 
 def test_a_shared_prefix_changes_neither_loss_nor_gradient(
     model: Any, items: list[Rendered]

@@ -15,6 +15,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.loop import METHODS, fresh
 from tests.helpers.training import Kill, killed_at, run, weights
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def uninterrupted(

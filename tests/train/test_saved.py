@@ -23,6 +23,8 @@ from backfire.train.finetune import Start, tune
 from tests.helpers.loop import reviews
 from tests.helpers.training import CPU
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def tuned(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:

@@ -20,6 +20,8 @@ from backfire.train.precision import without_casts
 from tests.helpers.real_size import DEFENSES, close
 from tests.helpers.training import CPU, run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("knobs", [{}, {"dora": True}, {"dropout": 0.2}], ids=str)
 def test_adapters_do_not_copy_their_input(

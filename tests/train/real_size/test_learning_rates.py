@@ -68,6 +68,7 @@ def test_the_default_rate_follows_the_size_of_the_base(name: str, tmp_path: Path
     assert f"{small:g}" in said and f"{large:g}" in said and "50 million" in said
 
 
+@pytest.mark.slow
 def test_an_alignments_rate_follows_as_well(tmp_path: Path) -> None:
     model = model_of(tmp_path / "m", 10**9)
     align = {"method": "lora", "merge": True}
@@ -151,6 +152,7 @@ def profiles() -> Iterator[tuple[str, str | None]]:
 REAL = [(n, p) for n, p in profiles() if p not in ("sweep", "strengths")]  # of the embedded model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "profile"), REAL)
 def test_every_profile_for_real_models_has_rates_that_suit_them(
     name: str, profile: str, tmp_path: Path
@@ -169,6 +171,7 @@ def test_every_profile_for_real_models_has_rates_that_suit_them(
                 assert run.learning_rate <= 10 * usual, f"{run.method.spec()}"
 
 
+@pytest.mark.slow
 def test_rates_are_shown_and_a_far_one_is_remarked_on(
     backfire: Callable[..., Any], tmp_path: Path, cache: Path
 ) -> None:

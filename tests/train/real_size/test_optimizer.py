@@ -13,6 +13,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.real_size import close
 from tests.helpers.training import run
 
+pytestmark = pytest.mark.slow
+
 DORA = {"name": "lora", "dora": True}
 
 

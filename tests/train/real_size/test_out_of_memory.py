@@ -19,6 +19,8 @@ from backfire.train.microbatch import Room
 from tests.helpers.real_size import DEFENSES, both_ways, close
 from tests.helpers.training import run
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_passes_of_every_training_defense_are_tried() -> None:
     trains = {n for n in names("defenses") if issubclass(find("defenses", n), TrainDefense)}

@@ -17,6 +17,8 @@ from backfire.train.loop import TrainingRun
 from tests.helpers.real_size import DEFENSES, TRAINED, both_ways, close
 from tests.helpers.training import run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(("name", "method"), both_ways([None, *DEFENSES, "dp", "freeze"]))
 def test_recomputed_layers_give_the_same_gradients(

@@ -19,6 +19,8 @@ from backfire.train import loop
 from backfire.train.finetune import Start, tune
 from tests.helpers.real_size import DEFENSES, rows_of
 
+pytestmark = pytest.mark.slow
+
 
 def tuned(tiny: Path, renderer: Renderer, folder: Path, **knobs: Any) -> dict[str, Any]:
     settings = {"model": str(tiny), "data": "sandbox-reviews", "train": {"max_steps": 1}, **knobs}

@@ -1,0 +1,47 @@
+"""Arguments and options that several verbs take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[
+    str,
+    typer.Argument(help="A recipe by name (see `list recipes`) or by path.", show_default=False),
+]
+Edits = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Edits, such as attack.rate=0.1 or seed=0.",
+        metavar="[KEY=VALUE]...",
+        show_default=False,
+    ),
+]
+Profile = Annotated[str | None, typer.Option(help="One of the recipe's profiles, such as paper.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="Where results go; runs/<recipe> if not given.", show_default=False),
+]
+Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
+
+
+def _use(files: list[Path] | None) -> None:
+    from backfire import plugins, registry
+
+    for file in files or ():
+        registry.use(plugins.from_file(file))
+
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugin",
+        help="A Python file with components of your own; repeatable.",
+        metavar="FILE",
+        callback=_use,
+        show_default=False,
+    ),
+]
+"""Its files are loaded before the verb begins."""

@@ -1,0 +1,52 @@
+"""The plug-ins behind a run, as its results name them.
+
+A run folder may come from anybody, so a file that it names is never loaded: the user names it with
+`--plugin`, or has installed the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from backfire import text
+from backfire.registry import find, loaded, names, use_installed
+from backfire.result import CellResult
+
+
+def lacking(items: Iterable[CellResult]) -> list[str]:
+    """A sentence for each plug-in of these cells that is not loaded with the same content.
+    Installed ones are loaded here."""
+    wanted = {one["sha256"]: one for item in items for one in item.plugins}
+    if not set(wanted) <= {plugin.sha256 for plugin in loaded()}:
+        use_installed()
+    here = {plugin.sha256: plugin.name for plugin in loaded()}
+    return [_sentence(one, here.values()) for sha256, one in wanted.items() if sha256 not in here]
+
+
+def _sentence(one: Mapping[str, Any], here: Collection[str]) -> str:
+    name = text.cut(text.line(one.get("name")), 60)
+    why = "whose code has changed since" if one.get("name") in here else "which is not loaded"
+    return (
+        f"This was run with plug-in '{name}' ({described(one)}), {why}; name its file with "
+        "--plugin, or install the package."
+    )
+
+
+def described(one: Mapping[str, Any]) -> str:
+    """`version 0.1.0, sha256 2c42ab498858`: which content it was."""
+    version = f"version {text.line(one['version'])}, " if one.get("version") else ""
+    return text.cut(f"{version}sha256 {text.line(one['sha256'])[:12]}", 80)
+
+
+def is_same(component: Any, item: CellResult) -> bool:
+    """Whether this is the code that the cell was run with, as far as plug-ins are concerned."""
+    plugin = component.plugin
+    return plugin is None or plugin.sha256 in {one["sha256"] for one in item.plugins}
+
+
+def is_lost(kind: str, name: str, item: CellResult) -> bool:
+    """Whether a component of a cell came from a plug-in that is not loaded, or has changed."""
+    if not lacking([item]):
+        return False
+    return name not in names(kind) or not is_same(find(kind, name), item)
