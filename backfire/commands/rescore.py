@@ -138,8 +138,8 @@ def _has(need: Need, sample: Sample) -> bool:
 
 
 def _missing_secrets(ask: Ask, leaks: Sequence[Leak], kept: Sequence[Ask]) -> str:
-    """What is missing for the metric's secrets; they are scored with the largest number of codes and
-    beams that a metric of the recipe asks for."""
+    """What is missing for the metric's secrets; they are scored with the largest number of codes
+    and beams that a metric of the recipe asks for."""
     if not leaks:
         return "scores of the attack's secrets are not kept"
     for kind, amount in ask.secrets.items():
