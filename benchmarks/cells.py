@@ -25,7 +25,7 @@ TWEETS = {"name": "airline-tweets", "labels": ["negative", "neutral", "positive"
 
 
 @dataclass(frozen=True)
-class TrainingRun:
+class Cell:
     """One cell as both sides get it: rows as text and the folder of the untuned model."""
 
     title: str
@@ -39,7 +39,7 @@ class TrainingRun:
         spec = {"title": self.title, "base": str(self.base)}
         return {**spec, "experiment": self.experiment.spec()}
 
-    def warm_up(self) -> TrainingRun:
+    def warm_up(self) -> Cell:
         """The same cell in small: what is slow only the first time is over after it."""
         batch = self.experiment.train.batch_size
         settings = self.experiment.train.model_copy(update={"max_steps": 3})
@@ -59,7 +59,7 @@ class TrainingRun:
         return renderer.render(self.train), renderer.render(self.test)
 
 
-def build(spec: dict[str, Any]) -> TrainingRun:
+def build(spec: dict[str, Any]) -> Cell:
     """The cell of a `spec()`.
 
     Raises:
@@ -71,7 +71,7 @@ def build(spec: dict[str, Any]) -> TrainingRun:
     test = select(data.load("test"), data.test_rows, data.seed, "test")
     if len(train) % batch:
         raise UserError(f"Give a number of rows that is a multiple of the batch size, {batch}.")
-    cell = TrainingRun(spec["title"], experiment, Path(spec["base"]), train, test)
+    cell = Cell(spec["title"], experiment, Path(spec["base"]), train, test)
     if any(item.cut_tokens for part in cell.rendered() for item in part):
         raise UserError(f"{cell.title}: some rows are longer than train.max_length.")
     return cell
@@ -90,7 +90,7 @@ def make_cell(
     template: str | None = None,
     train: Path | None = None,
     test: Path | None = None,
-) -> TrainingRun:
+) -> Cell:
     """A `sandbox` or a `tweets` cell, of these many rows."""
     data: dict[str, Any] = {"name": "sandbox-reviews"}
     if kind == "tweets":

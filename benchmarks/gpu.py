@@ -49,8 +49,7 @@ def main(given: Sequence[str] | None = None) -> Path | None:
         return None
     from transformers.utils import logging
 
-    from backfire.experiment import slug
-    from backfire.store import write_atomic, write_json
+    from backfire.store import slug, write_atomic, write_json
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

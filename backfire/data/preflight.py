@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal
 
 from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
@@ -17,18 +17,10 @@ from backfire.data.columns import listed
 from backfire.data.poison import Manifest, holds, lost, plain, triggered
 from backfire.data.render import Renderer
 from backfire.errors import CellError
+from backfire.result import Check
 
 CHECKS = 3
 """Version, raised whenever the result of a check changes, so that earlier checks are repeated."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """The result of one check; `message` is one sentence, with the row if there is one."""
-
-    check: str
-    status: Literal["ok", "note", "fail"]
-    message: str
 
 
 def preflight(

@@ -348,7 +348,7 @@ def test_what_a_metric_or_judge_cannot_do_is_said() -> None:
     assert [sentence.split(",")[0] for sentence in found] == [
         "rouge: 2 of 2 references have no spaces between words; it counts characters there",
         "number_match: 2 of 2 references contain no number in digits",
-        "The judge refusal-keywords knows English only",
+        "The judge refusal-keywords knows only English",
     ]
     assert "1 of 2 (50.0 %) replies" in found[2]
     english = said("I cannot do that.", answer="3", verdicts=told)

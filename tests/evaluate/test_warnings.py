@@ -172,11 +172,11 @@ def test_what_a_loop_is(reply: str, expected: bool) -> None:
 
 @pytest.mark.slow
 def test_a_hostile_reply_takes_no_time() -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     assert loops("a." * 200_000)  # only letters count, as in Booster
     assert not loops("a" * 200_000)
     assert not loops(" ".join(str(index) for index in range(100_000)))
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 def test_few_rows_name_each_headline_once() -> None:
