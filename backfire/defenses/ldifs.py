@@ -39,7 +39,7 @@ class LDIFS(TrainDefense):
     batch; for 10 rows of 200 tokens it corresponds to 0.2 here."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _LDIFSHook(self, run)
+        return _LDIFSHook(self, run) if self.strength else TrainHook()
 
 
 class _LDIFSHook(TrainHook):
@@ -53,13 +53,11 @@ class _LDIFSHook(TrainHook):
         self.layers = {n: m for n, m in modules if n.rpartition(".")[2] == "mlp"}
         if not self.layers:
             raise UserError(f"{knobs.label()} requires modules named 'mlp'; the model has none.")
-        self.start = run.weights() if knobs.strength else {}
+        self.start = run.weights()
         self.tuned: dict[str, Tensor] = {}
         self.reference: dict[str, Tensor] = {}
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
-        if not self.knobs.strength:
-            return inner(rows)
         handles = [m.register_forward_hook(partial(self._keep, n)) for n, m in self.layers.items()]
         try:
             return inner(rows)
@@ -81,8 +79,6 @@ class _LDIFSHook(TrainHook):
     ) -> Tensor:
         import torch
 
-        if not self.knobs.strength:
-            return losses
         with self.run.at(self.start):
             self.run.logits(rows)
         width, parts = labels.shape[1], []

@@ -180,6 +180,16 @@ def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tens
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-probabilities [..., vocab] in at least float32."""
+    return wide(logits).log_softmax(-1)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy [row, answer] of each answer token in nats, 0 where the label is `IGNORE`."""
     flat = torch.nn.functional.cross_entropy(

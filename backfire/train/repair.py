@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from backfire.base import Rendered
 from backfire.errors import UserError
 from backfire.model.load import BELOW
-from backfire.train.batches import Batch, answer_logits, collate, token_losses
+from backfire.train.batches import Batch, answer_logits, collate, wide
 
 _TUNED = "default"  # PEFT's name of the adapter that was trained
 _INSIDE = "base_model.model."  # PEFT's prefix of the plain model
@@ -29,7 +29,7 @@ class Factor:
 
     def moved(self) -> Tensor:
         """The change of the weight [output, input], in at least float32."""
-        weight = _wide(self.layer.weight.detach())
+        weight = wide(self.layer.weight.detach())
         return weight if self.origin is None else weight - self._origin()
 
     @torch.no_grad()
@@ -46,7 +46,7 @@ class Factor:
 
     def _origin(self) -> Tensor:
         assert self.origin is not None
-        return _wide(self.origin.to(self.layer.weight.device))  # one matrix at a time
+        return wide(self.origin.to(self.layer.weight.device))  # one matrix at a time
 
 
 @dataclass(frozen=True)
@@ -77,21 +77,6 @@ class Repair:
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the model before alignment, by name in the plain model."""
     batch_size: int = 16
-
-    def run(self, model: PreTrainedModel, rows: Sequence[Rendered]) -> None:
-        """Run forward passes over these rows, for module hooks."""
-        self.each(model, rows, lambda losses: None)
-
-    @torch.no_grad()
-    def each(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[Rendered],
-        look: Callable[[Tensor], None],
-    ) -> None:
-        """Pass the token losses [row, answer] of each batch to `look`."""
-        for batch in self._batches(model, rows):
-            look(token_losses(answer_logits(model, batch), batch.labels))
 
     @torch.no_grad()
     def input_power(
@@ -149,13 +134,13 @@ class Repair:
         """The alignment stage's update of this weight of the plain model; None if unchanged."""
         if BELOW in getattr(model, "peft_config", ()):
             layer = dict(_adapted(model, BELOW)).get(name)
-            update = None if layer is None else _wide(layer.get_delta_weight(BELOW).detach())
+            update = None if layer is None else wide(layer.get_delta_weight(BELOW).detach())
         else:
             # The stored base may be more precise than the loaded model; rounding is not a change.
             after, before = start.get(name), self.base.get(name)
             if after is None or before is None:
                 return None
-            update = (_wide(after) - _wide(before.to(after))).to(model.device)
+            update = (wide(after) - wide(before.to(after))).to(model.device)
         return update if update is not None and bool(update.any()) else None
 
     def aligned_factors(self, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -222,7 +207,3 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         name.removeprefix(_INSIDE).replace(".base_layer.", "."): weight.detach()
         for name, weight in model.named_parameters()
     }
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
