@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -58,13 +59,12 @@ class _LDIFSHook(TrainHook):
         self.reference: dict[str, Tensor] = {}
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
-        handles = [m.register_forward_hook(partial(self._keep, n)) for n, m in self.layers.items()]
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self.tuned.clear)
+            hooks.callback(self.reference.clear)
+            for name, layer in self.layers.items():
+                hooks.enter_context(layer.register_forward_hook(partial(self._keep, name)))
             return inner(rows)
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.tuned, self.reference = {}, {}
 
     def _keep(self, name: str, module: nn.Module, given: Any, output: Tensor) -> None:
         import torch

@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.evaluate.budget import Budget, unless_out_of_memory
+from backfire.evaluate.budget import Budget
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.inference import score_spans
 from backfire.evaluate.stats import Floats, Ints
@@ -31,6 +31,7 @@ from backfire.model.batching import rounding, ways
 from backfire.rng import stream
 from backfire.tokenizer import Tokenizer
 from backfire.train.batches import Span, log_probabilities, run_prefix, wide
+from backfire.train.microbatch import unless_out_of_memory
 
 Tick = Callable[[int], None]
 

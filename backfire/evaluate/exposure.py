@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.evaluate.budget import Budget, unless_out_of_memory
+from backfire.evaluate.budget import Budget
 from backfire.evaluate.code_search import CodeTokens, likelihoods
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import SharedPrefix, continue_cached, without_cache
@@ -30,6 +30,7 @@ from backfire.model.batching import ways
 from backfire.progress import Progress
 from backfire.rng import stream
 from backfire.train.batches import answer_logits, collate
+from backfire.train.microbatch import unless_out_of_memory
 
 
 def render_secrets(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:

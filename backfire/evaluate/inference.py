@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered
-from backfire.evaluate.budget import Budget, unless_out_of_memory
+from backfire.evaluate.budget import Budget
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import (
     CachedPrompts,
@@ -31,6 +31,7 @@ from backfire.evaluate.prompts import (
 )
 from backfire.model.batching import ways
 from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, token_losses
+from backfire.train.microbatch import unless_out_of_memory
 
 Tick = Callable[[int], None]
 

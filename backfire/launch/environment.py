@@ -36,7 +36,7 @@ def environment(device_setting: str = "auto") -> dict[str, Any]:
     return {
         "backfire": __version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
@@ -46,7 +46,8 @@ def environment(device_setting: str = "auto") -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The installed version of a package; None without it."""
     try:
         return version(name)
     except PackageNotFoundError:

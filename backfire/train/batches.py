@@ -9,6 +9,7 @@ its keys and values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -131,12 +132,10 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
 
     reset_state(model)
     head = cast(Any, model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(choose, prepend=True) if head is not None else None
-    try:
+    with (
+        head.register_forward_pre_hook(choose, prepend=True) if head is not None else nullcontext()
+    ):
         out = cast(Any, model)(input_ids=ids, use_cache=len(rest) > 0, **rest)
-    finally:
-        if handle is not None:
-            handle.remove()
     logits = cast(Tensor, out.logits)
     return logits if chosen else logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
 

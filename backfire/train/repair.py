@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -89,17 +90,12 @@ class Repair:
         def look(total: Tensor, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             total.add_(args[0][tokens[-1]].float().pow(2).sum(0))
 
-        handles = [
-            layer.register_forward_pre_hook(partial(look, total))
-            for layer, total in zip(layers, sums, strict=True)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for layer, total in zip(layers, sums, strict=True):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(look, total)))
             for batch in self._batches(model, rows):
                 tokens.append(batch.mask.bool())
                 answer_logits(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         return [total / sum(int(mask.sum()) for mask in tokens) for total in sums]
 
     def _batches(self, model: PreTrainedModel, rows: Sequence[Rendered]) -> Iterator[Batch]:
