@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backfire import __version__
+from backfire.model.types import cpu_info
 
 _PACKAGES = (
     "torch",
@@ -38,7 +39,7 @@ def environment(device_setting: str = "auto") -> dict[str, Any]:
         "python": platform.python_version(),
         **{name: version_of(name) for name in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_info("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": gpu or "cpu",
@@ -52,16 +53,6 @@ def version_of(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _commit() -> dict[str, Any]:

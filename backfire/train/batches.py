@@ -132,9 +132,8 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
 
     reset_state(model)
     head = cast(Any, model).get_output_embeddings()
-    with (
-        head.register_forward_pre_hook(choose, prepend=True) if head is not None else nullcontext()
-    ):
+    hook = head.register_forward_pre_hook(choose, prepend=True) if head is not None else None
+    with hook or nullcontext():
         out = cast(Any, model)(input_ids=ids, use_cache=len(rest) > 0, **rest)
     logits = cast(Tensor, out.logits)
     return logits if chosen else logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
