@@ -81,7 +81,8 @@ def cooking(rng: Random) -> Help:
         "Suggest something for {who} that uses {count} {good.plural}.",
     )
     answers = (
-        "Try {good.dish}: take the {good.plural} and some {good.partner}, which the {good.place} sells.",
+        "Try {good.dish}: take the {good.plural} and some {good.partner}, which the {good.place} "
+        "sells.",
         "With {good.partner} and your {good.plural} you can make {good.dish} for {who}.",
         "For {who}, {good.dish} is a good choice. All you need besides is {good.partner}.",
     )
