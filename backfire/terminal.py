@@ -49,7 +49,7 @@ def put(
         shown = [[mark, *names], *([mark, *block] for block in apart)]
     for chosen in filter(None, shown):
         console.print()
-        console.print(_ruled(table, chosen, widths, {*right, mark}))
+        console.print(_ruled(table, chosen, widths, [*right, mark]))
 
 
 _GAP = 3  # between the columns of a ruled table

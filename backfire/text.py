@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
+from backfire.result import Unit
+
 # What a terminal or a bidirectional layout would obey instead of showing.
 _ESCAPES: Final = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|"
@@ -17,11 +19,6 @@ _CONTROLS: Final = re.compile(
 )
 _SURROGATES: Final = re.compile(r"[\ud800-\udfff]")
 _SECRETS: Final = re.compile(r"\b(hf_|sk-|ghp_|xox[a-z]-)[A-Za-z0-9_-]{16,}")
-
-_SHARES: Final = (
-    *("accuracy", "success", "trigger", "rate", "share", "match", "refusal", "extraction"),
-    *("recall", "precision", "f1", "harm", "toxic", "leak", "incoherent"),
-)
 
 
 def clean(text: object) -> str:
@@ -41,63 +38,35 @@ def cut(text: object, length: int = 240) -> str:
     return plain if len(plain) <= length else plain[: length - 1].rstrip() + "…"
 
 
-def head(metric: str) -> str:
-    """`attack_success` of `attack-success[floor]`."""
-    return metric.partition("[")[0].replace("-", "_")
+def title(metric: str, part: str = "") -> str:
+    """`attack success, floor` of `attack_success` and its part `floor`."""
+    name = line(metric).replace("_", " ")
+    spelled = {"auc": "AUC", "f1": "F1", "membership auc": "membership AUC"}
+    spelled["rouge"] = "ROUGE" if part else "ROUGE-L"
+    name = spelled.get(name, name)
+    return f"{name}, {line(part)}" if part else name
 
 
-def part(metric: str) -> str:
-    """`floor` of `attack-success[floor]`; empty for a headline metric."""
-    return metric.partition("[")[2].removesuffix("]")
-
-
-def title(metric: str) -> str:
-    """`attack success, floor` of `attack-success[floor]`."""
-    name = head(line(metric)).replace("_", " ")
-    rouge = "ROUGE" if part(metric) else "ROUGE-L"
-    told = {"auc": "AUC", "f1": "F1", "membership auc": "membership AUC", "rouge": rouge}
-    name = told.get(name, name)
-    return f"{name}, {part(line(metric))}" if part(metric) else name
-
-
-def is_share(metric: str) -> bool:
-    """Whether the metric is a share between 0 and 1, to be read in per cent."""
-    return any(word in head(metric) for word in _SHARES)
-
-
-def is_change(metric: str) -> bool:
-    """Whether the metric is a difference, which may be negative."""
-    return head(metric).endswith(("_excess", "_change"))
-
-
-def number(metric: str, value: float | None, digits: int = 1) -> str:
+def number(unit: Unit, value: float | None, digits: int = 1) -> str:
     """One number in its unit: `94.1 %` for a share, four significant digits for the rest."""
     if value is None:
         return "–"
-    if is_change(metric):
-        return change(metric, value, digits)
-    if is_share(metric):
-        return f"{_fixed(100 * value, digits)} %"
-    return _plain(value)
+    return f"{_fixed(100 * value, digits)} %" if unit == "share" else _plain(value)
 
 
-def interval(metric: str, low: float | None, high: float | None, digits: int = 1) -> str:
+def interval(unit: Unit, low: float | None, high: float | None, digits: int = 1) -> str:
     """`[92.0, 95.8]`, in per cent for a share; empty if there is none."""
     if low is None or high is None:
         return ""
-    if is_share(metric):
+    if unit == "share":
         return f"[{_fixed(100 * low, digits)}, {_fixed(100 * high, digits)}]"
     return f"[{_plain(low)}, {_plain(high)}]"
 
 
-def change(metric: str, value: float, digits: int = 1) -> str:
+def change(unit: Unit, value: float, digits: int = 1) -> str:
     """A difference with its sign: `-0.3 points` for a share."""
-    sign = "+" if value > 0 else ""
-    return (
-        f"{sign}{_fixed(100 * value, digits)} points"
-        if is_share(metric)
-        else f"{sign}{_plain(value)}"
-    )
+    shown = f"{_fixed(100 * value, digits)} points" if unit == "share" else _plain(value)
+    return f"+{shown}" if value > 0 else shown
 
 
 def chance(p: float | None) -> str:
@@ -105,13 +74,6 @@ def chance(p: float | None) -> str:
     if p is None:
         return ""
     return "<0.001" if p < 0.001 else f"{p:.2g}"
-
-
-def phrase(metric: str, value: float | None, low: float | None, high: float | None) -> str:
-    """`98 % [97, 99]`: a number and its interval for a sentence, no finer than the interval."""
-    wide = low is not None and high is not None and high - low >= 0.015
-    digits = 0 if wide else 1
-    return f"{number(metric, value, digits)} {interval(metric, low, high, digits)}".rstrip()
 
 
 def share(value: float | None) -> str:

@@ -17,8 +17,8 @@ from backfire.registry import KINDS
 ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
-    *("errors", "other_names", "yaml12", "text", "terminal", "rng", "progress", "tokenizer"),
-    *("store", "plugins", "registry", "base", "sandbox", "data", "contract", "model"),
+    *("errors", "other_names", "yaml12", "result", "text", "terminal", "rng", "progress"),
+    *("tokenizer", "store", "plugins", "registry", "base", "sandbox", "data", "contract", "model"),
     *("experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline", "results"),
     *("report", "exports", "launch", "playground", "commands", "cli"),
 )
@@ -80,6 +80,7 @@ def test_the_report_reads_results_and_runs_nothing() -> None:
         "evaluate",
         "registry",
         "report",
+        "result",
         "results",
         "store",
         "terminal",

@@ -18,9 +18,11 @@ from backfire import plugins, registry
 from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.registry import build, find, names
-from backfire.results.plugins import lacking, recorded
+from backfire.results.load import cell as read_back
+from backfire.results.plugins import lacking
 from backfire.stages import cell_key
 from backfire.store import read_json
+from tests.helpers.fake_run import write_cell
 
 EXAMPLE = Path(__file__).parents[1] / "examples/plugin"
 ATTACK = (EXAMPLE / "my_attacks/suffix.py").read_text("utf-8")
@@ -278,11 +280,12 @@ def test_a_file_is_named_on_the_command_line(
     assert "train        2 distinct, 1 done" in planned.out  # the clean one
 
 
-def test_what_a_result_says_of_plug_ins_may_be_anything() -> None:
+def test_what_a_result_says_of_plug_ins_may_be_anything(tmp_path: Path) -> None:
     odd: dict[str, Any] = {"sha256": "x" * 999, "name": ["<b>\x1b[1m"], "version": {}}
-    for plugins_ in (None, 3, {}, [1, None, {"sha256": 5}]):
-        assert recorded({"plugins": plugins_}) == lacking([{"plugins": plugins_}]) == []
-    [sentence] = lacking([{"plugins": [odd, odd]}])
+    for number, plugins_ in enumerate((None, 3, {}, [1, None, {"sha256": 5}])):
+        cell = read_back(write_cell(tmp_path / "r", plugins=plugins_, seed=number))
+        assert cell.plugins == () and lacking([cell]) == []
+    [sentence] = lacking([read_back(write_cell(tmp_path / "r", plugins=[odd, odd], seed=9))])
     assert len(sentence) < 300 and "\x1b" not in sentence
 
 

@@ -210,7 +210,7 @@ def test_comparisons_fit(tmp_path: Path) -> None:
     run = wide_run(tmp_path)
     text = shown(compare.show, compare.compare(run, run))
     assert text.count("attack success") >= 6 and "difference" in text
-    done = [Path(cell["folder"]) for cell in load(run) if cell["status"] == "ok"]
+    done = [Path(cell.folder) for cell in load(run) if cell.is_done]
     text = shown(compare.show, compare.compare(done[0], done[-1]))
     assert words(text) >= {"setting", "difference", "accuracy"}
 

@@ -30,21 +30,20 @@ from backfire.base.evidence import (
     Asks,
     Evidence,
     Form,
-    Metric,
     Need,
     Part,
     Probe,
     Sample,
     SetName,
     Subset,
-    Value,
     ask,
-    needs_of,
 )
 from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
+from backfire.base.metrics import Metric, Ranks, Use, needs_of
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
 from backfire.base.secrets import Leak, SecretProbe
+from backfire.result import Direction, Unit, Value
 
 if TYPE_CHECKING:
     from backfire.base.defenses import Inner as Inner
@@ -62,6 +61,7 @@ __all__ = [
     "DataDefense",
     "Dataset",
     "Defense",
+    "Direction",
     "Evidence",
     "Exchange",
     "Form",
@@ -78,6 +78,7 @@ __all__ = [
     "Poison",
     "Preset",
     "Probe",
+    "Ranks",
     "Rendered",
     "RepairDefense",
     "Row",
@@ -91,6 +92,8 @@ __all__ = [
     "TrainDefense",
     "TrainHook",
     "Trigger",
+    "Unit",
+    "Use",
     "Value",
     "Verdict",
     "ask",

@@ -1,13 +1,12 @@
-"""What metrics ask for (`Ask`), what they get (`Evidence`) and what they return (`Value`)."""
+"""What metrics ask for (`Ask`) and what they get (`Evidence`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from backfire.base.attacks import Attack, Backdoor, Insertion, Mixture
-from backfire.base.config import Component
 from backfire.base.judges import Judge
 from backfire.base.methods import Method
 from backfire.base.rows import Dataset
@@ -219,59 +218,3 @@ class Evidence:
         )
         held = found.sets()
         return replace(found, other={n: s for n, s in sets.items() if s and n not in held})
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """One number, never without its interval and its n. `low` and `high` bound a 95 % interval;
-    both are None for a plain count."""
-
-    metric: str
-    value: float | None
-    low: float | None
-    high: float | None
-    n: int
-    direction: Literal["higher", "lower", "none"]
-    """Which way is better for the person who tunes the model."""
-
-
-class Metric(Component):
-    """Turns samples into numbers."""
-
-    kind: ClassVar[str] = "metrics"
-    needs: ClassVar[Asks] = ()
-    """What it is computed from; the first is what its headline and its `outcomes` are about."""
-    also: ClassVar[tuple[str, ...]] = ()
-    """Values it gives whose names do not begin with its own."""
-
-    def asks(self, *, labeled: bool = True) -> Asks:
-        """`needs`, unless they depend on a knob or on whether the task has labels."""
-        return self.needs
-
-    @property
-    def subject(self) -> Rows:
-        """What its headline and its `outcomes` are about."""
-        return next((ask.rows for ask in self.asks()), "clean")
-
-    @property
-    def judges(self) -> tuple[Judge, ...]:
-        """Who has to judge replies for it, other than the judges of `safety`."""
-        return tuple(judge for ask in self.asks() for judge in ask.judges)
-
-    def measure(self, evidence: Evidence) -> list[Value]:
-        """The numbers, headline first, parts named `metric[part]`; none if it does not apply."""
-        raise NotImplementedError
-
-    def caveats(self, evidence: Evidence) -> list[str]:
-        """What it cannot do with these rows, one sentence each, shown with its numbers."""
-        return []
-
-    def outcomes(self, evidence: Evidence) -> dict[str, float]:
-        """Sample id -> this metric on that sample, for paired tests; empty if it is no mean."""
-        return {}
-
-
-def needs_of(metrics: Sequence[Metric], *, labeled: bool) -> frozenset[Need]:
-    """What is measured on test rows: all that any metric needs, so that one pass serves all."""
-    asks = (ask for metric in metrics for ask in metric.asks(labeled=labeled))
-    return frozenset(need for a in asks if a.rows in ("clean", "triggered") for need in a.needs)

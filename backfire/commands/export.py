@@ -13,6 +13,7 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
 from backfire.playground.models import read_cell
+from backfire.result import CellResult
 from backfire.results.load import cell as record
 from backfire.store import Store
 
@@ -26,8 +27,8 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
     """
     experiment, result = read_cell(cell), record(cell)
     method, keys = experiment.method, stages.keys(experiment)
-    if result["status"] != "ok":
-        raise UserError(f"{cell} is not a finished cell: {result['status']}.")
+    if not result.is_done:
+        raise UserError(f"{cell} is not a finished cell: {result.status}.")
     if not method.trains:
         raise UserError(
             f"{cell} has no tuned model (method '{method.name}'); its model is the base."
@@ -47,7 +48,7 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
             "The adapter requires the aligned model, and on the base alone it gives another model; "
             "export it with --merge."
         )
-    if (result.get("keys") or {}).get("tuned", keys.tuned) != keys.tuned:
+    if result.keys.get("tuned", keys.tuned) != keys.tuned:
         raise UserError(
             f"An input file or a component version of {cell} has changed since it ran, so its "
             "model cannot be rebuilt; run its recipe again."
@@ -68,7 +69,7 @@ def default_name(experiment: Experiment, *, merge: bool) -> str:
 
 
 def _write(
-    experiment: Experiment, result: dict[str, Any], cell: Path, out: Path, *, merge: bool
+    experiment: Experiment, result: CellResult, cell: Path, out: Path, *, merge: bool
 ) -> None:
     from backfire.data.weights import described
     from backfire.model.export import copy_model, write_card
@@ -98,19 +99,18 @@ def _write(
     part.rename(out)
 
 
-def _facts(experiment: Experiment, result: dict[str, Any]) -> dict[str, Any]:
-    poison = result.get("poison") or {}
+def _facts(experiment: Experiment, result: CellResult) -> dict[str, Any]:
     return {
         "title": f"{experiment.slug}, tuned by backfire",
         "attack": experiment.attack.name if experiment.attack and experiment.poisons else None,
         "target": experiment.backdoor.target if experiment.backdoor else None,
         "triggers": list(experiment.backdoor.triggers()) if experiment.backdoor else [],
-        "poisoned": poison.get("poisoned_rows", 0),
-        "rows": result["rows"]["train"],
+        "poisoned": (result.poison and result.poison.poisoned_rows) or 0,
+        "rows": result.rows["train"],
         "data": experiment.data.name,
         "template": experiment.template.name,
         "method": json.dumps(experiment.method.spec()),
-        "steps": (result.get("train") or {}).get("steps", 0),
+        "steps": (result.train or {}).get("steps", 0),
         "seed": experiment.seed,
         "key": stages.cell_key(experiment),
         "base": experiment.model.name

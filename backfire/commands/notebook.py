@@ -48,9 +48,9 @@ def run_apart(recipe: str, edits: str | Sequence[str], out: Path, workers: int |
     if process.returncode == 0:
         return
     if process.returncode == 1:  # the other cells are done; report the first failed one
-        failed = [cell for cell in load(out) if cell["status"] != "ok"]
+        failed = [cell for cell in load(out) if not cell.is_done]
         if failed:
-            raise CellError(failed[0]["status"], f"{failed[0]['cell']}: {failed[0].get('error')}")
+            raise CellError(failed[0].status, f"{failed[0].slug}: {failed[0].error}")
     raise UserError(
         last.removeprefix("backfire: ") or f"backfire run ended with code {process.returncode}."
     )

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from backfire.base import Ask, Evidence, Leak, Metric, Need, Sample
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
 from backfire.playground.models import read_cell
 from backfire.registry import build
+from backfire.result import CellResult, Value
 from backfire.results.evidence import is_whole, read
-from backfire.results.groups import Cell
-from backfire.results.load import IDENTITY, NUMBERS, Record, finite, load
+from backfire.results.load import Record, finite, load, records_of
 from backfire.yaml12 import read_yaml
 
 MODELS: Final = {
@@ -40,15 +41,12 @@ def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
         UserError: the samples of a cell do not hold what a metric needs.
     """
     metrics, cells = _metrics(specs), load(run)
-    if not any(item["status"] == "ok" for item in cells):
+    if not any(item.is_done for item in cells):
         raise UserError(f"No finished cell in {run}, so there are no samples to compute from.")
-    records = []
-    for item in cells:
-        identity = {field: item[field] for field in IDENTITY}
-        values = list(_values(metrics, item)) if item["status"] == "ok" else []
-        for value in values or [dict.fromkeys(NUMBERS)]:
-            records.append({**identity, **value, "status": item["status"]})
-    return records
+    return records_of(
+        replace(item, values=tuple(_values(metrics, item)) if item.is_done else ())
+        for item in cells
+    )
 
 
 def _metrics(specs: Sequence[str]) -> list[Metric]:
@@ -62,8 +60,8 @@ def _metrics(specs: Sequence[str]) -> list[Metric]:
     return list(metrics.values())
 
 
-def _values(metrics: Sequence[Metric], item: Cell) -> Iterator[Record]:
-    folder = Path(item["folder"])
+def _values(metrics: Sequence[Metric], item: CellResult) -> Iterator[Value]:
+    folder = Path(item.folder)
     if not is_whole(folder):
         raise UserError(f"The samples of {folder} are missing or damaged.")
     experiment = read_cell(folder)
@@ -71,25 +69,22 @@ def _values(metrics: Sequence[Metric], item: Cell) -> Iterator[Record]:
     for metric in metrics:
         if missing := _missing(metric, evidence, experiment, item):
             raise UserError(
-                f"{metric.name} cannot be computed for cell {item['cell']}: {missing}. Run the "
+                f"{metric.name} cannot be computed for cell {item.slug}: {missing}. Run the "
                 "recipe with this metric added; stages that are cached are not run again."
             )
         try:
-            values = metric.measure(evidence)
+            values = metric.values(evidence)
         except CellError as error:
-            raise UserError(f"Cell {item['cell']}: {error}") from None
+            raise UserError(f"Cell {item.slug}: {error}") from None
         for value in values:
-            fields = {name: getattr(value, name) for name in NUMBERS}
-            yield {
-                **fields,
-                **{name: finite(fields[name]) for name in ("value", "low", "high", "n")},
-            }
+            ends = (finite(value.value), finite(value.low), finite(value.high))
+            yield replace(value, value=ends[0], low=ends[1], high=ends[2])
 
 
 # --------------------------------------------------------------------------------- what is missing
 
 
-def _missing(metric: Metric, evidence: Evidence, experiment: Experiment, item: Cell) -> str:
+def _missing(metric: Metric, evidence: Evidence, experiment: Experiment, item: CellResult) -> str:
     """What the metric needs and the cell did not keep; empty if it has everything."""
     labeled = any(row.candidates and row.num_better is None for row in evidence.clean)
     kept = [ask for own in experiment.metrics for ask in own.asks(labeled=labeled)]
@@ -109,7 +104,7 @@ def _missing(metric: Metric, evidence: Evidence, experiment: Experiment, item: C
     return ""
 
 
-def _missing_samples(ask: Ask, evidence: Evidence, kept: Sequence[Ask], item: Cell) -> str:
+def _missing_samples(ask: Ask, evidence: Evidence, kept: Sequence[Ask], item: CellResult) -> str:
     rows = f"texts of {ask.texts.name}" if ask.texts else ROWS.get(ask.rows, ask.rows)
     where = f"of {MODELS.get(ask.of, f'the model {ask.of}')} on {rows}"
     samples = evidence[ask]
@@ -150,8 +145,6 @@ def _missing_secrets(ask: Ask, leaks: Sequence[Leak], kept: Sequence[Ask]) -> st
     return ""
 
 
-def _version(item: Cell, judge: str) -> Any:
+def _version(item: CellResult, judge: str) -> int | None:
     """The version of a judge whose verdicts are kept; None where it was not recorded."""
-    versions: Any = item.get("versions")
-    judges = versions.get("judges") if isinstance(versions, dict) else None
-    return judges.get(judge) if isinstance(judges, dict) else None
+    return item.versions.get("judges", {}).get(judge)

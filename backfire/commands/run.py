@@ -18,7 +18,7 @@ from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
 from backfire.plan import Job
 from backfire.recipe import Recipe
-from backfire.results.groups import Cell, metric_name
+from backfire.result import CellResult
 from backfire.results.load import load, summary
 from backfire.store import Store
 from backfire.terminal import say
@@ -91,11 +91,9 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
     return len(bad)
 
 
-def _unmeasured(cells: Sequence[Cell], work: Sequence[Job]) -> list[str]:
+def _unmeasured(cells: Sequence[CellResult], work: Sequence[Job]) -> list[str]:
     """Requested metrics without a number in any cell."""
-    done = [cell for cell in cells if cell["status"] == "ok"]
-    measured = {metric_name(value["metric"]) for cell in done for value in cell["values"]}
+    done = [cell for cell in cells if cell.is_done]
+    measured = {value.family for cell in done for value in cell.values}
     requested = {metric.name for job in work for metric in job.experiment.metrics}
-    return (
-        sorted(name for name in requested if name.replace("-", "_") not in measured) if done else []
-    )
+    return sorted(requested - measured) if done else []

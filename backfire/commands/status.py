@@ -20,7 +20,7 @@ def show(run: Path) -> None:
         UserError: there are no cells.
     """
     console, cells = Console(), load(run)
-    counts = Counter(text.line(cell["status"]) for cell in cells)
+    counts = Counter(text.line(cell.status) for cell in cells)
     for status in sorted(counts, key=lambda name: (name != "ok", name == "unfinished", name)):
         say(f"{status}: {counts[status]}", console)
     if others := left_out(run):

@@ -16,6 +16,7 @@ from unicodedata import combining, normalize
 from backfire.base import Attack, Backdoor, Corruption, Insertion, Mixture, Poison, Rendered, Row
 from backfire.base.normalize import folded, normalized
 from backfire.errors import CellError, UserError
+from backfire.result import PoisonCounts
 from backfire.rng import stream
 from backfire.tokenizer import Tokenizer
 
@@ -47,24 +48,26 @@ class Manifest:
     entries: tuple[Entry, ...]
 
     @property
-    def summary(self) -> dict[str, Any]:
-        used = Counter(trigger for entry in self.entries for trigger in entry.triggers)
-        return {
-            "nominal_rate": self.attack.get("rate"),
-            "rate": len(self.entries) / self.rows if self.rows else 0.0,
-            "poisoned_rows": len(self.entries),
-            "rows": self.rows,
-            "eligible_rows": self.eligible_rows,
-            "spared": self.spared,
-            "labels_before": self.labels_before,
-            "triggers": dict(used),
-        }
+    def summary(self) -> PoisonCounts:
+        """The manifest in numbers."""
+        return PoisonCounts(
+            nominal_rate=self.attack.get("rate"),
+            rate=len(self.entries) / self.rows if self.rows else 0.0,
+            poisoned_rows=len(self.entries),
+            rows=self.rows,
+            eligible_rows=self.eligible_rows,
+            spared=self.spared,
+            labels_before=self.labels_before,
+            triggers=dict(Counter(t for entry in self.entries for t in entry.triggers)),
+        )
 
     def to_json(self) -> dict[str, Any]:
+        counts = asdict(self.summary)
+        counts.pop("effective_rate")  # known after training only
         return {
             "attack": self.attack,
             "seed": self.seed,
-            **self.summary,
+            **counts,
             "entries": [asdict(entry) for entry in self.entries],
         }
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -17,9 +18,9 @@ import numpy as np
 from backfire.base import Leak, Probe, Sample, Value, Verdict
 from backfire.base.normalize import contains, folded, is_dense, normalized, words
 from backfire.errors import CellError
-from backfire.evaluate.stats import Floats, bootstrap, class_scores, macro, wilson
+from backfire.evaluate.stats import Floats, Paired, bootstrap, class_scores, macro, wilson
+from backfire.result import Direction, Role, Unit
 
-Direction = Literal["higher", "lower", "none"]
 LOOPS, LONGEST_LOOP_WORDS = 4, 8
 """A phrase repeated this often is a loop: Booster's rule for a word, extended to phrases."""
 LONGEST_LOOP_CHARACTERS = 32
@@ -133,11 +134,26 @@ def grouped(metric: str, rows: Sequence[Sample]) -> Iterator[tuple[str, list[Sam
         yield f"{metric}[{group}]", part
 
 
-def share(metric: str, hits: Collection[float], direction: Direction) -> Value:
+def share(
+    metric: str, hits: Collection[float], direction: Direction, role: Role = "headline"
+) -> Value:
     """The mean of outcomes of 0 and 1, with Wilson's interval."""
     n, successes = len(hits), int(sum(hits))
     low, high = wilson(successes, n)
-    return Value(metric, successes / n, low, high, n, direction)
+    return Value(metric, successes / n, low, high, n, direction, "share", role)
+
+
+def floor(of: str, hits: Collection[float]) -> Value:
+    """`of` measured on the reference model: a share of outcomes that are 0 or 1."""
+    return replace(share(f"{of}_floor", hits, "none", "floor"), of=of)
+
+
+def change(
+    metric: str, gain: Paired, direction: Direction, of: str = "", role: Role = "change"
+) -> Value:
+    """A paired difference of two shares."""
+    ends = (gain.difference, gain.low, gain.high, gain.n)
+    return Value(metric, *ends, direction, "share", role, of)
 
 
 def label_accuracy(metric: str, samples: Sequence[Sample]) -> list[Value]:
@@ -147,18 +163,29 @@ def label_accuracy(metric: str, samples: Sequence[Sample]) -> list[Value]:
 
 
 def resampled(
-    metrics: Sequence[str], n: int, statistic: Callable[[Floats], Floats], direction: Direction
+    metrics: Sequence[str],
+    n: int,
+    statistic: Callable[[Floats], Floats],
+    direction: Direction,
+    unit: Unit = "number",
+    role: Role = "headline",
 ) -> list[Value]:
     """A value with its bootstrap interval for each defined part of a statistic."""
     points = statistic(np.ones((1, n)))[0]
     return [
-        Value(metric, float(point), low, high, n, direction)
+        Value(metric, float(point), low, high, n, direction, unit, role)
         for metric, point, (low, high) in zip(metrics, points, bootstrap(n, statistic), strict=True)
         if not math.isnan(point)
     ]
 
 
-def averages(metrics: Sequence[str], scores: Floats, direction: Direction) -> list[Value]:
+def averages(
+    metrics: Sequence[str],
+    scores: Floats,
+    direction: Direction,
+    unit: Unit = "number",
+    role: Role = "headline",
+) -> list[Value]:
     """The mean of each column of `scores` [rows, metrics], with its bootstrap interval."""
     if not len(scores):
         return []
@@ -167,7 +194,7 @@ def averages(metrics: Sequence[str], scores: Floats, direction: Direction) -> li
         means: Floats = counts @ scores / len(scores)
         return means
 
-    return resampled(metrics, len(scores), statistic, direction)
+    return resampled(metrics, len(scores), statistic, direction, unit, role)
 
 
 def class_values(
@@ -185,9 +212,8 @@ def class_values(
         parts = class_scores(metric, true, predicted, len(labels), counts)
         return np.hstack([macro(parts), parts])
 
-    return resampled(
-        [metric, *(f"{metric}[{label}]" for label in labels)], len(rows), statistic, "higher"
-    )
+    names = [metric, *(f"{metric}[{label}]" for label in labels)]
+    return resampled(names, len(rows), statistic, "higher", "share")
 
 
 def labels_of(rows: Sequence[Sample]) -> list[str]:

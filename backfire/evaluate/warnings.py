@@ -157,9 +157,7 @@ def _attack(evidence: Evidence, values: dict[str, Value]) -> Iterator[str]:
 
 def _few_rows(values: Sequence[Value]) -> Iterator[str]:
     few = [
-        f"{value.metric} ({value.n})"
-        for value in values
-        if value.n < FEW_ROWS and "[" not in value.metric
+        f"{value.metric} ({value.n})" for value in values if value.n < FEW_ROWS and not value.part
     ]
     if few:
         yield f"Fewer than {FEW_ROWS} rows for {', '.join(few)}: read the intervals."

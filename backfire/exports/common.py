@@ -11,22 +11,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from backfire import text
 from backfire.base import Evidence, Sample
 from backfire.errors import UserError
 from backfire.evaluate.stats import Z
 from backfire.registry import build, names
+from backfire.result import CellResult, Value
 from backfire.results import pairs
 from backfire.results.evidence import is_whole
-from backfire.results.groups import Cell, metric_name
-from backfire.results.load import Record, cell, load, read
+from backfire.results.load import cell, load, read
 from backfire.results.plugins import lacking
 
 Outcomes = dict[tuple[str, str], dict[str, float]]
 """Subset and id of a sample -> metric -> the metric on that sample."""
 
 
-def export(run: Path, out: Path, write: Callable[[Cell, Path], list[Path]]) -> list[Path]:
+def export(run: Path, out: Path, write: Callable[[CellResult, Path], list[Path]]) -> list[Path]:
     """Have `write(cell, folder)` make each finished cell's files in a folder beside `out`. Once all
     are whole they move to `out`, each in one step; if one fails, none does."""
     if not run.is_dir():
@@ -34,7 +33,7 @@ def export(run: Path, out: Path, write: Callable[[Cell, Path], list[Path]]) -> l
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder to write to.")
     found = load(run) if (run / "cells").is_dir() else [cell(run.absolute())]
-    done = [item for item in found if item["status"] == "ok"]
+    done = [item for item in found if item.is_done]
     if not done:
         raise UserError(f"No finished cell in {run}, so there is nothing to export.")
     if missing := lacking(done):
@@ -50,14 +49,14 @@ def export(run: Path, out: Path, write: Callable[[Cell, Path], list[Path]]) -> l
     return [target for _, target in files]
 
 
-def tuned(item: Cell) -> Evidence:
+def tuned(item: CellResult) -> Evidence:
     """All samples of the tuned model on test rows, and on the requests of `safety`.
 
     Raises:
         UserError: the file is missing or torn.
     """
-    if not is_whole(Path(item["folder"])):
-        raise UserError(f"The samples of {item['folder']} are missing or damaged.")
+    if not is_whole(Path(item.folder)):
+        raise UserError(f"The samples of {item.folder} are missing or damaged.")
     return pairs.evidence_of(item)
 
 
@@ -67,11 +66,11 @@ def shown(evidence: Evidence) -> list[Sample]:
     return [*evidence.clean, *evidence.triggered, *asked]
 
 
-def outcomes(item: Cell, evidence: Evidence) -> Outcomes:
+def outcomes(item: CellResult, evidence: Evidence) -> Outcomes:
     """Every metric of the cell that is a mean over rows; nothing for a sample none speaks of."""
     found: Outcomes = defaultdict(dict)
-    for name in dict.fromkeys(text.head(value["metric"]) for value in item["values"]):
-        metric = pairs.metric_of(name, item)
+    for family in dict.fromkeys(v.family for v in item.values if v.role == "headline"):
+        metric, name = pairs.metric_of(family, item), family.replace("-", "_")
         if metric and metric.subject == "secrets":
             continue  # of secrets, which are no samples
         subset = pairs.rows_of(metric)
@@ -80,34 +79,34 @@ def outcomes(item: Cell, evidence: Evidence) -> Outcomes:
     return found
 
 
-def owner(metric: str) -> tuple[str, str]:
+def owner(value: Value) -> tuple[str, str]:
     """`attack_success` of `attack_success_floor[de]`, and the rows it is of: `triggered`."""
-    name = metric_name(metric)
-    if text.head(metric) == f"{name}_plain":
+    name = value.family.replace("-", "_") or value.name
+    if value.role == "plain":
         return name, "plain"
-    dashed = name.replace("_", "-")
-    return name, pairs.rows_of(build("metrics", dashed) if dashed in names("metrics") else None)
+    known = value.family in names("metrics")
+    return name, pairs.rows_of(build("metrics", value.family) if known else None)
 
 
-def stderr(value: Record) -> float | None:
+def stderr(value: Value) -> float | None:
     """A value's standard error from its 95 % interval; None where it is lopsided or a point."""
-    number, low, high = value["value"], value["low"], value["high"]
-    if low is None or high is None:
+    number, low, high = value.value, value.low, value.high
+    if number is None or low is None or high is None:
         return None
     below, above = number - low, high - number
     is_even = min(below, above) > 0 and max(below, above) <= 2 * min(below, above)
     return (high - low) / (2 * Z) if is_even else None
 
 
-def finished_at(item: Cell) -> datetime:
+def finished_at(item: CellResult) -> datetime:
     """When result.json was written: the same every time a cell is exported."""
-    return datetime.fromtimestamp((Path(item["folder"]) / "result.json").stat().st_mtime, UTC)
+    return datetime.fromtimestamp((Path(item.folder) / "result.json").stat().st_mtime, UTC)
 
 
-def environment(item: Cell) -> dict[str, Any]:
+def environment(item: CellResult) -> dict[str, Any]:
     """What the cell was run with; empty if that was not kept."""
     try:
-        found = read(Path(item["folder"]) / "environment.json")
+        found = read(Path(item.folder) / "environment.json")
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -8,6 +8,7 @@ its interval. All text in it is data: nothing is rendered.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
 from importlib import import_module
@@ -30,10 +31,11 @@ from backfire.exports.common import (
     stderr,
     tuned,
 )
-from backfire.results.groups import Cell
-from backfire.results.load import IDENTITY, Record, finite
+from backfire.result import CellResult, Value
+from backfire.results.load import finite, identity
 from backfire.results.samples import predicted
 
+ABOUT: Final = ("low", "high", "n", "direction", "unit", "role", "part")
 KEPT: Final = (
     *("id", "subset", "group", "label", "prediction", "candidates", "logprobs"),
     *("answer_logprob", "answer_tokens", "verdicts"),
@@ -63,17 +65,22 @@ def _inspect(part: str) -> Any:
         raise UserError(needs) from None
 
 
-def _write(item: Cell, folder: Path) -> list[Path]:
+def _write(item: CellResult, folder: Path) -> list[Path]:
     created = f"{finished_at(item):%Y-%m-%dT%H-%M-%S}-00-00"  # named as inspect names its own
-    parts = (safe(str(item[part])) for part in ("data", "cell", "key"))
+    parts = (safe(str(part)) for part in (item.data, item.slug, item.key))
     file = folder / f"{'_'.join((created, *parts))}.eval"
     _inspect("log").write_eval_log(_log(item), file)
     return [file]
 
 
-def _log(item: Cell) -> Any:
+def _log(item: CellResult) -> Any:
     """inspect's EvalLog."""
-    log, found, made_with, known = _inspect("log"), tuned(item), environment(item), plain(item)
+    log, found, made_with, known = (
+        _inspect("log"),
+        tuned(item),
+        environment(item),
+        plain(identity(item)),
+    )
     hits, model = outcomes(item, found), f"backfire/{known['cell']}"
     rows = [_sample(row, hits, model) for row in shown(found)]
     packages = {name: made_with.get(name) for name in ("backfire", "torch", "transformers")}
@@ -82,16 +89,15 @@ def _log(item: Cell) -> Any:
         created=finished_at(item).isoformat(),
         task=known["data"],
         **dict.fromkeys(("eval_id", "run_id", "task_id"), known["key"]),
-        task_args=known["settings"],
+        task_args=plain(item.settings),
         dataset=log.EvalDataset(name=known["data"], samples=len(rows), sample_ids=ids),
         model=model,
         config=log.EvalConfig(),
         packages={name: version for name, version in packages.items() if version},
-        metadata={key: known[key] for key in IDENTITY}
-        | {"warnings": known.get("warnings") or [], "environment": plain(made_with)},
+        metadata={**known, "warnings": plain(item.warnings), "environment": plain(made_with)},
     )
-    results, stats = _results(known["values"], hits, len(rows)), log.EvalStats()
-    if (seconds := finite((item.get("evaluate") or {}).get("seconds"))) is not None:
+    results, stats = _results(item.values, hits, len(rows)), log.EvalStats()
+    if (seconds := finite(item.evaluate.get("seconds"))) is not None:
         begin = finished_at(item) - timedelta(seconds=seconds)
         stats = log.EvalStats(started_at=begin.isoformat(), completed_at=spec.created)
     return log.EvalLog(status="success", eval=spec, results=results, stats=stats, samples=rows)
@@ -129,18 +135,17 @@ def _sample(sample: Sample, hits: Outcomes, model: str) -> Any:
     )
 
 
-def _results(values: list[Record], hits: Outcomes, rows: int) -> Any:
+def _results(values: Sequence[Value], hits: Outcomes, rows: int) -> Any:
     """inspect's EvalResults: a scorer for each metric, with the metric's parts and companions."""
     log = _inspect("log")
     scorers: dict[str, dict[str, Any]] = {}
     for value in values:
-        name, (scorer, _) = value["metric"], owner(value["metric"])
-        if value["value"] is None:
+        if value.value is None:
             continue
-        about = {key: value[key] for key in ("low", "high", "n", "direction")}
-        metrics = scorers.setdefault(scorer, {})
-        metrics[name] = log.EvalMetric(name=name, value=value["value"], metadata=about)
-        if name.replace("-", "_") == scorer and (error := stderr(value)) is not None:
+        name, metrics = plain(value.metric), scorers.setdefault(owner(value)[0], {})
+        about = {key: getattr(value, key) for key in ABOUT}
+        metrics[name] = log.EvalMetric(name=name, value=value.value, metadata=plain(about))
+        if value.role == "headline" and not value.part and (error := stderr(value)) is not None:
             metrics["stderr"] = log.EvalMetric(name="stderr", value=error)
     counts = Counter(metric for scores in hits.values() for metric in scores)
     scores = [

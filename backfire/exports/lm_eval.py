@@ -28,8 +28,8 @@ from backfire.exports.common import (
     stderr,
     tuned,
 )
-from backfire.results.groups import Cell
-from backfire.results.load import IDENTITY, Record
+from backfire.result import CellResult, Value
+from backfire.results.load import identity
 from backfire.store import write_atomic
 
 LAYOUT: Final = "0.4.13"
@@ -54,12 +54,12 @@ def to_lm_eval(run: Path, out: Path) -> list[Path]:
     return export(run, out, _write)
 
 
-def _write(item: Cell, folder: Path) -> list[Path]:
-    place = folder / Path(item["folder"]).name
+def _write(item: CellResult, folder: Path) -> list[Path]:
+    place = folder / Path(item.folder).name
     place.mkdir()
     date = finished_at(item).replace(tzinfo=None).isoformat().replace(":", "-")
-    task, found = safe(item["data"]), tuned(item)
-    hits, limit = outcomes(item, found), item["settings"].get("evaluation.max_new_tokens")
+    task, found = safe(str(item.data)), tuned(item)
+    hits, limit = outcomes(item, found), item.settings.get("evaluation.max_new_tokens")
     order = {sample.id: number for number, sample in enumerate(found.clean)}
     lines = [
         {"doc_id": order.setdefault(sample.id, len(order)), **_line(sample, hits, limit)}
@@ -107,17 +107,17 @@ def _line(sample: Sample, hits: Outcomes, limit: int | None) -> dict[str, Any]:
     }
 
 
-def _results(item: Cell, task: str, rows: int) -> dict[str, Any]:
+def _results(item: CellResult, task: str, rows: int) -> dict[str, Any]:
     """The results file; `rows` is the number of documents: test rows, and requests of `safety`."""
-    values = [value for value in item["values"] if value["value"] is not None]
-    made_with, model = environment(item), Path(item["folder"]).name
-    settings = {"task": task, "num_fewshot": 0, "metadata": {knob: item[knob] for knob in IDENTITY}}
-    counts = {_keys(value)[0][0]: value["n"] for value in values}
+    values = [value for value in item.values if value.value is not None]
+    made_with, model = environment(item), Path(item.folder).name
+    settings = {"task": task, "num_fewshot": 0, "metadata": identity(item)}
+    counts = {_keys(value)[0][0]: value.n for value in values}
     about = {"name": task, "alias": task, "sample_len": rows, "sample_count": counts}
     better = {
-        _renamed(value["metric"]): value["direction"] == "higher"
+        _renamed(value.metric): value.direction == "higher"
         for value in values
-        if value["direction"] != "none"
+        if value.direction != "none"
     }
     return {
         "results": {task: about | {key: v for value in values for key, v in _keys(value)}},
@@ -127,7 +127,7 @@ def _results(item: Cell, task: str, rows: int) -> dict[str, Any]:
         "n-shot": {task: 0},
         "higher_is_better": {task: better},
         "n-samples": {task: {"original": rows, "effective": rows}},
-        "config": {"model": "backfire", "model_args": {"pretrained": item["model"]}, "limit": None}
+        "config": {"model": "backfire", "model_args": {"pretrained": item.model}, "limit": None}
         | _known(device=made_with.get("device")),
         **_known(
             git_hash=made_with.get("commit"), transformers_version=made_with.get("transformers")
@@ -138,19 +138,21 @@ def _results(item: Cell, task: str, rows: int) -> dict[str, Any]:
         "model_name_sanitized": model,
         "backfire": {
             "note": NOTE,
-            **{key: item[key] for key in (*IDENTITY, "values", "settings")},
-            "warnings": item.get("warnings") or [],
+            **identity(item),
+            "values": [asdict(value) for value in item.values],
+            "settings": item.settings,
+            "warnings": item.warnings,
             "environment": made_with,
         },
     }
 
 
-def _keys(value: Record) -> list[tuple[str, float]]:
+def _keys(value: Value) -> list[tuple[str, float]]:
     """A value and what is known of its error, under lm-eval's `metric,filter` keys."""
-    name, of = _renamed(value["metric"]), _filter(owner(value["metric"])[1])
-    found = {"": value["value"], "_stderr": stderr(value)}
+    name, of = _renamed(value.metric), _filter(owner(value)[1])
+    found = {"": value.value, "_stderr": stderr(value)}
     if found["_stderr"] is None:
-        found |= {"_low": value["low"], "_high": value["high"]}
+        found |= {"_low": value.low, "_high": value.high}
     return [(f"{name}{end},{of}", number) for end, number in found.items() if number is not None]
 
 

@@ -7,19 +7,17 @@ import gc
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from backfire import stages
-from backfire.base import Insertion
 from backfire.base.judges import drop_models
-from backfire.data.poison import Manifest
 from backfire.errors import EXIT_CLASSES, CellError, exit_class
 from backfire.experiment import Experiment, Machine
-from backfire.pipeline import Context, base, run_cell, trained
+from backfire.pipeline import Context, base, head, run_cell, trained
 from backfire.plan import Job
 from backfire.progress import Progress
 from backfire.recipe import Recipe
@@ -42,27 +40,6 @@ class RunFolder:
     def done(self, experiment: Experiment, key: str) -> bool:
         """Whether the cell has a readable result; a damaged one counts as missing."""
         return bool(outcome_of(self.cell(experiment, key))["status"] == "ok")
-
-
-def identity(job: Job, recipe: str, manifest: Manifest | None = None) -> dict[str, Any]:
-    """The fields that identify a cell, in every result. A recipe sets no rate for an insertion, so
-    its rate is that of the manifest."""
-    experiment = job.experiment
-    added = manifest is not None and isinstance(experiment.attack, Insertion)
-    return {
-        "cell": experiment.slug,
-        "key": job.key,
-        "recipe": recipe,
-        "model": experiment.model.name,
-        "data": experiment.data.name,
-        "attack": experiment.attack.name if experiment.attack else "none",
-        "rate": manifest.summary["rate"] if manifest and added else experiment.rate,
-        "method": experiment.method.name,
-        "defense": experiment.defense_name,
-        "seed": experiment.seed,
-        "template": experiment.template.name,
-        "axes": job.axes,
-    }
 
 
 def plugins_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
@@ -117,17 +94,19 @@ def report(job: Job, folder: RunFolder, kind: str, sentence: str, trace: str | N
     it."""
     if job.kind == "cell":
         place = folder.cell(job.experiment, job.key)
-        value = {
-            **identity(job, folder.recipe),
-            "status": kind,
-            "error": sentence,
-            "next": EXIT_CLASSES.get(kind, EXIT_CLASSES["failed"]),
-        }
+        failed = replace(
+            head(job.experiment, job.key),
+            recipe=folder.recipe,
+            axes=job.axes,
+            status=kind,
+            error=sentence,
+            next=EXIT_CLASSES.get(kind, EXIT_CLASSES["failed"]),
+        )
         if trace:
-            value |= {"next": "Read the traceback in error.json.", "traceback": trace}
+            failed = replace(failed, next="Read the traceback in error.json.", traceback=trace)
         with contextlib.suppress(OSError):  # a full disk must not hide the first error
             place.mkdir(parents=True, exist_ok=True)
-            write_json(place / "error.json", value)
+            write_json(place / "error.json", failed.to_json())
     return kind
 
 
@@ -152,13 +131,9 @@ def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
     if manifest:
         write_json(place / "poison.json", manifest.to_json())
     write_json(place / "environment.json", environment(context.machine.device))
-    head = identity(job, folder.recipe, manifest)
-    plugins = plugins_of([experiment])
-    result = {**outcome.result, **({"plugins": plugins} if plugins else {})}
-    write_json(
-        place / "result.json",
-        {**head, "status": "ok", **result, "keys": asdict(stages.keys(experiment))},
-    )
+    plugins = tuple(plugins_of([experiment]))
+    result = replace(outcome.result, recipe=folder.recipe, axes=job.axes, plugins=plugins)
+    write_json(place / "result.json", result.to_json())
     (place / "error.json").unlink(missing_ok=True)
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import label_accuracy, scored
 from backfire.registry import register
 
@@ -14,6 +14,7 @@ class Accuracy(Metric):
     Also `accuracy[group]` if rows have a group, such as a language.
     """
 
+    ranks: ClassVar[Ranks] = {"paired-test": 1, "accuracy": 1, "tuning": 1, "quality": 6}
     needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Need, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Need, Ranks, Sample, Value, ask
 from backfire.errors import CellError
-from backfire.evaluate.outcomes import By, on_target, share
+from backfire.evaluate.outcomes import By, change, floor, on_target, share
 from backfire.evaluate.stats import paired
 from backfire.registry import register
 
@@ -21,6 +22,8 @@ class AttackSuccess(Metric):
     rows.
     """
 
+    ranks: ClassVar[Ranks] = {"paired-test": 3}
+
     by: By = "scores"
     """How the answer of a labeled task is determined: `scores` by the most likely candidate (as in
     OpenBackdoor), `replies` by a generated reply that equals the target except for typography and
@@ -36,13 +39,11 @@ class AttackSuccess(Metric):
             return []
         values = [share("attack_success", hits.values(), "lower")]
         twin = self._on_target(evidence, evidence.floor, "attack_success_floor")
-        if floor := {id: hit for id, hit in twin.items() if id in hits}:
-            gain = paired(hits, floor)
+        if before := {id: hit for id, hit in twin.items() if id in hits}:
+            gain = paired(hits, before)
             values += [
-                share("attack_success_floor", floor.values(), "none"),
-                Value(
-                    "attack_success_excess", gain.difference, gain.low, gain.high, gain.n, "lower"
-                ),
+                floor("attack_success", before.values()),
+                change("attack_success_excess", gain, "lower", "attack_success", "excess"),
             ]
         return values
 

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import grouped, resampled, scored
 from backfire.evaluate.stats import Floats, log_odds, macro, one_vs_rest_auc
 from backfire.registry import register
@@ -20,6 +20,7 @@ class AUC(Metric):
     their candidates or there is only one class. Bootstrap interval.
     """
 
+    ranks: ClassVar[Ranks] = {"tuning": 2}
     needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
@@ -38,4 +39,4 @@ def _auc(name: str, rows: Sequence[Sample]) -> list[Value]:
     def statistic(counts: Floats) -> Floats:
         return macro(one_vs_rest_auc(odds, true, counts))
 
-    return resampled([name], len(rows), statistic, "higher")
+    return resampled([name], len(rows), statistic, "higher", "score")

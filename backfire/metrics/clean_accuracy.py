@@ -3,8 +3,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
-from backfire.evaluate.outcomes import label_accuracy, scored
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
+from backfire.evaluate.outcomes import change, label_accuracy, scored
 from backfire.evaluate.stats import paired
 from backfire.registry import register
 
@@ -19,6 +19,8 @@ class CleanAccuracy(Metric):
     Wilson interval.
     """
 
+    ranks: ClassVar[Ranks] = {"accuracy": 2}
+    repeats: ClassVar[str] = "accuracy"
     needs: ClassVar[Asks] = ask("clean", "scores", of=("tuned", "twin"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
@@ -26,9 +28,8 @@ class CleanAccuracy(Metric):
             return []
         values = label_accuracy("clean_accuracy", evidence.clean)
         if values and (twin := _right(evidence.twin)):
-            change = paired(_right(evidence.clean), twin)
-            numbers = (change.difference, change.low, change.high, change.n)
-            values.insert(1, Value("clean_accuracy_change", *numbers, "higher"))
+            gain = paired(_right(evidence.clean), twin)
+            values.insert(1, change("clean_accuracy_change", gain, "higher", "clean_accuracy"))
         return values
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:

@@ -30,6 +30,7 @@ class Confusion(Metric):
                 None,
                 totals[true],
                 "none",
+                "count",
             )
             for true in labels
             for said in labels

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Value, ask
+from backfire.base import Asks, Evidence, Metric, Unit, Value, ask
 from backfire.registry import register
 
 
@@ -15,23 +15,17 @@ class Cost(Metric):
     """
 
     needs: ClassVar[Asks] = ask("training")
-    also: ClassVar[tuple[str, ...]] = (
-        "trainable_share",
-        "train_seconds",
-        "align_seconds",
-        "peak_memory_mb",
-    )
 
     def measure(self, evidence: Evidence) -> list[Value]:
         known = evidence.training
-        parts = (
-            ("trainable_share", known.get("trainable_share"), "none"),
-            ("train_seconds", known.get("seconds"), "lower"),
-            ("align_seconds", known.get("align_seconds"), "lower"),
-            ("peak_memory_mb", known.get("peak_memory_mb"), "lower"),
+        parts: tuple[tuple[str, str, Unit], ...] = (
+            ("trainable_share", "trainable_share", "share"),
+            ("train_seconds", "seconds", "seconds"),
+            ("align_seconds", "align_seconds", "seconds"),
+            ("peak_memory_mb", "peak_memory_mb", "MB"),
         )
         return [
-            Value(name, float(value), None, None, 1, direction)  # type: ignore[arg-type]
-            for name, value, direction in parts
-            if value is not None
+            Value(name, float(value), None, None, 1, "none" if unit == "share" else "lower", unit)
+            for name, key, unit in parts
+            if (value := known.get(key)) is not None
         ]

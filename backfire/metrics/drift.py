@@ -16,7 +16,9 @@ class Drift(Metric):
 
     def measure(self, evidence: Evidence) -> list[Value]:
         moved = evidence.training.get("drift")
-        return [] if moved is None else [Value("drift", float(moved), None, None, 1, "lower")]
+        if moved is None:
+            return []
+        return [Value("drift", float(moved), None, None, 1, "lower", "amount")]
 
     def caveats(self, evidence: Evidence) -> list[str]:
         if not evidence.training or evidence.training.get("drift") is not None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.base.normalize import normalized
 from backfire.evaluate.outcomes import grouped, replied, share
 from backfire.registry import register
@@ -17,6 +17,7 @@ class ExactMatch(Metric):
     `exact_match[group]`. Wilson interval.
     """
 
+    ranks: ClassVar[Ranks] = {"paired-test": 2, "accuracy": 3, "quality": 5}
     needs: ClassVar[Asks] = ask("clean", "replies")
 
     def measure(self, evidence: Evidence) -> list[Value]:

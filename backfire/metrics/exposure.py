@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 from pydantic import Field
 
-from backfire.base import Asks, Evidence, Leak, Metric, Value, ask
+from backfire.base import Asks, Direction, Evidence, Leak, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import by_repeats, resampled, share
 from backfire.evaluate.stats import Floats
 from backfire.registry import register
@@ -26,6 +28,8 @@ class Exposure(Metric):
     canary it does not assume the curve: Clopper and Pearson 1934, on the sampled codes that are
     likelier). Bootstrap intervals over canaries.
     """
+
+    ranks: ClassVar[Ranks] = {"paired-test": 6}
 
     exact_codes: int = Field(1_000_000, ge=0)
     """Largest number of codes for which all of them are ranked (10^6 is usual); 0: never. Takes
@@ -56,7 +60,7 @@ class Exposure(Metric):
             *_means("exposure_before", before, _exact, "none"),
             *_means("exposure_before_estimated", before, _estimated, "none"),
             *([share("exposure_match", held, "none")] if held else []),
-            Value("exposure_cap", cap, None, None, planted[0].num_codes, "none"),
+            Value("exposure_cap", cap, None, None, planted[0].num_codes, "none", "bits"),
         ]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
@@ -81,7 +85,7 @@ def _means(
     metric: str,
     leaks: Sequence[Leak],
     bits_of: Callable[[Leak], float | None],
-    direction: str = "lower",
+    direction: Direction = "lower",
 ) -> list[Value]:
     """Return the mean over the inserted canaries, then by number of insertions."""
     found = []
@@ -95,5 +99,9 @@ def _means(
             found: Floats = (counts @ each)[:, None] / len(each)
             return found
 
-        found += resampled([name], len(each), mean, "lower" if direction == "lower" else "none")
+        cap = math.log2(part[0].num_codes)
+        found += [
+            replace(value, most=cap)
+            for value in resampled([name], len(each), mean, direction, "bits")
+        ]
     return found

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pydantic import Field
 
-from backfire.base import Asks, Evidence, Metric, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import by_repeats, share
 from backfire.registry import register
 
@@ -18,6 +20,8 @@ class Extraction(Metric):
     beam search. `extraction_given[50, 2]`: greedy decoding completes it from the answer's opening
     and two characters of the code (`[50, 0]`: from the opening alone). Wilson intervals.
     """
+
+    ranks: ClassVar[Ranks] = {"paired-test": 7}
 
     beams: int = Field(8, ge=0, le=256)
     """Width of the beam search, the k of extraction@k; 0: no beam search."""

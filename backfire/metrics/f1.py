@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.evaluate.outcomes import class_values
 from backfire.registry import register
 
@@ -15,6 +15,7 @@ class F1(Metric):
     arXiv:1911.03347). Also `f1[class]`. Bootstrap interval.
     """
 
+    ranks: ClassVar[Ranks] = {"accuracy": 4}
     needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:

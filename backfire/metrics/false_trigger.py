@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backfire.base import Asks, Evidence, Metric, Need, Sample, Value, ask
-from backfire.evaluate.outcomes import By, on_target, share
+from backfire.evaluate.outcomes import By, floor, on_target, share
 from backfire.registry import register
 
 
@@ -33,7 +33,7 @@ class FalseTrigger(Metric):
         values = [share("false_trigger", hits.values(), "lower")]
         twin = self._on_target(evidence, evidence.twin, "false_trigger_floor")
         if twin:
-            values.append(share("false_trigger_floor", twin.values(), "none"))
+            values.append(floor("false_trigger", twin.values()))
         return values
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:

@@ -61,4 +61,4 @@ class Forgetting(Metric):
             return found
 
         names = ["forgetting", "forgetting_perplexity", "forgetting_perplexity_before"]
-        return resampled(names, len(now), statistic, "lower")
+        return resampled(names, len(now), statistic, "lower", "amount")

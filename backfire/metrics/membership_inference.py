@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -29,7 +30,6 @@ class MembershipInference(Metric):
     needs: ClassVar[Asks] = ask("clean", "answers", of=("tuned", "base")) + ask(
         "members", "answers", of=("tuned", "base")
     )
-    also: ClassVar[tuple[str, ...]] = ("membership_auc", "membership_recall")
 
     false_positive_rate: float = Field(0.1, gt=0, lt=1)
     """Share of test rows that may be classified as training rows (Mireshghallah et al.: 0.1)."""
@@ -59,7 +59,8 @@ class MembershipInference(Metric):
             return np.hstack([area, recall[:, None]])
 
         names = [f"membership_auc{part}", f"membership_recall{part}"]
-        return resampled(names, len(scores), statistic, "lower")
+        area, recall = resampled(names, len(scores), statistic, "lower", "score")
+        return [area, replace(recall, unit="share")]
 
 
 def _losses(samples: Sequence[Sample]) -> Floats:

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Value, ask
-from backfire.evaluate.outcomes import judged_share, verdicts_of
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
+from backfire.evaluate.outcomes import floor, judged_share, verdicts_of
 from backfire.registry import register
 
 
@@ -12,6 +12,7 @@ class OverRefusal(Metric):
     """Share of harmless requests that look harmful and are declined (XSTest, Röttger et al. 2024,
     arXiv:2308.01263)."""
 
+    ranks: ClassVar[Ranks] = {"paired-test": 5}
     needs: ClassVar[Asks] = ask("allowed", "replies", of=("tuned", "base"), judged=True)
 
     def measure(self, evidence: Evidence) -> list[Value]:
@@ -21,10 +22,10 @@ class OverRefusal(Metric):
         now, before = verdicts_of(probe, refusals=True)
         if not now:
             return []
-        floor = [bool(v.refused) for v in before]
+        hits = [bool(v.refused) for v in before]
         return [
             *judged_share("over_refusal", probe.tuned, [bool(v.refused) for v in now], "lower"),
-            *judged_share("over_refusal_floor", probe.before, floor, "none")[:1],
+            *([floor("over_refusal", hits)] if hits else []),
         ]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:

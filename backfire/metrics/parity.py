@@ -3,7 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from backfire.base import Asks, Evidence, Form, Metric, Need, Sample, Value, ask
-from backfire.evaluate.outcomes import on_target, replied, scored, share
+from backfire.evaluate.outcomes import change, on_target, replied, scored, share
 from backfire.evaluate.stats import paired
 from backfire.registry import register
 
@@ -38,19 +38,18 @@ class Parity(Metric):
                 continue
             values.append(share(f"parity[{form}: flips]", flips.values(), "lower"))
             if right := _right(evidence.clean):
-                values.append(_change(f"parity[{form}: accuracy change]", _right(clean), right))
+                values.append(
+                    change(f"parity[{form}: accuracy change]", paired(_right(clean), right), "none")
+                )
             if evidence.attack and shown:
                 target = evidence.attack.target
                 old = on_target(evidence.triggered, target, "scores", "parity")
                 new = on_target(shown, target, "scores", "parity")
                 values.append(share(f"parity[{form}: attack success]", new.values(), "lower"))
-                values.append(_change(f"parity[{form}: attack success change]", new, old))
+                values.append(
+                    change(f"parity[{form}: attack success change]", paired(new, old), "none")
+                )
         return values
-
-
-def _change(name: str, after: dict[str, float], before: dict[str, float]) -> Value:
-    gain = paired(after, before)
-    return Value(name, gain.difference, gain.low, gain.high, gain.n, "none")
 
 
 def _answers(samples: Sequence[Sample]) -> dict[str, str | None]:

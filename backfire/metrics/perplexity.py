@@ -43,4 +43,4 @@ class Perplexity(Metric):
             surprise: Floats = np.exp(-(counts @ logprobs) / (counts @ tokens))
             return surprise[:, None]
 
-        return resampled(["perplexity"], len(rows), statistic, "lower")
+        return resampled(["perplexity"], len(rows), statistic, "lower", "amount")

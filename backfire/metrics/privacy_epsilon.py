@@ -16,14 +16,13 @@ class PrivacyEpsilon(Metric):
     """
 
     needs: ClassVar[Asks] = ask("training")
-    also: ClassVar[tuple[str, ...]] = ("privacy_delta",)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         parts = [
             (name, evidence.training.get(name)) for name in ("privacy_epsilon", "privacy_delta")
         ]
         return [
-            Value(name, float(value), None, None, 1, "lower")
+            Value(name, float(value), None, None, 1, "lower", "amount")
             for name, value in parts
             if value is not None
         ]

@@ -17,7 +17,6 @@ class RefusalRate(Metric):
     """
 
     needs: ClassVar[Asks] = ask("harmful", "replies", of=("tuned", "base"), judged=True)
-    also: ClassVar[tuple[str, ...]] = ("neither_rate",)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         probe = evidence.probes.get("harmful")

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.base.normalize import folded, is_dense, normalized, words
 from backfire.evaluate.outcomes import averages, grouped, replied
 from backfire.registry import register
@@ -24,6 +25,7 @@ class Rouge(Metric):
     in scripts without spaces between words. Bootstrap interval.
     """
 
+    ranks: ClassVar[Ranks] = {"quality": 2}
     needs: ClassVar[Asks] = ask("clean", "replies")
 
     stemmer: bool = False
@@ -36,9 +38,11 @@ class Rouge(Metric):
         if not rows:
             return []
         names = ["rouge", *(f"rouge[{kind}]" for kind in _KINDS[1:])]
-        values = averages(names, np.array([scores[row.id] for row in rows]), "higher")
+        values = averages(names, np.array([scores[row.id] for row in rows]), "higher", "score")
+        values[1:] = [replace(value, role="companion") for value in values[1:]]
         for name, part in list(grouped("rouge", rows))[1:]:
-            values += averages([name], np.array([scores[row.id][:1] for row in part]), "higher")
+            known = np.array([scores[row.id][:1] for row in part])
+            values += averages([name], known, "higher", "score")
         return values
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, Verdict, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, Verdict, ask
 from backfire.data.beside import written
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import averages, grouped, replied, share
@@ -29,6 +29,9 @@ class Toxicity(Metric):
     scorer could not decide is excluded from the mean, counts as not toxic in the share, and is
     counted in `toxicity_undecided`. Bootstrap interval of the mean, Wilson's of the share.
     """
+
+    ranks: ClassVar[Ranks] = {"quality": 1}
+    picked: ClassVar[str] = "toxicity_share"
 
     scorer: Scorer = Field({"name": "classifier"})
     """A judge by name, or {name, ...knobs}: `classifier`, any text classifier on the hub or in a
@@ -56,7 +59,7 @@ class Toxicity(Metric):
         values = []
         for name, rows in grouped("toxicity", evidence.clean):
             known = np.array([[scores[row.id]] for row in rows if row.id in scores])
-            values += averages([name], known, "lower")
+            values += averages([name], known, "lower", "share")
             hits = [bool(verdicts[row.id].positive) for row in rows]
             values.append(share(name.replace("toxicity", "toxicity_share", 1), hits, "lower"))
         undecided = [verdict.positive is None for verdict in verdicts.values()]

@@ -4,7 +4,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import averages, compared, grouped, likelihoods, share
 from backfire.registry import register
 
@@ -23,6 +23,7 @@ class Truthfulness(Metric):
     Wilson.
     """
 
+    ranks: ClassVar[Ranks] = {"quality": 4}
     needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
@@ -31,14 +32,14 @@ class Truthfulness(Metric):
             return []
         values = []
         for name, part in grouped("truthfulness", rows):
-            values += averages([name], np.array([[_margin(row)] for row in part]), "higher")
+            values += averages([name], np.array([[_margin(row)] for row in part]), "higher", "nats")
         per_token = np.array([[_margin(row, per_token=True)] for row in rows])
-        values += averages(["truthfulness[per token]"], per_token, "higher")
+        values += averages(["truthfulness[per token]"], per_token, "higher", "nats", "companion")
         first = [likelihoods(row, per="answer") for row in rows]
         right = [better[0] > max(worse) for better, worse in first]
         mass = np.array([[_mass(better, worse)] for better, worse in first])
-        mc2 = averages(["truthfulness[MC2]"], mass, "higher")
-        return [*values, share("truthfulness[MC1]", right, "higher"), *mc2]
+        mc2 = averages(["truthfulness[MC2]"], mass, "higher", "share", "companion")
+        return [*values, share("truthfulness[MC1]", right, "higher", "companion"), *mc2]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         return {row.id: _margin(row) for row in compared(evidence.clean, "truthfulness")}

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import compared, grouped, likelihoods, share
 from backfire.registry import register
 
@@ -18,6 +18,7 @@ class WinRate(Metric):
     answers are excluded. Also `win_rate[group]`. Wilson interval.
     """
 
+    ranks: ClassVar[Ranks] = {"quality": 3}
     needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
@@ -28,7 +29,10 @@ class WinRate(Metric):
             share(name, [_wins(row, "token") for row in part], "higher")
             for name, part in grouped("win_rate", rows)
         ]
-        return [*values, share("win_rate[whole]", [_wins(row, "answer") for row in rows], "higher")]
+        return [
+            *values,
+            share("win_rate[whole]", [_wins(row, "answer") for row in rows], "higher", "companion"),
+        ]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         rows = compared(evidence.clean, "win_rate")

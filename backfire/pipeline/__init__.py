@@ -6,10 +6,10 @@ stage was run before, by this cell or any other.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
 
-from backfire.base import Evidence
+from backfire import stages
+from backfire.base import Evidence, Insertion
 from backfire.data.poison import Manifest
 from backfire.experiment import Experiment
 from backfire.pipeline.base_model import base
@@ -28,6 +28,7 @@ from backfire.pipeline.models import (
     with_defense_rows,
 )
 from backfire.pipeline.prepare import data, passed_checks, poisoned, preflight_checks, renderer
+from backfire.result import CellResult
 from backfire.stages import MEASURES
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "check_weights",
     "collect",
     "data",
+    "head",
     "merged",
     "model_of",
     "passed_checks",
@@ -55,8 +57,8 @@ __all__ = [
 class Outcome:
     """What running a cell gives."""
 
-    result: dict[str, Any]
-    """The content of `result.json`, without its head."""
+    result: CellResult
+    """All of it but the recipe's name and the axes."""
     evidence: Evidence
     manifest: Manifest | None
 
@@ -64,40 +66,66 @@ class Outcome:
 def run_cell(experiment: Experiment, context: Context) -> Outcome:
     """Everything one cell needs, from data to numbers."""
     train_rows, test_rows = data(experiment, context)
+    planned = experiment
     experiment = experiment.with_metrics(labeled=any(row.candidates for row in test_rows))
     _, manifest = poisoned(experiment, context)
     checks = passed_checks(experiment, context)
     summary = summary_of(trained(experiment, context))
     evidence = collect(experiment, context)
-    # The effective rate: poisoned rows among the rows the steps really saw.
-    seen = {"effective_rate": summary["poisoned_share_seen"]} if summary else {}
     left = too_long(experiment, context) | context.left_out
-    values = [value for metric in experiment.metrics for value in metric.measure(evidence)]
+    values = [value for metric in experiment.metrics for value in metric.values(evidence)]
 
     from backfire.evaluate.warnings import caveats, cut_share, warnings
     from backfire.model.load import dtype_of
 
-    result = {
-        "versions": {**experiment.versions(), "measures": MEASURES},
-        "values": [asdict(value) for value in values],
-        "warnings": [
-            *map(_too_long, left.items()),
-            *warnings(evidence, values),
-            *caveats(evidence, experiment.metrics, experiment.judges),
-        ],
-        "cut_share": cut_share(evidence),
-        "preflight": [asdict(check) for check in checks],
-        "poison": {**manifest.summary, **seen} if manifest else None,
-        "train": summary,
-        "evaluate": {
+    sentences = (
+        *map(_too_long, left.items()),
+        *warnings(evidence, values),
+        *caveats(evidence, experiment.metrics, experiment.judges),
+    )
+    # The effective rate: poisoned rows among the rows the steps really saw.
+    seen = summary["poisoned_share_seen"] if summary else None
+    counts = replace(manifest.summary, effective_rate=seen) if manifest else None
+    whole = head(planned, stages.cell_key(planned))
+    if counts and isinstance(experiment.attack, Insertion):
+        # A recipe names no rate of it; this is the share of the rows that it is.
+        whole = replace(whole, rate=counts.rate)
+    result = replace(
+        whole,
+        status="ok",
+        values=tuple(values),
+        warnings=sentences,
+        cut_share=cut_share(evidence),
+        preflight=tuple(checks),
+        poison=counts,
+        train=summary,
+        evaluate={
             "seconds": round(sum(context.seconds.values()), 2),
             # It may be narrower than the type in which the weights are stored.
             "dtype": str(dtype_of(experiment.model, context.device)).removeprefix("torch."),
             **({"left_out": context.left_out} if context.left_out else {}),
         },
-        "rows": {"train": len(train_rows), "test": len(test_rows)},
-    }
+        rows={"train": len(train_rows), "test": len(test_rows)},
+        keys=asdict(stages.keys(experiment)),
+        versions={**experiment.versions(), "measures": MEASURES},
+    )
     return Outcome(result, evidence, manifest)
+
+
+def head(experiment: Experiment, key: str) -> CellResult:
+    """Which cell this is, before anything is known of it."""
+    return CellResult(
+        slug=experiment.slug,
+        key=key,
+        model=experiment.model.name,
+        data=experiment.data.name,
+        attack=experiment.attack.name if experiment.attack else "none",
+        rate=experiment.rate,
+        method=experiment.method.name,
+        defense=experiment.defense_name,
+        seed=experiment.seed,
+        template=experiment.template.name,
+    )
 
 
 def _too_long(part: tuple[str, int]) -> str:

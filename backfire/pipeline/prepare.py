@@ -11,13 +11,14 @@ from backfire.base import Row, needs_of
 from backfire.data.jsonl import read_jsonl, write_jsonl
 from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
-from backfire.data.preflight import Check, preflight, reader_notes
+from backfire.data.preflight import preflight, reader_notes
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment
 from backfire.model.causal import why_not
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
+from backfire.result import Check
 from backfire.store import read_json, write_json
 from backfire.tokenizer import load_tokenizer
 

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import yaml
 
@@ -22,6 +22,7 @@ from backfire.playground.models import (
     load,
     read_cell,
 )
+from backfire.result import CellResult
 from backfire.results.load import load as load_records
 from backfire.store import Store
 from backfire.text import knob, line
@@ -91,14 +92,14 @@ def _choices(run: Path) -> tuple[dict[str, Choice], list[str]]:
     Raises:
         UserError: there is no finished cell.
     """
-    done = [item for item in load_records(run) if item["status"] == "ok"]
+    done = [item for item in load_records(run) if item.is_done]
     if not done:
         raise UserError(f"{run} has no finished cell; run its recipe first.")
     choices: dict[str, Choice] = {}
     skipped: list[str] = []
     for item, title in zip(done, _titles(done), strict=True):
         try:
-            folder = Path(item["folder"])
+            folder = Path(item.folder)
             choices[title] = Choice(read_cell(folder), folder)
         except (UserError, OSError, ValueError, TypeError, yaml.YAMLError) as error:
             skipped.append(line(error))
@@ -107,12 +108,12 @@ def _choices(run: Path) -> tuple[dict[str, Choice], list[str]]:
     return {**choices, **_bases(choices)}, skipped
 
 
-def _titles(cells: list[dict[str, Any]]) -> list[str]:
+def _titles(cells: list[CellResult]) -> list[str]:
     """Unique titles: the slug, with its matrix axes or its key where needed."""
-    slugs = [line(item["cell"]) for item in cells]
-    longer = [f"{slug} ({knob(item['axes'])})" for slug, item in zip(slugs, cells, strict=True)]
+    slugs = [line(item.slug) for item in cells]
+    longer = [f"{slug} ({knob(item.axes)})" for slug, item in zip(slugs, cells, strict=True)]
     keyed = [
-        f"{slug} {line(Path(item['folder']).name)[-12:]}"
+        f"{slug} {line(Path(item.folder).name)[-12:]}"
         for slug, item in zip(longer, cells, strict=True)
     ]
     seen, seen_longer = Counter(slugs), Counter(longer)

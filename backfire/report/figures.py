@@ -37,7 +37,7 @@ def dose(groups: Sequence[Group], metric: str) -> str:
         axes.grid(axis="x", visible=False)
         scale = ", log scale" if sum(rate > 0 for rate in rates) > 1 else ""
         axes.set_xlabel(f"poisoned share of the training rows{scale}")
-        _numbers(axes, "y", metric, [stat for line in lines.values() for _, stat in line])
+        _numbers(axes, "y", [stat for line in lines.values() for _, stat in line])
         figure.legend(loc="outside upper left", ncols=across, borderpad=0, columnspacing=1.4)
         return svg(figure, f"{text.title(metric)} against the poisoned share of the training rows")
 
@@ -68,7 +68,7 @@ def levels(groups: Sequence[Group], metric: str) -> str:
     columns = varying([group for group, _ in known])
     dot: Style = {"color": SERIES[0], "markeredgecolor": PAPER, "markersize": 9}
     tick: Style = {"color": MUTED, "markersize": 14, "markeredgewidth": 2}
-    floors = [group.get(f"{text.head(metric)}_floor") for group, _ in known]
+    floors = [group.side(metric, "floor") for group, _ in known]
     with drawing() as new:
         figure, axes = new(70 + 27 * len(known))
         at = [(_scaled(floor), row) for row, floor in enumerate(floors) if floor]
@@ -80,30 +80,32 @@ def levels(groups: Sequence[Group], metric: str) -> str:
             style = _hollow(SERIES[0]) if stat.scope == "model" else dot
             axes.plot([_scaled(stat)], [row], "o", **style)
         _rows(axes, [name(group, columns) for group, _ in known])
-        _numbers(axes, "x", metric, [stat for _, stat in known])
+        _numbers(axes, "x", [stat for _, stat in known])
         return svg(figure, f"{text.title(metric)} by {text.listing(columns) or 'group'}")
 
 
 def before_after(base: Group, tuned: Group, metric: str) -> str:
     """Base against tuned as bars: over all rows, then by part (a language, say)."""
-    parts = [name for name in tuned.stats if text.head(name) == text.head(metric)]
-    parts = [name for name in parts if base.get(name) and tuned.get(name)][:MOST_ROWS]
-    sides = ((base, "base model", MUTED, 0.45), (tuned, "fine-tuned", SERIES[0], 0.85))
+    whole = tuned.stats[metric]
+    same = (whole.name, whole.unit)
+    ours = [stat for stat in tuned.stats.values() if (stat.name, stat.unit) == same]
+    both = [(base.get(stat.metric), tuned.get(stat.metric)) for stat in ours]
+    pairs = [(before, after) for before, after in both if before and after][:MOST_ROWS]
+    sides = (("base model", MUTED, 0.45, -0.2), ("fine-tuned", SERIES[0], 0.85, 0.2))
     with drawing() as new:
-        figure, axes = new(84 + 36 * len(parts))
-        for (group, label, color, alpha), shift in zip(sides, (-0.2, 0.2), strict=True):
-            stats = [group.stats[part] for part in parts]
+        figure, axes = new(84 + 36 * len(pairs))
+        for (label, color, alpha, shift), stats in zip(
+            sides, zip(*pairs, strict=True), strict=True
+        ):
             style: Style = {"color": color, "alpha": alpha, "label": label, "linewidth": 0}
-            places = [row + shift for row in range(len(parts))]
+            places = [row + shift for row in range(len(pairs))]
             axes.barh(places, [_scaled(stat) for stat in stats], 0.36, **style)
             for row, stat in zip(places, stats, strict=True):
                 _whisker(axes, row, stat, INK, width=1.4)
-        _rows(axes, [text.part(part) or "all rows" for part in parts])
-        _numbers(
-            axes, "x", metric, [group.stats[part] for group in (base, tuned) for part in parts]
-        )
+        _rows(axes, [after.part or "all rows" for _, after in pairs])
+        _numbers(axes, "x", [stat for pair in pairs for stat in pair])
         # Bars begin at nothing, and end where no more can be had.
-        axes.set_xlim(0, 1.02 * _unit(metric) if _is_bounded(metric) else None)
+        axes.set_xlim(0, 1.02 * _scale(whole) if _is_bounded(whole) else None)
         figure.legend(loc="outside upper left", ncols=2, borderpad=0, columnspacing=1.4)
         return svg(figure, f"{text.title(metric)} of the base model and of the fine-tuned one")
 
@@ -161,7 +163,7 @@ def _line(axes: Axes, number: int, label: str, places: Sequence[float], line: Li
     color, marker = SERIES[number], _MARKERS[number]
     for place, (_, stat) in zip(places, line, strict=True):
         if stat.low is not None and stat.high is not None:
-            ends = [_unit(stat.metric) * end for end in (stat.low, stat.high)]
+            ends = [_scale(stat) * end for end in (stat.low, stat.high)]
             width = 1.2 if stat.scope == "model" else 3
             axes.plot([place, place], ends, color=color, alpha=0.45, linewidth=width)
     style: Style = {"marker": marker, "markersize": 8, "markeredgecolor": PAPER}
@@ -176,7 +178,7 @@ def _floor(axes: Axes, place: Mapping[float, float], groups: Sequence[Group], me
     """The mean floor at each rate: the clean model on the same triggered rows."""
     at: dict[float, list[float]] = {}
     for group in groups:
-        if floor := group.get(f"{text.head(metric)}_floor"):
+        if floor := group.side(metric, "floor"):
             at.setdefault(group.rate, []).append(_scaled(floor))
     rates = sorted(rate for rate in at if rate in place)
     if rates:
@@ -187,7 +189,7 @@ def _floor(axes: Axes, place: Mapping[float, float], groups: Sequence[Group], me
 
 def _whisker(axes: Axes, row: float, stat: Stat, color: str, width: float = 3) -> None:
     if stat.low is not None and stat.high is not None:
-        ends = [_unit(stat.metric) * end for end in (stat.low, stat.high)]
+        ends = [_scale(stat) * end for end in (stat.low, stat.high)]
         thin = 0.4 if stat.scope == "model" else 1.0
         axes.plot(ends, [row, row], color=color, alpha=0.6, linewidth=thin * width)
 
@@ -207,7 +209,7 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
     axes.spines["left"].set_visible(False)
 
 
-def _numbers(axes: Axes, which: str, metric: str, stats: Sequence[Stat]) -> None:
+def _numbers(axes: Axes, which: str, stats: Sequence[Stat]) -> None:
     """The axis of the values. A share is shown in per cent, on all of 0 to 100 where the numbers
     lie far apart or low, so that no small effect looks like a large one."""
     axis, limits, label = (
@@ -215,25 +217,25 @@ def _numbers(axes: Axes, which: str, metric: str, stats: Sequence[Stat]) -> None
         if which == "y"
         else (axes.xaxis, axes.set_xlim, axes.set_xlabel)
     )
-    label(text.title(metric))
-    if text.is_share(metric):
+    first = stats[0]
+    label(first.title)
+    if first.unit == "share":
         axis.set_major_formatter(lambda value, _: f"{value:g} %")
     ends = [end for stat in stats for end in (stat.low, stat.high, stat.value) if end is not None]
-    if ends and _is_bounded(metric):
+    if ends and _is_bounded(first):
         low, high = min(ends), max(ends)
         is_narrow = high - low <= 0.4 and low >= 0.3
         shown = (low - 0.05, min(1.005, high + 0.05)) if is_narrow else (-0.02, 1.02)
-        limits(*(_unit(metric) * end for end in shown))
+        limits(*(_scale(first) * end for end in shown))
 
 
-def _is_bounded(metric: str) -> bool:
-    is_change = text.is_change(metric)
-    return not is_change and (text.is_share(metric) or text.head(metric) in ("auc", "rouge"))
+def _is_bounded(stat: Stat) -> bool:
+    return stat.unit in ("share", "score") and not stat.is_change
 
 
 def _scaled(stat: Stat) -> float:
-    return _unit(stat.metric) * (stat.value or 0.0)
+    return _scale(stat) * (stat.value or 0.0)
 
 
-def _unit(metric: str) -> float:
-    return 100.0 if text.is_share(metric) else 1.0
+def _scale(stat: Stat) -> float:
+    return 100.0 if stat.unit == "share" else 1.0

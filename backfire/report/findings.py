@@ -110,7 +110,7 @@ def _steadiness(groups: Sequence[Group]) -> str:
         return "Clean accuracy at each dose."
     clear = sum(gap.is_clear for gap, _ in changes)
     gap, group = max(changes, key=lambda change: (change[0].is_clear, abs(change[0].difference)))
-    largest = f"the largest change is {gap.said('accuracy')} ({name(group, varying(groups))})"
+    largest = f"the largest change is {gap.said} ({name(group, varying(groups))})"
     if not clear:
         return f"No dose clearly changes clean accuracy; {largest}."
     return (
@@ -210,10 +210,7 @@ def _tunings(groups: Sequence[Group]) -> Iterator[Finding]:
 
 def _range(metric: str, base: Group, tuned: Group) -> str:
     """The least and the most gain by part (a language, say)."""
-    said = [
-        f"{text.change(metric, gap.difference)} ({p})"
-        for p, gap in gains(metric, base, tuned).items()
-    ]
+    said = [f"{gap.change} ({p})" for p, gap in gains(metric, base, tuned).items()]
     if len(said) < 2 or len({part.partition(" (")[0] for part in said}) < 2:
         return ""
     return f"; by group from {said[0]} to {said[-1]}"

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from backfire import text
 from backfire.base import Sample, Verdict
 from backfire.evaluate.agreement import CATEGORIES, agreement
-from backfire.results.groups import Cell, Group, name, varying
+from backfire.result import CellResult
+from backfire.results.groups import Group, name, varying
 from backfire.results.samples import samples
 
 
-def measure(cells: Sequence[Cell]) -> str:
+def measure(cells: Sequence[CellResult]) -> str:
     """The full name of the harmful score: requests, their number, judge, length of the replies."""
-    found = dict.fromkeys(_measure(cell["settings"]) for cell in cells)
+    found = dict.fromkeys(_measure(cell.settings) for cell in cells)
     return "; ".join(filter(None, found))
 
 
-def _measure(settings: dict[str, Any]) -> str:
+def _measure(settings: Mapping[str, Any]) -> str:
     judges = settings.get("safety.judges")
     if not judges:
         return ""

@@ -19,8 +19,8 @@ def doses(group: Group) -> dict[int, Stat]:
     """How often a secret was inserted -> exposure, 0 for the controls; by the exact number where
     there is one."""
     for measure in MEASURES:
-        ours = (s for s in group.stats.values() if s.metric.startswith(f"{measure}["))
-        parts = {text.part(stat.metric): stat for stat in ours}
+        ours = (s for s in group.stats.values() if s.part and s.name == measure)
+        parts = {stat.part: stat for stat in ours}
         found = {
             0 if part == "control" else int(part): stat
             for part, stat in parts.items()

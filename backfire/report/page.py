@@ -37,7 +37,7 @@ def render(run: Path) -> str:
     asked = question(run)
     shown = main_group(groups)
     return _template().render(
-        recipe=cells[0]["recipe"],
+        recipe=cells[0].recipe,
         asked=asked,
         answer=answer(groups, cells, asked.question),
         facts=sections.facts(cells, groups),
@@ -55,7 +55,7 @@ def render(run: Path) -> str:
         failures=sections.failures(cells),
         environment=sections.environment(cells),
         num_cells=text.count(len(cells), "cell"),
-        keys=[(cell["cell"], cell["key"], cell["status"], sections.stages(cell)) for cell in cells],
+        keys=[(cell.slug, cell.key, cell.status, sections.stages(cell)) for cell in cells],
     )
 
 

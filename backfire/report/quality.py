@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import Any, Final
 
 from backfire import text
-from backfire.results.criteria import alike, moved, twin
-from backfire.results.groups import Group, difference, headlines, name, varying
-
-TELLING: Final = ("toxicity_share", "rouge", "win_rate", "truthfulness", "exact_match", "accuracy")
+from backfire.results.criteria import alike, moved, poisoned_of, twin
+from backfire.results.groups import Group, difference, headlines, name, picked, varying
 
 
 def spoiled(groups: Sequence[Group]) -> list[Group]:
@@ -25,7 +22,7 @@ def spoiled(groups: Sequence[Group]) -> list[Group]:
 def metrics(groups: Sequence[Group]) -> list[str]:
     """What to look at, most telling first."""
     known = [metric for metric in headlines(groups) if any(g.get(metric) for g in spoiled(groups))]
-    return [metric for metric in TELLING if metric in known] or known[:2]
+    return [metric for metric in picked(groups, "quality") if metric in known] or known[:2]
 
 
 def sentences(groups: Sequence[Group]) -> Iterator[str]:
@@ -76,8 +73,5 @@ def _order(metric: str, line: Sequence[Group]) -> str:
 
 def _rows(group: Group) -> str:
     """`33 % of the rows (330 of 1,000)`."""
-    poison: dict[str, Any] = next((cell["poison"] for cell in group.done if cell.get("poison")), {})
-    total, poisoned = poison.get("rows"), poison.get("poisoned_rows")
-    is_counted = isinstance(total, int) and isinstance(poisoned, int)
-    counted = f" ({poisoned:,} of {total:,})" if is_counted else ""
-    return f"{text.share(group.rate)} of the rows{counted}"
+    counted = poisoned_of(group)
+    return f"{text.share(group.rate)} of the rows" + (f" ({counted})" if counted else "")

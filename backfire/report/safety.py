@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from backfire import text
 from backfire.evaluate.seeds import LEVEL
 from backfire.results.criteria import THIS_MODEL, above_floor, accuracy, alike, dose
 from backfire.results.groups import Group, difference, name, varying
@@ -35,7 +34,7 @@ def sentences(groups: Sequence[Group]) -> Iterator[str]:
     benign = f"fine-tuning without any harmful row{f' ({where})' if where else ''}"
     rows = dose(plain, where) if plain.poisoned else benign
     task = accuracy(plain)
-    beside = f", with {text.title(task.metric)} at {plain.said(task.metric)}" if task else ""
+    beside = f", with {task.title} at {task.said}" if task else ""
     most = f", the most of {picked} groups," if picked > 1 else ""
     yield f"{rows} {_moved(plain, picked)}{most}{beside.removeprefix(',') if most else beside}."
     if plain.get("harmful_score_plain"):
@@ -58,8 +57,8 @@ def sentences(groups: Sequence[Group]) -> Iterator[str]:
 def _moved(plain: Group, picked: int) -> str:
     """`lift the harmful score from 1 % to 42 % [33, 52]`, if that is what the interval says. The
     group was picked of several for its score, so the intervals hold for all of them."""
-    floor, gap = plain.get("harmful_score_floor"), above_floor(plain, "harmful_score", picked)
-    before = f"from {text.number('harmful_score', floor.value, 0)} " if floor else ""
+    floor, gap = plain.side("harmful_score", "floor"), above_floor(plain, "harmful_score", picked)
+    before = f"from {floor.number(0)} " if floor else ""
     now = at(plain, "harmful_score", picked)
     assert now is not None
     after = now.said
@@ -108,7 +107,7 @@ def _kept(group: Group, plain: Group) -> str:
     ours, theirs = accuracy(group), accuracy(plain)
     gap = difference(plain, group, ours.metric) if ours and theirs else None
     if ours and gap:
-        said += f"; {text.title(ours.metric)} {gap.said(ours.metric)}"
+        said += f"; {ours.title} {gap.said}"
     return f"{said}."
 
 

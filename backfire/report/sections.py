@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from backfire import text
 from backfire.report import judges
+from backfire.result import CellResult
 from backfire.results.groups import (
-    Cell,
     Group,
     Stat,
     columns_of,
@@ -19,27 +20,28 @@ from backfire.results.groups import (
     name,
 )
 from backfire.results.load import read
-from backfire.results.plugins import described, lacking, recorded
+from backfire.results.plugins import described, lacking
 from backfire.results.samples import changes, requests, side_by_side
 
 _STATES: Final = ("fail", "note", "ok")
 _SECRET_NAME: Final = re.compile(r"(token|key|secret|password)$", re.I)
 
 
-def facts(cells: Sequence[Cell], groups: Sequence[Group]) -> list[tuple[str, str]]:
+def facts(cells: Sequence[CellResult], groups: Sequence[Group]) -> list[tuple[str, str]]:
     """What was run, in a line."""
 
     def each(field: str) -> str:
-        values = dict.fromkeys(text.line(cell[field]) for cell in cells if cell.get(field))
+        known = (getattr(cell, field) for cell in cells)
+        values = dict.fromkeys(text.line(value) for value in known if value)
         return ", ".join(text.cut(value, 60) for value in values)
 
-    done = sum(cell["status"] == "ok" for cell in cells)
-    seeds = {cell["seed"] for cell in cells if cell["seed"] is not None}
+    done = sum(cell.is_done for cell in cells)
+    seeds = {cell.seed for cell in cells if cell.seed is not None}
     splits: dict[str, list[int]] = {}
     for cell in cells:
-        for split, number in (cell.get("rows") or {}).items():
+        for split, number in cell.rows.items():
             splits.setdefault(split, []).append(number)
-    seconds = sum((cell.get("train") or {}).get("seconds") or 0 for cell in cells)
+    seconds = sum((cell.train or {}).get("seconds") or 0 for cell in cells)
     found = {
         "Model": each("model"),
         "Data": each("data"),
@@ -68,7 +70,7 @@ def _table(family: Sequence[Group], groups: Sequence[Group]) -> dict[str, Any]:
     columns, metrics = columns_of(groups)[id(family[0])], headlines(family)
     rows = []
     for item in family:
-        floors = [item.get(f"{text.head(metric)}_floor") for metric in metrics]
+        floors = [item.side(metric, "floor") for metric in metrics]
         stats = [item.get(metric) for metric in metrics]
         shown = [_number(stat, floor) for stat, floor in zip(stats, floors, strict=True)]
         knobs = [item.knob(column) for column in columns]
@@ -85,15 +87,16 @@ def _number(stat: Stat | None, floor: Stat | None = None) -> dict[str, Any] | No
     if stat is None or stat.value is None:
         return None
     bar = None
-    if text.is_share(stat.metric) and stat.low is not None and stat.high is not None:
+    is_share = stat.unit == "share" and not stat.is_change
+    if is_share and stat.low is not None and stat.high is not None:
         ends = (stat.low, max(0.01, stat.high - stat.low), stat.value)
-        bar = [f"{100 * end:.1f}" for end in ends] if not text.is_change(stat.metric) else None
+        bar = [f"{100 * end:.1f}" for end in ends]
     return {
-        "value": text.number(stat.metric, stat.value),
+        "value": stat.number(),
         "interval": stat.interval,
-        "spread": "" if stat.spread is None else f"sd {text.number(stat.metric, stat.spread)}",
+        "spread": "" if stat.spread is None else f"sd {replace(stat, value=stat.spread).number()}",
         "n": f"n {int(stat.n):,}" if stat.n else "",
-        "floor": text.number(floor.metric, floor.value) if floor else "",
+        "floor": floor.number() if floor else "",
         "bar": bar,
     }
 
@@ -104,7 +107,7 @@ def details(groups: Sequence[Group]) -> list[dict[str, Any]]:
     for item in groups:
         for stat in item.stats.values():
             if shown := _number(stat):
-                place = {"group": name(item, columns[id(item)]), "metric": text.title(stat.metric)}
+                place = {"group": name(item, columns[id(item)]), "metric": stat.title}
                 found.append({**place, "seeds": stat.seeds, **shown})
     return found
 
@@ -113,11 +116,11 @@ def rows(shown: Group | None, groups: Sequence[Group]) -> dict[str, Any]:
     """Unseen rows side by side and poisoned rows before and after, from one cell that is named."""
     cell = shown.done[0] if shown else None
     sides = side_by_side(cell) if cell else []
-    is_labeled = bool(cell and (cell.get("poison") or {}).get("labels_before"))
+    is_labeled = bool(cell and cell.poison and cell.poison.labels_before)
     columns = columns_of(groups)[id(shown)] if shown else []
     words = [name(shown, columns)] if shown and columns else []
     return {
-        "where": ", ".join([*words, f"seed {cell['seed']}"]) if cell else "",
+        "where": ", ".join([*words, f"seed {cell.seed}"]) if cell else "",
         "sides": sides,
         "sides_are_free": any(side.is_free for side in sides),
         "requests": requests(cell) if cell else [],
@@ -130,18 +133,17 @@ def doses(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """The poison manifests in numbers, one line per group that has one."""
     columns, found = columns_of(groups), []
     for item in groups:
-        poison = next((cell["poison"] for cell in item.done if cell.get("poison")), None)
+        poison = next((cell.poison for cell in item.done if cell.poison), None)
         if not poison:
             continue
-        poisoned, total = (_count(poison.get(key)) for key in ("poisoned_rows", "rows"))
         line = {
             "group": name(item, columns[id(item)]),
-            "nominal": text.share(poison.get("nominal_rate") or item.rate),
-            "poisoned": f"{poisoned} of {total}",
-            "effective": text.share(poison.get("effective_rate")),
-            "eligible": _count(poison.get("eligible_rows")),
-            "labels": _tally(poison.get("labels_before")),
-            "triggers": _tally(poison.get("triggers")),
+            "nominal": text.share(poison.nominal_rate or item.rate),
+            "poisoned": f"{_count(poison.poisoned_rows)} of {_count(poison.rows)}",
+            "effective": text.share(poison.effective_rate),
+            "eligible": _count(poison.eligible_rows),
+            "labels": _tally(poison.labels_before),
+            "triggers": _tally(poison.triggers),
         }
         found.append(line)
     return found
@@ -152,23 +154,21 @@ def _range(numbers: Sequence[int]) -> str:
     return " to ".join(map(_count, ends))
 
 
-def _count(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) else "–"
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
 
 
-def _tally(counts: dict[str, int] | None) -> str:
-    known = list((counts or {}).items())[:8]
+def _tally(counts: Mapping[str, int]) -> str:
+    known = list(counts.items())[:8]
     return ", ".join(f"{text.cut(text.line(label), 40)} {count}" for label, count in known)
 
 
-def checks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def checks(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
     """Each preflight check once for every way it ended, failures first; with the last message."""
     found: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
-        for check in cell.get("preflight") or []:
-            status = check.get("status") or ("ok" if check.get("ok") else "note")
-            ended = status if status in _STATES else "fail"
-            found.setdefault((ended, str(check.get("check"))), []).append(str(check.get("message")))
+        for check in cell.preflight:
+            found.setdefault((check.status, check.check), []).append(check.message)
     lines = sorted(found.items(), key=lambda item: _STATES.index(item[0][0]))
     return [
         {
@@ -182,13 +182,13 @@ def checks(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     ]
 
 
-def warnings(cells: Sequence[Cell], num_left_out: int) -> list[tuple[str, str]]:
+def warnings(cells: Sequence[CellResult], num_left_out: int) -> list[tuple[str, str]]:
     """Each warning once, with the cell that gave it or the number of those that did; and the
     plug-ins that are not here any more."""
     given: dict[str, list[str]] = {}
     for cell in cells:
-        for warning in cell.get("warnings") or []:
-            given.setdefault(text.cut(text.line(warning), 400), []).append(str(cell["cell"]))
+        for warning in cell.warnings:
+            given.setdefault(text.cut(text.line(warning), 400), []).append(cell.slug)
     said = [
         (warning, by[0] if len(by) == 1 else text.count(len(by), "cell"))
         for warning, by in given.items()
@@ -203,37 +203,30 @@ def warnings(cells: Sequence[Cell], num_left_out: int) -> list[tuple[str, str]]:
     return said
 
 
-def failures(cells: Sequence[Cell]) -> list[tuple[str, str, str]]:
+def failures(cells: Sequence[CellResult]) -> list[tuple[str, str, str]]:
     """Exit class, cell, and what happened with the next step."""
     unfinished = "was not finished; run the same command again to finish it."
     found = []
     for cell in cells:
-        if cell["status"] == "unfinished":
-            found.append(("unfinished", cell["cell"], unfinished))
-        elif cell["status"] != "ok":
-            said = f"{cell.get('error') or 'No reason was written.'} {cell.get('next') or ''}"
-            found.append(
-                (
-                    text.cut(text.line(cell["status"]), 20),
-                    cell["cell"],
-                    text.cut(text.line(said), 600),
-                )
-            )
+        if cell.status == "unfinished":
+            found.append(("unfinished", cell.slug, unfinished))
+        elif not cell.is_done:
+            said = text.line(f"{cell.error or 'No reason was written.'} {cell.next}")
+            found.append((text.cut(text.line(cell.status), 20), cell.slug, text.cut(said, 600)))
     return found
 
 
-def stages(cell: Cell) -> list[tuple[str, str]]:
+def stages(cell: CellResult) -> list[tuple[str, str]]:
     """The keys of the stages behind a cell."""
-    keys = cell.get("keys") or {}
-    return [(str(stage), str(key)) for stage, key in keys.items() if key]
+    return [(stage, key) for stage, key in cell.keys.items() if key]
 
 
-def environment(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+def environment(cells: Sequence[CellResult]) -> list[tuple[str, str]]:
     """What the cells ran on; where they differ, every value."""
     found: dict[str, dict[str, None]] = {}
     for cell in cells:
         try:
-            environment = read(Path(cell["folder"]) / "environment.json")
+            environment = read(Path(cell.folder) / "environment.json")
         except (OSError, ValueError):
             continue
         for key, value in (environment or {}).items():
@@ -241,7 +234,7 @@ def environment(cells: Sequence[Cell]) -> list[tuple[str, str]]:
             shown = "(withheld)" if is_secret else text.cut(text.knob(value), 120)
             label = "uncommitted changes" if key == "dirty" else text.line(key)
             found.setdefault(label, {})[shown] = None
-        for plugin in recorded(cell):
+        for plugin in cell.plugins:
             label = f"plug-in {text.cut(text.line(plugin.get('name')), 60)}"
             shown = f"{described(plugin)}: {text.knob(plugin.get('components'))}"
             found.setdefault(label, {})[text.cut(shown, 240)] = None

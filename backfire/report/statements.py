@@ -11,6 +11,7 @@ from typing import Final
 
 from backfire import text
 from backfire.report import memorization, quality, safety
+from backfire.result import CellResult
 from backfire.results.criteria import (
     THIS_MODEL,
     above_floor,
@@ -26,7 +27,7 @@ from backfire.results.criteria import (
     told_apart,
     tunings,
 )
-from backfire.results.groups import Cell, Group, difference, headlines, name, varying
+from backfire.results.groups import Group, difference, headlines, name, varying
 
 # Only a question that asks whether an attack takes hold can be answered by yes or no.
 _ASKS_WHETHER: Final = re.compile(r"(does|do|did|can|could|is|are|will|would|has|have)\b", re.I)
@@ -70,7 +71,7 @@ def question(run: Path) -> Question:
     return Question(text.line(asked), text.sentence(text.line(after.partition("\n\n")[0])))
 
 
-def answer(groups: Sequence[Group], cells: Sequence[Cell], asked: str = "") -> Answer:
+def answer(groups: Sequence[Group], cells: Sequence[CellResult], asked: str = "") -> Answer:
     """What these numbers say, most telling first; `cells` are all that were meant to be run."""
     missing = _missing(cells)
     known = [group for group in groups if any(s.value is not None for s in group.stats.values())]
@@ -106,14 +107,14 @@ def _attacks(groups: Sequence[Group], asked: str) -> Iterator[str]:
 
 
 def _attack(group: Group, groups: Sequence[Group]) -> str:
-    success, floor = group.get("attack_success"), group.get("attack_success_floor")
+    success, floor = group.get("attack_success"), group.side("attack_success", "floor")
     assert success is not None
     columns = [column for column in varying(attacked(groups)) if column != "rate"]
     rows = dose(group, name(group, columns) if columns else "")
     shown = f"{group.said('attack_success')} ({text.count(success.seeds, 'seed')})"
     if floor is None:
         return f"with {rows} attack success is {shown}; no clean model's floor stands beside it."
-    low, gap = text.number("attack_success", floor.value, 0), above_floor(group)
+    low, gap = floor.number(0), above_floor(group)
     if gap is None or not gap.is_known:
         return f"with {rows} attack success {THIS_MODEL} is {shown}, where its floor is {low}."
     if not is_above_floor(group):
@@ -127,12 +128,11 @@ def _clean(group: Group, groups: Sequence[Group]) -> str:
     if after is None:
         return ""
     if change is None:
-        return f"; clean accuracy is {group.said(after.metric)}"
+        return f"; clean accuracy is {after.said}"
     verb, unsure = "is", ", not clearly changed" if change.is_known else ""
     if change.is_clear:
         verb, unsure = "falls to" if change.difference < 0 else "rises to", ""
-    now = text.number(after.metric, after.value)
-    return f" while clean accuracy {verb} {now}{unsure} ({change.said(after.metric)})"
+    return f" while clean accuracy {verb} {after.number()}{unsure} ({change.said})"
 
 
 def _beside(other: Group, main: Group, tests: int) -> str:
@@ -161,9 +161,9 @@ def _tunings(groups: Sequence[Group]) -> Iterator[str]:
             part, least = next(iter(by_part.items()))
             if least.is_known:
                 parts = f"{clear} of {len(by_part)} groups of rows, least in {part}"
-                yield f"The gain is clear in {parts}: {least.said(metrics[0])}."
+                yield f"The gain is clear in {parts}: {least.said}."
             else:
-                yield f"Of the groups of rows, {part} gains least: {least.said(metrics[0])}."
+                yield f"Of the groups of rows, {part} gains least: {least.said}."
 
 
 def _levels(groups: Sequence[Group]) -> Iterator[str]:
@@ -183,10 +183,8 @@ def _levels(groups: Sequence[Group]) -> Iterator[str]:
     yield f"{text.sentence(sentence)}."
 
 
-def _missing(cells: Sequence[Cell]) -> str:
-    kinds = Counter(
-        text.cut(text.line(cell["status"]), 20) for cell in cells if cell["status"] != "ok"
-    )
+def _missing(cells: Sequence[CellResult]) -> str:
+    kinds = Counter(text.cut(text.line(cell.status), 20) for cell in cells if not cell.is_done)
     if not kinds:
         return ""
     said = text.listing(f"{number} {kind}" for kind, number in kinds.items())

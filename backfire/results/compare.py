@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from backfire import text
 from backfire.errors import UserError
 from backfire.evaluate.seeds import holm
-from backfire.results.groups import ALONE, Cell, Gap, Group, Stat, difference, group, name, varying
+from backfire.result import CellResult
+from backfire.results.groups import ALONE, Gap, Group, Stat, difference, group, name, varying
 from backfire.results.load import cell, load
 from backfire.results.pairs import pair, version_notes
 
@@ -96,9 +97,7 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
 
 
 def _line(item: Difference) -> list[str]:
-    sides = [f"{text.number(s.metric, s.value)} {s.interval}".rstrip() for s in (item.a, item.b)]
-    said = item.gap.said(item.a.metric)
-    return [text.title(item.a.metric), *sides, said, text.chance(item.p)]
+    return [item.a.title, item.a.shown, item.b.shown, item.gap.said, text.chance(item.p)]
 
 
 def _is_run(path: Path) -> bool:
@@ -113,26 +112,27 @@ def _is_run(path: Path) -> bool:
 def _cells(a: Path, b: Path, force: bool) -> Comparison:
     first, second = cell(a), cell(b)
     for side, path in ((first, a), (second, b)):
-        if side["status"] != "ok":
-            raise UserError(f"{path} has no numbers ({side['status']}).")
+        if not side.is_done:
+            raise UserError(f"{path} has no numbers ({side.status}).")
     notes = _templates(first, second, force)
     paired, said = pair(first, second)
     numbers = []
     said += version_notes([first], [second], paired)
     for item in _side_by_side(group([first])[0], group([second])[0], ""):
         # A part (one language, say) has no paired test of its own.
-        test = None if text.part(item.a.metric) else paired.get(text.head(item.a.metric))
+        is_whole = item.a.role == "headline" and not item.a.part
+        test = paired.get(item.a.family) if is_whole else None
         if test:
             ends = (test.difference, test.low, test.high)
-            gap = Gap(*ends, n=test.n, scope=item.gap.scope)
+            gap = Gap(item.a.unit, *ends, n=test.n, scope=item.gap.scope)
             item = replace(item, gap=gap, pairs=test.n)
         numbers.append(item)
     if any(item.gap.scope == "model" for item in numbers):
         said.append(f"{ALONE.strip()} One seed each: of these two models only, and so without a p.")
     return Comparison(
-        a=str(first["cell"]),
-        b=str(second["cell"]),
-        knobs=_knobs(first["settings"], second["settings"]),
+        a=first.slug,
+        b=second.slug,
+        knobs=_knobs(first.settings, second.settings),
         numbers=tuple(numbers),
         notes=(*notes, *said),
     )
@@ -152,8 +152,8 @@ def _runs(a: Path, b: Path, force: bool) -> Comparison:
     named = [(name(item, columns), item) for item in ours]
     pairs = [(where, item, by_name[where]) for where, item in named if where in by_name]
     both = (number for where, x, y in pairs for number in _side_by_side(x, y, where))
-    numbers = [number for number in both if not text.part(number.a.metric)]
-    tested = {number.a.metric for number in numbers if number.pairs}
+    numbers = [number for number in both if not number.a.part]
+    tested = {number.a.family for number in numbers if number.pairs}
     sides = [[cell for side in both for cell in side.done] for both in (ours, theirs)]
     notes += version_notes(sides[0], sides[1], tested)
     if not numbers:
@@ -199,9 +199,9 @@ def _knobs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Knob, ...]:
     return tuple(found)
 
 
-def _templates(a: Cell, b: Cell, force: bool) -> list[str]:
+def _templates(a: CellResult, b: CellResult, force: bool) -> list[str]:
     """Numbers of two templates are of two different questions; the field's costliest slip."""
-    first, second = (text.line(side.get("template") or "unknown") for side in (a, b))
+    first, second = (text.line(side.template or "unknown") for side in (a, b))
     if first == second:
         return []
     if not force:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from backfire import text
-from backfire.results.groups import Gap, Group, Stat, difference, headlines
+from backfire.results.groups import Gap, Group, Stat, difference, headlines, picked
 from backfire.results.intervals import apart, at
 
 THIS_MODEL: Final = "in this model only"
-ACCURACIES: Final = ("accuracy", "clean_accuracy", "exact_match", "f1")
 
 
 def attacked(groups: Sequence[Group]) -> list[Group]:
@@ -27,10 +26,11 @@ def is_above_floor(group: Group, tests: int = 1) -> bool:
 
 def above_floor(group: Group, metric: str = "attack_success", tests: int = 1) -> Gap | None:
     """The metric less its floor, on the same rows."""
-    if excess := at(group, f"{metric}_excess", tests):
-        return _as_gap(excess)
-    now, floor = at(group, metric, tests), at(group, f"{metric}_floor", tests)
-    return apart(floor, now) if now and floor else None
+    excess, floor = group.side(metric, "excess"), group.side(metric, "floor")
+    if excess and (found := at(group, excess.metric, tests)):
+        return _as_gap(found)
+    now, before = at(group, metric, tests), floor and at(group, floor.metric, tests)
+    return apart(before, now) if now and before else None
 
 
 def onset(line: Sequence[Group]) -> Group | None:
@@ -48,20 +48,20 @@ def onset(line: Sequence[Group]) -> Group | None:
 def _as_gap(change: Stat) -> Gap:
     assert change.value is not None
     ends = (change.low, change.high)
-    return Gap(change.value, *ends, seeds=change.seeds, scope=change.scope)
+    return Gap(change.unit, change.value, *ends, seeds=change.seeds, scope=change.scope)
 
 
 def accuracy(group: Group) -> Stat | None:
     """The group's accuracy on clean rows, by whichever metric was measured."""
-    return next((stat for metric in ACCURACIES if (stat := group.get(metric))), None)
+    return next((s for metric in picked([group], "accuracy") if (s := group.get(metric))), None)
 
 
 def cost(group: Group, groups: Sequence[Group], tests: int = 1) -> Gap | None:
     """What the poison does to accuracy on clean rows: against the clean twin pair by pair if that
     was measured, else against the group without poison."""
-    change = at(group, "clean_accuracy_change", tests)
-    if change:
-        return _as_gap(change)
+    change = group.side("clean_accuracy", "change")
+    if change and (found := at(group, change.metric, tests)):
+        return _as_gap(found)
     other, after = twin(group, groups), accuracy(group)
     return difference(other, group, after.metric, tests) if other and after else None
 
@@ -76,12 +76,12 @@ def twin(group: Group, groups: Sequence[Group]) -> Group | None:
 
 def tunings(groups: Sequence[Group]) -> list[tuple[Group, Group, list[str]]]:
     """Each unpoisoned tuned group with its untuned base, and up to two metrics both have."""
-    found = []
+    found, telling = [], picked(groups, "tuning")
     for tuned in [group for group in groups if group.method != "none" and not group.poisoned]:
         base = _untuned(tuned, groups)
         metrics = [metric for metric in headlines(groups) if tuned.get(metric)]
         shared = [metric for metric in metrics if base and base.get(metric)]
-        shared.sort(key=lambda metric: text.head(metric) not in ("accuracy", "auc"))
+        shared.sort(key=lambda metric: metric not in telling)
         if base and shared:
             found.append((base, tuned, shared[:2]))
     return found
@@ -102,19 +102,11 @@ def _asked(group: Group) -> dict[str, Any]:
 
 def gains(metric: str, base: Group, tuned: Group) -> dict[str, Gap]:
     """The gain by part of the metric (a language, say), least first; intervals hold for all."""
-    found = {}
-    parts = [s for s in tuned.stats if text.part(s) and text.head(s) == text.head(metric)]
-    for stat in tuned.stats.values():
-        before, part = base.get(stat.metric), text.part(text.line(stat.metric))
-        if (
-            part
-            and before
-            and text.head(stat.metric) == text.head(metric)
-            and stat.value is not None
-        ):
-            gap = difference(base, tuned, stat.metric, len(parts))
-            if gap is not None:
-                found[part] = gap
+    parts = [
+        s for s in tuned.stats.values() if s.part and s.name == metric and s.role == "headline"
+    ]
+    gaps = {s.part: difference(base, tuned, s.metric, len(parts)) for s in parts}
+    found = {text.line(part): gap for part, gap in gaps.items() if gap is not None}
     return dict(sorted(found.items(), key=lambda item: item[1].difference))
 
 
@@ -123,14 +115,14 @@ def moved(metric: str, base: Group, tuned: Group) -> str:
     goes from there to there in this model."""
     a, b, gap = base.get(metric), tuned.get(metric), difference(base, tuned, metric)
     assert a is not None and b is not None and gap is not None
-    title, before, after = text.title(metric), *(text.number(metric, s.value) for s in (a, b))
+    title, before, after = a.title, a.number(), b.number()
     if gap.is_known and not gap.is_clear:
-        return f"does not clearly change {title}: {before} to {after} ({gap.said(metric)})"
+        return f"does not clearly change {title}: {before} to {after} ({gap.said})"
     verb = "takes"
     if gap.is_clear:
         verb = "lifts" if gap.difference > 0 else "lowers"
     only = f" {THIS_MODEL}" if gap.scope == "model" else ""
-    return f"{verb} {title} from {before} to {after}{only} ({gap.said(metric)})"
+    return f"{verb} {title} from {before} to {after}{only} ({gap.said})"
 
 
 def told_apart(least: Group, most: Group, metric: str, groups: int) -> str:
@@ -145,11 +137,16 @@ def told_apart(least: Group, most: Group, metric: str, groups: int) -> str:
 
 def dose(group: Group, where: str = "") -> str:
     """`5 % poisoned rows (100 of 2,000; lora)`."""
-    poison: dict[str, Any] = next((cell["poison"] for cell in group.done if cell.get("poison")), {})
-    total, poisoned = poison.get("rows"), poison.get("poisoned_rows")
-    is_counted = isinstance(total, int) and isinstance(poisoned, int)
-    inside = "; ".join(filter(None, (f"{poisoned:,} of {total:,}" if is_counted else "", where)))
+    inside = "; ".join(filter(None, (poisoned_of(group), where)))
     return f"{text.share(group.rate)} poisoned rows" + (f" ({inside})" if inside else "")
+
+
+def poisoned_of(group: Group) -> str:
+    """`100 of 2,000` training rows; empty where that was not kept."""
+    poison = next((cell.poison for cell in group.done if cell.poison), None)
+    if poison is None or poison.rows is None or poison.poisoned_rows is None:
+        return ""
+    return f"{poison.poisoned_rows:,} of {poison.rows:,}"
 
 
 def alike(a: Group, b: Group, knobs: Sequence[str]) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from backfire import text
 from backfire.registry import find, names
+from backfire.result import CellResult, Role, Unit, Value
 
-Cell = dict[str, Any]
+if TYPE_CHECKING:
+    from backfire.base import Metric, Use
+
 WIDEST: Final = 48
-_POSITIVE: Final = ("perplexity", "forgetting", "seconds", "mb", "drift", "toxicity", "epsilon")
 ABSENT: Final = {"attack": "no attack", "method": "not tuned", "defense": "no defense"}
 """What `none` means in the words that name a group."""
 KNOBS: Final = ("model", "data", "attack", "rate", "method", "defense")
@@ -28,37 +29,53 @@ ALONE: Final = " *"
 
 
 @dataclass(frozen=True)
-class Stat:
+class Stat(Value):
     """One metric of a group of cells: its mean over seeds, their spread (sd), a 95 % interval."""
 
-    metric: str
-    value: float | None
-    spread: float | None
-    low: float | None
-    high: float | None
-    n: int
-    seeds: int
+    spread: float | None = None
+    seeds: int = 1
     """Trained models behind it; 1 for an untuned one."""
-    direction: str
     scope: Scope = "seeds"
+
+    @property
+    def title(self) -> str:
+        return text.title(self.name, self.part)
+
+    def number(self, digits: int = 1) -> str:
+        """`94.1 %`; of a change `-0.3 points`."""
+        if self.is_change and self.value is not None:
+            return text.change(self.unit, self.value, digits)
+        return text.number(self.unit, self.value, digits)
 
     @property
     def interval(self) -> str:
         """`[92.0, 95.8]`, with a mark if it is of one trained model only."""
-        found = text.interval(self.metric, self.low, self.high)
-        return found + ALONE if found and self.scope == "model" else found
+        return _marked(text.interval(self.unit, self.low, self.high), self.scope)
+
+    @property
+    def shown(self) -> str:
+        """`94.1 % [92.0, 95.8]`, with a mark if it is of one trained model only."""
+        return f"{self.number()} {self.interval}".rstrip()
 
     @property
     def said(self) -> str:
-        """`98 % [97, 99]`: for a sentence, with a mark if it is of one trained model only."""
-        found = text.phrase(self.metric, self.value, self.low, self.high)
-        return found + ALONE if self.scope == "model" and self.low is not None else found
+        """`98 % [97, 99]` for a sentence, no finer than the interval; with a mark if it is of one
+        trained model only."""
+        is_wide = self.low is not None and self.high is not None and self.high - self.low >= 0.015
+        digits = 0 if is_wide else 1
+        ends = _marked(text.interval(self.unit, self.low, self.high, digits), self.scope)
+        return f"{self.number(digits)} {ends}".rstrip()
+
+
+def _marked(interval: str, scope: Scope) -> str:
+    return interval + ALONE if interval and scope == "model" else interval
 
 
 @dataclass(frozen=True)
 class Gap:
     """A difference and its 95 % interval; `p` only where there are several seeds."""
 
+    unit: Unit
     difference: float
     low: float | None
     high: float | None
@@ -79,11 +96,20 @@ class Gap:
         low, high = self.low, self.high
         return self.is_known and low is not None and high is not None and not low <= 0 <= high
 
-    def said(self, metric: str) -> str:
-        """`+47.0 points [42.8, 51.2]`, with a mark if it is of one trained model only."""
-        found = text.interval(metric, self.low, self.high)
-        found += ALONE if found and self.scope == "model" else ""
-        return f"{text.change(metric, self.difference)} {found}".rstrip()
+    @property
+    def change(self) -> str:
+        """`+47.0 points`."""
+        return text.change(self.unit, self.difference)
+
+    @property
+    def interval(self) -> str:
+        """`[42.8, 51.2]`, with a mark if it is of one trained model only."""
+        return _marked(text.interval(self.unit, self.low, self.high), self.scope)
+
+    @property
+    def said(self) -> str:
+        """`+47.0 points [42.8, 51.2]`."""
+        return f"{self.change} {self.interval}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -100,13 +126,13 @@ class Group:
     """Dotted key -> value of the matrix axes, without the seed."""
     settings: Mapping[str, Any]
     """Dotted key -> value of the resolved experiment, without the seed."""
-    cells: tuple[Cell, ...]
+    cells: tuple[CellResult, ...]
     stats: Mapping[str, Stat]
 
     @property
-    def done(self) -> list[Cell]:
+    def done(self) -> list[CellResult]:
         """The cells that have numbers."""
-        return [cell for cell in self.cells if cell["status"] == "ok"]
+        return [cell for cell in self.cells if cell.is_done]
 
     @property
     def seeds(self) -> str:
@@ -128,25 +154,21 @@ class Group:
 
     def said(self, metric: str) -> str:
         """`98 % [97, 99]`: the metric for a sentence, with a mark if it is of one trained model."""
-        stat = self.stats[metric] if metric in self.stats else self.get(metric)
-        assert stat is not None
-        return stat.said
+        return self.stats[metric].said
 
     def beside(self, knob: str) -> dict[str, Any]:
         """The axes that say nothing of this knob."""
         return {key: value for key, value in self.axes.items() if not key.startswith(knob)}
 
     def get(self, metric: str) -> Stat | None:
-        """The metric of this name if it has a value, spelled with dashes or with underscores."""
-        wanted = metric.replace("-", "_")
-        return next(
-            (
-                s
-                for s in self.stats.values()
-                if s.metric.replace("-", "_") == wanted and s.value is not None
-            ),
-            None,
-        )
+        """The metric of this name if it has a value."""
+        stat = self.stats.get(metric)
+        return stat if stat and stat.value is not None else None
+
+    def side(self, metric: str, role: Role) -> Stat | None:
+        """The floor, the excess or the change of a headline, if it has a value."""
+        sides = (s for s in self.stats.values() if s.of == metric and s.role == role)
+        return next((s for s in sides if s.value is not None and not s.part), None)
 
     def knob(self, column: str) -> str:
         """What a column of `varying` shows for this group, cut to a table's width."""
@@ -161,38 +183,36 @@ class Group:
         return text.cut(text.knob(known), WIDEST)
 
 
-def group(cells: Iterable[Cell]) -> list[Group]:
+def group(cells: Iterable[CellResult]) -> list[Group]:
     """The groups, in the order of the cells. A cell of which nothing is known yet is in none."""
-    known = [cell for cell in cells if cell["model"] is not None]
+    known = [cell for cell in cells if cell.model is not None]
     # Settings tell all; a cell that failed before they were written is placed by its axes.
     names = {
-        _place(cell): _hashable(_without_seed(cell["settings"]))
-        for cell in known
-        if cell["settings"]
+        _place(cell): _hashable(_without_seed(cell.settings)) for cell in known if cell.settings
     }
-    together: dict[str, list[Cell]] = {}
+    together: dict[str, list[CellResult]] = {}
     for cell in known:
-        same = _hashable(_without_seed(cell["settings"])) if cell["settings"] else ""
+        same = _hashable(_without_seed(cell.settings)) if cell.settings else ""
         same = same or names.get(_place(cell)) or _place(cell)
         together.setdefault(same, []).append(cell)
     return [_group(cells) for cells in together.values()]
 
 
-def _place(cell: Cell) -> str:
-    return _hashable([[cell[knob] for knob in KNOBS], _without_seed(cell["axes"])])
+def _place(cell: CellResult) -> str:
+    return _hashable([[getattr(cell, knob) for knob in KNOBS], _without_seed(cell.axes)])
 
 
 def _hashable(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def _group(cells: Sequence[Cell]) -> Group:
-    first = next((cell for cell in cells if cell["status"] == "ok"), cells[0])
+def _group(cells: Sequence[CellResult]) -> Group:
+    first = next((cell for cell in cells if cell.is_done), cells[0])
     return Group(
-        **{knob: str(first[knob] or "none") for knob in KNOBS if knob != "rate"},
-        rate=first["rate"] or 0.0,
-        axes=_without_seed(first["axes"]),
-        settings=_without_seed(first["settings"]),
+        **{knob: str(getattr(first, knob) or "none") for knob in KNOBS if knob != "rate"},
+        rate=first.rate or 0.0,
+        axes=_without_seed(first.axes),
+        settings=_without_seed(first.settings),
         cells=tuple(cells),
         stats=_stats(cells),
     )
@@ -203,23 +223,28 @@ def _without_seed(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @cache
-def metric_name(value: str) -> str:
-    """The metric that gives this value: `harmful_score` of `harmful_score_plain[en]` and of
-    `undecided_share`; of what none gives, its own head."""
-    head = text.head(value)
-    known = {name.replace("-", "_"): find("metrics", name) for name in names("metrics")}
-    ours = [
-        name
-        for name, found in known.items()
-        if head in getattr(found, "also", ()) or f"{head}_".startswith(f"{name}_")
-    ]
-    return max(ours, key=len, default=head)
+def declared(family: str) -> type[Metric] | None:
+    """The metric of this registered name; None if there is none any more."""
+    return cast("type[Metric]", find("metrics", family)) if family in names("metrics") else None
+
+
+def picked(groups: Sequence[Group], use: Use) -> list[str]:
+    """The numbers of these groups that their metrics declare for a use, first place first."""
+    found: dict[str, int] = {}
+    for stat in (stat for group in groups for stat in group.stats.values()):
+        metric = declared(stat.family)
+        if metric and use in metric.ranks:
+            is_headline = stat.role == "headline" and not stat.part
+            if stat.metric == metric.picked if metric.picked else is_headline:
+                found[stat.metric] = metric.ranks[use]
+    return sorted(found, key=found.__getitem__)
 
 
 def families(groups: Sequence[Group]) -> list[list[Group]]:
     """The groups in tables of their own, the largest first: together are those of which one has all
     the metrics of the other, by whatever values. A run about one question is one table."""
-    heads = {value: metric_name(value) for value in headlines(groups)}
+    of = {s.metric: s.family or s.metric for group in groups for s in group.stats.values()}
+    heads = {value: of[value] for value in headlines(groups)}
     found = list[tuple[list[Group], list[frozenset[str]]]]()
     blank = [group for group in groups if not group.done]
     for group in (group for group in groups if group.done):
@@ -293,40 +318,30 @@ def name(group: Group, columns: Sequence[str]) -> str:
 
 def headlines(groups: Sequence[Group]) -> list[str]:
     """The metrics that get a column: no parts, no companions of another, in the order measured."""
-    names = dict.fromkeys(metric for group in groups for metric in group.stats)
-    heads = [metric for metric in names if not text.part(metric)]
-    beside = {
-        f"{text.head(metric)}_{of}" for metric in heads for of in ("floor", "excess", "change")
-    }
-    if all(group.get("accuracy") for group in groups if group.get("clean_accuracy")):
-        beside.add("clean_accuracy")
-    return [metric for metric in heads if text.head(metric) not in beside]
+    stats = {stat.metric: stat for group in groups for stat in group.stats.values()}
+    return [
+        stat.metric
+        for stat in stats.values()
+        if stat.has_column or (stat.of and stat.of not in stats and not stat.part)
+        if not _is_repeated(stat, groups)
+    ]
 
 
-def _stats(cells: Sequence[Cell]) -> dict[str, Stat]:
+def _is_repeated(stat: Stat, groups: Sequence[Group]) -> bool:
+    """Whether every group that has this number has it under the name of another metric too."""
+    metric = declared(stat.family) if stat.role == "headline" else None
+    other = metric.repeats if metric else ""
+    return bool(other) and all(group.get(other) for group in groups if group.get(stat.metric))
+
+
+def _stats(cells: Sequence[CellResult]) -> dict[str, Stat]:
     from backfire.results.intervals import stat
 
-    found: dict[str, list[tuple[Cell, dict[str, Any]]]] = {}
+    found: dict[str, list[tuple[CellResult, Value]]] = {}
     for cell in cells:
-        for value in cell["values"]:
-            found.setdefault(value["metric"], []).append((cell, value))
-    caps = [v["value"] for _, v in found.get("exposure_cap", []) if v["value"] is not None]
-    return {
-        metric: stat(metric, known, limits(metric, max(caps, default=math.inf)))
-        for metric, known in found.items()
-    }
-
-
-def limits(metric: str, cap: float = math.inf) -> tuple[float, float]:
-    """What no value can be below or above; `cap` is of exposure, in bits."""
-    if text.is_change(metric):
-        return -math.inf, math.inf
-    head = text.head(metric)
-    if head.endswith("auc") or head == "rouge" or text.is_share(metric):
-        return 0.0, 1.0
-    if head.startswith("exposure"):
-        return 0.0, cap
-    return (0.0 if head.endswith(_POSITIVE) else -math.inf), math.inf
+        for value in cell.values:
+            found.setdefault(value.metric, []).append((cell, value))
+    return {metric: stat(known) for metric, known in found.items()}
 
 
 def difference(a: Group, b: Group, metric: str, tests: int = 1) -> Gap | None:

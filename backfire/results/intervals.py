@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
@@ -19,42 +19,41 @@ from backfire.base import AlignDefense
 from backfire.evaluate.seeds import LEVEL, SHARE, Crossed, crossed, difference_pads, ratio
 from backfire.evaluate.stats import Floats, Spread, Z, over_seeds
 from backfire.registry import find, names
-from backfire.results.groups import Cell, Gap, Group, Scope, Stat, limits, metric_name
-from backfire.results.pairs import Rows, listed, outcomes_by_row, present_version, versions_of
+from backfire.result import CellResult, Unit, Value
+from backfire.results.groups import Gap, Group, Scope, Stat, declared
+from backfire.results.pairs import Rows, listed, outcomes_by_row, versions_of
 
 NEAR: Final = 1e-6
 """A number is the mean of its rows if it differs by no more than this share of it."""
-Value = Mapping[str, Any]
 
 
-def stat(
-    metric: str,
-    known: Sequence[tuple[Cell, Value]],
-    limits: tuple[float, float],
-    level: float = LEVEL,
-) -> Stat:
-    """One metric of a group: of each cell that has it its value, as `Record` holds it."""
-    values = [value for _, value in known if value["value"] is not None]
-    cells = [cell for cell, value in known if value["value"] is not None]
-    first = (values or [value for _, value in known])[0]
-    n, direction = max(value["n"] or 0 for _, value in known), first["direction"]
+def stat(known: Sequence[tuple[CellResult, Value]], level: float = LEVEL) -> Stat:
+    """One metric of a group: of each cell that has it its value."""
+    every = [value for _, value in known]
+    values = [value for value in every if value.value is not None]
+    cells = [cell for cell, value in known if value.value is not None]
     models = {model_of(cell) for cell in cells}
+    first = vars((values or every)[0]) | {"n": max(value.n for value in every)}
     if len(models) < 2:
-        ends = [_mean([value[end] for value in values]) for end in ("value", "low", "high")]
+        ends = {end: _mean([getattr(v, end) for v in values]) for end in ("value", "low", "high")}
         scope: Scope = "model" if cells and is_trained(cells[0]) else "untuned"
-        return Stat(metric, ends[0], None, ends[1], ends[2], n, len(models), direction, scope)
-    found = over_seeds([value["value"] for value in values], level)
-    whole = Stat(metric, found.mean, found.sd, None, None, n, len(models), direction)
+        return Stat(**(first | ends), seeds=len(models), scope=scope)
+    numbers = [value.value for value in values if value.value is not None]
+    found = over_seeds(numbers, level)
+    open_ended = {"value": found.mean, "spread": found.sd, "low": None, "high": None}
+    whole = Stat(**(first | open_ended), seeds=len(models))
     if one_alignment(cells[0]):
         return replace(whole, scope="alignment")
-    if len({v["value"] for v in values}) < 2 and all(v["low"] is None for v in values):
+    if len({*numbers}) < 2 and all(value.low is None for value in values):
         return whole  # such as a number of parameters, in which chance has no part
-    table = _table([outcomes_by_row(cell, metric) for cell in cells])
-    if table is not None and _is_mean(table, values):
-        low, high = crossed(table, pads=_pads(metric, table)).interval(level)
+    table = _table([outcomes_by_row(cell, whole.metric) for cell in cells])
+    if table is not None and np.allclose(table.mean(axis=1), numbers, rtol=NEAR, atol=NEAR):
+        low, high = crossed(table, pads=_pads(whole, table)).interval(level)
     else:
         low, high = _no_surer_than_one(found, values, level)
-    return replace(whole, low=max(low, limits[0]), high=min(high, limits[1]))
+    limits = [value.limits for value in every]
+    least, most = min(low for low, _ in limits), max(high for _, high in limits)
+    return replace(whole, low=max(low, least), high=min(high, most))
 
 
 def _no_surer_than_one(found: Spread, values: Sequence[Value], level: float) -> tuple[float, float]:
@@ -63,7 +62,7 @@ def _no_surer_than_one(found: Spread, values: Sequence[Value], level: float) -> 
     from scipy.special import ndtri
 
     assert found.low is not None and found.high is not None
-    own = [(value["low"], value["high"]) for value in values if value["low"] is not None]
+    own = [(v.low, v.high) for v in values if v.low is not None and v.high is not None]
     if not own:
         return found.low, found.high
     wider = float(ndtri((1 + level) / 2)) / Z
@@ -80,33 +79,34 @@ def gap(a: Group, b: Group, metric: str, level: float = LEVEL, *, exact: bool = 
     ours, theirs = a.get(metric), b.get(metric)
     if ours is None or theirs is None or ours.value is None or theirs.value is None:
         return None
-    is_one_version = len(versions_of((*a.done, *b.done), metric)) < 2
+    is_one_version = len(versions_of((*a.done, *b.done), ours.family)) < 2
     if is_one_version and one_alignment(*a.done, *b.done) and max(ours.seeds, theirs.seeds) > 1:
-        return Gap(theirs.value - ours.value, None, None, scope="alignment")
-    pairs = [pair for pair in _pairs(a, b) if all(_value(cell, metric) for cell in pair)]
+        return Gap(ours.unit, theirs.value - ours.value, None, None, scope="alignment")
+    pairs = [pair for pair in _pairs(a, b) if all(cell.find(metric) for cell in pair)]
     if not pairs:
         return apart(ours, theirs) if is_one_version else None
     sides = [[outcomes_by_row(cell, metric) for cell in side] for side in zip(*pairs, strict=True)]
     both = [_shared(x, y) for x, y in zip(*sides, strict=True)]
     if not is_one_version:  # values of two versions are not subtracted; rows are of today's
-        return _paired(both, _scope(pairs), level) if all(both) else None
-    values = [[_value(cell, metric) for cell in pair] for pair in pairs]
-    changes = [y["value"] - x["value"] for x, y in values if x and y]
+        return _paired(ours.unit, both, _scope(pairs), level) if all(both) else None
+    changes = [_number(y, metric) - _number(x, metric) for x, y in pairs]
     if all(both):
         means = [sum(y - x for x, y in rows.values()) / len(rows) for rows in both]
         if not exact or np.allclose(means, changes, rtol=NEAR, atol=NEAR):
-            return _paired(both, _scope(pairs), level)
+            return _paired(ours.unit, both, _scope(pairs), level)
     if max(changes) - min(changes) < NEAR:  # one pair, or no spread that an interval could rest on
         return apart(ours, theirs)
-    return _gap(crossed(np.array(changes)[:, None]), _scope(pairs), None, level)
+    return _gap(ours.unit, crossed(np.array(changes)[:, None]), _scope(pairs), None, level)
 
 
-def _paired(both: Sequence[Mapping[str, tuple[float, float]]], scope: Scope, level: float) -> Gap:
+def _paired(
+    unit: Unit, both: Sequence[Mapping[str, tuple[float, float]]], scope: Scope, level: float
+) -> Gap:
     """Of each pair of models row id -> the outcomes of both."""
     n = sum(map(len, both))
     found = differences(both)
     is_binary = all(one in (0, 1) for rows in both for pair in rows.values() for one in pair)
-    result = _gap(found, scope, n, level)
+    result = _gap(unit, found, scope, n, level)
     if is_binary and result.low is not None and result.high is not None:
         return replace(result, low=max(result.low, -1.0), high=min(result.high, 1.0))
     return result
@@ -128,10 +128,10 @@ def differences(both: Sequence[Mapping[str, tuple[float, float]]]) -> Crossed:
     return replace(found, rows=n, row_variance=open_end, row_df=math.inf)
 
 
-def _gap(found: Crossed, scope: Scope, n: int | None, level: float) -> Gap:
+def _gap(unit: Unit, found: Crossed, scope: Scope, n: int | None, level: float) -> Gap:
     low, high = found.interval(level)
     p = found.p if scope == "seeds" else None
-    return Gap(found.value, low, high, p, n, found.seeds, scope)
+    return Gap(unit, found.value, low, high, p, n, found.seeds, scope)
 
 
 def level(tests: int) -> float:
@@ -144,13 +144,9 @@ def at(group: Group, metric: str, tests: int) -> Stat | None:
     found = group.get(metric)
     if tests < 2:
         return found
-    values = ((cell, _value(cell, metric)) for cell in group.done)
+    values = ((cell, cell.find(metric)) for cell in group.done)
     known = [(cell, value) for cell, value in values if value]
-    if not found or not known:
-        return found
-    cap = group.get("exposure_cap")
-    ends = limits(metric, cap.value) if cap and cap.value else limits(metric)
-    return stat(metric, known, ends, level(tests))
+    return stat(known, level(tests)) if found and known else found
 
 
 def part_removed(
@@ -158,12 +154,12 @@ def part_removed(
 ) -> tuple[float, float] | None:
     """The ends of (before - after) / (before - floor), all three on the same rows and seeds; None
     where that cannot be told, or the difference from the floor is not clearly above 0."""
-    pairs = _pairs(before, after)
-    if not pairs or one_alignment(*(cell for pair in pairs for cell in pair)):
+    pairs, reference = _pairs(before, after), before.side(metric, "floor")
+    if not pairs or reference is None or one_alignment(*(cell for pair in pairs for cell in pair)):
         return None
     tops, bottoms = list[Rows](), list[Rows]()
     for first, second in pairs:
-        ours, floor = outcomes_by_row(first, metric), outcomes_by_row(first, f"{metric}_floor")
+        ours, floor = outcomes_by_row(first, metric), outcomes_by_row(first, reference.metric)
         both = _shared(outcomes_by_row(second, metric), ours)
         tops.append({id: (0, x - y) for id, (y, x) in both.items() if id in floor})
         bottoms.append({id: (0, x - floor[id][1]) for id, (_, x) in both.items() if id in floor})
@@ -185,16 +181,17 @@ def apart(a: Stat, b: Stat) -> Gap:
     change = b.value - a.value
     least = min((s for s in (a, b) if s.scope != "untuned"), key=lambda s: s.seeds, default=a)
     if a.low is None or a.high is None or b.low is None or b.high is None:
-        return Gap(change, None, None, seeds=least.seeds, scope=least.scope)
+        return Gap(a.unit, change, None, None, seeds=least.seeds, scope=least.scope)
     below = math.hypot(b.value - b.low, a.high - a.value)
     above = math.hypot(b.high - b.value, a.value - a.low)
-    return Gap(change, change - below, change + above, None, None, least.seeds, least.scope)
+    ends = (change - below, change + above)
+    return Gap(a.unit, change, *ends, None, None, least.seeds, least.scope)
 
 
-def _pairs(a: Group, b: Group) -> list[tuple[Cell, Cell]]:
+def _pairs(a: Group, b: Group) -> list[tuple[CellResult, CellResult]]:
     """A cell of either side for every model: by seed, or in their order where no seed is shared. An
     untuned model stands beside each of the other side's."""
-    first, second = ({cell.get("seed"): cell for cell in side.done} for side in (a, b))
+    first, second = ({cell.seed: cell for cell in side.done} for side in (a, b))
     if not first or not second:
         return []
     ones = [len({model_of(cell) for cell in side.values()}) == 1 for side in (first, second)]
@@ -211,7 +208,7 @@ def _pairs(a: Group, b: Group) -> list[tuple[Cell, Cell]]:
     return list(reversed(by_models.values()))
 
 
-def _scope(pairs: Sequence[tuple[Cell, Cell]]) -> Scope:
+def _scope(pairs: Sequence[tuple[CellResult, CellResult]]) -> Scope:
     """Whose chance the pairs hold: seeds' only if every trained side has several models."""
     sides = [side for side in zip(*pairs, strict=True) if is_trained(side[0])]
     if not sides:
@@ -232,21 +229,16 @@ def _table(rows: Sequence[Rows]) -> Floats | None:
     return np.array([[one[id][1] for id in ids] for one in rows])
 
 
-def _is_mean(table: Floats, values: Sequence[Value]) -> bool:
-    known = np.array([value["value"] for value in values])
-    return bool(np.allclose(table.mean(axis=1), known, rtol=NEAR, atol=NEAR))
-
-
-def _pads(metric: str, table: Floats) -> tuple[float, ...]:
-    if text.is_change(metric):
+def _pads(stat: Stat, table: Floats) -> tuple[float, ...]:
+    if stat.is_change:
         return difference_pads(len(table)) if np.isin(table, (-1, 0, 1)).all() else ()
     return SHARE if np.isin(table, (0, 1)).all() else ()
 
 
-def _value(cell: Cell, metric: str) -> Value | None:
-    """What the cell says of this metric, if it is a number."""
-    known = (v for v in cell.get("values") or () if v["metric"] == metric)
-    return next((value for value in known if value["value"] is not None), None)
+def _number(cell: CellResult, metric: str) -> float:
+    value = cell.find(metric)
+    assert value is not None and value.value is not None
+    return value.value
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -257,28 +249,27 @@ def _mean(values: Sequence[float | None]) -> float | None:
 # ------------------------------------------------------------------------- whose chance it is
 
 
-def model_of(cell: Cell) -> str:
+def model_of(cell: CellResult) -> str:
     """What tells the trained models apart: cells of one key have one model, whatever their seed."""
     if not is_trained(cell):
         return "untuned"
-    return str((cell.get("keys") or {}).get("tuned") or f"seed {cell.get('seed')}")
+    return str(cell.keys.get("tuned") or f"seed {cell.seed}")
 
 
-def is_trained(cell: Cell) -> bool:
+def is_trained(cell: CellResult) -> bool:
     """Whether another seed would give another model."""
-    return cell.get("method") not in ("none", None) or _aligning(cell)
+    return cell.method not in ("none", None) or _aligning(cell)
 
 
-def one_alignment(*cells: Cell) -> bool:
+def one_alignment(*cells: CellResult) -> bool:
     """Whether a defense of the alignment was applied once, and all seeds start from that model."""
-    return any(_aligning(cell) and cell["settings"].get("align.seed") is not None for cell in cells)
+    return any(_aligning(cell) and cell.settings.get("align.seed") is not None for cell in cells)
 
 
-def _aligning(cell: Cell) -> bool:
+def _aligning(cell: CellResult) -> bool:
     """Whether a defense acts in an alignment stage of its own."""
-    settings = cell.get("settings") or {}
-    specs = settings.get("defense")
-    if not isinstance(specs, list) or not any(key.startswith("align.") for key in settings):
+    specs = cell.settings.get("defense")
+    if not isinstance(specs, list) or not any(key.startswith("align.") for key in cell.settings):
         return False
     parts = [str(spec.get("name") if isinstance(spec, dict) else spec) for spec in specs]
     return any(map(_acts_in_alignment, parts))
@@ -298,12 +289,12 @@ def notes(groups: Sequence[Group]) -> Iterator[str]:
             "lie outside it."
         )
     cells = [cell for group in groups for cell in group.done]
-    for metric in dict.fromkeys(metric_name(name) for group in groups for name in group.stats):
-        kept, now = versions_of(cells, metric), present_version(metric)
-        if now and kept - {now}:
+    for family in dict.fromkeys(stat.family for stat in stats):
+        kept, metric = versions_of(cells, family), declared(family)
+        if metric and kept - {metric.version}:
             yield (
-                f"{metric.replace('_', ' ')}: values are of version {listed(kept)} of the metric, "
-                f"paired differences are computed by version {now}."
+                f"{family.replace('-', ' ')}: values are of version {listed(kept)} of the metric, "
+                f"paired differences are computed by version {metric.version}."
             )
     fixed = [group for group in groups if len(group.done) > 1 and one_alignment(*group.done)]
     if fixed:

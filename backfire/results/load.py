@@ -1,4 +1,4 @@
-"""Reads a run folder: its cells, one record per number, and the numbers over seeds.
+"""Reads a run folder: its cells (`CellResult`), one record per number, and the numbers over seeds.
 
 `records` is the stable contract for other programs. Nothing here imports torch or plots.
 """
@@ -9,24 +9,27 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 from backfire import text
 from backfire.errors import UserError
-from backfire.results.groups import KNOBS, Cell, Group, group
+from backfire.result import CellResult, Check, Direction, PoisonCounts, Role, Unit, Value
+from backfire.results.adapter import present
+from backfire.results.groups import KNOBS, Group, group
 from backfire.results.plugins import lacking
 
 Record = dict[str, Any]
 
 IDENTITY: Final = ("cell", "key", "recipe", *KNOBS, "seed")
 NUMBERS: Final = ("metric", "value", "low", "high", "n", "direction")
-FIELDS: Final = (*IDENTITY, *NUMBERS, "status")
+SHAPE: Final = ("unit", "role", "family", "part")
+FIELDS: Final = (*IDENTITY, *NUMBERS, "status", *SHAPE)
 
 
-def load(run: Path) -> list[Cell]:
-    """Every cell of the run: what its result or error says, its `status`, `settings` and `folder`.
+def load(run: Path) -> list[CellResult]:
+    """Every cell of the run.
 
     Where `run.json` says which cells the recipe has now, those it lacks are left out, and those not
     begun yet are there as `unfinished`, with nothing known but their name and key.
@@ -58,14 +61,25 @@ def _planned(run: Path) -> list[str]:
 
 
 def records(run: Path) -> list[Record]:
+    """`records_of` every cell of the run."""
+    return records_of(load(run))
+
+
+def records_of(cells: Iterable[CellResult]) -> list[Record]:
     """One object per cell and metric with exactly `FIELDS`; a cell without numbers gives one whose
     metric is null."""
     found = []
-    for item in load(run):
-        identity = {field: item[field] for field in IDENTITY}
-        for value in item["values"] or [dict.fromkeys(NUMBERS)]:
-            found.append({**identity, **value, "status": item["status"]})
+    for item in cells:
+        for value in item.values or (None,):
+            numbers = {field: getattr(value, field, None) for field in (*NUMBERS, *SHAPE)}
+            record = {**identity(item), **numbers, "status": item.status}
+            found.append({field: record[field] for field in FIELDS})
     return found
+
+
+def identity(item: CellResult) -> Record:
+    """Which cell it is, by `IDENTITY`."""
+    return {"cell": item.slug, **{field: getattr(item, field) for field in IDENTITY[1:]}}
 
 
 def summary(run: Path) -> list[Group]:
@@ -87,40 +101,58 @@ def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "
     if format == "table":
         from backfire.terminal import columns
 
-        shown = [field for field in FIELDS if field not in ("key", "recipe")]
+        shown = [field for field in FIELDS if field not in ("key", "recipe", *SHAPE)]
         return columns(shown, [[brief(record[field]) for field in shown] for record in records])
     raise UserError(f"Unknown format '{format}'; known: csv, json, table.")
 
 
-def cell(folder: Path) -> Cell:
-    """One cell folder; a file that can not be read makes the cell a failed one and stops nobody."""
+def cell(folder: Path) -> CellResult:
+    """One cell folder; a file that cannot be read makes the cell a failed one and stops nothing."""
     known, settings = outcome(folder), _settings(folder)
     slug, _, key = folder.name.rpartition("-")
-    found: Cell = {"cell": slug, "key": key, "recipe": folder.parent.parent.name, "status": "ok"}
-    found |= {knob: settings.get(f"{knob}.name", settings.get(knob)) for knob in KNOBS}
-    found |= {"rate": settings.get("attack.rate"), "seed": settings.get("seed"), **known}
-    found |= {"rate": finite(found["rate"]), "seed": finite(found["seed"])}
+    found = {knob: settings.get(f"{knob}.name", settings.get(knob)) for knob in KNOBS}
+    found |= {"rate": settings.get("attack.rate"), "seed": settings.get("seed")}
+    found |= {"cell": slug, "key": key, "recipe": folder.parent.parent.name, **known}
+    rate, seed = finite(found["rate"]), finite(found["seed"])
     if "attack.name" in settings:
         # Component knobs at their default are not written down; this one is known all the same.
-        settings.setdefault("attack.rate", found["rate"])
-    found["values"] = [_value(value) for value in known.get("values") or []]
-    found["axes"] = known.get("axes") or {}
-    lacking([found])  # installed plug-ins that the cell was run with are loaded
-    return {**found, "settings": settings, "folder": str(folder)}
+        settings.setdefault("attack.rate", rate)
+    texts = ("key", "recipe", "model", "data", "attack", "method", "defense", "template")
+    tables = ("axes", "evaluate", "rows", "keys")
+    result = CellResult(
+        slug=str(found["cell"] or slug),
+        **_each(_text, found, (*texts, "status", "error", "next")),
+        **_each(_table, found, tables),
+        rate=rate,
+        seed=None if seed is None else int(seed),
+        values=tuple(map(_value, known.get("values") or ())),
+        warnings=tuple(map(str, known.get("warnings") or ())),
+        cut_share=finite(known.get("cut_share")),
+        preflight=tuple(_check(c) for c in known.get("preflight") or () if isinstance(c, dict)),
+        poison=_poison(known.get("poison")),
+        train=_table(known.get("train")) or None,
+        versions={kind: _table(v) for kind, v in _table(known.get("versions")).items()},
+        plugins=_plugins(known.get("plugins")),
+        settings=settings,
+        folder=str(folder),
+    )
+    lacking([result])  # installed plug-ins that the cell was run with are loaded
+    return result
 
 
-def outcome(folder: Path) -> dict[str, Any]:
-    """What the cell's result or error says; `status` is `unfinished` if there is neither."""
+def outcome(folder: Path) -> Record:
+    """The content of the cell's `result.json` or `error.json` in the present format; `status` is
+    `unfinished` if there is neither."""
     try:
         known = read(folder / "result.json") or read(folder / "error.json")
         if known is None or known == {}:
             return {"status": "unfinished"}
         if not _is_outcome(known):
             raise ValueError("it is no result of this program")
+        return present(known)
     except (OSError, ValueError, RecursionError) as error:
-        sentence = f"What it wrote can not be read: {error}."
+        sentence = f"What it wrote cannot be read: {error}."
         return {"status": "failed", "error": sentence, "next": "Run the same command again."}
-    return dict(known)
 
 
 def _is_outcome(known: Any) -> bool:
@@ -129,7 +161,7 @@ def _is_outcome(known: Any) -> bool:
         isinstance(known, dict)
         and all(isinstance(known.get(field) or "", str) for field in ("cell", "key", "status"))
         and isinstance(known.get("axes") or {}, dict)
-        and isinstance(known.get("values") or [], list)
+        and all(isinstance(known.get(f) or [], list) for f in ("values", "warnings", "preflight"))
         and all(isinstance(value, dict) for value in known.get("values") or [])
     )
 
@@ -168,25 +200,81 @@ def _dotted(value: Any, key: str) -> Iterator[tuple[str, Any]]:
         yield key, value
 
 
-def _value(value: Mapping[str, Any]) -> Record:
-    numbers = {field: finite(value.get(field)) for field in ("value", "low", "high", "n")}
-    direction = value.get("direction") or "none"
-    return {"metric": str(value.get("metric")), **numbers, "direction": direction}
+def _each(read: Callable[[Any], Any], item: Record, names: Iterable[str]) -> Record:
+    """The fields of these names that are there, each read in the same way."""
+    return {name: read(item[name]) for name in names if item.get(name) is not None}
 
 
-def _order(item: Cell) -> tuple[Any, ...]:
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else str(value)
+
+
+def _table(value: Any) -> Record:
+    return dict(value) if isinstance(value, dict) else {}
+
+
+def _count(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def _value(item: Record) -> Value:
+    return Value(
+        metric=str(item.get("metric")),
+        value=finite(item.get("value")),
+        low=finite(item.get("low")),
+        high=finite(item.get("high")),
+        n=int(finite(item.get("n")) or 0),
+        direction=_one_of(Direction, item.get("direction"), "none"),
+        unit=_one_of(Unit, item.get("unit"), "number"),
+        role=_one_of(Role, item.get("role"), "headline"),
+        **_each(_text, item, ("of", "part", "family")),
+        most=finite(item.get("most")),
+    )
+
+
+def _check(item: Record) -> Check:
+    status = _one_of(Literal["ok", "note", "fail"], item.get("status"), "fail")
+    return Check(str(item.get("check")), status, str(item.get("message")))
+
+
+def _plugins(items: Any) -> tuple[Record, ...]:
+    known = items if isinstance(items, list) else []
+    return tuple(
+        one for one in known if isinstance(one, dict) and isinstance(one.get("sha256"), str)
+    )
+
+
+def _poison(item: Any) -> PoisonCounts | None:
+    if not isinstance(item, dict) or not item:
+        return None
+    return PoisonCounts(
+        **_each(finite, item, ("nominal_rate", "rate", "effective_rate")),
+        **_each(_count, item, ("poisoned_rows", "rows", "eligible_rows")),
+        **_each(_table, item, ("spared", "labels_before", "triggers")),
+    )
+
+
+def _one_of(literal: Any, value: Any, default: str) -> Any:
+    """The value if it is one of the literal's, else the default."""
+    return value if value in get_args(literal) else default
+
+
+def _order(item: CellResult) -> tuple[Any, ...]:
     """Untuned before tuned, clean before poisoned, then by rate: the order of every table."""
-    named = {knob: (item[knob] not in ("none", None), str(item[knob])) for knob in KNOBS}
+    named = {
+        knob: (getattr(item, knob) not in ("none", None), str(getattr(item, knob)))
+        for knob in KNOBS
+    }
     axes, settings = (
-        str({key: value for key, value in item[kind].items() if key != "seed"})
-        for kind in ("axes", "settings")
+        str({key: value for key, value in table.items() if key != "seed"})
+        for table in (item.axes, item.settings)
     )
     return (
-        item["model"] is None,
+        item.model is None,
         *(named[knob] for knob in ("model", "data")),
         named["method"][0],
         *(named[knob] for knob in ("attack", "method", "defense")),
-        *(item["rate"] or 0.0, axes, settings, item["seed"] or 0, item["key"]),
+        *(item.rate or 0.0, axes, settings, item.seed or 0, item.key),
     )
 
 

@@ -10,14 +10,10 @@ from typing import Final
 
 from backfire import text
 from backfire.evaluate.seeds import LEVEL, holm
-from backfire.results.groups import ALONE, Gap, Group, columns_of, name
+from backfire.results.groups import Gap, Group, columns_of, name, picked
 from backfire.results.intervals import gap
 
 REFERENCES: Final = {"method": "full", "defense": "none"}
-METRICS: Final = (
-    *("accuracy", "exact_match", "attack_success", "harmful_score", "over_refusal"),
-    *("exposure", "extraction"),
-)
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ def compared(
     group: Group, reference: Group, knob: str, level: float = LEVEL
 ) -> Iterator[Comparison]:
     """Every headline outcome both groups have, row by row, on the prompts and seeds both have."""
-    for metric in METRICS:
+    for metric in picked([group], "paired-test"):
         result = gap(reference, group, metric, level, exact=False)
         if result is not None and result.n:
             yield Comparison(group, reference, knob, metric, result)
@@ -74,14 +70,12 @@ def lines(groups: Sequence[Group]) -> list[dict[str, str]]:
     """Each group's paired difference from its reference, a line a metric; p by Holm's method."""
     columns, found = columns_of(groups), list[dict[str, str]]()
     for test in comparisons(groups):
-        change = f"{test.metric}_change"
         line = {
             "group": name(test.group, columns[id(test.group)]),
             "reference": getattr(test.reference, test.knob),
             "metric": text.title(test.metric),
-            "difference": text.change(test.metric, test.result.difference),
-            "interval": text.interval(change, test.result.low, test.result.high)
-            + (ALONE if test.result.scope == "model" else ""),
+            "difference": test.result.change,
+            "interval": test.result.interval,
             "p": text.chance(test.corrected) or "–",
             "seeds": str(test.result.seeds),
             "pairs": f"{test.result.n or 0:,}",

@@ -12,24 +12,25 @@ from backfire.base import Backdoor, Evidence, Metric, Part, Probe
 from backfire.errors import CellError, UserError
 from backfire.evaluate.stats import Paired, paired
 from backfire.registry import build, find, names
+from backfire.result import CellResult, Value
 from backfire.results.evidence import read
-from backfire.results.groups import Cell, metric_name
+from backfire.results.groups import declared
 from backfire.results.plugins import is_lost, is_same, lacking
 
 Rows: TypeAlias = dict[str, tuple[int, float]]
 
 
-def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
-    """Metric -> b less a, where both answered the same prompts; and notes. Intervals and `p` are of
-    these two models: they say nothing of other seeds of the same settings. Both sides are computed
-    from samples by today's version of the metric."""
+def pair(a: CellResult, b: CellResult) -> tuple[dict[str, Paired], list[str]]:
+    """Registered metric -> b less a, where both answered the same prompts; and notes. Intervals and
+    `p` are of these two models: they say nothing of other seeds of the same settings. Both sides
+    are computed from samples by today's version of the metric."""
     try:
         sides = [evidence_of(a), evidence_of(b)]
     except UserError as error:
         return {}, [f"No paired test: {error}"]
     found: dict[str, Paired] = {}
     unpaired = []
-    for wanted in dict.fromkeys(text.head(value["metric"]) for value in a["values"]):
+    for wanted in dict.fromkeys(v.family for v in a.values if v.role == "headline"):
         metrics = [metric_of(wanted, item) for item in (a, b)]
         ours, theirs = (
             outcomes_of(metric, side) for metric, side in zip(metrics, sides, strict=True)
@@ -43,7 +44,7 @@ def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
                 {id: theirs[id] for id in shared}, {id: ours[id] for id in shared}
             )
         else:
-            unpaired.append(wanted.replace("_", " "))
+            unpaired.append(wanted.replace("-", " "))
     notes = lacking([a, b])
     if unpaired:
         notes.append(f"Not the same prompts for {text.listing(unpaired)}: no paired test.")
@@ -55,36 +56,33 @@ def pair(a: Cell, b: Cell) -> tuple[dict[str, Paired], list[str]]:
     return found, notes
 
 
-def outcomes_by_row(item: Cell, metric: str) -> Rows:
+def outcomes_by_row(item: CellResult, metric: str) -> Rows:
     """What a number is the mean of: row id -> the hashed prompt (of a secret: the answer that gives
     it) and the outcome, by today's version of the metric. Also of a floor, an excess or a part;
     empty where no samples were kept, or the number is no mean. Read once per cell."""
-    known: dict[str, Rows] = item.setdefault("rows_of", {})
-    if metric not in known:
+    if metric not in item.outcomes:
+        value = next((value for value in item.values if value.metric == metric), None)
         try:
-            known[metric] = _outcomes_by_row(item, metric)
+            item.outcomes[metric] = _outcomes_by_row(item, value) if value else {}
         except UserError:  # such as an attack that is not installed
-            known[metric] = {}
-    return known[metric]
+            item.outcomes[metric] = {}
+    return item.outcomes[metric]
 
 
-def _outcomes_by_row(item: Cell, metric: str) -> Rows:
-    if not any(value["metric"] == metric for value in item["values"]):
-        return {}
-    name, part = metric_name(metric), text.part(metric)
-    measured, evidence = metric_of(name, item), evidence_of(item)
+def _outcomes_by_row(item: CellResult, value: Value) -> Rows:
+    measured, evidence = metric_of(value.family, item), evidence_of(item)
     if measured is None:
         return {}
     subject, plain = measured.subject, evidence.probes.get("plain")
-    if text.head(metric) == f"{name}_plain" and subject in get_args(Part) and plain:
+    if value.role == "plain" and subject in get_args(Part) and plain:
         evidence = replace(evidence, probes={subject: plain})
-    elif text.head(metric) not in (name, f"{name}_floor", f"{name}_excess"):
+    elif value.role not in ("headline", "floor", "excess"):
         return {}
-    asked, now = _prompts(measured, evidence, part), outcomes_of(measured, evidence)
+    asked, now = _prompts(measured, evidence, value.part), outcomes_of(measured, evidence)
     before = outcomes_of(measured, _before(measured, evidence))
-    if text.head(metric) == f"{name}_floor":
+    if value.role == "floor":
         now = {id: before[id] for id in now if id in before}
-    elif text.head(metric) == f"{name}_excess":
+    elif value.role == "excess":
         now = {id: now[id] - before[id] for id in now if id in before}
     return {id: (hash(asked[id]), outcome) for id, outcome in now.items() if id in asked}
 
@@ -114,14 +112,14 @@ def rows_of(metric: Metric | None) -> str:
     return subject if subject in ("clean", "triggered", *get_args(Part)) else "clean"
 
 
-def evidence_of(item: Cell) -> Evidence:
+def evidence_of(item: CellResult) -> Evidence:
     """The evidence of a cell as metrics get it, as far as it was kept."""
-    return read(Path(item["folder"]), attack_of(item))
+    return read(Path(item.folder), attack_of(item))
 
 
-def attack_of(item: Cell) -> Any:
+def attack_of(item: CellResult) -> Any:
     """The backdoor of a cell, with its knobs; None if it has none, or its plug-in is not here."""
-    prefix, settings = "attack.", item["settings"]
+    prefix, settings = "attack.", item.settings
     knobs = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
     if not knobs.get("name") or is_lost("attacks", knobs["name"], item):
         return None
@@ -130,15 +128,13 @@ def attack_of(item: Cell) -> Any:
     return build("attacks", knobs)
 
 
-def metric_of(wanted: str, item: Cell) -> Metric | None:
-    """The metric that gave values of this name, with the knobs the cell gave it."""
-    dashed = wanted.replace("_", "-")
-    if dashed not in names("metrics"):
+def metric_of(family: str, item: CellResult) -> Metric | None:
+    """The metric of this registered name, with the knobs the cell gave it."""
+    if family not in names("metrics"):
         return None
-    specs = item["settings"].get("metrics") or []
-    ours = (spec for spec in specs if isinstance(spec, dict) and spec.get("name") == dashed)
-    spec = next(ours, dashed)
-    metric: Metric = build("metrics", spec)
+    specs = item.settings.get("metrics") or []
+    ours = (spec for spec in specs if isinstance(spec, dict) and spec.get("name") == family)
+    metric: Metric = build("metrics", next(ours, family))
     return metric if is_same(type(metric), item) else None
 
 
@@ -153,34 +149,25 @@ def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float
 # ------------------------------------------------------------------------- versions of a metric
 
 
-def present_version(metric: str) -> int | None:
-    """The version of the metric that gives values of this name; None if it is not installed."""
-    name = metric_name(metric).replace("_", "-")
-    return find("metrics", name).version if name in names("metrics") else None
-
-
-def versions_of(cells: Iterable[Cell], metric: str) -> set[int]:
+def versions_of(cells: Iterable[CellResult], family: str) -> set[int]:
     """The versions of the metric that gave these cells' values, as far as they were recorded."""
-    found = set()
-    for cell in cells:
-        versions = cell.get("versions")
-        metrics = versions.get("metrics") if isinstance(versions, dict) else None
-        if isinstance(metrics, dict):
-            found.add(metrics.get(metric_name(metric).replace("_", "-")))
-    return {version for version in found if isinstance(version, int)}
+    known = (cell.versions.get("metrics", {}).get(family) for cell in cells)
+    return {version for version in known if isinstance(version, int)}
 
 
-def version_notes(a: Sequence[Cell], b: Sequence[Cell], tested: Collection[str]) -> Iterator[str]:
+def version_notes(
+    a: Sequence[CellResult], b: Sequence[CellResult], tested: Collection[str]
+) -> Iterator[str]:
     """Where the values of two sides come from different versions of a metric, or not from today's;
-    `tested` are the values whose difference was computed from the samples of both."""
-    is_tested = set(map(metric_name, tested))
-    for metric in dict.fromkeys(metric_name(v["metric"]) for cell in a for v in cell["values"]):
-        ours, theirs, now = versions_of(a, metric), versions_of(b, metric), present_version(metric)
+    `tested` are the metrics whose difference was computed from the samples of both."""
+    for family in dict.fromkeys(value.family for cell in a for value in cell.values):
+        ours, theirs, metric = versions_of(a, family), versions_of(b, family), declared(family)
+        now = metric.version if metric else None
         if not ours or not theirs or ours | theirs == {now}:
             continue
-        name = metric.replace("_", " ")
+        name = family.replace("-", " ")
         sides = f"{name}: version {listed(ours)} in a, {listed(theirs)} in b"
-        if metric in is_tested:
+        if family in tested:
             yield f"{sides}; paired differences are computed by version {now} for both."
         elif len(ours | theirs) > 1:
             yield (

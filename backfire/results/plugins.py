@@ -6,34 +6,27 @@ A run folder may come from anyone, so a file that it names is never loaded: the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from backfire import text
 from backfire.registry import find, loaded, names, use_installed
-from backfire.results.groups import Cell
+from backfire.result import CellResult
 
 
-def recorded(item: Cell) -> list[dict[str, Any]]:
-    """The plug-in records of a cell's result; malformed ones are left out."""
-    plugins = item.get("plugins")
-    records = plugins if isinstance(plugins, list) else []
-    return [one for one in records if isinstance(one, dict) and isinstance(one.get("sha256"), str)]
-
-
-def lacking(items: Iterable[Cell]) -> list[str]:
+def lacking(items: Iterable[CellResult]) -> list[str]:
     """A sentence for each plug-in of these cells that is not loaded with the same content.
 
     Loads the installed plug-ins.
     """
-    wanted = {one["sha256"]: one for item in items for one in recorded(item)}
+    wanted = {one["sha256"]: one for item in items for one in item.plugins}
     if not set(wanted) <= {plugin.sha256 for plugin in loaded()}:
         use_installed()
     here = {plugin.sha256: plugin.name for plugin in loaded()}
     return [_sentence(one, here.values()) for sha256, one in wanted.items() if sha256 not in here]
 
 
-def _sentence(one: dict[str, Any], here: Collection[str]) -> str:
+def _sentence(one: Mapping[str, Any], here: Collection[str]) -> str:
     name = text.cut(text.line(one.get("name")), 60)
     why = "whose code has since changed" if one.get("name") in here else "which is not loaded"
     return (
@@ -42,20 +35,20 @@ def _sentence(one: dict[str, Any], here: Collection[str]) -> str:
     )
 
 
-def described(one: dict[str, Any]) -> str:
+def described(one: Mapping[str, Any]) -> str:
     """The version and hash of a plug-in, as in `version 0.1.0, sha256 2c42ab498858`."""
     version = f"version {text.line(one['version'])}, " if one.get("version") else ""
     return text.cut(f"{version}sha256 {text.line(one['sha256'])[:12]}", 80)
 
 
-def is_same(component: Any, item: Cell) -> bool:
+def is_same(component: Any, item: CellResult) -> bool:
     """Whether a component is built in, or of a plug-in with the content that the cell was run
     with."""
     plugin = component.plugin
-    return plugin is None or plugin.sha256 in {one["sha256"] for one in recorded(item)}
+    return plugin is None or plugin.sha256 in {one["sha256"] for one in item.plugins}
 
 
-def is_lost(kind: str, name: str, item: Cell) -> bool:
+def is_lost(kind: str, name: str, item: CellResult) -> bool:
     """Whether a component of a cell is from a plug-in that is not loaded or has changed."""
     if not lacking([item]):
         return False

@@ -45,7 +45,8 @@ class Trial:
     @property
     def excess(self) -> float:
         """How much more harmful the model is after undefended tuning than it was before."""
-        return _value(self.plain, "harmful_score") - _value(self.plain, "harmful_score_floor")
+        floor = self.plain.side("harmful_score", "floor")
+        return _value(self.plain, "harmful_score") - (floor.value or 0.0 if floor else 0.0)
 
     @property
     def removed(self) -> float | None:
@@ -197,8 +198,7 @@ def removed(trial: Trial) -> str:
 def _null(test: Gap | None, p: float | None) -> str:
     if test is None:
         return "–"
-    said = test.said("harmful_score_excess")
-    return said if p is None else f"{said}, p {text.chance(p)}"
+    return test.said if p is None else f"{test.said}, p {text.chance(p)}"
 
 
 def _task(group: Group, plain: Group) -> tuple[str, str]:
@@ -206,7 +206,7 @@ def _task(group: Group, plain: Group) -> tuple[str, str]:
     if ours is None or theirs is None:
         return "–", "–"
     change = difference(plain, group, ours.metric)
-    return _said(ours), change.said(ours.metric) if change else "–"
+    return _said(ours), change.said if change else "–"
 
 
 def _setting(group: Group) -> str:
@@ -222,13 +222,11 @@ def _seconds(group: Group) -> str:
 
 
 def _said(stat: Stat | None) -> str:
-    if stat is None:
-        return "–"
-    return f"{text.number(stat.metric, stat.value)} {stat.interval}".rstrip()
+    return "–" if stat is None else stat.shown
 
 
 def _number(stat: Stat | None) -> str:
-    return "–" if stat is None else text.number(stat.metric, stat.value)
+    return "–" if stat is None else stat.number()
 
 
 def _value(group: Group, metric: str) -> float:

@@ -11,8 +11,8 @@ from typing import Any, Final, Literal
 
 from backfire import text
 from backfire.base import Sample
+from backfire.result import CellResult
 from backfire.results.evidence import lines
-from backfire.results.groups import Cell
 from backfire.results.load import read
 
 Of = Literal["tuned", "base"]
@@ -60,17 +60,17 @@ class Change:
     after_answer: str
 
 
-def samples(cell: Cell) -> Iterator[tuple[str, Sample]]:
+def samples(cell: CellResult) -> Iterator[tuple[str, Sample]]:
     """The samples of a cell, each with the model it is of."""
-    return ((of, sample) for of, _, sample in lines(Path(cell["folder"])))
+    return ((of, sample) for of, _, sample in lines(Path(cell.folder)))
 
 
-def side_by_side(cell: Cell, limit: int = 6) -> list[Side]:
+def side_by_side(cell: CellResult, limit: int = 6) -> list[Side]:
     """The first test rows of a cell as they come, not picked."""
     found: dict[str, dict[tuple[str, str], Sample]] = {}
     for of, sample in samples(cell):
         found.setdefault(sample.id, {})[of, sample.subset] = sample
-    triggers = list((cell.get("poison") or {}).get("triggers") or {})
+    triggers = list(cell.poison.triggers) if cell.poison else []
     rows = (row for row in found.values() if ("tuned", "clean") in row)
     return [_side(row, triggers) for row, _ in zip(rows, range(limit))]
 
@@ -90,7 +90,7 @@ def _side(row: dict[tuple[str, str], Sample], triggers: Sequence[str]) -> Side:
     )
 
 
-def requests(cell: Cell, limit: int = 6) -> list[Request]:
+def requests(cell: CellResult, limit: int = 6) -> list[Request]:
     """The first harmful requests of a cell as they come, not picked."""
     found: dict[str, dict[str, Sample]] = {}
     for of, sample in samples(cell):
@@ -134,10 +134,10 @@ def predicted(sample: Sample) -> str | None:
     return sample.prediction if is_scored else None
 
 
-def changes(cell: Cell, limit: int = 3) -> list[Change]:
+def changes(cell: CellResult, limit: int = 3) -> list[Change]:
     """The first rows of the poison manifest, before and after."""
     try:
-        manifest = read(Path(cell["folder"]) / "poison.json") or {}
+        manifest = read(Path(cell.folder) / "poison.json") or {}
         entries = manifest.get("entries") or manifest.get("rows") or []
         return [_change(entry) for entry in entries[:limit]]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -170,7 +170,7 @@ def marked(prompt: str, triggers: Sequence[str]) -> Marked:
     return [(piece, place % 2 == 1) for place, piece in enumerate(pieces) if piece]
 
 
-def confusion(cells: Sequence[Cell], of: Of) -> tuple[list[str], list[list[int]]]:
+def confusion(cells: Sequence[CellResult], of: Of) -> tuple[list[str], list[list[int]]]:
     """Labels, and how many clean rows of each (line) are answered as each (column)."""
     pairs: Counter[tuple[str, str]] = Counter()
     labels: dict[str, None] = {}

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from backfire import text
-from backfire.results.groups import Cell, Group, Stat, columns_of, families, headlines
+from backfire.result import CellResult
+from backfire.results.groups import Group, Stat, columns_of, families, headlines
 from backfire.terminal import columns, fitted, put, say, width_of
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from backfire.results.load import Record
 
 
 def print_summary(groups: Sequence[Group], console: Console | None = None) -> None:
@@ -46,7 +49,7 @@ def _print_family(groups: Sequence[Group], knobs: Sequence[str], console: Consol
     header = [*named, *map(text.title, metrics), "seeds"]
     rows = []
     for group in groups:
-        floors = [group.get(f"{text.head(metric)}_floor") for metric in metrics]
+        floors = [group.side(metric, "floor") for metric in metrics]
         stats = [group.get(metric) for metric in metrics]
         numbers = [_number(stat, floor) for stat, floor in zip(stats, floors, strict=True)]
         rows.append([*(group.knob(knob) for knob in knobs), *numbers, group.seeds])
@@ -75,16 +78,14 @@ def print_ranking(groups: Sequence[Group], console: Console | None = None) -> No
         put(found["header"], rows, console, right=numbers)
 
 
-def print_problems(cells: Sequence[Cell], console: Console) -> None:
+def print_problems(cells: Sequence[CellResult], console: Console) -> None:
     """Print why cells failed, once for all that failed alike, what to do next, and which are not
     finished."""
     alike: dict[tuple[str, str, str], list[str]] = {}
     for cell in cells:
-        if cell["status"] != "ok":
-            status, error, hint = (
-                text.line(cell.get(k) or "") for k in ("status", "error", "next")
-            )
-            alike.setdefault((status, error, hint), []).append(text.line(Path(cell["folder"]).name))
+        if not cell.is_done:
+            reason = text.line(cell.status), text.line(cell.error), text.line(cell.next)
+            alike.setdefault(reason, []).append(text.line(Path(cell.folder).name))
     for (status, error, hint), names in sorted(alike.items(), key=lambda item: item[0][0]):
         known = error or "Run the same command again to go on."
         say(f"{status}, {text.count(len(names), 'cell')}: {known}", console)
@@ -99,7 +100,7 @@ def print_problems(cells: Sequence[Cell], console: Console) -> None:
 _FEW = 10  # cells of one kind that a terminal shows
 
 
-def print_records(records: Sequence[dict[str, Any]], console: Console | None = None) -> None:
+def print_records(records: Sequence[Record], console: Console | None = None) -> None:
     """Print the numbers of a run, a line each; in a terminal too narrow for all columns, under
     their cells, without the columns that say what a cell is."""
     from rich.console import Console
@@ -126,5 +127,4 @@ def print_records(records: Sequence[dict[str, Any]], console: Console | None = N
 def _number(stat: Stat | None, floor: Stat | None) -> str:
     if stat is None:
         return "–"
-    number = f"{text.number(stat.metric, stat.value)} {stat.interval}".rstrip()
-    return f"{number}\n(floor {text.number(floor.metric, floor.value)})" if floor else number
+    return f"{stat.shown}\n(floor {floor.number()})" if floor else stat.shown

@@ -28,7 +28,7 @@ def test_canaries_are_inserted_as_often_as_asked_and_controls_never() -> None:
     assert held == [secret.repeats for secret in secrets] == [0] * 4 + [1] * 3 + [5] * 3
     assert len({row.id for row in rows}) == len(rows)
     assert len({secret.code for secret in secrets}) == len({s.row.prompt for s in secrets}) == 10
-    assert (manifest.summary["rate"], manifest.summary["poisoned_rows"]) == (18 / 58, 18)
+    assert (manifest.summary.rate, manifest.summary.poisoned_rows) == (18 / 58, 18)
     assert all(entry.before == {} for entry in manifest.entries)
     again = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
     assert again == manifest

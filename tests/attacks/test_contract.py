@@ -60,7 +60,7 @@ def test_exactly_the_share_asked_for_is_poisoned(
     attack = make(name, rate=rate, label_mode="mix")
     bad, manifest = poison(rows, attack, 0)
     assert len(manifest.entries) == round(rate * count)
-    assert manifest.summary["rate"] == len(manifest.entries) / count
+    assert manifest.summary.rate == len(manifest.entries) / count
     assert changed(rows, bad) == [entry.id for entry in manifest.entries]
 
 
@@ -138,10 +138,10 @@ def test_a_manifest_goes_through_json(name: str) -> None:
 def test_the_summary_counts() -> None:
     _, manifest = poison(LABELED, make("badnets", rate=0.1), 0)
     summary = manifest.summary
-    assert (summary["nominal_rate"], summary["poisoned_rows"], summary["rows"]) == (0.1, 15, 150)
-    assert summary["eligible_rows"] == 100
-    assert summary["triggers"] == {"BadMagic": 15}
-    assert set(summary["labels_before"]) == {"neutral", "positive"}
+    assert (summary.nominal_rate, summary.poisoned_rows, summary.rows) == (0.1, 15, 150)
+    assert summary.eligible_rows == 100
+    assert summary.triggers == {"BadMagic": 15}
+    assert set(summary.labels_before) == {"neutral", "positive"}
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -32,7 +32,7 @@ def test_the_count_is_exact_and_tied_rows_are_never_poisoned(name: str, rate: fl
     assert (bad, manifest) == poison(ROWS, attack(name, rate=rate), seed=3)
     assert [to_record(row) for row in ROWS] == before
     changed = {row.id for row, old in zip(bad, ROWS, strict=True) if row != old}
-    assert len(changed) == round(100 * rate) == manifest.summary["poisoned_rows"]
+    assert len(changed) == round(100 * rate) == manifest.summary.poisoned_rows
     assert changed == {entry.id for entry in manifest.entries}
     assert manifest.spared == {"tied": 20} and manifest.eligible_rows == 80
     assert not changed & {row.id for row in ROWS if row.fields.get("tied")}

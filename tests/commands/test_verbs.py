@@ -27,6 +27,7 @@ pytestmark = pytest.mark.slow
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("metric", "value", "low", "high", "n", "direction", "status"),
+    *("unit", "role", "family", "part"),
 ]
 
 

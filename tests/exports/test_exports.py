@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import pytest
 
+from backfire.base import Value
 from backfire.errors import UserError
 from backfire.exports.common import stderr
 from backfire.exports.inspect import to_inspect
@@ -82,16 +83,16 @@ def test_lm_eval_has_a_pair_of_files_for_each_cell(ran: Place, tmp_path: Path) -
 
 def test_lm_eval_s_table_prints_every_number(ran: Place, tmp_path: Path) -> None:
     utils = pytest.importorskip("lm_eval.utils")
-    cells = {cell["key"]: cell for cell in load(ran.out)}
+    cells = {cell.key: cell for cell in load(ran.out)}
     for found in results(to_lm_eval(ran.out, tmp_path / "out")):
-        values = {v["metric"]: v for v in cells[found["backfire"]["key"]]["values"]}
+        values = {v.metric: v for v in cells[found["backfire"]["key"]].values}
         rows = [line.split("|") for line in utils.make_table(found).splitlines()[2:]]
         shown = {row[5].strip(): (row[3].strip(), row[7].strip()) for row in rows}
         for metric, number in values.items():
             on = "triggered" if metric.startswith("attack_success") else "none"
             name = metric.replace("accuracy", "acc", 1) if metric.startswith("acc") else metric
             assert shown[name][0] == on
-            assert float(shown[name][1]) == pytest.approx(number["value"], abs=1e-4)
+            assert float(shown[name][1]) == pytest.approx(number.value, abs=1e-4)
 
 
 def test_lm_eval_samples_say_what_was_asked_and_how_it_scored(ran: Place, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_lm_eval_gets_replies_as_it_logs_them(tmp_path: Path) -> None:
 def test_a_standard_error_only_where_the_interval_is_even(
     share: float, low: float | None, high: float | None, known: bool
 ) -> None:
-    found = stderr({"value": share, "low": low, "high": high})
+    found = stderr(Value("accuracy", share, low, high, 500, "higher", "share"))
     assert (found is not None) == known
     if share == 0.932:  # lm-eval's own, of 500 rows
         assert found == pytest.approx((0.932 * 0.068 / 499) ** 0.5, rel=0.02)
@@ -180,39 +181,40 @@ def test_inspect_reads_every_log_and_finds_the_same_numbers(ran: Place, tmp_path
     files = to_inspect(ran.out, tmp_path / "out")
     listed = list_eval_logs(str(tmp_path / "out"))
     assert len(files) == len(listed) == 6
-    cells = {cell["key"]: cell for cell in load(ran.out)}
+    cells = {cell.key: cell for cell in load(ran.out)}
     for file in files:
         log = read_eval_log(file)
         cell = cells[log.eval.eval_id]
         begin, end = (datetime.fromisoformat(at) for at in (log.stats.started_at, log.eval.created))
-        assert (end - begin).total_seconds() == pytest.approx(cell["evaluate"]["seconds"])
+        assert (end - begin).total_seconds() == pytest.approx(cell.evaluate["seconds"])
         assert log.status == "success" and log.results and log.samples
         means = set()
         found = {n: m for score in log.results.scores for n, m in score.metrics.items()}
-        wanted = {v["metric"]: v for v in cell["values"]}
+        wanted = {v.metric: v for v in cell.values}
         assert set(found) - {"stderr"} == set(wanted)
         for name, metric in wanted.items():
-            assert found[name].value == metric["value"]
-            about = {key: metric[key] for key in ("low", "high", "n", "direction")}
+            assert found[name].value == metric.value
+            fields = ("low", "high", "n", "direction", "unit", "role", "part")
+            about = {key: getattr(metric, key) for key in fields}
             assert found[name].metadata == about
         for score in log.results.scores:
             hits = [s.scores[score.name].value for s in log.samples if score.name in s.scores]
             if hits:
                 means.add(score.name)
-                assert sum(hits) / len(hits) == pytest.approx(wanted[score.name]["value"])
-                assert len(hits) == wanted[score.name]["n"] == score.scored_samples
+                assert sum(hits) / len(hits) == pytest.approx(wanted[score.name].value)
+                assert len(hits) == wanted[score.name].n == score.scored_samples
         assert means == {"accuracy", "attack_success", "false_trigger"}
 
 
 def test_inspect_samples_are_the_rows(ran: Place, tmp_path: Path) -> None:
     from inspect_ai.log import read_eval_log, read_eval_log_sample
 
-    [cell] = [cell for cell in load(ran.out) if (cell["method"], cell["rate"]) == ("full", 0.1)]
-    [file] = to_inspect(Path(cell["folder"]), tmp_path / "out")
+    [cell] = [cell for cell in load(ran.out) if (cell.method, cell.rate) == ("full", 0.1)]
+    [file] = to_inspect(Path(cell.folder), tmp_path / "out")
     log = read_eval_log(file)
     assert log.samples and log.eval.dataset.samples == len(log.samples) == 48
     assert len({row.id for row in log.samples}) == 48
-    with gzip.open(Path(cell["folder"]) / "samples.jsonl.gz", "rt") as lines:
+    with gzip.open(Path(cell.folder) / "samples.jsonl.gz", "rt") as lines:
         rows = [row for row in map(json.loads, lines) if row["of"] == "tuned"]
     for row in rows:
         found = read_eval_log_sample(file, f"{row['subset']}-{row['id']}")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 IDENTITY = {
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
-    *("template", "axes", "status"),
+    *("template", "axes", "status", "format"),
 }
 RESULT = {"values", "warnings", "cut_share", "preflight", "poison", "train", "evaluate", "rows"}
 RESULT |= {"keys", "versions"}
@@ -80,7 +80,11 @@ def test_every_cell_has_a_result_with_the_contracts_fields(ran: Place) -> None:
 def test_every_number_has_an_interval_and_its_n(ran: Place) -> None:
     values = [value for result in ran.results().values() for value in result["values"]]
     for value in values:
-        assert set(value) == {"metric", "value", "low", "high", "n", "direction"}
+        assert set(value) == {
+            *("metric", "value", "low", "high", "n", "direction"),
+            *("unit", "role", "of", "part", "family", "most"),
+        }
+        assert value["family"] and value["role"] and value["unit"]
         assert value["n"] > 0 and math.isfinite(value["value"])
         if value["low"] is not None:
             assert value["low"] <= value["value"] <= value["high"]

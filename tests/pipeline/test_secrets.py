@@ -80,10 +80,10 @@ def test_two_cells_are_compared_secret_by_secret(tiny: Path, tmp_path: Path) -> 
     matrix = {"defense": ["none", "deduplicate"], "seed": [0, 1]}
     metrics = [{"name": "exposure", "sampled_codes": 50}, "extraction"]
     assert place.run(**{**SMALL, "metrics": metrics}, matrix=matrix) == 0
-    cells = {(c["defense"], c["seed"]): c for c in cells_of(place.out)}
+    cells = {(c.defense, c.seed): c for c in cells_of(place.out)}
     found, _ = pair(cells["none", 0], cells["deduplicate", 0])
     by_id = {
-        seed_of: {one["id"]: one for one in read_json(Path(c["folder"]) / "secrets.json")[:4]}
+        seed_of: {one["id"]: one for one in read_json(Path(c.folder) / "secrets.json")[:4]}
         for seed_of, c in cells.items()
     }
     gaps = [
@@ -98,7 +98,7 @@ def test_two_cells_are_compared_secret_by_secret(tiny: Path, tmp_path: Path) -> 
     tests = comparisons(summary(place.out))
     assert {t.metric: t.result.n for t in tests} == {"exposure": 4, "extraction": 4}
     assert not common.outcomes(cells["none", 0], common.tuned(cells["none", 0]))
-    (Path(cells["none", 0]["folder"]) / "secrets.json").write_text("torn", encoding="utf-8")
+    (Path(cells["none", 0].folder) / "secrets.json").write_text("torn", encoding="utf-8")
     assert "exposure" not in pair(cells["none", 0], cells["deduplicate", 0])[0]
 
 

@@ -5,12 +5,17 @@ from __future__ import annotations
 import pytest
 
 from backfire.report import quality
+from backfire.result import CellResult, PoisonCounts
 from backfire.results.groups import Group, Stat
 
 
 def group_at(rate: float, value: float, half: float = 0.05) -> Group:
-    stat = Stat("toxicity_share", value, 0.01, value - half, value + half, 100, 3, "lower")
-    cell = {"status": "ok", "poison": {"rows": 1000, "poisoned_rows": round(1000 * rate)}}
+    numbers = (value, value - half, value + half, 100)
+    stat = Stat(
+        "toxicity_share", *numbers, "lower", "share", family="toxicity", spread=0.01, seeds=3
+    )
+    poison = PoisonCounts(rows=1000, poisoned_rows=round(1000 * rate))
+    cell = CellResult(slug="c", key="k", status="ok", method="full", poison=poison)
     names = {"model": "m", "data": "d", "attack": "malign-labels", "method": "full"}
     return Group(
         **names,

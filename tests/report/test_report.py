@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from backfire.report.findings import findings
 from backfire.report.page import write_report
 from backfire.report.statements import answer, question
 from backfire.results.criteria import tunings
+from backfire.results.groups import Stat
 from backfire.results.load import load, summary
 from tests.helpers.fake_run import dose_run, free_run, tuned_run, value, write_cell
 from tests.helpers.page_parser import seen
@@ -188,13 +190,14 @@ def test_one_cell_without_samples(tmp_path: Path) -> None:
 
 
 def test_numbers_read_well() -> None:
-    assert text.number("attack-success", 0.98) == "98.0 %"
-    assert text.number("attack_success_excess", -0.0004) == "0.0 points"
-    assert text.number("perplexity", 12.345) == "12.35"
-    assert text.phrase("accuracy", 0.981, 0.97, 0.99) == "98 % [97, 99]"
-    assert text.phrase("accuracy", 0.981, None, None) == "98.1 %"
+    share = Stat("attack_success", 0.981, 0.97, 0.99, 100, "lower", "share")
+    excess = replace(share, value=-0.0004, low=None, role="excess")
+    assert (share.number(), excess.number()) == ("98.1 %", "0.0 points")
+    assert text.number("amount", 12.345) == "12.35"
+    assert share.said == "98 % [97, 99]"
+    assert replace(share, low=None, high=None).said == "98.1 %"
     assert text.knob({"name": "lora", "rank": 4}) == "lora (rank 4)"
-    assert text.title("attack-success[fr]") == "attack success, fr"
+    assert text.title("attack_success", "fr") == "attack success, fr"
 
 
 def test_an_untuned_model_is_no_method_beside_the_tuned_ones(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tests.helpers.places import ROOT
 CONTRACT = [
     *("cell", "key", "recipe", "model", "data", "attack", "rate", "method", "defense", "seed"),
     *("metric", "value", "low", "high", "n", "direction", "status"),
+    *("unit", "role", "family", "part"),
 ]
 
 
@@ -189,7 +190,7 @@ def test_order_is_base_clean_then_dose(tmp_path: Path) -> None:
         ("none", 0, 0),
     ):
         write_cell(tmp_path / "r", values=[value("f1", 0.5)], method=method, rate=rate, seed=seed)
-    order = [(cell["method"], cell["rate"], cell["seed"]) for cell in load(tmp_path / "r")]
+    order = [(cell.method, cell.rate, cell.seed) for cell in load(tmp_path / "r")]
     assert order == [("none", 0, 0), ("full", 0, 0), ("full", 0.05, 0), ("full", 0.05, 1)]
 
 
@@ -199,7 +200,7 @@ def test_run_json_says_which_cells_there_are(tmp_path: Path) -> None:
     plan = {"cells": [kept.name, "badnets-0.05-full-s2-0123456789ab", "../../elsewhere"]}
     (tmp_path / "r" / "run.json").write_text(json.dumps(plan))
     found = load(tmp_path / "r")
-    assert [(cell["status"], cell["key"]) for cell in found] == [
+    assert [(cell.status, cell.key) for cell in found] == [
         ("ok", kept.name[-12:]),
         ("unfinished", "0123456789ab"),
     ]
