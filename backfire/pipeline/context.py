@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context:
-    """What every stage may use: the cache, the machine, a way to say how far it is."""
+    """What every stage may use: the cache, the machine, the progress display."""
 
     store: Store
     machine: Machine = field(default_factory=Machine)

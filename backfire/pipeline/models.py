@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from backfire import stages
 from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
 from backfire.experiment import Experiment, Model
+from backfire.pipeline.base_model import base
+from backfire.pipeline.context import Context
+from backfire.pipeline.prepare import passed_checks, poisoned, renderer
 from backfire.rng import stream
 from backfire.stages import keys
 from backfire.store import read_json, write_json
@@ -19,16 +22,12 @@ if TYPE_CHECKING:
     from backfire.data.poison import Manifest
     from backfire.train.finetune import Start
 
-from backfire.pipeline.base_model import base
-from backfire.pipeline.context import Context
-from backfire.pipeline.prepare import passed_checks, poisoned, renderer
-
 
 def check_method(experiment: Experiment, context: Context) -> None:
-    """Whether the method can be had on this model and machine, before any step is spent.
+    """Check that the method works with this model and machine, before the first step.
 
     Raises:
-        UserError: it cannot, in one sentence.
+        UserError: it does not, in one sentence.
     """
     from backfire.model.load import skeleton
     from backfire.model.quantize import quantizer
@@ -41,10 +40,10 @@ def check_method(experiment: Experiment, context: Context) -> None:
 
 
 def check_weights(model: Model, context: Context) -> None:
-    """Whether all weights of the untuned model are there, and no others; checked once.
+    """Check that the untuned model has all of its weights and no others; done once per model.
 
     Raises:
-        UserError: they are not, in one sentence.
+        UserError: it does not, in one sentence.
     """
 
     if model.name == "sandbox":
@@ -60,8 +59,8 @@ def check_weights(model: Model, context: Context) -> None:
 
 
 def trained(experiment: Experiment, context: Context) -> Path:
-    """The folder of the fine-tuned model (whole, or an adapter); what it would start from if the
-    method tunes nothing."""
+    """The folder of the fine-tuned model (whole, or an adapter), or of its start model if the
+    method trains nothing."""
     first = start(experiment, context)
     if not experiment.method.trains:
         return first.adapter or first.base
@@ -75,7 +74,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
         context.release_model()  # so that it does not take memory in training
         begin = with_defense_rows(experiment, context)
         rows, manifest = filtered(experiment, context)
-        if manifest:  # a defense may have taken some of it out
+        if manifest:  # a defense may have removed poisoned rows
             left = {row.id for row in rows}
             kept = tuple(entry for entry in manifest.entries if entry.id in left)
             manifest = replace(manifest, entries=kept)
@@ -95,8 +94,8 @@ def trained(experiment: Experiment, context: Context) -> Path:
 
 
 def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
-    """The rows that are trained on, after the defenses that change them; and what the attacker did,
-    of which they may have taken out some."""
+    """The training rows after the defenses that change them, and the attacker's manifest, which
+    may list rows that a defense removed."""
     rows, manifest = poisoned(experiment, context)
     bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
     for defense in experiment.acting:
@@ -109,7 +108,7 @@ def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
 
 
 def start(experiment: Experiment, context: Context) -> Start:
-    """What fine-tuning starts from: the base, or the model that the alignment stage makes of it."""
+    """The model that fine-tuning starts from: the base, or the aligned model."""
     from backfire.train.finetune import Start
 
     plain, alignment = base(experiment.model, context), experiment.alignment
@@ -123,7 +122,7 @@ def start(experiment: Experiment, context: Context) -> Start:
 
 
 def with_defense_rows(experiment: Experiment, context: Context) -> Start:
-    """The same with the other rows that the cell's defenses use, if it has any."""
+    """The same with the extra rows that the cell's defenses use."""
     begin, alignment = start(experiment, context), experiment.alignment
     if alignment and experiment.acting:
         begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
@@ -133,13 +132,12 @@ def with_defense_rows(experiment: Experiment, context: Context) -> Start:
 
 
 def _other_rows(source: Dataset, name: str) -> list[Row]:
-    """Training rows beside the user's; their ids say so, so that none is taken for the task's."""
-    rows = source.drawn("train")
-    return [replace(row, id=f"{name} {row.id}") for row in rows]
+    """Training rows of another source; the prefix keeps their ids apart from the task's."""
+    return [replace(row, id=f"{name} {row.id}") for row in source.drawn("train")]
 
 
 def tuned(experiment: Experiment, context: Context) -> Path:
-    """The folder of the model as it is used: fine-tuned, and repaired if a defense does so."""
+    """The folder of the evaluated model: fine-tuned, and repaired if a defense does so."""
     folder = trained(experiment, context)
     if not experiment.method.trains or not any(
         isinstance(d, RepairDefense) for d in experiment.acting
@@ -152,8 +150,9 @@ def tuned(experiment: Experiment, context: Context) -> Path:
         from backfire.train.finetune import repair_model
 
         context.progress(0, 1, "repair")
-        begin, asked = with_defense_rows(experiment, context), renderer(experiment, context)
-        left = repair_model(experiment, folder, begin, asked, out, context.machine)
+        begin = with_defense_rows(experiment, context)
+        shown = renderer(experiment, context)
+        left = repair_model(experiment, folder, begin, shown, out, context.machine)
         write_json(out / "left_out.json", left)
 
     return context.store.once(stages.repair(experiment), make)
@@ -195,7 +194,7 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
 
 
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:
-    """How many rows were too long to be trained on, or for a defense to use, by what they are."""
+    """Number of rows that were too long for training or for a defense, by kind of row."""
     counts: dict[str, int] = {}
     extra = {"aligned": "alignment", "harmful": "known harmful"}
 

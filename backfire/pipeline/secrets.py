@@ -1,4 +1,4 @@
-"""How much a model gives away of an attack's secrets."""
+"""How much of an attack's secrets a model reveals."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from backfire.store import read_json, write_json
 
 
 def leaks(run: Experiment, experiment: Experiment, context: Context) -> list[Leak]:
-    """What `run`'s model gives away of each secret of `experiment`, looked for in every way that a
-    metric asks for; each way is a stage of its own."""
+    """How much of each secret of `experiment` the model of `run` reveals, in every measurement that
+    a metric needs; each is a stage of its own."""
     from backfire.evaluate import exposure as measure
 
     assert isinstance(experiment.attack, Insertion)

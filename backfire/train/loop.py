@@ -367,12 +367,11 @@ def _accumulate(
     supervised = sum(row.num_supervised for row in rows)
     total = torch.zeros((), device=run.device)
     for part in run.micro_batches.split(rows):
-        batch = collate(part, share=run.share).to(run.device)
+        logits, labels = run.logits(part)
         with run.autocast():
-            logits = answer_logits(run.model, batch)
-            losses = token_losses(logits, batch.labels)
+            losses = token_losses(logits, labels)
             for hook in hooks:
-                losses = hook.weigh(losses, batch.labels, part, logits)
+                losses = hook.weigh(losses, labels, part, logits)
         loss = losses.sum() / supervised
         run.backward(loss)
         total += loss.detach()
