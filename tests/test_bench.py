@@ -120,6 +120,6 @@ def test_the_sides_take_turns_at_going_first(monkeypatch: pytest.MonkeyPatch) ->
     order: list[str] = []
     work = {name: partial(order.append, name) for name in ("baseline", "backfire")}
     for repetition in range(3):
-        clock.by_turns("train", repetition, work)
+        clock.alternate("train", repetition, work)
     assert order == ["baseline", "backfire", "backfire", "baseline", "baseline", "backfire"]
     assert all(len(times) == 3 for times in clock.times["train"].values())
