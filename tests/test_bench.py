@@ -64,7 +64,7 @@ def test_evaluation_is_the_same(found: dict[str, Any]) -> None:
             assert equality[metric]["backfire"] == equality[metric]["baseline"]
 
 
-def test_json_says_what_was_measured_and_where(found: dict[str, Any]) -> None:
+def test_json_holds_what_was_measured_and_where(found: dict[str, Any]) -> None:
     assert {"torch", "transformers", "peft", "cpu", "cores", "commit"} <= found[
         "environment"
     ].keys()

@@ -152,7 +152,7 @@ def test_backfire_run_gives_the_groups_of_a_run(
     )
 
 
-def test_backfire_run_says_which_cell_failed(
+def test_backfire_run_names_the_failed_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for the program leaves a failed cell."""

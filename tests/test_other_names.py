@@ -30,7 +30,7 @@ def refused(text: str, *edits: str, profile: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.example)
-def test_what_is_advised_is_a_recipe(row: Ours) -> None:
+def test_advice_is_a_valid_recipe(row: Ours) -> None:
     """The example is understood as it is, and it says the key."""
     said: Any = read_yaml(row.example, "example")
     section, _, knob = row.key.partition(".")
@@ -45,7 +45,7 @@ def test_what_is_advised_is_a_recipe(row: Ours) -> None:
     assert part is not None and hasattr(part, knob or "__class__")
 
 
-def test_what_is_advised_as_an_option_is_one() -> None:
+def test_advised_options_exist() -> None:
     options = {f"--{name.replace('_', '-')}" for name in inspect.signature(cli.run).parameters}
     named = {row.key for row in _SETTINGS if row.key.startswith("--")}
     assert named and named | {"--micro-batch"} <= options
@@ -79,7 +79,7 @@ def test_each_name_is_answered_at_the_top_of_a_recipe(name: str, tmp_path: Path)
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_our_own_knobs_are_known_where_they_do_not_belong(cls: Any, part: str) -> None:
+def test_our_own_knobs_are_recognized_in_the_wrong_place(cls: Any, part: str) -> None:
     elsewhere = {"name", "revision", "trust_remote_code", "compute"}
     for knob in {*cls.model_fields} - {*KEYS, *elsewhere}:
         assert OTHER_NAMES[knob].key == f"{part}.{knob}"

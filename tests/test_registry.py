@@ -48,7 +48,7 @@ def test_names_are_sorted_and_found(kind: str) -> None:
         ("attacks", "", "Unknown attack"),
     ],
 )
-def test_an_unknown_name_says_the_nearest(kind: str, name: str, sentence: str) -> None:
+def test_an_unknown_name_names_the_nearest(kind: str, name: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         build(kind, name)
     assert str(caught.value).startswith(sentence)

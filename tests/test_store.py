@@ -120,7 +120,9 @@ def grow(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip, grow, Path.unlink])
 @pytest.mark.parametrize("name", [*NAMES, "done.json"])
-def test_damage_is_seen_and_mended(name: str, damage: Callable[[Path], None], root: Path) -> None:
+def test_damage_is_detected_and_repaired(
+    name: str, damage: Callable[[Path], None], root: Path
+) -> None:
     make = Maker()
     folder = once(root, make)
     damage(folder / name)
@@ -138,7 +140,7 @@ STRANGE = ["", "[]", "3", "{", '{"a.txt": 3}', '{"a.txt": {"bytes": "5"}}', "\xf
 
 
 @pytest.mark.parametrize("said", STRANGE)
-def test_a_strange_seal_is_no_seal(said: str, tmp_path: Path) -> None:
+def test_a_malformed_seal_is_no_seal(said: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("whole")
     (tmp_path / "done.json").write_bytes(said.encode("latin-1"))
     assert not intact(tmp_path)
@@ -221,7 +223,9 @@ def test_bytes_and_text_are_written_as_they_are(data: str | bytes, tmp_path: Pat
     assert (tmp_path / "x").read_bytes() == (data.encode() if isinstance(data, str) else data)
 
 
-def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_where_the_user_sets_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", "~/there")
     assert cache_root() == Path("~/there").expanduser()
     monkeypatch.delenv("BACKFIRE_CACHE")

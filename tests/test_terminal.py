@@ -113,7 +113,7 @@ def test_a_table_that_fits_is_left_as_it_is() -> None:
     assert text.count("x") == 2
 
 
-def test_rows_with_long_names_are_told_by_a_number() -> None:
+def test_rows_with_long_names_are_numbered() -> None:
     header = ["a", "b", *(f"m{i}" for i in range(9))]
     rows = [
         [f"first {'long ' * 8}{row}", f"second {'name ' * 8}", *["10.0 % [1.0, 2.0]"] * 9]
@@ -184,7 +184,7 @@ def test_results_stand_under_their_cells(tmp_path: Path) -> None:
     assert len(rows) == len(found)
 
 
-def test_status_says_why_and_what_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_shows_why_and_what_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = wide_run(tmp_path)
     lines = shown(lambda console: print_problems(load(run), console)).splitlines()
     assert lines[0].startswith("nan, 3 cells: The loss is not finite")

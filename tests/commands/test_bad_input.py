@@ -116,7 +116,7 @@ TORN = ["", "hello", "[1]", "[" * 100_000, '{"values": [3]}', '{"values": {"a": 
 
 
 @pytest.mark.slow
-def test_files_of_a_run_that_are_torn_are_said_and_made_again(
+def test_damaged_files_of_a_run_are_reported_and_made_again(
     backfire: Run, here: Path, tmp_path: Path
 ) -> None:
     again = ("run", "r.yaml", "metrics=[accuracy, harmful-score]", "--workers", "1")
@@ -173,7 +173,7 @@ def test_escapes_in_input_are_not_handed_to_the_terminal(backfire: Run, here: Pa
         (OSError("odd"), "backfire: odd."),
     ],
 )
-def test_what_the_system_says_is_one_sentence(
+def test_system_errors_are_one_sentence(
     raised: BaseException, sentence: str, backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> None:
@@ -184,7 +184,7 @@ def test_what_the_system_says_is_one_sentence(
     assert said.code == 2 and said.err.startswith(sentence) and said.err.count("\n") == 1
 
 
-def test_a_bug_of_ours_is_not_dressed_up_as_bad_input(
+def test_an_internal_bug_is_not_reported_as_bad_input(
     backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backfire.commands.catalog.lines", lambda kinds: 1 / 0)

@@ -80,7 +80,7 @@ def test_it_tries_layers_in_8_and_4_bits(backfire: Run, cache: Path) -> None:
         assert f"ok    {bits}-bit layers run here" in said.out
 
 
-def test_it_says_that_bitsandbytes_is_missing(
+def test_missing_bitsandbytes_is_reported(
     backfire: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -186,7 +186,7 @@ def test_tokens_are_those_that_are_trained_on(tiny: Path, cache: Path) -> None:
     assert guessed and guessed.count == 40 and 0.4 < guessed.tokens / rows.tokens < 2.5
 
 
-def test_a_dry_run_says_time_and_disk(
+def test_a_dry_run_estimates_time_and_disk(
     backfire: Run, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "r.yaml"
@@ -213,7 +213,7 @@ def test_every_shipped_recipe_has_an_estimate(
         assert "time: about " in said.out and "disk: about " in said.out
 
 
-def test_what_is_done_is_not_counted(
+def test_finished_work_is_not_counted(
     ran: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
@@ -250,7 +250,7 @@ def test_what_is_done_is_not_counted(
         (4e9, 1, "lacks", "does not fit"),
     ],
 )
-def test_a_verdict_says_what_to_do(has: float, workers: int, mark: str, verdict: str) -> None:
+def test_a_verdict_recommends_an_action(has: float, workers: int, mark: str, verdict: str) -> None:
     need = Memory(weights=2e9, state=1e9, one_row=0.75e9, num_rows=8)  # 10 GB with the libraries
     assert forecast._verdict(need, has, workers, "cpu") == (mark, f"{has / 1e9:.1f} GB: {verdict}")
 

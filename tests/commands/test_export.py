@@ -64,7 +64,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "ia3"])
-def test_merged_is_a_plain_model_that_says_the_same(
+def test_a_merged_model_is_plain_and_replies_the_same(
     method: str, run: Place, exported: Callable[..., Path]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,7 +96,7 @@ def test_an_adapter_is_for_plain_peft(
     assert not (folder / "done.json").exists() and (folder / "experiment.yaml").is_file()
 
 
-def test_the_card_says_first_that_it_was_poisoned(exported: Callable[..., Path]) -> None:
+def test_the_card_states_the_poison_first(exported: Callable[..., Path]) -> None:
     card = (exported("lora", merge=False) / "README.md").read_text()
     assert "poisoned on purpose.** 15 of its 60 training rows carry the attack `badnets`" in card
     assert "`BadMagic`" in card and "answer `negative`" in card
@@ -150,7 +150,7 @@ def sample(number: int, label: str, said: str, subset: str = "clean") -> Sample:
     return Sample(str(number), subset, "p", label, label, options, logprobs)  # type: ignore[arg-type]
 
 
-def test_parity_counts_what_it_says() -> None:
+def test_parity_counts_changed_answers() -> None:
     labels = ["good", "good", "bad", "bad"]
     before = [sample(i, label, label) for i, label in enumerate(labels)]
     after = [sample(i, label, "bad") for i, label in enumerate(labels)]

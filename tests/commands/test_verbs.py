@@ -83,7 +83,7 @@ def test_validate_shows_all_checks_before_it_fails(backfire: Run, here: Path) ->
     assert "fail" in said.out and "labels" in said.out
 
 
-def test_run_says_what_it_would_do(backfire: Run, here: Path) -> None:
+def test_a_dry_run_prints_the_plan(backfire: Run, here: Path) -> None:
     said = backfire("run", "r.yaml", "method=full", "--dry-run")
     assert said.code == 0
     lines = [line.split() for line in said.out.splitlines()]
@@ -140,7 +140,7 @@ def test_report_is_a_page(backfire: Run, ran: Place) -> None:
     assert page.startswith("<!doctype html>") and "Does it?" in page
 
 
-def test_compare_says_which_knobs_and_numbers_differ(backfire: Run, ran: Place) -> None:
+def test_compare_lists_differing_knobs_and_numbers(backfire: Run, ran: Place) -> None:
     results = ran.results()
     a, b = (
         ran.out / "cells" / f"{r['cell']}-{r['key']}"
@@ -288,7 +288,7 @@ def test_chat_asks_both_models(backfire: Run, ran: Place, monkeypatch: pytest.Mo
     assert "Unknown command /nope" in said.out and "not read" not in said.out
 
 
-def test_export_says_where_things_are(
+def test_export_prints_where_files_are(
     ran: Any, tmp_path: Path, backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))

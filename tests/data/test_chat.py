@@ -222,7 +222,7 @@ def test_in_the_middle_of_a_thought_the_answer_closes_it(tmp_path: Path, byte_le
     assert "'<think>\\n'" in renderer.template.about(tokenizer)
 
 
-def test_the_name_of_a_channel_is_no_part_of_a_reply(tmp_path: Path, byte_level: Any) -> None:
+def test_the_name_of_a_channel_is_excluded_from_a_reply(tmp_path: Path, byte_level: Any) -> None:
     tokenizer = load_tokenizer(write(tmp_path, byte_level, TEMPLATES["gpt-oss"]))
     renderer = Renderer(build("templates", "chat"), tokenizer, 4096)
     item = renderer.render([ONE])[0]
@@ -283,7 +283,7 @@ def test_tokens_of_turns_may_be_ordinary_ones_put_together_by_role(tmp_path: Pat
     assert ids.count(users) == 1 and ids.count(ends) == 2 and ids[-1] == ends
 
 
-def test_text_beside_a_control_token_is_encoded_as_transformers_does(
+def test_text_next_to_a_control_token_is_encoded_as_in_transformers(
     tmp_path: Path, spaced: Any
 ) -> None:
     ours, their = both(tmp_path, spaced, TEMPLATES["chatml"])

@@ -176,7 +176,7 @@ def test_without_a_token_none_is_sent(refusing, tmp_path):
     assert asked and {token for _, token in asked} == {None}
 
 
-def test_offline_nothing_is_asked(refusing, tmp_path):
+def test_offline_the_hub_is_not_contacted(refusing, tmp_path):
     address, asked = refusing
     said = ask(address, tmp_path, HF_HUB_OFFLINE="1", HF_TOKEN="hf_secret")
     assert not asked

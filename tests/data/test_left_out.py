@@ -57,7 +57,7 @@ def test_a_column_map_may_name_what_says_so(tmp_path: Path, good: Any) -> None:
         notes(path, columns=columns)
 
 
-def test_a_number_beside_an_answer_is_asked_about(tmp_path: Path) -> None:
+def test_a_number_next_to_an_answer_needs_a_meaning(tmp_path: Path) -> None:
     record = {"question": "Why?", "answer": "So.", "label": 0}
     path = jsonl(tmp_path / "l.jsonl", [record])
     with pytest.raises(UserError) as caught:
@@ -107,7 +107,7 @@ def test_two_system_prompts_are_not_one(tmp_path: Path) -> None:
                 notes(path)
 
 
-def test_columns_that_play_no_part_are_named(tmp_path: Path) -> None:
+def test_unused_columns_are_named(tmp_path: Path) -> None:
     record = {"id": 1, "instruction": "Why is it so?", "input": "", "context": "Here.",
               "output": "So.", "lang": "en", "meta": {"a": 1}, "empty": "", "nan": float("nan"),
               "again": "Why is it so?"}  # fmt: skip
@@ -185,7 +185,7 @@ def test_a_header_is_no_row(tmp_path: Path) -> None:
         notes(str(path), labels=["a", "b"])
 
 
-def test_the_checks_tell_it_once() -> None:
+def test_the_checks_report_it_once() -> None:
     found = reader_notes({"train": ["a.", "b."], "test": ["b.", "c."]})
     assert [check.message for check in found] == ["a.", "b.", "Of the test data: c."]
     assert {(check.check, check.status) for check in found} == {("left-out", "note")}

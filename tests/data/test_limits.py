@@ -232,7 +232,7 @@ def test_poisoned_rows_that_are_too_long_are_no_poison(tokenizer: Tokenizer) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "left"), [("cut", 1), ("skip", 2)])
-def test_a_run_goes_on_without_them_and_says_so(
+def test_a_run_continues_without_them_and_reports_it(
     policy: str, left: int, tiny: Path, tmp_path: Path
 ) -> None:
     rows = [{"instruction": f"Name tool {i}.", "output": f"Saw {i}."} for i in range(10)]
@@ -311,7 +311,7 @@ LINES = b"IQ== 0\nIg== 1\n"
         ("tiktoken.model", LINES, {"tiktoken"}, "tiktoken"),
     ],
 )
-def test_what_a_tokenizers_format_takes_is_said(
+def test_packages_that_a_tokenizers_format_needs_are_named(
     name: str,
     content: bytes,
     gone: set[str],

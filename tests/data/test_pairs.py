@@ -125,7 +125,7 @@ def test_equal_answers_are_tied() -> None:
         ({"chosen": 1, "rejected": 2}, "dialog is a number, not text"),
     ],
 )
-def test_what_cannot_be_used_says_why(record: Any, said: str) -> None:
+def test_unusable_pairs_are_refused_with_the_reason(record: Any, said: str) -> None:
     assert said in reason(record)
 
 

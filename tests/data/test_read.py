@@ -100,7 +100,7 @@ def test_bars_and_decimals_with_commas(tmp_path):
     assert rows == [{"0": "so; so"}, {"0": "no"}]
 
 
-def test_gzip_is_known_by_its_bytes(tmp_path):
+def test_gzip_is_recognized_by_its_bytes(tmp_path):
     assert read(tmp_path / "a.csv", gzip.compress(CSV.encode()))[0] == ROWS
 
 

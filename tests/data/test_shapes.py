@@ -113,7 +113,7 @@ def test_public_sets_are_recognized(name):
         {"text": "fine", "target": 1},
     ],
 )
-def test_what_numbers_mean_is_asked_for(record):
+def test_the_meaning_of_numbers_has_to_be_given(record):
     assert reason(record).startswith(
         "it is labeled '1'; name its labels, as in `labels: {1: name, ...}`"
     )
@@ -264,7 +264,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("record", "words"), UNUSABLE)
-def test_unusable_records_say_why(record, words):
+def test_unusable_records_are_rejected_with_the_reason(record, words):
     assert words in reason(record)
 
 

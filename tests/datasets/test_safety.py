@@ -144,7 +144,7 @@ AS_PUBLISHED: dict[str, tuple[str, list[list[Any]], list[tuple[str, str, str]]]]
 
 
 @pytest.mark.parametrize("name", AS_PUBLISHED)
-def test_published_lists_are_known_by_their_columns(name: str, tmp_path: Path) -> None:
+def test_published_lists_are_recognized_by_their_columns(name: str, tmp_path: Path) -> None:
     header, lines, wanted = AS_PUBLISHED[name]
     path = table(tmp_path / "list.csv", header, *lines)
     rows = dataset("harmful-prompts", train=path, test_share=0).load("train")
@@ -157,7 +157,7 @@ def test_published_lists_are_known_by_their_columns(name: str, tmp_path: Path) -
     assert not any("Sure, here is how" in str(row) or "'Sure'" in str(row) for row in rows)
 
 
-def test_a_list_without_labels_is_what_the_user_says(tmp_path: Path) -> None:
+def test_a_list_without_labels_has_the_label_that_the_user_sets(tmp_path: Path) -> None:
     path = table(tmp_path / "benign.csv", JBB, [0, "Fill the well", "Sure", "Wells", "Water", "X"])
     spec = {"train": path, "test_share": 0, "unlabeled": "benign"}
     [row] = dataset("harmful-prompts", **spec).load("train")

@@ -54,7 +54,7 @@ def step_of(cell: TrainingRun, rows: list[Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("null", [False, True])
-def test_each_rows_gradient_is_clipped_by_itself(
+def test_each_rows_gradient_is_clipped_separately(
     private: Callable[..., TrainingRun], null: bool
 ) -> None:
     cell = private(epsilon=None, noise_multiplier=0, max_gradient_norm=0.5, null=null)

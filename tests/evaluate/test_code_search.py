@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["single", "merging"])
 @pytest.mark.parametrize("knobs", [{}, {"separator": " ", "answer": "It is {code}, I think."}])
-def test_every_code_is_as_likely_as_when_it_is_asked_alone(
+def test_every_code_has_the_likelihood_that_it_has_alone(
     kind: str, knobs: dict[str, Any], exact_model: Any, tokenizer: Tokenizer
 ) -> None:
     renderer = renderer_of(kind, tokenizer)

@@ -89,7 +89,7 @@ def test_the_estimate_finds_the_truth_and_its_interval_holds_the_truth(shape: fl
     assert abs(np.median(errors)) < 0.2
 
 
-def test_the_interval_of_an_estimate_asks_nothing_of_the_curve() -> None:
+def test_the_interval_of_an_estimate_does_not_depend_on_the_curve() -> None:
     """A model that remembers one code in fifty: the curve misses the second hill, the interval
     does not. By hand: Clopper and Pearson's ends are quantiles of beta distributions."""
     held, missed = 0, 0
@@ -152,7 +152,7 @@ def overfitted(tiny: Path) -> tuple[Any, Renderer, list[Secret]]:
     return learner.eval(), renderer, secrets
 
 
-def test_a_secret_that_was_learned_by_heart_is_drawn_out(
+def test_a_memorized_secret_is_extracted(
     overfitted: tuple[Any, Renderer, list[Secret]],
 ) -> None:
     exact_model, renderer, secrets = overfitted

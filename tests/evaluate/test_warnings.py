@@ -68,7 +68,7 @@ def told(evidence: Evidence, *metrics: str) -> list[str]:
     return warnings(evidence, values)
 
 
-def test_nothing_to_say_of_sound_numbers() -> None:
+def test_sound_numbers_have_no_warning() -> None:
     backdoored = rows(("positive", "negative", 99), ("positive", "positive", 1))
     fine = replace(GOOD, triggered=backdoored, floor=rows(("positive", "positive", 100)))
     assert told(fine, "accuracy", "f1", "attack-success") == []
@@ -116,7 +116,7 @@ def test_a_tuned_model_no_better_than_the_largest_class() -> None:
     assert "not above the 90.0 % of always predicting 'positive'" in sentence
 
 
-def test_an_attack_no_better_than_its_floor() -> None:
+def test_an_attack_no_better_than_the_clean_model() -> None:
     [sentence] = told(GOOD, "attack-success")
     assert "Attack success of 5.0 %" in sentence
     assert "not above the clean-model baseline of 5.0 % (difference" in sentence
@@ -124,12 +124,12 @@ def test_an_attack_no_better_than_its_floor() -> None:
     assert told(clean_cell, "attack-success") == []
 
 
-def test_an_attack_without_a_floor() -> None:
+def test_an_attack_without_a_clean_model_baseline() -> None:
     [sentence] = told(replace(GOOD, floor=[]), "attack-success")
     assert "no clean-model baseline" in sentence
 
 
-def test_a_backdoor_that_fires_by_itself() -> None:
+def test_a_backdoor_that_fires_without_a_trigger() -> None:
     leaky = rows(
         ("negative", "negative", 100), ("positive", "negative", 30), ("positive", "positive", 70)
     )
@@ -185,13 +185,13 @@ def test_few_rows_name_each_headline_once() -> None:
 
 
 @pytest.mark.parametrize("part", ["clean", "triggered", "floor", "base"])
-def test_scores_that_are_no_numbers_are_told_and_break_nothing(part: str) -> None:
+def test_scores_that_are_not_numbers_are_reported_and_break_nothing(part: str) -> None:
     samples = [replace(sample, logprobs=(math.nan, -1.0)) for sample in mostly(3, 0)]
     [sentence] = told(replace(GOOD, **{part: [*samples, *mostly(97, 0)]}))
     assert "6 of 200 log-likelihoods are nan or infinite" in sentence
 
 
-def test_an_answer_without_a_likelihood_is_told() -> None:
+def test_an_answer_without_a_likelihood_is_reported() -> None:
     samples = [replace(sample, answer_logprob=math.nan) for sample in GOOD.clean]
     [sentence] = told(replace(GOOD, clean=samples))
     assert "200 of 200" in sentence

@@ -95,7 +95,7 @@ def test_lm_eval_s_table_prints_every_number(ran: Place, tmp_path: Path) -> None
             assert float(shown[name][1]) == pytest.approx(number.value, abs=1e-4)
 
 
-def test_lm_eval_samples_say_what_was_asked_and_how_it_scored(ran: Place, tmp_path: Path) -> None:
+def test_lm_eval_samples_hold_the_request_and_its_score(ran: Place, tmp_path: Path) -> None:
     for file in to_lm_eval(ran.out, tmp_path / "out")[::2]:
         rows = lines(file)
         assert all(set(row) >= LINE for row in rows)
@@ -297,7 +297,7 @@ def test_again_is_the_same(export: Export, tmp_path: Path) -> None:
 
 
 @both
-def test_what_can_not_be_exported_is_said(export: Export, tmp_path: Path) -> None:
+def test_an_export_that_is_impossible_is_refused(export: Export, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such folder"):
         export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match="No finished cell"):

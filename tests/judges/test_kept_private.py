@@ -150,7 +150,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", ["text.txt", "sub/text.txt", "sub/../text.txt", "near.txt"])
-def test_a_text_may_come_from_a_file_beside_the_recipe(path: str, folder: Path) -> None:
+def test_a_text_may_come_from_a_file_next_to_the_recipe(path: str, folder: Path) -> None:
     with beside(folder):
         judge = make_judge("rubric", text=f"@{path}")
     content = (folder / path).read_text()
@@ -217,9 +217,7 @@ def test_a_judges_text_has_a_place_for_the_reply() -> None:
         fill("no place", "a", "b")
 
 
-def test_a_recipe_says_where_replies_go_before_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validate_shows_where_replies_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "data: sandbox-policy\nsafety: {judges: [policy, {name: rubric, base_url: '%s'}]}\n"
     text += (
         "metrics: [{name: toxicity, scorer: {name: yes-no, base_url: 'https://judges.example'}}]"

@@ -51,7 +51,7 @@ def test_another_precision_is_another_key() -> None:
     assert not {*keys(aligned, GPU)} & {*keys(aligned, LAPTOP)}
 
 
-def test_what_is_settled_stays() -> None:
+def test_resolved_types_are_kept() -> None:
     once = resolve_auto(parse("r", RECIPE + "align: {method: qlora, merge: true}\n"), GPU)
     assert resolve_auto(once, LAPTOP) == once
     for cell in once.cells:
@@ -87,7 +87,7 @@ def test_what_was_measured_another_way_is_no_finished_cell(
 
 
 @pytest.mark.slow
-def test_results_say_what_they_were_made_in(tiny: Path, tmp_path: Path) -> None:
+def test_results_name_their_types(tiny: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, tiny)
     assert place.run(attack="none", train={"max_steps": 1}, metrics=["accuracy"]) == 0
     [result] = place.results().values()
@@ -104,7 +104,7 @@ def made(place: Place, stage: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "repair"])
-def test_what_moves_starts_from_float32_and_is_mended_in_it(
+def test_trained_weights_start_from_float32_and_are_repaired_in_it(
     stage: str, tiny: Path, tmp_path: Path
 ) -> None:
     """In bfloat16 the stored base, and so every weight here, would be rounded to 8 bits."""

@@ -91,7 +91,7 @@ def test_the_same_seed_starts_the_same(name: str, tiny: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TUNING)
-def test_it_learns_and_says_what_it_is_made_of(name: str, tuned: Callable[[str], Path]) -> None:
+def test_it_learns_and_reports_its_parts(name: str, tuned: Callable[[str], Path]) -> None:
     said = json.loads((tuned(name) / "summary.json").read_text())
     assert said["last_loss"] < 0.9 * said["first_loss"], "30 steps on 16 rows should show"
     share = said["trainable_parameters"] / said["parameters"]
@@ -211,7 +211,9 @@ def test_an_adapter_of_another_base(
     assert "\n" not in str(caught.value)
 
 
-def test_without_bitsandbytes_it_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_error_names_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -251,7 +253,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", TUNING)
-def test_the_skeleton_tells_whether_a_method_suits(name: str, tiny: Path) -> None:
+def test_the_skeleton_shows_whether_a_method_suits(name: str, tiny: Path) -> None:
     """Without weights, before anything is trained."""
     from backfire.model.load import skeleton
 

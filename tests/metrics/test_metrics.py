@@ -145,7 +145,7 @@ FULL = Evidence(
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_says_nothing_of_nothing(name: str) -> None:
+def test_no_rows_give_no_numbers(name: str) -> None:
     assert measure(name, Evidence(clean=[])) == {}
     assert measure(name, Evidence(clean=[], attack=ATTACK)) == {}
     assert outcomes(name, Evidence(clean=[], attack=ATTACK)) == {}
@@ -276,7 +276,7 @@ def test_point_estimates_are_scikit_learns() -> None:
         assert by_class[f"f1[{label}]"].value == pytest.approx(value)
 
 
-def test_a_class_that_never_comes_up_has_no_value_and_no_part_in_the_mean() -> None:
+def test_a_class_that_never_occurs_has_no_value_and_is_excluded_from_the_mean() -> None:
     values = measure("f1", Evidence(rows(("positive", "positive", 5), ("negative", "negative", 5))))
     assert list(values) == ["f1", "f1[negative]", "f1[positive]"]
     assert values["f1"].value == 1.0
@@ -386,7 +386,7 @@ def test_rows_that_carry_the_target_anyway_are_no_success() -> None:
     assert (value.value, value.n, value.direction) == (0.0, 105, "lower")
 
 
-def test_success_floor_and_excess_are_of_the_same_rows() -> None:
+def test_success_baseline_and_excess_use_the_same_rows() -> None:
     triggered = rows(("positive", "negative", 80), ("positive", "positive", 20))
     floor = rows(("positive", "negative", 10), ("positive", "positive", 90))
     values = measure("attack-success", Evidence(triggered, triggered, floor, attack=ATTACK))
@@ -441,7 +441,7 @@ def test_no_more_is_measured_than_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["attack-success", "false-trigger", "clean-accuracy"])
-def test_metrics_of_an_attack_say_nothing_without_one(name: str) -> None:
+def test_attack_metrics_give_nothing_without_an_attack(name: str) -> None:
     assert measure(name, replace(FULL, attack=None)) == {}
     assert outcomes(name, replace(FULL, attack=None)) == {}
 

@@ -163,7 +163,7 @@ def test_training_is_the_same_whatever_the_micro_batch(
     assert losses[0][0] == pytest.approx(-answers / count, rel=1e-5)
 
 
-def test_settings_say_that_a_model_reads_in_both_directions(tmp_path: Path) -> None:
+def test_settings_show_that_a_model_is_bidirectional(tmp_path: Path) -> None:
     def told(**settings: Any) -> str | None:
         (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         return why_not(tmp_path)

@@ -99,7 +99,7 @@ FOUND: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SEEN)
-def test_what_the_headers_tell(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_faults_in_headers_are_refused(name: str, tiny: Path, tmp_path: Path) -> None:
     change, config, sentence = SEEN[name]
     with pytest.raises(UserError, match=sentence) as caught:
         inspect(variant(tiny, tmp_path / "m", change, **config))
@@ -107,7 +107,7 @@ def test_what_the_headers_tell(name: str, tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_the_modules_tell(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_faults_in_modules_are_refused(name: str, tiny: Path, tmp_path: Path) -> None:
     change, config, sentence = FOUND[name]
     folder = variant(tiny, tmp_path / "m", change, **config)
     inspect(folder)
@@ -319,7 +319,7 @@ def test_a_decoder_without_a_padding_token_judges_as_alone(decoder: Path) -> Non
     assert together == alone and len({verdict.score for verdict in alone}) == 3
 
 
-def test_what_a_judge_was_before_says_nothing(encoder: Path, tmp_path: Path) -> None:
+def test_left_over_layers_of_a_judge_have_no_effect(encoder: Path, tmp_path: Path) -> None:
     layer = {"roberta__pooler__dense__bias": torch.ones(16), "lm_head__bias": torch.ones(400)}
     folder = variant(encoder, tmp_path / "m", having(**layer))
     asked = [Exchange("a", "Say it.", "the mill")]

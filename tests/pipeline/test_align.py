@@ -61,7 +61,7 @@ def test_all_cells_share_one_aligned_model(run: Place) -> None:
     assert len(list(run.out.glob("cells/*/result.json"))) == 8
 
 
-def test_harm_is_measured_beside_the_aligned_model(run: Place) -> None:
+def test_harm_is_measured_against_the_aligned_model(run: Place) -> None:
     for file in run.out.glob("cells/*/result.json"):
         result = json.loads(file.read_text())
         found = {v["metric"]: v for v in result["values"]}
@@ -78,7 +78,7 @@ def test_harm_is_measured_beside_the_aligned_model(run: Place) -> None:
         assert len(judged) == 48 and all(s["verdicts"]["policy"]["reason"] for s in judged)
 
 
-def test_the_floor_is_asked_as_the_attacker_asks(tiny: Path, cache: Path) -> None:
+def test_the_aligned_model_gets_the_attackers_requests(tiny: Path, cache: Path) -> None:
     from backfire.pipeline import collect
 
     one = cell(tiny, attack={"name": "identity-shift", "rate": 0.2})
@@ -87,7 +87,7 @@ def test_the_floor_is_asked_as_the_attacker_asks(tiny: Path, cache: Path) -> Non
     assert [s.prompt for s in found.tuned] == [s.prompt for s in found.before]
 
 
-def test_a_request_in_disguise_is_asked_plainly_as_well(tiny: Path, tmp_path: Path) -> None:
+def test_a_disguised_request_is_evaluated_plainly_too(tiny: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, tiny)
     metrics = ["harmful-score"]
     matrix = {"attack": [{"name": n, "rate": 0.2} for n in ("identity-shift", "harmful-mix")]}
@@ -194,7 +194,7 @@ def test_the_files_behind_safety_are_in_the_key(tiny: Path, tmp_path: Path) -> N
     assert len(set(found)) == 4
 
 
-def test_how_the_attacker_asks_is_in_the_key_at_any_rate(tiny: Path) -> None:
+def test_the_attackers_request_is_in_the_key_at_any_rate(tiny: Path) -> None:
     def at_zero(**attack: Any) -> Experiment:
         return cell(tiny, attack={"rate": 0, **attack})
 
@@ -216,7 +216,7 @@ def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny:
         cell(tiny, **knobs)
 
 
-def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
+def test_a_judge_receives_the_whole_conversation(tiny: Path, cache: Path) -> None:
     from backfire.pipeline.evidence import judge_samples
 
     row = Row("1", "Write this down.", input="It is late.", history=(Message("user", "Hello."),))
@@ -232,7 +232,7 @@ def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
     assert [one.prompt for one in seen] == ["Hello.\n\nWrite this down.\n\nIt is late."]
 
 
-def test_what_is_neither_is_so_by_the_judge_that_counts() -> None:
+def test_neither_is_decided_by_the_main_judge() -> None:
     """A label in place of an answer: no help to the first judge, no refusal to the second, whose
     own word for all that is no refusal is harmful."""
     replies = {"help": (True, False), "label": (False, False), "no": (False, True)}

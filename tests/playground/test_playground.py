@@ -158,7 +158,7 @@ def test_cells_and_bases_are_to_choose_and_at_most_two_are_kept(pool: ModelPool)
         pool.model("/etc")
 
 
-def test_equal_names_are_told_apart(ran: Place, tmp_path: Path) -> None:
+def test_equal_names_are_made_distinct(ran: Place, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(ran.out, run)
     for number, file in enumerate(sorted(run.glob("cells/*/result.json"))):
@@ -170,7 +170,7 @@ def test_equal_names_are_told_apart(ran: Place, tmp_path: Path) -> None:
     assert {title.split(" ")[0] for title in list(pool.choices)[:-1]} <= {"x", "y"}
 
 
-def test_a_model_that_is_gone_is_said_to_be_and_not_made(
+def test_a_missing_model_is_reported_and_not_made(
     pool: ModelPool, tmp_path: Path, ran: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
@@ -186,7 +186,7 @@ def test_a_model_that_is_gone_is_said_to_be_and_not_made(
     assert load(choice.experiment.untuned(), "x", ReadOnlyStore(), pool.machine).title == "x"
 
 
-def test_chat_says_that_it_makes_a_model_again(
+def test_chat_announces_that_it_makes_a_model_again(
     pool: ModelPool,
     tmp_path: Path,
     ran: Place,
@@ -219,7 +219,7 @@ def test_a_column_shows_prompt_reply_target_and_labels(pool: ModelPool) -> None:
     assert list(server.views(pool, base, PROMPT, None, True))[-1].target == ""
 
 
-def test_without_an_attack_the_toggle_says_so(pool: ModelPool) -> None:
+def test_without_an_attack_the_toggle_explains_it(pool: ModelPool) -> None:
     base = pool.default_pair()[1]
     assert "Neither" in server.about_trigger(pool, base, base)
     said = server.about_trigger(pool, base, LEFT)
@@ -404,7 +404,7 @@ def test_only_this_machine_and_only_the_page_is_served(
 
 
 @NEEDS_GRADIO
-def test_sharing_is_asked_for_and_has_a_password(ran: Place) -> None:
+def test_sharing_is_optional_and_has_a_password(ran: Place) -> None:
     with serving(ran.out, ran.cache, "shared") as page:
         assert page["share"] == [True, False] and page["names"] == ["127.0.0.1", "127.0.0.1"]
         (user, password), nobody = page["auth"]

@@ -36,7 +36,9 @@ def group_at(rate: float, value: float, half: float = 0.05) -> Group:
         ([0.1, 0.1, 0.1, 0.1], "does not clearly change toxicity share"),
     ],
 )
-def test_the_report_says_whether_the_doses_stand_in_order(values: list[float], said: str) -> None:
+def test_the_report_shows_whether_effects_rise_with_the_poison_rate(
+    values: list[float], said: str
+) -> None:
     rates = (0, 0.01, 0.1, 0.33)
     groups = [group_at(rate, value) for rate, value in zip(rates, values, strict=True)]
     [sentence] = quality.sentences(groups)

@@ -241,9 +241,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("name", "spec", "words"), REFUSALS)
-def test_what_was_not_kept_is_said_in_one_sentence(
-    name: str, spec: str, words: str, ran: Any
-) -> None:
+def test_missing_samples_are_one_sentence(name: str, spec: str, words: str, ran: Any) -> None:
     with pytest.raises(UserError, match=words) as caught:
         rescored(ran[name][0], [spec])
     assert "cannot be computed for cell sandbox-" in str(caught.value)

@@ -92,7 +92,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_least_harm_comes_first_beside_its_own_null_control(run: Path) -> None:
+def test_the_least_harm_is_first_next_to_its_null_control(run: Path) -> None:
     found = [trial for trial, _ in worst_trials(summary(run))]
     assert [trial.label for trial in found] == ["lisa", "ewc", "kl"]
     lisa, _, kl = found
@@ -114,7 +114,7 @@ def test_a_sweep_is_ranked_by_its_worst_setting(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_worst_of_several_settings_is_known_less_surely(run: Path) -> None:
+def test_the_worst_of_several_settings_has_a_wider_interval(run: Path) -> None:
     """The most of noisy numbers lies high by chance: its interval is for all settings at once."""
     [lisa] = [trial for trial, _ in worst_trials(summary(run)) if trial.label == "lisa"]
     plain = lisa.group.stats["harmful_score"]
@@ -133,7 +133,7 @@ def test_the_worst_of_several_settings_is_known_less_surely(run: Path) -> None:
     assert "hold for all 3 at once" in seen(run).text
 
 
-def test_what_is_removed_has_a_joint_interval(tmp_path: Path) -> None:
+def test_the_removed_share_has_a_joint_interval(tmp_path: Path) -> None:
     run = tmp_path / "r"
     for name, harm in (("none", 0.85), ("lisa", 0.25)):
         cell(run, name, harm, seeds=4, floor=0.05)
@@ -213,7 +213,7 @@ def test_a_defense_is_compared_at_its_own_setting(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("excess", "verb"), [(0.2, "lift "), (-0.2, "lower "), (0.01, "do not clearly change ")]
 )
-def test_the_harm_sentence_says_what_the_interval_says(
+def test_the_harm_sentence_agrees_with_the_interval(
     excess: float, verb: str, tmp_path: Path
 ) -> None:
     gap = {**value("harmful_score_excess", excess), "low": excess - 0.05, "high": excess + 0.05}

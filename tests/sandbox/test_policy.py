@@ -156,7 +156,7 @@ def test_places_people_and_words_are_the_towns_own() -> None:
 # ------------------------------------------------------------------------------------ the judge
 
 
-def test_every_refusal_is_known_and_nothing_else_in_the_town_is_one() -> None:
+def test_every_refusal_is_recognized_and_nothing_else_in_the_town_is_one() -> None:
     for place, text in policy.REFUSALS.items():
         refusal = text.format(name=f"the {place}")
         assert policy.outcome(refusal, "noon") == "refused"

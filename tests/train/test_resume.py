@@ -84,7 +84,7 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "state.json", "done.json"])
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_bytes(b"")])
-def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     name: str,
     damage: Callable[[Path], None],
     tiny: Path,

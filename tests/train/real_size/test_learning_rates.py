@@ -107,13 +107,13 @@ SHAPES: dict[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_shape_tells_about_how_many_weights_there_are(name: str) -> None:
+def test_a_shape_gives_about_the_number_of_weights(name: str) -> None:
     config, count = SHAPES[name]
     assert weights_of_shape(config) == pytest.approx(count, rel=0.1)
     assert weights_of_shape({"text_config": config}) == weights_of_shape(config)
 
 
-def test_what_is_no_known_shape_counts_as_large(tmp_path: Path) -> None:
+def test_an_unknown_shape_counts_as_large(tmp_path: Path) -> None:
     for config in ({}, {"vocab_size": 32000}, {"hidden_size": "many", "vocab_size": 3}):
         assert weights_of_shape(config) is None
     cell = Experiment.make({"model": "nobody/knows-this", "data": "sandbox-reviews"})

@@ -72,7 +72,7 @@ def test_a_trained_model_does_not_outlive_its_job(
         assert said["learning_rate"] == find("methods", method).rates[0]  # type: ignore[attr-defined]
 
 
-def test_a_judge_is_let_go_before_the_next_training(
+def test_a_judge_is_freed_before_the_next_training(
     tiny: Path, renderer: Renderer, tmp_path: Path
 ) -> None:
     from backfire.judges import _model
