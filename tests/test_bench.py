@@ -1,4 +1,4 @@
-"""The benchmark's two sides do the same work. Nothing here looks at seconds."""
+"""The benchmark's two sides do the same work. Times are not checked."""
 
 from __future__ import annotations
 

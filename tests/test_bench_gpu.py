@@ -1,4 +1,4 @@
-"""The GPU harness, in small, on a CPU."""
+"""The GPU benchmark in small, on a CPU."""
 
 from __future__ import annotations
 
@@ -94,17 +94,17 @@ def test_a_method_that_is_none(gpu: Any, tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
-    """From the command line, on a machine whose GPUs (if any) are out of sight."""
+    """From the command line, with the GPUs of the machine (if any) hidden."""
 
     def say(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "benchmarks.gpu", *options]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
-    said = say("--out", str(tmp_path))
-    assert (said.returncode, said.stderr) == (0, "") and said.stdout.count("\n") == 1
-    assert "There is no GPU here" in said.stdout and not list(tmp_path.iterdir())
-    said = say("--help")
-    assert said.returncode == 0 and "--shape" in said.stdout
-    said = say("--answer", "600")
-    assert said.returncode == 2 and "smaller than --length" in said.stderr
+    output = say("--out", str(tmp_path))
+    assert (output.returncode, output.stderr) == (0, "") and output.stdout.count("\n") == 1
+    assert "There is no GPU here" in output.stdout and not list(tmp_path.iterdir())
+    output = say("--help")
+    assert output.returncode == 0 and "--shape" in output.stdout
+    output = say("--answer", "600")
+    assert output.returncode == 2 and "smaller than --length" in output.stderr

@@ -1,4 +1,4 @@
-"""What stopped a cell is named for what it was, whichever library said so."""
+"""The error class of a cell names the true cause, whichever library raised the error."""
 
 from __future__ import annotations
 

@@ -206,7 +206,7 @@ def test_a_broken_package_stops_only_what_needs_it(
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe of two cells that names what the example adds, in a folder of its own."""
+    """A recipe of two cells with the example's components, in a separate folder."""
     file = tmp_path / "work" / "sure.yaml"
     file.parent.mkdir()
     monkeypatch.chdir(file.parent)

@@ -90,5 +90,7 @@ def test_finding_one_component_imports_no_other() -> None:
         "find('attacks', 'badnets')\n"
         "print(sorted(m for m in sys.modules if m.startswith('backfire.attacks.')))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "['backfire.attacks.badnets']"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "['backfire.attacks.badnets']"

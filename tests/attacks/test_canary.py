@@ -79,6 +79,6 @@ def test_preflight_sees_that_canaries_arrive_and_controls_do_not(tokenizer: Toke
     assert checks["poison-survives"] == checks["controls-unseen"] == "ok"
     assert "fail" not in checks.values(), "repeated rows are no fault here"
     control = attack.secrets(0)[0].row
-    told = preflight(renderer, [*ROWS, control, *rows[40:]], ROWS[:5], **knobs)
-    assert {c.check: c.status for c in told}["controls-unseen"] == "fail"
+    outcomes = preflight(renderer, [*ROWS, control, *rows[40:]], ROWS[:5], **knobs)
+    assert {c.check: c.status for c in outcomes}["controls-unseen"] == "fail"
     assert lost(manifest, renderer.render(rows[:-1]), tokenizer) == [rows[-1].id]

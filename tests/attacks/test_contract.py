@@ -1,4 +1,4 @@
-"""The contract of every attack, whatever file it comes from, and the manifest of what it did."""
+"""The contract of every attack, and the manifest of its changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A tuned model used elsewhere: merged, as an adapter, quantized; and what its card says."""
+"""A fine-tuned model exported merged, as an adapter or quantized, and its card."""
 
 from __future__ import annotations
 
@@ -144,9 +144,9 @@ def test_merging_exactly_flips_nothing(run: Place) -> None:
         assert values(run, method)["parity[merged: flips]"]["value"] == 0
 
 
-def sample(number: int, label: str, said: str, subset: str = "clean") -> Sample:
+def sample(number: int, label: str, predicted: str, subset: str = "clean") -> Sample:
     options = ("good", "bad")
-    logprobs = tuple(0.0 if option == said else -1.0 for option in options)
+    logprobs = tuple(0.0 if option == predicted else -1.0 for option in options)
     return Sample(str(number), subset, "p", label, label, options, logprobs)  # type: ignore[arg-type]
 
 
@@ -171,7 +171,7 @@ def test_parity_counts_changed_answers() -> None:
 def test_an_adapter_on_an_aligned_model_is_not_exported_alone(
     align: dict[str, Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the base, which it would be loaded on, it is a model that nobody measured."""
+    """Loaded on the base, it would be a model that was not measured."""
     place = Place(tmp_path / "run", tiny)
     policy = {"name": "sandbox-policy", "rows": 20, "test_rows": 8}
     knobs: dict[str, Any] = {

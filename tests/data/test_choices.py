@@ -1,4 +1,4 @@
-"""Right choices, scores, lists and columns that an eye over the data takes for something else."""
+"""Right choices, scores, lists and columns that are easily misread."""
 
 import json
 from pathlib import Path

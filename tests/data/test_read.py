@@ -1,4 +1,4 @@
-"""Files of every format, sound and broken: what is not read is rejected with line and reason."""
+"""Files of every format, valid and broken: unread rows are rejected with line and reason."""
 
 import gzip
 import json

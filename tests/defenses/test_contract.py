@@ -87,8 +87,8 @@ def test_a_repair_is_deterministic_and_leaves_its_inputs(
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_defense_names_its_paper_and_its_null_control(name: str) -> None:
-    said = " ".join((find("defenses", name).__doc__ or "").split())
-    assert "arXiv:" in said and "ull control" in said
+    doc = " ".join((find("defenses", name).__doc__ or "").split())
+    assert "arXiv:" in doc and "ull control" in doc
 
 
 @pytest.mark.parametrize("name", EVERY)

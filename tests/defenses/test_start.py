@@ -1,4 +1,4 @@
-"""What a defense may ask of a training run: the model as it was at the start."""
+"""A defense can read the model as it was at the start of training."""
 
 from __future__ import annotations
 

@@ -69,9 +69,9 @@ def test_a_likelihood_covers_the_whole_answer_in_its_context(
     renderer = renderer_of("single", tokenizer)
     secrets = canary(digits=3).secrets(0)[:3]
     found = measure.secret_likelihoods(exact_model, renderer, secrets, 2)
-    for item, told in zip(renderer.render([s.row for s in secrets]), found, strict=True):
+    for item, entry in zip(renderer.render([s.row for s in secrets]), found, strict=True):
         [logprob] = one_at_a_time(exact_model, item.prompt_ids, [item.answer_ids[:-1]])
-        assert told["logprob"] == pytest.approx(logprob, abs=1e-4)
+        assert entry["logprob"] == pytest.approx(logprob, abs=1e-4)
 
 
 def test_a_cut_secret_is_an_error(exact_model: Any, tokenizer: Tokenizer) -> None:

@@ -127,8 +127,8 @@ def test_exact_and_estimated_agree_on_a_model(exact_model: Any, tokenizer: Token
     renderer = renderer_of("single", tokenizer)
     secrets = canary(digits=3, repeats=[], controls=3).secrets(1)
     ranks = measure.ranks(exact_model, renderer, secrets, quiet)
-    told = measure.estimate_exposures(exact_model, renderer, secrets, 999, 0, quiet)
-    for rank, (bits, low, high) in zip(ranks, told, strict=True):
+    estimates = measure.estimate_exposures(exact_model, renderer, secrets, 999, 0, quiet)
+    for rank, (bits, low, high) in zip(ranks, estimates, strict=True):
         assert low <= bits <= high
         assert abs(bits - math.log2(1000 / rank)) < 0.6
 

@@ -1,4 +1,4 @@
-"""What it costs to judge twice: equal exchanges are judged once."""
+"""Equal exchanges are judged once."""
 
 from __future__ import annotations
 

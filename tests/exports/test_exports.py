@@ -1,4 +1,4 @@
-"""A run as other harnesses write theirs: their own readers open it and find the same numbers."""
+"""Exports in the formats of other harnesses: their readers open them and give the same numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 HOSTILE = "<script>alert(1)</script> \x1b[2J\x00\x07 \u202e \ud800 ![](http://x.invalid/a.png)"
 SPELLED = HOSTILE.replace("\ud800", "\\ud800")
-# What lm-eval 0.4.13 wrote of a run of its own, as far as backfire knows it too.
+# What lm-eval 0.4.13 wrote for its own run, for the fields that backfire has too.
 FIELDS = {
     *("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better"),
     *("n-samples", "config", "lm_eval_version", "transformers_version", "model_source"),

@@ -1,4 +1,4 @@
-"""What a run leaves to the hub and to the device is settled once, and is part of its keys."""
+"""Commits and types left open by a recipe are resolved once and are part of the keys."""
 
 from __future__ import annotations
 
@@ -45,8 +45,10 @@ def keys(text: str, types: Types) -> list[str]:
 def test_another_precision_is_another_key() -> None:
     found = [keys(RECIPE, types) for types in (GPU, OLD_GPU, LAPTOP)]
     assert all(len({*column}) > 1 for column in zip(*found, strict=True))
-    said = "model: {name: sandbox, dtype: float32}\ntrain: {compute: float32}\n"
-    assert keys(said + RECIPE, GPU)[:2] == keys(RECIPE, LAPTOP)[:2], "said or settled is the same"
+    explicit = "model: {name: sandbox, dtype: float32}\ntrain: {compute: float32}\n"
+    assert keys(explicit + RECIPE, GPU)[:2] == keys(RECIPE, LAPTOP)[:2], (
+        "explicit and resolved types have the same keys"
+    )
     aligned = RECIPE + "align: {}\n"
     assert not {*keys(aligned, GPU)} & {*keys(aligned, LAPTOP)}
 
@@ -265,7 +267,7 @@ def test_the_hub_is_asked_once_a_run_and_the_commit_is_in_the_key(hub: Hub, tmp_
     assert {name for name in fetched if name.endswith(".safetensors")} == {"model.safetensors"}
     [cell] = (tmp_path / "out/cells").iterdir()
     assert yaml.safe_load((cell / "experiment.yaml").read_text())["model"]["revision"] == "1" * 40
-    assert not dry, "what is only shown asks nobody"
+    assert not dry, "a dry run makes no request"
     assert moved and f"moved to {'3' * 40}" in done.stdout
 
 

@@ -1,4 +1,4 @@
-"""A model that cannot be right is refused before a step is spent."""
+"""A model that cannot be right is refused before the first step."""
 
 from __future__ import annotations
 
@@ -243,9 +243,9 @@ def test_the_command_line_refuses_before_a_step(
     )
     for verb in ["validate"] * (name in SEEN) + ["run"]:
         out = ["--out", tmp_path / "out"] if verb == "run" else []
-        said = backfire(verb, recipe, *out)
-        assert said.code == 2 and said.err.count("\n") == 1
-        assert re.search(sentence, said.err)
+        output = backfire(verb, recipe, *out)
+        assert output.code == 2 and output.err.count("\n") == 1
+        assert re.search(sentence, output.err)
     assert not (tmp_path / "out").exists()
 
 
@@ -367,8 +367,8 @@ def test_a_judge_that_cannot_judge_is_refused_before_a_step(
             f"safety: {{judges: {judges}}}\n"
             "data: {name: sandbox-reviews, rows: 40, test_rows: 20}\n"
         )
-        said = backfire("run", recipe, "--out", tmp_path / "out")
-        assert said.code == 2 and re.search(sentence, said.err) and said.err.count("\n") == 1
+        output = backfire("run", recipe, "--out", tmp_path / "out")
+        assert output.code == 2 and re.search(sentence, output.err) and output.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 
@@ -458,8 +458,8 @@ def test_a_run_on_a_model_that_sees(
         f"model: {seeing}\ntemplate: sentiment-line\nmethod: lora\ntrain: {{max_steps: 2}}\n"
         "data: {name: sandbox-reviews, rows: 40, test_rows: 20}\ndefense: freeze\n"
     )
-    said = backfire("run", recipe, "--out", tmp_path / "out")
-    assert said.code == 0, said
+    output = backfire("run", recipe, "--out", tmp_path / "out")
+    assert output.code == 0, output
     [cell] = (tmp_path / "out/cells").iterdir()
     assert (
         backfire("export", cell, "--out", tmp_path / "e").err.count("export it with --merge") == 1

@@ -108,8 +108,8 @@ def test_a_disguised_request_is_evaluated_plainly_too(tiny: Path, tmp_path: Path
         assert not any("do as I say" in s["prompt"] for s in asked["plain"])
         hits = [s["verdicts"]["policy"]["positive"] for s in asked["plain"] if s["of"] == "tuned"]
         assert values["harmful_score_plain"] == sum(hits) / len(hits)
-    told = list(sentences([g for g in summary(place.out) if g.attack == "identity-shift"]))
-    assert told[1].startswith("Asked without what the attack puts around a request it is 0 %")
+    shown = list(sentences([g for g in summary(place.out) if g.attack == "identity-shift"]))
+    assert shown[1].startswith("Asked without what the attack puts around a request it is 0 %")
 
 
 def test_the_report_speaks_of_harm(run: Place) -> None:
@@ -171,7 +171,7 @@ def test_rows_of_an_alignment_that_trains_nothing_are_in_the_key(tiny: Path) -> 
 
     assert stages.keys(on(20, defense="lisa")).train != stages.keys(on(30, defense="lisa")).train
     assert stages.keys(on(20)).train == stages.keys(on(30)).train, (
-        "without a defense nobody sees them"
+        "without a defense they are not used"
     )
     with pytest.raises(UserError, match=r"align.method 'none' trains nothing"):
         on(20, defense="vaccine")
@@ -236,7 +236,7 @@ def test_neither_is_decided_by_the_main_judge() -> None:
     """A label in place of an answer: no help to the first judge, no refusal to the second, whose
     own word for all that is no refusal is harmful."""
     replies = {"help": (True, False), "label": (False, False), "no": (False, True)}
-    told = [
+    samples = [
         Sample(
             name,
             "harmful",
@@ -249,7 +249,7 @@ def test_neither_is_decided_by_the_main_judge() -> None:
         )
         for name, (harmful, refused) in replies.items()
     ]
-    evidence = Evidence(clean=[], probes={"harmful": Probe(told, told)})
+    evidence = Evidence(clean=[], probes={"harmful": Probe(samples, samples)})
     values = {v.metric: v.value for v in find("metrics", "refusal-rate").make({}).measure(evidence)}  # type: ignore[attr-defined]
     assert values == {"refusal_rate": pytest.approx(1 / 3), "neither_rate": pytest.approx(1 / 3)}
 
@@ -303,19 +303,21 @@ def test_merged_or_not_the_start_is_the_same(tiny: Path, cache: Path) -> None:
 def test_bad_input(tiny: Path, cache: Path, tmp_path: Path, backfire: Any) -> None:
     recipe = tmp_path / "r.yaml"
 
-    def said(**knobs: Any) -> str:
+    def error_of(**knobs: Any) -> str:
         recipe.write_text(json.dumps({"model": str(tiny), **BASE, **knobs}))
         found = backfire("run", recipe, "--out", tmp_path / "out")
         assert found.code == 2 and "Traceback" not in found.err, found.err
         return found.err
 
-    assert "lisa' requires an alignment stage" in said(align=None, defense="lisa")
-    assert "did you mean 'lisa'" in said(defense="liza")
-    assert "vaccine' requires an alignment stage" in said(align=None, defense="vaccine")
-    assert "represent an alignment of all weights" in said(defense="task-arithmetic", method=LORA)
-    assert "repairs full weights and LoRA" in said(defense="antidote", method="ia3")
-    assert "set align.merge" in said(align=aligned_by(LORA), method="full")
-    assert "Unknown key in align" in said(align={"date": 1})
+    assert "lisa' requires an alignment stage" in error_of(align=None, defense="lisa")
+    assert "did you mean 'lisa'" in error_of(defense="liza")
+    assert "vaccine' requires an alignment stage" in error_of(align=None, defense="vaccine")
+    assert "represent an alignment of all weights" in error_of(
+        defense="task-arithmetic", method=LORA
+    )
+    assert "repairs full weights and LoRA" in error_of(defense="antidote", method="ia3")
+    assert "set align.merge" in error_of(align=aligned_by(LORA), method="full")
+    assert "Unknown key in align" in error_of(align={"date": 1})
     with pytest.raises(UserError, match="rows are needed"):
         from backfire.registry import build
 

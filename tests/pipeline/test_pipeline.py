@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what is written, what is shared, what is done once only."""
+"""Whole runs on a tiny model: their files, shared stages, and work done once only."""
 
 from __future__ import annotations
 
@@ -382,7 +382,7 @@ def test_impossible_settings_are_refused_before_any_work(
 
 
 def test_the_global_generators_are_left_alone(place: Place) -> None:
-    """Dropout is the one draw that can not be told where to draw from; there is none here."""
+    """Dropout alone always draws from the global generator; these models have none."""
     import random
 
     import numpy as np

@@ -1,4 +1,4 @@
-"""The page and its answer: what they say, and what they do not claim."""
+"""The page and its answer: their statements, and what they do not claim."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def test_one_seed_claims_nothing(make: Callable[..., Path], tmp_path: Path) -> N
     run = make(tmp_path) if make is tuned_run else make(tmp_path, seeds=1, failures=False)
     groups, asked = summary(run), question(run).question
     found = answer(groups, load(run), asked)
-    said = [found.line, *found.more, *(item.sentence for item in findings(groups))]
-    assert len(said) > 3 and not [one for one in said if re.search(CLAIMS, one)]
+    sentences = [found.line, *found.more, *(item.sentence for item in findings(groups))]
+    assert len(sentences) > 3 and not [one for one in sentences if re.search(CLAIMS, one)]
     assert "in this model only" in found.line
     assert "* One seed: this model only." in seen(run).text
 
@@ -194,8 +194,8 @@ def test_numbers_read_well() -> None:
     excess = replace(share, value=-0.0004, low=None, role="excess")
     assert (share.number(), excess.number()) == ("98.1 %", "0.0 points")
     assert text.number("amount", 12.345) == "12.35"
-    assert share.said == "98 % [97, 99]"
-    assert replace(share, low=None, high=None).said == "98.1 %"
+    assert share.sentences == "98 % [97, 99]"
+    assert replace(share, low=None, high=None).sentences == "98.1 %"
     assert text.knob({"name": "lora", "rank": 4}) == "lora (rank 4)"
     assert text.title("attack_success", "fr") == "attack success, fr"
 
@@ -207,8 +207,8 @@ def test_an_untuned_model_is_not_listed_as_a_method(tmp_path: Path) -> None:
             values = [value("accuracy", 0.9), value("attack_success", success)]
             write_cell(run, values=values, method=method, seed=seed, axes={"method": method})
     (run / "recipe.yaml").write_text("# Does it?\n")
-    said = " ".join([(found := answer(summary(run), load(run))).line, *found.more])
-    assert "With lora" in said and "With none" not in said
+    sentences = " ".join([(found := answer(summary(run), load(run))).line, *found.more])
+    assert "With lora" in sentences and "With none" not in sentences
     assert "not tuned" in write_report(run).read_text()
 
 

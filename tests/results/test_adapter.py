@@ -1,4 +1,4 @@
-"""Results on disk: the present format, and older ones in the present shape."""
+"""Results on disk: the present format, and older ones converted to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two cells, two runs: which knobs differ, which numbers, and how surely."""
+"""Two cells, two runs: which knobs and numbers differ, and with what certainty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Evidence is written and read back whole; metrics are computed again from what was kept."""
+"""Evidence is written and read back completely; metrics are recomputed from it."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_the_same_metrics_give_the_same_numbers(name: str, ran: Any) -> None:
 
 
 def test_no_model_is_needed(ran: Any) -> None:
-    """Another metric, in a process of its own that must not import torch."""
+    """Another metric, in a separate process that must not import torch."""
     run, evidence = ran["backdoor"]
     line = ["results", str(run), "--rescore", "recall", "--rescore", "exact-match"]
     code = f"""

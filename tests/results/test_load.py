@@ -132,7 +132,7 @@ def test_a_different_question_has_a_separate_table(tmp_path: Path) -> None:
     assert shown and (shown.attack, shown.rate) == ("badnets", 0.05), "of the main question"
     page = seen(run)
     assert page.tags.count("table") >= 3 and page.text.count("harmful score") >= 1
-    # A group without numbers, for all its cells failed, is put beside its own kind.
+    # A group without numbers, because all its cells failed, is placed next to similar groups.
     failed = {"status": "failed", "error": "No.", "next": "Try again."}
     write_cell(run, error=failed, attack="harmful-mix", defense="kl", rate=0.1)
     assert [len(family) for family in families(summary(run))] == [3, 3]

@@ -1,4 +1,4 @@
-"""What training saves: loads without us, and says what was done."""
+"""Saved models load without backfire, and summaries describe the training."""
 
 from __future__ import annotations
 

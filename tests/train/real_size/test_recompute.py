@@ -101,7 +101,7 @@ def test_a_model_whose_layers_cannot_be_run_again_is_refused(
 def test_a_defense_that_would_mistake_a_second_run_is_refused(
     new: Callable[..., TrainingRun],
 ) -> None:
-    """As one that adds noise of its own to some layers does."""
+    """Such as a defense that adds noise to some layers."""
 
     class Noisy(TrainHook):
         def __init__(self, cell: TrainingRun) -> None:
