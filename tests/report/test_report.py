@@ -194,8 +194,8 @@ def test_numbers_read_well() -> None:
     excess = replace(share, value=-0.0004, low=None, role="excess")
     assert (share.number(), excess.number()) == ("98.1 %", "0.0 points")
     assert text.number("amount", 12.345) == "12.35"
-    assert share.sentences == "98 % [97, 99]"
-    assert replace(share, low=None, high=None).sentences == "98.1 %"
+    assert share.said == "98 % [97, 99]"
+    assert replace(share, low=None, high=None).said == "98.1 %"
     assert text.knob({"name": "lora", "rank": 4}) == "lora (rank 4)"
     assert text.title("attack_success", "fr") == "attack success, fr"
 

@@ -20,7 +20,7 @@ from tests.helpers.real_size import TRAINED
 
 @pytest.fixture(autouse=True)
 def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read the number of weights of `model_of`'s folders from their configs; they have no weights."""
+    """Read the number of weights of `model_of`'s folders from their configs."""
 
     def count_of(folder: Path) -> int | None:
         return json.loads((folder / "config.json").read_text()).get("count") or weights_in(folder)
