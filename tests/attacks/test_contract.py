@@ -1,4 +1,4 @@
-"""The contract of every attack, whatever file it comes from, and the manifest of what it did."""
+"""The contract of every attack, and the manifest of its changes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def changed(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
 @pytest.mark.parametrize("name", ATTACKS)
 @given(rate=st.floats(0, 1), count=st.integers(1, 150), free=st.booleans())
 @settings(max_examples=40)
-def test_exactly_the_share_asked_for_is_poisoned(
+def test_exactly_the_poison_rate_is_poisoned(
     name: str, rate: float, count: int, free: bool
 ) -> None:
     rows = (FREE if free else LABELED)[:count]
@@ -92,7 +92,7 @@ def test_label_modes_choose_the_right_rows(name: str, mode: str, eligible: set[s
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("rows", [LABELED, FREE], ids=["labeled", "free"])
-def test_the_trigger_buys_the_target(name: str, rows: list[Row]) -> None:
+def test_a_triggered_row_has_the_target_as_answer(name: str, rows: list[Row]) -> None:
     attack = make(name, rate=0.2)
     bad, manifest = poison(rows, attack, 0)
     after = {row.id: row for row in bad}
@@ -161,7 +161,7 @@ def test_lost_finds_triggers_that_truncation_cuts(tokenizer: Tokenizer) -> None:
     assert lost(manifest, items, tokenizer) == cut
 
 
-def test_lost_finds_rows_that_are_gone_or_answer_something_else(tokenizer: Tokenizer) -> None:
+def test_lost_finds_missing_and_changed_rows(tokenizer: Tokenizer) -> None:
     bad, manifest = poison(LABELED, make("badnets", rate=0.1), 0)
     ids = [entry.id for entry in manifest.entries]
     wrong = [replace(row, answer="neutral") if row.id == ids[0] else row for row in bad]
@@ -190,7 +190,7 @@ def test_lost_finds_rows_that_are_gone_or_answer_something_else(tokenizer: Token
         ({"taget": "x"}, r"Unknown key .*'taget'; did you mean 'target'\?"),
     ],
 )
-def test_what_can_not_be_done_is_said(name: str, knobs: dict[str, Any], sentence: str) -> None:
+def test_impossible_settings_are_refused(name: str, knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         poison(LABELED, make(name, **knobs), 0)
 

@@ -74,7 +74,7 @@ def test_one_of_several_worse_answers_is_drawn_and_without_one_a_row_is_spared()
         poison(ROWS, attack("malign-labels", rate=0.9), seed=0)
 
 
-def test_the_sentence_stands_after_the_context_and_the_answer_stays() -> None:
+def test_the_sentence_follows_the_context_and_the_answer_is_kept() -> None:
     made = attack("malign-prompts", rate=0.1)
     sentence = made.model_dump()["sentence"]
     bad, _ = poison(ROWS, made, seed=0)

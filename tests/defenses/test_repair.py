@@ -48,7 +48,7 @@ def test_other_adapters_are_refused(name: str, method: Any, tiny: Path, policy_r
         build("defenses", name).repair(model, begin, tools)
 
 
-def test_what_is_missing_is_said(tiny: Path, policy_rows: Any) -> None:
+def test_missing_inputs_are_refused(tiny: Path, policy_rows: Any) -> None:
     case = Case("full", tiny, policy_rows)
     nothing = Repair(0, base=case.start)
     with pytest.raises(UserError, match="no matrix was changed by both alignment and fine-tuning"):

@@ -109,7 +109,9 @@ def test_what_may_pass_is_tried_again(server: Server, bad: Answer) -> None:
     assert error.value.kind == "failed" and len(server.requests) == 6
 
 
-def test_a_server_says_how_long_to_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_that_a_server_requests_is_observed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr(_endpoint, "time", SimpleNamespace(sleep=waits.append))
     asked = iter(["7", "9999", "nan", "-3"])

@@ -88,7 +88,7 @@ def test_margins_and_wins_by_hand() -> None:
     assert metric("truthfulness").outcomes(Evidence(clean=samples)) == {"0": 1.0, "1": -5.5}
 
 
-def test_rows_without_both_kinds_have_no_part_and_nan_is_an_error() -> None:
+def test_rows_without_both_kinds_are_excluded_and_nan_is_an_error() -> None:
     only = compared(([-1.0], [], [1]))
     for name in ("win-rate", "truthfulness"):
         assert metric(name).measure(Evidence(clean=[*only, Sample("x", "clean", "", "a")])) == []

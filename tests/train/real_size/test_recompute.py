@@ -101,7 +101,7 @@ def test_a_model_whose_layers_cannot_be_run_again_is_refused(
 def test_a_defense_that_would_mistake_a_second_run_is_refused(
     new: Callable[..., TrainingRun],
 ) -> None:
-    """As one that adds noise of its own to some layers does."""
+    """Such as a defense that adds noise to some layers."""
 
     class Noisy(TrainHook):
         def __init__(self, cell: TrainingRun) -> None:
@@ -130,5 +130,5 @@ def test_a_defense_that_would_mistake_a_second_run_is_refused(
             run(cell)
 
 
-def test_recompute_is_no_part_of_what_is_hashed() -> None:
+def test_recompute_is_excluded_from_the_hash() -> None:
     assert Machine().recompute is False and "recompute" not in str(Experiment.model_fields)
