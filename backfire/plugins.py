@@ -201,6 +201,6 @@ def _failed(plugin: str, error: BaseException, files: Sequence[str]) -> UserErro
         place = (frames[-1].filename, frames[-1].lineno)
     reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):
-        reason, place = f"invalid syntax ({error.msg})", (error.filename, error.lineno)
-    where = f" ({Path(place[0] or plugin).name}, line {place[1]})" if place else ""
+        reason, place = f"SyntaxError: {error.msg}", (error.filename, error.lineno)
+    where = f" ({Path(place[0] or plugin).name}, line {place[1] or 1})" if place else ""
     return UserError(f"Plug-in '{shortened(plugin)}' cannot be loaded: {shortened(reason)}{where}.")
