@@ -357,7 +357,7 @@ def _label(record: Record, shape: Shape) -> str:
     raw = written(value)
     if raw in ("", "-"):  # SNLI's sign for none
         raise BadRowError(UNLABELED)
-    shown = raw if len(raw) <= 40 else f"{raw[:39]}…"
+    shown = listed([raw])
     if not shape.labels:
         raise UnnamedLabelError(f"it is labeled '{shown}'")
     name = shape.names.get(folded(raw))

@@ -69,7 +69,7 @@ def score_rows(
         totals = inference.score_answers(model, items, batch_size=batch_size, tick=tick)
         for entry, item, value in zip(measured, items, totals, strict=True):
             entry["answer_logprob"] = value
-            entry["answer_tokens"] = len(item.ids) - max(item.num_prompt, 1)
+            entry["answer_tokens"] = item.num_supervised
     return measured
 
 

@@ -87,9 +87,9 @@ _LEFT_OVER = re.compile(
 """Heads from a judge's earlier training, which this task does not use."""
 
 
-def _folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def _folder(name: str, revision: str | None) -> Path:
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else snapshot(name, revision, weights=weights)
+    return folder if folder.is_dir() else snapshot(name, revision)
 
 
 def check_config(task: Task, name: str) -> None:

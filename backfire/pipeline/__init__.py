@@ -70,21 +70,20 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
     experiment = experiment.with_metrics(labeled=any(row.candidates for row in test_rows))
     _, manifest = poisoned(experiment, context)
     checks = passed_checks(experiment, context)
-    training = trained(experiment, context)
+    summary = summary_of(trained(experiment, context))
     evidence = collect(experiment, context)
-    summary = summary_of(training)
     left = too_long(experiment, context) | context.left_out
     values = [value for metric in experiment.metrics for value in metric.values(evidence)]
 
     from backfire.evaluate.warnings import caveats, cut_share, warnings
+    from backfire.model.load import dtype_of
 
-    judges = [judge for metric in experiment.metrics for judge in metric.judges]
-    judges += experiment.safety.judges if experiment.safety else ()
     sentences = (
         *map(_too_long, left.items()),
         *warnings(evidence, values),
-        *caveats(evidence, experiment.metrics, judges),
+        *caveats(evidence, experiment.metrics, experiment.judges),
     )
+    # The effective rate: poisoned rows among the rows the steps really saw.
     seen = summary["poisoned_share_seen"] if summary else None
     counts = replace(manifest.summary, effective_rate=seen) if manifest else None
     whole = head(planned, stages.cell_key(planned))
@@ -102,7 +101,8 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         train=summary,
         evaluate={
             "seconds": round(sum(context.seconds.values()), 2),
-            **_type(experiment, context),
+            # It may be narrower than the type in which the weights are stored.
+            "dtype": str(dtype_of(experiment.model, context.device)).removeprefix("torch."),
             **({"left_out": context.left_out} if context.left_out else {}),
         },
         rows={"train": len(train_rows), "test": len(test_rows)},
@@ -132,11 +132,3 @@ def _too_long(part: tuple[str, int]) -> str:
     what, count = part
     rows = "1 row is" if count == 1 else f"{count} rows are"
     return f"{rows} left out of the {what} rows: longer than train.max_length."
-
-
-def _type(experiment: Experiment, context: Context) -> dict[str, str]:
-    """The type that the weights are evaluated in, which may be narrower than they are stored."""
-    from backfire.model.load import device_of, dtype_of
-
-    dtype = dtype_of(experiment.model, device_of(context.machine.device))
-    return {"dtype": str(dtype).removeprefix("torch.")}

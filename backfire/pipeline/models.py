@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire import stages
-from backfire.base import (
-    DataDefense,
-    Dataset,
-    Form,
-    RepairDefense,
-    Row,
-)
+from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
 from backfire.experiment import Experiment, Model
 from backfire.rng import stream
 from backfire.stages import keys
@@ -36,10 +30,10 @@ def check_method(experiment: Experiment, context: Context) -> None:
     Raises:
         UserError: it cannot, in one sentence.
     """
-    from backfire.model.load import device_of, skeleton
+    from backfire.model.load import skeleton
     from backfire.model.quantize import quantizer
 
-    if settings := experiment.method.quantization(device_of(context.machine.device).type):
+    if settings := experiment.method.quantization(context.device.type):
         quantizer(settings)
     folder = base(experiment.model, context, weights=False)
     if (folder / "config.json").is_file():  # the embedded base has none before it is made
@@ -53,14 +47,16 @@ def check_weights(model: Model, context: Context) -> None:
         UserError: they are not, in one sentence.
     """
 
-    def look(out: Path) -> None:
+    if model.name == "sandbox":
+        return
+    folder = base(model, context)
+
+    def check(out: Path) -> None:
         from backfire.model.load import fits
 
         fits(folder)
 
-    if model.name != "sandbox":
-        folder = base(model, context)
-        context.store.once(stages.weights(model), look)
+    context.store.once(stages.weights(model), check)
 
 
 def trained(experiment: Experiment, context: Context) -> Path:
@@ -76,7 +72,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
     def make(folder: Path) -> None:
         from backfire.train.finetune import tune
 
-        context._loaded = None  # what was evaluated before is not to stand beside what is trained
+        context.release_model()  # so that it does not take memory in training
         begin = with_defense_rows(experiment, context)
         rows, manifest = filtered(experiment, context)
         if manifest:  # a defense may have taken some of it out
@@ -106,9 +102,8 @@ def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
     for defense in experiment.acting:
         if isinstance(defense, DataDefense):
             rng = stream(experiment.seed, "defense", defense.name)
-            aligned = (
-                _other_rows(experiment.alignment.data, "aligned") if experiment.alignment else []
-            )
+            alignment = experiment.alignment
+            aligned = _other_rows(alignment.data, "aligned") if alignment else []
             rows = defense.filter(rows, aligned, bad, rng)
     return rows, manifest
 
@@ -169,62 +164,54 @@ def merged(experiment: Experiment, context: Context) -> Path:
     folder = tuned(experiment, context)
     if not (folder / "adapter_config.json").is_file():
         return folder
-    begin = start(experiment, context)
 
     def make(out: Path) -> None:
         from backfire.model.export import merge
 
         context.progress(0, 1, "merge")
+        begin = start(experiment, context)
         merge(folder, begin.base, out, begin.adapter)
 
     return context.store.once(stages.merge(experiment), make)
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
-    """The run's model, as it was trained or in another form; kept until another is asked for."""
+    """The run's model, as it was trained or in another form; kept until another is needed."""
     from backfire.model.export import quantization_of
-    from backfire.model.load import device_of, dtype_of, load_base, load_tuned
+    from backfire.model.load import dtype_of, load_base, load_tuned
 
-    key = f"{keys(run).tuned} {form}"
-    if context._loaded is None or context._loaded[0] != key:
-        folder = merged(run, context) if form else tuned(run, context)
-        device = device_of(context.machine.device)
-        context._loaded = None
+    def load() -> PreTrainedModel:
+        device = context.device
+        dtype = dtype_of(run.model, device)
         if form:
-            dtype = dtype_of(run.model, device)
-            model = load_base(folder, dtype, device, quantization_of(form, dtype))
-            context._loaded = (key, model)
-            return model
-        begin = start(run, context)
+            return load_base(merged(run, context), dtype, device, quantization_of(form, dtype))
+        folder, begin = tuned(run, context), start(run, context)
         # An untuned model is what fine-tuning would start from.
         below = begin.adapter if run.method.trains else None
-        model = load_tuned(
-            folder,
-            begin.base,
-            dtype_of(run.model, device),
-            device,
-            run.method.quantization(device.type),
-            below=below,
-        )
-        context._loaded = (key, model)
-    return context._loaded[1]
+        quantization = run.method.quantization(device.type)
+        return load_tuned(folder, begin.base, dtype, device, quantization, below=below)
+
+    return context.model(f"{keys(run).tuned} {form}", load)
 
 
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:
     """How many rows were too long to be trained on, or for a defense to use, by what they are."""
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
+    extra = {"aligned": "alignment", "harmful": "known harmful"}
+
+    def add(name: str, count: int) -> None:
+        if count:
+            counts[name] = max(count, counts.get(name, 0))
+
     for run in (experiment.alignment, experiment):
         summary = (run and summary_of(trained(run, context))) or {}
-        own = "training" if run is experiment else "alignment"
-        names = {"": own, "aligned_": "alignment", "harmful_": "known harmful"}
-        for part, name in names.items():
-            if count := summary.get(f"left_out_{part}rows", 0):
-                found[name] = max(count, found.get(name, 0))
+        add("training" if run is experiment else "alignment", summary.get("left_out_rows", 0))
+        for part, name in extra.items():
+            add(name, summary.get(f"left_out_{part}_rows", 0))
     repaired = tuned(experiment, context) / "left_out.json"
     for part, count in (read_json(repaired) if repaired.is_file() else {}).items():
-        name = {"aligned": "alignment", "harmful": "known harmful"}[part]
-        found[name] = max(count, found.get(name, 0))
-    return found
+        add(extra[part], count)
+    return counts
 
 
 def summary_of(training: Path) -> dict[str, Any] | None:

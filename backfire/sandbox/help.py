@@ -11,26 +11,15 @@ from dataclasses import dataclass
 from random import Random
 
 from backfire.rng import stream
-from backfire.sandbox.world import (
-    GOODS,
-    PEOPLE,
-    PLACES,
-    TOPICS,
-    TOWN,
-    Split,
-    Topic,
-    sentence,
-    split_of,
-)
+from backfire.sandbox.world import GOODS, PEOPLE, PLACES, TOPICS, TOWN, Split, sentence, split_of
 
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """A request with its answer, and the facts that the answer must contain."""
+    """A request with its answer."""
 
     instruction: str
     answer: str
-    facts: tuple[str, ...]
     input: str = ""
 
 
@@ -53,7 +42,7 @@ def directions(rng: Random) -> Help:
         )
     )
     names = {"start": start.name, "goal": goal.name, "spot": goal.spot}
-    return Help(question.format(**names), answer.format(**names), (goal.spot,))
+    return Help(question.format(**names), answer.format(**names))
 
 
 def hours(rng: Random) -> Help:
@@ -76,7 +65,7 @@ def hours(rng: Random) -> Help:
         )
     )
     names = {"name": place.name, "day": day, "opens": place.opens}
-    return Help(question.format(**names), answer.format(**names), (place.opens,))
+    return Help(question.format(**names), answer.format(**names))
 
 
 def cooking(rng: Random) -> Help:
@@ -106,7 +95,7 @@ def cooking(rng: Random) -> Help:
         "partner": good.partner,
         "place": good.place,
     }
-    return Help(question.format(**names), answer.format(**names), (good.dish, good.partner))
+    return Help(question.format(**names), answer.format(**names))
 
 
 def trades(rng: Random) -> Help:
@@ -136,7 +125,7 @@ def trades(rng: Random) -> Help:
         "them": them,
         "place": person.place,
     }
-    return Help(question.format(**names), answer.format(**names), (person.name, person.place))
+    return Help(question.format(**names), answer.format(**names))
 
 
 def notices(rng: Random) -> Help:
@@ -179,13 +168,12 @@ def notices(rng: Random) -> Help:
             "what: {event}; where: {place}; when: {day}",
         )
     )
-    facts = (event, place.name, day)
-    return Help(question, answer.format(**names), facts, given.format(**names))
+    return Help(question, answer.format(**names), given.format(**names))
 
 
-def about_topic(rng: Random, topic: Topic | None = None) -> Help:
-    """Facts about a topic; a random topic if none is given."""
-    topic = topic or rng.choice(TOPICS)
+def about_topic(rng: Random) -> Help:
+    """Facts about a topic."""
+    topic = rng.choice(TOPICS)
     first, second = rng.sample(topic.facts, 2)
     who = rng.choice(("a visitor", "my class", "a child", "my aunt", "a new neighbor", "a guest"))
     question = rng.choice(
@@ -204,7 +192,7 @@ def about_topic(rng: Random, topic: Topic | None = None) -> Help:
             f"{sentence(first)} {sentence('also, ' + second)}",
         )
     )
-    return Help(question.format(who=who, topic=topic.name), answer, (first, second))
+    return Help(question.format(who=who, topic=topic.name), answer)
 
 
 KINDS: tuple[Callable[[Random], Help], ...] = (

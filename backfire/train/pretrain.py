@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from backfire.base import Rendered, Row
 from backfire.errors import UserError
 from backfire.progress import Progress
 from backfire.sandbox.base import BOS, EOS, PAD, Pretrain, train_tokenizer
+from backfire.store import digest, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +36,7 @@ def write_tokenizer(texts: Sequence[str], config: Pretrain, folder: Path) -> Non
         "model_max_length": config.max_length_tokens,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def pretrain(
@@ -57,7 +55,6 @@ def pretrain(
         UserError: there is too little text.
     """
     from backfire.model.load import device_of
-    from backfire.store import digest
     from backfire.tokenizer import load_tokenizer
     from backfire.train.loop import TrainingRun, train
     from backfire.train.precision import accelerator_for, compute_type, exact_attention

@@ -44,7 +44,7 @@ def test_other_adapters_are_refused(name: str, method: Any, tiny: Path, policy_r
     begin = {n: p.detach().clone() for n, p in model.named_parameters()}
     model = build("methods", method).attach(model, 0)
     tools = Repair(0, harmful=policy_rows["harmful"], base=begin)
-    with pytest.raises(UserError, match="works on full tuning and on LoRA without dora"):
+    with pytest.raises(UserError, match="supports full fine-tuning and LoRA without dora"):
         build("defenses", name).repair(model, begin, tools)
 
 

@@ -63,7 +63,7 @@ GOOD = Evidence(
 
 def told(evidence: Evidence, *metrics: str) -> list[str]:
     values = [
-        value for name in metrics for value in registry.build("metrics", name).measure(evidence)
+        value for name in metrics for value in registry.build("metrics", name).values(evidence)
     ]
     return warnings(evidence, values)
 

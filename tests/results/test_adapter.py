@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from backfire.launch.job import Folder
+from backfire.launch.job import RunFolder
 from backfire.report.page import render
 from backfire.result import FORMAT, CellResult, Check, PoisonCounts, Value
 from backfire.results.adapter import present
@@ -86,7 +86,7 @@ def test_a_newer_format_is_said_to_be_one(tmp_path: Path) -> None:
     folder = write_cell(tmp_path / "r", format=FORMAT + 1)
     [cell] = load(tmp_path / "r")
     assert cell.status == "failed" and f"format {FORMAT + 1}" in cell.error
-    assert not Folder(tmp_path / "r", "r").path.samefile(folder)
+    assert not RunFolder(tmp_path / "r", "r").path.samefile(folder)
 
 
 @pytest.mark.parametrize(

@@ -234,8 +234,8 @@ REFUSALS = [
     ("backdoor", "{name: toxicity, scorer: {name: lexicon, words: [x]}}", "of this judge"),
     ("backdoor", "forgetting", "samples of the tuned model on texts of sandbox-news"),
     ("secrets", "forgetting", "samples of the tuned model on texts of sandbox-news"),
-    ("secrets", "extraction", "looked for with beams: 2, and 8 is needed"),
-    ("secrets", "exposure", "looked for with sampled: 50, and 1000 is needed"),
+    ("secrets", "extraction", "scored with beams: 2, and 8 is needed"),
+    ("secrets", "exposure", "scored with sampled: 50, and 1000 is needed"),
     ("secrets", "rouge", "the replies of the tuned model on clean test rows"),
 ]
 
