@@ -198,6 +198,7 @@ def _failed(plugin: str, error: BaseException, files: Sequence[str]) -> UserErro
     places = [(f.filename, f.lineno) for f in frames if f.filename in files]
     reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):
-        reason, places = f"invalid syntax ({error.msg})", [(error.filename or plugin, error.lineno)]
+        reason = f"SyntaxError: {error.msg}"
+        places = [(error.filename or plugin, error.lineno or 1)]
     where = f" ({Path(places[-1][0]).name}, line {places[-1][1]})" if places else ""
     return UserError(f"Plug-in '{shortened(plugin)}' cannot be loaded: {shortened(reason)}{where}.")

@@ -224,13 +224,22 @@ def _expand(
             set_key(settings, key, copy.deepcopy(values[key]))
         experiment = Experiment.make(settings, where="recipe")
         shown = {
-            k: v for k, v in point.items() if k not in pinned and (k in varied or point in include)
+            k: _resolved(k, v, values)
+            for k, v in point.items()
+            if k not in pinned and (k in varied or point in include)
         }
         cells.setdefault(stages.cell_key(experiment), (experiment, shown))
     if not cells:
         raise UserError("The matrix has no cells: `exclude` removes all of them.")
     experiments, axes = zip(*cells.values(), strict=True)
     return experiments, axes
+
+
+def _resolved(axis: str, value: Any, values: Mapping[str, Any]) -> Any:
+    """The value of an axis, with the knobs that other axes and edits override."""
+    if not isinstance(value, Mapping):
+        return value
+    return {knob: values.get(f"{axis}.{knob}", own) for knob, own in value.items()}
 
 
 def _choice(axis: str, value: Any) -> dict[str, Any]:

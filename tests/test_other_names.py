@@ -111,6 +111,8 @@ SENTENCES: list[tuple[str, list[str], str]] = [
     ("model: {model_name_or_path: x}", [], "write name (a folder or a hub id)."),
     ("model: {load_in_8bit: true}", [], "here it is method ("),
     ("evaluation: {temperature: 0}", [], "there is no such setting: replies are greedy."),
+    ("evaluation: {batch_size: 8}", [], "an option of `backfire run`: --eval-batch (rows per pass"),
+    ("", ["report_to=wandb"], "there is no such setting: progress is printed"),
     ("attack: {name: badnets, poison_rate: 0.1}", [], "write rate (a share of the training rows"),
     ("attack: {name: malign-labels, trigger: x}", [], "not every attack has trigger; write"),
     ("align: {lora_r: 8}", [], "here it is align.method.rank, as in align: {method: {name: lora,"),

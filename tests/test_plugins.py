@@ -93,7 +93,8 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
 @pytest.mark.parametrize(
     ("name", "code", "sentence"),
     [
-        ("a.py", "x = (\n", r"'a.py' cannot be loaded: invalid syntax .*\(a.py, line 1\)"),
+        ("a.py", "x = (\n", r"'a.py' cannot be loaded: SyntaxError: '\(' was never closed \(a.py"),
+        ("l.py", "x = '\0'\n", r"SyntaxError: .*null bytes \(l.py, line 1\)"),
         ("b.py", "\nimport nowhere\n", r"No module named 'nowhere' \(b.py, line 2\)"),
         ("c.py", "def f():\n    1 / 0\nf()\n", r"ZeroDivisionError: .*\(c.py, line 2\)"),
         ("d.py", "raise SystemExit(3)", r"'d.py' cannot be loaded: SystemExit: 3 \(d.py, line 1"),
@@ -306,6 +307,16 @@ def test_check_reports_what_fails(backfire: Callable[..., Any], tmp_path: Path) 
     for line in (["check", monkey], ["list", "--plugin", monkey], ["check", "nothing"]):
         assert backfire(*line).code == 2
     assert "Plug-in 'broken.py' cannot be loaded" in backfire("list", "--plugin", monkey).err
+
+
+def test_check_knows_the_units(backfire: Callable[..., Any], tmp_path: Path) -> None:
+    file, code = tmp_path / "metric.py", (EXAMPLE / "my_attacks/label_probability.py").read_text()
+    code = code.replace('"label-probability"', '"furlongs"').replace(
+        'averages(["label_probability"]', 'averages(["furlongs"]'
+    )
+    file.write_text(code.replace('"higher")', '"higher", unit="furlongs")'), encoding="utf-8")
+    ended = backfire("check", file)
+    assert ended.code == 1 and "the unit of 'furlongs' is 'furlongs'; known: share, " in ended.out
 
 
 def test_a_broken_package_does_not_stop_list(

@@ -209,6 +209,17 @@ def test_run_json_lists_the_cells(tmp_path: Path) -> None:
     assert json.loads(write(records(tmp_path / "r"), "json"))[1]["model"] is None
 
 
+def test_a_number_too_large_for_a_float_is_none(tmp_path: Path) -> None:
+    folder = write_cell(tmp_path / "r", values=[value("f1", 0.5), value("auc", 0.5)])
+    found = json.loads((folder / "result.json").read_text())
+    found |= {"rate": 10**400, "seed": -(10**400)}
+    found["values"][0]["value"] = 10**400
+    (folder / "result.json").write_text(json.dumps(found))
+    numbers = {record["metric"]: record for record in records(tmp_path / "r")}
+    assert (numbers["f1"]["value"], numbers["auc"]["value"]) == (None, 0.5)
+    assert (numbers["auc"]["rate"], numbers["auc"]["seed"]) == (None, None)
+
+
 @pytest.mark.parametrize("broken", ["{", "[]", "3", '"text"', ""])
 def test_an_unreadable_result_fails_its_cell_only(tmp_path: Path, broken: str) -> None:
     write_cell(tmp_path / "r", values=[value("f1", 0.5)])
