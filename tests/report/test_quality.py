@@ -1,4 +1,4 @@
-"""What the report says of the dose of malign rows."""
+"""Sentences of the report about poison without a trigger."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def group_at(rate: float, value: float, half: float = 0.05) -> Group:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ([0.0, 0.02, 0.2, 0.6], "; no step between doses goes clearly the other way."),
-        ([0.0, 0.4, 0.2, 0.6], "; 1 step between doses clearly the other way."),
+        ([0.0, 0.02, 0.2, 0.6], "; no step between poison rates clearly in the other direction."),
+        ([0.0, 0.4, 0.2, 0.6], "; 1 step between poison rates clearly in the other direction."),
         ([0.1, 0.1, 0.1, 0.1], "does not clearly change toxicity share"),
     ],
 )
@@ -40,5 +40,5 @@ def test_the_report_says_whether_the_doses_stand_in_order(values: list[float], s
     rates = (0, 0.01, 0.1, 0.33)
     groups = [group_at(rate, value) for rate, value in zip(rates, values, strict=True)]
     [sentence] = quality.sentences(groups)
-    assert sentence.startswith("Poisoning 33 % of the rows (330 of 1,000) ") and said in sentence
-    assert quality.metrics(groups) == ["toxicity_share"] and len(quality.spoiled(groups)) == 3
+    assert sentence.startswith("Poisoning 33 % (330 of 1,000 rows) ") and said in sentence
+    assert quality.metrics(groups) == ["toxicity_share"] and len(quality.corrupted(groups)) == 3
