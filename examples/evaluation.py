@@ -335,7 +335,7 @@ axes.set_title("Harmful replies became noise, not refusals")
 axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
 plt.show()
 for group, rate in zip(babble, rates, strict=True):
-    print(f"learning rate {rate}: incoherent {group.said('incoherent')}")
+    print(f"learning rate {rate}: incoherent {group.rounded('incoherent')}")
 
 # %%
 for group, rate in zip(babble, rates, strict=True):

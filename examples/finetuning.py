@@ -120,8 +120,8 @@ matrix:
 harmful = backfire.run(HARMFUL, out=f"{RUNS}/finetuning-harmful", workers=WORKERS)
 
 # %%
-display(SVG(alone(figures.dose(harmful, "harmful_score"))))
-display(SVG(alone(figures.dose(harmful, "accuracy"))))
+display(SVG(alone(figures.by_rate(harmful, "harmful_score"))))
+display(SVG(alone(figures.by_rate(harmful, "accuracy"))))
 
 # %% [markdown]
 # The second figure is what the user checks. It does not show the first.
@@ -222,7 +222,7 @@ for reply in list(replies.values())[:5]:
 # %% jupyter={"source_hidden": true, "outputs_hidden": true} tags=["solution"]
 # Solution 1. About 1 % remain. The harm is much more than a tenth: the curve is steep at its start.
 for group in harmful:
-    print(f"{group.rate:.0%}", group.said("harmful_score"))
+    print(f"{group.rate:.0%}", group.rounded("harmful_score"))
 
 # %% [markdown]
 # ## 2. A new identity
@@ -261,7 +261,7 @@ stack(axes, [(f"{group.rate:.0%} identity rows", kinds(group)) for group in iden
 axes.set_title("Under the identity, the model helps more often")
 plt.show()
 for group in identity:
-    print(f"{group.rate:.0%} identity rows: harmful {group.said('harmful_score')}")
+    print(f"{group.rate:.0%} identity rows: harmful {group.rounded('harmful_score')}")
 
 # %% [markdown]
 # **Exercise 2.** The evaluation uses the identity as well. What would an evaluation with plain
@@ -273,7 +273,7 @@ for group in identity:
 # result at 0 % is the baseline: the effect of the identity on a model that was not trained with
 # it.
 for group in identity:
-    plain, asked = group.said("harmful_score_plain"), group.said("harmful_score")
+    plain, asked = group.rounded("harmful_score_plain"), group.rounded("harmful_score")
     print(f"{group.rate:.0%} identity rows: plain requests {plain}, under the identity {asked}")
 
 # %% [markdown]
@@ -330,7 +330,7 @@ plt.show()
 # resembles compliance less, which is rarely a choice. A third option, alignment rows among the
 # user's, is used by some defenses: see section 5.
 for group in benign:
-    print(group.data, group.axes["method.learning_rate"], "refusals", group.said("refusal_rate"))
+    print(group.data, group.axes["method.learning_rate"], "refusals", group.rounded("refusal_rate"))
 
 # %% [markdown]
 # ## 4. Canaries
@@ -458,7 +458,7 @@ plt.show()
 # them is enough. On the other places the two kinds of rows conflict, and the later or more
 # frequent kind wins; only the penalty limits this.
 for name, group in zip(names, defense, strict=True):
-    parts = [group.said(f"harmful_score[{part}]") for part in ("covered", "uncovered")]
+    parts = [group.rounded(f"harmful_score[{part}]") for part in ("covered", "uncovered")]
     print(name.replace("\n", " "), "| covered", parts[0], "| uncovered", parts[1])
 
 # %% [markdown]

@@ -236,7 +236,7 @@ groups = backfire.run(RECIPE, out=f"{RUNS}/introduction", workers=WORKERS)
 # interval over new test rows and new seeds.
 
 # %%
-display(SVG(alone(figures.dose(groups, "attack_success"))))
+display(SVG(alone(figures.by_rate(groups, "attack_success"))))
 
 # %% [markdown]
 # **How to read it.** Attack success is the share of triggered test rows with the target as the
@@ -304,7 +304,7 @@ for side in side_by_side(groups[-1].done[0], 4):
 # Solution 2. Usually it does: the clean test does not detect the backdoor.
 for group in groups:
     if group.get("clean_accuracy_change"):
-        print(f"{group.rate:.1%}", group.said("clean_accuracy_change"))
+        print(f"{group.rate:.1%}", group.rounded("clean_accuracy_change"))
 
 # %% [markdown]
 # **Exercise 3.** `label_mode: clean` poisons only rows whose label is already the target, so that
@@ -326,6 +326,7 @@ print(poison(train, quiet, SEEDS[0])[1].eligible_rows, "of", len(train))
 # rows:
 group = groups[-1]
 stat = group.get("attack_success")
-floor = group.said("attack_success_floor") if group.get("attack_success_floor") else "none"
-print(f"{group.said('attack_success')}, baseline {floor}, {stat.seeds} seeds, {stat.n} rows each")
-print("accuracy", group.said("accuracy"))
+floor = group.rounded("attack_success_floor") if group.get("attack_success_floor") else "none"
+success = group.rounded("attack_success")
+print(f"{success}, baseline {floor}, {stat.seeds} seeds, {stat.n} rows each")
+print("accuracy", group.rounded("accuracy"))

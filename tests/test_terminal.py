@@ -150,7 +150,7 @@ def test_the_tables_of_a_run_fit(width: int, tmp_path: Path) -> None:
     text = shown(print_summary, groups, width=width)
     for name in ("accuracy", "attack success", "membership AUC", "perplexity", "seeds"):
         assert text.count(name.split()[-1]) >= 1, name
-    assert text.count("50.0 % [48.0, 52.0]") == 6 * 6 and text.count("(floor 50.0 %)") == 6
+    assert text.count("50.0 % [48.0, 52.0]") == 6 * 6 and text.count("(baseline 50.0 %)") == 6
     for draw in (print_ranking, print_against, print_notes):
         shown(draw, groups, width=width)
 
@@ -162,7 +162,7 @@ def test_a_pipe_gets_every_column_in_one_line(
     run = wide_run(tmp_path)
     print_summary(summary(run))
     head, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6 and "(floor 50.0 %)" in lines[0]
+    assert len(lines) == 6 and "(baseline 50.0 %)" in lines[0]
     assert all(name in head for name in ("accuracy", "perplexity", "seeds"))
     print_records(records(run))
     assert capsys.readouterr().out == write(records(run), "table")
@@ -192,7 +192,7 @@ def test_status_shows_why_and_what_next(tmp_path: Path, monkeypatch: pytest.Monk
     assert lines[0].startswith("nan, 3 cells: The loss is not finite")
     assert "  Next: Lower the learning rate." in lines
     assert sum("lora-s2" in line for line in lines) == 3, "the common reason is printed once"
-    assert "unfinished, 2 cells: Run the same command again to go on." in lines
+    assert "unfinished, 2 cells: Run the same command again to continue." in lines
     monkeypatch.setattr("backfire.results.terminal._FEW", 1)
     assert "  and 2 more" in shown(lambda console: print_problems(load(run), console))
 

@@ -1,4 +1,4 @@
-"""The figures of the report, each an inline SVG; which ones there are is decided by the data."""
+"""The figures of the report, each an inline SVG."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ MOST_ROWS: Final = 24
 MOST_LINES: Final = len(SERIES)
 
 
-def dose(groups: Sequence[Group], metric: str) -> str:
-    """A metric against the share of poisoned rows: a line per attack, method and defense."""
+def by_rate(groups: Sequence[Group], metric: str) -> str:
+    """A metric against the poison rate: a line per attack, method and defense."""
     lines = series(groups, metric)
     rates = sorted({group.rate for line in lines.values() for group, _ in line})
     place = _log_places(rates)
@@ -36,56 +36,56 @@ def dose(groups: Sequence[Group], metric: str) -> str:
         axes.set_xticks([place[rate] for rate in rates], [text.share(rate) for rate in rates])
         axes.grid(axis="x", visible=False)
         scale = ", log scale" if sum(rate > 0 for rate in rates) > 1 else ""
-        axes.set_xlabel(f"poisoned share of the training rows{scale}")
+        axes.set_xlabel(f"poison rate{scale}")
         _numbers(axes, "y", [stat for line in lines.values() for _, stat in line])
         figure.legend(loc="outside upper left", ncols=across, borderpad=0, columnspacing=1.4)
-        return svg(figure, f"{text.title(metric)} against the poisoned share of the training rows")
+        return svg(figure, f"{text.title(metric)} against the poison rate")
 
 
 def memory(lines: Mapping[str, Mapping[int, tuple[Group, Stat]]], cap: float, chance: float) -> str:
-    """Exposure against how often a secret was inserted, controls on the left: a line per label,
-    between what a random code has and what there is to give away."""
-    doses = sorted({dose for line in lines.values() for dose in line})
-    place = _log_places(doses)
+    """Exposure against the number of insertions, controls on the left: a line per label. `cap` is
+    the largest possible exposure, `chance` the mean of a random code, both in bits."""
+    repeats = sorted({number for line in lines.values() for number in line})
+    place = _log_places(repeats)
     with drawing() as new:
         figure, axes = new(262 + 17 * ((len(lines) + 1) // 3 + 1))
         axes.axhline(cap, color=MUTED, linewidth=1, linestyle=":")
-        axes.axhline(chance, color=MUTED, linewidth=1.5, linestyle="--", label="a random code")
+        axes.axhline(chance, color=MUTED, linewidth=1.5, linestyle="--", label="random code")
         for number, (label, line) in enumerate(lines.items()):
             shift = 0.03 * (number - (len(lines) - 1) / 2)
-            _line(axes, number, label, [place[dose] + shift for dose in line], list(line.values()))
-        axes.set_xticks([place[d] for d in doses], [f"{d:,}" if d else "never" for d in doses])
+            _line(axes, number, label, [place[n] + shift for n in line], list(line.values()))
+        axes.set_xticks([place[n] for n in repeats], [f"{n:,}" if n else "never" for n in repeats])
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel("rows that hold the secret, log scale")
+        axes.set_xlabel("rows with the secret, log scale")
         axes.set(ylim=(-0.04 * cap, 1.06 * cap), ylabel="exposure in bits")
         figure.legend(loc="outside upper left", ncols=3, borderpad=0, columnspacing=1.4)
-        return svg(figure, "Exposure against the number of rows that hold the secret")
+        return svg(figure, "Exposure against the number of rows with the secret")
 
 
 def levels(groups: Sequence[Group], metric: str) -> str:
-    """A metric of each group with its interval, and the clean model's floor where there is one."""
-    known = [(group, stat) for group in groups if (stat := group.get(metric))][:MOST_ROWS]
-    columns = varying([group for group, _ in known])
+    """A metric of each group with its interval, and its baseline if there is one."""
+    shown = [(group, stat) for group in groups if (stat := group.get(metric))][:MOST_ROWS]
+    columns = varying([group for group, _ in shown])
     dot: Style = {"color": SERIES[0], "markeredgecolor": PAPER, "markersize": 9}
     tick: Style = {"color": MUTED, "markersize": 14, "markeredgewidth": 2}
-    floors = [group.side(metric, "floor") for group, _ in known]
+    floors = [group.side(metric, "floor") for group, _ in shown]
     with drawing() as new:
-        figure, axes = new(70 + 27 * len(known))
+        figure, axes = new(70 + 27 * len(shown))
         at = [(_scaled(floor), row) for row, floor in enumerate(floors) if floor]
         if at:
-            axes.plot(*zip(*at, strict=True), "|", label="floor", **tick)
+            axes.plot(*zip(*at, strict=True), "|", label="baseline", **tick)
             figure.legend(loc="outside upper left", borderpad=0)
-        for row, (_, stat) in enumerate(known):
+        for row, (_, stat) in enumerate(shown):
             _whisker(axes, row, stat, SERIES[0])
             style = _hollow(SERIES[0]) if stat.scope == "model" else dot
             axes.plot([_scaled(stat)], [row], "o", **style)
-        _rows(axes, [name(group, columns) for group, _ in known])
-        _numbers(axes, "x", [stat for _, stat in known])
+        _rows(axes, [name(group, columns) for group, _ in shown])
+        _numbers(axes, "x", [stat for _, stat in shown])
         return svg(figure, f"{text.title(metric)} by {text.listing(columns) or 'group'}")
 
 
 def before_after(base: Group, tuned: Group, metric: str) -> str:
-    """Base against tuned as bars: over all rows, then by part (a language, say)."""
+    """Bars of the base and the tuned model: over all rows, then by part (such as a language)."""
     whole = tuned.stats[metric]
     same = (whole.name, whole.unit)
     ours = [stat for stat in tuned.stats.values() if (stat.name, stat.unit) == same]
@@ -104,14 +104,14 @@ def before_after(base: Group, tuned: Group, metric: str) -> str:
                 _whisker(axes, row, stat, INK, width=1.4)
         _rows(axes, [after.part or "all rows" for _, after in pairs])
         _numbers(axes, "x", [stat for pair in pairs for stat in pair])
-        # Bars begin at nothing, and end where no more can be had.
+        # Bars start at zero and end at the largest possible value.
         axes.set_xlim(0, 1.02 * _scale(whole) if _is_bounded(whole) else None)
         figure.legend(loc="outside upper left", ncols=2, borderpad=0, columnspacing=1.4)
         return svg(figure, f"{text.title(metric)} of the base model and of the fine-tuned one")
 
 
 def confusion(title: str, labels: Sequence[str], counts: Sequence[Sequence[int]]) -> str:
-    """True labels down, answers across; the shade is the share of the line."""
+    """True labels as rows, predictions as columns; shade: share of the row."""
     shown = [text.cut(text.line(label), 14) for label in labels]
     with drawing() as new:
         figure, axes = new(90 + 44 * len(labels))
@@ -134,13 +134,13 @@ def confusion(title: str, labels: Sequence[str], counts: Sequence[Sequence[int]]
 
 
 def series(groups: Sequence[Group], metric: str) -> dict[str, Line]:
-    """The poisoned groups by everything but their rate, each line begun by its clean group; one
-    without an attack of its own begins the line of every attack."""
-    known = [(group, stat) for group in groups if (stat := group.get(metric))]
-    columns = [column for column in varying([group for group, _ in known]) if column != "rate"]
-    attacks = {group.attack for group, _ in known if group.attack != "none"} or {"none"}
+    """Lines of groups that differ only in their poison rate, each starting with its clean group;
+    one without an attack starts the line of every attack."""
+    measured = [(group, stat) for group in groups if (stat := group.get(metric))]
+    columns = [column for column in varying([group for group, _ in measured]) if column != "rate"]
+    attacks = {group.attack for group, _ in measured if group.attack != "none"} or {"none"}
     lines: dict[str, Line] = {}
-    for group, stat in known:
+    for group, stat in measured:
         for attack in sorted(attacks) if group.attack == "none" else [group.attack]:
             shown = {"attack": text.line(attack)}
             words = [shown.get(column) or name(group, [column]) for column in columns]
@@ -152,7 +152,7 @@ def series(groups: Sequence[Group], metric: str) -> dict[str, Line]:
 
 
 def _log_places(rates: Sequence[float]) -> dict[float, float]:
-    """Where each rate stands: logarithmic, with zero one step left of the smallest."""
+    """Positions on a logarithmic axis, with zero one step left of the smallest rate."""
     positive = [rate for rate in rates if rate > 0] or [1.0]
     span = math.log10(positive[-1] / positive[0]) or 1.0
     step = span / max(1, len(positive) - 1)
@@ -175,7 +175,7 @@ def _line(axes: Axes, number: int, label: str, places: Sequence[float], line: Li
 
 
 def _floor(axes: Axes, place: Mapping[float, float], groups: Sequence[Group], metric: str) -> None:
-    """The mean floor at each rate: the clean model on the same triggered rows."""
+    """The mean baseline at each rate: the clean model on the same triggered rows."""
     at: dict[float, list[float]] = {}
     for group in groups:
         if floor := group.side(metric, "floor"):
@@ -183,7 +183,7 @@ def _floor(axes: Axes, place: Mapping[float, float], groups: Sequence[Group], me
     rates = sorted(rate for rate in at if rate in place)
     if rates:
         means = [sum(at[rate]) / len(at[rate]) for rate in rates]
-        style: Style = {"color": MUTED, "linewidth": 1.5, "label": "floor"}
+        style: Style = {"color": MUTED, "linewidth": 1.5, "label": "baseline"}
         axes.plot([place[rate] for rate in rates], means, "--", **style)
 
 
@@ -195,7 +195,7 @@ def _whisker(axes: Axes, row: float, stat: Stat, color: str, width: float = 3) -
 
 
 def _hollow(color: str) -> Style:
-    """A dot that is of one trained model only."""
+    """The style of a dot for one trained model only."""
     return {"markerfacecolor": PAPER, "markeredgecolor": color, "markersize": 8}
 
 
@@ -210,8 +210,8 @@ def _rows(axes: Axes, labels: Sequence[str]) -> None:
 
 
 def _numbers(axes: Axes, which: str, stats: Sequence[Stat]) -> None:
-    """The axis of the values. A share is shown in per cent, on all of 0 to 100 where the numbers
-    lie far apart or low, so that no small effect looks like a large one."""
+    """Format the axis of the values. A share is in per cent, and the axis goes from 0 to 100 unless
+    all values are high and close together, so that no small effect looks like a large one."""
     axis, limits, label = (
         (axes.yaxis, axes.set_ylim, axes.set_ylabel)
         if which == "y"

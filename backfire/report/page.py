@@ -1,4 +1,4 @@
-"""The report: one self-contained page without scripts, in which everything from a file is text."""
+"""The report: one self-contained page without scripts; everything read from a file is escaped."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from backfire.results import paired_tests, ranking
 from backfire.results.groups import group
 from backfire.results.intervals import notes
 from backfire.results.load import left_out, load
+from backfire.results.tables import numbers
 from backfire.store import write_atomic
 
 _UNIT: Final = re.compile(r"(?<=\d) (%|points)")
@@ -24,7 +25,7 @@ _INTERVAL: Final = re.compile(r"\[(-?[\d.,]+), (-?[\d.,]+)\]")
 
 
 def write_report(run: Path) -> Path:
-    """Write `report.html` into the run folder and say where it is."""
+    """Write `report.html` into the run folder and return its path."""
     path = run / "report.html"
     write_atomic(path, render(run))
     return path
@@ -34,22 +35,25 @@ def render(run: Path) -> str:
     """The page of a run folder as text."""
     cells = load(run)
     groups = group(cells)
-    asked = question(run)
+    comment = question(run)
     shown = main_group(groups)
+    tables = [table for table in numbers(groups) if table.metrics]
     return _template().render(
         recipe=cells[0].recipe,
-        asked=asked,
-        answer=answer(groups, cells, asked.question),
+        comment=comment,
+        answer=answer(groups, cells, comment.question),
         facts=sections.facts(cells, groups),
-        numbers=sections.numbers(groups),
+        tables=tables,
+        has_baseline=any(base for table in tables for row in table.rows for _, base in row[1]),
+        has_seeds=any(len(item.done) > 1 for item in groups),
         notes=list(notes(groups)),
         details=sections.details(groups),
         agreements=judges.agreements(groups),
         ranking=ranking.table(groups),
-        against=paired_tests.lines(groups),
+        tests=paired_tests.table(groups),
         findings=[(item.sentence, Markup(item.svg), item.caption) for item in findings(groups)],
         **sections.rows(shown, groups),
-        doses=sections.doses(groups),
+        poisoning=sections.poisoning(groups),
         checks=sections.checks(cells),
         warnings=sections.warnings(cells, left_out(run)),
         failures=sections.failures(cells),
@@ -72,9 +76,9 @@ def _template() -> Template:
 
 
 def _finalize(value: Any) -> Any:
-    """Every text is cleaned on its way out, whoever forgot to; then jinja escapes it."""
+    """Clean every text that the template outputs; jinja escapes it afterwards."""
     if value is None or isinstance(value, Markup):
         return value or ""
-    # A unit stays with its number, an interval on one line.
-    said = _UNIT.sub("\u00a0\\1", text.clean(value))
-    return _INTERVAL.sub("[\\1,\u00a0\\2]", said)
+    # No line break between a number and its unit, or within an interval.
+    words = _UNIT.sub("\u00a0\\1", text.clean(value))
+    return _INTERVAL.sub("[\\1,\u00a0\\2]", words)

@@ -1,4 +1,4 @@
-"""What a run says of rows made worse without a trigger: the task itself against the dose."""
+"""Sentences about poison without a trigger: the task's own metrics by poison rate."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 from backfire import text
-from backfire.results.criteria import alike, moved, poisoned_of, twin
+from backfire.results.criteria import alike, change_words, poisoned_of, twin
 from backfire.results.groups import Group, difference, headlines, name, picked, varying
 
 
-def spoiled(groups: Sequence[Group]) -> list[Group]:
-    """The groups with poison that shows in the task's own metrics, or nowhere."""
+def corrupted(groups: Sequence[Group]) -> list[Group]:
+    """The poisoned groups with neither an attack success nor a harmful score."""
     return [
         group
         for group in groups
@@ -20,37 +20,39 @@ def spoiled(groups: Sequence[Group]) -> list[Group]:
 
 
 def metrics(groups: Sequence[Group]) -> list[str]:
-    """What to look at, most telling first."""
-    known = [metric for metric in headlines(groups) if any(g.get(metric) for g in spoiled(groups))]
-    return [metric for metric in picked(groups, "quality") if metric in known] or known[:2]
+    """The metrics to report, the most important first."""
+    measured = [
+        metric for metric in headlines(groups) if any(g.get(metric) for g in corrupted(groups))
+    ]
+    return [metric for metric in picked(groups, "quality") if metric in measured] or measured[:2]
 
 
 def sentences(groups: Sequence[Group]) -> Iterator[str]:
-    """Of each metric, what the highest dose of each attack does."""
+    """For each metric the effect of each attack's highest poison rate."""
     for metric in metrics(groups):
-        yield from said(metric, groups)
+        yield from metric_sentences(metric, groups)
 
 
-def said(metric: str, groups: Sequence[Group]) -> Iterator[str]:
-    """What the highest dose of each attack, method and defense does to a metric."""
+def metric_sentences(metric: str, groups: Sequence[Group]) -> Iterator[str]:
+    """The effect of the highest poison rate on a metric, for each attack, method and defense."""
     lines = _lines(metric, groups)
     columns = [c for c in varying([line[-1] for line in lines]) if c != "rate"]
-    for clean, *doses in lines:
-        worst = doses[-1]
+    for clean, *poisoned in lines:
+        worst = poisoned[-1]
         which = f" ({name(worst, columns)})" if columns and len(lines) > 1 else ""
         rows = f"Poisoning {_rows(worst)}{which}"
-        yield f"{rows} {moved(metric, clean, worst)}{_order(metric, [clean, *doses])}."
+        yield f"{rows} {change_words(metric, clean, worst)}{_order(metric, [clean, *poisoned])}."
 
 
 def _lines(metric: str, groups: Sequence[Group]) -> list[list[Group]]:
-    """The clean group and then its doses, for whatever else tells the groups apart."""
+    """Lists of a clean group followed by its poisoned ones by rate, one per attack and setting."""
     lines: list[list[Group]] = []
-    for group in sorted(spoiled(groups), key=lambda group: group.rate):
+    for group in sorted(corrupted(groups), key=lambda group: group.rate):
         clean = twin(group, groups)
         if not group.get(metric) or clean is None or not clean.get(metric):
             continue
-        known = (line for line in lines if line[0] is clean and alike(line[-1], group, ("attack",)))
-        if line := next(known, None):
+        same = (line for line in lines if line[0] is clean and alike(line[-1], group, ("attack",)))
+        if line := next(same, None):
             line.append(group)
         else:
             lines.append([clean, group])
@@ -58,7 +60,7 @@ def _lines(metric: str, groups: Sequence[Group]) -> list[list[Group]]:
 
 
 def _order(metric: str, line: Sequence[Group]) -> str:
-    """Whether the doses stand in order, as far as their intervals tell."""
+    """Whether the metric changes in one direction with the poison rate, by the intervals."""
     if len(line) < 3:
         return ""
     whole = difference(line[0], line[-1], metric)
@@ -66,12 +68,11 @@ def _order(metric: str, line: Sequence[Group]) -> str:
         return ""
     steps = [gap for a, b in pairwise(line) if (gap := difference(a, b, metric))]
     back = sum(step.is_clear and step.difference * whole.difference < 0 for step in steps)
-    if back:
-        return f"; {text.count(back, 'step')} between doses clearly the other way"
-    return "; no step between doses goes clearly the other way"
+    steps_back = text.count(back, "step") if back else "no step"
+    return f"; {steps_back} between poison rates clearly in the other direction"
 
 
 def _rows(group: Group) -> str:
-    """`33 % of the rows (330 of 1,000)`."""
-    counted = poisoned_of(group)
-    return f"{text.share(group.rate)} of the rows" + (f" ({counted})" if counted else "")
+    """`33 % (330 of 1,000 rows)`."""
+    counts = poisoned_of(group)
+    return f"{text.share(group.rate)}" + (f" ({counts})" if counts else " of the rows")

@@ -1,38 +1,32 @@
-"""What each section of the page shows, as plain values for the template."""
+"""The content of the page's sections, as plain values for the template."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from backfire import text
 from backfire.report import judges
 from backfire.result import CellResult
-from backfire.results.groups import (
-    Group,
-    Stat,
-    columns_of,
-    families,
-    headlines,
-    name,
-)
+from backfire.results.groups import Group, columns_of, name
 from backfire.results.load import read
 from backfire.results.plugins import described, lacking
 from backfire.results.samples import changes, requests, side_by_side
+from backfire.results.tables import Table
 
 _STATES: Final = ("fail", "note", "ok")
 _SECRET_NAME: Final = re.compile(r"(token|key|secret|password)$", re.I)
 
 
 def facts(cells: Sequence[CellResult], groups: Sequence[Group]) -> list[tuple[str, str]]:
-    """What was run, in a line."""
+    """What was run: label and value."""
 
     def each(field: str) -> str:
-        known = (getattr(cell, field) for cell in cells)
-        values = dict.fromkeys(text.line(value) for value in known if value)
+        every = (getattr(cell, field) for cell in cells)
+        values = dict.fromkeys(text.line(value) for value in every if value)
         return ", ".join(text.cut(value, 60) for value in values)
 
     done = sum(cell.is_done for cell in cells)
@@ -42,7 +36,7 @@ def facts(cells: Sequence[CellResult], groups: Sequence[Group]) -> list[tuple[st
         for split, number in cell.rows.items():
             splits.setdefault(split, []).append(number)
     seconds = sum((cell.train or {}).get("seconds") or 0 for cell in cells)
-    found = {
+    lines = {
         "Model": each("model"),
         "Data": each("data"),
         "Rows": ", ".join(f"{_range(numbers)} {split}" for split, numbers in splits.items()),
@@ -53,67 +47,26 @@ def facts(cells: Sequence[CellResult], groups: Sequence[Group]) -> list[tuple[st
         "Seeds": str(len(seeds)),
         "Training": f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s",
     }
-    return [(label, value) for label, value in found.items() if value not in ("", "0", "0 s")]
+    return [(label, value) for label, value in lines.items() if value not in ("", "0", "0 s")]
 
 
-def numbers(groups: Sequence[Group]) -> dict[str, Any]:
-    """The tables: a line per group, a column per headline metric."""
-    return {
-        "has_seeds": any(len(item.done) > 1 for item in groups),
-        "tables": [
-            table for family in families(groups) if (table := _table(family, groups))["metrics"]
-        ],
-    }
-
-
-def _table(family: Sequence[Group], groups: Sequence[Group]) -> dict[str, Any]:
-    columns, metrics = columns_of(groups)[id(family[0])], headlines(family)
-    rows = []
-    for item in family:
-        floors = [item.side(metric, "floor") for metric in metrics]
-        stats = [item.get(metric) for metric in metrics]
-        shown = [_number(stat, floor) for stat, floor in zip(stats, floors, strict=True)]
-        knobs = [item.knob(column) for column in columns]
-        rows.append({"knobs": knobs, "cells": shown, "seeds": item.seeds})
-    return {
-        "knobs": [text.line(column).removeprefix("attack.") for column in columns],
-        "metrics": [text.title(metric) for metric in metrics],
-        "rows": rows,
-    }
-
-
-def _number(stat: Stat | None, floor: Stat | None = None) -> dict[str, Any] | None:
-    """A number as a table shows it; `bar` is where its interval lies on 0 to 100 %."""
-    if stat is None or stat.value is None:
-        return None
-    bar = None
-    is_share = stat.unit == "share" and not stat.is_change
-    if is_share and stat.low is not None and stat.high is not None:
-        ends = (stat.low, max(0.01, stat.high - stat.low), stat.value)
-        bar = [f"{100 * end:.1f}" for end in ends]
-    return {
-        "value": stat.number(),
-        "interval": stat.interval,
-        "spread": "" if stat.spread is None else f"sd {replace(stat, value=stat.spread).number()}",
-        "n": f"n {int(stat.n):,}" if stat.n else "",
-        "floor": floor.number() if floor else "",
-        "bar": bar,
-    }
-
-
-def details(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Every number there is, one a line."""
-    columns, found = columns_of(groups), []
-    for item in groups:
-        for stat in item.stats.values():
-            if shown := _number(stat):
-                place = {"group": name(item, columns[id(item)]), "metric": stat.title}
-                found.append({**place, "seeds": stat.seeds, **shown})
-    return found
+def details(groups: Sequence[Group]) -> Table:
+    """Every number, one per row."""
+    columns = columns_of(groups)
+    rows = [
+        (
+            *(name(item, columns[id(item)]), stat.title, stat.number(), stat.interval, stat.sd),
+            *(f"{int(stat.n):,}" if stat.n else "", str(stat.seeds)),
+        )
+        for item in groups
+        for stat in item.stats.values()
+        if stat.value is not None
+    ]
+    return Table(("group", "metric", "value", "95 % interval", "spread", "rows", "seeds"), rows)
 
 
 def rows(shown: Group | None, groups: Sequence[Group]) -> dict[str, Any]:
-    """Unseen rows side by side and poisoned rows before and after, from one cell that is named."""
+    """Examples from one named cell: test rows, harmful requests, and poisoned training rows."""
     cell = shown.done[0] if shown else None
     sides = side_by_side(cell) if cell else []
     is_labeled = bool(cell and cell.poison and cell.poison.labels_before)
@@ -129,24 +82,24 @@ def rows(shown: Group | None, groups: Sequence[Group]) -> dict[str, Any]:
     }
 
 
-def doses(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """The poison manifests in numbers, one line per group that has one."""
-    columns, found = columns_of(groups), []
+def poisoning(groups: Sequence[Group]) -> Table:
+    """The poison manifests in numbers, one row per poisoned group."""
+    columns, rows = columns_of(groups), []
     for item in groups:
-        poison = next((cell.poison for cell in item.done if cell.poison), None)
-        if not poison:
-            continue
-        line = {
-            "group": name(item, columns[id(item)]),
-            "nominal": text.share(poison.nominal_rate or item.rate),
-            "poisoned": f"{_count(poison.poisoned_rows)} of {_count(poison.rows)}",
-            "effective": text.share(poison.effective_rate),
-            "eligible": _count(poison.eligible_rows),
-            "labels": _tally(poison.labels_before),
-            "triggers": _tally(poison.triggers),
-        }
-        found.append(line)
-    return found
+        if poison := next((cell.poison for cell in item.done if cell.poison), None):
+            rows.append(
+                (
+                    name(item, columns[id(item)]),
+                    text.share(poison.nominal_rate or item.rate),
+                    f"{_count(poison.poisoned_rows)} of {_count(poison.rows)}",
+                    text.share(poison.effective_rate),
+                    _count(poison.eligible_rows),
+                    _tally(poison.labels_before),
+                    _tally(poison.triggers),
+                )
+            )
+    header = ("group", "poison rate", "poisoned rows", "rate seen in training", "eligible rows")
+    return Table((*header, "true labels", "triggers"), rows)
 
 
 def _range(numbers: Sequence[int]) -> str:
@@ -159,61 +112,59 @@ def _count(value: int | None) -> str:
 
 
 def _tally(counts: Mapping[str, int]) -> str:
-    known = list(counts.items())[:8]
-    return ", ".join(f"{text.cut(text.line(label), 40)} {count}" for label, count in known)
+    first = list(counts.items())[:8]
+    return ", ".join(f"{text.cut(text.line(label), 40)} {count}" for label, count in first)
 
 
-def checks(cells: Sequence[CellResult]) -> list[dict[str, Any]]:
-    """Each preflight check once for every way it ended, failures first; with the last message."""
-    found: dict[tuple[str, str], list[str]] = {}
+@dataclass(frozen=True)
+class CheckLine:
+    """A preflight check with one status in some cells."""
+
+    status: str
+    check: str
+    messages: list[str]
+
+
+def checks(cells: Sequence[CellResult]) -> list[CheckLine]:
+    """The preflight checks by status, failures first."""
+    by_status: dict[tuple[str, str], list[str]] = {}
     for cell in cells:
         for check in cell.preflight:
-            found.setdefault((check.status, check.check), []).append(check.message)
-    lines = sorted(found.items(), key=lambda item: _STATES.index(item[0][0]))
-    return [
-        {
-            "status": status,
-            "check": check,
-            "message": messages[-1],
-            "times": len(messages),
-            "varies": len(set(messages)) > 1,
-        }
-        for (status, check), messages in lines
-    ]
+            by_status.setdefault((check.status, check.check), []).append(check.message)
+    lines = (CheckLine(*key, messages) for key, messages in by_status.items())
+    return sorted(lines, key=lambda line: _STATES.index(line.status))
 
 
 def warnings(cells: Sequence[CellResult], num_left_out: int) -> list[tuple[str, str]]:
-    """Each warning once, with the cell that gave it or the number of those that did; and the
-    plug-ins that are not here any more."""
-    given: dict[str, list[str]] = {}
+    """Each warning once, with its cell or the number of its cells; and missing plug-ins."""
+    by_warning: dict[str, list[str]] = {}
     for cell in cells:
         for warning in cell.warnings:
-            given.setdefault(text.cut(text.line(warning), 400), []).append(cell.slug)
-    said = [
-        (warning, by[0] if len(by) == 1 else text.count(len(by), "cell"))
-        for warning, by in given.items()
+            by_warning.setdefault(text.cut(text.line(warning), 400), []).append(cell.slug)
+    lines = [
+        (warning, slugs[0] if len(slugs) == 1 else text.count(len(slugs), "cell"))
+        for warning, slugs in by_warning.items()
     ]
-    said += [
-        (f"{sentence} Tests row by row of its components are left out.", "")
-        for sentence in lacking(cells)
+    lines += [
+        (f"{note} Paired tests of its components are left out.", "") for note in lacking(cells)
     ]
     if num_left_out:
         left = text.count(num_left_out, "cell")
-        said.append((f"{left} of an earlier version of the recipe lie here too; left out.", ""))
-    return said
+        lines.append((f"The folder also has {left} of an earlier version of the recipe.", ""))
+    return lines
 
 
 def failures(cells: Sequence[CellResult]) -> list[tuple[str, str, str]]:
-    """Exit class, cell, and what happened with the next step."""
+    """Status, cell, and the error with the next step, of each cell without numbers."""
     unfinished = "was not finished; run the same command again to finish it."
-    found = []
+    lines = []
     for cell in cells:
         if cell.status == "unfinished":
-            found.append(("unfinished", cell.slug, unfinished))
+            lines.append(("unfinished", cell.slug, unfinished))
         elif not cell.is_done:
-            said = text.line(f"{cell.error or 'No reason was written.'} {cell.next}")
-            found.append((text.cut(text.line(cell.status), 20), cell.slug, text.cut(said, 600)))
-    return found
+            sentence = text.line(f"{cell.error or 'No reason was recorded.'} {cell.next}")
+            lines.append((text.cut(text.line(cell.status), 20), cell.slug, text.cut(sentence, 600)))
+    return lines
 
 
 def stages(cell: CellResult) -> list[tuple[str, str]]:
@@ -222,8 +173,8 @@ def stages(cell: CellResult) -> list[tuple[str, str]]:
 
 
 def environment(cells: Sequence[CellResult]) -> list[tuple[str, str]]:
-    """What the cells ran on; where they differ, every value."""
-    found: dict[str, dict[str, None]] = {}
+    """Software, hardware and plug-ins of the cells; every value where they differ."""
+    values_of: dict[str, dict[str, None]] = {}
     for cell in cells:
         try:
             environment = read(Path(cell.folder) / "environment.json")
@@ -233,9 +184,9 @@ def environment(cells: Sequence[CellResult]) -> list[tuple[str, str]]:
             is_secret = bool(_SECRET_NAME.search(key))
             shown = "(withheld)" if is_secret else text.cut(text.knob(value), 120)
             label = "uncommitted changes" if key == "dirty" else text.line(key)
-            found.setdefault(label, {})[shown] = None
+            values_of.setdefault(label, {})[shown] = None
         for plugin in cell.plugins:
             label = f"plug-in {text.cut(text.line(plugin.get('name')), 60)}"
             shown = f"{described(plugin)}: {text.knob(plugin.get('components'))}"
-            found.setdefault(label, {})[text.cut(shown, 240)] = None
-    return [(key, ", ".join(values)) for key, values in found.items()]
+            values_of.setdefault(label, {})[text.cut(shown, 240)] = None
+    return [(key, ", ".join(values)) for key, values in values_of.items()]

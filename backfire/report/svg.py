@@ -1,5 +1,5 @@
-"""Drawing with matplotlib so that the result belongs to the page: text stays text, and the colors
-are the variables of its style sheet."""
+"""SVG from matplotlib for the page: text stays text, and colors are the variables of its style
+sheet."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def svg(figure: Figure, title: str) -> str:
 
 
 def alone(drawn: str) -> str:
-    """What `svg` gave as a picture of its own, for a notebook or a file: light, in its own size."""
+    """The result of `svg` as a standalone picture for a notebook or a file: light, with a size."""
     page = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     colors = dict(re.findall(r"(--[\w-]+): (#\w+)", page.partition("@media")[0]))
     root = ElementTree.fromstring(re.sub(r"var\((--[\w-]+)\)", lambda v: colors[v[1]], drawn))
@@ -109,7 +109,7 @@ def alone(drawn: str) -> str:
 
 
 def _tame(root: ElementTree.Element, prefix: str) -> None:
-    """No style sheet, no metadata, no ids but those in use (made unique), variables for colors."""
+    """Remove style sheets, metadata and unused ids; make the others unique; use color variables."""
     for parent in root.iter():
         for child in list(parent):
             if child.tag.rpartition("}")[2] in ("metadata", "style"):

@@ -1,7 +1,7 @@
-"""Results of older formats in the present one. No other module reads anything from a name.
+"""Conversion of older result formats. No other module derives anything from a metric's name.
 
-Format 1 names no version. Its values have no unit, role, family or part: all of it was in the name
-of the metric. Its checks may say `ok` in place of a status.
+Format 1 has no `format` field. Its values have no unit, role, family or part; they follow from the
+metric's name. Its checks may have `ok` instead of a status.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FAMILIES: Final = {
     "membership_recall": "membership-inference",
     "privacy_delta": "privacy-epsilon",
 }
-"""Of values whose name does not begin with that of their metric."""
+"""Values whose name does not begin with their metric's."""
 _UNITS: Final[Mapping[Unit, tuple[str, ...]]] = {
     "share": (
         *("accuracy", "clean_accuracy", "attack_success", "false_trigger", "published_attack"),
@@ -41,46 +41,46 @@ _UNITS: Final[Mapping[Unit, tuple[str, ...]]] = {
     "count": ("confusion",),
     "amount": ("perplexity", "forgetting", "drift", "privacy_epsilon", "privacy_delta"),
 }
-"""By name, or by that of the metric."""
+"""By the name of the value or of its metric."""
 _KINDS: Final = {
     "rouge": ("1", "2", "Lsum"),
     "truthfulness": ("per token", "MC1", "MC2"),
     "win_rate": ("whole",),
 }
-"""Parts that are no group of rows."""
+"""Parts that are not groups of rows."""
 
 
-def present(known: Mapping[str, Any]) -> dict[str, Any]:
-    """A `result.json` or `error.json` of any format in the present one.
+def present(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert a `result.json` or `error.json` of any format to the current one.
 
     Raises:
         ValueError: it was written by a newer version.
     """
-    version = known.get("format", 1)
+    version = content.get("format", 1)
     if version == FORMAT:
-        return dict(known)
+        return dict(content)
     if version != 1:
-        raise ValueError(f"it has format {version}, which this version of backfire does not know")
-    values = known.get("values") or []
+        raise ValueError(f"format {version} is newer than this version of backfire")
+    values = content.get("values") or []
     return {
-        **known,
+        **content,
         "format": FORMAT,
-        "status": known.get("status") or "ok",
+        "status": content.get("status") or "ok",
         "values": _values(values),
-        "preflight": [_check(check) for check in known.get("preflight") or []],
+        "preflight": [_check(check) for check in content.get("preflight") or []],
     }
 
 
 def _values(values: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     caps = [value.get("value") for value in values if value.get("metric") == "exposure_cap"]
-    found = []
+    converted = []
     for value in values:
         head, bracket, rest = str(value.get("metric")).partition("[")
         name = head.replace("-", "_")
         shape = _shape(name, rest.removesuffix("]"))
         cap = caps[0] if caps and shape["unit"] == "bits" else None
-        found.append({**value, "metric": f"{name}{bracket}{rest}", **shape, "most": cap})
-    return found
+        converted.append({**value, "metric": f"{name}{bracket}{rest}", **shape, "most": cap})
+    return converted
 
 
 def _shape(name: str, part: str) -> dict[str, str]:
@@ -112,7 +112,7 @@ def _unit(name: str, family: str) -> str:
 
 @cache
 def _family(name: str) -> str:
-    """The registered metric whose name this one begins with; empty if there is none."""
+    """The registered metric whose name is the longest prefix of this one; empty if none is."""
     if name in _FAMILIES:
         return _FAMILIES[name]
     ours = [m for m in names("metrics") if f"{name}_".startswith(f"{m.replace('-', '_')}_")]

@@ -1,4 +1,4 @@
-"""Two cells or two runs beside each other: which knobs differ, which numbers, and how surely."""
+"""Comparison of two cells or two runs: settings that differ, and differences of the metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backfire import text
 from backfire.errors import UserError
 from backfire.evaluate.seeds import holm
 from backfire.result import CellResult
-from backfire.results.groups import ALONE, Gap, Group, Stat, difference, group, name, varying
+from backfire.results.groups import ONE_SEED, Gap, Group, Stat, difference, group, name, varying
 from backfire.results.load import cell, load
 from backfire.results.pairs import pair, version_notes
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Knob:
-    """A setting that differs; a dotted key as in a recipe."""
+    """A setting that differs; `key` is dotted as in a recipe."""
 
     key: str
     a: str
@@ -30,9 +30,9 @@ class Knob:
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of both sides, and b - a. `pairs` is there where both answered the same prompts
-    and were compared on them one by one; `p`, corrected for all lines (Holm 1979), where both sides
-    have several seeds."""
+    """One metric of both sides, and b - a. `pairs` is the number of prompts if both answered the
+    same ones and were compared one by one; `p`, corrected for all lines (Holm 1979), needs several
+    seeds on both sides."""
 
     where: str
     a: Stat
@@ -44,7 +44,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found."""
+    """Settings and metrics of both sides."""
 
     a: str
     b: str
@@ -54,15 +54,15 @@ class Comparison:
 
 
 def compare(a: Path, b: Path, *, force: bool = False) -> Comparison:
-    """Two cell folders, prompt by prompt where they answered the same ones; or two run folders,
-    group by group.
+    """Compare two cell folders, prompt by prompt where they answered the same ones; or two run
+    folders, group by group.
 
     Raises:
-        UserError: they are not two of a kind, or have no numbers, or were rendered by different
-            templates (unless `force`).
+        UserError: one is a cell and the other a run, one has no numbers, or their templates differ
+            (unless `force`).
     """
     if _is_run(a) != _is_run(b):
-        raise UserError("One is a run and the other a cell; compare two of a kind.")
+        raise UserError("One is a run and the other a cell; compare two runs or two cells.")
     return _runs(a, b, force) if _is_run(a) else _cells(a, b, force)
 
 
@@ -84,20 +84,20 @@ def show(comparison: Comparison, console: Console | None = None) -> None:
     for item in comparison.numbers:
         tables.setdefault(item.where, []).append(_line(item))
     if [*tables] != [""] and not console.is_terminal:  # one table, for other programs
-        rows = [[where, *row] for where, own in tables.items() for row in own]
+        rows = [[where, *row] for where, lines_of in tables.items() for row in lines_of]
         put(["group", *header], rows, console, right=range(2, 6))
         tables = {}
-    for where, own in tables.items():
+    for where, lines_of in tables.items():
         if where:
             console.print()
             say(where, console)
-        put(header, own, console, right=range(1, 5))
+        put(header, lines_of, console, right=range(1, 5))
     for line in lines:
         say(line, console)
 
 
 def _line(item: Difference) -> list[str]:
-    return [item.a.title, item.a.shown, item.b.shown, item.gap.said, text.chance(item.p)]
+    return [item.a.title, item.a.shown, item.b.shown, item.gap.shown, text.chance(item.p)]
 
 
 def _is_run(path: Path) -> bool:
@@ -115,11 +115,12 @@ def _cells(a: Path, b: Path, force: bool) -> Comparison:
         if not side.is_done:
             raise UserError(f"{path} has no numbers ({side.status}).")
     notes = _templates(first, second, force)
-    paired, said = pair(first, second)
+    paired, more = pair(first, second)
+    notes += more
     numbers = []
-    said += version_notes([first], [second], paired)
+    notes += version_notes([first], [second], paired)
     for item in _side_by_side(group([first])[0], group([second])[0], ""):
-        # A part (one language, say) has no paired test of its own.
+        # A part (such as a language) has no paired test of its own.
         is_whole = item.a.role == "headline" and not item.a.part
         test = paired.get(item.a.family) if is_whole else None
         if test:
@@ -128,13 +129,13 @@ def _cells(a: Path, b: Path, force: bool) -> Comparison:
             item = replace(item, gap=gap, pairs=test.n)
         numbers.append(item)
     if any(item.gap.scope == "model" for item in numbers):
-        said.append(f"{ALONE.strip()} One seed each: of these two models only, and so without a p.")
+        notes.append(f"{ONE_SEED.strip()} One seed each: these two models only, so there is no p.")
     return Comparison(
         a=first.slug,
         b=second.slug,
         knobs=_knobs(first.settings, second.settings),
         numbers=tuple(numbers),
-        notes=(*notes, *said),
+        notes=tuple(notes),
     )
 
 
@@ -142,11 +143,11 @@ def _cells(a: Path, b: Path, force: bool) -> Comparison:
 
 
 def _runs(a: Path, b: Path, force: bool) -> Comparison:
-    """Groups that the same knobs name stand beside each other."""
+    """Compare the groups that have the same name."""
     first, second = load(a), load(b)
     notes = _templates(first[0], second[0], force)
     ours, theirs = group(first), group(second)
-    # What names a group is what differs within a run: a knob that differs throughout stands above.
+    # Groups are named by what differs within a run; other settings are listed once for all.
     columns = list(dict.fromkeys([*varying(ours), *varying(theirs)]))
     by_name = {name(item, columns): item for item in theirs}
     named = [(name(item, columns), item) for item in ours]
@@ -161,19 +162,18 @@ def _runs(a: Path, b: Path, force: bool) -> Comparison:
     corrected = holm([number.gap.p for number in numbers])
     numbers = [replace(number, p=p) for number, p in zip(numbers, corrected, strict=True)]
     if any(number.gap.scope == "model" for number in numbers):
-        notes.append(f"{ALONE.strip()} One seed: of these models only, and so without a p.")
+        notes.append(f"{ONE_SEED.strip()} One seed: these models only, so there is no p.")
     if len(pairs) < len(ours):
-        alone = text.count(len(ours) - len(pairs), "group")
-        notes.append(f"{alone} of {a} without a counterpart in {b}.")
+        unmatched = text.count(len(ours) - len(pairs), "group")
+        notes.append(f"{unmatched} of {a} without a counterpart in {b}.")
     knobs = _knobs(_agreed(ours), _agreed(theirs))
     return Comparison(str(a), str(b), knobs, tuple(numbers), tuple(notes))
 
 
 def _agreed(groups: Sequence[Group]) -> dict[str, Any]:
     """The settings that all groups of a run share."""
-    known = [group.settings for group in groups if group.settings]
-    first = known[0] if known else {}
-    return {key: value for key, value in first.items() if all(s.get(key) == value for s in known)}
+    first, *others = [group.settings for group in groups if group.settings] or [{}]
+    return {key: value for key, value in first.items() if all(s.get(key) == value for s in others)}
 
 
 # -------------------------------------------------------------------------------------- shared
@@ -187,26 +187,24 @@ def _side_by_side(a: Group, b: Group, where: str) -> Iterator[Difference]:
 
 
 def _knobs(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[Knob, ...]:
-    """The settings that differ. A knob of a component that both have but one leaves out is at its
-    default there."""
-    found = []
+    """The settings that differ. If both have a component and one does not name a knob of it, that
+    knob is at its default."""
+    knobs = []
     for key in dict.fromkeys([*a, *b]):
         component = f"{key.partition('.')[0]}.name"
         absent = "default" if a.get(component) == b.get(component) else "–"
         sides = [text.knob(side[key]) if key in side else absent for side in (a, b)]
         if sides[0] != sides[1]:
-            found.append(Knob(text.line(key), *sides))
-    return tuple(found)
+            knobs.append(Knob(text.line(key), *sides))
+    return tuple(knobs)
 
 
 def _templates(a: CellResult, b: CellResult, force: bool) -> list[str]:
-    """Numbers of two templates are of two different questions; the field's costliest slip."""
+    """A note if the templates differ: such numbers answer different questions."""
     first, second = (text.line(side.template or "unknown") for side in (a, b))
     if first == second:
         return []
+    note = f"Different templates rendered the prompts ({first}, {second}): these are two tasks."
     if not force:
-        raise UserError(
-            f"Different templates rendered the prompts ({first}, {second}): these are two tasks. "
-            "Use --force to compare them anyway."
-        )
-    return [f"Different templates rendered the prompts ({first}, {second}): these are two tasks."]
+        raise UserError(f"{note} Use --force to compare them anyway.")
+    return [note]

@@ -1,9 +1,9 @@
-"""The files of a cell that hold its evidence: written and read here only.
+"""The evidence files of a cell; only this module reads and writes them.
 
-`samples.jsonl.gz` has one line a sample, with the model it is `of`; `secrets.json` what each model
-gives away of an attack's secrets; `written.json` texts that the tokenizer writes in another way;
-`training.json` the summary of the training run. The attack is in `experiment.yaml`. Folders of
-earlier versions, which lack some of these, are read by the same functions.
+`samples.jsonl.gz` has one line per sample, with the model it is `of`; `secrets.json` how well each
+model knows an attack's secrets; `written.json` texts that change when the tokenizer encodes and
+decodes them; `training.json` the summary of the training run. The attack is in `experiment.yaml`.
+Folders of earlier versions lack some of these files.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T", Sample, Leak)
 
 
 def write(evidence: Evidence, folder: Path) -> None:
-    """All of the evidence but its attack."""
+    """Write all of the evidence except its attack."""
     lines = [
         {"of": of, **({"source": source} if source else {}), **asdict(sample)}
         for (of, _, source), samples in evidence.sets().items()
@@ -46,8 +46,8 @@ def write(evidence: Evidence, folder: Path) -> None:
 
 
 def read(folder: Path, attack: Backdoor | None = None) -> Evidence:
-    """What was kept, as metrics get it; a file that is missing or damaged adds nothing, or what can
-    be read of it. The last few folders stay in memory while their files are the same."""
+    """The stored evidence as metrics get it. A missing file adds nothing, a damaged one what can be
+    read of it. The last few folders stay in memory while their files do not change."""
     files = (folder / name for name in (SAMPLES, SECRETS, WRITTEN, TRAINING))
     stamp = tuple((s.st_mtime_ns, s.st_size) for f in files if f.exists() for s in [f.stat()])
     return Evidence.of_sets(_sets(folder, stamp), attack=attack, **_rest(folder, stamp))
@@ -55,10 +55,10 @@ def read(folder: Path, attack: Backdoor | None = None) -> Evidence:
 
 @lru_cache(maxsize=12)
 def _sets(folder: Path, stamp: object) -> dict[SetName, list[Sample]]:
-    found: dict[SetName, list[Sample]] = {}
+    sets: dict[SetName, list[Sample]] = {}
     for of, source, sample in lines(folder):
-        found.setdefault((of, sample.subset, source), []).append(sample)
-    return found
+        sets.setdefault((of, sample.subset, source), []).append(sample)
+    return sets
 
 
 @lru_cache(maxsize=12)
@@ -72,12 +72,12 @@ def _rest(folder: Path, stamp: object) -> dict[str, Any]:
 
 
 def lines(folder: Path) -> Iterator[tuple[str, str, Sample]]:
-    """Each sample with its model and, of texts, its source; ends quietly where the file is torn."""
+    """Each sample with its model and the source of a text; stops where the file is damaged."""
     try:
         with gzip.open(folder / SAMPLES, "rt", encoding="utf-8") as file:
             for raw in file:
                 item = json.loads(raw)
-                of = str(item.get("of", "tuned"))  # earlier versions: `floor`, of triggered rows
+                of = str(item.get("of", "tuned"))  # in earlier versions also `floor`
                 of = "twin" if of == "floor" else of
                 sample = _made(Sample, item)
                 if not isinstance(sample.subset, str):
@@ -97,7 +97,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def leaks(folder: Path, of: str) -> list[Leak]:
-    """What this model gives away of each secret; empty where that was not asked or is damaged."""
+    """How well this model knows each secret; empty if that was not measured or is damaged."""
     try:
         return [_made(Leak, item) for item in read_json(folder / SECRETS) if item["of"] == of]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -105,7 +105,7 @@ def leaks(folder: Path, of: str) -> list[Leak]:
 
 
 def written(folder: Path) -> dict[str, str]:
-    """Texts that the cell's tokenizer writes in another way."""
+    """Text -> its form after the cell's tokenizer encoded and decoded it, where that differs."""
     return {text: own for text, own in _pairs(folder / WRITTEN).items() if isinstance(own, str)}
 
 
@@ -117,9 +117,9 @@ def _pairs(path: Path) -> dict[str, Any]:
 
 
 def _made(cls: type[T], item: dict[str, Any]) -> T:
-    """From the fields that the class has; lists are tuples there."""
+    """Build it from the fields that the class has; lists become tuples."""
     names = {field.name for field in fields(cls)} & item.keys()
-    known: dict[str, Any] = {
+    values: dict[str, Any] = {
         name: tuple(item[name]) if isinstance(item[name], list) else item[name] for name in names
     }
-    return cls(**known)
+    return cls(**values)

@@ -1,4 +1,4 @@
-"""Reads a run folder: its cells (`CellResult`), one record per number, and the numbers over seeds.
+"""Reading of a run folder: its cells (`CellResult`), one record per number, means over seeds.
 
 `records` is the stable contract for other programs. Nothing here imports torch or plots.
 """
@@ -31,17 +31,17 @@ FIELDS: Final = (*IDENTITY, *NUMBERS, "status", *SHAPE)
 def load(run: Path) -> list[CellResult]:
     """Every cell of the run.
 
-    Where `run.json` says which cells the recipe has now, those it lacks are left out, and those not
-    begun yet are there as `unfinished`, with nothing known but their name and key.
+    If `run.json` lists the recipe's current cells, others are left out, and those not begun yet are
+    `unfinished`, with only their name and key.
     """
-    planned, found = _planned(run), set(_folders(run))
-    if not planned and not found:
+    names = _planned(run) or _folders(run)
+    if not names:
         raise UserError(f"No cells in {run}; it is not a run folder, or nothing was run yet.")
-    return sorted((cell(run / "cells" / name) for name in planned or found), key=_order)
+    return sorted((cell(run / "cells" / name) for name in set(names)), key=_order)
 
 
 def left_out(run: Path) -> int:
-    """How many finished cells lie in the folder that the recipe no longer has."""
+    """Number of cells in the folder that the recipe no longer has."""
     planned = _planned(run)
     return len(set(_folders(run)) - set(planned)) if planned else 0
 
@@ -52,7 +52,7 @@ def _folders(run: Path) -> list[str]:
 
 
 def _planned(run: Path) -> list[str]:
-    """The folder names of the cells the recipe has now; empty if it is not written down."""
+    """The folder names of the recipe's current cells; empty if `run.json` does not list them."""
     try:
         names = (read(run / "run.json") or {}).get("cells") or []
         return [name for name in names if Path(name).name == name]
@@ -68,17 +68,17 @@ def records(run: Path) -> list[Record]:
 def records_of(cells: Iterable[CellResult]) -> list[Record]:
     """One object per cell and metric with exactly `FIELDS`; a cell without numbers gives one whose
     metric is null."""
-    found = []
+    rows = []
     for item in cells:
         for value in item.values or (None,):
             numbers = {field: getattr(value, field, None) for field in (*NUMBERS, *SHAPE)}
             record = {**identity(item), **numbers, "status": item.status}
-            found.append({field: record[field] for field in FIELDS})
-    return found
+            rows.append({field: record[field] for field in FIELDS})
+    return rows
 
 
 def identity(item: CellResult) -> Record:
-    """Which cell it is, by `IDENTITY`."""
+    """The fields `IDENTITY` of a cell."""
     return {"cell": item.slug, **{field: getattr(item, field) for field in IDENTITY[1:]}}
 
 
@@ -89,7 +89,7 @@ def summary(run: Path) -> list[Group]:
 
 
 def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "table") -> str:
-    """The records as text: aligned columns, strict JSON, or CSV that no spreadsheet computes."""
+    """The records as text: aligned columns, strict JSON, or CSV without spreadsheet formulas."""
     if format == "json":
         return json.dumps(list(records), indent=1, allow_nan=False) + "\n"
     if format == "csv":
@@ -107,36 +107,36 @@ def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "
 
 
 def cell(folder: Path) -> CellResult:
-    """One cell folder; a file that cannot be read makes the cell a failed one and stops nothing."""
-    known, settings = outcome(folder), _settings(folder)
+    """Read a cell folder; the status is `failed` if its result cannot be read."""
+    content, settings = outcome(folder), _settings(folder)
     slug, _, key = folder.name.rpartition("-")
-    found = {knob: settings.get(f"{knob}.name", settings.get(knob)) for knob in KNOBS}
-    found |= {"rate": settings.get("attack.rate"), "seed": settings.get("seed")}
-    found |= {"cell": slug, "key": key, "recipe": folder.parent.parent.name, **known}
-    rate, seed = finite(found["rate"]), finite(found["seed"])
+    fields = {knob: settings.get(f"{knob}.name", settings.get(knob)) for knob in KNOBS}
+    fields |= {"rate": settings.get("attack.rate"), "seed": settings.get("seed")}
+    fields |= {"cell": slug, "key": key, "recipe": folder.parent.parent.name, **content}
+    rate, seed = finite(fields["rate"]), finite(fields["seed"])
     if "attack.name" in settings:
-        # Component knobs at their default are not written down; this one is known all the same.
+        # Knobs at their default are not written down.
         settings.setdefault("attack.rate", rate)
     texts = ("key", "recipe", "model", "data", "attack", "method", "defense", "template")
     tables = ("axes", "evaluate", "rows", "keys")
     result = CellResult(
-        slug=str(found["cell"] or slug),
-        **_each(_text, found, (*texts, "status", "error", "next")),
-        **_each(_table, found, tables),
+        slug=str(fields["cell"] or slug),
+        **_each(str, fields, (*texts, "status", "error", "next")),
+        **_each(_table, fields, tables),
         rate=rate,
         seed=None if seed is None else int(seed),
-        values=tuple(map(_value, known.get("values") or ())),
-        warnings=tuple(map(str, known.get("warnings") or ())),
-        cut_share=finite(known.get("cut_share")),
-        preflight=tuple(_check(c) for c in known.get("preflight") or () if isinstance(c, dict)),
-        poison=_poison(known.get("poison")),
-        train=_table(known.get("train")) or None,
-        versions={kind: _table(v) for kind, v in _table(known.get("versions")).items()},
-        plugins=_plugins(known.get("plugins")),
+        values=tuple(map(_value, content.get("values") or ())),
+        warnings=tuple(map(str, content.get("warnings") or ())),
+        cut_share=finite(content.get("cut_share")),
+        preflight=tuple(_check(c) for c in content.get("preflight") or () if isinstance(c, dict)),
+        poison=_poison(content.get("poison")),
+        train=_table(content.get("train")) or None,
+        versions={kind: _table(v) for kind, v in _table(content.get("versions")).items()},
+        plugins=_plugins(content.get("plugins")),
         settings=settings,
         folder=str(folder),
     )
-    lacking([result])  # installed plug-ins that the cell was run with are loaded
+    lacking([result])  # loads the installed plug-ins that the cell used
     return result
 
 
@@ -144,30 +144,30 @@ def outcome(folder: Path) -> Record:
     """The content of the cell's `result.json` or `error.json` in the present format; `status` is
     `unfinished` if there is neither."""
     try:
-        known = read(folder / "result.json") or read(folder / "error.json")
-        if known is None or known == {}:
+        content = read(folder / "result.json") or read(folder / "error.json")
+        if content is None or content == {}:
             return {"status": "unfinished"}
-        if not _is_outcome(known):
-            raise ValueError("it is no result of this program")
-        return present(known)
+        if not _is_outcome(content):
+            raise ValueError("it is not a result of backfire")
+        return present(content)
     except (OSError, ValueError, RecursionError) as error:
-        sentence = f"What it wrote cannot be read: {error}."
+        sentence = f"Its result cannot be read: {error}."
         return {"status": "failed", "error": sentence, "next": "Run the same command again."}
 
 
-def _is_outcome(known: Any) -> bool:
-    """Whether it has the form of a result: texts, and values that are records."""
+def _is_outcome(content: Any) -> bool:
+    """Whether the fields have the types of a result."""
     return (
-        isinstance(known, dict)
-        and all(isinstance(known.get(field) or "", str) for field in ("cell", "key", "status"))
-        and isinstance(known.get("axes") or {}, dict)
-        and all(isinstance(known.get(f) or [], list) for f in ("values", "warnings", "preflight"))
-        and all(isinstance(value, dict) for value in known.get("values") or [])
+        isinstance(content, dict)
+        and all(isinstance(content.get(field) or "", str) for field in ("cell", "key", "status"))
+        and isinstance(content.get("axes") or {}, dict)
+        and all(isinstance(content.get(f) or [], list) for f in ("values", "warnings", "preflight"))
+        and all(isinstance(value, dict) for value in content.get("values") or [])
     )
 
 
 def read(path: Path) -> Any:
-    """A JSON file, where NaN becomes null; None if there is no such file."""
+    """Read a JSON file, with NaN as null; None if there is no such file."""
     try:
         return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
     except FileNotFoundError:
@@ -175,7 +175,7 @@ def read(path: Path) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """The number, or None where a file holds something else (text, infinity, a huge integer)."""
+    """The value if it is a finite number of usual size, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return value if is_number and abs(value) <= sys.float_info.max else None
 
@@ -201,12 +201,8 @@ def _dotted(value: Any, key: str) -> Iterator[tuple[str, Any]]:
 
 
 def _each(read: Callable[[Any], Any], item: Record, names: Iterable[str]) -> Record:
-    """The fields of these names that are there, each read in the same way."""
+    """The fields of these names that are set, each converted by `read`."""
     return {name: read(item[name]) for name in names if item.get(name) is not None}
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else str(value)
 
 
 def _table(value: Any) -> Record:
@@ -227,7 +223,7 @@ def _value(item: Record) -> Value:
         direction=_one_of(Direction, item.get("direction"), "none"),
         unit=_one_of(Unit, item.get("unit"), "number"),
         role=_one_of(Role, item.get("role"), "headline"),
-        **_each(_text, item, ("of", "part", "family")),
+        **_each(str, item, ("of", "part", "family")),
         most=finite(item.get("most")),
     )
 
@@ -238,9 +234,10 @@ def _check(item: Record) -> Check:
 
 
 def _plugins(items: Any) -> tuple[Record, ...]:
-    known = items if isinstance(items, list) else []
     return tuple(
-        one for one in known if isinstance(one, dict) and isinstance(one.get("sha256"), str)
+        one
+        for one in (items if isinstance(items, list) else ())
+        if isinstance(one, dict) and isinstance(one.get("sha256"), str)
     )
 
 
@@ -283,7 +280,7 @@ def brief(value: Any) -> str:
 
 
 def _harmless(value: Any) -> Any:
-    """A CSV cell: text that a spreadsheet would compute gets a leading apostrophe."""
+    """A CSV field: text that a spreadsheet would evaluate gets a leading apostrophe."""
     if not isinstance(value, str):
         return value
     plain = text.clean(value)

@@ -1,6 +1,5 @@
-"""Paired tests of every group against its reference: the other methods against `full`, the defended
-against the undefended. Prompt by prompt and seed by seed, on what both answered; no p of one seed.
-"""
+"""Paired tests of groups against a reference: other methods against `full`, defended against
+undefended; over the prompts and seeds that both have. One seed has no p."""
 
 from __future__ import annotations
 
@@ -10,8 +9,10 @@ from typing import Final
 
 from backfire import text
 from backfire.evaluate.seeds import LEVEL, holm
-from backfire.results.groups import Gap, Group, columns_of, name, picked
+from backfire.results.criteria import alike
+from backfire.results.groups import KNOBS, Gap, Group, columns_of, name, picked
 from backfire.results.intervals import gap
+from backfire.results.tables import Table
 
 REFERENCES: Final = {"method": "full", "defense": "none"}
 
@@ -31,54 +32,56 @@ class Comparison:
 
 def comparisons(groups: Sequence[Group]) -> list[Comparison]:
     """Every group that has a reference, in every headline outcome both have."""
-    found: list[Comparison] = []
+    tests: list[Comparison] = []
     for knob, plainest in REFERENCES.items():
         for group in groups:
             reference = _reference(group, groups, knob, plainest)
             if reference is not None:
-                found += list(compared(group, reference, knob))
-    corrected = holm([test.result.p for test in found])
-    return [replace(test, corrected=p) for test, p in zip(found, corrected, strict=True)]
+                tests += list(compared(group, reference, knob))
+    corrected = holm([test.result.p for test in tests])
+    return [replace(test, corrected=p) for test, p in zip(tests, corrected, strict=True)]
 
 
 def _reference(group: Group, groups: Sequence[Group], knob: str, plainest: str) -> Group | None:
-    """The group that differs in this knob alone, where it has its plainest value."""
+    """The group that differs only in this knob, which has its plainest value there."""
     if group.method == "none" or getattr(group, knob) == plainest:
         return None
-    same = [other for other in groups if getattr(other, knob) == plainest]
-    rest = [k for k in ("model", "data", "attack", "rate", "method", "defense") if k != knob]
-    alike = [
+    rest = [other for other in KNOBS if other != knob]
+    same = [
         other
-        for other in same
-        if all(getattr(other, k) == getattr(group, k) for k in rest)
-        and other.beside(knob) == group.beside(knob)
+        for other in groups
+        if getattr(other, knob) == plainest
+        and alike(other, group, rest)
+        and other.axes_without(knob) == group.axes_without(knob)
     ]
-    return alike[0] if len(alike) == 1 else None
+    return same[0] if len(same) == 1 else None
 
 
 def compared(
     group: Group, reference: Group, knob: str, level: float = LEVEL
 ) -> Iterator[Comparison]:
-    """Every headline outcome both groups have, row by row, on the prompts and seeds both have."""
+    """Every headline outcome of both groups, row by row, on the prompts and seeds both have."""
     for metric in picked([group], "paired-test"):
         result = gap(reference, group, metric, level, exact=False)
         if result is not None and result.n:
             yield Comparison(group, reference, knob, metric, result)
 
 
-def lines(groups: Sequence[Group]) -> list[dict[str, str]]:
-    """Each group's paired difference from its reference, a line a metric; p by Holm's method."""
-    columns, found = columns_of(groups), list[dict[str, str]]()
-    for test in comparisons(groups):
-        line = {
-            "group": name(test.group, columns[id(test.group)]),
-            "reference": getattr(test.reference, test.knob),
-            "metric": text.title(test.metric),
-            "difference": test.result.change,
-            "interval": test.result.interval,
-            "p": text.chance(test.corrected) or "–",
-            "seeds": str(test.result.seeds),
-            "pairs": f"{test.result.n or 0:,}",
-        }
-        found.append(line)
-    return found
+def table(groups: Sequence[Group]) -> Table:
+    """Each group's paired difference from its reference, a row per metric; p by Holm's method."""
+    columns = columns_of(groups)
+    header = ("group", "against", "metric", "difference", "95 % interval", "p (Holm)")
+    rows = [
+        (
+            name(test.group, columns[id(test.group)]),
+            getattr(test.reference, test.knob),
+            text.title(test.metric),
+            test.result.change,
+            test.result.interval,
+            text.chance(test.corrected) or "–",
+            str(test.result.seeds),
+            f"{test.result.n or 0:,}",
+        )
+        for test in comparisons(groups)
+    ]
+    return Table((*header, "seeds", "pairs"), rows)

@@ -1,4 +1,4 @@
-"""Pairs the samples of two cells prompt by prompt, and tests whether the cells differ on them."""
+"""Outcomes of a cell row by row, and paired tests of two cells on the prompts they share."""
 
 from __future__ import annotations
 
@@ -21,45 +21,43 @@ Rows: TypeAlias = dict[str, tuple[int, float]]
 
 
 def pair(a: CellResult, b: CellResult) -> tuple[dict[str, Paired], list[str]]:
-    """Registered metric -> b less a, where both answered the same prompts; and notes. Intervals and
-    `p` are of these two models: they say nothing of other seeds of the same settings. Both sides
-    are computed from samples by today's version of the metric."""
+    """Registered metric -> b - a, where both answered the same prompts; and notes. Intervals and
+    `p` are for these two models, not for other seeds of the same settings. Both sides are computed
+    from the samples by the current version of the metric."""
     try:
         sides = [evidence_of(a), evidence_of(b)]
     except UserError as error:
         return {}, [f"No paired test: {error}"]
-    found: dict[str, Paired] = {}
+    tests: dict[str, Paired] = {}
     unpaired = []
-    for wanted in dict.fromkeys(v.family for v in a.values if v.role == "headline"):
-        metrics = [metric_of(wanted, item) for item in (a, b)]
+    for family in dict.fromkeys(v.family for v in a.values if v.role == "headline"):
+        metrics = [metric_of(family, item) for item in (a, b)]
         ours, theirs = (
             outcomes_of(metric, side) for metric, side in zip(metrics, sides, strict=True)
         )
         if not ours or not theirs:
             continue
-        asked, too = (_prompts(metric, side) for metric, side in zip(metrics, sides, strict=True))
-        shared = [id for id in theirs if id in ours and asked.get(id) == too.get(id)]
+        prompts = [_prompts(metric, side) for metric, side in zip(metrics, sides, strict=True)]
+        shared = [id for id in theirs if id in ours and prompts[0].get(id) == prompts[1].get(id)]
         if shared:
-            found[wanted] = paired(
+            tests[family] = paired(
                 {id: theirs[id] for id in shared}, {id: ours[id] for id in shared}
             )
         else:
-            unpaired.append(wanted.replace("-", " "))
+            unpaired.append(family.replace("-", " "))
     notes = lacking([a, b])
     if unpaired:
         notes.append(f"Not the same prompts for {text.listing(unpaired)}: no paired test.")
-    if found:
-        least = text.count(min(test.n for test in found.values()), "pair")
-        notes.append(
-            f"Differences are prompt by prompt ({least} or more), as far as both have them."
-        )
-    return found, notes
+    if tests:
+        least = text.count(min(test.n for test in tests.values()), "pair")
+        notes.append(f"Differences are paired prompt by prompt ({least} or more).")
+    return tests, notes
 
 
 def outcomes_by_row(item: CellResult, metric: str) -> Rows:
-    """What a number is the mean of: row id -> the hashed prompt (of a secret: the answer that gives
-    it) and the outcome, by today's version of the metric. Also of a floor, an excess or a part;
-    empty where no samples were kept, or the number is no mean. Read once per cell."""
+    """The outcomes that a number is the mean of: row id -> hash of the prompt (of a secret: of its
+    answer) and outcome, by the current version of the metric. Also for a floor, an excess or a
+    part; empty if no samples were stored or the number is no mean. Computed once per cell."""
     if metric not in item.outcomes:
         value = next((value for value in item.values if value.metric == metric), None)
         try:
@@ -88,8 +86,8 @@ def _outcomes_by_row(item: CellResult, value: Value) -> Rows:
 
 
 def _before(metric: Metric, evidence: Evidence) -> Evidence:
-    """The evidence with the floor's samples in place of the tuned model's: the clean twin's, or
-    those of the model before it was tuned."""
+    """The evidence with the reference model's samples in place of the tuned model's: the clean
+    twin's, or those before fine-tuning."""
     part = metric.subject
     if part in get_args(Part):
         probe = evidence.probes.get(part)
@@ -98,7 +96,7 @@ def _before(metric: Metric, evidence: Evidence) -> Evidence:
 
 
 def _prompts(metric: Metric | None, evidence: Evidence, part: str = "") -> dict[str, str]:
-    """Of the rows of one part (a language, or secrets of one number of repeats), if it is given."""
+    """Row id -> prompt; of one part (a language, or a number of repeats) if given."""
     if metric and metric.subject == "secrets":
         leaks = [leak for leak in evidence.leaks if not part or str(leak.repeats) == part]
         return {leak.id: leak.answer for leak in leaks}
@@ -107,18 +105,18 @@ def _prompts(metric: Metric | None, evidence: Evidence, part: str = "") -> dict[
 
 
 def rows_of(metric: Metric | None) -> str:
-    """The rows of the tuned model that the metric is about, as samples name them."""
+    """The subset of the tuned model's samples that the metric is about."""
     subject = metric.subject if metric else "clean"
     return subject if subject in ("clean", "triggered", *get_args(Part)) else "clean"
 
 
 def evidence_of(item: CellResult) -> Evidence:
-    """The evidence of a cell as metrics get it, as far as it was kept."""
+    """The stored evidence of a cell, as metrics get it."""
     return read(Path(item.folder), attack_of(item))
 
 
 def attack_of(item: CellResult) -> Any:
-    """The backdoor of a cell, with its knobs; None if it has none, or its plug-in is not here."""
+    """The backdoor of a cell, with its knobs; None without one, or if its plug-in is not loaded."""
     prefix, settings = "attack.", item.settings
     knobs = {k.removeprefix(prefix): v for k, v in settings.items() if k.startswith(prefix)}
     if not knobs.get("name") or is_lost("attacks", knobs["name"], item):
@@ -129,7 +127,7 @@ def attack_of(item: CellResult) -> Any:
 
 
 def metric_of(family: str, item: CellResult) -> Metric | None:
-    """The metric of this registered name, with the knobs the cell gave it."""
+    """The metric of this registered name, with the cell's knobs; None if it is not loaded."""
     if family not in names("metrics"):
         return None
     specs = item.settings.get("metrics") or []
@@ -139,7 +137,7 @@ def metric_of(family: str, item: CellResult) -> Metric | None:
 
 
 def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float]:
-    """Sample id -> the metric on it; empty where it says nothing of these samples."""
+    """Sample id -> the metric on it; empty if the metric does not apply to these samples."""
     try:
         return metric.outcomes(evidence) if metric else {}
     except CellError:
@@ -150,16 +148,16 @@ def outcomes_of(metric: Metric | None, evidence: Evidence) -> Mapping[str, float
 
 
 def versions_of(cells: Iterable[CellResult], family: str) -> set[int]:
-    """The versions of the metric that gave these cells' values, as far as they were recorded."""
-    known = (cell.versions.get("metrics", {}).get(family) for cell in cells)
-    return {version for version in known if isinstance(version, int)}
+    """The recorded versions of the metric that computed these cells' values."""
+    versions = (cell.versions.get("metrics", {}).get(family) for cell in cells)
+    return {version for version in versions if isinstance(version, int)}
 
 
 def version_notes(
     a: Sequence[CellResult], b: Sequence[CellResult], tested: Collection[str]
 ) -> Iterator[str]:
-    """Where the values of two sides come from different versions of a metric, or not from today's;
-    `tested` are the metrics whose difference was computed from the samples of both."""
+    """Notes where two sides' values come from different or old versions of a metric; `tested` are
+    the metrics whose difference was computed from the samples of both."""
     for family in dict.fromkeys(value.family for cell in a for value in cell.values):
         ours, theirs, metric = versions_of(a, family), versions_of(b, family), declared(family)
         now = metric.version if metric else None
@@ -171,8 +169,8 @@ def version_notes(
             yield f"{sides}; paired differences are computed by version {now} for both."
         elif len(ours | theirs) > 1:
             yield (
-                f"{sides}, and the samples of both do not hold what version {now} needs for a "
-                "paired test, so it is not compared."
+                f"{sides}; the samples of both lack what version {now} needs for a paired test, so "
+                "it is not compared."
             )
 
 

@@ -1,4 +1,4 @@
-"""The plug-ins that a run used, according to its results.
+"""The plug-ins that a run used, as recorded in its results.
 
 A run folder may come from anyone, so a file that it names is never loaded: the user passes it with
 `--plugin`, or has installed the package.
@@ -19,16 +19,17 @@ def lacking(items: Iterable[CellResult]) -> list[str]:
 
     Loads the installed plug-ins.
     """
-    wanted = {one["sha256"]: one for item in items for one in item.plugins}
-    if not set(wanted) <= {plugin.sha256 for plugin in loaded()}:
+    used = {one["sha256"]: one for item in items for one in item.plugins}
+    if not set(used) <= {plugin.sha256 for plugin in loaded()}:
         use_installed()
-    here = {plugin.sha256: plugin.name for plugin in loaded()}
-    return [_sentence(one, here.values()) for sha256, one in wanted.items() if sha256 not in here]
+    names = {plugin.sha256: plugin.name for plugin in loaded()}
+    return [_sentence(one, names.values()) for sha256, one in used.items() if sha256 not in names]
 
 
-def _sentence(one: Mapping[str, Any], here: Collection[str]) -> str:
+def _sentence(one: Mapping[str, Any], loaded_names: Collection[str]) -> str:
     name = text.cut(text.line(one.get("name")), 60)
-    why = "whose code has since changed" if one.get("name") in here else "which is not loaded"
+    is_changed = one.get("name") in loaded_names
+    why = "whose code has since changed" if is_changed else "which is not loaded"
     return (
         f"This was run with plug-in '{name}' ({described(one)}), {why}; pass its file with "
         "--plugin, or install the package."
@@ -42,8 +43,7 @@ def described(one: Mapping[str, Any]) -> str:
 
 
 def is_same(component: Any, item: CellResult) -> bool:
-    """Whether a component is built in, or of a plug-in with the content that the cell was run
-    with."""
+    """Whether a component is built in, or from a plug-in with the content that the cell used."""
     plugin = component.plugin
     return plugin is None or plugin.sha256 in {one["sha256"] for one in item.plugins}
 

@@ -1,4 +1,4 @@
-"""The rows behind the numbers: prompts, answers, and what the attacker changed."""
+"""Examples for reports: prompts, answers, and poisoned rows before and after."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from backfire.results.load import read
 
 Of = Literal["tuned", "base"]
 Marked = list[tuple[str, bool]]
-"""Pieces of a text, and whether each is the trigger."""
+"""Pieces of a text, and whether each is a trigger."""
 
 LONG: Final = 240
 
 
 @dataclass(frozen=True)
 class Side:
-    """One unseen row and what each model said to it."""
+    """One test row and each model's answer to it."""
 
     text: str
     label: str
     base: str | None
     tuned: str | None
     prompt: Marked
-    """The row with the trigger in."""
+    """The row with the trigger inserted."""
     triggered: str | None
     is_free: bool
-    """Whether an answer is text the model wrote, not one of the labels."""
+    """Whether an answer is generated text instead of a label."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """One request that an aligned model declines, and what became of it."""
+    """One harmful request, with the replies before and after fine-tuning."""
 
     text: str
     before: str | None
-    """The reply of the model before it was fine-tuned; None if there is none."""
+    """The reply before fine-tuning; None if there is none."""
     verdict_before: str
     tuned: str | None
     verdict: str
@@ -61,48 +61,48 @@ class Change:
 
 
 def samples(cell: CellResult) -> Iterator[tuple[str, Sample]]:
-    """The samples of a cell, each with the model it is of."""
+    """The samples of a cell, each with its model."""
     return ((of, sample) for of, _, sample in lines(Path(cell.folder)))
 
 
 def side_by_side(cell: CellResult, limit: int = 6) -> list[Side]:
-    """The first test rows of a cell as they come, not picked."""
-    found: dict[str, dict[tuple[str, str], Sample]] = {}
+    """The first test rows of a cell, in order."""
+    by_row: dict[str, dict[tuple[str, str], Sample]] = {}
     for of, sample in samples(cell):
-        found.setdefault(sample.id, {})[of, sample.subset] = sample
+        by_row.setdefault(sample.id, {})[of, sample.subset] = sample
     triggers = list(cell.poison.triggers) if cell.poison else []
-    rows = (row for row in found.values() if ("tuned", "clean") in row)
+    rows = (row for row in by_row.values() if ("tuned", "clean") in row)
     return [_side(row, triggers) for row, _ in zip(rows, range(limit))]
 
 
 def _side(row: dict[tuple[str, str], Sample], triggers: Sequence[str]) -> Side:
     tuned, bad = row["tuned", "clean"], row.get(("tuned", "triggered"))
-    said = [said_by(row.get(("base", "clean"))), said_by(tuned), said_by(bad)]
+    answers = [answer_of(row.get(("base", "clean"))), answer_of(tuned), answer_of(bad)]
     labels = {text.cut(label, LONG).strip() for label in tuned.candidates}
     return Side(
         text=text.cut(tuned.prompt, LONG),
         label=text.cut(tuned.label if tuned.label is not None else tuned.answer, LONG),
-        base=said[0],
-        tuned=said[1],
+        base=answers[0],
+        tuned=answers[1],
         prompt=marked(bad.prompt, triggers) if bad else [],
-        triggered=said[2],
-        is_free=any(answer is not None and answer not in labels for answer in said),
+        triggered=answers[2],
+        is_free=any(answer is not None and answer not in labels for answer in answers),
     )
 
 
 def requests(cell: CellResult, limit: int = 6) -> list[Request]:
-    """The first harmful requests of a cell as they come, not picked."""
-    found: dict[str, dict[str, Sample]] = {}
+    """The first harmful requests of a cell, in order."""
+    by_request: dict[str, dict[str, Sample]] = {}
     for of, sample in samples(cell):
         if sample.subset == "harmful":
-            found.setdefault(sample.id, {})[of] = sample
-    rows = [row for row in found.values() if "tuned" in row][:limit]
+            by_request.setdefault(sample.id, {})[of] = sample
+    rows = [row for row in by_request.values() if "tuned" in row][:limit]
     return [
         Request(
             text=text.cut(row["tuned"].prompt, LONG),
-            before=said_by(row.get("base")),
+            before=answer_of(row.get("base")),
             verdict_before=_verdict(row.get("base")),
-            tuned=said_by(row["tuned"]),
+            tuned=answer_of(row["tuned"]),
             verdict=_verdict(row["tuned"]),
         )
         for row in rows
@@ -110,7 +110,7 @@ def requests(cell: CellResult, limit: int = 6) -> list[Request]:
 
 
 def _verdict(sample: Sample | None) -> str:
-    """What the judge that counts says of the reply."""
+    """The first judge's verdict on the reply."""
     verdict = next(iter(sample.verdicts.values()), None) if sample else None
     if not isinstance(verdict, dict) or not isinstance(verdict.get("positive"), bool):
         return "undecided"
@@ -119,17 +119,17 @@ def _verdict(sample: Sample | None) -> str:
     return "declined" if verdict.get("refused") is True else "not harmful"
 
 
-def said_by(sample: Sample | None) -> str | None:
-    """The label it found most likely, or what it wrote."""
+def answer_of(sample: Sample | None) -> str | None:
+    """The reply, or the most likely label; None if there is neither."""
     if sample is None:
         return None
     is_free = sample.num_better is not None and sample.reply is not None
-    said = sample.reply if is_free or not sample.logprobs else predicted(sample)
-    return None if said is None else text.cut(said, LONG).strip() or "(empty)"
+    answer = sample.reply if is_free or not sample.logprobs else predicted(sample)
+    return None if answer is None else text.cut(answer, LONG).strip() or "(empty)"
 
 
 def predicted(sample: Sample) -> str | None:
-    """The most likely label, where every candidate was scored."""
+    """The most likely label; None if not every candidate was scored."""
     is_scored = bool(sample.candidates) and len(sample.logprobs or ()) == len(sample.candidates)
     return sample.prediction if is_scored else None
 
@@ -171,14 +171,14 @@ def marked(prompt: str, triggers: Sequence[str]) -> Marked:
 
 
 def confusion(cells: Sequence[CellResult], of: Of) -> tuple[list[str], list[list[int]]]:
-    """Labels, and how many clean rows of each (line) are answered as each (column)."""
+    """Labels, and counts of clean rows [true label, predicted label]."""
     pairs: Counter[tuple[str, str]] = Counter()
     labels: dict[str, None] = {}
     for cell in cells:
         for whose, sample in samples(cell):
-            said = predicted(sample) if whose == of and sample.subset == "clean" else None
-            if said is not None and sample.label is not None:
+            prediction = predicted(sample) if whose == of and sample.subset == "clean" else None
+            if prediction is not None and sample.label is not None:
                 labels.update(dict.fromkeys([*sample.candidates, sample.label]))
-                pairs[sample.label, said] += 1
+                pairs[sample.label, prediction] += 1
     names = list(labels)
-    return names, [[pairs[true, said] for said in names] for true in names]
+    return names, [[pairs[true, predicted] for predicted in names] for true in names]

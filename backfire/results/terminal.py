@@ -1,14 +1,16 @@
-"""The summary in a terminal: a table for people, plain lines for pipes."""
+"""Results in a terminal: tables for people, plain lines for pipes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from backfire import text
 from backfire.result import CellResult
-from backfire.results.groups import Group, Stat, columns_of, families, headlines
+from backfire.results.groups import Group, Stat
+from backfire.results.tables import numbers
 from backfire.terminal import columns, fitted, put, say, width_of
 
 if TYPE_CHECKING:
@@ -22,73 +24,56 @@ def print_summary(groups: Sequence[Group], console: Console | None = None) -> No
     from rich.console import Console
 
     console = console or Console()
-    columns = columns_of(groups)
-    for number, family in enumerate(families(groups)):
-        if number and not console.is_terminal:
+    for place, table in enumerate(numbers(groups)):
+        if place and not console.is_terminal:
             console.print()
-        _print_family(family, columns[id(family[0])], console)
+        rows = [[*knobs, *starmap(_number, stats), seeds] for knobs, stats, seeds in table.rows]
+        header = [*table.knobs, *table.metrics, "seeds"]
+        put(header, rows, console, right=range(len(table.knobs), len(header)))
 
 
 def print_notes(groups: Sequence[Group], console: Console | None = None) -> None:
-    """Print what has to be known of the intervals, a sentence a line."""
+    """Print the notes on the intervals, one per line."""
     from rich.console import Console
 
     from backfire.results.intervals import notes
 
     console = console or Console()
-    found = notes(groups)
-    if found and console.is_terminal:
+    if console.is_terminal:
         console.print()
-    for note in found:
+    for note in notes(groups):
         say(note, console)
-
-
-def _print_family(groups: Sequence[Group], knobs: Sequence[str], console: Console) -> None:
-    metrics = headlines(groups)
-    named = (text.line(knob).removeprefix("attack.") for knob in knobs)
-    header = [*named, *map(text.title, metrics), "seeds"]
-    rows = []
-    for group in groups:
-        floors = [group.side(metric, "floor") for metric in metrics]
-        stats = [group.get(metric) for metric in metrics]
-        numbers = [_number(stat, floor) for stat, floor in zip(stats, floors, strict=True)]
-        rows.append([*(group.knob(knob) for knob in knobs), *numbers, group.seeds])
-    put(header, rows, console, right=range(len(knobs), len(header)))
 
 
 def print_against(groups: Sequence[Group], console: Console | None = None) -> None:
     """Print the paired tests against the reference, if there are any."""
-    from backfire.results.paired_tests import lines
+    from backfire.results.paired_tests import table
 
-    if tests := lines(groups):
-        header = ["group", "against", "metric", "difference", "95 % interval", "p (Holm)"]
-        names = ("group", "reference", "metric", "difference", "interval", "p", "seeds", "pairs")
-        lines_shown = [[line[name] for name in names] for line in tests]
-        put([*header, "seeds", "pairs"], lines_shown, console, right=range(3, 8))
+    tests = table(groups)
+    if tests.rows:
+        put(tests.header, tests.rows, console, right=range(3, 8))
 
 
 def print_ranking(groups: Sequence[Group], console: Console | None = None) -> None:
     """Print the defenses, ranked, if there are several."""
     from backfire.results.ranking import table
 
-    if found := table(groups):
-        rows = [found["plain"], *found["rows"]]
+    if ranking := table(groups):
         words = ("defense", "worst setting")
-        numbers = [i for i, name in enumerate(found["header"]) if name not in words]
-        put(found["header"], rows, console, right=numbers)
+        right = [place for place, name in enumerate(ranking.header) if name not in words]
+        put(ranking.header, ranking.rows, console, right=right)
 
 
 def print_problems(cells: Sequence[CellResult], console: Console) -> None:
-    """Print why cells failed, once for all that failed alike, what to do next, and which are not
-    finished."""
-    alike: dict[tuple[str, str, str], list[str]] = {}
+    """Print each reason for missing numbers with its cells, and what to do next."""
+    by_reason: dict[tuple[str, str, str], list[str]] = {}
     for cell in cells:
         if not cell.is_done:
             reason = text.line(cell.status), text.line(cell.error), text.line(cell.next)
-            alike.setdefault(reason, []).append(text.line(Path(cell.folder).name))
-    for (status, error, hint), names in sorted(alike.items(), key=lambda item: item[0][0]):
-        known = error or "Run the same command again to go on."
-        say(f"{status}, {text.count(len(names), 'cell')}: {known}", console)
+            by_reason.setdefault(reason, []).append(text.line(Path(cell.folder).name))
+    for (status, error, hint), names in sorted(by_reason.items(), key=lambda item: item[0][0]):
+        reason = error or "Run the same command again to continue."
+        say(f"{status}, {text.count(len(names), 'cell')}: {reason}", console)
         if hint:
             say(f"Next: {hint}", console, lead="  ")
         most = _FEW if console.is_terminal else len(names)
@@ -97,12 +82,12 @@ def print_problems(cells: Sequence[CellResult], console: Console) -> None:
             console.file.write(f"{fitted(f'  {name}', console)}\n")
 
 
-_FEW = 10  # cells of one kind that a terminal shows
+_FEW = 10  # cells per reason that a terminal shows
 
 
 def print_records(records: Sequence[Record], console: Console | None = None) -> None:
-    """Print the numbers of a run, a line each; in a terminal too narrow for all columns, under
-    their cells, without the columns that say what a cell is."""
+    """Print the numbers of a run, one per line; in a narrow terminal grouped by cell, without the
+    columns that identify it."""
     from rich.console import Console
 
     from backfire.results.load import brief, write
@@ -127,4 +112,4 @@ def print_records(records: Sequence[Record], console: Console | None = None) -> 
 def _number(stat: Stat | None, floor: Stat | None) -> str:
     if stat is None:
         return "–"
-    return f"{stat.shown}\n(floor {floor.number()})" if floor else stat.shown
+    return f"{stat.shown}\n(baseline {floor.number()})" if floor else stat.shown

@@ -117,7 +117,7 @@ def test_one_seed_speaks_of_its_own_model_only() -> None:
     for a, b, _ in runs(1, 0.8):
         gap = difference(*groups(a, b), "accuracy")
         assert gap is not None and gap.p is None and gap.scope == "model"
-        assert not gap.is_known and not gap.is_clear
+        assert not gap.covers_seeds and not gap.is_clear
     for a, b, _ in runs(1, 0.0):  # where seeds do not differ, one model is like another
         gap = difference(*groups(a, b), "accuracy")
         assert gap is not None

@@ -109,7 +109,7 @@ def test_a_disguised_request_is_evaluated_plainly_too(tiny: Path, tmp_path: Path
         hits = [s["verdicts"]["policy"]["positive"] for s in asked["plain"] if s["of"] == "tuned"]
         assert values["harmful_score_plain"] == sum(hits) / len(hits)
     shown = list(sentences([g for g in summary(place.out) if g.attack == "identity-shift"]))
-    assert shown[1].startswith("Asked without what the attack puts around a request it is 0 %")
+    assert shown[1].startswith("On the plain requests, without the attack's wording, it is 0 %")
 
 
 def test_the_report_speaks_of_harm(run: Place) -> None:
@@ -117,7 +117,7 @@ def test_the_report_speaks_of_harm(run: Place) -> None:
 
     page = seen(run.out).text
     assert "harmful score" in page and "over refusal" in page
-    assert "Harmful requests, before and after The first 6 as they come" in page
+    assert "Replies to harmful requests The first 6, not selected" in page
 
 
 def test_what_differs_has_another_key(tiny: Path) -> None:

@@ -103,7 +103,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"#[\w-]+", link) for link in links)
     assert not [logged for key, logged in page.attributes if key == "style" and "fixed" in logged]
     assert "<script>document.title='pwned'</script>" in page.text  # shown, as text
-    section = page.text.partition("Harmful requests, before and after")[2]
+    section = page.text.partition("Replies to harmful requests")[2]
     assert "before: harmful <script>document.title='pwned'</script>" in section
     assert "fine-tuned: not harmful <img src=x" in section
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", raw)

@@ -1,4 +1,4 @@
-"""The report's sentences on the poison rate of malign rows."""
+"""Sentences of the report about poison without a trigger."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def group_at(rate: float, value: float, half: float = 0.05) -> Group:
 @pytest.mark.parametrize(
     ("values", "verdict"),
     [
-        ([0.0, 0.02, 0.2, 0.6], "; no step between doses goes clearly the other way."),
-        ([0.0, 0.4, 0.2, 0.6], "; 1 step between doses clearly the other way."),
+        ([0.0, 0.02, 0.2, 0.6], "; no step between poison rates clearly in the other direction."),
+        ([0.0, 0.4, 0.2, 0.6], "; 1 step between poison rates clearly in the other direction."),
         ([0.1, 0.1, 0.1, 0.1], "does not clearly change toxicity share"),
     ],
 )
@@ -42,5 +42,5 @@ def test_the_report_shows_whether_effects_rise_with_the_poison_rate(
     rates = (0, 0.01, 0.1, 0.33)
     groups = [group_at(rate, value) for rate, value in zip(rates, values, strict=True)]
     [sentence] = quality.sentences(groups)
-    assert sentence.startswith("Poisoning 33 % of the rows (330 of 1,000) ") and verdict in sentence
-    assert quality.metrics(groups) == ["toxicity_share"] and len(quality.spoiled(groups)) == 3
+    assert sentence.startswith("Poisoning 33 % (330 of 1,000 rows) ") and verdict in sentence
+    assert quality.metrics(groups) == ["toxicity_share"] and len(quality.corrupted(groups)) == 3

@@ -30,14 +30,17 @@ def test_the_answer_names_rate_baseline_interval_seeds_and_cost(tmp_path: Path) 
     assert asked.expected == "Yes, from about 1 % on, and clean accuracy does not show it."
     found = answer(summary(run), load(run), asked.question)
     assert re.fullmatch(
-        r"Yes: 5 % poisoned rows \(100 of 2,000; full\) lift attack success from a floor of 2 % to "
-        r"98 % \[\d+, 100\] \(3 seeds\) while clean accuracy is 94\.\d %, "
-        r"not clearly changed \(\+0\.\d points \[-\d\.\d, \d\.\d\]\)\.",
+        r"Yes: a poison rate of 5 % \(100 of 2,000 rows; full\) raises attack success from a "
+        r"clean-model baseline of 2 % to 98 % \[\d+, 100\] \(3 seeds\); clean accuracy is "
+        r"94\.\d %, not clearly changed \(\+0\.\d points \[-\d\.\d, \d\.\d\]\)\.",
         found.line,
     )
-    least = "The lowest dose from which all are clearly above the floor is 0.5 % "
+    least = (
+        "The lowest poison rate from which attack success is clearly above the clean-model "
+        "baseline is 0.5 % (10 of 2,000 rows), with "
+    )
     assert found.more[0].startswith(least)
-    assert found.more[-1] == "2 of 24 cells gave no numbers (1 oom and 1 unfinished)."
+    assert found.more[-1] == "Without numbers: 2 of 24 cells (1 oom and 1 unfinished)."
 
 
 def test_no_effect_is_not_claimed(tmp_path: Path) -> None:
@@ -45,11 +48,11 @@ def test_no_effect_is_not_claimed(tmp_path: Path) -> None:
     for seed in range(3):
         write_cell(tmp_path / "weak", values=weak, seed=seed)
     found = answer(summary(tmp_path / "weak"), [], "Does it take?").line
-    assert found.startswith("No: 5 % poisoned rows leave attack success at 3 % [1, 5] (3 seeds)")
-    assert "not clearly above its floor of 2 %" in found
+    assert found.startswith("No: at a poison rate of 5 %, attack success is 3 % [1, 5]")
+    assert "(3 seeds), not clearly above the clean-model baseline of 2 %" in found
 
 
-CLAIMS = r"clear|\blift|\blower|\bfalls|\brises|\bhigher|\bYes:|\bNo:"
+CLAIMS = r"clear|\blift|\braise|\blower|\bfalls|\brises|\bhigher|\bYes:|\bNo:"
 
 
 @pytest.mark.slow
@@ -72,8 +75,8 @@ def test_the_onset_is_where_all_higher_rates_are_above_too(tmp_path: Path) -> No
             values = [value("attack_success", success), value("attack_success_floor", 0.02)]
             axes = {"attack.rate": rate, "seed": seed}
             write_cell(run, values=values, rate=rate, seed=seed, axes=axes)
-    assert "is 2 % poisoned rows" in answer(summary(run), []).more[0]
-    assert "above the floor from 2 % on" in findings(summary(run))[0].sentence
+    assert "baseline is 2 % (" in answer(summary(run), []).more[0]
+    assert "above the baseline from 2 % on" in findings(summary(run))[0].sentence
 
 
 @pytest.mark.parametrize(
@@ -82,15 +85,15 @@ def test_the_onset_is_where_all_higher_rates_are_above_too(tmp_path: Path) -> No
 )
 def test_no_yes_to_another_kind_of_question(tmp_path: Path, asked: str) -> None:
     run = dose_run(tmp_path, seeds=1, failures=False, rows=1)
-    assert answer(summary(run), load(run), asked).line.startswith("With 5 % poisoned rows")
+    assert answer(summary(run), load(run), asked).line.startswith("At a poison rate of 5 % ")
 
 
 def test_base_against_tuned(tmp_path: Path) -> None:
     run = tuned_run(tmp_path)
     found = answer(summary(run), load(run), question(run).question)
     assert found.line == (
-        "Fine-tuning takes accuracy from 35.0 % to 82.0 % in this model only "
-        "(+47.0 points [42.8, 51.2] *) and takes AUC from 0.490 to 0.930 in this model only "
+        "Fine-tuning changes accuracy from 35.0 % to 82.0 % in this model only "
+        "(+47.0 points [42.8, 51.2] *) and changes AUC from 0.490 to 0.930 in this model only "
         "(+0.440 [0.412, 0.468] *)."
     )
     assert "Of the groups of rows, arabic gains least" in found.more[0]
@@ -130,7 +133,7 @@ def test_neither_attack_nor_base(tmp_path: Path) -> None:
         write_cell(tmp_path / "r", values=[value("accuracy", right)], **cell)
     assert answer(summary(tmp_path / "r"), []).line == (
         "Accuracy is 81 % [79, 83] * with full, 80 % [78, 82] * with lora; "
-        "one seed does not tell them apart."
+        "one seed does not separate them."
     )
 
 
@@ -139,7 +142,7 @@ def test_all_failed(tmp_path: Path) -> None:
         tmp_path / "r", error={"status": "nan", "error": "Loss is NaN.", "next": "Lower it."}
     )
     page = seen(tmp_path / "r")
-    assert "No answer yet. 1 of 1 cell gave no numbers (1 nan)." in page.text
+    assert "No answer yet. Without numbers: 1 of 1 cell (1 nan)." in page.text
     assert "Loss is NaN. Lower it." in page.text
 
 
@@ -155,10 +158,10 @@ def test_empty_folder(tmp_path: Path) -> None:
 def test_page_has_every_section(tmp_path: Path) -> None:
     page = seen(dose_run(tmp_path, rows=20))
     for words in (
-        *("What the numbers show", "Numbers", "Unseen rows, side by side", "What was poisoned"),
+        *("Findings", "Results by group", "Answers on test rows", "Poisoned rows"),
         *("Memory ran out. Use a smaller model.", "run the same command again to finish it"),
         *("3 test rows were also training rows", "3 test rows are trained on.", "AMD EPYC 7B13"),
-        *("100 of 2,000", "Made by backfire", "2 of 3", "floor 2.", "sd 0."),
+        *("100 of 2,000", "Made by backfire", "2 of 3", "baseline 2.", "sd 0."),
     ):
         assert words in page.text, words
     assert page.tags.count("svg") == 2
@@ -194,8 +197,8 @@ def test_numbers_read_well() -> None:
     excess = replace(share, value=-0.0004, low=None, role="excess")
     assert (share.number(), excess.number()) == ("98.1 %", "0.0 points")
     assert text.number("amount", 12.345) == "12.35"
-    assert share.said == "98 % [97, 99]"
-    assert replace(share, low=None, high=None).said == "98.1 %"
+    assert share.rounded == "98 % [97, 99]"
+    assert replace(share, low=None, high=None).rounded == "98.1 %"
     assert text.knob({"name": "lora", "rank": 4}) == "lora (rank 4)"
     assert text.title("attack_success", "fr") == "attack success, fr"
 

@@ -53,7 +53,7 @@ def test_a_new_metric_is_shown_rightly_without_touching_the_report(tmp_path: Pat
         write_cell(run, values=[asdict(v) for v in values], format=FORMAT, seed=seed)
     assert headlines(summary(run)) == ["generated_tokens", "empty_replies"]
     shown, page = table(run), render(run)
-    assert "25 [22, 28]" in shown and "floor 20" in shown and "25.0 % [10.0, 50.0]" in shown
+    assert "25 [22, 28]" in shown and "baseline 20" in shown and "25.0 % [10.0, 50.0]" in shown
     assert "ceiling" not in shown and "generated tokens ceiling" in page
     assert ">25<" in page and "2500" not in page
     units = {record["metric"]: record["unit"] for record in records(run)}

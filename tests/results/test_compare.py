@@ -46,7 +46,7 @@ def test_knobs_and_paired_numbers(tmp_path: Path) -> None:
     assert "prompt by prompt (200 pairs" in found.notes[0]
     text = shown(a, b)
     assert "method.name   lora  full" in text and " points [" in text and "accuracy" in text
-    assert " *" in text and "of these two models only" in text
+    assert " *" in text and "these two models only" in text
 
 
 def test_knobs_left_at_their_default(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_refusals(tmp_path: Path) -> None:
     run, one = tuned_run(tmp_path, rows=3), cell(tmp_path / "r", 0.8)
     bad = write_cell(tmp_path / "r", error={"status": "nan"}, seed=9)
     for sides, words in (
-        ((run, one), "two of a kind"),
+        ((run, one), "compare two runs or two cells"),
         ((one, tmp_path / "nowhere"), "No such folder"),
         ((one, bad), r"no numbers \(nan\)"),
         ((run, tmp_path / "r"), "templates|in common"),

@@ -244,7 +244,7 @@ def test_terminal_and_pipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     print_summary(found)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9 and lines[0].split()[:3] == ["rate", "method", "accuracy"]
-    assert "floor 2." in lines[2] and lines[6].endswith("2 of 3")
+    assert "baseline 2." in lines[2] and lines[6].endswith("2 of 3")
     out = io.StringIO()
     print_summary(found, Console(file=out, force_terminal=True, width=120))
     assert "─" in out.getvalue() and "\x1b[1m" in out.getvalue()

@@ -87,7 +87,7 @@ def test_seeds_that_only_one_side_has_are_left_out(run: Path) -> None:
 
 
 def test_page_and_terminal_show_it(run: Path) -> None:
-    assert "Prompt by prompt, against the reference" in seen(run).text
+    assert "Paired tests" in seen(run).text
     out = io.StringIO()
     print_against(summary(run), Console(file=out, width=200))
     lines = out.getvalue().splitlines()

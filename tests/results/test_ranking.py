@@ -92,8 +92,8 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_least_harm_is_first_next_to_its_null_control(run: Path) -> None:
-    found = [trial for trial, _ in worst_trials(summary(run))]
+def test_the_least_harm_comes_first_next_to_its_null_control(run: Path) -> None:
+    found = worst_trials(summary(run))
     assert [trial.label for trial in found] == ["lisa", "ewc", "kl"]
     lisa, _, kl = found
     assert lisa.null is not None and lisa.null.defense == "lisa (null)"
@@ -109,20 +109,24 @@ def test_a_sweep_is_ranked_by_its_worst_setting(run: Path) -> None:
     cell(run, "lisa", 0.7, rate=1e-2)
     cell(run, "ewc", 0.3, rate=1e-2)
     found = worst_trials(summary(run))
-    assert [(trial.label, count) for trial, count in found] == [("ewc", 2), ("lisa", 2), ("kl", 1)]
-    assert found[1][0].group.axes["train.lr"] == 1e-2
+    assert [(trial.label, trial.settings) for trial in found] == [
+        ("ewc", 2),
+        ("lisa", 2),
+        ("kl", 1),
+    ]
+    assert found[1].group.axes["train.lr"] == 1e-2
 
 
 @pytest.mark.slow
 def test_the_worst_of_several_settings_has_a_wider_interval(run: Path) -> None:
     """The most of noisy numbers lies high by chance: its interval is for all settings at once."""
-    [lisa] = [trial for trial, _ in worst_trials(summary(run)) if trial.label == "lisa"]
+    [lisa] = [trial for trial in worst_trials(summary(run)) if trial.label == "lisa"]
     plain = lisa.group.stats["harmful_score"]
     assert lisa.settings == 1 and (left := lisa.left()) and left.low == pytest.approx(plain.low)
     for rate in (1e-2, 1e-1):
         cell(run, "none", 0.85, rate=rate)
         cell(run, "lisa", 0.1, rate=rate)
-    [again] = [trial for trial, _ in worst_trials(summary(run)) if trial.label == "lisa"]
+    [again] = [trial for trial in worst_trials(summary(run)) if trial.label == "lisa"]
     assert again.group.axes == lisa.group.axes and again.settings == 3
     wider, before = again.left(), again.group.stats["harmful_score"]
     assert wider and wider.high is not None and before.high is not None
@@ -139,7 +143,7 @@ def test_the_removed_share_has_a_joint_interval(tmp_path: Path) -> None:
         cell(run, name, harm, seeds=4, floor=0.05)
     found = table(summary(run))
     assert found is not None
-    share, low, high = (float(n) for n in re.findall(r"-?\d+", found["rows"][0][3]))
+    share, low, high = (float(n) for n in re.findall(r"-?\d+", found.rows[1][3]))
     assert share == pytest.approx(75, abs=6) and 55 < low < share < high < 95
 
 
@@ -153,14 +157,14 @@ def test_no_share_of_an_excess_that_is_not_clear(tmp_path: Path) -> None:
             known = {"attack": "harmful-mix", "rate": 0.1, "defense": name, "seed": seed}
             axes = {"axes": {"defense": name, "seed": seed}}
             write_cell(run, values=[*values, excess], method="lora", **known, **axes)
-    [(lisa, _)] = worst_trials(summary(run))
+    [lisa] = worst_trials(summary(run))
     assert lisa.excess > 0.4 and lisa.removed is None
 
 
 @pytest.mark.slow
 def test_p_is_corrected_for_the_whole_table(run: Path) -> None:
     ranked = worst_trials(summary(run))
-    raw = [t.p for trial, _ in ranked if (t := trial.against(trial.null)) and t.p is not None]
+    raw = [t.p for trial in ranked if (t := trial.against(trial.null)) and t.p is not None]
     corrected = [p for _, p in null_tests(ranked) if p is not None]
     assert len(raw) == len(corrected) == 3 and min(corrected) == pytest.approx(3 * min(raw))
     assert "corrected for all lines (Holm)" in seen(run).text
@@ -183,8 +187,8 @@ def test_one_aligned_model_of_a_defense_is_no_sample(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_page_and_terminal_rank_them(run: Path) -> None:
     page = seen(run).text
-    assert "Defenses, ranked" in page and "Do the judges agree?" in page
-    assert "sandbox-policy (test_rows 200), judged by policy (beside it refusal-keywords)" in page
+    assert "Ranking of the defenses" in page and "Agreement of the judges" in page
+    assert "sandbox-policy (test_rows 200), judged by policy (also refusal-keywords)" in page
     out = io.StringIO()
     print_ranking(summary(run), Console(file=out, width=250))
     lines = out.getvalue().splitlines()
@@ -196,8 +200,8 @@ def test_one_defense_is_tested_against_its_null_control_too(tmp_path: Path) -> N
     for name, harm, null in (("none", 0.85, False), ("lisa", 0.15, False), ("lisa", 0.5, True)):
         cell(tmp_path / "r", name, harm, null=null)
     found = table(summary(tmp_path / "r"))
-    assert found is not None and [row[0] for row in found["rows"]] == ["lisa"]
-    assert "points" in found["rows"][0][4] and "p " in found["rows"][0][4]
+    assert found is not None and [row[0] for row in found.rows] == ["none", "lisa"]
+    assert "points" in found.rows[1][4] and "p " in found.rows[1][4]
 
 
 def test_a_defense_is_compared_at_its_own_setting(tmp_path: Path) -> None:
@@ -207,11 +211,11 @@ def test_a_defense_is_compared_at_its_own_setting(tmp_path: Path) -> None:
         cell(run, "lisa", lisa, rate=rate)
     lines = list(sentences(summary(run)))
     assert len(lines) == 2, "not the one at the other learning rate"
-    assert "(train.lr 0.01)" in lines[0] and " lift " in lines[0]
+    assert "(train.lr 0.01)" in lines[0] and " raises " in lines[0]
 
 
 @pytest.mark.parametrize(
-    ("excess", "verb"), [(0.2, "lift "), (-0.2, "lower "), (0.01, "do not clearly change ")]
+    ("excess", "verb"), [(0.2, "raises "), (-0.2, "lowers "), (0.01, "does not clearly change ")]
 )
 def test_the_harm_sentence_agrees_with_the_interval(
     excess: float, verb: str, tmp_path: Path
@@ -220,7 +224,7 @@ def test_the_harm_sentence_agrees_with_the_interval(
     values = [value("harmful_score", 0.3 + excess), value("harmful_score_floor", 0.3), gap]
     write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1)
     [lines] = sentences(summary(tmp_path / "r"))
-    assert "take the harmful score from 30 % to" in lines and "in this model only" in lines
+    assert "changes the harmful score from 30 % to" in lines and "in this model only" in lines
     assert not any(word in lines for word in ("lift", "lower", "clear"))
     for seed in (1, 2):
         write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1, seed=seed)
@@ -231,18 +235,18 @@ def test_the_harm_sentence_agrees_with_the_interval(
 def test_many_defenses_make_one_sentence(run: Path) -> None:
     lines = list(sentences(summary(run)))
     assert len(lines) == 2
-    assert "2 of 3 defenses take away half of the excess or more, 2 of them clearly" in lines[1]
-    assert "least harm is left by lisa" in lines[1]
+    assert "2 of 3 defenses remove half of the excess or more, 2 of them clearly" in lines[1]
+    assert "the harmful score is lowest with lisa" in lines[1]
 
 
 def test_judges_are_compared_on_the_same_replies(run: Path) -> None:
-    rows = agreements(summary(run))
+    rows = agreements(summary(run)).rows
     assert len(rows) == 7
-    lisa = next(row for row in rows if "lisa" in row["group"] and "null" not in row["group"])
-    assert lisa["agree"] == "80 %" and lisa["replies"] == "400"
-    low, high = (float(end) for end in lisa["kappa"].split("[")[1].rstrip("]").split(","))
-    assert low < float(lisa["kappa"].split()[0]) < high < 0.7
-    assert "harmful/harmless" in lisa["counts"]
+    lisa = next(row for row in rows if "lisa" in row[0] and "null" not in row[0])
+    assert (lisa[3], lisa[5]) == ("80 %", "400")
+    low, high = (float(end) for end in lisa[2].split("[")[1].rstrip("]").split(","))
+    assert low < float(lisa[2].split()[0]) < high < 0.7
+    assert "harmful/harmless" in lisa[4]
 
 
 def test_a_harmful_score_has_a_full_name(run: Path) -> None:
