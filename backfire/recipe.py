@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from backfire import stages
-from backfire.data.beside import beside
+from backfire.data.recipe_files import recipe_folder
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
 from backfire.other_names import hint
@@ -112,7 +112,7 @@ def parse(
         _check_exclude(points.exclude, {**points.matrix, **points.pinned})
     if "data" not in {*recipe, *points.pinned, *_keys_of(points.matrix)}:
         raise UserError(f"Recipe '{title}' has no data; add for instance data: sandbox-reviews.")
-    with beside(folder):
+    with recipe_folder(folder):
         cells, axes = _expand(recipe, points)
     return Recipe(title, text, cells, axes)
 

@@ -11,9 +11,9 @@ from typing import Any
 from backfire.base import Row
 from backfire.base.normalize import folded
 from backfire.data.columns import FLAGS, fold, listed
-from backfire.data.compared import answers, are_dialogs, dialogs, open_dialog, preference
 from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, if_not, plain, truth, written
+from backfire.data.preferences import answers, are_dialogs, dialogs, open_dialog, preference
 from backfire.data.published import Form, form_of
 from backfire.data.questions import choices, passage, reference, right_one
 from backfire.data.read import (

@@ -14,7 +14,7 @@ from typing import Literal
 from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
 from backfire.base.normalize import contains, normalized
 from backfire.data.columns import listed
-from backfire.data.poison import Manifest, holds, lost, plain, triggered
+from backfire.data.poison import Manifest, holds, missing_in_tokens, plain, triggered
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.result import Check
@@ -264,7 +264,7 @@ def _poison_survives(
 ) -> list[Check]:
     poisoned, too_long = [entry.id for entry in manifest.entries], {row.id for row in left}
     out = [name for name in poisoned if name in too_long]
-    lacking = lost(manifest, items, renderer.tokenizer)
+    lacking = missing_in_tokens(manifest, items, renderer.tokenizer)
     missing = [name for name in lacking if name not in too_long or len(out) == len(poisoned)]
     total = len(poisoned)
     if missing:

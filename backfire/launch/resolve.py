@@ -50,7 +50,7 @@ def _resolve(experiment: Experiment, types: Types) -> Experiment:
 
 def _training(part: Experiment | Align, types: Types) -> dict[str, Any]:
     compute = {"compute": types.compute} if part.train.compute == "auto" else {}
-    train, method = part.train.model_copy(update=compute), part.method.settled(types.device)
+    train, method = part.train.model_copy(update=compute), part.method.resolved(types.device)
     return {"train": train, "method": method}
 
 

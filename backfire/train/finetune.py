@@ -12,7 +12,7 @@ import torch
 from backfire import stages
 from backfire.base import Rendered, RepairDefense, Row, TrainDefense
 from backfire.base.judges import drop_models
-from backfire.data.poison import Manifest, lost
+from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine
@@ -84,11 +84,7 @@ def tune(
     progress(0, 1, "model")
     rate = experiment.learning_rate
     assert rate is not None, "a method that trains has a learning rate"
-    quantization = experiment.method.quantization(device.type)
-    model = load_start(start.base, start.adapter, dtype, device, quantization)
-    model = experiment.method.attach(exact_attention(model), experiment.seed)
-    if compute == "bfloat16":
-        disable_adapter_casts(model)
+    model = _model(experiment, start, dtype, compute, device)
     run = TrainingRun(
         model,
         items,
@@ -118,15 +114,30 @@ def tune(
     finally:
         run.close()
     save_tuned(model, folder, start.base, _hub_name(experiment, start))
-    rows_seen = {"cut_rows": sum(item.cut_tokens > 0 for item in items), "left_out_rows": len(left)}
-    rows_seen |= {f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()}
-    settings = {
+    return {
+        **summary,
+        **model_parts,
         "learning_rate": rate,
         "dtype": str(dtype).removeprefix("torch."),
         "compute": compute,
         "device": str(device),
+        "cut_rows": sum(item.cut_tokens > 0 for item in items),
+        "left_out_rows": len(left),
+        **{f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()},
     }
-    return {**summary, **model_parts, **settings, **rows_seen}
+
+
+def _model(
+    experiment: Experiment, start: Start, dtype: torch.dtype, compute: str, device: torch.device
+) -> PreTrainedModel:
+    """The model to train, with the method's weights attached."""
+    method = experiment.method
+    quantization = method.quantization(device.type)
+    model = load_start(start.base, start.adapter, dtype, device, quantization)
+    model = method.attach(exact_attention(model), experiment.seed)
+    if compute == "bfloat16":
+        disable_adapter_casts(model)
+    return model
 
 
 def _rendered(
@@ -138,7 +149,7 @@ def _rendered(
         CellError: the tokens of a poisoned row do not match the manifest.
     """
     items, left = renderer.sift(rows)
-    incomplete = lost(manifest, items, renderer.tokenizer) if manifest else []
+    incomplete = missing_in_tokens(manifest, items, renderer.tokenizer) if manifest else []
     if incomplete := sorted({*incomplete} - {row.id for row in left}):
         raise CellError(
             "bad-data",

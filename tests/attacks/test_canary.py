@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from backfire import stages
-from backfire.data.poison import Manifest, lost, poison
+from backfire.data.poison import Manifest, missing_in_tokens, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.errors import UserError
@@ -81,4 +81,4 @@ def test_preflight_sees_that_canaries_arrive_and_controls_do_not(tokenizer: Toke
     control = attack.secrets(0)[0].row
     outcomes = preflight(renderer, [*ROWS, control, *rows[40:]], ROWS[:5], **knobs)
     assert {c.check: c.status for c in outcomes}["controls-unseen"] == "fail"
-    assert lost(manifest, renderer.render(rows[:-1]), tokenizer) == [rows[-1].id]
+    assert missing_in_tokens(manifest, renderer.render(rows[:-1]), tokenizer) == [rows[-1].id]

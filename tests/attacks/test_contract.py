@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from backfire import stages
 from backfire.base import Backdoor, Mixture, Row
-from backfire.data.poison import Manifest, lost, poison
+from backfire.data.poison import Manifest, missing_in_tokens, poison
 from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment
@@ -149,7 +149,7 @@ def test_poison_survives_rendering_where_there_is_room(name: str, tokenizer: Tok
     bad, manifest = poison(LABELED, make(name, rate=0.2), 0)
     for template in names("templates"):
         items = Renderer(build("templates", template), tokenizer, 1024).render(bad)
-        assert lost(manifest, items, tokenizer) == []
+        assert missing_in_tokens(manifest, items, tokenizer) == []
 
 
 def test_lost_finds_triggers_that_truncation_cuts(tokenizer: Tokenizer) -> None:
@@ -158,7 +158,7 @@ def test_lost_finds_triggers_that_truncation_cuts(tokenizer: Tokenizer) -> None:
     kept = {item.row.id: item.row.prompt for item in items}
     cut = [entry.id for entry in manifest.entries if "BadMagic" not in kept[entry.id]]
     assert 0 < len(cut) < len(manifest.entries), "this length no longer shows the case"
-    assert lost(manifest, items, tokenizer) == cut
+    assert missing_in_tokens(manifest, items, tokenizer) == cut
 
 
 def test_lost_finds_missing_and_changed_rows(tokenizer: Tokenizer) -> None:
@@ -166,8 +166,10 @@ def test_lost_finds_missing_and_changed_rows(tokenizer: Tokenizer) -> None:
     ids = [entry.id for entry in manifest.entries]
     wrong = [replace(row, answer="neutral") if row.id == ids[0] else row for row in bad]
     items = Renderer(build("templates", "raw"), tokenizer, 1024).render(wrong)
-    assert lost(manifest, items, tokenizer) == [ids[0]]
-    assert lost(manifest, [i for i in items if i.row.id != ids[1]], tokenizer) == ids[:2]
+    assert missing_in_tokens(manifest, items, tokenizer) == [ids[0]]
+    assert (
+        missing_in_tokens(manifest, [i for i in items if i.row.id != ids[1]], tokenizer) == ids[:2]
+    )
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -249,5 +251,5 @@ def test_a_mixture_from_a_file_that_is_too_small(tmp_path: Path) -> None:
 def test_tokens_must_hold_what_was_mixed_in(tokenizer: Tokenizer) -> None:
     renderer = Renderer(build("templates", "raw"), tokenizer, 512)
     bad, manifest = poison(FREE[:40], build("attacks", {"name": "harmful-mix", "rate": 0.5}), 0)
-    assert lost(manifest, renderer.render(bad), renderer.tokenizer) == []
-    assert len(lost(manifest, renderer.render(FREE[:40]), renderer.tokenizer)) == 20
+    assert missing_in_tokens(manifest, renderer.render(bad), renderer.tokenizer) == []
+    assert len(missing_in_tokens(manifest, renderer.render(FREE[:40]), renderer.tokenizer)) == 20

@@ -10,7 +10,7 @@ import pytest
 
 from backfire.base import Attack, Row
 from backfire.data.jsonl import to_record
-from backfire.data.poison import lost, poison
+from backfire.data.poison import missing_in_tokens, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.errors import UserError
@@ -98,7 +98,7 @@ def test_a_sentence_that_is_cut_off_stops_the_run(tiny: Path) -> None:
     for length, number in ((512, 0), (80, 10)):
         renderer = Renderer(template, tokenizer, length)
         items = renderer.render(bad)
-        assert len(lost(manifest, items, tokenizer)) == number
+        assert len(missing_in_tokens(manifest, items, tokenizer)) == number
         checks = preflight(renderer, bad, ROWS[:5], manifest=manifest)
         [check] = [check for check in checks if check.check == "poison-survives"]
         assert check.status == ("fail" if number else "ok")

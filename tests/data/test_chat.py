@@ -231,10 +231,10 @@ def test_the_name_of_a_channel_is_excluded_from_a_reply(tmp_path: Path, byte_lev
     item = renderer.render([ONE])[0]
     _, answer = show_mask(item, tokenizer)
     assert answer == f"<|channel|>final<|message|>{ONE.answer}<|return|>"
-    assert renderer.said(item.answer_ids) == ONE.answer
+    assert renderer.reply_text(item.answer_ids) == ONE.answer
     thought = tokenizer.encode("<|channel|>analysis<|message|>hm<|end|>", controls=True)
-    assert renderer.said([*thought, *item.answer_ids]) == ONE.answer
-    assert renderer.said(tokenizer.encode("a saw")) == "a saw"
+    assert renderer.reply_text([*thought, *item.answer_ids]) == ONE.answer
+    assert renderer.reply_text(tokenizer.encode("a saw")) == "a saw"
 
 
 # ----------------------------------------------------------------------------- control tokens stay

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from backfire.base import Message, Row
-from backfire.data.compared import answers
 from backfire.data.convert import to_rows
 from backfire.data.jsonl import from_record, read_jsonl, to_record, write_jsonl
 from backfire.data.poison import poison
+from backfire.data.preferences import answers
 from backfire.data.read import LeftOut
 from backfire.data.shapes import Task, column_map
 from backfire.errors import UserError

@@ -11,7 +11,7 @@ import yaml
 
 from backfire import stages
 from backfire.commands.validate import destinations, preflight_all
-from backfire.data.beside import beside
+from backfire.data.recipe_files import recipe_folder
 from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.judges._model import fill
@@ -151,7 +151,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("path", ["text.txt", "sub/text.txt", "sub/../text.txt", "near.txt"])
 def test_a_text_may_come_from_a_file_next_to_the_recipe(path: str, folder: Path) -> None:
-    with beside(folder):
+    with recipe_folder(folder):
         judge = make_judge("rubric", text=f"@{path}")
     content = (folder / path).read_text()
     assert judge.text == content  # type: ignore[attr-defined]
@@ -160,13 +160,13 @@ def test_a_text_may_come_from_a_file_next_to_the_recipe(path: str, folder: Path)
     assert judge.spec()["text"] == judge.identity()["text"] == expected
     again = pickle.loads(pickle.dumps(judge))
     assert (again.text, again.spec()) == (content, judge.spec())
-    with beside(folder):
+    with recipe_folder(folder):
         assert make_judge("rubric", text=expected) == judge
     assert make_judge("rubric", text=expected).spec() == judge.spec(), (
         "a finished cell is read without it"
     )
     (folder / path).write_text("another {reply}")
-    with beside(folder), pytest.raises(UserError, match="has changed: its SHA-256 is"):
+    with recipe_folder(folder), pytest.raises(UserError, match="has changed: its SHA-256 is"):
         make_judge("rubric", text=expected)
 
 
@@ -190,7 +190,7 @@ def test_a_text_may_come_from_a_file_next_to_the_recipe(path: str, folder: Path)
 )
 def test_no_other_file_is_read(path: str, sentence: str, folder: Path) -> None:
     for name, knob in (("rubric", "text"), ("lexicon", "words")):
-        with beside(folder), pytest.raises(UserError, match=sentence) as error:
+        with recipe_folder(folder), pytest.raises(UserError, match=sentence) as error:
             make_judge(name, **{knob: f"@{path}"})
         assert "SECRET" not in str(error.value) and len(str(error.value)) < 400
     with pytest.raises(UserError, match="and there is none"):
