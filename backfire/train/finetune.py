@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from backfire import stages
 from backfire.base import Rendered, RepairDefense, Row, TrainDefense
