@@ -1,7 +1,7 @@
 """From samples to values: the rows that a metric covers, its outcomes, and its interval.
 
-Missing measurements are never skipped: a row that should have been measured but was not is an
-error, and an empty reply is a wrong one. (Leaving out failures is the field's most common mistake.)
+Missing measurements are never skipped: a row that lacks one is an error, and an empty reply is
+wrong. (Leaving out failures is the field's most common mistake.)
 """
 
 from __future__ import annotations
@@ -74,6 +74,11 @@ def likelihoods(
     if per == "token":
         scores = [s / count for s, count in zip(scores, sample.candidate_tokens, strict=True)]
     return scores[: sample.num_better], scores[sample.num_better :]
+
+
+def answerable(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with a reference answer that is not blank."""
+    return [sample for sample in samples if normalized(sample.answer)]
 
 
 def replied(samples: Sequence[Sample], metric: str) -> list[tuple[Sample, str]]:
@@ -278,7 +283,7 @@ def answer_likelihoods(samples: Sequence[Sample], metric: str) -> tuple[Floats, 
     rows = _distinct([row for row in samples if row.answer], metric)
     measured = [(row.answer_logprob, row.answer_tokens) for row in rows]
     if missing := sum(logprob is None or not tokens for logprob, tokens in measured):
-        sentence = f"needs the answers' likelihoods; {missing} of {len(rows)} rows lack them."
+        sentence = f"requires the answers' likelihoods; {missing} of {len(rows)} rows lack them."
         raise CellError("bad-data", f"{metric} {sentence}")
     table = np.array(measured, dtype=np.float64).reshape(-1, 2)
     if broken := int((~np.isfinite(table)).any(1).sum()):

@@ -1,4 +1,4 @@
-"""What every export of results builds on: cells in, whole files out, or none."""
+"""Shared parts of the exports: all files of a run are written, or none."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from backfire.results.load import cell, load, read
 from backfire.results.plugins import lacking
 
 Outcomes = dict[tuple[str, str], dict[str, float]]
-"""Subset and id of a sample -> metric -> the metric on that sample."""
+"""(Subset, id) of a sample -> metric -> outcome."""
 
 
 def export(run: Path, out: Path, write: Callable[[CellResult, Path], list[Path]]) -> list[Path]:
-    """Have `write(cell, folder)` make each finished cell's files in a folder beside `out`. Once all
-    are whole they move to `out`, each in one step; if one fails, none does."""
+    """Export each finished cell with `write(cell, folder)`, into a temporary folder next to `out`.
+    When all files are complete, each is moved to `out` atomically; if one fails, none is."""
     if not run.is_dir():
         raise UserError(f"No such folder: {run}.")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder to write to.")
-    found = load(run) if (run / "cells").is_dir() else [cell(run.absolute())]
-    done = [item for item in found if item.is_done]
+    cells = load(run) if (run / "cells").is_dir() else [cell(run.absolute())]
+    done = [item for item in cells if item.is_done]
     if not done:
         raise UserError(f"No finished cell in {run}, so there is nothing to export.")
     if missing := lacking(done):
@@ -41,8 +41,8 @@ def export(run: Path, out: Path, write: Callable[[CellResult, Path], list[Path]]
     place = out.absolute()
     place.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
-        made = [file for item in done for file in write(item, Path(folder))]
-        files = [(file, out / file.relative_to(folder)) for file in made]
+        written = [file for item in done for file in write(item, Path(folder))]
+        files = [(file, out / file.relative_to(folder)) for file in written]
         for file, target in files:
             target.parent.mkdir(parents=True, exist_ok=True)
             file.replace(target)
@@ -50,10 +50,10 @@ def export(run: Path, out: Path, write: Callable[[CellResult, Path], list[Path]]
 
 
 def tuned(item: CellResult) -> Evidence:
-    """All samples of the tuned model on test rows, and on the requests of `safety`.
+    """The stored evidence of a cell.
 
     Raises:
-        UserError: the file is missing or torn.
+        UserError: its samples are missing or damaged.
     """
     if not is_whole(Path(item.folder)):
         raise UserError(f"The samples of {item.folder} are missing or damaged.")
@@ -61,35 +61,36 @@ def tuned(item: CellResult) -> Evidence:
 
 
 def shown(evidence: Evidence) -> list[Sample]:
-    """What the tuned model was asked: clean rows, triggered ones, then requests."""
-    asked = (sample for probe in evidence.probes.values() for sample in probe.tuned)
-    return [*evidence.clean, *evidence.triggered, *asked]
+    """Samples of the tuned model: clean rows, triggered rows, then requests."""
+    requests = (sample for probe in evidence.probes.values() for sample in probe.tuned)
+    return [*evidence.clean, *evidence.triggered, *requests]
 
 
 def outcomes(item: CellResult, evidence: Evidence) -> Outcomes:
-    """Every metric of the cell that is a mean over rows; nothing for a sample none speaks of."""
-    found: Outcomes = defaultdict(dict)
+    """The outcomes of every metric of the cell that is a mean over rows."""
+    by_sample: Outcomes = defaultdict(dict)
     for family in dict.fromkeys(v.family for v in item.values if v.role == "headline"):
         metric, name = pairs.metric_of(family, item), family.replace("-", "_")
         if metric and metric.subject == "secrets":
-            continue  # of secrets, which are no samples
+            continue  # secrets are not samples
         subset = pairs.rows_of(metric)
         for id, hit in pairs.outcomes_of(metric, evidence).items():
-            found[subset, id][name] = float(hit)
-    return found
+            by_sample[subset, id][name] = float(hit)
+    return by_sample
 
 
 def owner(value: Value) -> tuple[str, str]:
-    """`attack_success` of `attack_success_floor[de]`, and the rows it is of: `triggered`."""
+    """The headline metric of a value and its subset: (`attack_success`, `triggered`) for
+    `attack_success_floor[de]`."""
     name = value.family.replace("-", "_") or value.name
     if value.role == "plain":
         return name, "plain"
-    known = value.family in names("metrics")
-    return name, pairs.rows_of(build("metrics", value.family) if known else None)
+    is_registered = value.family in names("metrics")
+    return name, pairs.rows_of(build("metrics", value.family) if is_registered else None)
 
 
 def stderr(value: Value) -> float | None:
-    """A value's standard error from its 95 % interval; None where it is lopsided or a point."""
+    """Standard error from the 95 % interval; None if that is asymmetric or a point."""
     number, low, high = value.value, value.low, value.high
     if number is None or low is None or high is None:
         return None
@@ -99,27 +100,27 @@ def stderr(value: Value) -> float | None:
 
 
 def finished_at(item: CellResult) -> datetime:
-    """When result.json was written: the same every time a cell is exported."""
+    """The time `result.json` was written, so that repeated exports are equal."""
     return datetime.fromtimestamp((Path(item.folder) / "result.json").stat().st_mtime, UTC)
 
 
 def environment(item: CellResult) -> dict[str, Any]:
-    """What the cell was run with; empty if that was not kept."""
+    """The content of `environment.json`; empty if it is missing or damaged."""
     try:
-        found = read(Path(item.folder) / "environment.json")
+        content = read(Path(item.folder) / "environment.json")
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def safe(name: str) -> str:
-    """The name as part of a file name."""
+    """The name with only characters that are safe in a file name."""
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name).strip("-.")[:80] or "x"
 
 
 def plain(value: Any) -> Any:
-    """The same as strict JSON in valid Unicode: half a surrogate pair is spelled `\\ud800`, as
-    inspect does, and nan and infinity are words."""
+    """The value as strict JSON in valid Unicode: a lone surrogate becomes `\\ud800`, as in inspect,
+    nan and infinity become text."""
     if isinstance(value, str):
         return value.encode("utf-8", "backslashreplace").decode()
     if isinstance(value, dict):

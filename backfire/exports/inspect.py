@@ -1,8 +1,7 @@
-"""Results as `.eval` logs of inspect_ai, one a cell, for `inspect view`.
+"""Results as `.eval` logs of inspect_ai, one per cell, for `inspect view`.
 
-A log holds what the tuned model was asked and what it said, on the clean rows, on the triggered
-ones, and on the requests of `safety` with the judges' verdicts; and every number of the cell with
-its interval. All text in it is data: nothing is rendered.
+A log holds the tuned model's prompts and answers on clean rows, on triggered rows, and on the
+requests of `safety` with the judges' verdicts; and every number of the cell with its interval.
 """
 
 from __future__ import annotations
@@ -45,19 +44,19 @@ KEPT: Final = (
 def to_inspect(run: Path, out: Path) -> list[Path]:
     """Write a log of each finished cell of a run folder, or of one cell folder, to `out`.
 
-    `created` is when the cell finished, the duration what its own evaluation took (what an equal
-    cell had measured was only read). The prompt is the row's own text, before the template was put
-    around it. What was not kept, such as token counts, is left out.
+    `created` is the time the cell finished, the duration that of its own evaluation (without what
+    was read from the cache). The prompt is the row's own text, without the template. What is not
+    stored, such as token counts, is left out.
 
     Raises:
-        UserError: no such folder, no finished cell, samples that can not be read, or no inspect-ai.
+        UserError: no such folder, no finished cell, unreadable samples, or no inspect-ai.
     """
     _inspect("log")
     return export(run, out, _write)
 
 
 def _inspect(part: str) -> Any:
-    """A module of inspect_ai, which is not among what backfire always needs."""
+    """A module of inspect_ai, an optional dependency."""
     try:
         return import_module(f"inspect_ai.{part}")
     except ImportError:
@@ -66,7 +65,7 @@ def _inspect(part: str) -> Any:
 
 
 def _write(item: CellResult, folder: Path) -> list[Path]:
-    created = f"{finished_at(item):%Y-%m-%dT%H-%M-%S}-00-00"  # named as inspect names its own
+    created = f"{finished_at(item):%Y-%m-%dT%H-%M-%S}-00-00"  # as inspect names its logs
     parts = (safe(str(part)) for part in (item.data, item.slug, item.key))
     file = folder / f"{'_'.join((created, *parts))}.eval"
     _inspect("log").write_eval_log(_log(item), file)
@@ -75,26 +74,22 @@ def _write(item: CellResult, folder: Path) -> list[Path]:
 
 def _log(item: CellResult) -> Any:
     """inspect's EvalLog."""
-    log, found, made_with, known = (
-        _inspect("log"),
-        tuned(item),
-        environment(item),
-        plain(identity(item)),
-    )
-    hits, model = outcomes(item, found), f"backfire/{known['cell']}"
-    rows = [_sample(row, hits, model) for row in shown(found)]
-    packages = {name: made_with.get(name) for name in ("backfire", "torch", "transformers")}
+    log, evidence, recorded = _inspect("log"), tuned(item), environment(item)
+    fields = plain(identity(item))
+    hits, model = outcomes(item, evidence), f"backfire/{fields['cell']}"
+    rows = [_sample(row, hits, model) for row in shown(evidence)]
+    packages = {name: recorded.get(name) for name in ("backfire", "torch", "transformers")}
     ids = [row.id for row in rows]
     spec = log.EvalSpec(
         created=finished_at(item).isoformat(),
-        task=known["data"],
-        **dict.fromkeys(("eval_id", "run_id", "task_id"), known["key"]),
+        task=fields["data"],
+        **dict.fromkeys(("eval_id", "run_id", "task_id"), fields["key"]),
         task_args=plain(item.settings),
-        dataset=log.EvalDataset(name=known["data"], samples=len(rows), sample_ids=ids),
+        dataset=log.EvalDataset(name=fields["data"], samples=len(rows), sample_ids=ids),
         model=model,
         config=log.EvalConfig(),
         packages={name: version for name, version in packages.items() if version},
-        metadata={**known, "warnings": plain(item.warnings), "environment": plain(made_with)},
+        metadata={**fields, "warnings": plain(item.warnings), "environment": plain(recorded)},
     )
     results, stats = _results(item.values, hits, len(rows)), log.EvalStats()
     if (seconds := finite(item.evaluate.get("seconds"))) is not None:
@@ -105,26 +100,26 @@ def _log(item: CellResult) -> Any:
 
 def _sample(sample: Sample, hits: Outcomes, model: str) -> Any:
     """inspect's EvalSample."""
-    chat, known = _inspect("model"), plain(asdict(sample))
-    said, reply = plain(predicted(sample)), known["reply"]
-    # The id becomes a file name within the log: whatever is odd in it is percent-encoded.
-    id = f"{known['subset']}-{quote(known['id'], safe='')}"
-    messages = [chat.ChatMessageUser(content=known["prompt"], id=f"{id}-prompt")]
+    chat, fields = _inspect("model"), plain(asdict(sample))
+    prediction, reply = plain(predicted(sample)), fields["reply"]
+    # The id becomes a file name within the log, so it is percent-encoded.
+    id = f"{fields['subset']}-{quote(fields['id'], safe='')}"
+    messages = [chat.ChatMessageUser(content=fields["prompt"], id=f"{id}-prompt")]
     output = chat.ModelOutput(model=model)
     if reply is not None:
-        # Whether the model ended it or it was cut was not kept.
+        # The stored sample does not say why the reply ended.
         output = chat.ModelOutput.from_content(model, reply, stop_reason="unknown")
         output.message.id = f"{id}-reply"
         messages.append(output.message)
-    # Where there are both, a label and a reply, it is the metric's knobs that say which counts.
-    answer = said if reply is None else reply if said is None else None
-    about = {**known, "prediction": said}
+    # With both a label and a reply, the metric's knobs decide which one counts.
+    answer = prediction if reply is None else reply if prediction is None else None
+    about = {**fields, "prediction": prediction}
     return _inspect("log").EvalSample(
         id=id,
         epoch=1,
-        input=known["prompt"],
-        choices=known["candidates"] or None,
-        target=known["answer"] if known["label"] is None else known["label"],
+        input=fields["prompt"],
+        choices=fields["candidates"] or None,
+        target=fields["answer"] if fields["label"] is None else fields["label"],
         messages=messages,
         output=output,
         scores={
@@ -136,7 +131,7 @@ def _sample(sample: Sample, hits: Outcomes, model: str) -> Any:
 
 
 def _results(values: Sequence[Value], hits: Outcomes, rows: int) -> Any:
-    """inspect's EvalResults: a scorer for each metric, with the metric's parts and companions."""
+    """inspect's EvalResults: a scorer per metric, with its parts and companions."""
     log = _inspect("log")
     scorers: dict[str, dict[str, Any]] = {}
     for value in values:

@@ -24,8 +24,8 @@ class Confusion(Metric):
         labels, totals = labels_of(rows), Counter(row.label for row in rows)
         return [
             Value(
-                f"confusion[{true}>{said}]",
-                float(counts[true, said]),
+                f"confusion[{true}>{predicted}]",
+                float(counts[true, predicted]),
                 None,
                 None,
                 totals[true],
@@ -33,5 +33,5 @@ class Confusion(Metric):
                 "count",
             )
             for true in labels
-            for said in labels
+            for predicted in labels
         ]

@@ -17,7 +17,6 @@ class Cost(Metric):
     needs: ClassVar[Asks] = ask("training")
 
     def measure(self, evidence: Evidence) -> list[Value]:
-        known = evidence.training
         parts: tuple[tuple[str, str, Unit], ...] = (
             ("trainable_share", "trainable_share", "share"),
             ("train_seconds", "seconds", "seconds"),
@@ -27,5 +26,5 @@ class Cost(Metric):
         return [
             Value(name, float(value), None, None, 1, "none" if unit == "share" else "lower", unit)
             for name, key, unit in parts
-            if (value := known.get(key)) is not None
+            if (value := evidence.training.get(key)) is not None
         ]

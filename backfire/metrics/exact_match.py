@@ -2,9 +2,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.base.normalize import normalized
-from backfire.evaluate.outcomes import grouped, replied, share
+from backfire.evaluate.outcomes import answerable, grouped, replied, share
 from backfire.registry import register
 
 
@@ -22,16 +22,12 @@ class ExactMatch(Metric):
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)
-        parts = grouped("exact_match", _answerable(evidence))
+        parts = grouped("exact_match", answerable(evidence.clean))
         return [share(name, [hits[row.id] for row in rows], "higher") for name, rows in parts]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
-        pairs = replied(_answerable(evidence), "exact_match")
+        pairs = replied(answerable(evidence.clean), "exact_match")
         return {
             row.id: float(reply == normalized(evidence.as_written(row.answer)))
             for row, reply in pairs
         }
-
-
-def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if normalized(row.answer)]

@@ -64,8 +64,8 @@ class Exposure(Metric):
         ]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
-        known = [(leak.id, _best(leak)) for leak in evidence.leaks if leak.repeats]
-        return {name: bits for name, bits in known if bits is not None}
+        bits = {leak.id: _best(leak) for leak in evidence.leaks if leak.repeats}
+        return {id: value for id, value in bits.items() if value is not None}
 
 
 def _exact(leak: Leak) -> float | None:
@@ -88,20 +88,20 @@ def _means(
     direction: Direction = "lower",
 ) -> list[Value]:
     """Return the mean over the inserted canaries, then by number of insertions."""
-    found = []
+    values = []
     for name, part in by_repeats(metric, leaks):
-        known = [bits for leak in part if (bits := bits_of(leak)) is not None]
-        if len(known) < len(part):
+        measured = [bits for leak in part if (bits := bits_of(leak)) is not None]
+        if len(measured) < len(part):
             continue
-        each = np.array(known)
+        each = np.array(measured)
 
         def mean(counts: Floats, each: Floats = each) -> Floats:
-            found: Floats = (counts @ each)[:, None] / len(each)
-            return found
+            means: Floats = (counts @ each)[:, None] / len(each)
+            return means
 
         cap = math.log2(part[0].num_codes)
-        found += [
+        values += [
             replace(value, most=cap)
             for value in resampled([name], len(each), mean, direction, "bits")
         ]
-    return found
+    return values

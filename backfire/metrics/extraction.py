@@ -34,26 +34,26 @@ class Extraction(Metric):
         if not any(leak.repeats for leak in evidence.leaks):
             return []
         parts = list(by_repeats("extraction", evidence.leaks))
-        found = [share(name, [leak.greedy for leak in part], "lower") for name, part in parts]
+        values = [share(name, [leak.greedy for leak in part], "lower") for name, part in parts]
         if self.beams:
             beams = by_repeats(f"extraction_at_{self.beams}", evidence.leaks)
-            found += [
+            values += [
                 share(
                     name, [(leak.place or self.beams + 1) <= self.beams for leak in part], "lower"
                 )
                 for name, part in beams
             ]
         for _, part in parts[1:]:
-            dose = part[0].repeats or "control"
-            found += [
+            repeats = part[0].repeats or "control"
+            values += [
                 share(
-                    f"extraction_given[{dose}, {given}]",
+                    f"extraction_given[{repeats}, {given}]",
                     [leak.given <= given for leak in part],
                     "none",
                 )
                 for given in range(part[0].num_characters)
             ]
-        return found
+        return values
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         return {leak.id: float(leak.greedy) for leak in evidence.leaks if leak.repeats}

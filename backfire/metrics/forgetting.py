@@ -33,8 +33,8 @@ class Forgetting(Metric):
 
     @property
     def texts(self) -> Dataset:
-        found: Dataset = build("datasets", self.source)
-        return found
+        texts: Dataset = build("datasets", self.source)
+        return texts
 
     @property
     def texts_key(self) -> str:
@@ -57,8 +57,8 @@ class Forgetting(Metric):
 
         def statistic(counts: Floats) -> Floats:
             two = [-(counts @ part) / (counts @ tokens) for part in (now, before)]
-            found: Floats = np.exp(np.stack([two[0] - two[1], *two], 1))
-            return found
+            perplexities: Floats = np.exp(np.stack([two[0] - two[1], *two], 1))
+            return perplexities
 
         names = ["forgetting", "forgetting_perplexity", "forgetting_perplexity_before"]
         return resampled(names, len(now), statistic, "lower", "amount")

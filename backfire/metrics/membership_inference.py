@@ -44,10 +44,10 @@ class MembershipInference(Metric):
             "": (-inside, -outside),
             "[reference]": (before_inside - inside, before_outside - outside),
         }
-        found = []
+        values = []
         for part, (ours, others) in attacks.items():
-            found += self._attack(part, ours, others)
-        return sorted(found, key=lambda value: value.metric.partition("[")[0])
+            values += self._attack(part, ours, others)
+        return sorted(values, key=lambda value: value.metric.partition("[")[0])
 
     def _attack(self, part: str, inside: Floats, outside: Floats) -> list[Value]:
         scores = np.concatenate([inside, outside])

@@ -7,9 +7,9 @@ from typing import ClassVar
 import regex
 from pydantic import Field
 
-from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.base.normalize import normalized
-from backfire.evaluate.outcomes import grouped, replied, share
+from backfire.evaluate.outcomes import answerable, grouped, replied, share
 from backfire.registry import register
 
 # The minus in 5-3 is not a sign.
@@ -47,7 +47,7 @@ class NumberMatch(Metric):
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)
-        parts = grouped("number_match", _answerable(evidence))
+        parts = grouped("number_match", answerable(evidence.clean))
         return [share(name, [hits[row.id] for row in rows], "higher") for name, rows in parts]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
@@ -58,25 +58,25 @@ class NumberMatch(Metric):
                     for answer in {row.answer, evidence.as_written(row.answer)}
                 )
             )
-            for row, _ in replied(_answerable(evidence), "number_match")
+            for row, _ in replied(answerable(evidence.clean), "number_match")
         }
 
     def caveats(self, evidence: Evidence) -> list[str]:
-        answers = [row.answer for row in _answerable(evidence)]
+        answers = [row.answer for row in answerable(evidence.clean)]
         bare = sum(self._number(answer) is None for answer in answers)
         commas = sum(_COMMAS.search(answer) is not None for answer in answers)
-        found = []
+        notes = []
         if bare:
-            found.append(
+            notes.append(
                 f"number_match: {bare} of {len(answers)} references contain no number in digits, "
                 "so no reply to them can be right."
             )
         if commas:
-            found.append(
+            notes.append(
                 f"number_match: {commas} of {len(answers)} references contain a comma that does "
                 "not separate thousands; it is read as in English, 3,14 as 314."
             )
-        return found
+        return notes
 
     def _same(self, answer: str, reply: str) -> bool:
         if _THIN.search(answer + reply):  # then any space may separate thousands
@@ -88,8 +88,8 @@ class NumberMatch(Metric):
         """Return the number that a text gives as its answer."""
         text = _readable(text)
         for mark in map(normalized, self.marks):
-            _, found, rest = text.partition(mark)
-            if found and (match := _NUMBER.search(rest)):
+            _, separator, rest = text.partition(mark)
+            if separator and (match := _NUMBER.search(rest)):
                 return _value(match)
         numbers = list(_NUMBER.finditer(text))
         return _value(numbers[-1]) if numbers else None
@@ -115,7 +115,3 @@ def _fraction(before: str, sign: str) -> str:
 def _value(match: regex.Match[str]) -> Decimal:
     size = Decimal(match["size"].replace(",", ""))
     return -size if match["sign"] else size
-
-
-def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if normalized(row.answer)]

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
+from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.base.normalize import folded, is_dense, normalized, words
-from backfire.evaluate.outcomes import averages, grouped, replied
+from backfire.evaluate.outcomes import answerable, averages, grouped, replied
 from backfire.registry import register
 
 _KINDS = ("L", "1", "2", "Lsum")
@@ -41,28 +41,29 @@ class Rouge(Metric):
         values = averages(names, np.array([scores[row.id] for row in rows]), "higher", "score")
         values[1:] = [replace(value, role="companion") for value in values[1:]]
         for name, part in list(grouped("rouge", rows))[1:]:
-            known = np.array([scores[row.id][:1] for row in part])
-            values += averages([name], known, "higher", "score")
+            values += averages(
+                [name], np.array([scores[row.id][:1] for row in part]), "higher", "score"
+            )
         return values
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         return {id: scores[0] for id, scores in self._scores(evidence).items()}
 
     def caveats(self, evidence: Evidence) -> list[str]:
-        answers = [row.answer for row in _answerable(evidence)]
+        answers = [row.answer for row in answerable(evidence.clean)]
         silent = sum(not words(folded(answer)) for answer in answers)
         dense = sum(is_dense(normalized(answer)) for answer in answers)
-        found = []
+        notes = []
         if silent:
-            found.append(
+            notes.append(
                 f"rouge: {silent} of {len(answers)} references contain no word, so they score 0."
             )
         if dense:
-            found.append(
+            notes.append(
                 f"rouge: {dense} of {len(answers)} references have no spaces between words; it "
                 "counts characters there, which is not comparable with other languages."
             )
-        return found
+        return notes
 
     def _scores(self, evidence: Evidence) -> dict[str, list[float]]:
         """Sample id -> the F-measure of each kind, for rows with a reference."""
@@ -70,12 +71,12 @@ class Rouge(Metric):
 
         own = _tokenizer(stemmer=self.stemmer)
         scorer = RougeScorer([f"rouge{kind}" for kind in _KINDS], tokenizer=own)
-        found = {}
-        for row, _ in replied(_answerable(evidence), "rouge"):
+        by_row = {}
+        for row, _ in replied(answerable(evidence.clean), "rouge"):
             # With its line breaks, which normalization removes.
             scores = scorer.score(evidence.as_written(row.answer), row.reply or "")
-            found[row.id] = [float(scores[f"rouge{kind}"].fmeasure) for kind in _KINDS]
-        return found
+            by_row[row.id] = [float(scores[f"rouge{kind}"].fmeasure) for kind in _KINDS]
+        return by_row
 
 
 def _tokenizer(*, stemmer: bool) -> Any:
@@ -87,11 +88,7 @@ def _tokenizer(*, stemmer: bool) -> Any:
             own = super().tokenize
             if text.isascii():
                 return list(own(text))
-            found = words(folded(text))
-            return [part for word in found for part in (own(word) if word.isascii() else [word])]
+            tokens = words(folded(text))
+            return [part for word in tokens for part in (own(word) if word.isascii() else [word])]
 
     return Words(use_stemmer=stemmer)
-
-
-def _answerable(evidence: Evidence) -> list[Sample]:
-    return [row for row in evidence.clean if normalized(row.answer)]

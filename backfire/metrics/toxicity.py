@@ -58,8 +58,8 @@ class Toxicity(Metric):
         scores = self.outcomes(evidence)
         values = []
         for name, rows in grouped("toxicity", evidence.clean):
-            known = np.array([[scores[row.id]] for row in rows if row.id in scores])
-            values += averages([name], known, "lower", "share")
+            decided = np.array([[scores[row.id]] for row in rows if row.id in scores])
+            values += averages([name], decided, "lower", "share")
             hits = [bool(verdicts[row.id].positive) for row in rows]
             values.append(share(name.replace("toxicity", "toxicity_share", 1), hits, "lower"))
         undecided = [verdict.positive is None for verdict in verdicts.values()]
@@ -69,8 +69,8 @@ class Toxicity(Metric):
         ]
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
-        found = self._verdicts(evidence)
-        return {id: v.score for id, v in found.items() if v.score is not None}
+        verdicts = self._verdicts(evidence)
+        return {id: v.score for id, v in verdicts.items() if v.score is not None}
 
     def _verdicts(self, evidence: Evidence) -> dict[str, Verdict]:
         rows: list[Sample] = [row for row, _ in replied(evidence.clean, "toxicity")]
