@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from scipy import stats as scipy_stats
 from scipy.special import expit, stdtrit
 
 from backfire.evaluate.seeds import Crossed, crossed, difference_pads, holm, ratio
+from backfire.result import CellResult, Value
 from backfire.results.groups import Gap, Group, difference, group
 from backfire.results.intervals import stat
 
@@ -26,22 +28,23 @@ SPREADS = (0.0, 0.2, 0.4, 0.8)
 NAMES = [f"test-{number}" for number in range(ROWS)]
 
 
-def cells(outcomes: Any, method: str) -> list[dict[str, Any]]:
+def cells(outcomes: Any, method: str) -> list[CellResult]:
     """Finished cells whose rows are known: outcomes is [seeds, rows]."""
     return [
-        {
-            **{"status": "ok", "model": "m", "data": "d", "attack": "none", "rate": 0.0},
-            **{"method": method, "defense": "none", "seed": seed, "axes": {}, "settings": {}},
-            "values": [
-                {
-                    **{"metric": "accuracy", "value": float(np.mean(row)), "n": len(row)},
-                    **{"low": 0.0, "high": 1.0, "direction": "higher"},
-                }
-            ],
-            "rows_of": {"accuracy": {id: (0, hit) for id, hit in zip(NAMES, row, strict=True)}},
-        }
+        CellResult(
+            **{"slug": f"{method}-s{seed}", "key": "0", "status": "ok", "model": "m", "data": "d"},
+            **{"attack": "none", "rate": 0.0, "method": method, "defense": "none", "seed": seed},
+            values=(Value("accuracy", float(np.mean(row)), 0.0, 1.0, len(row), "higher", "share"),),
+            outcomes={"accuracy": {id: (0, hit) for id, hit in zip(NAMES, row, strict=True)}},
+        )
         for seed, row in enumerate(outcomes.tolist())
     ]
+
+
+def tuned(seed: int, *values: Value, **known: Any) -> CellResult:
+    return CellResult(
+        slug="x", key="0", status="ok", method="full", seed=seed, values=values, **known
+    )
 
 
 def runs(seeds: int, spread: float, shift: float = 0.0) -> Iterator[tuple[Any, Any, Any]]:
@@ -211,46 +214,39 @@ def test_a_change_of_few_rows_keeps_its_middle() -> None:
     """Changes that happen to be 0 and 1 are no shares: -1 was possible."""
     table = np.zeros((3, 40))
     table[:, 0] = 1
-    [head] = [{"metric": "attack_success_excess", "value": 1 / 40, "n": 40, "direction": "lower"}]
-    known: Any = [
-        (
-            {
-                **{"seed": seed, "method": "full", "values": [head], "settings": {}},
-                "rows_of": {head["metric"]: {str(i): (0, hit) for i, hit in enumerate(row)}},
-            },
-            {**head, "low": 0.0, "high": 0.1},
-        )
-        for seed, row in enumerate(table.tolist())
-    ]
-    found = stat("attack_success_excess", known, (-math.inf, math.inf))
+    head = Value("attack_success_excess", 1 / 40, 0.0, 0.1, 40, "lower", "share", "excess")
+    hits = [{str(i): (0, hit) for i, hit in enumerate(row)} for row in table.tolist()]
+    found = stat(
+        [(tuned(seed, head, outcomes={head.metric: row}), head) for seed, row in enumerate(hits)]
+    )
     assert found.low is not None and found.high is not None and found.low < 0
     assert (found.low + found.high) / 2 == pytest.approx(1 / 40, abs=0.003)
 
 
 def test_a_metric_without_rows_is_never_surer_than_one_model() -> None:
-    def known(*values: float) -> Any:
+    def known(*values: float) -> list[tuple[CellResult, Value]]:
         return [
-            ({"seed": seed, "method": "full", "values": []}, {**head, "value": one})
+            (tuned(seed), Value("f1", one, one - 0.1, one + 0.1, 50, "higher", "share"))
             for seed, one in enumerate(values)
-            for head in [{"metric": "f1", "low": one - 0.1, "high": one + 0.1, "n": 50}]
-            for head in [{**head, "direction": "higher"}]
         ]
 
-    alike = stat("f1", known(0.5, 0.5, 0.5), (0.0, 1.0))
+    alike = stat(known(0.5, 0.5, 0.5))
     assert (alike.low, alike.high) == pytest.approx((0.4, 0.6))
-    apart = stat("f1", known(0.3, 0.5, 0.7), (0.0, 1.0))
+    apart = stat(known(0.3, 0.5, 0.7))
     assert (apart.low, apart.high) == pytest.approx(
         scipy_stats.t.interval(0.95, 2, 0.5, scipy_stats.sem([0.3, 0.5, 0.7]))
     )
 
 
-def without_rows(method: str, metric: str, values: list[float], half: float | None) -> Any:
+def without_rows(
+    method: str, metric: str, values: list[float], half: float | None
+) -> list[CellResult]:
     """Cells of which only the numbers are known."""
-    found = cells(np.zeros((len(values), ROWS)), method)
-    for cell, one in zip(found, values, strict=True):
+    found = []
+    for cell, one in zip(cells(np.zeros((len(values), ROWS)), method), values, strict=True):
         ends = (None, None) if half is None else (one - half, one + half)
-        known = {"metric": metric, "value": one, "low": ends[0], "high": ends[1], "n": 50}
-        cell.update(values=[{**known, "direction": "higher"}], rows_of={metric: {}})
+        value = Value(metric, one, *ends, 50, "higher", "share")
+        found.append(replace(cell, values=(value,), outcomes={metric: {}}))
     return found
 
 
