@@ -41,7 +41,7 @@ def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
     for which cells a metric cannot be computed.
 
     Raises:
-        UserError: no cell's samples hold what a metric needs.
+        UserError: a metric has no number in any cell.
     """
     metrics, cells = _metrics(specs), load(run)
     done = sum(item.is_done for item in cells)
@@ -52,8 +52,11 @@ def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
         replace(item, values=tuple(_values(metrics, item, lacking)) if item.is_done else ())
         for item in cells
     ]
+    computed = {value.family for item in found for value in item.values}
     for name, reasons in lacking.items():
-        if len(reasons) == done:
+        if name not in computed and not reasons:
+            raise UserError(f"{name} applies to no cell of {run}.")
+        if name not in computed:
             raise UserError(
                 f"{name} cannot be computed for {reasons[0]}. Run the recipe with this metric "
                 "added; stages that are cached are not run again."
@@ -61,7 +64,7 @@ def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
         if reasons:
             some = f"{len(reasons)} of {text.count(done, 'cell')}"
             note(f"{name} cannot be computed for {some}, such as {reasons[0]}.")
-    return records_of(found)
+    return records_of(item for item in found if item.values)
 
 
 def _metrics(specs: Sequence[str]) -> list[Metric]:
