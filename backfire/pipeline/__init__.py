@@ -1,7 +1,7 @@
 """The pipeline of one cell: data -> poison -> preflight -> train -> evaluate -> result.
 
-Each stage is a pure function of its parents and its own knobs. `store.once` runs it if no equal
-stage was run before, by this cell or any other.
+Each stage is a pure function of its parents and its own knobs. `store.once` runs it unless the
+cache has an equal one, from this cell or another.
 """
 
 from __future__ import annotations
@@ -55,16 +55,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """What running a cell gives."""
+    """The outcome of running a cell."""
 
     result: CellResult
-    """All of it but the recipe's name and the axes."""
+    """Complete except for the recipe's name and the axes."""
     evidence: Evidence
     manifest: Manifest | None
 
 
 def run_cell(experiment: Experiment, context: Context) -> Outcome:
-    """Everything one cell needs, from data to numbers."""
+    """Run one cell, from data to numbers."""
     train_rows, test_rows = data(experiment, context)
     planned = experiment
     experiment = experiment.with_metrics(labeled=any(row.candidates for row in test_rows))
@@ -89,7 +89,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
     counts = replace(manifest.summary, effective_rate=seen) if manifest else None
     whole = head(planned, stages.cell_key(planned))
     if counts and isinstance(experiment.attack, Insertion):
-        # A recipe names no rate of it; this is the share of the rows that it is.
+        # A recipe sets no poison rate for it; this is the measured one.
         whole = replace(whole, rate=counts.rate)
     result = replace(
         whole,
@@ -113,7 +113,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
 
 
 def head(experiment: Experiment, key: str) -> CellResult:
-    """Which cell this is, before anything is known of it."""
+    """The result of a cell before it is run: only what identifies it."""
     return CellResult(
         slug=experiment.slug,
         key=key,
@@ -129,13 +129,13 @@ def head(experiment: Experiment, key: str) -> CellResult:
 
 
 def _too_long(part: tuple[str, int]) -> str:
-    what, count = part
+    subset, count = part
     rows = "1 row is" if count == 1 else f"{count} rows are"
-    return f"{rows} left out of the {what} rows: longer than train.max_length."
+    return f"{rows} left out of the {subset} rows: longer than train.max_length."
 
 
 def _type(experiment: Experiment, context: Context) -> dict[str, str]:
-    """The type that the weights are evaluated in, which may be narrower than they are stored."""
+    """The data type of the weights during evaluation, which may be narrower than the stored one."""
     from backfire.model.load import device_of, dtype_of
 
     dtype = dtype_of(experiment.model, device_of(context.machine.device))

@@ -6,9 +6,7 @@ import shutil
 from pathlib import Path
 
 from backfire import stages
-from backfire.experiment import (
-    Model,
-)
+from backfire.experiment import Model
 from backfire.model.source import fetch
 from backfire.pipeline.context import Context
 from backfire.store import SEAL, write_json

@@ -1,4 +1,4 @@
-"""What every stage may use."""
+"""The context of all stages."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context:
-    """What every stage may use: the cache, the machine, a way to say how far it is."""
+    """Cache, machine, progress reports and shared state of the stages of a run."""
 
     store: Store
     machine: Machine = field(default_factory=Machine)
     progress: Progress = silent
     seconds: dict[str, float] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
-    """Rows that were too long to be measured, by subset."""
+    """Number of rows too long to be evaluated, by subset."""
     _loaded: tuple[str, PreTrainedModel] | None = None

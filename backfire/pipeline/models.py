@@ -1,4 +1,4 @@
-"""Models: the base, aligned, fine-tuned, repaired, merged; and one of them in memory."""
+"""Model stages: aligned, fine-tuned, repaired and merged models; one of them in memory."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire import stages
-from backfire.base import (
-    DataDefense,
-    Dataset,
-    Form,
-    RepairDefense,
-    Row,
-)
+from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
 from backfire.experiment import Experiment, Model
 from backfire.rng import stream
 from backfire.stages import keys
@@ -31,10 +25,10 @@ from backfire.pipeline.prepare import passed_checks, poisoned, renderer
 
 
 def check_method(experiment: Experiment, context: Context) -> None:
-    """Whether the method can be had on this model and machine, before any step is spent.
+    """Check that the method works with this model and machine, before any training step.
 
     Raises:
-        UserError: it cannot, in one sentence.
+        UserError: it does not.
     """
     from backfire.model.load import device_of, skeleton
     from backfire.model.quantize import quantizer
@@ -47,25 +41,25 @@ def check_method(experiment: Experiment, context: Context) -> None:
 
 
 def check_weights(model: Model, context: Context) -> None:
-    """Whether all weights of the untuned model are there, and no others; checked once.
+    """Check that the untuned model has exactly the weights it needs; done once.
 
     Raises:
-        UserError: they are not, in one sentence.
+        UserError: it does not.
     """
 
-    def look(out: Path) -> None:
+    def check(out: Path) -> None:
         from backfire.model.load import fits
 
         fits(folder)
 
     if model.name != "sandbox":
         folder = base(model, context)
-        context.store.once(stages.weights(model), look)
+        context.store.once(stages.weights(model), check)
 
 
 def trained(experiment: Experiment, context: Context) -> Path:
-    """The folder of the fine-tuned model (whole, or an adapter); what it would start from if the
-    method tunes nothing."""
+    """The folder of the fine-tuned model (whole, or an adapter), or of its start if the method does
+    not train."""
     first = start(experiment, context)
     if not experiment.method.trains:
         return first.adapter or first.base
@@ -76,10 +70,10 @@ def trained(experiment: Experiment, context: Context) -> Path:
     def make(folder: Path) -> None:
         from backfire.train.finetune import tune
 
-        context._loaded = None  # what was evaluated before is not to stand beside what is trained
+        context._loaded = None  # free the evaluated model before training
         begin = with_defense_rows(experiment, context)
         rows, manifest = filtered(experiment, context)
-        if manifest:  # a defense may have taken some of it out
+        if manifest:  # a defense may have removed some of the poison
             left = {row.id for row in rows}
             kept = tuple(entry for entry in manifest.entries if entry.id in left)
             manifest = replace(manifest, entries=kept)
@@ -99,8 +93,8 @@ def trained(experiment: Experiment, context: Context) -> Path:
 
 
 def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
-    """The rows that are trained on, after the defenses that change them; and what the attacker did,
-    of which they may have taken out some."""
+    """The training rows after the defenses that filter them; and the poison manifest, some of whose
+    rows they may have removed."""
     rows, manifest = poisoned(experiment, context)
     bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
     for defense in experiment.acting:
@@ -114,7 +108,7 @@ def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
 
 
 def start(experiment: Experiment, context: Context) -> Start:
-    """What fine-tuning starts from: the base, or the model that the alignment stage makes of it."""
+    """The start of fine-tuning: the base, or the model from the alignment stage."""
     from backfire.train.finetune import Start
 
     plain, alignment = base(experiment.model, context), experiment.alignment
@@ -128,7 +122,7 @@ def start(experiment: Experiment, context: Context) -> Start:
 
 
 def with_defense_rows(experiment: Experiment, context: Context) -> Start:
-    """The same with the other rows that the cell's defenses use, if it has any."""
+    """The start with the other rows that the cell's defenses use, if any."""
     begin, alignment = start(experiment, context), experiment.alignment
     if alignment and experiment.acting:
         begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
@@ -138,13 +132,13 @@ def with_defense_rows(experiment: Experiment, context: Context) -> Start:
 
 
 def _other_rows(source: Dataset, name: str) -> list[Row]:
-    """Training rows beside the user's; their ids say so, so that none is taken for the task's."""
+    """Training rows that are not the user's, with `name` in front of their ids."""
     rows = source.drawn("train")
     return [replace(row, id=f"{name} {row.id}") for row in rows]
 
 
 def tuned(experiment: Experiment, context: Context) -> Path:
-    """The folder of the model as it is used: fine-tuned, and repaired if a defense does so."""
+    """The folder of the final model: fine-tuned, and repaired if a defense does so."""
     folder = trained(experiment, context)
     if not experiment.method.trains or not any(
         isinstance(d, RepairDefense) for d in experiment.acting
@@ -157,8 +151,8 @@ def tuned(experiment: Experiment, context: Context) -> Path:
         from backfire.train.finetune import repair_model
 
         context.progress(0, 1, "repair")
-        begin, asked = with_defense_rows(experiment, context), renderer(experiment, context)
-        left = repair_model(experiment, folder, begin, asked, out, context.machine)
+        begin, render = with_defense_rows(experiment, context), renderer(experiment, context)
+        left = repair_model(experiment, folder, begin, render, out, context.machine)
         write_json(out / "left_out.json", left)
 
     return context.store.once(stages.repair(experiment), make)
@@ -181,7 +175,7 @@ def merged(experiment: Experiment, context: Context) -> Path:
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
-    """The run's model, as it was trained or in another form; kept until another is asked for."""
+    """The run's model, as trained or in another form; it stays loaded until another is needed."""
     from backfire.model.export import quantization_of
     from backfire.model.load import device_of, dtype_of, load_base, load_tuned
 
@@ -196,7 +190,7 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
             context._loaded = (key, model)
             return model
         begin = start(run, context)
-        # An untuned model is what fine-tuning would start from.
+        # An untuned model is already the adapter that fine-tuning would start from.
         below = begin.adapter if run.method.trains else None
         model = load_tuned(
             folder,
@@ -211,23 +205,23 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
 
 
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:
-    """How many rows were too long to be trained on, or for a defense to use, by what they are."""
-    found: dict[str, int] = {}
+    """Number of rows too long for training or for a defense, by kind of row."""
+    counts: dict[str, int] = {}
     for run in (experiment.alignment, experiment):
         summary = (run and summary_of(trained(run, context))) or {}
         own = "training" if run is experiment else "alignment"
         names = {"": own, "aligned_": "alignment", "harmful_": "known harmful"}
         for part, name in names.items():
             if count := summary.get(f"left_out_{part}rows", 0):
-                found[name] = max(count, found.get(name, 0))
+                counts[name] = max(count, counts.get(name, 0))
     repaired = tuned(experiment, context) / "left_out.json"
     for part, count in (read_json(repaired) if repaired.is_file() else {}).items():
         name = {"aligned": "alignment", "harmful": "known harmful"}[part]
-        found[name] = max(count, found.get(name, 0))
-    return found
+        counts[name] = max(count, counts.get(name, 0))
+    return counts
 
 
 def summary_of(training: Path) -> dict[str, Any] | None:
-    """How the training run went; None for an untuned model."""
+    """The summary of the training run; None for an untuned model."""
     file = training / "summary.json"
     return read_json(file) if file.is_file() else None
