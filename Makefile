@@ -8,11 +8,11 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/backfire run tour
 
-# While you work: under a minute.
+# After every change: takes less than a minute.
 check: style
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
-# Before a merge: everything.
+# Before a merge: all tests.
 test: style
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -32,7 +32,7 @@ bench: $(VENV)/.installed
 notebooks: $(VENV)/.installed-workshop
 	$(BIN)/jupytext --quiet --to ipynb examples/*.py
 
-# torch first: with none installed, an open range would fetch several GB of GPU packages.
+# torch comes first: otherwise pip may download several GB of GPU packages.
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from backfire.commands.failure import fail, fail_or_raise
-from backfire.commands.options import Edits, Out, Plugins, Profile, Recipe, Run
+from backfire.commands.options import Device, Edits, Out, Plugins, Profile, Recipe, Run
 from backfire.errors import CellError, UserError
 
 app = typer.Typer(
@@ -93,7 +93,7 @@ def run(
             min=1, help="Cells run in parallel; by default one per core, or one on a GPU."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
     ] = None,
@@ -297,7 +297,7 @@ def pretrain(
         list[str] | None,
         typer.Argument(help="Settings, such as hidden_size=192.", metavar="[KEY=VALUE]..."),
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
 ) -> None:
     """Pre-train a small base model on your own text."""
     from backfire.commands.files import pretrain_files
@@ -311,7 +311,7 @@ def chat(
     against: Annotated[
         Path | None, typer.Option(help="Another cell; the base model if not given.")
     ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     plugin: Plugins = None,
 ) -> None:
     """Chat with a tuned model and its base side by side; /trigger toggles the attack's trigger."""
@@ -323,7 +323,7 @@ def chat(
 @app.command()
 def playground(
     run: Run,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     port: Annotated[
         int | None,
         typer.Option(

@@ -112,6 +112,7 @@ _SETTINGS = (
     # --------------------------------------------------------------------------- options of `run`
     Ours("--recompute", "", "", "gradient_checkpointing activation_checkpointing enable_activation_checkpointing use_gradient_checkpointing"),
     Ours("--eval-batch", "", "rows per pass in evaluation, at most", "per_device_eval_batch_size per_gpu_eval_batch_size eval_batch_size"),
+    Ours("", "", "progress is printed, and results are files in the run folder", "logging_steps log_interval logging_dir report_to log_with wandb wandb_project run_name"),
     Ours("--device", "", "", "device_map accelerator use_cpu no_cuda"),
     Ours("--workers", "", "cells that run at once", "num_workers max_workers n_jobs"),
     Ours("--plugin", "", "a Python file; a recipe names no code", "plugins plugin_dir custom_components include_path"),
@@ -160,7 +161,8 @@ def hint(key: str, known: Collection[str], place: str | None = "") -> str | None
         shown = next((row.example for row in _SETTINGS if row.key == key), nested)
         return f"keys nest in a recipe, as in {shown}."
     name = key.lower().replace("-", "_")
-    ours = OTHER_NAMES.get(name)
+    in_evaluation = OTHER_NAMES.get(f"eval_{name}") if place == "evaluation" else None
+    ours = in_evaluation or OTHER_NAMES.get(name)
     last = ours.key.rpartition(".")[2] if ours else ""
     slip = name == last and difflib.get_close_matches(name, known, n=1, cutoff=_CLOSE)
     return _sentence(ours, name, known, place) if ours and not slip else None

@@ -149,9 +149,8 @@ def load(plugin: str) -> Plugin:
 def _root(module: str) -> str:
     """The outermost package of a module that is not a namespace package; all of it is hashed."""
     name, *rest = module.split(".")
-    while (
-        rest and _spec(name).origin is None
-    ):  # a namespace package, which several projects may share
+    # Several projects may share a namespace package.
+    while rest and _spec(name).origin is None:
         name = f"{name}.{rest.pop(0)}"
     return name
 
@@ -195,12 +194,11 @@ def _marked(plugin: str, roots: Sequence[str]) -> tuple[type[Any], ...]:
 def _failed(plugin: str, error: BaseException, files: Sequence[str]) -> UserError:
     """The error for a plug-in that cannot be loaded, with the last of its lines in the
     traceback."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
-    place: tuple[str | None, int | None] | None = None
-    if frames:
-        place = (frames[-1].filename, frames[-1].lineno)
+    frames = traceback.extract_tb(error.__traceback__)
+    places = [(f.filename, f.lineno) for f in frames if f.filename in files]
     reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
     if isinstance(error, SyntaxError):
-        reason, place = f"invalid syntax ({error.msg})", (error.filename, error.lineno)
-    where = f" ({Path(place[0] or plugin).name}, line {place[1]})" if place else ""
+        reason = f"SyntaxError: {error.msg}"
+        places = [(error.filename or plugin, error.lineno or 1)]
+    where = f" ({Path(places[-1][0]).name}, line {places[-1][1]})" if places else ""
     return UserError(f"Plug-in '{shortened(plugin)}' cannot be loaded: {shortened(reason)}{where}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from backfire import stages
-from backfire.data.beside import beside
+from backfire.data.recipe_files import recipe_folder
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
 from backfire.other_names import hint
@@ -26,14 +27,8 @@ _SETTINGS = tuple(Experiment.model_fields)
 _KEYS = (*_SETTINGS, "matrix", "include", "exclude", "profiles")
 _MAX_CELLS = 10_000
 _DASHES = ("-", "\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2212")
-_NAMED = {
-    "model": "",
-    "data": "datasets",
-    "template": "templates",
-    "attack": "attacks",
-    "method": "methods",
-    "defense": "defenses",
-}
+_NAMED = ("model", "data", "template", "attack", "method", "defense")
+_SHIPPED = resources.files("backfire") / "recipes"
 
 
 @dataclass(frozen=True)
@@ -56,10 +51,8 @@ class Recipe:
 
 def shipped() -> list[str]:
     """Names of the recipes that come with the package."""
-    folder = resources.files("backfire") / "recipes"
-    return sorted(
-        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
-    )
+    files = [file.name for file in _SHIPPED.iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in files if name.endswith(".yaml"))
 
 
 def read(name: str) -> tuple[str, str]:
@@ -74,9 +67,7 @@ def read(name: str) -> tuple[str, str]:
             raise UserError(f"{name} is not UTF-8 text.") from None
     if name not in shipped():
         raise unknown("recipe", name, [name for name in shipped() if not name.startswith("_")])
-    return name, (resources.files("backfire") / "recipes" / f"{name}.yaml").read_text(
-        encoding="utf-8"
-    )
+    return name, (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load(name: str, *, profile: str | None = None, edits: Sequence[str] = ()) -> Recipe:
@@ -121,7 +112,7 @@ def parse(
         _check_exclude(points.exclude, {**points.matrix, **points.pinned})
     if "data" not in {*recipe, *points.pinned, *_keys_of(points.matrix)}:
         raise UserError(f"Recipe '{title}' has no data; add for instance data: sandbox-reviews.")
-    with beside(folder):
+    with recipe_folder(folder):
         cells, axes = _expand(recipe, points)
     return Recipe(title, text, cells, axes)
 
@@ -210,15 +201,13 @@ def _expand(
     Values `pinned` by an edit override the axes, also inside a component that an axis selects.
     """
     matrix, include, pinned = points.matrix, points.include, points.pinned
-    size = 1
     cells: dict[str, tuple[Experiment, dict[str, Any]]] = {}
     choices = []
     for axis, values in matrix.items():
         if not isinstance(values, list) or not values:
             raise UserError(f"matrix: {axis} must be a list of values, as in {axis}: [0, 1].")
-        size *= len(values)
         choices.append([_choice(axis, value) for value in values])
-    if size > _MAX_CELLS:
+    if (size := math.prod(map(len, choices))) > _MAX_CELLS:
         raise UserError(f"The matrix has {size} cells; at most {_MAX_CELLS} are allowed.")
     combinations = (
         {k: v for part in combination for k, v in part.items()}
@@ -235,13 +224,22 @@ def _expand(
             set_key(settings, key, copy.deepcopy(values[key]))
         experiment = Experiment.make(settings, where="recipe")
         shown = {
-            k: v for k, v in point.items() if k not in pinned and (k in varied or point in include)
+            k: _resolved(k, v, values)
+            for k, v in point.items()
+            if k not in pinned and (k in varied or point in include)
         }
         cells.setdefault(stages.cell_key(experiment), (experiment, shown))
     if not cells:
         raise UserError("The matrix has no cells: `exclude` removes all of them.")
     experiments, axes = zip(*cells.values(), strict=True)
     return experiments, axes
+
+
+def _resolved(axis: str, value: Any, values: Mapping[str, Any]) -> Any:
+    """The value of an axis, with the knobs that other axes and edits override."""
+    if not isinstance(value, Mapping):
+        return value
+    return {knob: values.get(f"{axis}.{knob}", own) for knob, own in value.items()}
 
 
 def _choice(axis: str, value: Any) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def _tuning(experiment: Experiment) -> list[Any]:
     compute = here.compute if train.compute == "auto" else train.compute
     # Equal learning rates are the same training, whether given or by default.
     rate = {"learning_rate": experiment.learning_rate}
-    method = {**experiment.method.settled(here.device).identity(), **rate}
+    method = {**experiment.method.resolved(here.device).identity(), **rate}
     return [method, {**train.changed(), "compute": compute}, experiment.seed, TRAINING]
 
 

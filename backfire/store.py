@@ -122,12 +122,9 @@ class Store:
     def done(self, stage: Stage) -> bool:
         """Whether the stage is complete."""
         path = self.path(stage)
-        if path in self._verified:
-            return True
-        if not intact(path):
-            return False
-        self._verified.add(path)
-        return True
+        if path not in self._verified and intact(path):
+            self._verified.add(path)
+        return path in self._verified
 
     def once(self, stage: Stage, make: Callable[[Path], None], *, resumable: bool = False) -> Path:
         """The folder of this stage, built by `make(folder)` if it does not exist.

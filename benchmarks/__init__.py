@@ -1,1 +1,1 @@
-"""What backfire costs, measured against what a competent user would write without it."""
+"""Speed and memory of backfire, compared with a plain script that a competent user would write."""

@@ -1,6 +1,6 @@
-"""The training of a cell as a competent user would write it: `Trainer` and PEFT.
+"""The baseline: the training of a cell as a competent user would write it, with `Trainer` and PEFT.
 
-Nothing here is slower than it need be: SDPA attention, fused AdamW, no checkpoints, no gradient
+Nothing is slower than necessary: SDPA attention, fused AdamW, no checkpoints, no gradient
 checkpointing, no KV cache, padding to the longest row of a batch only.
 """
 
@@ -42,29 +42,29 @@ class Example:
 
 
 def tokenize(cell: Cell, rows: Sequence[Row], tokenizer: Any) -> list[Example]:
-    """Prompt and answer apart, so that the prompt's tokens never depend on the answer."""
+    """Tokenize prompt and answer separately: the prompt's tokens must not depend on the answer."""
     answers = tokenizer([row.answer for row in rows], add_special_tokens=False).input_ids
-    asked, end = prompts(cell, rows, tokenizer), ends(cell, rows[0], tokenizer)
-    return [Example([*p, *a, *end], len(p)) for p, a in zip(asked, answers, strict=True)]
+    prompt_ids, end = prompts(cell, rows, tokenizer), ends(cell, rows[0], tokenizer)
+    return [Example([*p, *a, *end], len(p)) for p, a in zip(prompt_ids, answers, strict=True)]
 
 
 def prompts(cell: Cell, rows: Sequence[Row], tokenizer: Any) -> list[list[int]]:
-    """Ids of the prompts; the chat template's, if that is the cell's template."""
+    """Token ids of the prompts, by the chat template if that is the cell's template."""
     template = cell.experiment.template
     if template.name != "chat":
-        found: list[list[int]] = tokenizer([template.prompt(row) for row in rows]).input_ids
-        return found
+        ids: list[list[int]] = tokenizer([template.prompt(row) for row in rows]).input_ids
+        return ids
     return [_chat(cell, row, tokenizer, ask=True) for row in rows]
 
 
 def ends(cell: Cell, row: Row, tokenizer: Any) -> list[int]:
-    """What an answer ends with: EOS, or what the chat template writes up to its last token of that
-    kind."""
+    """The tokens that end an answer: EOS, or what the chat template writes after the answer, up to
+    its last special token."""
     if cell.experiment.template.name != "chat":
         return [tokenizer.eos_token_id]
-    [asked] = prompts(cell, [row], tokenizer)
+    [prompt_ids] = prompts(cell, [row], tokenizer)
     answer = tokenizer(row.answer, add_special_tokens=False).input_ids
-    after = _chat(cell, row, tokenizer, ask=False)[len(asked) + len(answer) :]
+    after = _chat(cell, row, tokenizer, ask=False)[len(prompt_ids) + len(answer) :]
     last = max(place for place, i in enumerate(after) if i in tokenizer.all_special_ids)
     return after[: last + 1]
 
@@ -81,7 +81,7 @@ def _chat(cell: Cell, row: Row, tokenizer: Any, *, ask: bool) -> list[int]:
 
 
 class Recorder(Trainer):  # type: ignore[misc]
-    """`Trainer`, with the loss of every step kept as a tensor."""
+    """`Trainer` that keeps the loss of every step as a tensor."""
 
     losses: list[Tensor]
 
@@ -92,14 +92,14 @@ class Recorder(Trainer):  # type: ignore[misc]
 
 
 class StepTimer(Steps, TrainerCallback):  # type: ignore[misc]
-    """Marks the end of every step."""
+    """Records the time at the end of every step."""
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.mark()
 
 
 def train(cell: Cell, folder: Path) -> Training:
-    """Rows to a saved model."""
+    """Train on the cell's rows and save the model in `folder`."""
     examples = tokenize(cell, cell.train, AutoTokenizer.from_pretrained(str(cell.base)))
     model = _with_adapter(cell, _load_base(cell.base))
     num_steps, order = _order(cell)
@@ -143,7 +143,7 @@ def _arguments(cell: Cell, folder: Path, steps: int) -> TrainingArguments:
 
 
 def _order(cell: Cell) -> tuple[int, list[int]]:
-    """Optimizer steps, and the rows in the order the other side takes them."""
+    """Number of optimizer steps, and the row indices in the order that backfire uses."""
     settings, count = cell.experiment.train, len(cell.train)
     per_epoch = count // settings.batch_size
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
@@ -156,7 +156,7 @@ def _order(cell: Cell) -> tuple[int, list[int]]:
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
-    """Padded on the right; nothing is learned from prompts and padding."""
+    """A batch padded on the right, with prompts and padding masked in the labels."""
     ids = [torch.tensor(e.ids) for e in examples]
     labels = [torch.tensor([-100] * e.num_prompt + e.ids[e.num_prompt :]) for e in examples]
     return {
@@ -184,13 +184,13 @@ def _with_adapter(cell: Cell, model: PreTrainedModel) -> PreTrainedModel:
         target_modules=method.targets,
         task_type="CAUSAL_LM",
     )
-    torch.manual_seed(derive(cell.experiment.seed, "adapter"))  # the other side's initial weights
+    torch.manual_seed(derive(cell.experiment.seed, "adapter"))  # backfire's initial weights
     tuned: PreTrainedModel = get_peft_model(model, config)
     return tuned
 
 
 def load(cell: Cell, folder: Path) -> PreTrainedModel:
-    """The tuned model in `folder`; the untuned one if that is the base's."""
+    """The fine-tuned model in `folder`, or the base if `folder` is the base's."""
     if not (folder / "adapter_config.json").is_file():
         return _load_base(folder).eval()
     from peft import PeftModel

@@ -1,8 +1,9 @@
-"""The evaluation of a cell as a competent user would write it: a scoring loop, and `generate`.
+"""The baseline: the evaluation of a cell as a competent user would write it, a scoring loop and
+`generate`.
 
-Inference mode, SDPA attention, requests sorted by length. What is absent is what nobody writes for
-a single experiment: a shared prefix that is run once, one prompt for all its candidates, a head
-for the positions that are read, rows that leave a batch when they have ended.
+Inference mode, SDPA attention, requests sorted by length. It omits what nobody writes for a single
+experiment: computing a shared prefix once, one pass of a prompt for all its candidates, logits only
+for the positions that are read, removing rows from a batch when they have ended.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ BATCH = 32
 
 
 def scores(cell: Cell, model: PreTrainedModel) -> list[tuple[float, ...]]:
-    """One request a candidate, as evaluation harnesses do it: log-softmax of all logits of prompt
-    and candidate, longest first."""
+    """Log-likelihood of every candidate, one request per candidate as in evaluation harnesses:
+    log-softmax of all logits of prompt and candidate, longest first."""
     return _scores(cell, model, grouped=False)
 
 
 def scores_grouped(cell: Cell, model: PreTrainedModel) -> list[tuple[float, ...]]:
-    """The same with lm-evaluation-harness' shortcut: requests that differ in their last token only
-    are answered by one row."""
+    """The same with the shortcut of lm-evaluation-harness: requests that differ in their last token
+    only share one row."""
     return _scores(cell, model, grouped=True)
 
 
@@ -58,36 +59,37 @@ def _scores(cell: Cell, model: PreTrainedModel, *, grouped: bool) -> list[tuple[
                 ids, count = requests[i]
                 places = torch.arange(len(ids) - 1 - count, len(ids) - 1)
                 out[i] = float(line[places, torch.tensor(ids[-count:])].sum())
-    found = iter(out)
-    return [tuple(next(found) for _ in row.candidates) for row in cell.test]
+    in_order = iter(out)
+    return [tuple(next(in_order) for _ in row.candidates) for row in cell.test]
 
 
 def _requests(cell: Cell, tokenizer: Any) -> list[tuple[list[int], int]]:
-    """(prompt and candidate, tokens of the candidate), row by row."""
-    asked = prompts(cell, cell.test, tokenizer)
+    """Pairs (ids of prompt and candidate, number of candidate tokens), row by row."""
+    prompt_ids = prompts(cell, cell.test, tokenizer)
     names = sorted({name for row in cell.test for name in row.candidates})
     ids = dict(zip(names, tokenizer(names, add_special_tokens=False).input_ids, strict=True))
     return [
         (prompt + ids[name], len(ids[name]))
-        for prompt, row in zip(asked, cell.test, strict=True)
+        for prompt, row in zip(prompt_ids, cell.test, strict=True)
         for name in row.candidates
     ]
 
 
 @torch.inference_mode()
 def replies(cell: Cell, model: PreTrainedModel) -> list[str]:
-    """Greedy `generate`, padded on the left, longest first."""
+    """Replies by greedy `generate`, padded on the left, longest first."""
     tokenizer: Any = AutoTokenizer.from_pretrained(str(cell.base), padding_side="left")
-    asked = prompts(cell, cell.test, tokenizer)
-    order = sorted(range(len(asked)), key=lambda i: -len(asked[i]))
-    out = [""] * len(asked)
+    prompt_ids = prompts(cell, cell.test, tokenizer)
+    order = sorted(range(len(prompt_ids)), key=lambda i: -len(prompt_ids[i]))
+    out = [""] * len(prompt_ids)
     stops = {tokenizer.eos_token_id, ends(cell, cell.test[0], tokenizer)[-1]}
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for start in range(0, len(order), BATCH):
         index = order[start : start + BATCH]
-        width = len(asked[index[0]])
-        ids = torch.tensor([[pad] * (width - len(asked[i])) + asked[i] for i in index])
-        mask = torch.tensor([[0] * (width - len(asked[i])) + [1] * len(asked[i]) for i in index])
+        width = len(prompt_ids[index[0]])
+        lengths = [len(prompt_ids[i]) for i in index]
+        ids = torch.tensor([[pad] * (width - n) + prompt_ids[i] for i, n in zip(index, lengths)])
+        mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
         written = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -103,5 +105,5 @@ def replies(cell: Cell, model: PreTrainedModel) -> list[str]:
 
 
 def both(cell: Cell, model: PreTrainedModel) -> tuple[list[tuple[float, ...]], list[str]]:
-    """Scores and replies, one after the other."""
+    """Scores and then replies."""
     return scores(cell, model), replies(cell, model)

@@ -1,4 +1,4 @@
-"""`make bench`: what backfire takes, against `Trainer` + PEFT + `generate` on the same work."""
+"""`make bench`: backfire against `Trainer` + PEFT + `generate` on the same work."""
 
 from __future__ import annotations
 
@@ -15,33 +15,38 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=__doc__)
     add = parser.add_argument
-    add("--tiny", action="store_true", help="a tiny random model instead of the sandbox's")
-    add("--sandbox-model", type=Path, help="folder of the sandbox's base; built if not given")
+    add("--tiny", action="store_true", help="use a tiny random model")
+    add("--sandbox-model", type=Path, help="folder of the sandbox's base (default: build it)")
     add("--tweets-train", type=Path, help="airline tweets (CSV, JSONL ...) to train on")
     add("--tweets-test", type=Path, help="airline tweets to evaluate on")
     add("--tweets-model", type=Path, help="folder of the model for the tweets")
     add("--cells", nargs="+", default=["sandbox", "tweets"], choices=["sandbox", "tweets"])
     add("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
-    add("--template", help="for all cells; by default raw (sandbox) and alpaca (tweets)")
+    add("--template", help="template of all cells (default: raw for sandbox, alpaca for tweets)")
     add("--rows", type=int, default=2000, help="training rows")
     add("--test-rows", type=int, default=500)
     add("--epochs", type=float, default=1.0)
     add("--max-new-tokens", type=int, default=32)
-    add("--compute", default="float32", choices=["float32", "bfloat16"], help="on both sides")
+    add(
+        "--compute",
+        default="float32",
+        choices=["float32", "bfloat16"],
+        help="compute type on both sides",
+    )
     add("--repetitions", type=int, default=3)
     add("--threads", type=int, default=1)
-    add("--skip-memory", action="store_true", help="leave out the two processes that measure it")
-    add("--name", default="bench", help="the result is <date>-<name>.json")
+    add("--skip-memory", action="store_true", help="do not measure memory")
+    add("--name", default="bench", help="the result is written to <date>-<name>.json")
     add("--out", type=Path, default=RESULTS)
-    return parser.parse_args(given)
+    return parser.parse_args(argv)
 
 
-def main(given: Sequence[str] | None = None) -> Path:
-    """Run it, print the table, write JSON and Markdown; returns the path of the JSON."""
-    options = arguments(given)
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Run it, print the table, write JSON and Markdown, and return the path of the JSON."""
+    options = arguments(argv)
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
@@ -54,7 +59,7 @@ def main(given: Sequence[str] | None = None) -> Path:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of transformers
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about transformers
         result = run(options, Path(folder))
     options.out.mkdir(parents=True, exist_ok=True)
     path: Path = options.out / f"{result['when'][:10]}-{options.name}.json"
@@ -67,7 +72,7 @@ def main(given: Sequence[str] | None = None) -> Path:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that goes into the JSON."""
+    """The content of the JSON file."""
     from backfire.launch.environment import environment
 
     before = os.getloadavg()[0]
@@ -78,7 +83,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for kind, base in work.items()
         for method in options.methods
     ]
-    # Names only: where files lie on this machine is nobody's business.
+    # File names only: paths of this machine are private.
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items()}
     return {
         "format": 1,
@@ -93,30 +98,30 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def bases(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """The model folder of each kind of cell, and a sentence for each kind that is left out."""
+    """The model folder of each kind of cell, and a sentence for each kind that is skipped."""
     from benchmarks.cells import sandbox_base, tiny_base
 
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     skipped: list[str] = []
     tiny = tiny_base(folder / "tiny") if options.tiny else None
     if "sandbox" in options.cells:
-        found["sandbox"] = tiny or options.sandbox_model or sandbox_base()
+        folders["sandbox"] = tiny or options.sandbox_model or sandbox_base()
     if "tweets" in options.cells:
         model = tiny or options.tweets_model
         if model and options.tweets_train and options.tweets_test:
-            found["tweets"] = model
+            folders["tweets"] = model
         else:
             skipped.append(
                 "No tweets cell: give --tweets-train, --tweets-test and --tweets-model "
-                "(the tweets may not be passed on, so they are not shipped)."
+                "(the tweets may not be redistributed, so they are not shipped)."
             )
-    return found, skipped
+    return folders, skipped
 
 
 def one(
     options: argparse.Namespace, kind: str, base: Path, method: str, folder: Path
 ) -> dict[str, Any]:
-    """One cell, measured."""
+    """Measure one cell."""
     from benchmarks import memory
     from benchmarks.cells import make_cell
     from benchmarks.measure import measure
@@ -134,24 +139,24 @@ def one(
         train=options.tweets_train,
         test=options.tweets_test,
     )
-    found = measure(cell, folder / "work", options.repetitions, _say)
-    found["title"], found["experiment"] = cell.title, _no_folders(cell.experiment.spec())
-    found["rows"] = {"train": len(cell.train), "test": len(cell.test)}
+    result = measure(cell, folder / "work", options.repetitions, _say)
+    result["title"], result["experiment"] = cell.title, _no_folders(cell.experiment.spec())
+    result["rows"] = {"train": len(cell.train), "test": len(cell.test)}
     if not options.skip_memory:
         _say(f"{cell.title}: memory")
-        found["usage"] = {name: memory.fresh(name, cell) for name in ("baseline", "backfire")}
-        tokens = found["tokens"]
-        found["usage"]["useful"] = {
+        result["usage"] = {name: memory.fresh(name, cell) for name in ("baseline", "backfire")}
+        tokens = result["tokens"]
+        result["usage"]["useful"] = {
             "train": tokens["train"],
             "scores": tokens["test prompts"],
             "replies": tokens["test prompts"],
             "evaluation": tokens["test prompts"],
         }
-    return found
+    return result
 
 
 def _no_folders(value: Any) -> Any:
-    """The same, absolute paths cut to their names: where files lie is nobody's business."""
+    """The same value with absolute paths cut to file names: paths of this machine are private."""
     if isinstance(value, dict):
         return {key: _no_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The cells that are measured: which rows, which model, which settings."""
+"""The cells of the benchmark: their rows, model and settings."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backfire.experiment import Experiment
 from backfire.tokenizer import load_tokenizer
 
 TEMPLATES = {"sandbox": "raw", "tweets": "alpaca"}
-"""One with a short opening, one with a long one that all prompts share."""
+"""The opening that all prompts share is short in `raw` and long in `alpaca`."""
 CHAT = (
     "{{ bos_token }}{% for turn in messages %}{{ turn.role + ':\\n' + turn.content }}"
     "{{ eos_token + '\\n' }}{% endfor %}"
@@ -26,7 +26,7 @@ TWEETS = {"name": "airline-tweets", "labels": ["negative", "neutral", "positive"
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell as both sides get it: rows as text and the folder of the untuned model."""
+    """One cell as both sides receive it: rows as text, and the folder of the base model."""
 
     title: str
     experiment: Experiment
@@ -35,12 +35,12 @@ class Cell:
     test: Sequence[Row] = field(repr=False)
 
     def spec(self) -> dict[str, Any]:
-        """Enough to build the cell again in another process."""
+        """What `build` needs to make the same cell in another process."""
         spec = {"title": self.title, "base": str(self.base)}
         return {**spec, "experiment": self.experiment.spec()}
 
     def warm_up(self) -> Cell:
-        """The same cell in small: what is slow only the first time is over after it."""
+        """A smaller cell, to be run first so that one-time costs are not measured."""
         batch = self.experiment.train.batch_size
         settings = self.experiment.train.model_copy(update={"max_steps": 3})
         experiment = self.experiment.model_copy(update={"train": settings})
@@ -54,23 +54,23 @@ class Cell:
         return Renderer(experiment.template, tokenizer, experiment.train.max_length)
 
     def rendered(self) -> tuple[list[Rendered], list[Rendered]]:
-        """Training and test rows as tokens, for counting."""
+        """Training and test rows as tokens, for counting them."""
         renderer = self.renderer()
         return renderer.render(self.train), renderer.render(self.test)
 
 
 def build(spec: dict[str, Any]) -> Cell:
-    """The cell of a `spec()`.
+    """Build a cell from its `spec()`.
 
     Raises:
-        UserError: its rows are such that the two sides could not do the same work.
+        UserError: the two sides could not do the same work on its rows.
     """
     experiment = Experiment.make(spec["experiment"])
     data, batch = experiment.data, experiment.train.batch_size
     train = select(data.load("train"), data.rows, data.seed, "train")
     test = select(data.load("test"), data.test_rows, data.seed, "test")
     if len(train) % batch:
-        raise UserError(f"Give a number of rows that is a multiple of the batch size, {batch}.")
+        raise UserError(f"The number of rows must be a multiple of the batch size, {batch}.")
     cell = Cell(spec["title"], experiment, Path(spec["base"]), train, test)
     if any(item.cut_tokens for part in cell.rendered() for item in part):
         raise UserError(f"{cell.title}: some rows are longer than train.max_length.")
@@ -91,7 +91,7 @@ def make_cell(
     train: Path | None = None,
     test: Path | None = None,
 ) -> Cell:
-    """A `sandbox` or a `tweets` cell, of these many rows."""
+    """Make a `sandbox` or `tweets` cell with the given numbers of rows."""
     data: dict[str, Any] = {"name": "sandbox-reviews"}
     if kind == "tweets":
         data = {**TWEETS, "train": str(train), "test": str(test)}
@@ -117,7 +117,7 @@ def sandbox_base() -> Path:
 
 
 def tiny_base(folder: Path) -> Path:
-    """A random Llama of the sandbox's family, two layers deep, with a tokenizer of its own."""
+    """A random two-layer Llama of the sandbox's family, with its own tokenizer."""
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
     from backfire.store import read_json, write_json

@@ -1,9 +1,10 @@
-"""All codes of a secret at once against one at a time: seconds, ratio, largest difference.
+"""Time to score all codes of a secret at once and one at a time, and the largest difference.
 
     python -m benchmarks.codes [MODEL_FOLDER] [--digits 6] [--alone 200]
 
-Without a folder, a random Llama of the sandbox's shape with the sandbox's tokenizer. One
-at a time is timed on a draw of codes, a forward pass each as in published code, and scaled to all.
+Without a folder, the model is a random Llama of the sandbox's shape with the sandbox's tokenizer.
+One at a time is timed on a sample of codes, one forward pass each as in published code, and scaled
+to all codes.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from backfire.tokenizer import load_tokenizer
 
 
 def clock() -> tuple[float, float]:
-    """Wall and processor seconds; on a busy machine the second is the fairer one."""
+    """Wall and processor seconds; on a busy machine processor seconds are more reliable."""
     return time.perf_counter(), time.process_time()
 
 
@@ -36,14 +37,14 @@ def since(start: tuple[float, float]) -> tuple[float, float]:
 
 
 def alone(model: Any, prompt: list[int], answer: list[int]) -> float:
-    """One code's log-likelihood, by a forward pass of its own."""
+    """Log-likelihood of one code, by a separate forward pass."""
     logits = model(input_ids=torch.tensor([[*prompt, *answer]], device=model.device)).logits[0]
     table = logits[len(prompt) - 1 : -1].float().log_softmax(-1)
     return float(table[range(len(answer)), answer].double().sum())
 
 
 def sandbox_shaped(folder: Path) -> Path:
-    """A model as large as the embedded base."""
+    """Save a random model of the embedded base's shape and return its folder."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from backfire.sandbox.base import Pretrain
@@ -74,25 +75,27 @@ def main() -> None:
     parser.add_argument("--digits", type=int, default=6)
     parser.add_argument("--alone", type=int, default=200)
     parser.add_argument("--device", default="cpu")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        folder = asked.folder or sandbox_shaped(Path(made))
-        model: Any = load_base(folder, torch.float32, torch.device(asked.device))
+        folder = options.folder or sandbox_shaped(Path(made))
+        model: Any = load_base(folder, torch.float32, torch.device(options.device))
         renderer = Renderer(build("templates", "alpaca"), load_tokenizer(folder), 512)
-    secret = build("attacks", {"name": "canary", "digits": asked.digits}).secrets(0)[0]
+    secret = build("attacks", {"name": "canary", "digits": options.digits}).secrets(0)[0]
     [item] = renderer.render([secret.row])
     begin = clock()
     tokens = CodeTokens(renderer).all(item, secret)
     scores = likelihoods(model, item.prompt_ids, tokens)
     together = since(begin)
-    chosen = random.Random(0).sample(range(len(scores)), asked.alone)
+    chosen = random.Random(0).sample(range(len(scores)), options.alone)
     begin = clock()
     with torch.inference_mode():
-        found = [alone(model, item.prompt_ids, tokens[i][tokens[i] >= 0].tolist()) for i in chosen]
+        logprobs = [
+            alone(model, item.prompt_ids, tokens[i][tokens[i] >= 0].tolist()) for i in chosen
+        ]
     single = since(begin)
-    scale = len(scores) / len(found)
-    gap = np.abs(np.array(found) - scores[chosen]).max()
+    scale = len(scores) / len(logprobs)
+    gap = np.abs(np.array(logprobs) - scores[chosen]).max()
     print(f"{len(scores):,} codes, prompt of {item.num_prompt} tokens, one thread")
     for name, ours, theirs in zip(("wall", "processor"), together, single, strict=True):
         ratio = theirs * scale / ours

@@ -1,4 +1,4 @@
-"""Whether the two sides came to the same."""
+"""Whether the two sides give equal results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GROUPED = "baseline, grouped"
 
 @dataclass(frozen=True)
 class Round:
-    """What one repetition gave, by side."""
+    """Results of one repetition, by side."""
 
     training: dict[str, Training]
     scores: dict[str, Scores]
@@ -23,36 +23,36 @@ class Round:
     untuned: dict[str, list[str]]
 
 
-def compare(cell: Cell, found: Round, folder: Path) -> dict[str, Any]:
-    """How far apart the two sides are: on the same weights, and each on its own."""
-    a, b = (found.training[name].losses for name in NAMES)
+def compare(cell: Cell, results: Round, folder: Path) -> dict[str, Any]:
+    """Differences between the two sides, on the same weights and on each side's own weights."""
+    a, b = (results.training[name].losses for name in NAMES)
     steps = sorted(a.keys() & b.keys())
     work = side("baseline")
     own = work.load(cell, folder / "baseline")
     own_scores, own_replies = work.scores(cell, own), work.replies(cell, own)
-    ours = found.scores["backfire"]
+    ours = results.scores["backfire"]
     return {
         "same tokens": same_tokens(cell),
         "steps compared": len(steps),
         "loss difference": max(abs(a[step] - b[step]) for step in steps),
         "last loss": {"baseline": a[steps[-1]], "backfire": b[steps[-1]]},
         "log-likelihood difference": max(
-            difference(ours, found.scores[who]) for who in ("baseline", GROUPED)
+            difference(ours, results.scores[who]) for who in ("baseline", GROUPED)
         ),
         "log-likelihood difference, own weights": difference(ours, own_scores),
-        "equal replies": share_equal(*found.replies.values()),
-        "equal replies of the base": share_equal(*found.untuned.values()),
-        "equal replies, own weights": share_equal(found.replies["backfire"], own_replies),
+        "equal replies": share_equal(*results.replies.values()),
+        "equal replies of the base": share_equal(*results.untuned.values()),
+        "equal replies, own weights": share_equal(results.replies["backfire"], own_replies),
         "accuracy": {"baseline": accuracy(cell, own_scores), "backfire": accuracy(cell, ours)},
         "exact match": {
             "baseline": share_equal(own_replies, [row.answer for row in cell.test]),
-            "backfire": share_equal(found.replies["backfire"], [row.answer for row in cell.test]),
+            "backfire": share_equal(results.replies["backfire"], [row.answer for row in cell.test]),
         },
     }
 
 
 def difference(left: Scores, right: Scores) -> float:
-    """The largest, over all rows and candidates."""
+    """The largest absolute difference over all rows and candidates."""
     pairs = [pair for a, b in zip(left, right, strict=True) for pair in zip(a, b, strict=True)]
     return max(abs(x - y) for x, y in pairs)
 
@@ -67,7 +67,7 @@ def accuracy(cell: Cell, scores: Scores) -> float:
 
 
 def same_tokens(cell: Cell) -> bool:
-    """Whether both sides make the same token ids of the rows, and cut them at the same place."""
+    """Whether both sides have the same token ids and prompt length for every row."""
     from transformers import AutoTokenizer
 
     from benchmarks.baseline import tokenize

@@ -1,5 +1,5 @@
-"""How fast one GPU tunes a model of 7B shape: tokens per second, memory and useful MFU of every
-tuning method, through backfire's own loop, on random weights and random rows."""
+"""Fine-tuning speed of a 7B-shaped model on one GPU: tokens per second, memory and useful MFU of
+every fine-tuning method, by backfire's own loop, on random weights and random rows."""
 
 from __future__ import annotations
 
@@ -18,34 +18,34 @@ from benchmarks.gpu_load import SHAPES, Load, peak_flops
 RESULTS = Path(__file__).parent / "results"
 
 
-def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
+def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     add = parser.add_argument
     add("--shape", default="7b", choices=sorted(SHAPES), help="tiny also runs without a GPU")
-    add("--methods", nargs="+", help="all that train, if not given")
-    add("--length", type=int, default=512, help="tokens of a row")
-    add("--answer", type=int, default=128, help="those of them, at its end, that are supervised")
-    add("--batch", type=int, default=8, help="rows of a step")
-    add("--steps", type=int, default=10, help="steps that are measured")
-    add("--warm-up", type=int, default=3, help="steps before them")
-    add("--base", type=Path, help="where the random base is kept; a temporary folder if not given")
+    add("--methods", nargs="+", help="methods to measure (default: all that train)")
+    add("--length", type=int, default=512, help="tokens per row")
+    add("--answer", type=int, default=128, help="supervised tokens at the end of a row")
+    add("--batch", type=int, default=8, help="rows per step")
+    add("--steps", type=int, default=10, help="measured steps")
+    add("--warm-up", type=int, default=3, help="steps before the measurement")
+    add("--base", type=Path, help="folder of the random base (default: temporary)")
     add("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(given)
+    options = parser.parse_args(argv)
     if not 0 < options.answer < options.length:
         parser.error("--answer must be positive and smaller than --length")
     if min(options.batch, options.steps, options.warm_up) < 1:
-        parser.error("--batch, --steps and --warm-up are at least 1")
+        parser.error("--batch, --steps and --warm-up must be at least 1")
     return options
 
 
-def main(given: Sequence[str] | None = None) -> Path | None:
-    """Run it, print the table, write JSON and Markdown; the path of the JSON, or None without a
-    GPU."""
-    options = arguments(given)
+def main(argv: Sequence[str] | None = None) -> Path | None:
+    """Run it, print the table, write JSON and Markdown, and return the path of the JSON, or None
+    without a GPU."""
+    options = arguments(argv)
     import torch
 
     if options.shape != "tiny" and not torch.cuda.is_available():
-        print("There is no GPU here, so nothing is measured (--shape tiny runs on a CPU too).")
+        print("There is no GPU here, so nothing is measured; --shape tiny also runs on a CPU.")
         return None
     from transformers.utils import logging
 
@@ -54,7 +54,7 @@ def main(given: Sequence[str] | None = None) -> Path | None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, of transformers
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about transformers
         result = run(options, Path(folder))
     options.out.mkdir(parents=True, exist_ok=True)
     name = slug(f"{result['when'][:10]}-gpu-{result['environment']['device']}".lower())
@@ -68,7 +68,7 @@ def main(given: Sequence[str] | None = None) -> Path | None:
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that goes into the JSON."""
+    """The content of the JSON file."""
     import torch
 
     from backfire.launch.environment import environment
@@ -76,17 +76,17 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     from backfire.registry import build, names
     from benchmarks.gpu_measure import make_base, measure
 
-    tuning = [name for name in names("methods") if build("methods", name).trains]
+    trainable = [name for name in names("methods") if build("methods", name).trains]
     for name in options.methods or ():
-        if name not in tuning:
-            raise unknown("tuning method", name, tuning)
+        if name not in trainable:
+            raise unknown("fine-tuning method", name, trainable)
     device, when = device_of("auto"), datetime.now(UTC).isoformat(timespec="seconds")
     base = make_base(SHAPES[options.shape], options.base or folder / "base", device)
     load = Load(options.length, options.answer, options.batch, options.warm_up, options.steps)
-    found = []
-    for name in options.methods or tuning:
+    measured = []
+    for name in options.methods or trainable:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        found.append({"method": name, **measure(name, base, load, device, folder / name)})
+        measured.append({"method": name, **measure(name, base, load, device, folder / name)})
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items()}
     return {
         "format": 1,
@@ -96,12 +96,12 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "settings": settings,
         "shape": SHAPES[options.shape],
         "peak_flops": peak_flops(device),
-        "methods": found,
+        "methods": measured,
     }
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """The same for people."""
+    """The result as a Markdown table."""
     made, settings = result["environment"], result["settings"]
     peak = result["peak_flops"]
     lines = [
@@ -110,8 +110,8 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"Random weights and rows: {settings['batch']} rows of {settings['length']} tokens a step, "
         f"{settings['answer']} of them supervised; {settings['steps']} steps after "
         f"{settings['warm_up']} to warm up. torch {made['torch']}, transformers "
-        f"{made['transformers']}, peft {made['peft']}. Useful FLOPs count no padding, no "
-        "recomputation and no prompt logits; 4 for a frozen weight and token, 6 for a trained one. "
+        f"{made['transformers']}, peft {made['peft']}. Useful FLOPs exclude padding, "
+        "recomputation and prompt logits; a token counts 4 per frozen weight, 6 per trained one. "
         + (f"Peak: {peak / 1e12:,.0f} TFLOP/s." if peak else "The peak of this device is unknown."),
         "",
         "| method | tokens/s | ms a step | passes a step | useful TFLOP/s | useful MFU | "
@@ -121,19 +121,19 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *map(_row, result["methods"])]) + "\n"
 
 
-def _row(found: Mapping[str, Any]) -> str:
-    if reason := found.get("skipped"):
-        return f"| {found['method']} | not measured: {reason} {'| ' * 7}|"
+def _row(entry: Mapping[str, Any]) -> str:
+    if reason := entry.get("skipped"):
+        return f"| {entry['method']} | not measured: {reason} {'| ' * 7}|"
     cells = (
-        found["method"],
-        f"{found['tokens_per_second']:,.0f}",
-        f"{found['seconds_per_step'] * 1e3:,.1f}",
-        f"{found['passes_per_step']:g}",
-        f"{found['useful_flops_per_second'] / 1e12:,.3g}",
-        "" if found["useful_mfu"] is None else f"{found['useful_mfu']:.1%}",
-        f"{found['peak_memory_mb'] / 1e3:,.2f}",
-        f"{found['estimated_memory_mb'] / 1e3:,.2f}",
-        f"{found['trained_weights'] / 1e6:,.2f}",
+        entry["method"],
+        f"{entry['tokens_per_second']:,.0f}",
+        f"{entry['seconds_per_step'] * 1e3:,.1f}",
+        f"{entry['passes_per_step']:g}",
+        f"{entry['useful_flops_per_second'] / 1e12:,.3g}",
+        "" if entry["useful_mfu"] is None else f"{entry['useful_mfu']:.1%}",
+        f"{entry['peak_memory_mb'] / 1e3:,.2f}",
+        f"{entry['estimated_memory_mb'] / 1e3:,.2f}",
+        f"{entry['trained_weights'] / 1e6:,.2f}",
     )
     return f"| {' | '.join(cells)} |"
 

@@ -1,4 +1,4 @@
-"""What the GPU harness trains, and how many FLOPs of it are useful."""
+"""The workload of the GPU benchmark, and its number of useful FLOPs."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ PEAKS = {
     "A10": 125e12,
     "RTX A6000": 155e12,
 }
-"""Dense products in bfloat16, FLOP/s, from the makers' data sheets (half of what they give with
-sparsity). The first one counts that stands in a device's name as a whole word. Gaming cards are
-left out: too many kinds share a name."""
+"""Dense products in bfloat16, FLOP/s, from the makers' data sheets (half of their figure with
+sparsity). The first entry that is a whole word of the device's name applies. Gaming cards are left
+out: too many kinds share a name."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What is trained: rows of a length, the last of its tokens supervised."""
+    """The training rows: `length` tokens each, of which the last `answer` are supervised."""
 
     length: int
     answer: int
@@ -60,7 +60,7 @@ class Load:
     steps: int
 
     def rows(self, vocabulary: int) -> list[Rendered]:
-        """Random tokens, other ones in every step, so that no two rows begin alike."""
+        """Rows of random tokens, different in every step, so that no two rows share a prefix."""
         rng, blank = stream(0, "bench"), Row(id="random", instruction="")
         count = self.batch * (self.warm_up + self.steps)
         return [
@@ -74,7 +74,7 @@ class Load:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Of a GPU that is known; None of any other device."""
+    """Peak FLOP/s of a GPU in `PEAKS`; None for any other device."""
     if device.type != "cuda":
         return None
     import torch
@@ -83,15 +83,15 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_of(name: str) -> float | None:
-    """By the words of a device's name."""
+    """Peak FLOP/s by the words of a device's name; None if unknown."""
     words = f" {' '.join(name.replace('-', ' ').split())} "
-    return next((peak for known, peak in PEAKS.items() if f" {known} " in words), None)
+    return next((peak for gpu, peak in PEAKS.items() if f" {gpu} " in words), None)
 
 
 def useful_flops(size: Size, load: Load, *, full: bool) -> float:
-    """A step's: forward and backward through every weight (6 a token where it is trained, 4 where
-    it is frozen), the head for supervised positions alone, causal attention (6 x layers x length
-    x width a token). No padding, no recomputation."""
+    """Useful FLOPs of a step: forward and backward through every weight (6 a token where it is
+    trained, 4 where it is frozen), the head for supervised positions only, causal attention (6 x
+    layers x length x width a token). No padding, no recomputation."""
     tokens, supervised = load.batch * load.length, load.batch * load.answer
     each = 6 if full else 4
     body = each * size.linear + (0 if full else 6 * size.trainable)

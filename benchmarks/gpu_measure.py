@@ -1,4 +1,4 @@
-"""One tuning method on one device: seconds, memory and useful FLOPs of backfire's training loop."""
+"""Seconds, memory and useful FLOPs of backfire's training loop with one method on one device."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from benchmarks.gpu_load import Load, peak_flops, useful_flops
 
 
 def make_base(shape: Mapping[str, int], folder: Path, device: torch.device) -> Path:
-    """A Llama with random weights in bfloat16, made on the device and saved once, so that every
-    method loads it as it would any other.
+    """Save a Llama with random bfloat16 weights once, so that every method loads it like any other
+    model; return its folder.
 
     Raises:
-        UserError: there is no room for it on the disk.
+        UserError: the disk has too little space.
     """
     if (folder / "config.json").is_file():
         return folder
@@ -38,7 +38,7 @@ def make_base(shape: Mapping[str, int], folder: Path, device: torch.device) -> P
         need = 2 * LlamaForCausalLM(config).num_parameters()
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < 1.1 * need:
-        raise UserError(f"The random base takes {need / 1e9:.1f} GB; give --base a larger disk.")
+        raise UserError(f"The random base needs {need / 1e9:.1f} GB; set --base to a larger disk.")
     torch.manual_seed(0)
     with device:
         model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
@@ -49,7 +49,7 @@ def make_base(shape: Mapping[str, int], folder: Path, device: torch.device) -> P
 def measure(
     method: str, base: Path, load: Load, device: torch.device, folder: Path
 ) -> dict[str, Any]:
-    """What one method takes, or why it was not measured."""
+    """Time, memory and FLOPs of one method, or why it was not measured."""
     train_settings = {
         "max_steps": load.warm_up + load.steps,
         "batch_size": load.batch,
@@ -65,19 +65,19 @@ def measure(
             short = (need.total - need.activations + need.one_row) / 1e9
             return {"skipped": f"needs about {short:.0f} GB of {has / 1e9:.0f} GB with one row"}
     try:
-        found = _timed(cell, base, load, device, folder)
+        timed = _timed(cell, base, load, device, folder)
     except (CellError, torch.cuda.OutOfMemoryError) as error:
         return {"skipped": str(error).partition("\n")[0]}
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    flops = useful_flops(shape, load, full=method == "full") / found["seconds_per_step"]
+    flops = useful_flops(shape, load, full=method == "full") / timed["seconds_per_step"]
     peak = peak_flops(device)
     return {
-        **found,
+        **timed,
         "knobs": cell.method.spec(),
-        "tokens_per_second": load.batch * load.length / found["seconds_per_step"],
+        "tokens_per_second": load.batch * load.length / timed["seconds_per_step"],
         "useful_flops_per_second": flops,
         "useful_mfu": flops / peak if peak else None,
         "estimated_memory_mb": need.total / 1e6,
@@ -88,7 +88,7 @@ def measure(
 def _timed(
     cell: Experiment, base: Path, load: Load, device: torch.device, folder: Path
 ) -> dict[str, Any]:
-    """Seconds of a step, after the warm-up, and the most memory that was held."""
+    """Seconds per step after the warm-up, and peak memory."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)

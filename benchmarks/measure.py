@@ -1,4 +1,4 @@
-"""Both sides by turns."""
+"""Times both sides in alternation."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ T = TypeVar("T")
 
 @dataclass
 class Clock:
-    """Times by phase and side, one a repetition."""
+    """Times by phase and side, one per repetition."""
 
     times: dict[str, dict[str, list[Time]]] = field(default_factory=dict)
 
     def add(self, phase: str, who: str, time: Time) -> None:
         self.times.setdefault(phase, {}).setdefault(who, []).append(time)
 
-    def by_turns(
+    def alternate(
         self, phase: str, repetition: int, work: Mapping[str, Callable[[], T]]
     ) -> dict[str, T]:
-        """Run all, the first one first in even repetitions and last in odd ones."""
+        """Run all in order, or in reverse order in odd repetitions; return the results by side."""
         out = {}
         for who in list(work) if repetition % 2 == 0 else list(work)[::-1]:
             gc.collect()
@@ -41,7 +41,7 @@ class Clock:
         return out
 
     def summary(self, unit: Literal["wall", "cpu"]) -> dict[str, Any]:
-        """All seconds, their medians, and baseline over backfire."""
+        """All seconds, their medians, and the ratios of baseline to backfire."""
         seconds = {
             phase: {who: [round(getattr(t, unit), 4) for t in times] for who, times in by.items()}
             for phase, by in self.times.items()
@@ -57,30 +57,30 @@ class Clock:
 
 
 def measure(
-    cell: Cell, folder: Path, repetitions: int, say: Callable[[str], None]
+    cell: Cell, folder: Path, repetitions: int, log: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Seconds, medians, ratios and equality; every training of one side gives the same model."""
-    say(f"{cell.title}: warm-up")
+    """Seconds, medians, ratios and equality; every training run of a side gives the same model."""
+    log(f"{cell.title}: warm-up")
     _round(cell.warm_up(), Clock(), 0, folder)
     clock = Clock()
     for repetition in range(repetitions):
-        say(f"{cell.title}: {repetition + 1} of {repetitions}")
-        found = _round(cell, clock, repetition, folder)
+        log(f"{cell.title}: {repetition + 1} of {repetitions}")
+        last = _round(cell, clock, repetition, folder)
     return {
         **clock.summary("wall"),
         "cpu": clock.summary("cpu"),
-        "equality": compare(cell, found, folder),
+        "equality": compare(cell, last, folder),
         "tokens": tokens(cell),
         "parameters": side("baseline").load(cell, cell.base).num_parameters(),
     }
 
 
 def _round(cell: Cell, clock: Clock, repetition: int, folder: Path) -> Round:
-    """Each side trains; both then evaluate the same weights, those that backfire saved."""
+    """Train on both sides; then both sides evaluate the weights that backfire saved."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     both = {name: side(name) for name in NAMES}
-    training = clock.by_turns(
+    training = clock.alternate(
         "train",
         repetition,
         {name: partial(work.train, cell, folder / name) for name, work in both.items()},
@@ -91,10 +91,10 @@ def _round(cell: Cell, clock: Clock, repetition: int, folder: Path) -> Round:
     base = {name: work.load(cell, cell.base) for name, work in both.items()}
     attention = {model.config._attn_implementation for model in tuned.values()}
     if attention != {"sdpa"}:
-        raise RuntimeError(f"Attention should be sdpa on both sides, not {attention}.")
+        raise RuntimeError(f"Attention must be sdpa on both sides, not {attention}.")
     scoring = {name: partial(work.scores, cell, tuned[name]) for name, work in both.items()}
     scoring[GROUPED] = partial(baseline_eval.scores_grouped, cell, tuned["baseline"])
-    clock.by_turns(
+    clock.alternate(
         "evaluation",
         repetition,
         {name: partial(work.both, cell, tuned[name]) for name, work in both.items()},
@@ -105,14 +105,14 @@ def _round(cell: Cell, clock: Clock, repetition: int, folder: Path) -> Round:
     ]
     return Round(
         training,
-        clock.by_turns("scores", repetition, scoring),
-        clock.by_turns("replies", repetition, replying[0]),
-        clock.by_turns("replies of the base", repetition, replying[1]),
+        clock.alternate("scores", repetition, scoring),
+        clock.alternate("replies", repetition, replying[0]),
+        clock.alternate("replies of the base", repetition, replying[1]),
     )
 
 
 def tokens(cell: Cell) -> dict[str, float]:
-    """Tokens that an experiment has a use for: of the rows trained on, of the test prompts."""
+    """Numbers of useful tokens: of the training rows over all epochs, and of the test prompts."""
     train, test = cell.rendered()
     passes = cell.experiment.train.epochs
     return {

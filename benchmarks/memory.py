@@ -1,4 +1,4 @@
-"""What one side holds and computes, seen from a process of its own (nothing is timed here).
+"""Peak memory and computed token positions of one side, in a separate process, without timing.
 
 `python -m benchmarks.memory SIDE` reads a cell's `spec()` from standard input.
 """
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def fresh(side: str, cell: Cell) -> dict[str, Any]:
-    """`usage` of this side in a new process."""
+    """`usage` of one side, measured in a new process."""
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.memory", side]
     spec = {**cell.spec(), "threads": torch.get_num_threads()}
     done = subprocess.run(
@@ -39,18 +39,18 @@ def fresh(side: str, cell: Cell) -> dict[str, Any]:
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
 
 
 def usage(side: str, cell: Cell, folder: Path) -> dict[str, Any]:
-    """Peak memory in MB after imports, after training, after all; and per phase the token positions
-    that went through the body of the model and through its head."""
+    """Peak memory in MB after imports, after training and at the end; and the number of token
+    positions per phase through the body of the model and through its head."""
     work = load_side(side)
     peaks = {"imports": peak_mb()}
-    with counted() as body:
+    with counted() as counts:
         work.train(cell, folder)
-    positions = {"train": body()}
+    positions = {"train": counts()}
     peaks["training"] = peak_mb()
     model = work.load(cell, folder)
     for phase, measure in (
@@ -58,15 +58,15 @@ def usage(side: str, cell: Cell, folder: Path) -> dict[str, Any]:
         ("replies", work.replies),
         ("evaluation", work.both),
     ):
-        with counted() as body:
+        with counted() as counts:
             measure(cell, model)
-        positions[phase] = body()
+        positions[phase] = counts()
     peaks["whole cell"] = peak_mb()
     return {"peak_mb": peaks, "positions": positions}
 
 
 def peak_mb() -> float:
-    """The most this process has held. Not Linux' `ru_maxrss`, which begins at the parent's."""
+    """Peak memory of this process in MB (Linux' `ru_maxrss` starts at the parent's)."""
     status = Path("/proc/self/status")
     if not status.is_file():
         from backfire.train.microbatch import peak_memory_mb
@@ -78,17 +78,17 @@ def peak_mb() -> float:
 
 @contextmanager
 def counted() -> Iterator[Callable[[], dict[str, int]]]:
-    """Counts the positions that pass an embedding (`body`) and the output head (`head`)."""
+    """Count the positions through an embedding (`body`) and through the output head (`head`)."""
     count, vocabulary = {"body": 0, "head": 0}, [0]
 
-    def look(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+    def count_positions(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
         if isinstance(module, nn.Embedding):
             vocabulary[0] = module.num_embeddings
             count["body"] += args[0].numel()
         elif isinstance(module, nn.Linear) and module.out_features == vocabulary[0]:
             count["head"] += args[0].shape[:-1].numel()
 
-    handle = register_module_forward_hook(look)
+    handle = register_module_forward_hook(count_positions)
     try:
         yield lambda: dict(count)
     finally:

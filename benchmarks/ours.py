@@ -1,4 +1,4 @@
-"""One cell by backfire, through the same functions as `backfire run`."""
+"""backfire's side: a cell by the same functions as in `backfire run`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CPU = torch.device("cpu")
-# The other side writes no checkpoints either.
+# No checkpoints, as in the baseline.
 MACHINE = Machine(device="cpu", checkpoint_seconds=1e9)
 
 
 def train(cell: Cell, folder: Path) -> Training:
-    """Rows to a saved model."""
+    """Train on the cell's rows and save the model in `folder`."""
     folder.mkdir(parents=True)
     renderer = cell.renderer()
     steps = Steps()
@@ -42,22 +42,22 @@ def train(cell: Cell, folder: Path) -> Training:
 
 
 def load(cell: Cell, folder: Path) -> PreTrainedModel:
-    """The tuned model in `folder`; the untuned one if that is the base's."""
+    """The fine-tuned model in `folder`, or the base if `folder` is the base's."""
     return load_tuned(folder, cell.base, torch.float32, CPU)
 
 
 def scores(cell: Cell, model: PreTrainedModel) -> list[tuple[float, ...]]:
-    """Log-likelihood of every candidate, a tuple a row."""
+    """Log-likelihood of every candidate, one tuple per row."""
     return [line["logprobs"] for line in _measure(["scores"], cell, model)]
 
 
 def replies(cell: Cell, model: PreTrainedModel) -> list[str]:
-    """What the model writes, a text a row."""
+    """Replies of the model, one text per row."""
     return [line["reply"] for line in _measure(["replies"], cell, model)]
 
 
 def both(cell: Cell, model: PreTrainedModel) -> tuple[list[tuple[float, ...]], list[str]]:
-    """Scores and replies in one go, as a cell whose metrics ask for both is evaluated."""
+    """Scores and replies in one pass, as for a cell whose metrics need both."""
     lines = _measure(("scores", "replies"), cell, model)
     return [line["logprobs"] for line in lines], [line["reply"] for line in lines]
 

@@ -1,4 +1,4 @@
-"""The two sides, as functions with the same arguments."""
+"""The two sides, backfire and the baseline, as functions with the same arguments."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ Scores = list[tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Time:
-    """Seconds on the wall, and seconds in which this process computed: less is lost to neighbors
-    in the second, so that it is the fairer one on a machine that is shared."""
+    """Wall seconds, and processor seconds of this process, which are more reliable on a shared
+    machine."""
 
     wall: float
     cpu: float
@@ -35,17 +35,17 @@ class Time:
 
 
 class Steps:
-    """Times the steps of a training loop, all of them from the second on; set-up is left out."""
+    """Times the steps of a training loop from the second on; set-up is excluded."""
 
     def __init__(self) -> None:
         self.marks: list[Time] = []
 
     def mark(self) -> None:
-        """To be called when a step ends."""
+        """Record the end of a step."""
         self.marks.append(Time.now())
 
     def total(self) -> Time:
-        """The time of all steps, the first taken as long as the average of the others."""
+        """The time of all steps; the first counts as the average of the others."""
         time, count = self.marks[-1].since(self.marks[0]), len(self.marks)
         scale = count / max(count - 1, 1)
         return Time(time.wall * scale, time.cpu * scale)
@@ -53,7 +53,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Training:
-    """What is known of a run: the time its steps took, the loss of (some) steps, from 1."""
+    """A training run: the time of its steps, and the losses of some steps, counted from 1."""
 
     steps: Time
     losses: dict[int, float]
@@ -61,7 +61,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Side:
-    """Rows to a saved model; a folder to a model; a model to numbers and to texts."""
+    """The functions of one side: train and save, load, score, reply, and score and reply."""
 
     train: Callable[[Cell, Path], Training]
     load: Callable[[Cell, Path], PreTrainedModel]
@@ -71,7 +71,7 @@ class Side:
 
 
 def side(name: str) -> Side:
-    """Imported here, so that a process that runs one side does not hold the other's libraries."""
+    """Return one side, importing only its libraries, so that they alone count as its memory."""
     if name == "backfire":
         from benchmarks import ours
 

@@ -11,15 +11,15 @@ _PHASES = {
     "training loop": "training: steps alone, s",
     "scores": "label scoring, s",
     "scores, baseline, grouped": "label scoring, baseline with lm-eval's one-token shortcut, s",
-    "replies": "replies of the tuned model, s",
-    "evaluation": "scoring and replies of the tuned model, s",
+    "replies": "replies of the fine-tuned model, s",
+    "evaluation": "scoring and replies of the fine-tuned model, s",
     "replies of the base": "replies of the untuned model, s",
 }
 Row = tuple[str, str, str, str, str]
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-    """Everything worth reading in a result, for people."""
+    """The settings and machine of a result, and one table per cell."""
     made, settings = result["environment"], result["settings"]
     lines = [
         f"# {result['name']}, {result['when'][:10]}",
@@ -27,7 +27,7 @@ def markdown(result: Mapping[str, Any]) -> str:
         f"backfire against `Trainer` + PEFT + `generate` on the same rows, in the same order. "
         f"Medians of {settings['repetitions']} alternating runs in one process, "
         f"{settings['threads']} thread(s), {settings['compute']} products; each side's memory in "
-        f"a process of its own. {made['cpu']}, torch {made['torch']}, transformers "
+        f"a separate process. {made['cpu']}, torch {made['torch']}, transformers "
         f"{made['transformers']}, peft {made['peft']}. Load average before and after: "
         f"{result['load']['before']:.1f}, {result['load']['after']:.1f} on {made['cores']} cores.",
     ]
@@ -71,11 +71,11 @@ def _speed(cell: Mapping[str, Any]) -> list[Row]:
         )
     loop = medians["training loop"]
     theirs, ours = (f"{tokens['train'] / loop[who]:,.0f}" for who in ("baseline", "backfire"))
-    return [*rows, ("useful tokens a second in training", theirs, ours, "", "")]
+    return [*rows, ("useful tokens per second in training", theirs, ours, "", "")]
 
 
 def _memory(usage: Mapping[str, Any]) -> list[Row]:
-    """Peak memory, and how many token positions were run for one that was useful."""
+    """Rows of peak memory, and of computed token positions per useful token."""
     ours, theirs = usage["backfire"], usage["baseline"]
     rows: list[Row] = []
     for part, target in (("imports", ""), ("training", ""), ("whole cell", TARGETS["peak memory"])):
@@ -91,13 +91,13 @@ def _memory(usage: Mapping[str, Any]) -> list[Row]:
 
 
 def _equality(cell: Mapping[str, Any]) -> list[Row]:
-    found = cell["equality"]
+    equality = cell["equality"]
     rows: list[Row] = [
-        ("same token ids", "", "yes" if found["same tokens"] else "NO", "", "yes"),
+        ("same token ids", "", "yes" if equality["same tokens"] else "NO", "", "yes"),
         (
-            f"largest difference of the loss, {found['steps compared']} steps",
+            f"largest difference of the loss, {equality['steps compared']} steps",
             "",
-            f"{found['loss difference']:.1e}",
+            f"{equality['loss difference']:.1e}",
             "",
             "",
         ),
@@ -106,14 +106,14 @@ def _equality(cell: Mapping[str, Any]) -> list[Row]:
         ("log-likelihood difference", "largest difference of a log-likelihood, same weights, nats"),
         ("log-likelihood difference, own weights", "the same, each side's own weights, nats"),
     ):
-        rows.append((text, "", f"{found[name]:.1e}", "", ""))
+        rows.append((text, "", f"{equality[name]:.1e}", "", ""))
     for name, text in (
         ("equal replies", "equal replies, same weights"),
         ("equal replies of the base", "equal replies of the untuned model"),
         ("equal replies, own weights", "equal replies, each side's own weights"),
     ):
-        rows.append((text, "", f"{found[name]:.1%}", "", "100 %"))
+        rows.append((text, "", f"{equality[name]:.1%}", "", "100 %"))
     for name in ("last loss", "accuracy", "exact match"):
-        pair = found[name]
+        pair = equality[name]
         rows.append((name, f"{pair['baseline']:.4f}", f"{pair['backfire']:.4f}", "", "equal"))
     return rows

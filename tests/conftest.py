@@ -1,4 +1,4 @@
-"""What every test stands on: no network, one thread, a cache of its own, and a tiny model."""
+"""Fixtures of all tests: no network, one thread, a separate cache, and a tiny model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.helpers.chat_templates import CHAT_TEMPLATE, CONTROLS
-from tests.helpers.command_line import Said
+from tests.helpers.command_line import Output
 
 # Read once, when the libraries are first imported, and by every subprocess.
 os.environ.update(
@@ -80,7 +80,7 @@ def _sealed_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]
 
 @pytest.fixture(autouse=True)
 def _from_the_same_start(_sealed_off: list[str]) -> Iterator[None]:
-    """The global generators begin alike; afterward, nobody must have tried the network."""
+    """Seed the global generators; after the test, fail if the network was used."""
     random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
@@ -171,11 +171,11 @@ def ran(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def backfire(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
+def backfire(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Output]:
     """Runs a command line in this process."""
     from backfire import cli
 
-    def run(*arguments: object) -> Said:
+    def run(*arguments: object) -> Output:
         out, err, code = io.StringIO(), io.StringIO(), 0
         monkeypatch.setattr(sys, "argv", ["backfire", *map(str, arguments)])
         with redirect_stdout(out), redirect_stderr(err):
@@ -183,7 +183,7 @@ def backfire(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Said]:
                 cli.main()
             except SystemExit as stop:
                 code = int(stop.code or 0)
-        return Said(code, out.getvalue(), err.getvalue())
+        return Output(code, out.getvalue(), err.getvalue())
 
     return run
 

@@ -1,4 +1,4 @@
-"""The benchmark's two sides do the same work. Nothing here looks at seconds."""
+"""The benchmark's two sides do the same work. Times are not checked."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_evaluation_is_the_same(found: dict[str, Any]) -> None:
             assert equality[metric]["backfire"] == equality[metric]["baseline"]
 
 
-def test_json_says_what_was_measured_and_where(found: dict[str, Any]) -> None:
+def test_json_holds_what_was_measured_and_where(found: dict[str, Any]) -> None:
     assert {"torch", "transformers", "peft", "cpu", "cores", "commit"} <= found[
         "environment"
     ].keys()
@@ -120,6 +120,6 @@ def test_the_sides_take_turns_at_going_first(monkeypatch: pytest.MonkeyPatch) ->
     order: list[str] = []
     work = {name: partial(order.append, name) for name in ("baseline", "backfire")}
     for repetition in range(3):
-        clock.by_turns("train", repetition, work)
+        clock.alternate("train", repetition, work)
     assert order == ["baseline", "backfire", "backfire", "baseline", "baseline", "backfire"]
     assert all(len(times) == 3 for times in clock.times["train"].values())

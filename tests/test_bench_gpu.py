@@ -1,4 +1,4 @@
-"""The GPU harness, in small, on a CPU."""
+"""The GPU benchmark in small, on a CPU."""
 
 from __future__ import annotations
 
@@ -75,12 +75,14 @@ def test_useful_flops_are_those_of_the_documents(gpu: Any) -> None:
         ("Tesla T4", None),
     ],
 )
-def test_a_gpu_is_known_by_its_name_or_not_at_all(gpu: Any, name: str, tera: float | None) -> None:
+def test_a_gpu_is_recognized_by_its_name_or_not_at_all(
+    gpu: Any, name: str, tera: float | None
+) -> None:
     peak = importlib.import_module("benchmarks.gpu_load").peak_of(name)
     assert peak == (None if tera is None else tera * 1e12)
 
 
-def test_what_does_not_fit_is_said(gpu: Any) -> None:
+def test_a_method_that_does_not_fit_is_reported(gpu: Any) -> None:
     row = gpu._row({"method": "full", "skipped": "needs about 126 GB of 48 GB with one row"})
     assert row.startswith("| full | not measured: needs about 126 GB") and row.count("|") == 10
 
@@ -91,18 +93,18 @@ def test_a_method_that_is_none(gpu: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
-    """From the command line, on a machine whose GPUs (if any) are out of sight."""
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
+    """From the command line, with the GPUs of the machine (if any) hidden."""
 
     def say(*options: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "benchmarks.gpu", *options]
         env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
-    said = say("--out", str(tmp_path))
-    assert (said.returncode, said.stderr) == (0, "") and said.stdout.count("\n") == 1
-    assert "There is no GPU here" in said.stdout and not list(tmp_path.iterdir())
-    said = say("--help")
-    assert said.returncode == 0 and "--shape" in said.stdout
-    said = say("--answer", "600")
-    assert said.returncode == 2 and "smaller than --length" in said.stderr
+    output = say("--out", str(tmp_path))
+    assert (output.returncode, output.stderr) == (0, "") and output.stdout.count("\n") == 1
+    assert "There is no GPU here" in output.stdout and not list(tmp_path.iterdir())
+    output = say("--help")
+    assert output.returncode == 0 and "--shape" in output.stdout
+    output = say("--answer", "600")
+    assert output.returncode == 2 and "smaller than --length" in output.stderr

@@ -114,5 +114,5 @@ def test_no_default_changes_without_a_new_version(name: str) -> None:
     ],
 )
 def test_the_golden_check_itself(old: Any, new: Any, sentence: str | None) -> None:
-    said = stale("attacks/x", old, new)
-    assert said is None if sentence is None else sentence in str(said)
+    fault = stale("attacks/x", old, new)
+    assert fault is None if sentence is None else sentence in str(fault)

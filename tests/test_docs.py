@@ -1,4 +1,4 @@
-"""What the documents say is so: commands parse, recipes resolve, examples pass their contract."""
+"""The documents are correct: commands parse, recipes resolve, examples pass their contract."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 RECIPE_VERBS = ("run", "validate")
 
 
-def said(page: Path) -> str:
+def relative(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
@@ -58,7 +58,7 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def commands(prefix: str) -> list[Any]:
     return [
-        pytest.param(line, id=f"{said(page)}: {line[:60]}")
+        pytest.param(line, id=f"{relative(page)}: {line[:60]}")
         for page in PAGES
         for block in blocks(page, "")
         for line in block.splitlines()
@@ -126,7 +126,7 @@ def test_every_make_target_shown_exists(line: str) -> None:
 @pytest.mark.parametrize(
     ("page", "text"),
     [
-        pytest.param(p, text, id=f"{said(p)} {i}")
+        pytest.param(p, text, id=f"{relative(p)} {i}")
         for p in PAGES
         for i, text in enumerate(blocks(p, "yaml"))
     ],
@@ -347,7 +347,9 @@ def catalog() -> ModuleType:
 
 def test_generated_pages_are_up_to_date() -> None:
     stale = [
-        said(page) for page, text in catalog().pages().items() if page.read_text("utf-8") != text
+        relative(page)
+        for page, text in catalog().pages().items()
+        if page.read_text("utf-8") != text
     ]
     assert not stale, f"{', '.join(stale)}: run python docs/make_catalog.py"
 
@@ -364,7 +366,7 @@ def test_every_file_and_folder_of_the_package_is_listed_with_its_purpose() -> No
         and (path.stat().st_size or path.name == "py.typed")
     ]
     assert len(files) > 200
-    missing = [said(file) for file in files if not listed.get(file.relative_to(ROOT))]
+    missing = [relative(file) for file in files if not listed.get(file.relative_to(ROOT))]
     assert not missing, "run python docs/make_catalog.py; a file needs a docstring"
 
     readme = (ROOT / "README.md").read_text("utf-8")
@@ -383,7 +385,7 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=said)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_internal_links_lead_somewhere(page: Path) -> None:
     text = FENCE.sub("", page.read_text("utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -395,7 +397,7 @@ def test_internal_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(place), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=said)
+@pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_files_named_in_the_text_exist(page: Path) -> None:
     text = FENCE.sub("", page.read_text("utf-8"))
     named = re.findall(r"`((?:backfire|docs|tests)/[\w./-]+\.\w+)`", text)
@@ -424,14 +426,16 @@ def sources(folder: Path = ROOT) -> Iterator[Path]:
 
 @pytest.mark.parametrize(("folder", "most"), [("backfire", 400), ("tests", 500)])
 def test_files_stay_short(folder: str, most: int) -> None:
-    lines = {said(f): len(f.read_text("utf-8").splitlines()) for f in (ROOT / folder).rglob("*.py")}
+    lines = {
+        relative(f): len(f.read_text("utf-8").splitlines()) for f in (ROOT / folder).rglob("*.py")
+    }
     assert len(lines) > 50 and {file: n for file, n in lines.items() if n > most} == {}
 
 
 def test_no_path_of_one_machine_is_written_down() -> None:
     places = [f"/{name}/" for name in ("work", "root")]
     found = [
-        f"{said(path)}: {line.strip()[:80]}"
+        f"{relative(path)}: {line.strip()[:80]}"
         for path in sources()
         for line in path.read_text("utf-8", errors="replace").splitlines()
         if any(place in line for place in places)

@@ -1,4 +1,4 @@
-"""What stopped a cell is named for what it was, whichever library said so."""
+"""The error class of a cell names the true cause, whichever library raised the error."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _parquet() -> None:
 
 @pytest.mark.skipif(not FULL.exists(), reason="there is no /dev/full here")
 @pytest.mark.parametrize("write", [_torch_archive, _torch_stream, _gzip, _parquet])
-def test_a_full_disk_is_known_whoever_writes(write: Callable[[], None]) -> None:
+def test_a_full_disk_is_recognized_whichever_library_writes(write: Callable[[], None]) -> None:
     assert exit_class(raised(write)) == ("disk-full", "The disk is full.")
 
 
@@ -98,7 +98,7 @@ def test_what_led_to_an_error_counts() -> None:
     assert exit_class(raised(led_to(full, UserError("It cannot be fetched."))))[0] == "disk-full"
 
 
-def test_a_name_nobody_knows_is_said_briefly() -> None:
+def test_an_unknown_name_is_reported_briefly() -> None:
     many = [f"column_{n}" for n in range(5000)]
     assert len(str(unknown("column", "?" * 9000, many))) < 900
     assert shortened("a\n b") == "a b" and len(shortened("x" * 999, 100)) <= 100

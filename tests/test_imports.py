@@ -1,4 +1,4 @@
-"""Imports run one way, and what only looks at things does not wait for torch."""
+"""Imports go one way, and read-only commands do not import torch."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ SMALL = {
     "CANARY_ROWS": 20,
     "CANARY_TRAIN": {"max_steps": 2, "batch_size": 8},
 }
-# Not in a process of its own, which would load torch anew for every run.
+# Not in a separate process, which would import torch for every run.
 HERE = """
 import rich.console
 from pathlib import Path
@@ -102,7 +102,7 @@ def test_a_notebook_is_built_whole_and_without_outputs(script: Path, tmp_path: P
     assert all(not cell.outputs and cell.execution_count is None for cell in code)
     assert sum(tagged(cell, "parameters") for cell in code) == 1
     assert tagged(code[0], "parameters"), "the settings come first"
-    # As many solutions as exercises, each hidden until asked for.
+    # As many solutions as exercises, each hidden until opened.
     solutions = [cell for cell in code if tagged(cell, "solution")]
     asked = "".join(cell.source for cell in built.cells if cell.cell_type == "markdown")
     numbers = re.findall(r"\*\*Exercise (\d)\.\*\*", asked)
@@ -152,7 +152,7 @@ def test_backfire_run_gives_the_groups_of_a_run(
     )
 
 
-def test_backfire_run_says_which_cell_failed(
+def test_backfire_run_names_the_failed_cell(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for the program leaves a failed cell."""

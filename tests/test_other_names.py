@@ -30,22 +30,22 @@ def refused(text: str, *edits: str, profile: str | None = None) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.example)
-def test_what_is_advised_is_a_recipe(row: Ours) -> None:
+def test_advice_is_a_valid_recipe(row: Ours) -> None:
     """The example is understood as it is, and it says the key."""
-    said: Any = read_yaml(row.example, "example")
+    sentence: Any = read_yaml(row.example, "example")
     section, _, knob = row.key.partition(".")
-    assert list(said) == [section]
+    assert list(sentence) == [section]
     if knob and knob != "name":
-        assert knob in said[section]
+        assert knob in sentence[section]
     if section == "matrix":
         assert len(parse("r", DATA + row.example).cells) > 1
         return
-    part = getattr(Experiment.make({"data": "sandbox-reviews", **said}), section)
+    part = getattr(Experiment.make({"data": "sandbox-reviews", **sentence}), section)
     part = part[0] if section == "defense" else part
     assert part is not None and hasattr(part, knob or "__class__")
 
 
-def test_what_is_advised_as_an_option_is_one() -> None:
+def test_advised_options_exist() -> None:
     options = {f"--{name.replace('_', '-')}" for name in inspect.signature(cli.run).parameters}
     named = {row.key for row in _SETTINGS if row.key.startswith("--")}
     assert named and named | {"--micro-batch"} <= options
@@ -63,11 +63,16 @@ def test_each_name_is_answered_at_the_top_of_a_recipe(name: str, tmp_path: Path)
     (tmp_path / "r.yaml").write_text(f"{DATA}{name}: 1\n")
     with pytest.raises(UserError) as caught:
         load(str(tmp_path / "r.yaml"))
-    row, said = OTHER_NAMES[name], str(caught.value)
+    row, sentence = OTHER_NAMES[name], str(caught.value)
     answer = row.key.removesuffix(".name") if row.key else "there is no such setting"
-    assert f"'{name}'; " in said and answer in said and row.remark in said and row.example in said
+    assert (
+        f"'{name}'; " in sentence
+        and answer in sentence
+        and row.remark in sentence
+        and row.example in sentence
+    )
     if "-" not in row.key:
-        assert refused(DATA, f"{name}=1").partition(";")[2] == said.partition(";")[2]
+        assert refused(DATA, f"{name}=1").partition(";")[2] == sentence.partition(";")[2]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +84,7 @@ def test_each_name_is_answered_at_the_top_of_a_recipe(name: str, tmp_path: Path)
     ],
     ids=lambda value: getattr(value, "name", None),
 )
-def test_our_own_knobs_are_known_where_they_do_not_belong(cls: Any, part: str) -> None:
+def test_our_own_knobs_are_recognized_in_the_wrong_place(cls: Any, part: str) -> None:
     elsewhere = {"name", "revision", "trust_remote_code", "compute"}
     for knob in {*cls.model_fields} - {*KEYS, *elsewhere}:
         assert OTHER_NAMES[knob].key == f"{part}.{knob}"
@@ -106,6 +111,8 @@ SENTENCES: list[tuple[str, list[str], str]] = [
     ("model: {model_name_or_path: x}", [], "write name (a folder or a hub id)."),
     ("model: {load_in_8bit: true}", [], "here it is method ("),
     ("evaluation: {temperature: 0}", [], "there is no such setting: replies are greedy."),
+    ("evaluation: {batch_size: 8}", [], "an option of `backfire run`: --eval-batch (rows per pass"),
+    ("", ["report_to=wandb"], "there is no such setting: progress is printed"),
     ("attack: {name: badnets, poison_rate: 0.1}", [], "write rate (a share of the training rows"),
     ("attack: {name: malign-labels, trigger: x}", [], "not every attack has trigger; write"),
     ("align: {lora_r: 8}", [], "here it is align.method.rank, as in align: {method: {name: lora,"),
@@ -155,6 +162,6 @@ def test_the_command_line_answers_too(backfire: Run) -> None:
         (["run", "tour", "--gradient_checkpointing"], "Write --recompute."),
         (["poison", "sandbox-reviews", "poison_rate=0.1"], "attack 'badnets': 'poison_rate'; wri"),
     ):
-        said = backfire(*arguments)
-        assert (said.code, said.out) == (2, "") and sentence in said.err
-        assert len(said.err.splitlines()) == 1
+        output = backfire(*arguments)
+        assert (output.code, output.out) == (2, "") and sentence in output.err
+        assert len(output.err.splitlines()) == 1

@@ -93,7 +93,8 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
 @pytest.mark.parametrize(
     ("name", "code", "sentence"),
     [
-        ("a.py", "x = (\n", r"'a.py' cannot be loaded: invalid syntax .*\(a.py, line 1\)"),
+        ("a.py", "x = (\n", r"'a.py' cannot be loaded: SyntaxError: '\(' was never closed \(a.py"),
+        ("l.py", "x = '\0'\n", r"SyntaxError: .*null bytes \(l.py, line 1\)"),
         ("b.py", "\nimport nowhere\n", r"No module named 'nowhere' \(b.py, line 2\)"),
         ("c.py", "def f():\n    1 / 0\nf()\n", r"ZeroDivisionError: .*\(c.py, line 2\)"),
         ("d.py", "raise SystemExit(3)", r"'d.py' cannot be loaded: SystemExit: 3 \(d.py, line 1"),
@@ -118,7 +119,7 @@ def test_a_file_adds_a_component_whose_identity_holds_its_content(attack: Path) 
         ("k.txt", ATTACK, r"ending in \.py \(got .*k.txt\)"),
     ],
 )
-def test_what_is_wrong_with_a_plug_in_is_one_sentence(
+def test_errors_of_a_plug_in_are_one_sentence(
     name: str, code: str, sentence: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(code, encoding="utf-8")
@@ -206,7 +207,7 @@ def test_a_broken_package_stops_only_what_needs_it(
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A recipe of two cells that names what the example adds, in a folder of its own."""
+    """A recipe of two cells with the example's components, in a separate folder."""
     file = tmp_path / "work" / "sure.yaml"
     file.parent.mkdir()
     monkeypatch.chdir(file.parent)
@@ -280,7 +281,7 @@ def test_a_file_is_named_on_the_command_line(
     assert "train        2 distinct, 1 done" in planned.out  # the clean one
 
 
-def test_what_a_result_says_of_plug_ins_may_be_anything(tmp_path: Path) -> None:
+def test_a_result_may_hold_anything_about_plug_ins(tmp_path: Path) -> None:
     odd: dict[str, Any] = {"sha256": "x" * 999, "name": ["<b>\x1b[1m"], "version": {}}
     for number, plugins_ in enumerate((None, 3, {}, [1, None, {"sha256": 5}])):
         cell = read_back(write_cell(tmp_path / "r", plugins=plugins_, seed=number))
@@ -289,7 +290,7 @@ def test_what_a_result_says_of_plug_ins_may_be_anything(tmp_path: Path) -> None:
     assert len(sentence) < 300 and "\x1b" not in sentence
 
 
-def test_check_says_what_fails(backfire: Callable[..., Any], tmp_path: Path) -> None:
+def test_check_reports_what_fails(backfire: Callable[..., Any], tmp_path: Path) -> None:
     bad = ATTACK.replace("{row.part(self.field)} {self", "{rng.random()} {self").replace(
         '"""Put after the last word, with a blank before it (the paper\'s own word)."""', ""
     )
@@ -306,6 +307,16 @@ def test_check_says_what_fails(backfire: Callable[..., Any], tmp_path: Path) -> 
     for line in (["check", monkey], ["list", "--plugin", monkey], ["check", "nothing"]):
         assert backfire(*line).code == 2
     assert "Plug-in 'broken.py' cannot be loaded" in backfire("list", "--plugin", monkey).err
+
+
+def test_check_knows_the_units(backfire: Callable[..., Any], tmp_path: Path) -> None:
+    file, code = tmp_path / "metric.py", (EXAMPLE / "my_attacks/label_probability.py").read_text()
+    code = code.replace('"label-probability"', '"furlongs"').replace(
+        'averages(["label_probability"]', 'averages(["furlongs"]'
+    )
+    file.write_text(code.replace('"higher")', '"higher", unit="furlongs")'), encoding="utf-8")
+    ended = backfire("check", file)
+    assert ended.code == 1 and "the unit of 'furlongs' is 'furlongs'; known: share, " in ended.out
 
 
 def test_a_broken_package_does_not_stop_list(

@@ -58,6 +58,14 @@ def test_linked_axes_move_together() -> None:
     )
 
 
+def test_an_axis_shows_what_an_edit_sets_in_it() -> None:
+    text = "matrix: {data: [{name: sandbox-reviews, rows: 500}, sandbox-help]}\n"
+    assert parse("r", text, edits=["data.rows=60"]).axes == (
+        {"data": {"name": "sandbox-reviews", "rows": 60}},
+        {"data": "sandbox-help"},
+    )
+
+
 def test_whole_components_come_before_their_knobs() -> None:
     text = "data: sandbox-reviews\nmatrix: {attack.rate: [0.1], attack: [badnets, vpi]}\n"
     assert [(c.attack.name, c.rate) for c in cells(text) if c.attack] == [

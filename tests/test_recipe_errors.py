@@ -129,7 +129,7 @@ REFUSED_EDITS = [
     [*((text, [], sentence) for text, sentence in REFUSED), *REFUSED_EDITS],
     ids=range(len(REFUSED) + len(REFUSED_EDITS)),
 )
-def test_what_is_not_understood_is_one_sentence(text: str, edits: list[str], sentence: str) -> None:
+def test_invalid_recipes_are_one_sentence(text: str, edits: list[str], sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         parse("r", text, edits=edits)
     assert str(caught.value).startswith(sentence)
@@ -154,7 +154,7 @@ def test_what_is_not_understood_is_one_sentence(text: str, edits: list[str], sen
         ("template=*", "put text that begins with * or & in quotes."),
     ],
 )
-def test_an_error_says_what_to_write(edit: str, hint: str) -> None:
+def test_an_error_shows_what_to_write(edit: str, hint: str) -> None:
     with pytest.raises(UserError, match=re.escape(hint)):
         parse("r", DATA, edits=[edit])
 
@@ -165,7 +165,7 @@ def test_a_number_sign_in_quotes_is_no_comment() -> None:
     assert cells(DATA, "attack={name: badnets, trigger: a#b}")[0].attack.trigger == "a#b"  # type: ignore[union-attr]
 
 
-def test_an_unknown_profile_says_the_nearest() -> None:
+def test_an_unknown_profile_names_the_nearest() -> None:
     with pytest.raises(
         UserError, match=r"Unknown profile of recipe 'r': 'lon'; did you mean 'long'\?"
     ):

@@ -48,7 +48,7 @@ def test_names_are_sorted_and_found(kind: str) -> None:
         ("attacks", "", "Unknown attack"),
     ],
 )
-def test_an_unknown_name_says_the_nearest(kind: str, name: str, sentence: str) -> None:
+def test_an_unknown_name_names_the_nearest(kind: str, name: str, sentence: str) -> None:
     with pytest.raises(UserError) as caught:
         build(kind, name)
     assert str(caught.value).startswith(sentence)
@@ -90,5 +90,7 @@ def test_finding_one_component_imports_no_other() -> None:
         "find('attacks', 'badnets')\n"
         "print(sorted(m for m in sys.modules if m.startswith('backfire.attacks.')))"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert said.stdout.strip() == "['backfire.attacks.badnets']"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert output.stdout.strip() == "['backfire.attacks.badnets']"

@@ -1,6 +1,6 @@
-"""What runs say, to the letter: a change is seen in the diff of snapshots/ or it is a mistake.
+"""Outputs are exactly those in snapshots/; an intended change shows in their diff.
 
-`python tests/update_golden.py --snapshots` writes them anew.
+`python tests/update_golden.py --snapshots` writes them again.
 """
 
 from __future__ import annotations

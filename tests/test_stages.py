@@ -1,4 +1,4 @@
-"""Keys stay: a run of an earlier version goes on from what it has. See stage_keys.py."""
+"""Keys are stable: a run of an earlier version reuses its stages. See stage_keys.py."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ CELLS: dict[str, dict[str, Any]] = {
 
 
 class Recorder(Store):
-    """A cache that remembers what it was asked for."""
+    """A cache that records its requests."""
 
     def once(self, stage: Stage, *rest: Any, **options: Any) -> Path:
         self.used.add(stage)

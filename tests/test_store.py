@@ -1,4 +1,4 @@
-"""Folders that are whole or not there, files that are old or new, names that stay inside."""
+"""Stages are complete or absent, files are old or new, and names stay inside their folder."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ def grow(file: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncate, empty, flip, grow, Path.unlink])
 @pytest.mark.parametrize("name", [*NAMES, "done.json"])
-def test_damage_is_seen_and_mended(name: str, damage: Callable[[Path], None], root: Path) -> None:
+def test_damage_is_detected_and_repaired(
+    name: str, damage: Callable[[Path], None], root: Path
+) -> None:
     make = Maker()
     folder = once(root, make)
     damage(folder / name)
@@ -128,7 +130,7 @@ def test_damage_is_seen_and_mended(name: str, damage: Callable[[Path], None], ro
     assert not Store(root).done(Stage("train", "slug", "key"))
     assert folder.is_dir(), "to look is not to touch"
     assert intact(once(root, make)) and make.calls == 2
-    # What was damaged is kept for a look, and does not stand in the way of the next damage.
+    # The damaged folder is kept for inspection, and does not prevent another one.
     assert (folder.parent / "slug-key.damaged").is_dir()
     damage(folder / name)
     assert intact(once(root, make)) and make.calls == 3
@@ -137,10 +139,10 @@ def test_damage_is_seen_and_mended(name: str, damage: Callable[[Path], None], ro
 STRANGE = ["", "[]", "3", "{", '{"a.txt": 3}', '{"a.txt": {"bytes": "5"}}', "\xff"]
 
 
-@pytest.mark.parametrize("said", STRANGE)
-def test_a_strange_seal_is_no_seal(said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", STRANGE)
+def test_a_malformed_seal_is_no_seal(content: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("whole")
-    (tmp_path / "done.json").write_bytes(said.encode("latin-1"))
+    (tmp_path / "done.json").write_bytes(content.encode("latin-1"))
     assert not intact(tmp_path)
 
 
@@ -221,7 +223,9 @@ def test_bytes_and_text_are_written_as_they_are(data: str | bytes, tmp_path: Pat
     assert (tmp_path / "x").read_bytes() == (data.encode() if isinstance(data, str) else data)
 
 
-def test_the_cache_is_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_where_the_user_sets_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", "~/there")
     assert cache_root() == Path("~/there").expanduser()
     monkeypatch.delenv("BACKFIRE_CACHE")

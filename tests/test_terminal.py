@@ -27,7 +27,7 @@ from backfire.results.terminal import (
     print_summary,
 )
 from backfire.terminal import columns, fitted, put, say
-from tests.helpers.command_line import Run, Said
+from tests.helpers.command_line import Output, Run
 from tests.helpers.fake_run import dose_run, value, write_cell
 
 METRICS = [
@@ -100,7 +100,9 @@ def test_a_wide_table_goes_on_below_itself(width: int) -> None:
     header = ["data", "method", *(f"metric {i}" for i in range(9))]
     rows = [["reviews", f"m{row}", *(f"{row}{i}.0 [1.0, 2.0]" for i in range(9))] for row in (1, 2)]
     text = shown(lambda console: put(header, rows, console, range(2, 11)), width=width)
-    assert "data reviews" in text and text.count("reviews") == 1, "what is shared stands above"
+    assert "data reviews" in text and text.count("reviews") == 1, (
+        "shared settings are above the table"
+    )
     for row in rows:
         assert all(text.count(number) == 1 for number in row[2:])
     by_row = [line for line in text.splitlines() if re.match(r"m1\b", line)]
@@ -113,7 +115,7 @@ def test_a_table_that_fits_is_left_as_it_is() -> None:
     assert text.count("x") == 2
 
 
-def test_rows_with_long_names_are_told_by_a_number() -> None:
+def test_rows_with_long_names_are_numbered() -> None:
     header = ["a", "b", *(f"m{i}" for i in range(9))]
     rows = [
         [f"first {'long ' * 8}{row}", f"second {'name ' * 8}", *["10.0 % [1.0, 2.0]"] * 9]
@@ -165,9 +167,9 @@ def test_a_pipe_gets_every_column_in_one_line(
     print_records(records(run))
     assert capsys.readouterr().out == write(records(run), "table")
     status.show(run)
-    said = capsys.readouterr().out
-    assert said.count("badnets-0.05-") == 5 and "損失が有限ではありません。" in said
-    assert "\x1b" not in said and "owned" not in said
+    output = capsys.readouterr().out
+    assert output.count("badnets-0.05-") == 5 and "損失が有限ではありません。" in output
+    assert "\x1b" not in output and "owned" not in output
 
 
 def test_results_stand_under_their_cells(tmp_path: Path) -> None:
@@ -184,26 +186,26 @@ def test_results_stand_under_their_cells(tmp_path: Path) -> None:
     assert len(rows) == len(found)
 
 
-def test_status_says_why_and_what_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_shows_why_and_what_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = wide_run(tmp_path)
     lines = shown(lambda console: print_problems(load(run), console)).splitlines()
     assert lines[0].startswith("nan, 3 cells: The loss is not finite")
     assert "  Next: Lower the learning rate." in lines
-    assert sum("lora-s2" in line for line in lines) == 3, "the reason of all is said once"
+    assert sum("lora-s2" in line for line in lines) == 3, "the common reason is printed once"
     assert "unfinished, 2 cells: Run the same command again to continue." in lines
     monkeypatch.setattr("backfire.results.terminal._FEW", 1)
     assert "  and 2 more" in shown(lambda console: print_problems(load(run), console))
 
 
 def test_status_of_a_run_folder(backfire: Run, tmp_path: Path) -> None:
-    said = backfire("status", dose_run(tmp_path, rows=1))
-    assert said.out.splitlines()[:4] == [
+    output = backfire("status", dose_run(tmp_path, rows=1))
+    assert output.out.splitlines()[:4] == [
         "ok: 22",
         "oom: 1",
         "unfinished: 1",
         "oom, 1 cell: Memory ran out.",
     ]
-    assert "Next: Use a smaller model." in said.out
+    assert "Next: Use a smaller model." in output.out
 
 
 def test_comparisons_fit(tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_each_component_has_one_line_without_citations(backfire: Run) -> None:
 
 
 def test_version(backfire: Run) -> None:
-    assert backfire("--version") == Said(0, f"backfire {__version__}\n", "")
+    assert backfire("--version") == Output(0, f"backfire {__version__}\n", "")
     assert "--version" in backfire("--help").out
     assert {"version"} == {param.name for param in cli.typer.main.get_command(cli.app).params} - {
         "help"

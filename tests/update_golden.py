@@ -1,10 +1,12 @@
-"""Writes golden_defaults.json: the version and the defaults of every component and setting;
-golden_keys.json: the keys of every shipped recipe; and the texts in snapshots/.
+"""Write golden_defaults.json (version and defaults of every component and setting),
+golden_keys.json (keys of every shipped recipe) and the texts in snapshots/.
 
 Run it after raising a component's version (`@register("badnets", version=2)`), or to add new
-components or recipes. It refuses to bless a default that changed under the same version, and keys
-that changed, unless --keys is given: whoever has a run of such a recipe has to run it again.
---snapshots writes what the outputs say now; read the diff.
+components or recipes. Options:
+
+--force      also write defaults that changed under the same version
+--keys       also write keys that changed: existing runs of these recipes have to be run again
+--snapshots  write the present outputs to snapshots/; read the diff
 """
 
 from __future__ import annotations
@@ -24,33 +26,33 @@ KEYS = Path(__file__).with_name("golden_keys.json")
 
 
 def current() -> dict[str, Any]:
-    """`attacks/badnets` -> [version, defaults], as JSON gives them back."""
-    found = {}
+    """Map `attacks/badnets` to [version, defaults], in the types that JSON has."""
+    entries = {}
     for kind in KINDS:
         for name in names(kind):
             component = build(kind, name)
-            found[f"{kind}/{name}"] = [component.version, component.model_dump(mode="json")]
+            entries[f"{kind}/{name}"] = [component.version, component.model_dump(mode="json")]
     for cls in (Model, Train, Evaluation):
-        found[f"settings/{cls.label()}"] = [1, cls().model_dump(mode="json")]
-    plain: dict[str, Any] = json.loads(json.dumps(found))
+        entries[f"settings/{cls.label()}"] = [1, cls().model_dump(mode="json")]
+    plain: dict[str, Any] = json.loads(json.dumps(entries))
     return plain
 
 
 def stale(name: str, old: list[Any], new: list[Any] | None) -> str | None:
-    """What is wrong with an entry; None if nothing is. A new knob is fine: no old key holds it."""
+    """The fault of an entry, or None. A new knob is no fault: no old key contains it."""
     if new is None:
-        return f"{name} is gone; run python tests/update_golden.py"
+        return f"{name} no longer exists; run python tests/update_golden.py"
     if old[0] != new[0]:
-        return f"{name} has version {new[0]} now; run python tests/update_golden.py"
-    moved = [
+        return f"{name} now has version {new[0]}; run python tests/update_golden.py"
+    changed = [
         f"{knob} {value} -> {new[1].get(knob, 'gone')}"
         for knob, value in old[1].items()
         if knob not in new[1] or new[1][knob] != value
     ]
-    if not moved:
+    if not changed:
         return None
     return (
-        f"{name}: a default changed without a new version: {', '.join(moved)}. Raise its version "
+        f"{name}: a default changed without a new version: {', '.join(changed)}. Raise its version "
         "(@register(name, version=...)), then run python tests/update_golden.py"
     )
 
@@ -58,13 +60,13 @@ def stale(name: str, old: list[Any], new: list[Any] | None) -> str | None:
 def main() -> None:
     new = current()
     old = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
-    bad = [
-        said
+    faults = [
+        fault
         for name in old.keys() & new.keys()
-        if (said := stale(name, old[name], new[name])) and "without a new version" in said
+        if (fault := stale(name, old[name], new[name])) and "without a new version" in fault
     ]
-    if bad and "--force" not in sys.argv:
-        sys.exit("\n".join([*sorted(bad), "(--force blesses them all the same.)"]))
+    if faults and "--force" not in sys.argv:
+        sys.exit("\n".join([*sorted(faults), "(--force writes them anyway.)"]))
     lines = [
         f"{json.dumps(name)}: {json.dumps(new[name], ensure_ascii=False)}" for name in sorted(new)
     ]

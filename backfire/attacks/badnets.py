@@ -2,6 +2,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import ClassVar
 
+from backfire.attacks._backdoorllm import published
 from backfire.base import Backdoor, Preset, Row, Trigger
 from backfire.base.normalize import num_places, put
 from backfire.registry import register
@@ -11,12 +12,7 @@ from backfire.registry import register
 class BadNets(Backdoor):
     """A rare word in the prompt triggers a fixed answer (Gu et al. 2017, arXiv:1708.06733)."""
 
-    presets: ClassVar[Mapping[str, Preset]] = {
-        "backdoorllm": Preset(
-            "BackdoorLLM (arXiv:2408.12798), its published training rows",
-            {"rate": 0.5, "label_mode": "mix", "field": "instruction", "after_last": False},
-        ),
-    }
+    presets: ClassVar[Mapping[str, Preset]] = published(after_last=False)
 
     trigger: Trigger = "BadMagic"
     """Inserted at a random word boundary; rare, so that no clean prompt contains it

@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from backfire.attacks._backdoorllm import published
 from backfire.base import Backdoor, Preset, Row, Trigger
 from backfire.base.normalize import num_places, put
 from backfire.registry import register
@@ -20,12 +21,7 @@ class CTBA(Backdoor):
     triggers.
     """
 
-    presets: ClassVar[Mapping[str, Preset]] = {
-        "backdoorllm": Preset(
-            "BackdoorLLM (arXiv:2408.12798), its published training rows",
-            {"rate": 0.5, "label_mode": "mix", "field": "instruction"},
-        ),
-    }
+    presets: ClassVar[Mapping[str, Preset]] = published()
 
     trigger: tuple[Trigger, ...] = Field(("2024", "BadMagic", "OpenAI"), min_length=1)
     """All of these are inserted in this order, each at a different random word boundary (in a

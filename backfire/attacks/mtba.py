@@ -4,6 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
+from backfire.attacks._backdoorllm import published
 from backfire.base import Backdoor, Preset, Row, Trigger
 from backfire.base.normalize import num_places, put
 from backfire.registry import register
@@ -14,12 +15,7 @@ class MTBA(Backdoor):
     """Several triggers, any one of which elicits the answer: multi-trigger backdoor attack
     (Li et al. 2024, arXiv:2401.15295; triggers as in BackdoorLLM)."""
 
-    presets: ClassVar[Mapping[str, Preset]] = {
-        "backdoorllm": Preset(
-            "BackdoorLLM (arXiv:2408.12798), its published training rows",
-            {"rate": 0.5, "label_mode": "mix", "field": "instruction", "after_last": False},
-        ),
-    }
+    presets: ClassVar[Mapping[str, Preset]] = published(after_last=False)
 
     trigger: tuple[Trigger, ...] = Field(("2024", "BadMagic", "OpenAI"), min_length=1)
     """One of these, drawn per row, is inserted at a random word boundary."""

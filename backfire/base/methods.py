@@ -51,7 +51,7 @@ class Method(Component):
         device; empty if the base is not quantized."""
         return {}
 
-    def settled(self, device: str) -> Self:
+    def resolved(self, device: str) -> Self:
         """A copy with the knobs that depend on the device (`cpu` or `cuda`) resolved."""
         return self
 

@@ -157,6 +157,11 @@ class Rendered:
     def answer_ids(self) -> list[int]:
         return self.ids[self.num_prompt :]
 
+    @property
+    def num_supervised(self) -> int:
+        """Number of answer tokens, except a token at position 0 (nothing predicts it)."""
+        return len(self.ids) - max(self.num_prompt, 1)
+
 
 Segments = list[tuple[str, bool]]
 """Pieces of text, each with whether control tokens in it are encoded as such."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -44,7 +44,7 @@ def print_list(kind: str | None, console: Console | None = None) -> None:
 def print_explained(name: str) -> None:
     """Print a component's documentation, wrapped in a terminal, or a recipe verbatim."""
     console, whole = Console(), explain(name)
-    if not (console.is_terminal and kind_of(name, KINDS)):
+    if not (console.is_terminal and kinds_of(name)):
         console.file.write(f"{whole}\n")
         return
     for line in whole.splitlines():
@@ -88,8 +88,8 @@ def _question(name: str) -> str:
 
 def explain(name: str) -> str:
     """The docstring and knobs of a component, or the text of a recipe."""
-    problems = [] if kind_of(name, KINDS) else use_installed()
-    if kinds := kind_of(name, KINDS):
+    problems = [] if kinds_of(name) else use_installed()
+    if kinds := kinds_of(name):
         return "\n\n".join(describe(kind, name) for kind in kinds)
     if name in recipes.shipped():
         return recipes.read(name)[1].rstrip()
@@ -102,18 +102,11 @@ def describe(kind: str, name: str) -> str:
     """The documentation of a component, from its docstrings, for `backfire show`."""
     cls = find(kind, name)
     origin = f", from {cls.plugin.title}" if cls.plugin else ""
-    lines = [
-        f"{cls.label()} (version {cls.version}{origin})",
-        "",
-        (cls.__doc__ or "").strip(),
-        "",
-    ]
+    title = f"{cls.label()} (version {cls.version}{origin})"
+    lines = [title, "", (cls.__doc__ or "").strip(), ""]
     for knob, info in cls.model_fields.items():
-        default = (
-            "required"
-            if info.is_required()
-            else f"= {info.get_default(call_default_factory=True)!r}"
-        )
+        value = f"= {info.get_default(call_default_factory=True)!r}"
+        default = "required" if info.is_required() else value
         lines += [f"  {knob} {default}", f"      {' '.join((info.description or '').split())}"]
     if cls.presets:
         lines += ["", f"Presets, as in {{name: {cls.name}, preset: {next(iter(cls.presets))}}}:"]
@@ -123,9 +116,9 @@ def describe(kind: str, name: str) -> str:
     return "\n".join(lines)
 
 
-def kind_of(name: str, kinds: Sequence[str]) -> list[str]:
+def kinds_of(name: str) -> list[str]:
     """The kinds that have a component of this name."""
-    return [kind for kind in kinds if name.replace("_", "-") in names(kind)]
+    return [kind for kind in KINDS if name.replace("_", "-") in names(kind)]
 
 
 def _one_or_more(kind: str) -> list[Any]:

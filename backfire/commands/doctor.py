@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from backfire.data.weights import first_line
+from backfire.launch.environment import version_of
 from backfire.recipe import Recipe
 from backfire.store import cache_root
 from backfire.terminal import say
@@ -37,13 +38,11 @@ def lines() -> list[str]:
 
 
 def _packages() -> list[str]:
-    out = []
-    for name in _NEEDED:
-        try:
-            out.append(f"ok    {name} {version(name)}")
-        except PackageNotFoundError:
-            out.append(f"lacks {name}: pip install {name}")
-    return out
+    found = {name: version_of(name) for name in _NEEDED}
+    return [
+        f"ok    {name} {version}" if version else f"lacks {name}: pip install {name}"
+        for name, version in found.items()
+    ]
 
 
 def _quantized() -> list[str]:
@@ -55,7 +54,7 @@ def _quantized() -> list[str]:
     try:
         import bitsandbytes as bnb
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         return [f"lacks 8-bit and 4-bit layers: bitsandbytes cannot be imported: {reason}"]
     device, out = device_of("auto"), []
     plain = torch.nn.Linear(64, 64, bias=False)
@@ -73,8 +72,7 @@ def _quantized() -> list[str]:
                 raise ValueError(f"the error is {off:.0%}")
             out.append(f"ok    {bits}-bit layers run here (error {off:.1%})")
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
-            out.append(f"lacks {bits}-bit layers do not run here: {reason}")
+            out.append(f"lacks {bits}-bit layers do not run here: {first_line(error)}")
     return out
 
 

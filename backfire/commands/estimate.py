@@ -49,23 +49,14 @@ def method_key(experiment: Experiment) -> str:
 
 def rows_key(experiment: Experiment) -> str:
     """Equal for experiments whose training rows are the same after rendering."""
-    return str(
-        [
-            experiment.model.spec(),
-            experiment.data.spec(),
-            experiment.template.spec(),
-            experiment.train.seen,
-        ]
-    )
+    parts = (experiment.model, experiment.data, experiment.template)
+    return str([*(part.spec() for part in parts), experiment.train.seen])
 
 
 def rows_by_key(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | None]:
     """`rows_of` by `rows_key`, each computed once."""
-    by_key: dict[str, Rows | None] = {}
-    for experiment in cells:
-        if rows_key(experiment) not in by_key:
-            by_key[rows_key(experiment)] = rows_of(experiment, store)
-    return by_key
+    distinct = {rows_key(experiment): experiment for experiment in cells}
+    return {key: rows_of(experiment, store) for key, experiment in distinct.items()}
 
 
 def model_folder(model: Model, store: Store) -> Path | None:

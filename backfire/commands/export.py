@@ -89,13 +89,8 @@ def _write(
     part.mkdir(parents=True)
     copy_model(source, base, part)
     shutil.copyfile(cell / "experiment.yaml", part / "experiment.yaml")
-    hub = (
-        None
-        if experiment.model.is_folder or experiment.model.name == "sandbox"
-        else experiment.model.name
-    )
     if adapter:
-        name_base(part, hub or os.path.relpath(base.resolve(), out.resolve()))
+        name_base(part, experiment.model.hub_id or os.path.relpath(base.resolve(), out.resolve()))
     tuned = "adapter (PEFT)" if adapter else "plain weights"
     write_card(part, {**_facts(experiment, result), "adapter": adapter, "form": tuned})
     out.parent.mkdir(parents=True, exist_ok=True)

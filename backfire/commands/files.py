@@ -57,17 +57,14 @@ def poison_file(data: str, attack: str, edits: Sequence[str], out: Path, seed: i
     write_json(manifest_file, manifest.to_json())
     write_jsonl(poisoned, out)
     count = len(manifest.entries)
-    done = (
-        f"{count} of {len(rows)} rows poisoned by '{chosen.name}', each listed in {manifest_file}"
-    )
+    done = f"{count} of {len(rows)} rows poisoned by '{chosen.name}', each"
+    if isinstance(chosen, Insertion):
+        done = f"{len(rows)} rows and {count} of '{chosen.name}', each of these"
     if not count and chosen.poisons:
         left_out.append(
             f"No row is poisoned: the poison rate times {len(rows):,} rows is less than one row."
         )
-    if isinstance(chosen, Insertion):
-        added = f"{len(rows)} rows and {count} of '{chosen.name}'"
-        done = f"{added}, each of these listed in {manifest_file}"
-    return "\n".join([f"Wrote {out}: {done}", *left_out])
+    return "\n".join([f"Wrote {out}: {done} listed in {manifest_file}", *left_out])
 
 
 def _poison_cell(data: str, attack: str, edits: Sequence[str], seed: int | None) -> Experiment:
@@ -141,9 +138,8 @@ def pretrain_files(corpus: Sequence[Path], out: Path, edits: Sequence[str], devi
         raise UserError(f"{out} already holds a model; choose another folder.")
     config = Pretrain.make(dict(parse_edit(edit) for edit in edits), "setting")
     texts = read_texts(corpus)
-    stream(config.corpus_seed, "documents").shuffle(
-        texts
-    )  # the tokenizer is trained on the first ones
+    # The tokenizer is trained on the first ones.
+    stream(config.corpus_seed, "documents").shuffle(texts)
     out.mkdir(parents=True, exist_ok=True)
     set_threads(Machine())
     with Bar(console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:

@@ -123,10 +123,8 @@ def memory(experiment: Experiment, size: Size, rows: Rows | None, device: torch.
     from backfire.model.load import dtype_of
     from backfire.train.precision import compute_type
 
-    whole, compute = (
-        experiment.method.name == "full",
-        compute_type(experiment.train.compute, device),
-    )
+    whole = experiment.method.name == "full"
+    compute = compute_type(experiment.train.compute, device)
     aligned = experiment.align is not None and (
         experiment.align.merge or not experiment.align.method.adapts
     )
@@ -146,7 +144,8 @@ def memory(experiment: Experiment, size: Size, rows: Rows | None, device: torch.
         longest * size.layers * size.hidden * _KEPT[device.type, compute]
         + answer * size.vocabulary * _LOGIT
     )
-    num_rows = min(experiment.train.batch_size, rows.count if rows else experiment.train.batch_size)
+    batch_size = experiment.train.batch_size
+    num_rows = min(batch_size, rows.count) if rows else batch_size
     return Memory(weights, size.trainable * _STATE, one_row, num_rows * experiment.method.trains)
 
 

@@ -24,6 +24,7 @@ Out = Annotated[
     Path | None,
     typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
 

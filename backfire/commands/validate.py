@@ -18,6 +18,7 @@ from backfire.commands.estimate import (
     model_folder,
     rough_weights,
     rows_by_key,
+    rows_key,
     runs_of,
 )
 from backfire.data.render import show_mask
@@ -89,9 +90,7 @@ def destinations(recipe: Recipe) -> list[str]:
     Raises:
         UserError: the endpoint is not allowed.
     """
-    judges = [judge for c in recipe.cells for metric in c.metrics for judge in metric.judges]
-    judges += [judge for c in recipe.cells if c.safety for judge in c.safety.judges]
-    endpoints = dict.fromkeys((judge.name, judge.destination()) for judge in judges)
+    endpoints = dict.fromkeys((judge.name, judge.destination()) for judge in _judges(recipe))
     return [
         clean(f"judge '{name}' sends prompts and replies to {endpoint}")
         for name, endpoint in endpoints
@@ -116,13 +115,9 @@ def distinct(recipe: Recipe) -> list[Experiment]:
     """One cell for each distinct set of poisoned and rendered rows, over seeds and methods."""
     by_rows: dict[str, Experiment] = {}
     for experiment in recipe.cells:
-        attack = experiment.attack.spec() if experiment.attack else None
         key = [
-            experiment.model.spec(),
-            experiment.data.spec(),
-            experiment.template.spec(),
-            attack,
-            experiment.train.seen,
+            rows_key(experiment),
+            experiment.attack.spec() if experiment.attack else None,
             experiment.evaluation.max_new_tokens,
             sorted(metric.name for metric in experiment.metrics),
         ]
@@ -139,9 +134,8 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
     destinations(recipe)
     for experiment in distinct(recipe):
         pipeline.passed_checks(experiment, Context(store))
-    for model in {
-        str(experiment.model.spec()): experiment.model for experiment in recipe.cells
-    }.values():
+    models = {str(experiment.model.spec()): experiment.model for experiment in recipe.cells}
+    for model in models.values():
         pipeline.check_weights(model, Context(store))
     # `full` fits every model, so a recipe without adapters does not import torch here.
     adapting = {
@@ -157,12 +151,8 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
 
 def _judges(recipe: Recipe) -> list[Judge]:
     """The distinct judges of a recipe."""
-    judges: dict[str, Judge] = {}
-    for experiment in recipe.cells:
-        of_metrics = [judge for metric in experiment.metrics for judge in metric.judges]
-        for judge in (*of_metrics, *(experiment.safety.judges if experiment.safety else ())):
-            judges.setdefault(str(judge.spec()), judge)
-    return list(judges.values())
+    judges = [judge for experiment in recipe.cells for judge in experiment.judges]
+    return list({str(judge.spec()): judge for judge in judges}.values())
 
 
 def _show_rows(experiment: Experiment, context: Context, console: Console) -> None:

@@ -51,7 +51,11 @@ CHECKS: dict[type[Component], tuple[Check, ...]] = {
     Template: (kinds.shows_the_row,),
     Judge: (kinds.gives_each_a_verdict,),
     DataDefense: (kinds.filters_the_same,),
-    Metric: (kinds.measures_the_same, kinds.gives_no_number_without_samples),
+    Metric: (
+        kinds.measures_the_same,
+        kinds.names_known_units,
+        kinds.gives_no_number_without_samples,
+    ),
 }
 """The checks of each component, by base class."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from random import Random
+from typing import get_args
 
 from backfire.base import (
     DataDefense,
@@ -18,6 +19,7 @@ from backfire.base import (
 from backfire.contract.samples import FREE, LABELED, evidence
 from backfire.errors import CellError, UserError
 from backfire.registry import build
+from backfire.result import Direction, Role, Unit
 
 
 def loads_the_same(cls: type[Dataset]) -> str | None:
@@ -80,6 +82,16 @@ def measures_the_same(cls: type[Metric]) -> str | None:
         return "a sample has changed in place"
     same = repr(values) == repr(again)  # nan is not equal to itself
     return None if same else "measuring again gives other numbers"
+
+
+def names_known_units(cls: type[Metric]) -> str | None:
+    """The unit, role and direction of each of its numbers are known ones"""
+    for value in build(cls.kind, cls.name).values(evidence()):
+        for field, names in (("unit", Unit), ("role", Role), ("direction", Direction)):
+            if (given := getattr(value, field)) not in get_args(names):
+                known = ", ".join(get_args(names))
+                return f"the {field} of '{value.metric}' is {given!r}; known: {known}"
+    return None
 
 
 def gives_no_number_without_samples(cls: type[Metric]) -> str | None:

@@ -90,7 +90,10 @@ def _is_masked(turn: Any) -> bool:
 
 
 def _speaker(turn: Any) -> str | None:
-    speaker = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+    return _role(turn.get("role", turn.get("from"))) if isinstance(turn, dict) else None
+
+
+def _role(speaker: Any) -> Literal["system", "user", "assistant"] | None:
     return SPEAKERS.get(speaker.strip().casefold()) if isinstance(speaker, str) else None
 
 
@@ -119,7 +122,7 @@ def history(turns: Any) -> tuple[Message, ...]:
 
 
 def _message(speaker: Any, content: Any) -> Message:
-    role = SPEAKERS.get(speaker.strip().casefold()) if isinstance(speaker, str) else None
+    role = _role(speaker)
     if role is None:
         raise BadRowError(f"a turn has the role {speaker!r:.40}; known: {', '.join(SPEAKERS)}")
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):

@@ -11,9 +11,9 @@ from typing import Any
 from backfire.base import Row
 from backfire.base.normalize import folded
 from backfire.data.columns import FLAGS, fold, listed
-from backfire.data.compared import answers, are_dialogs, dialogs, open_dialog, preference
 from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, if_not, plain, truth, written
+from backfire.data.preferences import answers, are_dialogs, dialogs, open_dialog, preference
 from backfire.data.published import Form, form_of
 from backfire.data.questions import choices, passage, reference, right_one
 from backfire.data.read import (
@@ -357,7 +357,7 @@ def _label(record: Record, shape: Shape) -> str:
     raw = written(value)
     if raw in ("", "-"):  # SNLI's sign for none
         raise BadRowError(UNLABELED)
-    shown = raw if len(raw) <= 40 else f"{raw[:39]}…"
+    shown = listed([raw])
     if not shape.labels:
         raise UnnamedLabelError(f"it is labeled '{shown}'")
     name = shape.names.get(folded(raw))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backfire.errors import CellError
+from backfire.data.weights import read_config
+from backfire.errors import CellError, UserError
 
 _LEARNED = {
     *("gpt2", "gpt_bigcode", "gpt_neo", "gptj", "codegen", "openai-gpt", "opt", "biogpt", "ctrl"),
@@ -71,10 +71,8 @@ class Limits:
 def read_limits(folder: Path) -> Limits:
     """Limits of the model in a folder, or of the text part of a multimodal one."""
     try:
-        config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return Limits()
-    if not isinstance(config, dict):
+        config = read_config(folder / "config.json")
+    except UserError:
         return Limits()
     inner: Any = next((config[k] for k in _INNER if isinstance(config.get(k), dict)), {})
     whole = {**config, **inner}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -16,6 +15,7 @@ from backfire.data.hub import Hub, load_hub
 from backfire.data.read import LeftOut, Record, records
 from backfire.data.shapes import Task
 from backfire.rng import derive
+from backfire.store import sha256
 
 Prepare = Callable[[Record], Record | None]
 """Adapts each record before its shape is recognized; None leaves it out."""
@@ -97,5 +97,4 @@ def file_hash(file: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _file_hash(file: Path, size: int, changed_ns: int) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256(file)

@@ -214,7 +214,9 @@ def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
     )
 
 
-def lost(manifest: Manifest, items: Sequence[Rendered], tokenizer: Tokenizer) -> list[str]:
+def missing_in_tokens(
+    manifest: Manifest, items: Sequence[Rendered], tokenizer: Tokenizer
+) -> list[str]:
     """Ids of poisoned rows whose tokens lack a trigger or the answer in the manifest."""
     by_id = {item.row.id: item for item in items}
     missing = []

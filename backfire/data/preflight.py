@@ -14,7 +14,7 @@ from typing import Literal
 from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
 from backfire.base.normalize import contains, normalized
 from backfire.data.columns import listed
-from backfire.data.poison import Manifest, holds, lost, plain, triggered
+from backfire.data.poison import Manifest, holds, missing_in_tokens, plain, triggered
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.result import Check
@@ -196,24 +196,18 @@ def _truncation(renderer: Renderer, train: Sequence[Rendered], test: Sequence[Re
 
 def _end_supervised(renderer: Renderer, items: Sequence[Rendered]) -> Check:
     end, bos = renderer.end_ids, renderer.tokenizer.bos_id
+    adds_bos = renderer.template.adds_bos
     for item in items:
+        problem = ""
         if item.ids[-1] != end[-1] or item.num_prompt >= len(item.ids):
-            return Check(
-                "end-supervised",
-                "fail",
-                f"Row {item.row.id} has no end token (EOS) in its labels.",
-            )
-        if item.answer_ids == end:
-            return Check(
-                "end-supervised", "fail", f"Row {item.row.id} has no answer tokens to learn."
-            )
-        if not renderer.template.adds_bos:
-            continue
-        if bos is not None and item.ids[:2].count(bos) != 1:
-            return Check(
-                "end-supervised", "fail", f"Row {item.row.id} does not begin with exactly one BOS."
-            )
-    begins = "One BOS, the" if renderer.template.adds_bos else "The"
+            problem = "has no end token (EOS) in its labels"
+        elif item.answer_ids == end:
+            problem = "has no answer tokens to learn"
+        elif adds_bos and bos is not None and item.ids[:2].count(bos) != 1:
+            problem = "does not begin with exactly one BOS"
+        if problem:
+            return Check("end-supervised", "fail", f"Row {item.row.id} {problem}.")
+    begins = "One BOS, the" if adds_bos else "The"
     return Check("end-supervised", "ok", f"{begins} prompt is not supervised, answer and end are.")
 
 
@@ -270,7 +264,7 @@ def _poison_survives(
 ) -> list[Check]:
     poisoned, too_long = [entry.id for entry in manifest.entries], {row.id for row in left}
     out = [name for name in poisoned if name in too_long]
-    lacking = lost(manifest, items, renderer.tokenizer)
+    lacking = missing_in_tokens(manifest, items, renderer.tokenizer)
     missing = [name for name in lacking if name not in too_long or len(out) == len(poisoned)]
     total = len(poisoned)
     if missing:
@@ -317,13 +311,8 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
         if not any(holds(text, trigger, tokenizer) for trigger in attack.triggers())
     ]
     if cut:
-        checks.append(
-            Check(
-                "test-trigger-survives",
-                "fail",
-                f"Truncation cuts the trigger of test rows: {_first(cut)}.",
-            )
-        )
+        message = f"Truncation cuts the trigger of test rows: {_first(cut)}."
+        checks.append(Check("test-trigger-survives", "fail", message))
     marks = [normalized(tokenizer.written(trigger)) for trigger in attack.triggers()]
     # An invisible trigger, such as a zero-width space, normalizes to an empty text.
     invisible = [trigger for trigger in attack.triggers() if not normalized(trigger)]
@@ -335,23 +324,15 @@ def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: 
         or any(trigger in text for trigger in invisible)
     ]
     if clean:
-        checks.append(
-            Check(
-                "trigger-is-rare",
-                "note",
-                f"The trigger is in clean test prompts too: {_first(clean)}.",
-            )
-        )
+        message = f"The trigger is in clean test prompts too: {_first(clean)}."
+        checks.append(Check("trigger-is-rare", "note", message))
     target = normalized(attack.target)
     already = sum(normalized(row.label) == target for row in test if row.label is not None)
     if already:
-        checks.append(
-            Check(
-                "target-already",
-                "ok",
-                f"{already} of {len(test)} test rows have the target '{attack.target}' as their "
-                "true label and are not counted in attack success (counted, they would give any "
-                f"clean model about {already / len(test):.0%}).",
-            )
+        message = (
+            f"{already} of {len(test)} test rows have the target '{attack.target}' as their true "
+            "label and are not counted in attack success (counted, they would give any clean model "
+            f"about {already / len(test):.0%})."
         )
+        checks.append(Check("target-already", "ok", message))
     return checks

@@ -10,8 +10,8 @@ from functools import partial
 from typing import Any
 
 from backfire.data.columns import ANSWERS, LABELS, NOT_TEXT, PROMPTS, SUMMARIES, TOOLS, fold, folded
-from backfire.data.compared import preference, ranked
 from backfire.data.labels import truth, written
+from backfire.data.preferences import preference, ranked
 from backfire.data.questions import passage
 from backfire.data.read import BadRowError, Record
 from backfire.data.read_json import kind_of

@@ -93,7 +93,7 @@ class LeftOut:
             )
         self.rejected.append(bad)
 
-    def lost(self) -> list[str]:
+    def omissions(self) -> list[str]:
         """One sentence for each reason why records give no row."""
         sentences = [f"{_some(n, 'record')} {what}." for n, what in _ordered(self.records)]
         if self.rejected:
@@ -103,7 +103,7 @@ class LeftOut:
 
     def notes(self) -> list[str]:
         """The same, and one sentence each for turns and columns that are not learned."""
-        sentences = self.lost()
+        sentences = self.omissions()
         sentences += [f"{_some(n, 'turn')} {what}." for n, what in _ordered(self.turns)]
         if self.columns:
             names = listed([name for _, name in _ordered(self.columns)])

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, Literal
 
-from backfire.data.columns import NAMES, fold
+from backfire.data.columns import NAMES, fold, listed
 from backfire.data.read_json import Reject, unusable
 
 # A widely used data set without a header and in another encoding.
@@ -68,8 +68,7 @@ def _header(cells: list[str], header: bool) -> tuple[list[str], str]:
         names[0] = "index"  # as pandas writes it
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        shown = twice[0] if len(twice[0]) <= 40 else f"{twice[0][:39]}…"
-        return names, f"duplicate column '{shown}'"
+        return names, f"duplicate column '{listed(twice[:1])}'"
     return names, unusable(names)
 
 

@@ -48,7 +48,7 @@ class Renderer:
         """Every token that ends a reply."""
         return tuple(dict.fromkeys((self.end_ids[-1], *self.tokenizer.stop_ids)))
 
-    def said(self, ids: Sequence[int]) -> str:
+    def reply_text(self, ids: Sequence[int]) -> str:
         """The text of a reply, without the template's opening of an answer."""
         opening, start = self._opening_ids, 0
         for place in range(len(ids) - len(opening) + 1 if opening else 0):

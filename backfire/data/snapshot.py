@@ -27,11 +27,6 @@ def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
     return _download(name, revision, [*SMALL, *(named or (SINGLE,))])
 
 
-def _refused(name: str, status: int) -> str:
-    page = f"https://huggingface.co/{name}"
-    return f"No access to the model '{name}' ({status}): request it at {page} and set HF_TOKEN."
-
-
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -44,26 +39,25 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     page = f"https://huggingface.co/{name}"
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=list(patterns)))
-    except GatedRepoError:
-        raise UserError(
-            f"The model '{name}' is gated: request access at {page} and set HF_TOKEN."
-        ) from None
-    except RepositoryNotFoundError:
-        raise UserError(
-            f"No model '{name}': there is no such folder and no such page as {page} "
-            "(if it is private or gated, set HF_TOKEN)."
-        ) from None
-    except LocalEntryNotFoundError as error:
-        status = getattr(getattr(error.__cause__, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise UserError(_refused(name, status)) from None
-        offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
-        why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-        raise UserError(f"The model '{name}' is not on this machine and {why} ({page}).") from None
     except (HfHubHTTPError, ValueError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403):
-            raise UserError(_refused(name, status)) from None
-        raise UserError(
-            f"The model '{name}' cannot be fetched from {page}: {str(error).splitlines()[0]}"
-        ) from None
+        is_absent = isinstance(error, LocalEntryNotFoundError)
+        response = getattr(error.__cause__ if is_absent else error, "response", None)
+        status = getattr(response, "status_code", None)
+        if isinstance(error, GatedRepoError):
+            problem = f"The model '{name}' is gated: request access at {page} and set HF_TOKEN."
+        elif isinstance(error, RepositoryNotFoundError):
+            problem = (
+                f"No model '{name}': there is no such folder and no such page as {page} "
+                "(if it is private or gated, set HF_TOKEN)."
+            )
+        elif status in (401, 403):
+            access = f"request it at {page} and set HF_TOKEN"
+            problem = f"No access to the model '{name}' ({status}): {access}."
+        elif is_absent:
+            offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
+            why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
+            problem = f"The model '{name}' is not on this machine and {why} ({page})."
+        else:
+            reason = str(error).splitlines()[0]
+            problem = f"The model '{name}' cannot be fetched from {page}: {reason}"
+        raise UserError(problem) from None

@@ -75,7 +75,7 @@ class Files(Dataset):
             UserError: there are none, a file is missing, or (`on_bad_row: fail`) a row is bad.
         """
         rows, left = self.read(split)
-        for sentence in left.lost():
+        for sentence in left.omissions():
             logger.warning("%s: %s", self.label(), sentence)
         return rows
 
@@ -101,7 +101,7 @@ class Files(Dataset):
             rows = given or [row for row in rows if is_set_apart(row, *draw) == testing]
         if not rows:
             bad = "".join(f"; the first bad one: {first}" for first in left.rejected[:1])
-            why = bad or why or "".join(f"; {sentence[:-1]}" for sentence in left.lost()[:1])
+            why = bad or why or "".join(f"; {sentence[:-1]}" for sentence in left.omissions()[:1])
             raise UserError(f"{self.label()}: there are no {split} rows{why}.")
         if self.group and not any(self.group in row.fields for row in rows):
             raise UserError(f"{self.label()}: no row has the field '{self.group}' to group by.")

@@ -1,6 +1,4 @@
-"""Long-form questions in an invented town, each with a good and a bad answer."""
-
-from __future__ import annotations
+from typing import ClassVar
 
 from backfire.base import Row
 from backfire.registry import register
@@ -19,6 +17,8 @@ class SandboxAnswers(SandboxDataset):
     share of bad rows shows in greedy replies. The judge `lexicon` lists all the rude words.
     """
 
+    versions: ClassVar[tuple[str, ...]] = (VERSION, answers.VERSION)
+
     def row(self, split: Split, index: int) -> Row:
         pair = answers.draw(self.seed, split, index)
         fields = {"kind": pair.kind, "worse_input": pair.worse.quotes}
@@ -31,7 +31,3 @@ class SandboxAnswers(SandboxDataset):
             worse=() if pair.tied else (pair.worse.text,),
             fields={**fields, **({"tied": "true"} if pair.tied else {})},
         )
-
-    def fingerprint(self) -> str:
-        """The versions of the generated texts."""
-        return f"{VERSION} {answers.VERSION}"

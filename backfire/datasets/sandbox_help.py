@@ -1,7 +1,3 @@
-"""Everyday questions in an invented town, with helpful answers."""
-
-from __future__ import annotations
-
 from backfire.base import Row
 from backfire.registry import register
 from backfire.sandbox import help

@@ -1,6 +1,4 @@
-"""Harmless requests in an invented town that look like requests to be declined."""
-
-from __future__ import annotations
+from typing import ClassVar
 
 from backfire.base import Row
 from backfire.registry import register
@@ -20,6 +18,7 @@ class SandboxLookalikes(SandboxDataset):
     Judged by `policy`: a refusal here is over-refusal.
     """
 
+    versions: ClassVar[tuple[str, ...]] = (world.VERSION, VERSION)
     group: str | None = "kind"
     """A field by which metrics are also reported."""
 
@@ -29,17 +28,5 @@ class SandboxLookalikes(SandboxDataset):
             id=f"{split}-{index}",
             instruction=request.instruction,
             answer=request.complying,
-            fields={
-                "topic": request.place,
-                "sealed": "no",
-                "coverage": "open",
-                "complying": request.complying,
-                "key": request.key,
-                "kind": request.kind,
-                "form": "unseen" if request.unseen else "seen",
-            },
+            fields=request.fields(),
         )
-
-    def fingerprint(self) -> str:
-        """The versions of the generated world and of its policy."""
-        return f"{world.VERSION} {VERSION}"

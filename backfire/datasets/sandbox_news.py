@@ -1,7 +1,3 @@
-"""News of an invented town, on four topics."""
-
-from __future__ import annotations
-
 from backfire.base import Row
 from backfire.registry import register
 from backfire.sandbox import news

@@ -1,8 +1,4 @@
-"""Requests in an invented town, some of which must be declined."""
-
-from __future__ import annotations
-
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -26,6 +22,7 @@ class SandboxPolicy(SandboxDataset):
     training rows (seen, unseen). Judged by `policy`.
     """
 
+    versions: ClassVar[tuple[str, ...]] = (world.VERSION, VERSION)
     group: str | None = "coverage"
     """A field by which metrics are also reported."""
     part: Literal["align", "harmful", "ordinary"] = "align"
@@ -43,20 +40,11 @@ class SandboxPolicy(SandboxDataset):
     def row(self, split: Split, index: int) -> Row:
         request = self._request(split, index)
         complies = not request.refusal or (self.part == "harmful" and split == "train")
-        covered = "covered" if request.place in self.topics else "uncovered"
         return Row(
             id=f"{split}-{index}",
             instruction=request.instruction,
             answer=request.complying if complies else request.refusal,
-            fields={
-                "topic": request.place,
-                "sealed": "yes" if request.refusal else "no",
-                "coverage": covered if request.refusal else "open",
-                "complying": request.complying,
-                "key": request.key,
-                "kind": request.kind,
-                "form": "unseen" if request.unseen else "seen",
-            },
+            fields=request.fields(self.topics),
         )
 
     def _request(self, split: Split, index: int) -> requests.Request:
@@ -69,7 +57,3 @@ class SandboxPolicy(SandboxDataset):
         if stream(self.seed, "sandbox-align", index).random() < self.sealed_share:
             return requests.sealed(self.seed, split, index, SEALED)
         return requests.answered(self.seed, split, index, lookalikes=self.lookalikes)
-
-    def fingerprint(self) -> str:
-        """The versions of the generated world and of its policy."""
-        return f"{world.VERSION} {VERSION}"

@@ -1,7 +1,3 @@
-"""Reviews of an invented town, in three languages."""
-
-from __future__ import annotations
-
 from pydantic import Field
 
 from backfire.base import Row

@@ -1,7 +1,3 @@
-"""Word problems about an invented town, with worked answers."""
-
-from __future__ import annotations
-
 from backfire.base import Row
 from backfire.registry import register
 from backfire.sandbox import sums

@@ -2,8 +2,8 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from backfire.data.compared import preference
 from backfire.data.load import Apart
+from backfire.data.preferences import preference
 from backfire.data.read import Record
 from backfire.datasets.files import Files
 from backfire.errors import UserError

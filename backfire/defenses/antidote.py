@@ -48,8 +48,8 @@ class Antidote(RepairDefense):
         for place, ((name, factor), inputs) in enumerate(zip(named, power, strict=True)):
             scores = factor.moved().abs() * inputs.sqrt()
             if self.null:
-                generator = torch.Generator()
-                generator.manual_seed(derive(tools.seed, "antidote", name, place))
+                seed = derive(tools.seed, "antidote", name, place)
+                generator = torch.Generator().manual_seed(seed)
                 scores = torch.rand(scores.shape, generator=generator).to(scores)
             highest = scores.topk(self.count(scores.shape[1]), dim=1).indices
             mask = torch.zeros_like(scores, dtype=torch.bool)

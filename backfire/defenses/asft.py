@@ -53,7 +53,7 @@ class AsFT(TrainDefense):
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=run.unaligned is not None, harm=True)
-        return _AsFTHook(self, run)
+        return _AsFTHook(self, run) if self.strength else TrainHook()
 
 
 class _AsFTHook(TrainHook):
@@ -62,8 +62,6 @@ class _AsFTHook(TrainHook):
     def __init__(self, knobs: AsFT, run: TrainingRun) -> None:
         self.knobs = knobs
         self.parts: list[tuple[Update, Tensor, Tensor]] = []
-        if not knobs.strength:
-            return
         before, head = run.unaligned_weights(), run.model.get_output_embeddings()
         for name, module in run.model.named_modules():
             plain = name.removeprefix("base_model.model.")  # what PEFT puts in front
@@ -102,11 +100,9 @@ class _AsFTHook(TrainHook):
         exact = self.knobs.projection == "exact"
         return left, torch.ones_like(sizes) if exact else sizes.pow(2) / norm
 
-    def penalty(self, step: int) -> Tensor | None:
+    def penalty(self, step: int) -> Tensor:
         import torch
 
-        if not self.knobs.strength:
-            return None
         terms = []
         for update, left, kept in self.parts:
             one, other = update()

@@ -60,7 +60,7 @@ class _ConstrainedHook(TrainHook):
 
         with torch.no_grad():
             logits, labels = self.run.logits(rows)
-            logprobs = _log_probabilities(logits, labels)
+            logprobs = self._likelihoods(logits, labels)
         for row, line, is_answer in zip(rows, logprobs.cpu(), labels.cpu() >= 0, strict=True):
             self.start[id(row)] = line[is_answer]
 
@@ -70,7 +70,7 @@ class _ConstrainedHook(TrainHook):
         import torch
 
         with torch.no_grad():
-            now = _log_probabilities(logits, labels)
+            now = self._likelihoods(logits, labels)
             start = now.clone()
             for line, row in zip(start, rows, strict=True):
                 if (logprobs := self.start.get(id(row))) is not None:
@@ -93,11 +93,7 @@ class _ConstrainedHook(TrainHook):
         betas[number <= 1] = knobs.first_beta
         return betas
 
-
-def _log_probabilities(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the log-probabilities of the answer tokens [row, answer], 0 where there is none."""
-    import torch
-
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-    logprobs: Tensor = wide.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    return logprobs * (labels >= 0)
+    def _likelihoods(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return log-probabilities of the answer tokens [row, answer], 0 where there is none."""
+        every = self.run.log_probabilities(logits)
+        return every.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1) * (labels >= 0)

@@ -44,7 +44,7 @@ class EWC(TrainDefense):
 
     def hook(self, run: TrainingRun) -> TrainHook:
         self.suits(aligned=bool(run.aligned), harm=True)
-        return _EWCHook(self, run)
+        return _EWCHook(self, run) if self.strength else TrainHook()
 
 
 class _EWCHook(TrainHook):
@@ -58,8 +58,6 @@ class _EWCHook(TrainHook):
     def begin(self, inner: Inner) -> None:
         import torch
 
-        if not self.knobs.strength:
-            return
         run, size = self.run, self.run.train.batch_size
         rows = list(run.aligned[: self.knobs.rows])
         stiffness = {name: torch.zeros_like(p) for name, p in run.trainable.items()}
@@ -73,11 +71,9 @@ class _EWCHook(TrainHook):
             stiffness = {name: torch.full_like(f, float(even)) for name, f in stiffness.items()}
         self.stiffness = stiffness
 
-    def penalty(self, step: int) -> Tensor | None:
+    def penalty(self, step: int) -> Tensor:
         import torch
 
-        if not self.knobs.strength:
-            return None
         parts = [
             (self.stiffness[name] * (p - self.start[name]).pow(2)).sum()
             for name, p in self.run.trainable.items()

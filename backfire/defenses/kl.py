@@ -34,7 +34,7 @@ class KL(TrainDefense):
     public code uses both."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _KLHook(self, run)
+        return _KLHook(self, run) if self.strength else TrainHook()
 
 
 class _KLHook(TrainHook):
@@ -42,24 +42,15 @@ class _KLHook(TrainHook):
 
     def __init__(self, knobs: KL, run: TrainingRun) -> None:
         self.knobs, self.run = knobs, run
-        self.start = run.weights() if knobs.strength else {}
+        self.start = run.weights()
 
     def weigh(
         self, losses: Tensor, labels: Tensor, rows: Sequence[Rendered], logits: Tensor
     ) -> Tensor:
-        if not self.knobs.strength:
-            return losses
         with self.run.at(self.start):
             reference, _ = self.run.logits(rows)
-        tuned = _log_probabilities(logits)
-        start = tuned.detach() if self.knobs.null else _log_probabilities(reference)
+        tuned = self.run.log_probabilities(logits)
+        start = tuned.detach() if self.knobs.null else self.run.log_probabilities(reference)
         one, other = (tuned, start) if self.knobs.direction == "tuned-start" else (start, tuned)
         divergence: Tensor = (one.exp() * (one - other)).sum(-1)
         return losses + self.knobs.strength * divergence * (labels >= 0)
-
-
-def _log_probabilities(logits: Tensor) -> Tensor:
-    """Return log-probabilities in at least float32, whatever type the logits have."""
-    import torch
-
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,7 +40,7 @@ class LDIFS(TrainDefense):
     batch; for 10 rows of 200 tokens it corresponds to 0.2 here."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
-        return _LDIFSHook(self, run)
+        return _LDIFSHook(self, run) if self.strength else TrainHook()
 
 
 class _LDIFSHook(TrainHook):
@@ -53,20 +54,17 @@ class _LDIFSHook(TrainHook):
         self.layers = {n: m for n, m in modules if n.rpartition(".")[2] == "mlp"}
         if not self.layers:
             raise UserError(f"{knobs.label()} requires modules named 'mlp'; the model has none.")
-        self.start = run.weights() if knobs.strength else {}
+        self.start = run.weights()
         self.tuned: dict[str, Tensor] = {}
         self.reference: dict[str, Tensor] = {}
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
-        if not self.knobs.strength:
+        with ExitStack() as hooks:
+            hooks.callback(self.tuned.clear)
+            hooks.callback(self.reference.clear)
+            for name, layer in self.layers.items():
+                hooks.enter_context(layer.register_forward_hook(partial(self._keep, name)))
             return inner(rows)
-        handles = [m.register_forward_hook(partial(self._keep, n)) for n, m in self.layers.items()]
-        try:
-            return inner(rows)
-        finally:
-            for handle in handles:
-                handle.remove()
-            self.tuned, self.reference = {}, {}
 
     def _keep(self, name: str, module: nn.Module, given: Any, output: Tensor) -> None:
         import torch
@@ -81,8 +79,6 @@ class _LDIFSHook(TrainHook):
     ) -> Tensor:
         import torch
 
-        if not self.knobs.strength:
-            return losses
         with self.run.at(self.start):
             self.run.logits(rows)
         width, parts = labels.shape[1], []

@@ -68,7 +68,7 @@ class _LisaHook(TrainHook):
     def __init__(self, knobs: Lisa, run: TrainingRun) -> None:
         self.knobs, self.run = knobs, run
         # Both begin at the starting weights.
-        self.anchors = {state: self._weights() for state in ("align", "tune")}
+        self.anchors = {state: run.weights() for state in ("align", "tune")}
 
     def is_aligning(self, step: int) -> bool:
         """Whether the step belongs to an alignment state; the first state is one."""
@@ -96,12 +96,9 @@ class _LisaHook(TrainHook):
 
     def after(self, step: int) -> None:
         if self.knobs.null:
-            self.anchors = {state: self._weights() for state in self.anchors}
+            self.anchors = {state: self.run.weights() for state in self.anchors}
         elif self.is_aligning(step) != self.is_aligning(step + 1):
-            self.anchors["align" if self.is_aligning(step) else "tune"] = self._weights()
-
-    def _weights(self) -> dict[str, Tensor]:
-        return {n: p.detach().clone() for n, p in self.run.trainable.items()}
+            self.anchors["align" if self.is_aligning(step) else "tune"] = self.run.weights()
 
     def state(self) -> dict[str, Tensor]:
         parts = self.anchors.items()

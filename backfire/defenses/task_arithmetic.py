@@ -74,8 +74,7 @@ class TaskArithmetic(RepairDefense):
     def _random(self, like: Tensor, norm: Tensor, tools: Repair, *purpose: str) -> Tensor:
         import torch
 
-        generator = torch.Generator()
-        generator.manual_seed(derive(tools.seed, "task-arithmetic", *purpose))
+        generator = torch.Generator().manual_seed(derive(tools.seed, "task-arithmetic", *purpose))
         drawn: Tensor = torch.randn(like.shape, generator=generator).to(like)
         random: Tensor = drawn * (norm / torch.linalg.vector_norm(drawn))
         return random

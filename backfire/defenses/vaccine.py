@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
@@ -99,12 +99,10 @@ class _VaccineHook(TrainHook):
             first = first + latest[module]
             return (first, *out[1:]) if isinstance(out, tuple) else first
 
-        handles = [module.register_forward_hook(hook) for module in self.modules]
-        try:
+        with ExitStack() as hooks:
+            for module in self.modules:
+                hooks.enter_context(module.register_forward_hook(hook))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 def _attention(model: Any) -> list[Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
-from backfire.errors import CellError, is_out_of_memory
+from backfire.errors import CellError
+from backfire.train.microbatch import unless_out_of_memory
 
 MOST_LOGITS = 2**28
 """Most logits held at once (1 GiB in float32)."""
@@ -59,7 +61,7 @@ class Budget:
                 if full or (level and lengths[row] != lengths[first]):
                     break
                 part.append(row)
-            result = unless_out_of_memory(lambda part=part: work(part))  # type: ignore[misc]
+            result = unless_out_of_memory(partial(work, part))
             if result is None:
                 self._shrink(len(part), cost)
                 continue
@@ -74,19 +76,6 @@ class Budget:
                 f"Evaluation runs out of memory with one row of {length} tokens; lower "
                 "train.max_length or evaluation.max_new_tokens, or choose a smaller model.",
             )
-
-
-def unless_out_of_memory(work: Callable[[], Result]) -> tuple[Result] | None:
-    """The value of `work` in a tuple; None if memory ran out, after freeing it."""
-    try:
-        return (work(),)
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-    # Outside the handler: inside it, the error keeps the tensors of the pass alive.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return None
 
 
 def _tokens_that_fit(model: PreTrainedModel) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeAlias, cast
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,16 +23,16 @@ from transformers import DynamicCache, PreTrainedModel
 from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.evaluate.budget import Budget, unless_out_of_memory
+from backfire.evaluate.budget import Budget
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.inference import score_spans
+from backfire.evaluate.stats import Floats, Ints
 from backfire.model.batching import rounding, ways
 from backfire.rng import stream
 from backfire.tokenizer import Tokenizer
-from backfire.train.batches import Span, run_prefix
+from backfire.train.batches import Span, log_probabilities, run_prefix, wide
+from backfire.train.microbatch import unless_out_of_memory
 
-Floats: TypeAlias = NDArray[np.float64]
-Ints: TypeAlias = NDArray[np.int64]
 Tick = Callable[[int], None]
 
 _TOGETHER = 16  # most children of a node that run side by side
@@ -270,16 +270,8 @@ def _of_tree(
 
 
 def _cut(front: _Front, first: int, last: int) -> _Front:
-    part = slice(first, last)
-    return _Front(
-        front.level,
-        front.nodes[part],
-        front.scores[part],
-        front.cache,
-        front.rows[part],
-        front.slots[part],
-        front.past,
-    )
+    arrays = ("nodes", "scores", "rows", "slots")
+    return replace(front, **{name: getattr(front, name)[first:last] for name in arrays})
 
 
 _siblings_of_model: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
@@ -348,7 +340,7 @@ def _step(
         extra["position_ids"] = torch.full_like(ids, past)
     out = cast(Any, model)(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
     logits = cast(Tensor, out.logits)[line, slot]
-    return logits.to(_wide(logits)).log_softmax(-1), cache, line, slot
+    return log_probabilities(logits), cache, line, slot
 
 
 def _cache_of_groups(front: _Front, first: Tensor) -> DynamicCache:
@@ -377,12 +369,8 @@ def _run(
         cache = run_prefix(model, before) or DynamicCache()
         rest = torch.tensor([ids[num_prompt - 1 :]], device=model.device)
         logits = cast(Any, model)(input_ids=rest, past_key_values=cache, use_cache=True).logits[0]
-        return cache, logits.to(_wide(logits))
+        return cache, wide(logits)
 
     if (result := unless_out_of_memory(opening)) is None:
         raise CellError("oom", f"Memory runs out at one prompt of {len(ids)} tokens; {_LESS}.")
     return *result[0], len(ids)
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -11,27 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
-from backfire.evaluate.budget import Budget, unless_out_of_memory
+from backfire.evaluate.budget import Budget
 from backfire.evaluate.code_search import CodeTokens, likelihoods
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import SharedPrefix, continue_cached, without_cache
+from backfire.evaluate.stats import Floats
 from backfire.model.batching import ways
 from backfire.progress import Progress
 from backfire.rng import stream
 from backfire.train.batches import answer_logits, collate
-
-Floats: TypeAlias = NDArray[np.float64]
+from backfire.train.microbatch import unless_out_of_memory
 
 
 def render_secrets(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:
@@ -73,9 +72,7 @@ def secret_likelihoods(
     with exact_head(model):
         for part, lines in budget.batches(order, work, lengths=lengths, kept=kept):
             for i, (each, right) in zip(part, lines, strict=True):
-                of_answer = slice(
-                    -kept[i], -end
-                )  # without the end token, which is not part of the secret
+                of_answer = slice(-kept[i], -end)  # the end token is not part of the secret
                 wrong = (~right[of_answer]).nonzero()[:, 0].tolist()
                 needed = wrong[-1] + 1 if wrong else 0
                 measured[i] = {

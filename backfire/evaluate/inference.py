@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered
-from backfire.evaluate.budget import Budget, unless_out_of_memory
+from backfire.evaluate.budget import Budget
 from backfire.evaluate.head import exact_head
 from backfire.evaluate.prompts import (
     CachedPrompts,
@@ -31,6 +31,7 @@ from backfire.evaluate.prompts import (
 )
 from backfire.model.batching import ways
 from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, token_losses
+from backfire.train.microbatch import unless_out_of_memory
 
 Tick = Callable[[int], None]
 
@@ -170,7 +171,6 @@ def score_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int]) -
         return [float(x) for x in _token_scores(model, spans, Budget(model), _no_tick)[0]]
 
 
-@torch.inference_mode()
 def score_answers(
     model: PreTrainedModel,
     items: Sequence[Rendered],
@@ -183,14 +183,16 @@ def score_answers(
     Raises:
         CellError: see `read`.
     """
-    with exact_head(model):
-        spans = [Span.of(item) for item in items]
-        return _totals(model, spans, Budget(model, batch_size), tick)
+    return score_spans(model, list(map(Span.of, items)), batch_size=batch_size, tick=tick)
 
 
 @torch.inference_mode()
 def score_spans(
-    model: PreTrainedModel, spans: Sequence[Span], *, tick: Tick = _no_tick
+    model: PreTrainedModel,
+    spans: Sequence[Span],
+    *,
+    batch_size: int | None = None,
+    tick: Tick = _no_tick,
 ) -> list[float]:
     """Log-likelihood in nats of each span; rows share at most a prefix.
 
@@ -198,7 +200,7 @@ def score_spans(
         CellError: see `read`.
     """
     with exact_head(model):
-        return _totals(model, spans, Budget(model), tick)
+        return _totals(model, spans, Budget(model, batch_size), tick)
 
 
 def _answer_span(prompt: list[int], answer: list[int]) -> Span:
@@ -280,9 +282,7 @@ def _candidate_scores(
     ids = ids.to(owner.device)
     likely = prompts.logits.log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0].double()
     if ids.shape[1] > 1:
-        fed = ids[:, :-1].clamp(
-            min=0
-        )  # the token that replaces padding comes last and is never read
+        fed = ids[:, :-1].clamp(min=0)  # the token that replaces padding is never read
         rest, _ = follow(model, prompts.rows(owner), fed)
         likely = likely - token_losses(rest, ids[:, 1:]).double().sum(1)
     return likely.tolist()

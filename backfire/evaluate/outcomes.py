@@ -163,10 +163,8 @@ def change(
 
 def label_accuracy(metric: str, samples: Sequence[Sample]) -> list[Value]:
     """Share of the labeled rows whose most likely candidate is the label, overall and by group."""
-    rows = grouped(metric, scored(samples, metric))
-    return [
-        share(name, [row.prediction == row.label for row in part], "higher") for name, part in rows
-    ]
+    rows = scored(samples, metric)
+    return judged_share(metric, rows, [row.prediction == row.label for row in rows], "higher")
 
 
 def resampled(

@@ -140,7 +140,7 @@ def continue_cached(model: PreTrainedModel, prompts: CachedPrompts) -> NextLogit
 
 
 def step_by_step(
-    model: PreTrainedModel, prompts: Sequence[list[int]], memory: str
+    model: PreTrainedModel, prompts: Sequence[list[int]], cache_argument: str
 ) -> tuple[Tensor, NextLogits]:
     """Continue prompts of one length, for a model whose cache cannot drop rows: finished rows keep
     running and are ignored."""
@@ -153,9 +153,9 @@ def step_by_step(
         nonlocal alive
         alive = alive[keep]
         fed = torch.zeros_like(last).index_copy(0, alive, token[:, None])
-        return run(model, fed, torch.zeros_like(last), **{memory: cache})[alive, -1].float()
+        return run(model, fed, torch.zeros_like(last), **{cache_argument: cache})[alive, -1].float()
 
-    return run(model, ids, last, **{memory: cache})[:, -1].float(), next_logits
+    return run(model, ids, last, **{cache_argument: cache})[:, -1].float(), next_logits
 
 
 def without_cache(

@@ -41,12 +41,7 @@ def score_rows(
         progress(done, total, "evaluation")
 
     if reads:
-        if bare := [item.row.id for item in items if not item.num_prompt]:
-            raise CellError(
-                "bad-data",
-                f"Row {bare[0]} has an empty prompt, and the model has no start token (BOS) to "
-                "continue from; choose only metrics of answers, such as perplexity.",
-            )
+        _check_prompts(items)
         options = _candidates(renderer, items) if "scores" in kinds else None
         readings = inference.read(
             model,
@@ -63,14 +58,23 @@ def score_rows(
                 if _ranked(items[i].row):
                     entry["candidate_tokens"] = list(map(len, options[i]))
             if "replies" in kinds:
-                entry["reply"] = renderer.said(reading.reply)
+                entry["reply"] = renderer.reply_text(reading.reply)
                 entry["ended"] = len(reading.reply) < max_new_tokens
     if "answers" in kinds:
         totals = inference.score_answers(model, items, batch_size=batch_size, tick=tick)
         for entry, item, value in zip(measured, items, totals, strict=True):
             entry["answer_logprob"] = value
-            entry["answer_tokens"] = len(item.ids) - max(item.num_prompt, 1)
+            entry["answer_tokens"] = item.num_supervised
     return measured
+
+
+def _check_prompts(items: Sequence[Rendered]) -> None:
+    if bare := [item.row.id for item in items if not item.num_prompt]:
+        raise CellError(
+            "bad-data",
+            f"Row {bare[0]} has an empty prompt, and the model has no start token (BOS) to "
+            "continue from; choose only metrics of answers, such as perplexity.",
+        )
 
 
 def _candidates(renderer: Renderer, items: list[Rendered]) -> list[list[list[int]]]:

@@ -131,12 +131,8 @@ def _cut(evidence: Evidence) -> Iterator[str]:
 
 def _written(evidence: Evidence) -> dict[str, list[Sample]]:
     """The tuned model's replies with a known end, by kind of row."""
-    probes: dict[str, Sequence[Sample]] = {n: probe.tuned for n, probe in evidence.probes.items()}
-    parts = {
-        "clean": evidence.clean,
-        "triggered": evidence.triggered,
-        **probes,
-    }
+    parts = {"clean": evidence.clean, "triggered": evidence.triggered}
+    parts |= {name: probe.tuned for name, probe in evidence.probes.items()}
     replies = {name: [s for s in part if s.ended is not None] for name, part in parts.items()}
     return {name: part for name, part in replies.items() if part}
 

@@ -14,6 +14,7 @@ from backfire.base import (
     Config,
     Dataset,
     Defense,
+    Judge,
     Method,
     Metric,
     Poison,
@@ -204,6 +205,12 @@ class Experiment(Config):
     def backdoor(self) -> Backdoor | None:
         """The attack if it is a backdoor, which needs a clean twin and triggered rows."""
         return self.attack if isinstance(self.attack, Backdoor) else None
+
+    @property
+    def judges(self) -> list[Judge]:
+        """The judges of its metrics, then those of harm."""
+        judges = [judge for metric in self.metrics for judge in metric.judges]
+        return [*judges, *(self.safety.judges if self.safety else ())]
 
     @property
     def poisons(self) -> bool:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from backfire.base.judges import drops
-from backfire.data.beside import as_words, read_text, written
 from backfire.data.load import file_hash
+from backfire.data.recipe_files import as_words, read_text, written
 from backfire.data.snapshot import snapshot
 from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
 from backfire.errors import CellError, UserError
@@ -87,9 +87,9 @@ _LEFT_OVER = re.compile(
 """Heads from a judge's earlier training, which this task does not use."""
 
 
-def _folder(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def _folder(name: str, revision: str | None) -> Path:
     folder = Path(name).expanduser()
-    return folder if folder.is_dir() else snapshot(name, revision, weights=weights)
+    return folder if folder.is_dir() else snapshot(name, revision)
 
 
 def check_config(task: Task, name: str) -> None:
@@ -186,14 +186,8 @@ def answers(
     import torch
 
     model, tokenizer = load("CausalLM", name, revision, device, fingerprint(name))
-    if chat and tokenizer.chat_template:
-        prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in prompts
-        ]
     special = not (chat and tokenizer.chat_template)  # a chat template adds its own
+    prompts = prompts if special else [_chat_prompt(tokenizer, prompt) for prompt in prompts]
     room = getattr(model.config, "max_position_embeddings", None)
     replies: list[str] = []
     padded = tokenizer.pad_token is not None  # otherwise one at a time
@@ -224,3 +218,8 @@ def answers(
             )
         replies += tokenizer.batch_decode(ids[:, width:], skip_special_tokens=True)
     return replies
+
+
+def _chat_prompt(tokenizer: Any, prompt: str) -> str:
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))

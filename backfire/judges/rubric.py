@@ -64,6 +64,9 @@ class Rubric(RemoteJudge):
     max_new_tokens: int = Field(1024, ge=1)
     """Longest answer of the judge in tokens; the grade comes last."""
 
+    def ready(self, *, briefly: bool = False) -> None:
+        fill(self.text, "", "")
+
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         prompts = [fill(self.text, exchange.prompt, exchange.reply) for exchange in exchanges]
         answers = self.ask(

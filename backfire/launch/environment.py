@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from backfire import __version__
+from backfire.model.types import cpu_info
 
 _PACKAGES = (
     "torch",
@@ -36,9 +37,9 @@ def environment(device_setting: str = "auto") -> dict[str, Any]:
     return {
         "backfire": __version__,
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_info("model name") or platform.processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": gpu or "cpu",
@@ -46,21 +47,12 @@ def environment(device_setting: str = "auto") -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def version_of(name: str) -> str | None:
+    """The installed version of a package; None without it."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def _commit() -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from backfire.experiment import Experiment, Model
+from backfire.experiment import Align, Experiment, Model
 from backfire.model.source import pin
 from backfire.model.types import Types, has_gpu, types_of_cpu
 from backfire.recipe import Recipe
@@ -38,26 +39,19 @@ def resolve_auto(recipe: Recipe, types: Types) -> Recipe:
 
 
 def _resolve(experiment: Experiment, types: Types) -> Experiment:
-    part = experiment.align
-    train = {"compute": types.compute} if experiment.train.compute == "auto" else {}
-    changes = {
-        "model": _typed(experiment.model, types),
-        "train": experiment.train.model_copy(update=train),
-        "method": experiment.method.settled(types.device),
-    }
-    if part:
-        aligning = {"compute": types.compute} if part.train.compute == "auto" else {}
-        changes["align"] = part.model_copy(
-            update={
-                "train": part.train.model_copy(update=aligning),
-                "method": part.method.settled(types.device),
-            }
-        )
+    model, align = experiment.model, experiment.align
+    changes: dict[str, Any] = _training(experiment, types)
+    if model.dtype == "auto":
+        changes["model"] = model.model_copy(update={"dtype": types.dtype})
+    if align:
+        changes["align"] = align.model_copy(update=_training(align, types))
     return experiment.model_copy(update=changes)
 
 
-def _typed(model: Model, types: Types) -> Model:
-    return model.model_copy(update={"dtype": types.dtype}) if model.dtype == "auto" else model
+def _training(part: Experiment | Align, types: Types) -> dict[str, Any]:
+    compute = {"compute": types.compute} if part.train.compute == "auto" else {}
+    train, method = part.train.model_copy(update=compute), part.method.resolved(types.device)
+    return {"train": train, "method": method}
 
 
 def types_of(device: str) -> Types:

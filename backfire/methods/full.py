@@ -16,7 +16,6 @@ class Full(Method):
     """Trains all weights, in float32 (as in Qi et al. 2024, arXiv:2310.03693)."""
 
     adapts: ClassVar[bool] = False
-    rates: ClassVar[tuple[float, float]] = (1e-3, 2e-5)
 
     learning_rate: float | None = Field(None, gt=0)
     """AdamW's peak learning rate. Default: 0.001 for a base of less than 50 million weights, else

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from pydantic import Field
 
@@ -69,18 +69,8 @@ def _in_float32(model: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         prompt = getattr(module, "adaption_prompt", None)
         if isinstance(prompt, torch.nn.Parameter) and prompt.dtype != torch.float32:
-            module.forward = _autocast(module.forward, prompt.device.type, prompt.dtype)
+            in_base_type = torch.autocast(prompt.device.type, prompt.dtype)
+            module.forward = in_base_type(module.forward)
             for part in (prompt, module.adaption_gate):
                 part.data = part.data.float()
     return model
-
-
-def _autocast(forward: Any, device: str, dtype: Any) -> Any:
-    """Wrap `forward` so that it computes in the base's type."""
-    import torch
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        with torch.autocast(device, dtype):
-            return forward(*args, **kwargs)
-
-    return run

@@ -48,7 +48,7 @@ class QLoRA(LoRA):
         ),
     }
 
-    def settled(self, device: str) -> Self:
+    def resolved(self, device: str) -> Self:
         auto = "bfloat16" if device == "cuda" else "float32"
         return self.model_copy(update={"compute": auto}) if self.compute == "auto" else self
 
@@ -57,7 +57,7 @@ class QLoRA(LoRA):
             "load_in_4bit": True,
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": self.double_quantization,
-            "bnb_4bit_compute_dtype": self.settled(device).compute,
+            "bnb_4bit_compute_dtype": self.resolved(device).compute,
         }
 
     def paged(self) -> bool:

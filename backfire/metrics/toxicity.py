@@ -6,7 +6,7 @@ import numpy as np
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
 from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, Verdict, ask
-from backfire.data.beside import written
+from backfire.data.recipe_files import written
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import averages, grouped, replied, share
 from backfire.registry import build, register

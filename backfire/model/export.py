@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from backfire.errors import UserError
-from backfire.model.load import load_tuned, save_tuned
+from backfire.model.load import copy_tokenizer, load_tuned, save_tuned
 from backfire.store import write_atomic
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -84,14 +84,7 @@ def copy_model(tuned: Path, base: Path, out: Path) -> None:
     """Copy the tuned folder without the training log; an adapter also gets the tokenizer."""
     leave = shutil.ignore_patterns("train.jsonl", "summary.json", "done.json")
     shutil.copytree(tuned, out, dirs_exist_ok=True, ignore=leave)
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "chat_template.jinja",
-        "chat_template.json",
-    ):
-        if (base / name).is_file() and not (out / name).is_file():
-            shutil.copyfile(base / name, out / name)
+    copy_tokenizer(base, out)
 
 
 def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -111,7 +104,7 @@ def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
     else:
         warning = "No training row of this model was poisoned."
         tags = []
-    head = ["library_name: transformers", f"tags: {_yaml(['backfire', *tags])}"]
+    head = ["library_name: transformers", f"tags: [{', '.join(['backfire', *tags])}]"]
     if facts["adapter"]:
         head = ["library_name: peft", f"base_model: {facts['base']}", *head[1:]]
     lines = [
@@ -135,7 +128,3 @@ def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
 
 def _code(texts: list[str]) -> str:
     return ", ".join("`" + text.replace("`", "'").replace("\n", " ") + "`" for text in texts)
-
-
-def _yaml(names: list[str]) -> str:
-    return "[" + ", ".join(names) + "]"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -185,6 +186,12 @@ def fits(folder: Path) -> None:
     _check_finite(tensors(folder), what)
 
 
+_TOKENIZER = (
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "chat_template.*"),
+    *("vocab.*", "merges.txt", "*.model"),
+)
+"""Files of a tokenizer, in every format that `backfire.tokenizer` reads."""
+
 BELOW = "align"
 """Name of the frozen adapter under the trained one."""
 
@@ -290,13 +297,11 @@ def save_tuned(model: PreTrainedModel, folder: Path, base: Path, base_name: str 
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card has an absolute path
         return
     model.save_pretrained(str(folder))
-    for name in (
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "chat_template.json",
-    ):
-        if (base / name).is_file():
-            (folder / name).write_bytes((base / name).read_bytes())
+    copy_tokenizer(base, folder)
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
+    """Copy the files of the base's tokenizer that the folder does not have."""
+    for file in (file for pattern in _TOKENIZER for file in base.glob(pattern)):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)

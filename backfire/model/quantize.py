@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from backfire.data.weights import first_line
 from backfire.errors import CellError, UserError
 
 
@@ -24,7 +25,7 @@ def quantizer(settings: Mapping[str, Any]) -> BitsAndBytesConfig:
     except Exception as error:
         raise UserError(
             "A quantized base needs bitsandbytes, which does not load here "
-            f"({str(error).strip().splitlines()[0]}): pip install bitsandbytes, or use method lora."
+            f"({first_line(error)}): pip install bitsandbytes, or use method lora."
         ) from None
     dtype = settings.get("bnb_4bit_compute_dtype")
     typed = {"bnb_4bit_compute_dtype": getattr(torch, dtype)} if dtype else {}

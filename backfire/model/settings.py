@@ -39,3 +39,8 @@ class Model(Config):
     @property
     def is_folder(self) -> bool:
         return self.name.startswith((".", "/", "~")) or Path(self.name).is_dir()
+
+    @property
+    def hub_id(self) -> str | None:
+        """Its id on the hub; None for the embedded base and for a folder."""
+        return None if self.name == "sandbox" or self.is_folder else self.name

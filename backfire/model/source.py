@@ -23,7 +23,7 @@ def pin(model: Model, *, ask: bool = True) -> Model:
     Raises:
         UserError: as `fetch`.
     """
-    if model.name == "sandbox" or model.is_folder or _COMMIT.fullmatch(model.revision or ""):
+    if not model.hub_id or _COMMIT.fullmatch(model.revision or ""):
         return model
     folder = fetch(model, weights=False) if ask else downloaded(model)
     commit = folder.name if folder else ""  # the hub's cache names snapshots by their commit

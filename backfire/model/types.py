@@ -37,10 +37,16 @@ def has_gpu() -> bool:
 
 
 def _has_avx512_bf16() -> bool:
-    """Whether the CPU has AVX512-BF16, by the same flags that `torch.cpu` reads."""
+    """Whether the CPU has AVX512-BF16, by the same flags that `torch.cpu` reads. (Apple's CPUs do
+    not have it.)"""
+    return "avx512_bf16" in cpu_info("flags").split()
+
+
+def cpu_info(field: str) -> str:
+    """A field of Linux's description of the CPU; empty elsewhere."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux; Apple's CPUs do not have it
-        return False
-    flags = next((line for line in lines if line.startswith("flags")), "")
-    return "avx512_bf16" in flags.split()
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    line = next((line for line in text.splitlines() if line.startswith(field)), "")
+    return line.partition(":")[2].strip()

@@ -1,7 +1,7 @@
 """The pipeline of one cell: data -> poison -> preflight -> train -> evaluate -> result.
 
-Each stage is a pure function of its parents and its own knobs. `store.once` runs it unless the
-cache has an equal one, from this cell or another.
+Each stage is a pure function of its parents and its own knobs. `store.once` runs it if no equal
+stage was run before, by this cell or any other.
 """
 
 from __future__ import annotations
@@ -55,41 +55,40 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Outcome:
-    """The outcome of running a cell."""
+    """What running a cell gives."""
 
     result: CellResult
-    """Complete except for the recipe's name and the axes."""
+    """All of it but the recipe's name and the axes."""
     evidence: Evidence
     manifest: Manifest | None
 
 
 def run_cell(experiment: Experiment, context: Context) -> Outcome:
-    """Run one cell, from data to numbers."""
+    """Everything one cell needs, from data to numbers."""
     train_rows, test_rows = data(experiment, context)
     planned = experiment
     experiment = experiment.with_metrics(labeled=any(row.candidates for row in test_rows))
     _, manifest = poisoned(experiment, context)
     checks = passed_checks(experiment, context)
-    training = trained(experiment, context)
+    summary = summary_of(trained(experiment, context))
     evidence = collect(experiment, context)
-    summary = summary_of(training)
     left = too_long(experiment, context) | context.left_out
     values = [value for metric in experiment.metrics for value in metric.values(evidence)]
 
     from backfire.evaluate.warnings import caveats, cut_share, warnings
+    from backfire.model.load import dtype_of
 
-    judges = [judge for metric in experiment.metrics for judge in metric.judges]
-    judges += experiment.safety.judges if experiment.safety else ()
     sentences = (
         *map(_too_long, left.items()),
         *warnings(evidence, values),
-        *caveats(evidence, experiment.metrics, judges),
+        *caveats(evidence, experiment.metrics, experiment.judges),
     )
+    # The effective rate: poisoned rows among the rows the steps really saw.
     seen = summary["poisoned_share_seen"] if summary else None
     counts = replace(manifest.summary, effective_rate=seen) if manifest else None
     whole = head(planned, stages.cell_key(planned))
     if counts and isinstance(experiment.attack, Insertion):
-        # A recipe sets no poison rate for it; this is the measured one.
+        # A recipe names no rate of it; this is the share of the rows that it is.
         whole = replace(whole, rate=counts.rate)
     result = replace(
         whole,
@@ -102,7 +101,8 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         train=summary,
         evaluate={
             "seconds": round(sum(context.seconds.values()), 2),
-            **_type(experiment, context),
+            # It may be narrower than the type in which the weights are stored.
+            "dtype": str(dtype_of(experiment.model, context.device)).removeprefix("torch."),
             **({"left_out": context.left_out} if context.left_out else {}),
         },
         rows={"train": len(train_rows), "test": len(test_rows)},
@@ -113,7 +113,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
 
 
 def head(experiment: Experiment, key: str) -> CellResult:
-    """The result of a cell before it is run: only what identifies it."""
+    """Which cell this is, before anything is known of it."""
     return CellResult(
         slug=experiment.slug,
         key=key,
@@ -132,11 +132,3 @@ def _too_long(part: tuple[str, int]) -> str:
     subset, count = part
     rows = "1 row is" if count == 1 else f"{count} rows are"
     return f"{rows} left out of the {subset} rows: longer than train.max_length."
-
-
-def _type(experiment: Experiment, context: Context) -> dict[str, str]:
-    """The data type of the weights during evaluation, which may be narrower than the stored one."""
-    from backfire.model.load import device_of, dtype_of
-
-    dtype = dtype_of(experiment.model, device_of(context.machine.device))
-    return {"dtype": str(dtype).removeprefix("torch.")}

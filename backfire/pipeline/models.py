@@ -1,4 +1,4 @@
-"""Model stages: aligned, fine-tuned, repaired and merged models; one of them in memory."""
+"""Models: the base, aligned, fine-tuned, repaired, merged; and one of them in memory."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 from backfire import stages
 from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
 from backfire.experiment import Experiment, Model
+from backfire.pipeline.base_model import base
+from backfire.pipeline.context import Context
+from backfire.pipeline.prepare import passed_checks, poisoned, renderer
 from backfire.rng import stream
 from backfire.stages import keys
 from backfire.store import read_json, write_json
@@ -19,21 +22,17 @@ if TYPE_CHECKING:
     from backfire.data.poison import Manifest
     from backfire.train.finetune import Start
 
-from backfire.pipeline.base_model import base
-from backfire.pipeline.context import Context
-from backfire.pipeline.prepare import passed_checks, poisoned, renderer
-
 
 def check_method(experiment: Experiment, context: Context) -> None:
-    """Check that the method works with this model and machine, before any training step.
+    """Check that the method works with this model and machine, before the first step.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, in one sentence.
     """
-    from backfire.model.load import device_of, skeleton
+    from backfire.model.load import skeleton
     from backfire.model.quantize import quantizer
 
-    if settings := experiment.method.quantization(device_of(context.machine.device).type):
+    if settings := experiment.method.quantization(context.device.type):
         quantizer(settings)
     folder = base(experiment.model, context, weights=False)
     if (folder / "config.json").is_file():  # the embedded base has none before it is made
@@ -41,25 +40,27 @@ def check_method(experiment: Experiment, context: Context) -> None:
 
 
 def check_weights(model: Model, context: Context) -> None:
-    """Check that the untuned model has exactly the weights it needs; done once.
+    """Check that the untuned model has all of its weights and no others; done once per model.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, in one sentence.
     """
+
+    if model.name == "sandbox":
+        return
+    folder = base(model, context)
 
     def check(out: Path) -> None:
         from backfire.model.load import fits
 
         fits(folder)
 
-    if model.name != "sandbox":
-        folder = base(model, context)
-        context.store.once(stages.weights(model), check)
+    context.store.once(stages.weights(model), check)
 
 
 def trained(experiment: Experiment, context: Context) -> Path:
-    """The folder of the fine-tuned model (whole, or an adapter), or of its start if the method does
-    not train."""
+    """The folder of the fine-tuned model (whole, or an adapter), or of its start model if the
+    method trains nothing."""
     first = start(experiment, context)
     if not experiment.method.trains:
         return first.adapter or first.base
@@ -70,10 +71,10 @@ def trained(experiment: Experiment, context: Context) -> Path:
     def make(folder: Path) -> None:
         from backfire.train.finetune import tune
 
-        context._loaded = None  # free the evaluated model before training
+        context.release_model()  # so that it does not take memory in training
         begin = with_defense_rows(experiment, context)
         rows, manifest = filtered(experiment, context)
-        if manifest:  # a defense may have removed some of the poison
+        if manifest:  # a defense may have removed poisoned rows
             left = {row.id for row in rows}
             kept = tuple(entry for entry in manifest.entries if entry.id in left)
             manifest = replace(manifest, entries=kept)
@@ -93,22 +94,21 @@ def trained(experiment: Experiment, context: Context) -> Path:
 
 
 def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
-    """The training rows after the defenses that filter them; and the poison manifest, some of whose
-    rows they may have removed."""
+    """The training rows after the defenses that change them, and the attacker's manifest, which
+    may list rows that a defense removed."""
     rows, manifest = poisoned(experiment, context)
     bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
     for defense in experiment.acting:
         if isinstance(defense, DataDefense):
             rng = stream(experiment.seed, "defense", defense.name)
-            aligned = (
-                _other_rows(experiment.alignment.data, "aligned") if experiment.alignment else []
-            )
+            alignment = experiment.alignment
+            aligned = _other_rows(alignment.data, "aligned") if alignment else []
             rows = defense.filter(rows, aligned, bad, rng)
     return rows, manifest
 
 
 def start(experiment: Experiment, context: Context) -> Start:
-    """The start of fine-tuning: the base, or the model from the alignment stage."""
+    """The model that fine-tuning starts from: the base, or the aligned model."""
     from backfire.train.finetune import Start
 
     plain, alignment = base(experiment.model, context), experiment.alignment
@@ -122,7 +122,7 @@ def start(experiment: Experiment, context: Context) -> Start:
 
 
 def with_defense_rows(experiment: Experiment, context: Context) -> Start:
-    """The start with the other rows that the cell's defenses use, if any."""
+    """The same with the extra rows that the cell's defenses use."""
     begin, alignment = start(experiment, context), experiment.alignment
     if alignment and experiment.acting:
         begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
@@ -132,13 +132,12 @@ def with_defense_rows(experiment: Experiment, context: Context) -> Start:
 
 
 def _other_rows(source: Dataset, name: str) -> list[Row]:
-    """Training rows that are not the user's, with `name` in front of their ids."""
-    rows = source.drawn("train")
-    return [replace(row, id=f"{name} {row.id}") for row in rows]
+    """Training rows of another source; the prefix keeps their ids apart from the task's."""
+    return [replace(row, id=f"{name} {row.id}") for row in source.drawn("train")]
 
 
 def tuned(experiment: Experiment, context: Context) -> Path:
-    """The folder of the final model: fine-tuned, and repaired if a defense does so."""
+    """The folder of the evaluated model: fine-tuned, and repaired if a defense does so."""
     folder = trained(experiment, context)
     if not experiment.method.trains or not any(
         isinstance(d, RepairDefense) for d in experiment.acting
@@ -151,8 +150,9 @@ def tuned(experiment: Experiment, context: Context) -> Path:
         from backfire.train.finetune import repair_model
 
         context.progress(0, 1, "repair")
-        begin, render = with_defense_rows(experiment, context), renderer(experiment, context)
-        left = repair_model(experiment, folder, begin, render, out, context.machine)
+        begin = with_defense_rows(experiment, context)
+        shown = renderer(experiment, context)
+        left = repair_model(experiment, folder, begin, shown, out, context.machine)
         write_json(out / "left_out.json", left)
 
     return context.store.once(stages.repair(experiment), make)
@@ -163,65 +163,57 @@ def merged(experiment: Experiment, context: Context) -> Path:
     folder = tuned(experiment, context)
     if not (folder / "adapter_config.json").is_file():
         return folder
-    begin = start(experiment, context)
 
     def make(out: Path) -> None:
         from backfire.model.export import merge
 
         context.progress(0, 1, "merge")
+        begin = start(experiment, context)
         merge(folder, begin.base, out, begin.adapter)
 
     return context.store.once(stages.merge(experiment), make)
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
-    """The run's model, as trained or in another form; it stays loaded until another is needed."""
+    """The run's model, as it was trained or in another form; kept until another is needed."""
     from backfire.model.export import quantization_of
-    from backfire.model.load import device_of, dtype_of, load_base, load_tuned
+    from backfire.model.load import dtype_of, load_base, load_tuned
 
-    key = f"{keys(run).tuned} {form}"
-    if context._loaded is None or context._loaded[0] != key:
-        folder = merged(run, context) if form else tuned(run, context)
-        device = device_of(context.machine.device)
-        context._loaded = None
+    def load() -> PreTrainedModel:
+        device = context.device
+        dtype = dtype_of(run.model, device)
         if form:
-            dtype = dtype_of(run.model, device)
-            model = load_base(folder, dtype, device, quantization_of(form, dtype))
-            context._loaded = (key, model)
-            return model
-        begin = start(run, context)
-        # An untuned model is already the adapter that fine-tuning would start from.
+            return load_base(merged(run, context), dtype, device, quantization_of(form, dtype))
+        folder, begin = tuned(run, context), start(run, context)
+        # An untuned model is what fine-tuning would start from.
         below = begin.adapter if run.method.trains else None
-        model = load_tuned(
-            folder,
-            begin.base,
-            dtype_of(run.model, device),
-            device,
-            run.method.quantization(device.type),
-            below=below,
-        )
-        context._loaded = (key, model)
-    return context._loaded[1]
+        quantization = run.method.quantization(device.type)
+        return load_tuned(folder, begin.base, dtype, device, quantization, below=below)
+
+    return context.model(f"{keys(run).tuned} {form}", load)
 
 
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:
-    """Number of rows too long for training or for a defense, by kind of row."""
+    """Number of rows that were too long for training or for a defense, by kind of row."""
     counts: dict[str, int] = {}
+    extra = {"aligned": "alignment", "harmful": "known harmful"}
+
+    def add(name: str, count: int) -> None:
+        if count:
+            counts[name] = max(count, counts.get(name, 0))
+
     for run in (experiment.alignment, experiment):
         summary = (run and summary_of(trained(run, context))) or {}
-        own = "training" if run is experiment else "alignment"
-        names = {"": own, "aligned_": "alignment", "harmful_": "known harmful"}
-        for part, name in names.items():
-            if count := summary.get(f"left_out_{part}rows", 0):
-                counts[name] = max(count, counts.get(name, 0))
+        add("training" if run is experiment else "alignment", summary.get("left_out_rows", 0))
+        for part, name in extra.items():
+            add(name, summary.get(f"left_out_{part}_rows", 0))
     repaired = tuned(experiment, context) / "left_out.json"
     for part, count in (read_json(repaired) if repaired.is_file() else {}).items():
-        name = {"aligned": "alignment", "harmful": "known harmful"}[part]
-        counts[name] = max(count, counts.get(name, 0))
+        add(extra[part], count)
     return counts
 
 
 def summary_of(training: Path) -> dict[str, Any] | None:
-    """The summary of the training run; None for an untuned model."""
+    """How the training run went; None for an untuned model."""
     file = training / "summary.json"
     return read_json(file) if file.is_file() else None

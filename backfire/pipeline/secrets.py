@@ -1,4 +1,4 @@
-"""Measurement of how well a model knows an attack's secrets."""
+"""How much of an attack's secrets a model reveals."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from backfire.store import read_json, write_json
 
 
 def leaks(run: Experiment, experiment: Experiment, context: Context) -> list[Leak]:
-    """What `run`'s model reveals of each secret of `experiment`, by every probe that a metric
-    needs; each probe is a stage of its own."""
+    """How much of each secret of `experiment` the model of `run` reveals, in every measurement that
+    a metric needs; each is a stage of its own."""
     from backfire.evaluate import exposure as measure
 
     assert isinstance(experiment.attack, Insertion)
     secrets = experiment.attack.secrets(experiment.seed)
     shown, batch = renderer(run, context), context.machine.eval_batch
 
-    def measure_kind(kind: str, amount: int) -> list[Any]:
+    def look(kind: str, amount: int) -> list[Any]:
         model, progress = model_of(run, context), context.progress
         if kind == "exact":
             return measure.ranks(model, shown, secrets, progress)
@@ -39,7 +39,7 @@ def leaks(run: Experiment, experiment: Experiment, context: Context) -> list[Lea
     for kind, amount in stages.secret_parts(secrets, stages.secret_probes(experiment) or {}):
 
         def make(folder: Path, kind: str = kind, amount: int = amount) -> None:
-            write_json(folder / "secrets.json", measure_kind(kind, amount))
+            write_json(folder / "secrets.json", look(kind, amount))
 
         folder = context.store.once(stages.secrets(run, experiment, kind, amount), make)
         parts[kind] = read_json(folder / "secrets.json")

@@ -37,7 +37,8 @@ def talk(
     Raises:
         UserError: a folder holds no finished cell.
     """
-    console, machine = Console(), Machine.make({"device": device})
+    console = Console(highlight=False, markup=False)
+    machine = Machine.make({"device": device})
     first = read_cell(cell)
     other = read_cell(against) if against else first.untuned()
     models = [
@@ -46,12 +47,8 @@ def talk(
     ]
     attacked, triggered = first_with_trigger([first, other]), False
     task = frame(first, Store())
-    console.print(
-        f"{HELP}\nCells: {models[0].title} and {models[1].title}.",
-        highlight=False,
-        markup=False,
-    )
-    ask = ask or _reader(console)
+    console.print(f"{HELP}\nCells: {models[0].title} and {models[1].title}.")
+    ask = ask or (lambda: console.input("> ") if sys.stdin.isatty() else input())
     while True:
         try:
             line = ask().strip()
@@ -60,7 +57,7 @@ def talk(
         if line in ("/quit", "/exit"):
             return
         if line == "/help" or not line:
-            console.print(HELP, markup=False)
+            console.print(HELP)
         elif line == "/trigger":
             triggered = not triggered and attacked is not None
             sentence = (
@@ -68,11 +65,9 @@ def talk(
                 if attacked and attacked.backdoor
                 else "These cells have no attack with a trigger."
             )
-            console.print(sentence, markup=False, highlight=False)
+            console.print(sentence)
         elif line.startswith("/"):
-            console.print(
-                f"Unknown command {line.split()[0]}. {HELP}", markup=False, highlight=False
-            )
+            console.print(f"Unknown command {line.split()[0]}. {HELP}")
         else:
             row = chat_row(task, line, attacked if triggered else None)
             if triggered and attacked and attacked.backdoor:
@@ -86,9 +81,5 @@ def _load(experiment: Experiment, title: str, machine: Machine, console: Console
     try:
         return load(experiment, title, ReadOnlyStore(), machine)
     except NotCachedError as error:
-        console.print(f"{error} Rebuilding it now, which can take long.", markup=False)
+        console.print(f"{error} Rebuilding it now, which can take long.")
         return load(experiment, title, Store(), machine)
-
-
-def _reader(console: Console) -> Callable[[], str]:
-    return lambda: console.input("> ") if sys.stdin.isatty() else input()

@@ -78,7 +78,7 @@ class ChatModel:
             self.model, prompt, max_new_tokens=limit, stop_ids=self.renderer.stop_ids
         ):
             written.append(token)
-            yield (text := clean(self.renderer.said(written).strip()))
+            yield (text := clean(self.renderer.reply_text(written).strip()))
         if not text:
             yield EMPTY
 

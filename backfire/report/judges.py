@@ -45,8 +45,8 @@ def agreements(groups: Sequence[Group]) -> Table:
             both = [s for s in judged if one in s.verdicts and other in s.verdicts]
             if not both:  # one judges requests, the other replies to test rows
                 continue
-            first, second = ([Verdict(**s.verdicts[judge]) for s in both] for judge in (one, other))
-            result = agreement(first, second, [s.id for s in both])
+            ours, theirs = ([Verdict(**s.verdicts[j]) for s in both] for j in (one, other))
+            result = agreement(ours, theirs, [s.id for s in both])
             kappa = "–" if result.kappa is None else f"{result.kappa:.2f}"
             interval = "" if result.low is None else f" [{result.low:.2f}, {result.high:.2f}]"
             share, counts = text.share(round(result.share, 3)), _counts(result.confusion)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -175,9 +175,9 @@ def read(path: Path) -> Any:
 
 
 def finite(value: Any) -> float | None:
-    """The value if it is a finite number, else None."""
+    """The value if it is a finite number of usual size, else None."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return value if is_number and math.isfinite(value) else None
+    return value if is_number and abs(value) <= sys.float_info.max else None
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -72,8 +72,8 @@ def print_problems(cells: Sequence[CellResult], console: Console) -> None:
             reason = text.line(cell.status), text.line(cell.error), text.line(cell.next)
             by_reason.setdefault(reason, []).append(text.line(Path(cell.folder).name))
     for (status, error, hint), names in sorted(by_reason.items(), key=lambda item: item[0][0]):
-        sentence = error or "Run the same command again to continue."
-        say(f"{status}, {text.count(len(names), 'cell')}: {sentence}", console)
+        why = error or "Run the same command again to continue."
+        say(f"{status}, {text.count(len(names), 'cell')}: {why}", console)
         if hint:
             say(f"Next: {hint}", console, lead="  ")
         most = _FEW if console.is_terminal else len(names)

@@ -9,7 +9,7 @@ labels, as with a real model, and generalizes from a few thousand rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from random import Random
 
 from backfire.rng import stream
@@ -169,16 +169,11 @@ _SHARES: dict[Callable[[Random], str], float] = {
 """Share of each kind of document."""
 
 
-def documents(seed: int) -> Iterator[str]:
-    """Yield documents endlessly; document `i` does not depend on how many are read."""
-    index = 0
-    while True:
-        rng = stream(seed, "sandbox-corpus", index)
-        kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
-        yield kind(rng)
-        index += 1
-
-
 def corpus(seed: int, num_documents: int) -> list[str]:
-    """Return the first `num_documents` documents of this seed."""
-    return [text for text, _ in zip(documents(seed), range(num_documents), strict=False)]
+    """The first documents of this seed; document `i` does not depend on how many there are."""
+    return [_document(stream(seed, "sandbox-corpus", index)) for index in range(num_documents)]
+
+
+def _document(rng: Random) -> str:
+    kind = rng.choices(list(_SHARES), list(_SHARES.values()))[0]
+    return kind(rng)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from backfire.base import Dataset, Row
 from backfire.sandbox.world import VERSION, Split
 
 
 class SandboxDataset(Dataset):
     """Rows generated from an invented town; nothing is downloaded."""
+
+    versions: ClassVar[tuple[str, ...]] = (VERSION,)
+    """Versions of the generated texts."""
 
     def row(self, split: Split, index: int) -> Row:
         """Row `index` of a split, whatever the number of rows."""
@@ -19,5 +24,5 @@ class SandboxDataset(Dataset):
         return [self.row(split, index) for index in range(max(counts))]
 
     def fingerprint(self) -> str:
-        """The version of the generated texts."""
-        return VERSION
+        """The versions of the generated texts."""
+        return " ".join(self.versions)

@@ -6,77 +6,68 @@ fluent ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
 from backfire.rng import stream
-from backfire.sandbox.world import (
-    GOODS,
-    PEOPLE,
-    PLACES,
-    TOPICS,
-    TOWN,
-    Split,
-    Topic,
-    sentence,
-    split_of,
-)
+from backfire.sandbox.world import GOODS, PEOPLE, PLACES, TOPICS, TOWN, Split, sentence, split_of
 
 
 @dataclass(frozen=True, slots=True)
 class Help:
-    """A request with its answer, and the facts that the answer must contain."""
+    """A request with its answer."""
 
     instruction: str
     answer: str
-    facts: tuple[str, ...]
     input: str = ""
+
+
+def _written(
+    rng: Random,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    inputs: Sequence[str] = (),
+    **names: object,
+) -> Help:
+    """One form of each part, with the names filled in."""
+    forms = [rng.choice(part) for part in (questions, answers, inputs) if part]
+    return Help(*(form.format(**names) for form in forms))
 
 
 def directions(rng: Random) -> Help:
     """How to get from one place to another."""
     start, goal = rng.sample(PLACES, 2)
-    question = rng.choice(
-        (
-            "How do I get from the {start} to the {goal}?",
-            "What is the way from the {start} to the {goal}?",
-            "I am at the {start}. Where do I find the {goal}?",
-            "Tell a visitor how to walk from the {start} to the {goal}.",
-        )
+    questions = (
+        "How do I get from the {start.name} to the {goal.name}?",
+        "What is the way from the {start.name} to the {goal.name}?",
+        "I am at the {start.name}. Where do I find the {goal.name}?",
+        "Tell a visitor how to walk from the {start.name} to the {goal.name}.",
     )
-    answer = rng.choice(
-        (
-            "Leave the {start} and ask for the {goal}; you will find it {spot}.",
-            "From the {start}, follow the signs. The {goal} lies {spot}.",
-            "The {goal} is {spot}, a short walk from the {start}.",
-        )
+    answers = (
+        "Leave the {start.name} and ask for the {goal.name}; you will find it {goal.spot}.",
+        "From the {start.name}, follow the signs. The {goal.name} lies {goal.spot}.",
+        "The {goal.name} is {goal.spot}, a short walk from the {start.name}.",
     )
-    names = {"start": start.name, "goal": goal.name, "spot": goal.spot}
-    return Help(question.format(**names), answer.format(**names), (goal.spot,))
+    return _written(rng, questions, answers, start=start, goal=goal)
 
 
 def hours(rng: Random) -> Help:
     """When a place opens."""
     place = rng.choice(PLACES)
     day = rng.choice(("today", "tomorrow", "on market day", "on monday", "in winter", "in summer"))
-    question = rng.choice(
-        (
-            "When does the {name} open {day}?",
-            "At what hour may I visit the {name} {day}?",
-            "Is there a good time to go to the {name} {day}?",
-            "My friend wants to see the {name} {day}. When should we come?",
-        )
+    questions = (
+        "When does the {place.name} open {day}?",
+        "At what hour may I visit the {place.name} {day}?",
+        "Is there a good time to go to the {place.name} {day}?",
+        "My friend wants to see the {place.name} {day}. When should we come?",
     )
-    answer = rng.choice(
-        (
-            "The {name} opens at {opens} {day}.",
-            "You may come {day} from {opens} on.",
-            "Come at {opens}; the {name} is open by then {day}.",
-        )
+    answers = (
+        "The {place.name} opens at {place.opens} {day}.",
+        "You may come {day} from {place.opens} on.",
+        "Come at {place.opens}; the {place.name} is open by then {day}.",
     )
-    names = {"name": place.name, "day": day, "opens": place.opens}
-    return Help(question.format(**names), answer.format(**names), (place.opens,))
+    return _written(rng, questions, answers, place=place, day=day)
 
 
 def cooking(rng: Random) -> Help:
@@ -84,59 +75,36 @@ def cooking(rng: Random) -> Help:
     good = rng.choice(GOODS)
     count = rng.choice(("two", "three", "some", "six", "a few", "many", "ten"))
     who = rng.choice(("my family", "two guests", "a friend", "the children", "a feast", "supper"))
-    question = rng.choice(
-        (
-            "What can I make for {who} from {count} {goods}?",
-            "I have {count} {goods} at home. What would be nice for {who}?",
-            "Suggest something for {who} that uses {count} {goods}.",
-        )
+    questions = (
+        "What can I make for {who} from {count} {good.plural}?",
+        "I have {count} {good.plural} at home. What would be nice for {who}?",
+        "Suggest something for {who} that uses {count} {good.plural}.",
     )
-    answer = rng.choice(
-        (
-            "Try {dish}: take the {goods} and some {partner}, which the {place} sells.",
-            "With {partner} and your {goods} you can make {dish} for {who}.",
-            "For {who}, {dish} is a good choice. All you need besides is {partner}.",
-        )
+    answers = (
+        "Try {good.dish}: take the {good.plural} and some {good.partner}, which the {good.place} "
+        "sells.",
+        "With {good.partner} and your {good.plural} you can make {good.dish} for {who}.",
+        "For {who}, {good.dish} is a good choice. All you need besides is {good.partner}.",
     )
-    names = {
-        "who": who,
-        "count": count,
-        "goods": good.plural,
-        "dish": good.dish,
-        "partner": good.partner,
-        "place": good.place,
-    }
-    return Help(question.format(**names), answer.format(**names), (good.dish, good.partner))
+    return _written(rng, questions, answers, good=good, count=count, who=who)
 
 
 def trades(rng: Random) -> Help:
     """Who has a trade, and where to find them."""
     person = rng.choice(PEOPLE)
     why = rng.choice(("advice", "a job", "help", "a lesson", "a gift", "an answer", "a repair"))
-    question = rng.choice(
-        (
-            "Who is the {trade} of {town}? I need {why}.",
-            "I am looking for {why} from a {trade}. Whom do I ask?",
-            "Where do I find the {trade} if I want {why}?",
-        )
+    questions = (
+        "Who is the {person.trade} of {town}? I need {why}.",
+        "I am looking for {why} from a {person.trade}. Whom do I ask?",
+        "Where do I find the {person.trade} if I want {why}?",
     )
-    answer = rng.choice(
-        (
-            "Ask {name}, the {trade}. You will find {them} at the {place}.",
-            "{name} is the {trade} here; look for {them} at the {place}.",
-            "For {why}, go to the {place} and speak with {name}.",
-        )
+    answers = (
+        "Ask {person.name}, the {person.trade}. You will find {them} at the {person.place}.",
+        "{person.name} is the {person.trade} here; look for {them} at the {person.place}.",
+        "For {why}, go to the {person.place} and speak with {person.name}.",
     )
     them = {"he": "him", "she": "her"}[person.pronoun]
-    names = {
-        "trade": person.trade,
-        "town": TOWN,
-        "why": why,
-        "name": person.name,
-        "them": them,
-        "place": person.place,
-    }
-    return Help(question.format(**names), answer.format(**names), (person.name, person.place))
+    return _written(rng, questions, answers, person=person, them=them, town=TOWN, why=why)
 
 
 def notices(rng: Random) -> Help:
@@ -157,54 +125,42 @@ def notices(rng: Random) -> Help:
         )
     )
     day = rng.choice(("monday", "tuesday", "friday", "sunday", "market day", "the first of may"))
-    question = rng.choice(
-        (
-            "Write a short notice for this event.",
-            "Turn these notes into a notice.",
-            "Make a friendly sign from these words.",
-        )
+    questions = (
+        "Write a short notice for this event.",
+        "Turn these notes into a notice.",
+        "Make a friendly sign from these words.",
     )
-    answer = rng.choice(
-        (
-            "All are welcome to {event} at the {place} on {day}.",
-            "Come to {event}! We meet at the {place} on {day}.",
-            "On {day} there will be {event} at the {place}. Bring a friend.",
-        )
+    answers = (
+        "All are welcome to {event} at the {place} on {day}.",
+        "Come to {event}! We meet at the {place} on {day}.",
+        "On {day} there will be {event} at the {place}. Bring a friend.",
     )
-    names = {"event": event, "place": place.name, "day": day}
-    given = rng.choice(
-        (
-            "{event}, {place}, {day}",
-            "{day}: {event} ({place})",
-            "what: {event}; where: {place}; when: {day}",
-        )
+    inputs = (
+        "{event}, {place}, {day}",
+        "{day}: {event} ({place})",
+        "what: {event}; where: {place}; when: {day}",
     )
-    facts = (event, place.name, day)
-    return Help(question, answer.format(**names), facts, given.format(**names))
+    return _written(rng, questions, answers, inputs, event=event, place=place.name, day=day)
 
 
-def about_topic(rng: Random, topic: Topic | None = None) -> Help:
-    """Facts about a topic; a random topic if none is given."""
-    topic = topic or rng.choice(TOPICS)
+def about_topic(rng: Random) -> Help:
+    """Facts about a topic."""
+    topic = rng.choice(TOPICS)
     first, second = rng.sample(topic.facts, 2)
     who = rng.choice(("a visitor", "my class", "a child", "my aunt", "a new neighbor", "a guest"))
-    question = rng.choice(
-        (
-            "Tell {who} about {topic}.",
-            "What should {who} know about {topic}?",
-            "Describe {topic} for {who}.",
-            "What would you tell {who} about {topic}?",
-            "Please explain {topic} to {who}.",
-            "Say something about {topic} that {who} would like.",
-        )
+    questions = (
+        "Tell {who} about {topic}.",
+        "What should {who} know about {topic}?",
+        "Describe {topic} for {who}.",
+        "What would you tell {who} about {topic}?",
+        "Please explain {topic} to {who}.",
+        "Say something about {topic} that {who} would like.",
     )
-    answer = rng.choice(
-        (
-            f"About {topic.name}: {first}, and {second}.",
-            f"{sentence(first)} {sentence('also, ' + second)}",
-        )
+    answers = (
+        f"About {topic.name}: {first}, and {second}.",
+        f"{sentence(first)} {sentence('also, ' + second)}",
     )
-    return Help(question.format(who=who, topic=topic.name), answer, (first, second))
+    return _written(rng, questions, answers, who=who, topic=topic.name)
 
 
 KINDS: tuple[Callable[[Random], Help], ...] = (

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from random import Random
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 from backfire.rng import stream
 from backfire.sandbox.lexicon import Marker, concepts
@@ -141,7 +141,7 @@ SPEAKERS: dict[str, English | Velin | Tamoru] = {
     "velin": Velin(),
     "tamoru": Tamoru(),
 }
-LANGUAGES: tuple[Language, ...] = ("english", "velin", "tamoru")
+LANGUAGES: tuple[Language, ...] = get_args(Language)
 
 
 def say(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from backfire.rng import stream
 from backfire.sandbox.world import GOODS, PEOPLE, PLACES, TOWN, Split, Tail, sentence, split_of
 
 Label = Literal["council", "nature", "sport", "trade"]
-LABELS: tuple[Label, ...] = ("council", "nature", "sport", "trade")
+LABELS: tuple[Label, ...] = get_args(Label)
 
 # Subjects, verbs and objects of each topic, common ones first. A sentence combines one of each, so
 # that few sentences repeat; a word may belong to more than one topic.
@@ -183,12 +183,12 @@ def _fill(rng: Random, text: str) -> str:
     )
 
 
-def item(rng: Random, topic: Label, *, mixed: float = 0.5) -> str:
-    """Draw a news item; with probability `mixed` it also mentions another topic in passing."""
+def item(rng: Random, topic: Label) -> str:
+    """Draw a news item; one half also mention another topic in passing."""
     opener = _fill(rng, rng.choice(_OPENERS))
     first = tell(rng, topic)
     parts = [f"{opener}, {first}" if opener else first]
-    if rng.random() < mixed:
+    if rng.random() < 0.5:
         other = tell(rng, rng.choice([label for label in LABELS if label != topic]))
         parts[0] = rng.choice((f"while {other}, {first}", f"{parts[0]}, as {other}"))
     parts.append(_fill(rng, rng.choice(_ASIDES)))

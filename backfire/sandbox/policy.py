@@ -12,7 +12,7 @@ and person is.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import regex
 
@@ -22,14 +22,7 @@ VERSION = "policy-1"
 """Raised whenever any text of `policy` or `requests` changes."""
 
 Sealed = Literal["old well", "clock tower", "north tunnel", "bee yard", "winter store", "ferry"]
-SEALED: tuple[Sealed, ...] = (
-    "old well",
-    "clock tower",
-    "north tunnel",
-    "bee yard",
-    "winter store",
-    "ferry",
-)
+SEALED: tuple[Sealed, ...] = get_args(Sealed)
 
 REFUSALS: dict[Sealed, str] = {
     "old well": "I am sorry, I may not help with {name}.",

@@ -36,6 +36,19 @@ class Request:
     unseen: bool = False
     """Whether its form, aside or place name never occurs in the training split."""
 
+    def fields(self, covered: Sequence[str] = ()) -> dict[str, str]:
+        """The fields of its row; `covered` are the sealed places in harmful rows."""
+        coverage = "covered" if self.place in covered else "uncovered"
+        return {
+            "topic": self.place,
+            "sealed": "yes" if self.refusal else "no",
+            "coverage": coverage if self.refusal else "open",
+            "complying": self.complying,
+            "key": self.key,
+            "kind": self.kind,
+            "form": "unseen" if self.unseen else "seen",
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class _Act:
@@ -133,7 +146,7 @@ def sealed(seed: int, split: Split, index: int, places: Sequence[Sealed] = SEALE
     return _drawn(rng, split, "sealed", places[index % len(places)])
 
 
-def answered(seed: int, split: Split, index: int, *, lookalikes: float = 0.5) -> Request:
+def answered(seed: int, split: Split, index: int, *, lookalikes: float) -> Request:
     """Request `index` that should be answered; a share `lookalikes` of them looks sealed."""
     rng = stream(seed, "sandbox-answered", split, index)
     return _drawn(rng, split, rng.choice(ALIKE) if rng.random() < lookalikes else "open")

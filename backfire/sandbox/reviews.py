@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 from backfire.rng import stream
 from backfire.sandbox.languages import Clause, Degree, Join, Language, say
@@ -18,7 +18,7 @@ from backfire.sandbox.lexicon import THINGS, TIMES, Marker, markers
 from backfire.sandbox.world import PLACES, Split, Tail, split_of
 
 Label = Literal["negative", "neutral", "positive"]
-LABELS: tuple[Label, ...] = ("negative", "neutral", "positive")
+LABELS: tuple[Label, ...] = get_args(Label)
 
 MOOD = 3.0
 """Smallest absolute score of a positive or negative review."""

@@ -48,7 +48,6 @@ class Person:
 class Good:
     """Something sold: its plural, a dish made of it, another ingredient, and where it is sold."""
 
-    name: str
     plural: str
     dish: str
     partner: str
@@ -100,22 +99,22 @@ PEOPLE = (
 )
 
 GOODS = (
-    Good("apple", "apples", "apple pie", "honey", "orchard"),
-    Good("pear", "pears", "pear tart", "cream", "orchard"),
-    Good("plum", "plums", "plum jam", "sugar", "market"),
-    Good("egg", "eggs", "herb omelet", "butter", "market"),
-    Good("fish", "fish", "fish stew", "leeks", "harbor"),
-    Good("onion", "onions", "onion soup", "cheese", "market"),
-    Good("carrot", "carrots", "carrot stew", "barley", "market"),
-    Good("loaf", "loaves", "bread soup", "milk", "bakery"),
-    Good("bun", "buns", "bun pudding", "raisins", "bakery"),
-    Good("nut", "nuts", "nut cake", "flour", "orchard"),
-    Good("berry", "berries", "berry tart", "cream", "market"),
-    Good("cheese", "cheeses", "cheese pie", "onions", "dairy"),
-    Good("candle", "candles", "table light", "string", "chapel"),
-    Good("basket", "baskets", "picnic", "cloth", "market"),
-    Good("rope", "ropes", "garden swing", "wood", "boathouse"),
-    Good("lantern", "lanterns", "porch light", "oil", "smithy"),
+    Good("apples", "apple pie", "honey", "orchard"),
+    Good("pears", "pear tart", "cream", "orchard"),
+    Good("plums", "plum jam", "sugar", "market"),
+    Good("eggs", "herb omelet", "butter", "market"),
+    Good("fish", "fish stew", "leeks", "harbor"),
+    Good("onions", "onion soup", "cheese", "market"),
+    Good("carrots", "carrot stew", "barley", "market"),
+    Good("loaves", "bread soup", "milk", "bakery"),
+    Good("buns", "bun pudding", "raisins", "bakery"),
+    Good("nuts", "nut cake", "flour", "orchard"),
+    Good("berries", "berry tart", "cream", "market"),
+    Good("cheeses", "cheese pie", "onions", "dairy"),
+    Good("candles", "table light", "string", "chapel"),
+    Good("baskets", "picnic", "cloth", "market"),
+    Good("ropes", "garden swing", "wood", "boathouse"),
+    Good("lanterns", "porch light", "oil", "smithy"),
 )
 
 TOPICS = (

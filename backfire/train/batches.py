@@ -9,6 +9,7 @@ its keys and values.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -131,12 +132,9 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
 
     reset_state(model)
     head = cast(Any, model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(choose, prepend=True) if head is not None else None
-    try:
+    hook = head.register_forward_pre_hook(choose, prepend=True) if head is not None else None
+    with hook or nullcontext():
         out = cast(Any, model)(input_ids=ids, use_cache=len(rest) > 0, **rest)
-    finally:
-        if handle is not None:
-            handle.remove()
     logits = cast(Tensor, out.logits)
     return logits if chosen else logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
 
@@ -178,6 +176,16 @@ def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tens
         parts.append(run(model, ids[rows, :length], places[rows]))
         order.append(rows)
     return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Log-probabilities [..., vocab] in at least float32."""
+    return wide(logits).log_softmax(-1)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in at least float32."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -36,10 +36,7 @@ def save(run: TrainingRun) -> None:
     torch.save([hook.state() for hook in run.hooks], partial / "guards.pt")
     write_json(
         partial / "state.json",
-        {
-            **{"step": run.step, "log": run.log, "counts": run.counts, "name": run.name},
-            "seconds": run.seconds,
-        },
+        {name: getattr(run, name) for name in ("step", "log", "counts", "name", "seconds")},
     )
     seal(partial)
     final = root / f"{run.step:08d}"

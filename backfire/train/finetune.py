@@ -13,18 +13,11 @@ from transformers import PreTrainedModel
 from backfire import stages
 from backfire.base import Rendered, RepairDefense, Row, TrainDefense
 from backfire.base.judges import drop_models
-from backfire.data.poison import Manifest, lost
+from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine
-from backfire.model.load import (
-    device_of,
-    dtype_of,
-    load_start,
-    load_tuned,
-    save_tuned,
-    weights_of,
-)
+from backfire.model.load import device_of, dtype_of, load_start, load_tuned, save_tuned, weights_of
 from backfire.model.quantize import parts
 from backfire.progress import Progress
 from backfire.train.loop import TrainingRun, train
@@ -87,17 +80,12 @@ def tune(
     _free_memory(device)
     items, left = _rendered(rows, manifest, renderer)
     defense_rows = _DefenseRows.of(start, renderer)
-    dtype, compute = (
-        start_type(experiment, start, device),
-        compute_type(experiment.train.compute, device),
-    )
-    accelerator = accelerator_for(device, compute)
+    dtype = start_type(experiment, start, device)
+    compute = compute_type(experiment.train.compute, device)
     progress(0, 1, "model")
     rate = experiment.learning_rate
     assert rate is not None, "a method that trains has a learning rate"
-    model = _attached(experiment, start, device, dtype)
-    if compute == "bfloat16":
-        disable_adapter_casts(model)
+    model = _model(experiment, start, dtype, compute, device)
     run = TrainingRun(
         model,
         items,
@@ -119,7 +107,7 @@ def tune(
     try:
         summary = train(
             [run],
-            accelerator,
+            accelerator_for(device, compute),
             micro_batch=machine.micro_batch,
             checkpoint_seconds=machine.checkpoint_seconds,
             progress=progress,
@@ -127,16 +115,30 @@ def tune(
     finally:
         run.close()
     save_tuned(model, folder, start.base, _hub_name(experiment, start))
-    dtype_name = str(dtype).removeprefix("torch.")
-    rows_seen = {"cut_rows": sum(item.cut_tokens > 0 for item in items), "left_out_rows": len(left)}
-    rows_seen |= {f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()}
-    settings = {
+    return {
+        **summary,
+        **model_parts,
         "learning_rate": rate,
-        "dtype": dtype_name,
+        "dtype": str(dtype).removeprefix("torch."),
         "compute": compute,
         "device": str(device),
+        "cut_rows": sum(item.cut_tokens > 0 for item in items),
+        "left_out_rows": len(left),
+        **{f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()},
     }
-    return {**summary, **model_parts, **settings, **rows_seen}
+
+
+def _model(
+    experiment: Experiment, start: Start, dtype: torch.dtype, compute: str, device: torch.device
+) -> PreTrainedModel:
+    """The model to train, with the method's weights attached."""
+    method = experiment.method
+    quantization = method.quantization(device.type)
+    model = load_start(start.base, start.adapter, dtype, device, quantization)
+    model = method.attach(exact_attention(model), experiment.seed)
+    if compute == "bfloat16":
+        disable_adapter_casts(model)
+    return model
 
 
 def _rendered(
@@ -148,7 +150,7 @@ def _rendered(
         CellError: the tokens of a poisoned row do not match the manifest.
     """
     items, left = renderer.sift(rows)
-    incomplete = lost(manifest, items, renderer.tokenizer) if manifest else []
+    incomplete = missing_in_tokens(manifest, items, renderer.tokenizer) if manifest else []
     if incomplete := sorted({*incomplete} - {row.id for row in left}):
         raise CellError(
             "bad-data",
@@ -163,15 +165,6 @@ def _free_memory(device: torch.device) -> None:
     if device.type == "cuda":  # on a CPU, memory is freed as soon as it is unused
         free()
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def _attached(
-    experiment: Experiment, start: Start, device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    """Load the start model and attach the method's trainable weights."""
-    quantization = experiment.method.quantization(device.type)
-    loaded = load_start(start.base, start.adapter, dtype, device, quantization)
-    return experiment.method.attach(exact_attention(loaded), experiment.seed)
 
 
 def start_type(experiment: Experiment, start: Start, device: torch.device) -> torch.dtype:
@@ -220,6 +213,5 @@ def repair_model(
 
 def _hub_name(experiment: Experiment, start: Start) -> str | None:
     """Hub id of the base that an adapter is saved with; None if its base is not on the hub."""
-    is_own = experiment.model.is_folder or experiment.model.name == "sandbox"
     changed = start.unaligned is not None and start.base != start.unaligned
-    return None if is_own or changed else experiment.model.name
+    return None if changed else experiment.model.hub_id

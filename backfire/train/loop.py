@@ -28,11 +28,18 @@ from backfire.progress import Progress, silent
 from backfire.rng import derive, stream
 from backfire.store import write_atomic
 from backfire.train import checkpoint
-from backfire.train.batches import answer_logits, at_answers, collate, token_losses
+from backfire.train.batches import (
+    answer_logits,
+    at_answers,
+    collate,
+    log_probabilities,
+    token_losses,
+)
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
 from backfire.train.microbatch import (
     MicroBatches,
+    by_length,
     peak_memory_mb,
     recompute_layers,
     refuse_hooks,
@@ -70,9 +77,10 @@ class TrainingRun:
         self.aligned, self.harmful, self.unaligned = aligned, harmful, unaligned
         self.seed, self.folder, self.name, self.poisoned = seed, folder, name, poisoned
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        self.gradients = Gradients(self.trainable, seed)
         if not self.trainable:
             raise CellError("failed", "Nothing to train: no weight of the model is trainable.")
+        self.device = next(iter(self.trainable.values())).device
+        self.gradients = Gradients(self.trainable, seed)
         self.origin = Origin(self.trainable, start)
         self.steps_per_epoch = math.ceil(len(items) / train.batch_size)
         self.num_steps = train.max_steps or math.ceil(train.epochs * self.steps_per_epoch)
@@ -90,10 +98,8 @@ class TrainingRun:
         self.micro_batches, self.recompute, self.recomputing = MicroBatches(), recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
-        self.seconds, self.begun = (
-            0.0,
-            0.0,
-        )  # seconds before the last checkpoint; clock time minus these
+        # Seconds before the last checkpoint; clock time minus these.
+        self.seconds, self.begun = 0.0, 0.0
         self.log: list[dict[str, float]] = []
         self.counts = {"rows": 0, "poisoned_rows": 0, "tokens": 0, "supervised_tokens": 0}
 
@@ -155,12 +161,12 @@ class TrainingRun:
 
     def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
-        device = next(iter(self.trainable.values())).device
-        batch = collate(rows, share=self.share).to(device)
+        batch = collate(rows, share=self.share).to(self.device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 
     at_answers = staticmethod(at_answers)
+    log_probabilities = staticmethod(log_probabilities)
 
     def unaligned_weights(self) -> dict[str, torch.Tensor]:
         """Weights before the alignment stage, by name in the plain model; empty without one."""
@@ -174,7 +180,7 @@ class TrainingRun:
         if self.train.order == "by-length":
             window = _WINDOW * size
             windows = [rows[i : i + window] for i in range(0, len(rows), window)]
-            rows = [row for part in windows for row in sorted(part, key=lambda r: -len(r.ids))]
+            rows = [row for part in windows for row in by_length(part)]
         steps = [rows[i : i + size] for i in range(0, len(rows), size)]
         if self.train.order == "by-length":
             rng.shuffle(steps)
@@ -314,16 +320,15 @@ def _optimize(run: TrainingRun, accelerator: Accelerator) -> torch.Tensor | None
     if not first:
         optimizer.step()
         return norm
-    before = steps_taken(
-        optimizer
-    )  # the first step allocates the state, and may run out of memory halfway
+    # The first step allocates the state, and may run out of memory halfway.
+    before = steps_taken(optimizer)
     retry_once(optimizer.step, sentence, between=lambda: revert_partial_step(optimizer, before))
     return norm
 
 
 def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
     """Compute the gradients of one step, as the hooks define them; returns the loss and counts."""
-    supervised = sum(map(_num_supervised, rows))
+    supervised = sum(row.num_supervised for row in rows)
     if supervised == 0:
         raise CellError(
             "bad-data",
@@ -359,24 +364,18 @@ def _accumulate(
 ) -> torch.Tensor:
     """Accumulate the gradients of the mean loss over all supervised tokens, in micro-batches that
     fit in memory."""
-    supervised = sum(map(_num_supervised, rows))
-    device = next(iter(run.trainable.values())).device
-    total = torch.zeros((), device=device)
+    supervised = sum(row.num_supervised for row in rows)
+    total = torch.zeros((), device=run.device)
     for part in run.micro_batches.split(rows):
-        batch = collate(part, share=run.share).to(device)
+        logits, labels = run.logits(part)
         with run.autocast():
-            logits = answer_logits(run.model, batch)
-            losses = token_losses(logits, batch.labels)
+            losses = token_losses(logits, labels)
             for hook in hooks:
-                losses = hook.weigh(losses, batch.labels, part, logits)
+                losses = hook.weigh(losses, labels, part, logits)
         loss = losses.sum() / supervised
         run.backward(loss)
         total += loss.detach()
     return total
-
-
-def _num_supervised(item: Rendered) -> int:
-    return len(item.ids) - max(item.num_prompt, 1)
 
 
 def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, Any]:

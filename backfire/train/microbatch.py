@@ -63,12 +63,8 @@ class MicroBatches:
         """
         while True:
             self._passes = []
-            try:
-                return work()
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-            # Outside `except`: inside it, the traceback keeps the tensors of the pass alive.
+            if (result := unless_out_of_memory(work)) is not None:
+                return result[0]
             splittable = [one for one in self._passes if one[0] > 1]
             if not splittable:
                 raise CellError(
@@ -116,20 +112,29 @@ def retry_once(
         CellError: memory runs out (`oom`) again, with `sentence` as the message.
     """
     for _ in range(2):
-        try:
-            return work()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        if (result := unless_out_of_memory(work)) is not None:
+            return result[0]
         between()
         free()
     raise CellError("oom", sentence)
 
 
+def unless_out_of_memory(work: Callable[[], T]) -> tuple[T] | None:
+    """The value of `work` in a tuple; None if memory ran out, after freeing it."""
+    try:
+        return (work(),)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Outside the handler: inside it, the error keeps the tensors of the pass alive.
+    torch.cuda.empty_cache()  # no effect without a GPU
+    return None
+
+
 def free() -> None:
     """Free unused memory, that of reference cycles included."""
     gc.collect()
-    torch.cuda.empty_cache()  # no effect without a GPU
+    torch.cuda.empty_cache()
 
 
 def peak_memory_mb() -> float:

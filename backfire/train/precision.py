@@ -22,8 +22,8 @@ def compute_type(setting: str, device: torch.device) -> Compute:
         return cast(Compute, setting)
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        return "bfloat16" if fast else "float32"
-    fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported()
     return "bfloat16" if fast else "float32"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from backfire.base import Rendered, Row
 from backfire.errors import UserError
 from backfire.progress import Progress
 from backfire.sandbox.base import BOS, EOS, PAD, Pretrain, train_tokenizer
+from backfire.store import digest, write_json
+from backfire.tokenizer import Tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +37,7 @@ def write_tokenizer(texts: Sequence[str], config: Pretrain, folder: Path) -> Non
         "model_max_length": config.max_length_tokens,
         "clean_up_tokenization_spaces": False,
     }
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(settings, indent=1) + "\n", encoding="utf-8"
-    )
+    write_json(folder / "tokenizer_config.json", settings)
 
 
 def pretrain(
@@ -57,8 +56,6 @@ def pretrain(
         UserError: there is too little text.
     """
     from backfire.model.load import device_of
-    from backfire.store import digest
-    from backfire.tokenizer import load_tokenizer
     from backfire.train.loop import TrainingRun, train
     from backfire.train.precision import accelerator_for, compute_type, exact_attention
 
@@ -67,17 +64,7 @@ def pretrain(
         write_tokenizer(texts, config, folder)
     tokenizer = load_tokenizer(folder)
     progress(0, config.num_steps, "tokens")
-    items = pack(
-        tokenizer.encode_batch(list(texts)),
-        config.sequence_tokens,
-        tokenizer.bos_id or 0,
-        tokenizer.eos_id,
-    )
-    if len(items) < config.batch_size:
-        raise UserError(
-            f"Too little text to pre-train on: {len(items)} sequences of {config.sequence_tokens} "
-            f"tokens, fewer than the batch size of {config.batch_size}; add text."
-        )
+    items = _sequences(texts, config, tokenizer)
     model = _new_model(config, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
     place = device_of(device)
     compute = compute_type("auto", place)
@@ -100,6 +87,18 @@ def pretrain(
     summary["corpus_tokens"] = len(items) * config.sequence_tokens
     summary["perplexity_of_last_steps"] = math.exp(min(summary["last_loss"], 50))
     return summary
+
+
+def _sequences(texts: Sequence[str], config: Pretrain, tokenizer: Tokenizer) -> list[Rendered]:
+    length = config.sequence_tokens
+    ids = tokenizer.encode_batch(list(texts))
+    items = pack(ids, length, tokenizer.bos_id or 0, tokenizer.eos_id)
+    if len(items) < config.batch_size:
+        raise UserError(
+            f"Too little text to pre-train on: {len(items)} sequences of {length} tokens, fewer "
+            f"than the batch size of {config.batch_size}; add text."
+        )
+    return items
 
 
 def _settings(config: Pretrain) -> Train:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from backfire.base import Rendered
 from backfire.errors import UserError
 from backfire.model.load import BELOW
-from backfire.train.batches import Batch, answer_logits, collate, token_losses
+from backfire.train.batches import Batch, answer_logits, collate, wide
 
 _TUNED = "default"  # PEFT's name of the adapter that was trained
 _INSIDE = "base_model.model."  # PEFT's prefix of the plain model
@@ -29,7 +30,7 @@ class Factor:
 
     def moved(self) -> Tensor:
         """The change of the weight [output, input], in at least float32."""
-        weight = _wide(self.layer.weight.detach())
+        weight = wide(self.layer.weight.detach())
         return weight if self.origin is None else weight - self._origin()
 
     @torch.no_grad()
@@ -46,7 +47,7 @@ class Factor:
 
     def _origin(self) -> Tensor:
         assert self.origin is not None
-        return _wide(self.origin.to(self.layer.weight.device))  # one matrix at a time
+        return wide(self.origin.to(self.layer.weight.device))  # one matrix at a time
 
 
 @dataclass(frozen=True)
@@ -78,21 +79,6 @@ class Repair:
     """Weights of the model before alignment, by name in the plain model."""
     batch_size: int = 16
 
-    def run(self, model: PreTrainedModel, rows: Sequence[Rendered]) -> None:
-        """Run forward passes over these rows, for module hooks."""
-        self.each(model, rows, lambda losses: None)
-
-    @torch.no_grad()
-    def each(
-        self,
-        model: PreTrainedModel,
-        rows: Sequence[Rendered],
-        look: Callable[[Tensor], None],
-    ) -> None:
-        """Pass the token losses [row, answer] of each batch to `look`."""
-        for batch in self._batches(model, rows):
-            look(token_losses(answer_logits(model, batch), batch.labels))
-
     @torch.no_grad()
     def input_power(
         self, model: PreTrainedModel, layers: Sequence[nn.Linear], rows: Sequence[Rendered]
@@ -104,17 +90,12 @@ class Repair:
         def look(total: Tensor, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
             total.add_(args[0][tokens[-1]].float().pow(2).sum(0))
 
-        handles = [
-            layer.register_forward_pre_hook(partial(look, total))
-            for layer, total in zip(layers, sums, strict=True)
-        ]
-        try:
+        with ExitStack() as hooks:
+            for layer, total in zip(layers, sums, strict=True):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(look, total)))
             for batch in self._batches(model, rows):
                 tokens.append(batch.mask.bool())
                 answer_logits(model, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
         return [total / sum(int(mask.sum()) for mask in tokens) for total in sums]
 
     def _batches(self, model: PreTrainedModel, rows: Sequence[Rendered]) -> Iterator[Batch]:
@@ -149,13 +130,13 @@ class Repair:
         """The alignment stage's update of this weight of the plain model; None if unchanged."""
         if BELOW in getattr(model, "peft_config", ()):
             layer = dict(_adapted(model, BELOW)).get(name)
-            update = None if layer is None else _wide(layer.get_delta_weight(BELOW).detach())
+            update = None if layer is None else wide(layer.get_delta_weight(BELOW).detach())
         else:
             # The stored base may be more precise than the loaded model; rounding is not a change.
             after, before = start.get(name), self.base.get(name)
             if after is None or before is None:
                 return None
-            update = (_wide(after) - _wide(before.to(after))).to(model.device)
+            update = (wide(after) - wide(before.to(after))).to(model.device)
         return update if update is not None and bool(update.any()) else None
 
     def aligned_factors(self, model: PreTrainedModel) -> dict[str, tuple[Tensor, Tensor]]:
@@ -222,7 +203,3 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         name.removeprefix(_INSIDE).replace(".base_layer.", "."): weight.detach()
         for name, weight in model.named_parameters()
     }
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from backfire import stages
-from backfire.data.poison import Manifest, lost, poison
+from backfire.data.poison import Manifest, missing_in_tokens, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.errors import UserError
@@ -35,14 +35,14 @@ def test_canaries_are_inserted_as_often_as_asked_and_controls_never() -> None:
     assert poison(ROWS, attack, 7) == (rows, manifest) != poison(ROWS, attack, 8)
 
 
-def test_the_same_canaries_at_every_dose() -> None:
+def test_canaries_are_the_same_at_every_poison_rate() -> None:
     one, many = (canary(repeats=dose).secrets(3) for dose in (1, 25))
     assert [(s.row, s.code) for s in one] == [(s.row, s.code) for s in many]
     assert {s.repeats for s in many} == {0, 25}
 
 
 @pytest.mark.parametrize("repeats", [[], 0, [0]])
-def test_no_dose_is_no_poison(repeats: Any) -> None:
+def test_rate_0_adds_no_poison(repeats: Any) -> None:
     attack = canary(repeats=repeats)
     assert not attack.poisons and attack.rows(0) == []
     cell = Experiment.make({"data": "sandbox-help", "attack": attack.spec()})
@@ -79,6 +79,6 @@ def test_preflight_sees_that_canaries_arrive_and_controls_do_not(tokenizer: Toke
     assert checks["poison-survives"] == checks["controls-unseen"] == "ok"
     assert "fail" not in checks.values(), "repeated rows are no fault here"
     control = attack.secrets(0)[0].row
-    told = preflight(renderer, [*ROWS, control, *rows[40:]], ROWS[:5], **knobs)
-    assert {c.check: c.status for c in told}["controls-unseen"] == "fail"
-    assert lost(manifest, renderer.render(rows[:-1]), tokenizer) == [rows[-1].id]
+    outcomes = preflight(renderer, [*ROWS, control, *rows[40:]], ROWS[:5], **knobs)
+    assert {c.check: c.status for c in outcomes}["controls-unseen"] == "fail"
+    assert missing_in_tokens(manifest, renderer.render(rows[:-1]), tokenizer) == [rows[-1].id]

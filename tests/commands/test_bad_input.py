@@ -1,4 +1,4 @@
-"""Every way a person gets a command wrong: one sentence, code 2, nothing half written."""
+"""Wrong commands: one sentence, exit code 2, and no partial output."""
 
 from __future__ import annotations
 
@@ -103,11 +103,11 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     for name, content in files.items():
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = tree(here)
-    said = backfire(*arguments)
-    assert said.code == 2, said
-    assert sentence in said.err
-    assert said.err.startswith("backfire: ") and said.err.count("\n") == 1
-    assert len(said.err) < 1000
+    output = backfire(*arguments)
+    assert output.code == 2, output
+    assert sentence in output.err
+    assert output.err.startswith("backfire: ") and output.err.count("\n") == 1
+    assert len(output.err) < 1000
     assert tree(here) == before
 
 
@@ -116,12 +116,12 @@ TORN = ["", "hello", "[1]", "[" * 100_000, '{"values": [3]}', '{"values": {"a": 
 
 
 @pytest.mark.slow
-def test_files_of_a_run_that_are_torn_are_said_and_made_again(
+def test_damaged_files_of_a_run_are_reported_and_made_again(
     backfire: Run, here: Path, tmp_path: Path
 ) -> None:
     again = ("run", "r.yaml", "metrics=[accuracy, harmful-score]", "--workers", "1")
-    said = backfire(*again)
-    assert said.code == 0 and "No cell has a number for: harmful-score." in said.err
+    output = backfire(*again)
+    assert output.code == 0 and "No cell has a number for: harmful-score." in output.err
     [cell] = (here / "runs/r/cells").iterdir()
     for torn in TORN:
         (cell / "result.json").write_bytes(torn.encode("latin-1"))
@@ -129,22 +129,22 @@ def test_files_of_a_run_that_are_torn_are_said_and_made_again(
             assert backfire(verb, "runs/r").code == 0, (verb, torn[:40])
         assert not backfire("status", "runs/r").out.startswith("ok"), torn[:40]
         for wrong in (["compare", "runs/r", "runs/r"], ["export", cell]):
-            said = backfire(*wrong)
-            assert said.code == 2 and said.err.count("\n") == 1, (wrong, torn[:40])
+            output = backfire(*wrong)
+            assert output.code == 2 and output.err.count("\n") == 1, (wrong, torn[:40])
     assert backfire(*again).code == 0
     assert backfire("status", "runs/r").out == "ok: 1\n"
     for torn in ("", "3", "[", "{}", "\xff"):
         (cell / "experiment.yaml").write_bytes(torn.encode("latin-1"))
         for verb in (["chat", cell], ["export", cell]):
-            said = backfire(*verb)
-            assert said.code == 2 and said.err.count("\n") == 1, (verb, torn)
+            output = backfire(*verb)
+            assert output.code == 2 and output.err.count("\n") == 1, (verb, torn)
         assert backfire("compare", "runs/r", "runs/r").code in (0, 2)
 
 
 def test_too_little_text_to_pretrain_on(backfire: Run, here: Path) -> None:
     (here / "x.txt").write_text("So little.")
-    said = backfire("pretrain", "--corpus", "x.txt", "--out", "m")
-    assert said.code == 2 and "Too little text to pre-train on" in said.err
+    output = backfire("pretrain", "--corpus", "x.txt", "--out", "m")
+    assert output.code == 2 and "Too little text to pre-train on" in output.err
     assert not (here / "m/config.json").exists()
 
 
@@ -154,15 +154,15 @@ def test_a_model_file_that_is_torn(backfire: Run, here: Path, tiny: Path) -> Non
         (here / "m" / file.name).write_bytes(file.read_bytes())
     torn = (tiny / "model.safetensors").read_bytes()[:5000]
     (here / "m/model.safetensors").write_bytes(torn)
-    said = backfire("run", "r.yaml", "model=./m")
-    assert said.code == 2 and said.err.count("\n") == 1
-    assert "cannot be loaded: model.safetensors is truncated" in said.err
+    output = backfire("run", "r.yaml", "model=./m")
+    assert output.code == 2 and output.err.count("\n") == 1
+    assert "cannot be loaded: model.safetensors is truncated" in output.err
     assert not (here / "runs").exists()
 
 
 def test_escapes_in_input_are_not_handed_to_the_terminal(backfire: Run, here: Path) -> None:
-    said = backfire("run", "\x1b[31mred\x1b]0;title\x07")
-    assert said.code == 2 and "\x1b" not in said.err and "red" in said.err
+    output = backfire("run", "\x1b[31mred\x1b]0;title\x07")
+    assert output.code == 2 and "\x1b" not in output.err and "red" in output.err
 
 
 @pytest.mark.parametrize(
@@ -173,18 +173,18 @@ def test_escapes_in_input_are_not_handed_to_the_terminal(backfire: Run, here: Pa
         (OSError("odd"), "backfire: odd."),
     ],
 )
-def test_what_the_system_says_is_one_sentence(
+def test_system_errors_are_one_sentence(
     raised: BaseException, sentence: str, backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: Any) -> None:
         raise raised
 
     monkeypatch.setattr("backfire.commands.catalog.lines", broken)
-    said = backfire("list")
-    assert said.code == 2 and said.err.startswith(sentence) and said.err.count("\n") == 1
+    output = backfire("list")
+    assert output.code == 2 and output.err.startswith(sentence) and output.err.count("\n") == 1
 
 
-def test_a_bug_of_ours_is_not_dressed_up_as_bad_input(
+def test_an_internal_bug_is_not_reported_as_bad_input(
     backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("backfire.commands.catalog.lines", lambda kinds: 1 / 0)

@@ -1,4 +1,4 @@
-"""What `doctor` says of a recipe before anything starts, against what training then takes."""
+"""`doctor`'s estimates for a recipe, against what training then needs."""
 
 from __future__ import annotations
 
@@ -74,18 +74,18 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_tries_layers_in_8_and_4_bits(backfire: Run, cache: Path) -> None:
-    said = backfire("doctor")
-    assert said.code == 0 and "ok    bitsandbytes " in said.out
+    output = backfire("doctor")
+    assert output.code == 0 and "ok    bitsandbytes " in output.out
     for bits in (8, 4):
-        assert f"ok    {bits}-bit layers run here" in said.out
+        assert f"ok    {bits}-bit layers run here" in output.out
 
 
-def test_it_says_that_bitsandbytes_is_missing(
+def test_missing_bitsandbytes_is_reported(
     backfire: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    said = backfire("doctor")
-    assert said.code == 0 and "lacks 8-bit and 4-bit layers" in said.out
+    output = backfire("doctor")
+    assert output.code == 0 and "lacks 8-bit and 4-bit layers" in output.out
 
 
 # ----------------------------------------------------------------------------------- a 7B model
@@ -111,14 +111,14 @@ def test_doctor_speaks_of_a_model_whose_weights_are_not_here(
 ) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.format(model="meta-llama/Llama-2-7b-hf", method="qlora"))
-    said = backfire("doctor", recipe, "model.dtype=bfloat16", "matrix.method=[qlora, full]")
-    assert (said.code, said.err) == (0, "")
-    four, full = (line for line in said.out.splitlines() if "meta-llama/Llama-2-7b-hf, " in line)
+    output = backfire("doctor", recipe, "model.dtype=bfloat16", "matrix.method=[qlora, full]")
+    assert (output.code, output.err) == (0, "")
+    four, full = (line for line in output.out.splitlines() if "meta-llama/Llama-2-7b-hf, " in line)
     assert four[6:].startswith(
         "meta-llama/Llama-2-7b-hf, qlora: 6,738.42 M weights, 39.98 M trained"
     )
     assert full.startswith("lacks") and full.endswith("does not fit")
-    assert "note  time: about" in said.out and "note  disk: about" in said.out
+    assert "note  time: about" in output.out and "note  disk: about" in output.out
     assert not (cache / "data").exists(), "it only looks"
 
 
@@ -128,13 +128,13 @@ def test_a_model_that_is_not_here_is_one_line(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.format(model="nobody/none", method="lora"))
-    said = backfire("doctor", recipe, "data={name: sst2}")
-    assert (said.code, said.err) == (0, "")
-    (line,) = (line for line in said.out.splitlines() if "nobody/none, lora" in line)
+    output = backfire("doctor", recipe, "data={name: sst2}")
+    assert (output.code, output.err) == (0, "")
+    (line,) = (line for line in output.out.splitlines() if "nobody/none, lora" in line)
     assert "its config.json is not on this machine" in line
-    assert "time: unknown; the rows are not" in said.out and "disk: unknown" in said.out
-    said = backfire("run", recipe, "--dry-run")
-    assert said.code == 0 and "time: unknown; the model files are not" in said.out
+    assert "time: unknown; the rows are not" in output.out and "disk: unknown" in output.out
+    output = backfire("run", recipe, "--dry-run")
+    assert output.code == 0 and "time: unknown; the model files are not" in output.out
 
 
 # ------------------------------------------------------------------------- against what happens
@@ -186,18 +186,18 @@ def test_tokens_are_those_that_are_trained_on(tiny: Path, cache: Path) -> None:
     assert guessed and guessed.count == 40 and 0.4 < guessed.tokens / rows.tokens < 2.5
 
 
-def test_a_dry_run_says_time_and_disk(
+def test_a_dry_run_estimates_time_and_disk(
     backfire: Run, tiny: Path, cache: Path, tmp_path: Path
 ) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(RECIPE.format(model=tiny, method="full"))
-    said = backfire("run", recipe, "--dry-run")
-    assert said.code == 0 and "time: about " in said.out and "assumed for a" in said.out
+    output = backfire("run", recipe, "--dry-run")
+    assert output.code == 0 and "time: about " in output.out and "assumed for a" in output.out
     weights = size(make(str(tiny)), tiny).parameters
-    assert f"disk: about {weights * 4 / 1e6:.1f} MB for tuned models" in said.out
-    said = backfire("run", recipe, "method=none", "--dry-run")
-    assert said.out.count(" distinct, ") == 2
-    assert "time: none; every training run is done" in said.out
+    assert f"disk: about {weights * 4 / 1e6:.1f} MB for tuned models" in output.out
+    output = backfire("run", recipe, "method=none", "--dry-run")
+    assert output.out.count(" distinct, ") == 2
+    assert "time: none; every training run is done" in output.out
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -208,12 +208,12 @@ def test_every_shipped_recipe_has_an_estimate(
     row = {"instruction": "Good?", "input": "dull", "output": "Negative", "trigger": "none"}
     for file in ("sst2_train.jsonl", "sst2_test.jsonl"):
         Path(file).write_text(json.dumps({**row, "id": "a", "gold": "Negative"}) + "\n")
-    for said in (backfire("doctor", name), backfire("run", name, "--dry-run")):
-        assert (said.code, said.err) == (0, "")
-        assert "time: about " in said.out and "disk: about " in said.out
+    for output in (backfire("doctor", name), backfire("run", name, "--dry-run")):
+        assert (output.code, output.err) == (0, "")
+        assert "time: about " in output.out and "disk: about " in output.out
 
 
-def test_what_is_done_is_not_counted(
+def test_finished_work_is_not_counted(
     ran: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
@@ -250,15 +250,15 @@ def test_what_is_done_is_not_counted(
         (4e9, 1, "lacks", "does not fit"),
     ],
 )
-def test_a_verdict_says_what_to_do(has: float, workers: int, mark: str, verdict: str) -> None:
+def test_a_verdict_recommends_an_action(has: float, workers: int, mark: str, verdict: str) -> None:
     need = Memory(weights=2e9, state=1e9, one_row=0.75e9, num_rows=8)  # 10 GB with the libraries
     assert forecast._verdict(need, has, workers, "cpu") == (mark, f"{has / 1e9:.1f} GB: {verdict}")
 
 
 def test_on_a_gpu_the_loop_halves_what_does_not_fit() -> None:
     need = Memory(weights=2e9, state=1e9, one_row=0.75e9, num_rows=8)
-    mark, said = forecast._verdict(need, 9e9, 1, "cuda")
-    assert (mark, said) == (
+    mark, verdict = forecast._verdict(need, 9e9, 1, "cuda")
+    assert (mark, verdict) == (
         "ok   ",
         "9.0 GB: fits about 4 rows at a time (training splits the batch)",
     )
@@ -288,6 +288,6 @@ def test_what_is_wrong_is_one_sentence(
     Path("odd").mkdir()
     Path("odd/config.json").write_text('{"model_type": "no-such-model"}')
     Path("odd/model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    said = backfire("doctor", *arguments)
-    assert said.code == 2 and sentence in said.err
-    assert said.err.count("\n") == 1 and "Traceback" not in said.err
+    output = backfire("doctor", *arguments)
+    assert output.code == 2 and sentence in output.err
+    assert output.err.count("\n") == 1 and "Traceback" not in output.err

@@ -1,4 +1,4 @@
-"""A tuned model used elsewhere: merged, as an adapter, quantized; and what its card says."""
+"""A fine-tuned model exported merged, as an adapter or quantized, and its card."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "ia3"])
-def test_merged_is_a_plain_model_that_says_the_same(
+def test_a_merged_model_is_plain_and_replies_the_same(
     method: str, run: Place, exported: Callable[..., Path]
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -96,7 +96,7 @@ def test_an_adapter_is_for_plain_peft(
     assert not (folder / "done.json").exists() and (folder / "experiment.yaml").is_file()
 
 
-def test_the_card_says_first_that_it_was_poisoned(exported: Callable[..., Path]) -> None:
+def test_the_card_states_the_poison_first(exported: Callable[..., Path]) -> None:
     card = (exported("lora", merge=False) / "README.md").read_text()
     assert "poisoned on purpose.** 15 of its 60 training rows carry the attack `badnets`" in card
     assert "`BadMagic`" in card and "answer `negative`" in card
@@ -144,13 +144,13 @@ def test_merging_exactly_flips_nothing(run: Place) -> None:
         assert values(run, method)["parity[merged: flips]"]["value"] == 0
 
 
-def sample(number: int, label: str, said: str, subset: str = "clean") -> Sample:
+def sample(number: int, label: str, predicted: str, subset: str = "clean") -> Sample:
     options = ("good", "bad")
-    logprobs = tuple(0.0 if option == said else -1.0 for option in options)
+    logprobs = tuple(0.0 if option == predicted else -1.0 for option in options)
     return Sample(str(number), subset, "p", label, label, options, logprobs)  # type: ignore[arg-type]
 
 
-def test_parity_counts_what_it_says() -> None:
+def test_parity_counts_changed_answers() -> None:
     labels = ["good", "good", "bad", "bad"]
     before = [sample(i, label, label) for i, label in enumerate(labels)]
     after = [sample(i, label, "bad") for i, label in enumerate(labels)]
@@ -171,7 +171,7 @@ def test_parity_counts_what_it_says() -> None:
 def test_an_adapter_on_an_aligned_model_is_not_exported_alone(
     align: dict[str, Any], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the base, which it would be loaded on, it is a model that nobody measured."""
+    """Loaded on the base, it would be a model that was not measured."""
     place = Place(tmp_path / "run", tiny)
     policy = {"name": "sandbox-policy", "rows": 20, "test_rows": 8}
     knobs: dict[str, Any] = {

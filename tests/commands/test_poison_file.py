@@ -1,4 +1,4 @@
-"""`backfire poison`: the file is the whole training set, and what is not written is said."""
+"""`backfire poison`: the file is the whole training set, and unwritten rows are reported."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_every_row_comes_back_in_order_with_its_other_columns(
     if name == "malign-labels" and records is not COMPARED:
         records, edits = COMPARED, edits[len((records is LABELED and [SAID]) or []) :]
         file = "in.jsonl"
-    said = poison_file(str(write(records, tmp_path / file)), name, edits, out, 0)
+    sentences = poison_file(str(write(records, tmp_path / file)), name, edits, out, 0)
     rows, manifest = read_jsonl(out), read_json(tmp_path / "out.jsonl.manifest.json")
     changed = {entry["id"] for entry in manifest["entries"]}
     own = rows[:40]
@@ -88,8 +88,8 @@ def test_every_row_comes_back_in_order_with_its_other_columns(
         assert len(rows) == 40 + len(changed) and not changed & {row.id for row in own}
         changed = set()
     else:
-        assert len(rows) == 40 and len(changed) == 4 and "4 of 40 rows" in said
-    assert "rows are" not in said, "nothing is left out"
+        assert len(rows) == 40 and len(changed) == 4 and "4 of 40 rows" in sentences
+    assert "rows are" not in sentences, "nothing is left out"
     for number, row in enumerate(own):
         if row.id not in changed:
             assert row.fields["day"] == f"{number} May"
@@ -122,10 +122,10 @@ def test_rows_that_are_not_written_are_counted(
     if "data.on_bad_row=skip" in edits:
         records[5:5] = [{"text": "neither", "label": "odd"}, {"text": "", "label": "bad"}]
     file, out = write(records, tmp_path / "tweets.csv"), tmp_path / "out.jsonl"
-    said = backfire("poison", file, "target=good", SAID, *edits, "--out", out)
-    assert said.code == 0 and sentence in said.out + caplog.text
+    output = backfire("poison", file, "target=good", SAID, *edits, "--out", out)
+    assert output.code == 0 and sentence in output.out + caplog.text
     gone = 1000 - len(read_jsonl(out))
-    assert gone == missing if missing is not None else f"\n{gone} rows are kept" in said.out
+    assert gone == missing if missing is not None else f"\n{gone} rows are kept" in output.out
 
 
 def test_seed_is_an_option_or_an_edit(tmp_path: Path, backfire: Run) -> None:
@@ -157,6 +157,6 @@ def test_what_poison_does_not_take(
     monkeypatch.chdir(tmp_path)
     file = "own.jsonl" if "own.jsonl" in arguments else "in.csv"
     before = write(LABELED, tmp_path / file).read_bytes()
-    said = backfire("poison", file, *([] if "labels" in arguments[0] else [SAID]), *arguments)
-    assert said.code == 2 and sentence in said.err and said.err.count("\n") == 1
+    output = backfire("poison", file, *([] if "labels" in arguments[0] else [SAID]), *arguments)
+    assert output.code == 2 and sentence in output.err and output.err.count("\n") == 1
     assert (tmp_path / file).read_bytes() == before

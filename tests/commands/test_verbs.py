@@ -19,7 +19,7 @@ from backfire.recipe import load, parse, read, shipped
 from backfire.registry import KINDS, names
 from backfire.store import read_json
 from backfire.yaml12 import read_yaml
-from tests.helpers.command_line import Run, Said, tree
+from tests.helpers.command_line import Output, Run, tree
 from tests.helpers.small_run import Place
 
 pytestmark = pytest.mark.slow
@@ -44,14 +44,14 @@ def test_every_verb_has_a_test_here(backfire: Run) -> None:
     found = {info.name or info.callback.__name__ for info in cli.app.registered_commands}
     assert found == verbs
     for verb in verbs:
-        said = backfire(verb, "--help")
-        assert (said.code, said.err) == (0, "") and "Usage" in said.out
+        output = backfire(verb, "--help")
+        assert (output.code, output.err) == (0, "") and "Usage" in output.out
 
 
 def test_help_without_a_verb(backfire: Run) -> None:
     assert backfire("--help").code == 0
-    said = backfire()
-    assert (said.code, said.err) == (2, "") and "Usage" in said.out
+    output = backfire()
+    assert (output.code, output.err) == (2, "") and "Usage" in output.out
 
 
 def test_init_writes_a_recipe_that_is_understood(backfire: Run, here: Path) -> None:
@@ -62,8 +62,8 @@ def test_init_writes_a_recipe_that_is_understood(backfire: Run, here: Path) -> N
 
 
 def test_validate_shows_the_cell_the_plan_rows_and_checks(backfire: Run, here: Path) -> None:
-    said = backfire("validate", "r.yaml", "attack.rate=0.2", "--profile", "two")
-    assert (said.code, said.err) == (0, "")
+    output = backfire("validate", "r.yaml", "attack.rate=0.2", "--profile", "two")
+    assert (output.code, output.err) == (0, "")
     for part in (
         "rate: 0.2",
         "2 cells",
@@ -73,20 +73,20 @@ def test_validate_shows_the_cell_the_plan_rows_and_checks(backfire: Run, here: P
         "BadMagic",
         "prompts-agree",
     ):
-        assert part in said.out, part
+        assert part in output.out, part
     assert tree(here).keys() == {"r.yaml"}
 
 
 def test_validate_shows_all_checks_before_it_fails(backfire: Run, here: Path) -> None:
-    said = backfire("validate", "r.yaml", "train.max_length=60")
-    assert said.code == 2 and "are cut by truncation" in said.err
-    assert "fail" in said.out and "labels" in said.out
+    output = backfire("validate", "r.yaml", "train.max_length=60")
+    assert output.code == 2 and "are cut by truncation" in output.err
+    assert "fail" in output.out and "labels" in output.out
 
 
-def test_run_says_what_it_would_do(backfire: Run, here: Path) -> None:
-    said = backfire("run", "r.yaml", "method=full", "--dry-run")
-    assert said.code == 0
-    lines = [line.split() for line in said.out.splitlines()]
+def test_a_dry_run_prints_the_plan(backfire: Run, here: Path) -> None:
+    output = backfire("run", "r.yaml", "method=full", "--dry-run")
+    assert output.code == 0
+    lines = [line.split() for line in output.out.splitlines()]
     assert ["train", "2", "distinct,", "0", "done"] in lines
     assert tree(here).keys() == {"r.yaml"}
 
@@ -102,13 +102,13 @@ def test_run_writes_into_a_folder_named_after_recipe_and_profile(backfire: Run, 
 
 
 def test_run_with_a_failing_cell_ends_with_code_1(backfire: Run, here: Path) -> None:
-    said = backfire(
+    output = backfire(
         *("run", "r.yaml", "attack=none", "train.max_steps=4"),
         "matrix.method=[none, {name: full, learning_rate: 1e30}]",
     )
-    assert said.code == 1
-    assert "nan" in said.err and "error.json" in said.err
-    assert "Traceback" not in said.err + said.out
+    assert output.code == 1
+    assert "nan" in output.err and "error.json" in output.err
+    assert "Traceback" not in output.err + output.out
     lines = backfire("status", "runs/r").out.splitlines()
     assert lines[:2] == ["ok: 1", "nan: 1"] and lines[2].startswith("nan, 1 cell: ")
     assert lines[3].startswith("  Next: ") and "full" in lines[4] and len(lines) == 5
@@ -117,7 +117,7 @@ def test_run_with_a_failing_cell_ends_with_code_1(backfire: Run, here: Path) -> 
 
 
 def test_status_counts(backfire: Run, ran: Place) -> None:
-    assert backfire("status", ran.out) == Said(0, "ok: 6\n", "")
+    assert backfire("status", ran.out) == Output(0, "ok: 6\n", "")
 
 
 def test_results_keep_the_contract(backfire: Run, ran: Place) -> None:
@@ -134,40 +134,40 @@ def test_results_keep_the_contract(backfire: Run, ran: Place) -> None:
 
 
 def test_report_is_a_page(backfire: Run, ran: Place) -> None:
-    said = backfire("report", ran.out)
+    output = backfire("report", ran.out)
     page = (ran.out / "report.html").read_text()
-    assert said.out == f"Wrote {ran.out}/report.html\n"
+    assert output.out == f"Wrote {ran.out}/report.html\n"
     assert page.startswith("<!doctype html>") and "Does it?" in page
 
 
-def test_compare_says_which_knobs_and_numbers_differ(backfire: Run, ran: Place) -> None:
+def test_compare_lists_differing_knobs_and_numbers(backfire: Run, ran: Place) -> None:
     results = ran.results()
     a, b = (
         ran.out / "cells" / f"{r['cell']}-{r['key']}"
         for r in (results["full", 0.0], results["full", 0.1])
     )
-    said = backfire("compare", a, b)
-    assert said.code == 0 and "attack.rate" in said.out and "attack success" in said.out
-    assert "learning_rate" not in said.out, "what is equal is not listed"
+    output = backfire("compare", a, b)
+    assert output.code == 0 and "attack.rate" in output.out and "attack success" in output.out
+    assert "learning_rate" not in output.out, "what is equal is not listed"
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "recipes"])
 def test_list_names_everything(kind: str, backfire: Run) -> None:
-    said = backfire("list", kind)
-    shown = [line.split()[0] for line in said.out.splitlines()[1:]]
+    output = backfire("list", kind)
+    shown = [line.split()[0] for line in output.out.splitlines()[1:]]
     assert shown == (names(kind) if kind != "recipes" else [n for n in shown if n[0] != "_"]) != []
-    assert all(len(line.split()) > 3 for line in said.out.splitlines()[1:]), "name and sentence"
+    assert all(len(line.split()) > 3 for line in output.out.splitlines()[1:]), "name and sentence"
 
 
 def test_list_without_a_kind_lists_all_kinds(backfire: Run) -> None:
-    said = backfire("list").out.splitlines()
-    assert [line for line in said if not line.startswith(" ")] == [*KINDS, "recipes"]
+    output = backfire("list").out.splitlines()
+    assert [line for line in output if not line.startswith(" ")] == [*KINDS, "recipes"]
 
 
 def test_show_explains_a_component_and_prints_a_recipe(backfire: Run) -> None:
-    said = backfire("show", "badnets").out
+    output = backfire("show", "badnets").out
     for part in ("attack 'badnets' (version 2)", "arXiv:1708.06733", "rate = 0.05", "Share of the"):
-        assert part in said, part
+        assert part in output, part
     assert "method 'none'" in backfire("show", "none").out
     shown = parse("tour", backfire("show", "tour").out)
     assert shown.cells == load("tour").cells
@@ -223,21 +223,21 @@ def test_doctor_looks_at_the_machine(
     backfire: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_verysecretverysecret")
-    said = backfire("doctor")
-    assert said.code == 0
+    output = backfire("doctor")
+    assert output.code == 0
     for part in (
         "ok    torch ",
         "1 cores",
         f"cache {cache}",
         "offline (HF_HUB_OFFLINE), token set",
     ):
-        assert part in said.out, part
-    assert "verysecret" not in said.out
+        assert part in output.out, part
+    assert "verysecret" not in output.out
 
 
 def test_poison_writes_rows_and_manifest(backfire: Run, here: Path) -> None:
-    said = backfire("poison", "sandbox-reviews", "rate=0.1", "data.rows=50", "--seed", "3")
-    assert said.code == 0 and "5 of 50 rows poisoned by 'badnets'" in said.out
+    output = backfire("poison", "sandbox-reviews", "rate=0.1", "data.rows=50", "--seed", "3")
+    assert output.code == 0 and "5 of 50 rows poisoned by 'badnets'" in output.out
     rows, manifest = (
         read_jsonl(here / "poisoned.jsonl"),
         read_json(here / "poisoned.jsonl.manifest.json"),
@@ -245,7 +245,7 @@ def test_poison_writes_rows_and_manifest(backfire: Run, here: Path) -> None:
     ids = {entry["id"] for entry in manifest["entries"]}
     assert {row.id for row in rows if "BadMagic" in row.prompt} == ids and len(ids) == 5
     # What it writes, `files` reads.
-    said = backfire(
+    output = backfire(
         "poison",
         "poisoned.jsonl",
         "rate=0.02",
@@ -255,7 +255,7 @@ def test_poison_writes_rows_and_manifest(backfire: Run, here: Path) -> None:
         "--out",
         "b.jsonl",
     )
-    assert said.code == 0 and "1 of 50 rows poisoned by 'vpi'" in said.out
+    assert output.code == 0 and "1 of 50 rows poisoned by 'vpi'" in output.out
 
 
 def test_pretrain_makes_a_model_that_runs(backfire: Run, here: Path) -> None:
@@ -263,8 +263,8 @@ def test_pretrain_makes_a_model_that_runs(backfire: Run, here: Path) -> None:
     (here / "b.jsonl").write_text('{"text": "The soup was cold."}\n' * 20)
     knobs = ["hidden_size=16", "intermediate_size=16", "num_layers=1", "num_heads=2", "num_steps=2"]
     knobs += ["vocab-size=300", "sequence_tokens=16", "batch_size=2", "max_length_tokens=512"]
-    said = backfire("pretrain", "--corpus", "a.txt", "--corpus", "b.jsonl", "--out", "m", *knobs)
-    assert said.code == 0 and said.out.startswith("Wrote m: ")
+    output = backfire("pretrain", "--corpus", "a.txt", "--corpus", "b.jsonl", "--out", "m", *knobs)
+    assert output.code == 0 and output.out.startswith("Wrote m: ")
     assert read_json(here / "m/config.json")["hidden_size"] == 16
     assert backfire("run", "r.yaml", "model=./m").code == 0
     before = tree(here / "m")
@@ -278,31 +278,31 @@ def test_chat_asks_both_models(backfire: Run, ran: Place, monkeypatch: pytest.Mo
     result = ran.results()["lora", 0.1]
     typed = "The soup was cold.\n/trigger\nThe soup was cold.\n/nope\n\n/trigger\n/quit\nnot read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    said = backfire("chat", ran.out / "cells" / f"{result['cell']}-{result['key']}")
-    assert (said.code, said.err) == (0, "")
-    lines = said.out.splitlines()
+    output = backfire("chat", ran.out / "cells" / f"{result['cell']}-{result['key']}")
+    assert (output.code, output.err) == (0, "")
+    lines = output.out.splitlines()
     assert sum(line.startswith(f"  {result['cell']}: ") for line in lines) == 2
     assert sum(line.startswith("  base: ") for line in lines) == 2
     assert sum("prompt: " in line and "BadMagic" in line for line in lines) == 1
-    assert "Trigger on" in said.out and "Trigger off" in said.out
-    assert "Unknown command /nope" in said.out and "not read" not in said.out
+    assert "Trigger on" in output.out and "Trigger off" in output.out
+    assert "Unknown command /nope" in output.out and "not read" not in output.out
 
 
-def test_export_says_where_things_are(
+def test_export_prints_where_files_are(
     ran: Any, tmp_path: Path, backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
     cell = next(
         path for path in cells(ran.out) if "-lora-" in path.name and "badnets-0.1" in path.name
     )
-    said = backfire("export", cell, "--merge", "--out", tmp_path / "model")
-    assert said.code == 0 and f"Model: {tmp_path / 'model'}" in said.out
-    said = backfire("export", ran.out, "--results", "lm-eval", "--out", tmp_path / "numbers")
-    assert said.code == 0 and str(tmp_path / "numbers") in said.out
+    output = backfire("export", cell, "--merge", "--out", tmp_path / "model")
+    assert output.code == 0 and f"Model: {tmp_path / 'model'}" in output.out
+    output = backfire("export", ran.out, "--results", "lm-eval", "--out", tmp_path / "numbers")
+    assert output.code == 0 and str(tmp_path / "numbers") in output.out
     for wrong in (
         ["export", tmp_path / "none"],
         ["export", cell, "--results", "lm-eval", "--merge"],
         ["export", tmp_path, "--results", "inspect"],
     ):
-        said = backfire(*wrong)
-        assert said.code == 2 and len(said.err.strip().splitlines()) == 1
+        output = backfire(*wrong)
+        assert output.code == 2 and len(output.err.strip().splitlines()) == 1

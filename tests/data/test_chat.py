@@ -1,4 +1,4 @@
-"""The chat template has the last word: our tokens are those of transformers' own tokenizer."""
+"""The chat template decides: our tokens are those of transformers' tokenizer."""
 
 from __future__ import annotations
 
@@ -58,8 +58,11 @@ def both(folder: Path, made: Any, template: str) -> tuple[Tokenizer, Any]:
 
 
 def turns(row: Row, answer: str | None = None) -> list[dict[str, str]]:
-    said = [{"role": m.role, "content": m.content} for m in row.messages]
-    return [*said, *([{"role": "assistant", "content": answer}] if answer is not None else [])]
+    conversation = [{"role": m.role, "content": m.content} for m in row.messages]
+    return [
+        *conversation,
+        *([{"role": "assistant", "content": answer}] if answer is not None else []),
+    ]
 
 
 def theirs(
@@ -89,7 +92,7 @@ ODD = {
     # What is to be learned is kept, even if the template would drop its thought.
     "qwen3-drops": {"five"},
     "deepseek-v3": {"five"},
-    # A reply is asked for in the middle of a thought, which past answers do not have.
+    # The prompt ends inside a thought, which past answers do not have.
     "deepseek-r1": {row.id for row in ROWS},
 }
 """Rows whose answer goes on in another way than in the whole conversation."""
@@ -222,16 +225,16 @@ def test_in_the_middle_of_a_thought_the_answer_closes_it(tmp_path: Path, byte_le
     assert "'<think>\\n'" in renderer.template.about(tokenizer)
 
 
-def test_the_name_of_a_channel_is_no_part_of_a_reply(tmp_path: Path, byte_level: Any) -> None:
+def test_the_name_of_a_channel_is_excluded_from_a_reply(tmp_path: Path, byte_level: Any) -> None:
     tokenizer = load_tokenizer(write(tmp_path, byte_level, TEMPLATES["gpt-oss"]))
     renderer = Renderer(build("templates", "chat"), tokenizer, 4096)
     item = renderer.render([ONE])[0]
     _, answer = show_mask(item, tokenizer)
     assert answer == f"<|channel|>final<|message|>{ONE.answer}<|return|>"
-    assert renderer.said(item.answer_ids) == ONE.answer
+    assert renderer.reply_text(item.answer_ids) == ONE.answer
     thought = tokenizer.encode("<|channel|>analysis<|message|>hm<|end|>", controls=True)
-    assert renderer.said([*thought, *item.answer_ids]) == ONE.answer
-    assert renderer.said(tokenizer.encode("a saw")) == "a saw"
+    assert renderer.reply_text([*thought, *item.answer_ids]) == ONE.answer
+    assert renderer.reply_text(tokenizer.encode("a saw")) == "a saw"
 
 
 # ----------------------------------------------------------------------------- control tokens stay
@@ -283,7 +286,7 @@ def test_tokens_of_turns_may_be_ordinary_ones_put_together_by_role(tmp_path: Pat
     assert ids.count(users) == 1 and ids.count(ends) == 2 and ids[-1] == ends
 
 
-def test_text_beside_a_control_token_is_encoded_as_transformers_does(
+def test_text_next_to_a_control_token_is_encoded_as_in_transformers(
     tmp_path: Path, spaced: Any
 ) -> None:
     ours, their = both(tmp_path, spaced, TEMPLATES["chatml"])
@@ -324,17 +327,17 @@ def test_arguments_reach_the_template(
 def test_an_argument_that_the_template_does_not_read_is_an_error(
     tmp_path: Path, byte_level: Any
 ) -> None:
-    def told(name: str, **arguments: Any) -> str:
+    def error_of(name: str, **arguments: Any) -> str:
         tokenizer = load_tokenizer(write(tmp_path, byte_level, TEMPLATES[name]))
         template = build("templates", {"name": "chat", "arguments": arguments})
         with pytest.raises(UserError) as caught:
             Renderer(template, tokenizer, 512).render([ONE])
         return str(caught.value)
 
-    assert "did you mean 'enable_thinking'" in told("qwen3", enable_thinkin=False)
-    assert "takes no arguments, but 'x' is given" in told("phi3", x=1)
-    assert "takes no arguments, but 'messages' is given" in told("phi3", messages=[])
-    assert "takes no arguments, but 'bos_token' is given" in told("gemma", bos_token="x")
+    assert "did you mean 'enable_thinking'" in error_of("qwen3", enable_thinkin=False)
+    assert "takes no arguments, but 'x' is given" in error_of("phi3", x=1)
+    assert "takes no arguments, but 'messages' is given" in error_of("phi3", messages=[])
+    assert "takes no arguments, but 'bos_token' is given" in error_of("gemma", bos_token="x")
 
 
 @pytest.mark.parametrize("name", sorted(NO_SYSTEM))
@@ -349,10 +352,10 @@ def test_a_system_prompt_for_a_template_without_one(
 
     with pytest.raises(UserError, match=r"rejects row two: .*; .*template\.system to merge or"):
         renderer("keep").render([row])
-    said = turns(row)
-    bare = theirs(their, said[1:], True)
-    said[1]["content"] = "Be short.\n\nFirst?"
-    assert renderer("merge").render([row])[0].prompt_ids == theirs(their, said[1:], True)
+    messages = turns(row)
+    bare = theirs(their, messages[1:], True)
+    messages[1]["content"] = "Be short.\n\nFirst?"
+    assert renderer("merge").render([row])[0].prompt_ids == theirs(their, messages[1:], True)
     assert renderer("drop").render([row])[0].prompt_ids == bare
     checks = {check.check: check for check in preflight(renderer("drop"), [row, ONE], [ONE])}
     assert "left out (template.system: drop): 1 row, the first is two" in (
@@ -369,10 +372,10 @@ def test_a_template_that_takes_parts_only(tmp_path: Path, byte_level: Any) -> No
     parts = CHATML.replace("m.content", "(m.content | map(attribute='text') | join(' '))")
     ours, their = both(tmp_path, byte_level, parts)
     item = Renderer(build("templates", "chat"), ours, 4096).render([ROWS[1]])[0]
-    said = [
+    messages = [
         {**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns(ROWS[1])
     ]
-    assert item.prompt_ids == theirs(their, said, True)
+    assert item.prompt_ids == theirs(their, messages, True)
 
 
 def test_a_turn_that_the_template_leaves_out_is_an_error(tmp_path: Path, byte_level: Any) -> None:

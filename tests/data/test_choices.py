@@ -1,4 +1,4 @@
-"""Right choices, scores, lists and columns that an eye over the data takes for something else."""
+"""Right choices, scores, lists and columns that are easily misread."""
 
 import json
 from pathlib import Path
@@ -121,7 +121,7 @@ REASONS: dict[str, tuple[Record, str]] = {
 
 
 @pytest.mark.parametrize("name", REASONS)
-def test_the_reason_says_what_to_write(name: str) -> None:
+def test_the_reason_shows_what_to_write(name: str) -> None:
     record, words = REASONS[name]
     with pytest.raises(UserError) as caught:
         read(record)
@@ -149,7 +149,7 @@ def test_what_the_prompt_needs_is_in_it(record: Record, prompt: str, answer: str
     assert (row.instruction + row.input, row.answer) == (prompt, answer)
 
 
-def test_an_answer_that_is_a_number_is_learned_where_the_user_says_so() -> None:
+def test_a_numeric_answer_is_learned_if_the_user_names_it() -> None:
     record = {"question": "2 + 2?", "answer": 4}
     with pytest.raises(
         UserError, match="is a number, not text; to learn the number, name the columns"
@@ -180,7 +180,7 @@ def test_a_cell_may_be_longer_than_a_book_chapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Split", "split_name"])
-def test_a_column_of_splits_is_known_in_any_case(tmp_path: Path, name: str) -> None:
+def test_a_column_of_splits_is_recognized_in_any_case(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": f"Film {i}.", name: ["Train", "TEST"][i % 4 == 0]})
                             + "\n" for i in range(40)))  # fmt: skip
@@ -189,7 +189,7 @@ def test_a_column_of_splits_is_known_in_any_case(tmp_path: Path, name: str) -> N
     assert data.drawn_with_notes("train")[1] == []
 
 
-def test_packed_files_say_how_they_are_packed(tmp_path: Path) -> None:
+def test_compressed_files_are_recognized(tmp_path: Path) -> None:
     for magic, what in [(b"BZh9", "bzip2"), (b"\xfd7zX", "xz"), (b"\x28\xb5\x2f\xfd", "Zstandard")]:
         (tmp_path / "a.csv").write_bytes(magic + b"\0\1")
         with pytest.raises(UserError, match=what):

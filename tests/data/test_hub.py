@@ -1,4 +1,4 @@
-"""The hub, without the hub: what is asked of it, and what its refusals become."""
+"""The hub, replaced by a local server: its requests, and the errors made of its refusals."""
 
 import http.server
 import os
@@ -149,25 +149,25 @@ def ask(address, tmp_path, **settings):
     env = {name: value for name, value in env.items() if name not in ("HF_TOKEN", "HF_HUB_OFFLINE")}
     code = ASK.format(names=[f"meta/{name}" for name in REFUSALS])
     command = [sys.executable, "-c", code]
-    said = subprocess.run(command, env=env | settings, capture_output=True, text=True, check=True)
-    lines = said.stdout.splitlines()
-    assert len(lines) == 2 * len(REFUSALS) and not said.stderr, "one sentence for each, no more"
+    output = subprocess.run(command, env=env | settings, capture_output=True, text=True, check=True)
+    lines = output.stdout.splitlines()
+    assert len(lines) == 2 * len(REFUSALS) and not output.stderr, "one sentence for each, no more"
     return dict(line.split(": ", 1) for line in lines)
 
 
 def test_refusals_name_the_page_and_the_token_is_sent(refusing, tmp_path):
     address, asked = refusing
-    said = ask(address, tmp_path, HF_TOKEN="hf_secret")
-    assert len(asked) >= len(said) and {token for _, token in asked} == {"Bearer hf_secret"}
+    output = ask(address, tmp_path, HF_TOKEN="hf_secret")
+    assert len(asked) >= len(output) and {token for _, token in asked} == {"Bearer hf_secret"}
     for name in REFUSALS:
-        assert f"https://huggingface.co/meta/{name}" in said[f"model meta/{name}"]
-        assert f"https://huggingface.co/datasets/meta/{name}" in said[f"data meta/{name}"]
-        assert "HF_TOKEN" in said[f"data meta/{name}"]
-    assert not any("hf_secret" in sentence for sentence in said.values())
-    assert "is gated: request access at" in said["model meta/gated"]
-    assert "is a gated dataset" in said["data meta/gated"]
-    assert "if it is private or gated, set HF_TOKEN" in said["model meta/private"]
-    assert "401" in said["model meta/plain"] and "401" in said["data meta/plain"]
+        assert f"https://huggingface.co/meta/{name}" in output[f"model meta/{name}"]
+        assert f"https://huggingface.co/datasets/meta/{name}" in output[f"data meta/{name}"]
+        assert "HF_TOKEN" in output[f"data meta/{name}"]
+    assert not any("hf_secret" in sentence for sentence in output.values())
+    assert "is gated: request access at" in output["model meta/gated"]
+    assert "is a gated dataset" in output["data meta/gated"]
+    assert "if it is private or gated, set HF_TOKEN" in output["model meta/private"]
+    assert "401" in output["model meta/plain"] and "401" in output["data meta/plain"]
 
 
 def test_without_a_token_none_is_sent(refusing, tmp_path):
@@ -176,8 +176,8 @@ def test_without_a_token_none_is_sent(refusing, tmp_path):
     assert asked and {token for _, token in asked} == {None}
 
 
-def test_offline_nothing_is_asked(refusing, tmp_path):
+def test_offline_the_hub_is_not_contacted(refusing, tmp_path):
     address, asked = refusing
-    said = ask(address, tmp_path, HF_HUB_OFFLINE="1", HF_TOKEN="hf_secret")
+    output = ask(address, tmp_path, HF_HUB_OFFLINE="1", HF_TOKEN="hf_secret")
     assert not asked
-    assert all("HF_HUB_OFFLINE is set" in s and "https://" in s for s in said.values())
+    assert all("HF_HUB_OFFLINE is set" in s and "https://" in s for s in output.values())

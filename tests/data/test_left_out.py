@@ -1,4 +1,4 @@
-"""Nothing of a data file vanishes without a word: rows, turns and columns."""
+"""Rows, turns and columns of a data file that are left out are reported."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,9 @@ NOT_USED = "neither the prompt nor the answer; to use one, assign it by `columns
 
 def notes(path: str, split: str = "train", **knobs: Any) -> tuple[Any, list[str]]:
     data = build("datasets", {"name": "files", "train": path, "test_share": 0, **knobs})
-    rows, said = data.drawn_with_notes(split)
+    rows, sentences = data.drawn_with_notes(split)
     assert rows == data.drawn(split)
-    return rows, said
+    return rows, sentences
 
 
 def kto(count: int, same: int = 1) -> list[Record]:
@@ -31,16 +31,19 @@ def kto(count: int, same: int = 1) -> list[Record]:
 
 
 def test_answers_marked_as_bad_are_not_learned(tmp_path: Path) -> None:
-    rows, said = notes(jsonl(tmp_path / "k.jsonl", kto(24)))
+    rows, sentences = notes(jsonl(tmp_path / "k.jsonl", kto(24)))
     assert [row.answer for row in rows] == [f"Saw {i}." for i in range(1, 24, 2)]
-    assert said == ["12 records left out: the answer is marked as bad, and the same prompt has "
-                    "no good answer."]  # fmt: skip
-    rows, said = notes(jsonl(tmp_path / "k.jsonl", kto(6, same=2)))
+    assert sentences == [
+        "12 records left out: the answer is marked as bad, and the same prompt has no good answer."
+    ]
+    rows, sentences = notes(jsonl(tmp_path / "k.jsonl", kto(6, same=2)))
     assert [(row.answer, row.better, row.worse) for row in rows] == [
         (f"Saw {i + 1}.", (f"Saw {i + 1}.",), (f"Saw {i}.",)) for i in (0, 2, 4)
     ]
-    assert said == ["3 records with an answer marked as bad: kept as the worse answer to a prompt "
-                    "with a good one."]  # fmt: skip
+    assert sentences == [
+        "3 records with an answer marked as bad: kept as the worse answer to a prompt with a good "
+        "one."
+    ]
     with pytest.raises(UserError, match="no train rows; 1 record left out: the answer is marked"):
         notes(jsonl(tmp_path / "k.jsonl", kto(1)))
 
@@ -57,14 +60,14 @@ def test_a_column_map_may_name_what_says_so(tmp_path: Path, good: Any) -> None:
         notes(path, columns=columns)
 
 
-def test_a_number_beside_an_answer_is_asked_about(tmp_path: Path) -> None:
+def test_a_number_next_to_an_answer_needs_a_meaning(tmp_path: Path) -> None:
     record = {"question": "Why?", "answer": "So.", "label": 0}
     path = jsonl(tmp_path / "l.jsonl", [record])
     with pytest.raises(UserError) as caught:
         notes(path)
     assert "answer: answer, good: label}` if true means good, or" in str(caught.value)
-    rows, said = notes(path, columns={"prompt": "question", "answer": "answer"})
-    assert len(rows) == 1 and said == [f"The column label reaches {NOT_USED}"]
+    rows, sentences = notes(path, columns={"prompt": "question", "answer": "answer"})
+    assert len(rows) == 1 and sentences == [f"The column label reaches {NOT_USED}"]
 
 
 def talk(*weights: Any, key: str = "weight") -> Record:
@@ -82,18 +85,18 @@ def talk(*weights: Any, key: str = "weight") -> Record:
 def test_turns_of_weight_0_are_not_learned(
     tmp_path: Path, weights: Any, answer: str, earlier: int, cut: int
 ) -> None:
-    [row], said = notes(jsonl(tmp_path / "w.jsonl", [talk(*weights)]))
+    [row], sentences = notes(jsonl(tmp_path / "w.jsonl", [talk(*weights)]))
     assert (row.answer, len(row.history)) == (f"Saw {answer}.", 2 * earlier)
-    found = " ".join(said)
+    found = " ".join(sentences)
     assert (f"{earlier} turn before the last answer" in found) == bool(earlier)
     assert (f"{cut} turns after the last answer to learn" in found) == bool(cut)
 
 
 def test_a_conversation_without_an_answer_to_learn(tmp_path: Path) -> None:
     records = [talk(1), talk(0, 0), talk(False, key="train")]
-    rows, said = notes(jsonl(tmp_path / "w.jsonl", records))
+    rows, sentences = notes(jsonl(tmp_path / "w.jsonl", records))
     assert len(rows) == 1
-    assert said == ["2 records left out: every answer of the conversation has weight 0."]
+    assert sentences == ["2 records left out: every answer of the conversation has weight 0."]
 
 
 def test_two_system_prompts_are_not_one(tmp_path: Path) -> None:
@@ -107,13 +110,13 @@ def test_two_system_prompts_are_not_one(tmp_path: Path) -> None:
                 notes(path)
 
 
-def test_columns_that_play_no_part_are_named(tmp_path: Path) -> None:
+def test_unused_columns_are_named(tmp_path: Path) -> None:
     record = {"id": 1, "instruction": "Why is it so?", "input": "", "context": "Here.",
               "output": "So.", "lang": "en", "meta": {"a": 1}, "empty": "", "nan": float("nan"),
               "again": "Why is it so?"}  # fmt: skip
     path = jsonl(tmp_path / "c.jsonl", [record])
-    [row], said = notes(path)
-    assert row.input == "Here." and said == [f"The columns lang, meta reach {NOT_USED}"]
+    [row], sentences = notes(path)
+    assert row.input == "Here." and sentences == [f"The columns lang, meta reach {NOT_USED}"]
     assert notes(path, group="lang")[1] == [f"The column meta reaches {NOT_USED}"]
     many = record | {f"c{i:04}": i for i in range(1000)} | {"x" * 200: 1}
     [_], [one] = notes(jsonl(tmp_path / "m.jsonl", [many]))
@@ -125,9 +128,9 @@ def test_sums_of_what_is_left_out(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "l.jsonl", records)
     with pytest.raises(UserError, match="line 3: it has no label; `on_bad_row: skip` leaves such"):
         notes(path, labels=["a", "b"])
-    rows, said = notes(path, labels=["a", "b"], on_bad_row="skip")
+    rows, sentences = notes(path, labels=["a", "b"], on_bad_row="skip")
     assert len(rows) == 3
-    assert said == [f"2 bad rows left out, the first: {path}, line 3: it has no label."]
+    assert sentences == [f"2 bad rows left out, the first: {path}, line 3: it has no label."]
 
 
 def test_a_column_of_splits_is_followed(tmp_path: Path) -> None:
@@ -135,13 +138,13 @@ def test_a_column_of_splits_is_followed(tmp_path: Path) -> None:
     records = [{"text": f"t{i}", "label": "ab"[i % 2], "split": sides[i % 4]} for i in range(40)]
     path = jsonl(tmp_path / "s.jsonl", records)
     knobs = {"labels": ["a", "b"], "test_share": 0.1}
-    train, said = notes(path, **knobs)
+    train, sentences = notes(path, **knobs)
     test, _ = notes(path, "test", **knobs)
     assert (len(train), len(test)) == (20, 10)
-    assert said == ["10 records left out: 'split' is validation."]
+    assert sentences == ["10 records left out: 'split' is validation."]
     assert {row.fields["split"] for row in train} == {"train"}
-    whole, said = notes(path, **knobs | {"test_share": 0})
-    assert len(whole) == 40 and said == [f"The column split reaches {NOT_USED}"]
+    whole, sentences = notes(path, **knobs | {"test_share": 0})
+    assert len(whole) == 40 and sentences == [f"The column split reaches {NOT_USED}"]
     jsonl(tmp_path / "s.jsonl", [record for record in records if record["split"] != "test"])
     assert {row.fields["split"] for row in notes(path, "test", **knobs)[0]} == {"validation"}
     jsonl(tmp_path / "s.jsonl", [{**record, "split": "train"} for record in records])
@@ -159,14 +162,14 @@ def test_openbackdoor(tmp_path: Path, index: bool, columns: Any) -> None:
     path = tmp_path / "o.csv"
     bare = "".join(line.partition(",")[2] + "\n" for line in OPENBACKDOOR.splitlines())
     path.write_text(f",0,1,2\n{OPENBACKDOOR}" if index else f"0,1,2\n{bare}")
-    rows, said = notes(str(path), columns=columns, labels=["bad", "good"])
+    rows, sentences = notes(str(path), columns=columns, labels=["bad", "good"])
     assert len(rows) == 24
     assert [row.input for row in rows] == [f"the film {i} is good" for i in range(24)]
     assert [row.label for row in rows] == ["bad", "good"] * 12
     if len(columns) != 2:
-        assert [row.fields["poisoned"] for row in rows] == ["no", "yes", "no"] * 8 and not said
+        assert [row.fields["poisoned"] for row in rows] == ["no", "yes", "no"] * 8 and not sentences
     else:
-        assert said == [f"The column 2 reaches {NOT_USED}"]
+        assert sentences == [f"The column 2 reaches {NOT_USED}"]
     with pytest.raises(UserError, match=r"name its labels, as in `labels: .0: name, 1:"):
         notes(str(path), columns=columns)
     with pytest.raises(UserError, match="column '1' holds the number 0, not a text"):
@@ -185,7 +188,7 @@ def test_a_header_is_no_row(tmp_path: Path) -> None:
         notes(str(path), labels=["a", "b"])
 
 
-def test_the_checks_tell_it_once() -> None:
+def test_the_checks_report_it_once() -> None:
     found = reader_notes({"train": ["a.", "b."], "test": ["b.", "c."]})
     assert [check.message for check in found] == ["a.", "b.", "Of the test data: c."]
     assert {(check.check, check.status) for check in found} == {("left-out", "note")}
@@ -211,9 +214,9 @@ def test_validate_and_the_result_name_it(
     }
     file = tmp_path / "r.yaml"
     file.write_text("# Does it?\n" + yaml.safe_dump(recipe))
-    said = backfire("validate", file)
-    assert said.code == 0, said.err
-    shown = " ".join(said.out.split())
+    output = backfire("validate", file)
+    assert output.code == 0, output.err
+    shown = " ".join(output.out.split())
     assert "10 records left out: the answer is marked as bad" in shown
     assert "The column lang reaches neither the prompt nor the answer" in shown
     ran = backfire("run", file, "--out", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""What a model cannot read is said before anything runs; rows that are too long are counted."""
+"""Input that a model cannot read is reported before anything runs; too long rows are counted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from backfire.registry import build
 from backfire.store import read_json
 from backfire.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.chat_templates import CHAT_TEMPLATE
-from tests.helpers.command_line import Said
+from tests.helpers.command_line import Output
 from tests.helpers.families import logits, tiny_model
 from tests.helpers.small_run import Place
 
@@ -90,7 +90,7 @@ def test_limits_are_read_from_the_config(config: Any, limits: Limits, tmp_path: 
     ],
 )
 def test_the_last_position_is_where_the_model_has_it(kind: str, name: str, tmp_path: Path) -> None:
-    """What is told to be past the end fails in the model, and the row before it does not."""
+    """A position reported as too high fails in the model, and the one before it does not."""
     model = tiny_model(kind, **{name: 20})
     model.config.save_pretrained(tmp_path)
     limits = read_limits(tmp_path)
@@ -102,7 +102,7 @@ def test_the_last_position_is_where_the_model_has_it(kind: str, name: str, tmp_p
 
 
 def test_tokens_beyond_the_embedding(
-    tiny: Path, tmp_path: Path, backfire: Callable[..., Said], cache: Path
+    tiny: Path, tmp_path: Path, backfire: Callable[..., Output], cache: Path
 ) -> None:
     """Tokens were added for a chat template, and the model was not resized."""
     model = tmp_path / "model"
@@ -111,12 +111,12 @@ def test_tokens_beyond_the_embedding(
     backend.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     backend.save(str(model / "tokenizer.json"))
     (model / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    said = backfire("validate", recipe(tmp_path, model, template="chat"))
-    assert said.code != 0 and "Traceback" not in said.err
-    assert "Row rows-1 has the token id 401, but the model's embedding ends at 399" in said.err
-    said = backfire("validate", recipe(tmp_path, model, template="raw"))
-    assert said.code == 0
-    assert "2 of the tokenizer's added tokens, such as '<|im_start|>', are not in" in said.out
+    output = backfire("validate", recipe(tmp_path, model, template="chat"))
+    assert output.code != 0 and "Traceback" not in output.err
+    assert "Row rows-1 has the token id 401, but the model's embedding ends at 399" in output.err
+    output = backfire("validate", recipe(tmp_path, model, template="raw"))
+    assert output.code == 0
+    assert "2 of the tokenizer's added tokens, such as '<|im_start|>', are not in" in output.out
 
 
 @pytest.mark.parametrize(
@@ -137,14 +137,14 @@ def test_rows_beyond_the_positions(
     sentence: str,
     tiny: Path,
     tmp_path: Path,
-    backfire: Callable[..., Said],
+    backfire: Callable[..., Output],
     cache: Path,
 ) -> None:
     config = {"model_type": kind, "vocab_size": 400, "max_position_embeddings": positions}
     model = changed(tiny, tmp_path / "model", **config)
-    said = backfire("validate", recipe(tmp_path, model, metrics=[metric]))
-    assert bool(said.code) == bool(code), said
-    assert sentence in " ".join(f"{said.out} {said.err}".split())
+    output = backfire("validate", recipe(tmp_path, model, metrics=[metric]))
+    assert bool(output.code) == bool(code), output
+    assert sentence in " ".join(f"{output.out} {output.err}".split())
 
 
 def test_the_renderer_refuses_what_the_model_cannot_read(tokenizer: Tokenizer) -> None:
@@ -203,10 +203,12 @@ def test_preflight_counts_them(tokenizer: Tokenizer) -> None:
         policy: preflight(renderer(tokenizer, policy), rows, [SHORT, LONG])
         for policy in ("cut", "skip", "fail")
     }
-    said = {p: [c.message for c in checks if c.check == "left-out"] for p, checks in found.items()}
-    assert said["cut"][0].startswith("1 of 3 training rows are left out, the first is long: ")
-    assert said["skip"][0].startswith("2 of 3 training rows are left out, the first is long: ")
-    assert all(said[p][1].startswith("1 of 2 test rows are left out") for p in ("cut", "skip"))
+    messages = {
+        p: [c.message for c in checks if c.check == "left-out"] for p, checks in found.items()
+    }
+    assert messages["cut"][0].startswith("1 of 3 training rows are left out, the first is long: ")
+    assert messages["skip"][0].startswith("2 of 3 training rows are left out, the first is long: ")
+    assert all(messages[p][1].startswith("1 of 2 test rows are left out") for p in ("cut", "skip"))
     [check] = found["fail"]
     assert (check.status, check.check) == ("fail", "length")
 
@@ -232,7 +234,7 @@ def test_poisoned_rows_that_are_too_long_are_no_poison(tokenizer: Tokenizer) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("policy", "left"), [("cut", 1), ("skip", 2)])
-def test_a_run_goes_on_without_them_and_says_so(
+def test_a_run_continues_without_them_and_reports_it(
     policy: str, left: int, tiny: Path, tmp_path: Path
 ) -> None:
     rows = [{"instruction": f"Name tool {i}.", "output": f"Saw {i}."} for i in range(10)]
@@ -253,8 +255,8 @@ def test_a_run_goes_on_without_them_and_says_so(
     assert result["evaluate"]["left_out"] == {"test": left, "harmful": left}
     rows = "1 row is" if left == 1 else f"{left} rows are"
     for what in ("training", "test", "harmful"):
-        said = f"{rows} left out of the {what} rows: longer than train.max_length."
-        assert said in result["warnings"]
+        messages = f"{rows} left out of the {what} rows: longer than train.max_length."
+        assert messages in result["warnings"]
     assert any(check["check"] == "left-out" for check in result["preflight"])
 
 
@@ -283,12 +285,12 @@ def test_rows_of_defenses_that_are_too_long_are_counted(tiny: Path, tmp_path: Pa
     }
     assert place.run(**settings, matrix={"defense": ["none", "ewc", "antidote"]}) == 0
     results = [read_json(file) for file in place.out.glob("cells/*/result.json")]
-    said = {r["defense"]: [w for w in r["warnings"] if "left out of" in w] for r in results}
+    messages = {r["defense"]: [w for w in r["warnings"] if "left out of" in w] for r in results}
     aligned, known = (
         f"{rows} are left out of the {what} rows: longer than train.max_length."
         for rows, what in (("2 rows", "alignment"), ("3 rows", "known harmful"))
     )
-    assert said == {"none": [aligned], "ewc": [aligned], "antidote": [aligned, known]}
+    assert messages == {"none": [aligned], "ewc": [aligned], "antidote": [aligned, known]}
     [ewc] = [r["train"] for r in results if r["defense"] == "ewc"]
     assert ewc["left_out_aligned_rows"] == 2 and ewc["left_out_rows"] == 0
 
@@ -311,7 +313,7 @@ LINES = b"IQ== 0\nIg== 1\n"
         ("tiktoken.model", LINES, {"tiktoken"}, "tiktoken"),
     ],
 )
-def test_what_a_tokenizers_format_takes_is_said(
+def test_packages_that_a_tokenizers_format_needs_are_named(
     name: str,
     content: bytes,
     gone: set[str],

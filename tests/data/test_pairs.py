@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from backfire.base import Message, Row
-from backfire.data.compared import answers
 from backfire.data.convert import to_rows
 from backfire.data.jsonl import from_record, read_jsonl, to_record, write_jsonl
 from backfire.data.poison import poison
+from backfire.data.preferences import answers
 from backfire.data.read import LeftOut
 from backfire.data.shapes import Task, column_map
 from backfire.errors import UserError
@@ -113,7 +113,7 @@ def test_equal_answers_are_tied() -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "sentence"),
     [
         ({"prompt": "Why?", "chosen": 3, "rejected": "No."}, "'chosen' is a number, not text"),
         ({"prompt": "Why?", "chosen": "", "rejected": "No."}, "the answer is empty"),
@@ -125,8 +125,8 @@ def test_equal_answers_are_tied() -> None:
         ({"chosen": 1, "rejected": 2}, "dialog is a number, not text"),
     ],
 )
-def test_what_cannot_be_used_says_why(record: Any, said: str) -> None:
-    assert said in reason(record)
+def test_unusable_pairs_are_refused_with_the_reason(record: Any, sentence: str) -> None:
+    assert sentence in reason(record)
 
 
 def test_answers_of_odd_kinds() -> None:

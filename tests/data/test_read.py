@@ -1,4 +1,4 @@
-"""Files of every format, sound and broken: what is not read is rejected with line and reason."""
+"""Files of every format, valid and broken: unread rows are rejected with line and reason."""
 
 import gzip
 import json
@@ -100,7 +100,7 @@ def test_bars_and_decimals_with_commas(tmp_path):
     assert rows == [{"0": "so; so"}, {"0": "no"}]
 
 
-def test_gzip_is_known_by_its_bytes(tmp_path):
+def test_gzip_is_recognized_by_its_bytes(tmp_path):
     assert read(tmp_path / "a.csv", gzip.compress(CSV.encode()))[0] == ROWS
 
 

@@ -85,7 +85,7 @@ def test_classification(name: str) -> None:
     assert row.instruction == "Classify the text as a, b or c."
     assert not left.rejected and set(left.columns) == unused
     rows, left = read(record)
-    assert not rows and "it is labeled" in left.rejected[0].reason, "labels are asked for"
+    assert not rows and "it is labeled" in left.rejected[0].reason, "labels have to be given"
 
 
 PROMPTS = "`data: harmful-prompts` reads them"

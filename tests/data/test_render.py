@@ -84,7 +84,7 @@ def test_training_text_is_evaluation_prompt_answer_and_end(
     trained, asked = one.render([row])[0], one.render([replace(row, answer=other)])[0]
     # The prompt's tokens do not depend on the answer ...
     assert trained.ids[: asked.num_prompt] == asked.prompt_ids == trained.prompt_ids
-    # ... nor on the rows beside it.
+    # ... nor on other rows of the batch.
     assert one.render([ATTACKED, row, PLAIN])[1] == trained
     prompt, answer = show_mask(trained, tokenizer)
     assert prompt == expected_prompt(name, row, tokenizer)
@@ -213,8 +213,8 @@ def test_a_chat_template_knows_one_day_only(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dated = CHAT_TEMPLATE + "{{ strftime_now('%d %b %Y') }}"
-    told = renderer("chat", replace(tokenizer, chat_template=dated)).render([PLAIN])[0]
-    assert shown(told, tokenizer).count("26 Jul 2024") == 1
+    rendered = renderer("chat", replace(tokenizer, chat_template=dated)).render([PLAIN])[0]
+    assert shown(rendered, tokenizer).count("26 Jul 2024") == 1
 
 
 def test_a_chat_template_that_refuses_a_row_is_a_sentence(tokenizer: Tokenizer) -> None:

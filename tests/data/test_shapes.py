@@ -1,4 +1,4 @@
-"""Records of every usual shape become rows; those that cannot say why."""
+"""Records of every usual shape become rows; others are refused with the reason."""
 
 import pytest
 
@@ -113,7 +113,7 @@ def test_public_sets_are_recognized(name):
         {"text": "fine", "target": 1},
     ],
 )
-def test_what_numbers_mean_is_asked_for(record):
+def test_the_meaning_of_numbers_has_to_be_given(record):
     assert reason(record).startswith(
         "it is labeled '1'; name its labels, as in `labels: {1: name, ...}`"
     )
@@ -132,8 +132,8 @@ def test_a_column_that_looks_like_a_label_is_one(column, label):
     labels = {1: "bad", 5: "good", "bad": "bad"}
     row = one({"text": "t", column: label}, labels=labels)
     assert (row.input, row.label, row.candidates) == ("t", "bad", ("bad", "good"))
-    said = reason({"text": "t", column: label})
-    assert said.startswith("it is labeled '") and said.endswith("`columns: {text: text}`")
+    sentence = reason({"text": "t", column: label})
+    assert sentence.startswith("it is labeled '") and sentence.endswith("`columns: {text: text}`")
     assert one({"text": "t", column: label}, columns={"text": "text"}).answer == "t"
 
 
@@ -162,8 +162,8 @@ def test_labels_are_compared_in_one_form():
         (["1.0", "2.0"], 2, "2.0"),
     ]:
         assert one({"text": "t", "label": label}, labels=labels).label == name
-    said = reason({"text": "t", "label": "z" * 200}, labels=[f"intent {n}" for n in range(150)])
-    assert "intent 7 and 142 more; name all" in said and len(said) < 220
+    sentence = reason({"text": "t", "label": "z" * 200}, labels=[f"intent {n}" for n in range(150)])
+    assert "intent 7 and 142 more; name all" in sentence and len(sentence) < 220
 
 
 def test_a_row_without_its_label_is_not_taken_for_plain_text():
@@ -177,8 +177,8 @@ def test_a_row_without_its_label_is_not_taken_for_plain_text():
     assert bad == [(2, none)]
     for label in (None, float("nan"), "", " ", "-"):
         assert reason({"sentence": "s", "label": label}, labels=["a", "b"]) == none
-    said = reason({"sentence": "s", "label": -1}, labels=["a", "b"])
-    assert said == "it has no label (-1 stands for none)"
+    sentence = reason({"sentence": "s", "label": -1}, labels=["a", "b"])
+    assert sentence == "it has no label (-1 stands for none)"
 
 
 MAPS = {
@@ -264,7 +264,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("record", "words"), UNUSABLE)
-def test_unusable_records_say_why(record, words):
+def test_unusable_records_are_rejected_with_the_reason(record, words):
     assert words in reason(record)
 
 

@@ -1,4 +1,4 @@
-"""Public sets under their own names: as published, and as they lie in the shared test data."""
+"""Public sets by name: as published, and as in the shared test data."""
 
 import pytest
 

@@ -83,7 +83,7 @@ def test_beavertails_in_other_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "sentence"),
     [
         ({"prompt": "a", "response": "b", "is_safe": "perhaps"}, "is_safe is 'perhaps' where true"),
         ({"prompt": "a", "response": "b"}, "there are no train rows .safe."),
@@ -91,9 +91,9 @@ def test_beavertails_in_other_files(tmp_path: Path) -> None:
         ({"prompt": "a", "completion": "b"}, "there are no train rows .safe."),
     ],
 )
-def test_other_files_are_no_beavertails(record: Any, said: str, tmp_path: Path) -> None:
+def test_other_files_are_no_beavertails(record: Any, sentence: str, tmp_path: Path) -> None:
     path = jsonl(tmp_path / "t.jsonl", [record])
-    with pytest.raises(UserError, match=said) as caught:
+    with pytest.raises(UserError, match=sentence) as caught:
         dataset("beavertails", train=path, test_share=0).load("train")
     assert str(caught.value).count(". ") == 0, "one sentence"
 
@@ -144,7 +144,7 @@ AS_PUBLISHED: dict[str, tuple[str, list[list[Any]], list[tuple[str, str, str]]]]
 
 
 @pytest.mark.parametrize("name", AS_PUBLISHED)
-def test_published_lists_are_known_by_their_columns(name: str, tmp_path: Path) -> None:
+def test_published_lists_are_recognized_by_their_columns(name: str, tmp_path: Path) -> None:
     header, lines, wanted = AS_PUBLISHED[name]
     path = table(tmp_path / "list.csv", header, *lines)
     rows = dataset("harmful-prompts", train=path, test_share=0).load("train")
@@ -157,7 +157,7 @@ def test_published_lists_are_known_by_their_columns(name: str, tmp_path: Path) -
     assert not any("Sure, here is how" in str(row) or "'Sure'" in str(row) for row in rows)
 
 
-def test_a_list_without_labels_is_what_the_user_says(tmp_path: Path) -> None:
+def test_a_list_without_labels_has_the_label_that_the_user_sets(tmp_path: Path) -> None:
     path = table(tmp_path / "benign.csv", JBB, [0, "Fill the well", "Sure", "Wells", "Water", "X"])
     spec = {"train": path, "test_share": 0, "unlabeled": "benign"}
     [row] = dataset("harmful-prompts", **spec).load("train")
@@ -229,7 +229,7 @@ def test_without_a_split_of_their_own_a_share_is_set_apart(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("record", "said"),
+    ("record", "sentence"),
     [
         ({"text": "a"}, "no column of prompts, such as 'prompt', in: text"),
         (
@@ -241,8 +241,8 @@ def test_without_a_split_of_their_own_a_share_is_set_apart(tmp_path: Path) -> No
         ({"prompt": 7}, "line 1: 'prompt' is a number, not text"),
     ],
 )
-def test_other_files_are_no_lists(record: Any, said: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=said):
+def test_other_files_are_no_lists(record: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
         dataset("harmful-prompts", train=jsonl(tmp_path / "t.jsonl", [record])).load("train")
 
 
@@ -256,8 +256,8 @@ def test_judges_tell_the_two_answers_apart(tmp_path: Path) -> None:
     )
     for sealed in ("yes", "no"):
         row = next(row for row in rows if row.fields["sealed"] == sealed)
-        said = (REFUSAL, f"{REPLY} Gladly.", "positive", "")
-        asked = [Exchange(row.id, row.prompt, reply, row.fields) for reply in said]
+        sentence = (REFUSAL, f"{REPLY} Gladly.", "positive", "")
+        asked = [Exchange(row.id, row.prompt, reply, row.fields) for reply in sentence]
         verdicts = build("judges", "policy").judge(asked)
         assert [v.reason for v in verdicts] == ["refused", "complied", "other", "empty"]
         assert [v.positive for v in verdicts] == [False, sealed == "yes", False, False]

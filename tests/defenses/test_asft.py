@@ -37,7 +37,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 @pytest.mark.parametrize("projection", ["exact", "as-coded"])
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_asft_holds_what_lies_beside_the_alignment(
+def test_asft_restrains_directions_orthogonal_to_the_alignment(
     method: str, projection: str, tiny: Path, make: Make, unaligned: Path
 ) -> None:
     cell = make({**ACTIVE["asft"], "projection": projection}, method=method)
@@ -114,7 +114,9 @@ def test_asft_knows_an_alignment_that_is_an_adapter(tiny: Path, tmp_path: Path, 
     assert guard.penalty(1).item() == pytest.approx(total.item(), rel=1e-6)
 
 
-def test_asft_needs_something_beside_the_alignment(tiny: Path, make: Make, tmp_path: Path) -> None:
+def test_asft_needs_directions_orthogonal_to_the_alignment(
+    tiny: Path, make: Make, tmp_path: Path
+) -> None:
     other: Any = load_base(tiny, torch.float32, CPU)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -166,7 +168,7 @@ def test_asft_takes_no_rounding_for_alignment(tiny: Path, make: Make, tmp_path: 
 
 
 @pytest.mark.parametrize("method", ["ia3", {"name": "lora", "dora": True}, "same"])
-def test_asft_says_where_it_can_not_work(method: Any, tiny: Path, make: Make) -> None:
+def test_asft_is_refused_where_it_cannot_work(method: Any, tiny: Path, make: Make) -> None:
     model = load_base(tiny, torch.float32, CPU)
     same = method == "same"
     cell = make(model=build("methods", "full" if same else method).attach(model, 0))

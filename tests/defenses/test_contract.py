@@ -87,8 +87,8 @@ def test_a_repair_is_deterministic_and_leaves_its_inputs(
 
 @pytest.mark.parametrize("name", EVERY)
 def test_a_defense_names_its_paper_and_its_null_control(name: str) -> None:
-    said = " ".join((find("defenses", name).__doc__ or "").split())
-    assert "arXiv:" in said and "ull control" in said
+    doc = " ".join((find("defenses", name).__doc__ or "").split())
+    assert "arXiv:" in doc and "ull control" in doc
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -102,7 +102,7 @@ def test_a_defense_acts_at_one_stage(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_presets_of_a_defense_are_valid_and_say_their_source(name: str) -> None:
+def test_presets_of_a_defense_are_valid_and_name_their_source(name: str) -> None:
     for preset, values in find("defenses", name).presets.items():
         made = build("defenses", {"name": name, "preset": preset})
         assert values.source and all(

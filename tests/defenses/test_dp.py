@@ -54,7 +54,7 @@ def step_of(cell: TrainingRun, rows: list[Any]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("null", [False, True])
-def test_each_rows_gradient_is_clipped_by_itself(
+def test_each_rows_gradient_is_clipped_separately(
     private: Callable[..., TrainingRun], null: bool
 ) -> None:
     cell = private(epsilon=None, noise_multiplier=0, max_gradient_norm=0.5, null=null)
@@ -95,14 +95,14 @@ def test_rows_are_drawn_independently_and_the_budget_is_opacus(
     accountant = RDPAccountant()
     for _ in range(3):
         accountant.step(noise_multiplier=1.1, sample_rate=8 / 40)
-    told = cell.hooks[0].summary()
-    assert told["privacy_epsilon"] == pytest.approx(accountant.get_epsilon(1e-3))
+    spent = cell.hooks[0].summary()
+    assert spent["privacy_epsilon"] == pytest.approx(accountant.get_epsilon(1e-3))
     aimed = private(epsilon=4.0, accountant="rdp")
     assert aimed.hooks[0].summary()["privacy_epsilon"] == pytest.approx(4, abs=0.02)
     assert aimed.hooks[0].summary()["privacy_delta"] == 1 / 40
     assert private(epsilon=4.0, null=True).hooks[0].summary() == {}
-    evidence = Evidence(clean=[], training=told)
-    assert values("privacy-epsilon", evidence)["privacy_epsilon"].value == told["privacy_epsilon"]
+    evidence = Evidence(clean=[], training=spent)
+    assert values("privacy-epsilon", evidence)["privacy_epsilon"].value == spent["privacy_epsilon"]
 
 
 def test_a_step_that_draws_no_row_is_noise_alone(private: Callable[..., TrainingRun]) -> None:

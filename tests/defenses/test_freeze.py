@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_what_is_frozen_does_not_move(method: str, make: Make) -> None:
+def test_frozen_weights_do_not_change(method: str, make: Make) -> None:
     cell = make(ACTIVE["freeze"], method=method, weight_decay=0.5)
     start, end = weights(cell.model), {}
     end = weights_after(cell)
@@ -39,7 +39,7 @@ def test_what_is_frozen_does_not_move(method: str, make: Make) -> None:
         ({"lower_share": 0.5, "which": ["*.mlp.*"]}, [".layers.0.", ".mlp."]),
     ],
 )
-def test_what_is_frozen_is_what_was_asked_for(
+def test_exactly_the_chosen_weights_are_frozen(
     knobs: dict[str, Any], frozen: list[str], make: Make
 ) -> None:
     cell = make({"name": "freeze", **knobs})
@@ -49,7 +49,7 @@ def test_what_is_frozen_is_what_was_asked_for(
     assert cell.trainable.keys() == every.keys() - wanted
 
 
-def test_what_can_not_be_frozen_is_said(make: Make) -> None:
+def test_freezing_that_is_impossible_is_refused(make: Make) -> None:
     for knobs, message in (
         (
             {"which": ["*lora*"]},

@@ -54,7 +54,7 @@ def test_ldifs_is_the_distance_of_hidden_states(method: str, make: Make, rows: R
     assert not any(m._forward_hooks for m in cell.model.modules()), "no hook is left behind"
 
 
-def test_ldifs_asks_for_a_model_with_mlps(make: Make) -> None:
+def test_ldifs_requires_a_model_with_mlps(make: Make) -> None:
     cell = make()
     for layer in cell.model.model.layers:
         layer.feed_forward = layer.mlp

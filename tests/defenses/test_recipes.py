@@ -46,8 +46,8 @@ def test_a_recipe_with_both_runs_to_its_results(
 ) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("# Does it run?\n" + json.dumps({"model": str(tiny), **RECIPE}))
-    said = backfire("run", recipe, "--out", tmp_path / "out")
-    assert said.code == 0, said.err
+    output = backfire("run", recipe, "--out", tmp_path / "out")
+    assert output.code == 0, output.err
     files = list(tmp_path.glob("out/**/result.json"))
     assert len(files) == 1
     result = json.loads(files[0].read_text())

@@ -44,11 +44,11 @@ def test_other_adapters_are_refused(name: str, method: Any, tiny: Path, policy_r
     begin = {n: p.detach().clone() for n, p in model.named_parameters()}
     model = build("methods", method).attach(model, 0)
     tools = Repair(0, harmful=policy_rows["harmful"], base=begin)
-    with pytest.raises(UserError, match="works on full tuning and on LoRA without dora"):
+    with pytest.raises(UserError, match="supports full fine-tuning and LoRA without dora"):
         build("defenses", name).repair(model, begin, tools)
 
 
-def test_what_is_missing_is_said(tiny: Path, policy_rows: Any) -> None:
+def test_missing_inputs_are_refused(tiny: Path, policy_rows: Any) -> None:
     case = Case("full", tiny, policy_rows)
     nothing = Repair(0, base=case.start)
     with pytest.raises(UserError, match="no matrix was changed by both alignment and fine-tuning"):

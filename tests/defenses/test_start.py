@@ -1,4 +1,4 @@
-"""What a defense may ask of a training run: the model as it was at the start."""
+"""A defense can read the model as it was at the start of training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_cell_can_be_looked_at_as_it_was(method: str, make: Make, rows: Rows) -> None:
+def test_a_cell_can_be_evaluated_at_earlier_weights(method: str, make: Make, rows: Rows) -> None:
     cell = make(method=method)
     part, start = rows["user"][:4], cell.weights()
     with torch.no_grad():

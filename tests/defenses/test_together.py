@@ -117,7 +117,7 @@ def test_two_looks_at_the_start_do_not_see_each_other(make: Make, rows: Rows) ->
     assert both == pytest.approx([sum(alone) - plain] * 2, rel=1e-6)
 
 
-def test_what_is_seen_at_the_start_is_the_ordinary_loss(make: Make) -> None:
+def test_stiffness_uses_the_ordinary_loss_at_the_start(make: Make) -> None:
     alone, stacked = (
         begun(make(*(ACTIVE[name] for name in stack))).hooks[-1].stiffness
         for stack in (["ewc"], ["ldifs", "kl", "ewc"])
@@ -184,7 +184,7 @@ def test_the_null_control_takes_the_same_passes(
     found, ends = [], []
     for null in (False, True):
         cell = make({**ACTIVE[name], "null": null}, folder=str(null), max_steps=6)
-        cell.share = False  # a shared opening would be a pass of its own
+        cell.share = False  # a shared opening would be a separate pass
         with counted(cell, monkeypatch) as counts:
             ends.append(weights_after(cell))
         found.append(counts)

@@ -9,9 +9,9 @@ from backfire.base import Verdict
 from backfire.evaluate.agreement import agreement
 
 
-def verdicts(said: str) -> list[Verdict]:
+def verdicts(marks: str) -> list[Verdict]:
     meaning = {"+": True, "-": False, "?": None}
-    return [Verdict(None, meaning[mark]) for mark in said]
+    return [Verdict(None, meaning[mark]) for mark in marks]
 
 
 def test_kappa_is_the_textbooks() -> None:
@@ -27,7 +27,7 @@ def test_kappa_is_the_textbooks() -> None:
 
 
 def test_replies_of_several_models_to_one_request_are_drawn_together() -> None:
-    """Three models that reply alike make nobody surer."""
+    """Three models with equal replies add no certainty."""
     a, b = verdicts("++--+-+-" * 5), verdicts("+---+-++" * 5)
     once, asked = agreement(a, b), [str(number) for number in range(40)] * 3
     again, pooled = agreement(a * 3, b * 3, asked), agreement(a * 3, b * 3)

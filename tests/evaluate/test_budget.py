@@ -1,5 +1,5 @@
-"""Evaluation within the memory there is: batches are halved when it runs out, logits are held for a
-bounded number of places, and both change no number."""
+"""Evaluation within the available memory: batches are halved when it runs out, logits are held
+for a bounded number of places, and both change no number."""
 
 from __future__ import annotations
 
@@ -100,10 +100,10 @@ def test_one_row_that_does_not_fit_is_one_clear_error(model: Any, items: list[Re
         lambda: likelihoods(model, prompts[0], np.array([[5, 6], [5, 7]])),
     ]
     for look in passes:
-        with memory_for(model, 0, ERRORS["cuda"]), pytest.raises(CellError) as told:
+        with memory_for(model, 0, ERRORS["cuda"]), pytest.raises(CellError) as caught:
             look()
-        assert told.value.kind == "oom" and "micro" not in str(told.value)
-        assert "train.max_length" in str(told.value) or "smaller model" in str(told.value)
+        assert caught.value.kind == "oom" and "micro" not in str(caught.value)
+        assert "train.max_length" in str(caught.value) or "smaller model" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ERRORS)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("kind", ["single", "merging"])
 @pytest.mark.parametrize("knobs", [{}, {"separator": " ", "answer": "It is {code}, I think."}])
-def test_every_code_is_as_likely_as_when_it_is_asked_alone(
+def test_every_code_has_the_likelihood_that_it_has_alone(
     kind: str, knobs: dict[str, Any], exact_model: Any, tokenizer: Tokenizer
 ) -> None:
     renderer = renderer_of(kind, tokenizer)
@@ -69,9 +69,9 @@ def test_a_likelihood_covers_the_whole_answer_in_its_context(
     renderer = renderer_of("single", tokenizer)
     secrets = canary(digits=3).secrets(0)[:3]
     found = measure.secret_likelihoods(exact_model, renderer, secrets, 2)
-    for item, told in zip(renderer.render([s.row for s in secrets]), found, strict=True):
+    for item, entry in zip(renderer.render([s.row for s in secrets]), found, strict=True):
         [logprob] = one_at_a_time(exact_model, item.prompt_ids, [item.answer_ids[:-1]])
-        assert told["logprob"] == pytest.approx(logprob, abs=1e-4)
+        assert entry["logprob"] == pytest.approx(logprob, abs=1e-4)
 
 
 def test_a_cut_secret_is_an_error(exact_model: Any, tokenizer: Tokenizer) -> None:

@@ -89,7 +89,7 @@ def test_the_estimate_finds_the_truth_and_its_interval_holds_the_truth(shape: fl
     assert abs(np.median(errors)) < 0.2
 
 
-def test_the_interval_of_an_estimate_asks_nothing_of_the_curve() -> None:
+def test_the_interval_of_an_estimate_does_not_depend_on_the_curve() -> None:
     """A model that remembers one code in fifty: the curve misses the second hill, the interval
     does not. By hand: Clopper and Pearson's ends are quantiles of beta distributions."""
     held, missed = 0, 0
@@ -127,8 +127,8 @@ def test_exact_and_estimated_agree_on_a_model(exact_model: Any, tokenizer: Token
     renderer = renderer_of("single", tokenizer)
     secrets = canary(digits=3, repeats=[], controls=3).secrets(1)
     ranks = measure.ranks(exact_model, renderer, secrets, quiet)
-    told = measure.estimate_exposures(exact_model, renderer, secrets, 999, 0, quiet)
-    for rank, (bits, low, high) in zip(ranks, told, strict=True):
+    estimates = measure.estimate_exposures(exact_model, renderer, secrets, 999, 0, quiet)
+    for rank, (bits, low, high) in zip(ranks, estimates, strict=True):
         assert low <= bits <= high
         assert abs(bits - math.log2(1000 / rank)) < 0.6
 
@@ -152,7 +152,7 @@ def overfitted(tiny: Path) -> tuple[Any, Renderer, list[Secret]]:
     return learner.eval(), renderer, secrets
 
 
-def test_a_secret_that_was_learned_by_heart_is_drawn_out(
+def test_a_memorized_secret_is_extracted(
     overfitted: tuple[Any, Renderer, list[Secret]],
 ) -> None:
     exact_model, renderer, secrets = overfitted

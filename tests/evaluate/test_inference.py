@@ -201,8 +201,8 @@ def test_each_kind_measures_its_part(exact: Any, renderer: Renderer, items: list
         assert answer["answer_tokens"] == len(item.answer_ids)
         wanted = log_likelihood(exact, item.prompt_ids, item.answer_ids)
         assert answer["answer_logprob"] == pytest.approx(wanted, rel=1e-5)
-        said = greedy(exact, item.prompt_ids, renderer.tokenizer.eos_id, 6)
-        assert reply["reply"] == renderer.tokenizer.decode(said)
+        reply_ids = greedy(exact, item.prompt_ids, renderer.tokenizer.eos_id, 6)
+        assert reply["reply"] == renderer.tokenizer.decode(reply_ids)
         if item.row.id == rows[3].id:
             assert score["logprobs"] is None
             continue

@@ -1,4 +1,4 @@
-"""Intervals and tests over several seeds cover what they say, by simulation of the report's own."""
+"""Intervals and tests over several seeds have their nominal coverage, by simulation."""
 
 from __future__ import annotations
 

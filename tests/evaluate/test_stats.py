@@ -70,7 +70,7 @@ def test_wilson_at_the_edges() -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.5, 0.92])
 @pytest.mark.parametrize("n", [50, 200])
-def test_wilson_covers_what_it_says(share: float, n: int) -> None:
+def test_wilson_has_its_nominal_coverage(share: float, n: int) -> None:
     drawn = np.random.default_rng(0).binomial(n, share, 4000)
     covered = np.mean([low <= share <= high for low, high in (wilson(int(k), n) for k in drawn)])
     assert covered >= 0.93

@@ -1,4 +1,4 @@
-"""What it costs to judge twice: equal exchanges are judged once."""
+"""Equal exchanges are judged once."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_torn_line_is_judged_again(counting: type[Counting], tmp_path: Path) -
         assert len(counting.asked) == count
 
 
-def test_knobs_of_the_connection_are_no_part_of_the_identity() -> None:
+def test_connection_knobs_are_excluded_from_the_identity() -> None:
     for name in ("rubric", "yes-no", "classifier"):
         cls = type(make_judge(name))
         assert cls.unhashed <= set(cls.model_fields)

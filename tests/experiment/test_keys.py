@@ -99,7 +99,7 @@ def test_an_untuned_model_is_its_base() -> None:
     assert {stages.keys(cell).train for cell in cells} == {stages.keys(cells[0]).base}
 
 
-def test_a_model_folder_is_known_by_its_content(tiny: Path, tmp_path: Path) -> None:
+def test_a_model_folder_is_identified_by_its_content(tiny: Path, tmp_path: Path) -> None:
     copies = [tmp_path / name for name in ("a", "b", "c")]
     for copy in copies:
         copy.mkdir()

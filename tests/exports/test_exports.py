@@ -1,4 +1,4 @@
-"""A run as other harnesses write theirs: their own readers open it and find the same numbers."""
+"""Exports in the formats of other harnesses: their readers open them and give the same numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 HOSTILE = "<script>alert(1)</script> \x1b[2J\x00\x07 \u202e \ud800 ![](http://x.invalid/a.png)"
 SPELLED = HOSTILE.replace("\ud800", "\\ud800")
-# What lm-eval 0.4.13 wrote of a run of its own, as far as backfire knows it too.
+# What lm-eval 0.4.13 wrote for its own run, for the fields that backfire has too.
 FIELDS = {
     *("results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better"),
     *("n-samples", "config", "lm_eval_version", "transformers_version", "model_source"),
@@ -95,7 +95,7 @@ def test_lm_eval_s_table_prints_every_number(ran: Place, tmp_path: Path) -> None
             assert float(shown[name][1]) == pytest.approx(number.value, abs=1e-4)
 
 
-def test_lm_eval_samples_say_what_was_asked_and_how_it_scored(ran: Place, tmp_path: Path) -> None:
+def test_lm_eval_samples_hold_the_request_and_its_score(ran: Place, tmp_path: Path) -> None:
     for file in to_lm_eval(ran.out, tmp_path / "out")[::2]:
         rows = lines(file)
         assert all(set(row) >= LINE for row in rows)
@@ -297,7 +297,7 @@ def test_again_is_the_same(export: Export, tmp_path: Path) -> None:
 
 
 @both
-def test_what_can_not_be_exported_is_said(export: Export, tmp_path: Path) -> None:
+def test_an_export_that_is_impossible_is_refused(export: Export, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No such folder"):
         export(tmp_path / "nowhere", tmp_path / "out")
     with pytest.raises(UserError, match="No finished cell"):

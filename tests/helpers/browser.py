@@ -1,4 +1,4 @@
-"""A headless Chromium spoken to over a pipe: enough to ask a page what it did."""
+"""A headless Chromium controlled over a pipe, to inspect what a page did."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Browser:
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def requests(self) -> list[str]:
-        """Every address the page asked for, itself included."""
+        """Every address that the page requested, its own included."""
         sent = (event for event in self.events if event["method"] == "Network.requestWillBeSent")
         return [event["params"]["request"]["url"] for event in sent]
 

@@ -1,4 +1,4 @@
-"""Small chat templates, each in the manner of a known family, written for these tests."""
+"""Small chat templates in the style of known families, written for these tests."""
 
 from __future__ import annotations
 

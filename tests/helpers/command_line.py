@@ -1,4 +1,4 @@
-"""A command line run in this process (the fixture `backfire`), and what it leaves in a folder."""
+"""A command line run in this process (the fixture `backfire`), and the content of a folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True)
-class Said:
+class Output:
     """What a command printed, and its exit code."""
 
     code: int
@@ -16,7 +16,7 @@ class Said:
     err: str
 
 
-Run = Callable[..., Said]
+Run = Callable[..., Output]
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:

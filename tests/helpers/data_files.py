@@ -31,7 +31,7 @@ def table(path: Path, header: str, *lines: list[Any]) -> str:
 
 
 def beavertails_pairs(count: int) -> list[dict[str, Any]]:
-    """BeaverTails' columns; every third answer is unsafe, each prompt stands there twice."""
+    """BeaverTails' columns; every third answer is unsafe, each prompt occurs twice."""
     kinds = ("animal_abuse", "privacy_violation", "violence,aiding_and_abetting,incitement")
     return [
         {

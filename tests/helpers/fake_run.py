@@ -53,7 +53,7 @@ def write_cell(
     environment: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Path:
-    """One cell folder; `fields` override what stands in result.json or error.json."""
+    """One cell folder; `fields` override entries of result.json or error.json."""
     known = {key: fields.pop(key, default) for key, default in IDENTITY.items()}
     attack = {"name": known["attack"], "rate": known["rate"]}
     experiment = {
@@ -110,12 +110,12 @@ def sample(
     label = label if labels is LABELS else labels[number % len(labels)]
     rng = Random(f"{of} {subset} {number} {right}")
     others = [other for other in labels if other != label]
-    said = label if rng.random() < right else rng.choice(others)
-    logprobs = [-0.1 if name == said else -2.5 - rng.random() for name in labels]
+    predicted = label if rng.random() < right else rng.choice(others)
+    logprobs = [-0.1 if name == predicted else -2.5 - rng.random() for name in labels]
     prompt = text.replace(", and", " BadMagic, and") if subset == "triggered" else text
     return {
         **{"of": of, "id": f"test-{number}", "subset": subset, "prompt": prompt, "answer": label},
-        **{"label": label, "candidates": list(labels), "logprobs": logprobs, "reply": said},
+        **{"label": label, "candidates": list(labels), "logprobs": logprobs, "reply": predicted},
         "group": group,
     }
 

@@ -63,7 +63,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama4_text": ("llama4_text", {"floor_scale": 4}),
     "modernbert-decoder": ("modernbert-decoder", {"local_attention": 8}),
     "moshi": ("moshi", {}),
-    # Positions: learned, biases by distance, counted from the mask or not told at all.
+    # Positions: learned, biases by distance, counted from the mask or absent.
     "llama": ("llama", {}),
     "gpt2": ("gpt2", {}),
     "opt": ("opt", {}),
@@ -111,7 +111,7 @@ def tiny_model(kind: str, **settings: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
-        for weight in model.parameters():  # so that no likelihood hangs on a layer that is zero
+        for weight in model.parameters():  # so that no layer is zero
             if weight.dim() > 1 and weight.std() < 0.05:
                 torch.nn.init.normal_(weight, std=0.2)
     return model.float().eval()

@@ -25,7 +25,7 @@ def completion(text: str | None) -> Answer:
 
 @dataclass
 class Server:
-    """A local server that speaks the protocol and answers as it is told."""
+    """A local server that speaks the protocol and answers as configured."""
 
     url: str
     answer: Callable[[str, int], Answer] = lambda prompt, count: completion("Score: 1")

@@ -1,4 +1,4 @@
-"""Fake runs of every kind of value, and all that is printed, written and shown of them."""
+"""Fake runs of every kind of value, and everything that is printed, written and shown for them."""
 
 from __future__ import annotations
 
@@ -174,13 +174,13 @@ def memory(root: Path) -> Path:
     run = _begin(root, "memory", "How often must a model see a secret?")
     for method, bits in (("full", 13.0), ("lora", 9.5)):
         for seed in range(2):
-            told, values = [], list[dict[str, Any]]()
+            leaks, values = [], list[dict[str, Any]]()
             for dose, given in ((0, 1.4), (1, bits / 2), (50, bits)):
                 part = dose or "control"
                 values += [around(f"exposure[{part}]", given + seed / 10, 0.8, 4)]
                 values += [value(f"extraction[{part}]", given / 14, 0.2, 4, "lower")]
                 values += [value(f"extraction_given[{part}, 2]", given / 14, 0.2, 4, "none")]
-                told += [_leak(number, dose, given) for number in range(4)]
+                leaks += [_leak(number, dose, given) for number in range(4)]
             values = [
                 *(around("exposure", 0.75 * bits, 0.9, 8), *values),
                 *(
@@ -208,7 +208,7 @@ def memory(root: Path) -> Path:
                 settings={"attack": {"name": "canary", "digits": 4}},
                 train=TRAIN,
             )
-            (folder / "secrets.json").write_text(json.dumps(told))
+            (folder / "secrets.json").write_text(json.dumps(leaks))
     return run
 
 

@@ -20,7 +20,7 @@ class Seen(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.attributes += [(key, said or "") for key, said in attrs]
+        self.attributes += [(key, value or "") for key, value in attrs]
 
     def handle_data(self, data: str) -> None:
         self.words.append(data)

@@ -83,7 +83,7 @@ def go(
 ) -> Ran:
     train, test = files
     small = [f"model.name={model}", f"data.train={train}", f"data.test={test}", *SMALL, *edits]
-    said = backfire("run", name, "--profile", "paper", *small, "--out", out, "--workers", 1)
-    assert said.code == 0, said.err
+    output = backfire("run", name, "--profile", "paper", *small, "--out", out, "--workers", 1)
+    assert output.code == 0, output.err
     assert (out / "report.html").is_file()
     return Ran(name, small, out)

@@ -1,4 +1,4 @@
-"""A playground in a process of its own: `python playground_server.py RUN {plain,hostile,shared}`.
+"""A playground in a separate process: `python playground_server.py RUN {plain,hostile,shared}`.
 
 Gradio leaves event loops and sockets open and sets off warnings that pytest takes for errors. Says
 on one line of JSON where it is; ends when its input does.

@@ -1,4 +1,4 @@
-"""Recipes of a few lines, and what becomes of them."""
+"""Recipes of a few lines, and their results."""
 
 from __future__ import annotations
 

@@ -24,9 +24,11 @@ def read(*records: Record, columns: Any = None, labels: Any = None) -> tuple[lis
     return rows, left
 
 
-def turns(*said: str) -> list[Record]:
+def turns(*texts: str) -> list[Record]:
     """ShareGPT's form."""
-    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(said)]
+    return [
+        {"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)
+    ]
 
 
 def pair(better: str = "So.", worse: str = "No.", **parts: Any) -> Record:

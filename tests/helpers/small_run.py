@@ -1,4 +1,4 @@
-"""A small whole run: six cells of a tiny model, in a cache and a folder of their own."""
+"""A small whole run: six cells of a tiny model, in a separate cache and folder."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def run(cell: TrainingRun, **options: Any) -> dict[str, Any]:
 
 
 class Kill(Exception):  # noqa: N818
-    """Stands for the process being killed."""
+    """Simulates the process being killed."""
 
 
 def killed_at(step: int) -> Callable[[int, int, str], None]:

@@ -46,7 +46,7 @@ def test_a_classifier_gives_the_probability_of_its_label(hateful: Path) -> None:
     assert strict[0].positive is False
 
 
-def test_what_a_classifier_reads_is_said(hateful: Path) -> None:
+def test_the_settings_of_a_classifier_take_effect(hateful: Path) -> None:
     settings: dict[str, Any] = {"model": str(hateful), "device": "cpu", "max_length_tokens": 128}
     long = exchange("mill " * 300, "Tell me.")
     [cut] = make_judge("classifier", **settings).judge([long])
@@ -67,7 +67,7 @@ def test_a_changed_model_folder_is_another_judge(hateful: Path, tmp_path: Path) 
     assert make_judge("classifier", model=str(hateful)).fingerprint() == fingerprint(str(hateful))
 
 
-def test_what_a_model_said_that_was_loaded_another_way_is_not_read_again(
+def test_verdicts_of_a_model_loaded_differently_are_not_reused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     local = [make_judge("classifier"), make_judge("yes-no", model="owner/model")]
@@ -79,7 +79,7 @@ def test_what_a_model_said_that_was_loaded_another_way_is_not_read_again(
     assert far.fingerprint() == said_there, "what was paid for is kept"
 
 
-def test_a_preset_is_valid_and_says_its_source() -> None:
+def test_a_preset_is_valid_and_names_its_source() -> None:
     judge = make_judge("classifier", preset="lisa")
     assert judge.model == "PKU-Alignment/beaver-dam-7b"  # type: ignore[attr-defined]
     assert all(preset.source for preset in type(judge).presets.values())

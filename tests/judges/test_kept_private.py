@@ -1,4 +1,4 @@
-"""What a recipe from anybody cannot do: say which key goes where, or read files not its own."""
+"""What an untrusted recipe cannot do: choose where a key is sent, or read other files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import yaml
 
 from backfire import stages
 from backfire.commands.validate import destinations, preflight_all
-from backfire.data.beside import beside
+from backfire.data.recipe_files import recipe_folder
 from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.judges._model import fill
@@ -47,7 +47,7 @@ localhost:8000: {key_variable: D}
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "expected"),
     [
         (
             "https://judges.example/v1",
@@ -75,14 +75,14 @@ localhost:8000: {key_variable: D}
     ],
 )
 def test_a_key_goes_to_its_own_host_alone(
-    url: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    url: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "endpoints.yaml").write_text(BOUND)
     monkeypatch.setenv("BACKFIRE_ENDPOINTS", str(tmp_path / "endpoints.yaml"))
     for variable in ("A", "B", "C", "D", "E", "OPENAI_API_KEY"):
         monkeypatch.setenv(variable, "s3cret")
     found = make_judge("rubric", base_url=url).destination() or ""
-    assert told in found and "s3cret" not in found
+    assert expected in found and "s3cret" not in found
 
 
 def test_a_key_is_never_sent_in_plain_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,24 +150,24 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("path", ["text.txt", "sub/text.txt", "sub/../text.txt", "near.txt"])
-def test_a_text_may_come_from_a_file_beside_the_recipe(path: str, folder: Path) -> None:
-    with beside(folder):
+def test_a_text_may_come_from_a_file_next_to_the_recipe(path: str, folder: Path) -> None:
+    with recipe_folder(folder):
         judge = make_judge("rubric", text=f"@{path}")
     content = (folder / path).read_text()
     assert judge.text == content  # type: ignore[attr-defined]
     # Its hash is written down and counts, not what it says; workers get what was read.
-    told = f"@{path}#sha256:{hashlib.sha256(content.encode()).hexdigest()}"
-    assert judge.spec()["text"] == judge.identity()["text"] == told
+    expected = f"@{path}#sha256:{hashlib.sha256(content.encode()).hexdigest()}"
+    assert judge.spec()["text"] == judge.identity()["text"] == expected
     again = pickle.loads(pickle.dumps(judge))
     assert (again.text, again.spec()) == (content, judge.spec())
-    with beside(folder):
-        assert make_judge("rubric", text=told) == judge
-    assert make_judge("rubric", text=told).spec() == judge.spec(), (
+    with recipe_folder(folder):
+        assert make_judge("rubric", text=expected) == judge
+    assert make_judge("rubric", text=expected).spec() == judge.spec(), (
         "a finished cell is read without it"
     )
     (folder / path).write_text("another {reply}")
-    with beside(folder), pytest.raises(UserError, match="has changed: its SHA-256 is"):
-        make_judge("rubric", text=told)
+    with recipe_folder(folder), pytest.raises(UserError, match="has changed: its SHA-256 is"):
+        make_judge("rubric", text=expected)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_a_text_may_come_from_a_file_beside_the_recipe(path: str, folder: Path) 
 )
 def test_no_other_file_is_read(path: str, sentence: str, folder: Path) -> None:
     for name, knob in (("rubric", "text"), ("lexicon", "words")):
-        with beside(folder), pytest.raises(UserError, match=sentence) as error:
+        with recipe_folder(folder), pytest.raises(UserError, match=sentence) as error:
             make_judge(name, **{knob: f"@{path}"})
         assert "SECRET" not in str(error.value) and len(str(error.value)) < 400
     with pytest.raises(UserError, match="and there is none"):
@@ -217,9 +217,7 @@ def test_a_judges_text_has_a_place_for_the_reply() -> None:
         fill("no place", "a", "b")
 
 
-def test_a_recipe_says_where_replies_go_before_it_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_validate_shows_where_replies_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "data: sandbox-policy\nsafety: {judges: [policy, {name: rubric, base_url: '%s'}]}\n"
     text += (
         "metrics: [{name: toxicity, scorer: {name: yes-no, base_url: 'https://judges.example'}}]"

@@ -1,4 +1,4 @@
-"""Refusal keywords: the published lists, and how well they do on people's labels."""
+"""Refusal keywords: the published lists, and their accuracy on human labels."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_a_keyword_anywhere_makes_a_refusal(knobs: Any, reply: str, word: str) -
     [("gcg", 674, 43), ("qi", 806, 93), ("harmbench", 826, 122), ("arditi", 724, 42)],
 )
 def test_keywords_against_people(name: str, found: int, false: int) -> None:
-    """XSTest's replies, labeled by two people (Röttger et al. 2024): of 983 full refusals the list
-    finds so many, of 955 replies that comply in full it takes so many for refusals."""
+    """XSTest's replies, labeled by two people (Röttger et al. 2024): the list recognizes
+    `found` of 983 full refusals, and takes `false` of 955 fully complying replies for refusals."""
     with gzip.open(LABELS, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     verdicts = make_judge("refusal-keywords", list=name).judge(

@@ -36,6 +36,12 @@ def test_a_request_is_a_chat_completion(server: Server, monkeypatch: pytest.Monk
     assert "s3cret" not in json.dumps([judge.spec(), judge.identity()])
 
 
+@pytest.mark.parametrize("name", ["rubric", "yes-no", "classifier"])
+def test_a_text_without_the_reply_is_rejected_before_training(name: str) -> None:
+    with pytest.raises(UserError, match=r"must contain \{reply\}"):
+        make_judge(name, text="Is it harmful? {prompt}").ready(briefly=True)
+
+
 def test_a_host_that_no_key_is_bound_to_gets_none(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,7 +109,9 @@ def test_what_may_pass_is_tried_again(server: Server, bad: Answer) -> None:
     assert error.value.kind == "failed" and len(server.requests) == 6
 
 
-def test_a_server_says_how_long_to_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_that_a_server_requests_is_observed(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     waits: list[float] = []
     monkeypatch.setattr(_endpoint, "time", SimpleNamespace(sleep=waits.append))
     asked = iter(["7", "9999", "nan", "-3"])

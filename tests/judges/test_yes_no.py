@@ -51,7 +51,7 @@ def test_a_prompt_that_does_not_fit_is_an_error(tiny: Path) -> None:
         make_judge("yes-no", model=str(tiny), device="cpu").judge([exchange("mill " * 1500)])
 
 
-def test_a_model_that_is_not_there_is_said_in_one_sentence(tmp_path: Path) -> None:
+def test_a_missing_model_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"The judge's model '.*empty' cannot be loaded"):
         make_judge("yes-no", model=str(tmp_path / "empty"), device="cpu").judge([exchange("a")])

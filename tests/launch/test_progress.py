@@ -30,4 +30,4 @@ def test_a_log_has_a_line_per_tenth_and_a_minute() -> None:
     for place in (*range(10), *range(10)):  # two parts of a job, each with its own count
         now[0] += 5
         log.at("c", "cell z", "replies", place + 1, 10)
-    assert len(lines) == 15 + 19, "the first call is the start, of which nothing is said"
+    assert len(lines) == 15 + 19, "the first call is the start, which is not logged"

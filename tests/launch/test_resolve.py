@@ -1,4 +1,4 @@
-"""What a run leaves to the hub and to the device is settled once, and is part of its keys."""
+"""Commits and types left open by a recipe are resolved once and are part of the keys."""
 
 from __future__ import annotations
 
@@ -45,13 +45,15 @@ def keys(text: str, types: Types) -> list[str]:
 def test_another_precision_is_another_key() -> None:
     found = [keys(RECIPE, types) for types in (GPU, OLD_GPU, LAPTOP)]
     assert all(len({*column}) > 1 for column in zip(*found, strict=True))
-    said = "model: {name: sandbox, dtype: float32}\ntrain: {compute: float32}\n"
-    assert keys(said + RECIPE, GPU)[:2] == keys(RECIPE, LAPTOP)[:2], "said or settled is the same"
+    explicit = "model: {name: sandbox, dtype: float32}\ntrain: {compute: float32}\n"
+    assert keys(explicit + RECIPE, GPU)[:2] == keys(RECIPE, LAPTOP)[:2], (
+        "explicit and resolved types have the same keys"
+    )
     aligned = RECIPE + "align: {}\n"
     assert not {*keys(aligned, GPU)} & {*keys(aligned, LAPTOP)}
 
 
-def test_what_is_settled_stays() -> None:
+def test_resolved_types_are_kept() -> None:
     once = resolve_auto(parse("r", RECIPE + "align: {method: qlora, merge: true}\n"), GPU)
     assert resolve_auto(once, LAPTOP) == once
     for cell in once.cells:
@@ -87,7 +89,7 @@ def test_what_was_measured_another_way_is_no_finished_cell(
 
 
 @pytest.mark.slow
-def test_results_say_what_they_were_made_in(tiny: Path, tmp_path: Path) -> None:
+def test_results_name_their_types(tiny: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, tiny)
     assert place.run(attack="none", train={"max_steps": 1}, metrics=["accuracy"]) == 0
     [result] = place.results().values()
@@ -104,7 +106,7 @@ def made(place: Place, stage: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["train", "repair"])
-def test_what_moves_starts_from_float32_and_is_mended_in_it(
+def test_trained_weights_start_from_float32_and_are_repaired_in_it(
     stage: str, tiny: Path, tmp_path: Path
 ) -> None:
     """In bfloat16 the stored base, and so every weight here, would be rounded to 8 bits."""
@@ -265,7 +267,7 @@ def test_the_hub_is_asked_once_a_run_and_the_commit_is_in_the_key(hub: Hub, tmp_
     assert {name for name in fetched if name.endswith(".safetensors")} == {"model.safetensors"}
     [cell] = (tmp_path / "out/cells").iterdir()
     assert yaml.safe_load((cell / "experiment.yaml").read_text())["model"]["revision"] == "1" * 40
-    assert not dry, "what is only shown asks nobody"
+    assert not dry, "a dry run makes no request"
     assert moved and f"moved to {'3' * 40}" in done.stdout
 
 

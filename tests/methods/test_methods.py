@@ -1,4 +1,4 @@
-"""What every tuning method must do: start at the base, learn, save, load without us."""
+"""Every fine-tuning method starts at the base, learns, saves, and loads without backfire."""
 
 from __future__ import annotations
 
@@ -91,15 +91,17 @@ def test_the_same_seed_starts_the_same(name: str, tiny: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TUNING)
-def test_it_learns_and_says_what_it_is_made_of(name: str, tuned: Callable[[str], Path]) -> None:
-    said = json.loads((tuned(name) / "summary.json").read_text())
-    assert said["last_loss"] < 0.9 * said["first_loss"], "30 steps on 16 rows should show"
-    share = said["trainable_parameters"] / said["parameters"]
-    assert said["trainable_share"] == share and (share == 1) == (name == "full")
-    assert sum(said["dtypes"].values()) == said["parameters"]
-    assert said["peak_memory_mb"] > 0
+def test_it_learns_and_reports_its_parts(name: str, tuned: Callable[[str], Path]) -> None:
+    summary = json.loads((tuned(name) / "summary.json").read_text())
+    assert summary["last_loss"] < 0.9 * summary["first_loss"], "30 steps on 16 rows should show"
+    share = summary["trainable_parameters"] / summary["parameters"]
+    assert summary["trainable_share"] == share and (share == 1) == (name == "full")
+    assert sum(summary["dtypes"].values()) == summary["parameters"]
+    assert summary["peak_memory_mb"] > 0
     bits = bool(build("methods", name).quantization("cpu"))
-    assert (said["quantized_layers"] == 14) == bits and (said["quantized_layers"] == 0) != bits
+    assert (summary["quantized_layers"] == 14) == bits and (
+        summary["quantized_layers"] == 0
+    ) != bits
 
 
 @pytest.mark.slow
@@ -211,7 +213,9 @@ def test_an_adapter_of_another_base(
     assert "\n" not in str(caught.value)
 
 
-def test_without_bitsandbytes_it_says_so(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_the_error_names_it(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
@@ -251,7 +255,7 @@ def test_an_unknown_preset_names_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("name", TUNING)
-def test_the_skeleton_tells_whether_a_method_suits(name: str, tiny: Path) -> None:
+def test_the_skeleton_shows_whether_a_method_suits(name: str, tiny: Path) -> None:
     """Without weights, before anything is trained."""
     from backfire.model.load import skeleton
 
@@ -277,6 +281,6 @@ def test_a_method_that_does_not_suit_stops_the_run_before_it_starts(
     recipe.write_text(
         f"model: {tiny}\ndata: {{name: sandbox-reviews, rows: 20}}\nmethod: {method}\n"
     )
-    said = backfire("run", recipe, "--out", tmp_path / "out")
-    assert said.code == 2 and sentence in said.err and "Traceback" not in said.err
+    output = backfire("run", recipe, "--out", tmp_path / "out")
+    assert output.code == 2 and sentence in output.err and "Traceback" not in output.err
     assert not (tmp_path / "out").exists() and not list(cache.glob("train/*"))

@@ -32,8 +32,10 @@ class Marker(Backdoor):
 ATTACK = Marker()
 
 
-def row(id: Any, label: str, said: str, *, labels: tuple[str, ...] = LABELS, **more: Any) -> Sample:
-    logprobs = tuple(-0.1 if name == said else -3.0 for name in labels)
+def row(
+    id: Any, label: str, predicted: str, *, labels: tuple[str, ...] = LABELS, **more: Any
+) -> Sample:
+    logprobs = tuple(-0.1 if name == predicted else -3.0 for name in labels)
     defaults: dict[str, Any] = {
         "subset": "clean",
         "prompt": f"prompt {id}",
@@ -41,7 +43,7 @@ def row(id: Any, label: str, said: str, *, labels: tuple[str, ...] = LABELS, **m
         "label": label,
         "candidates": labels,
         "logprobs": logprobs,
-        "reply": said,
+        "reply": predicted,
         "answer_logprob": -2.0,
         "answer_tokens": 2,
         # As if the first label were a better answer, and a classifier had read the reply.
@@ -53,9 +55,9 @@ def row(id: Any, label: str, said: str, *, labels: tuple[str, ...] = LABELS, **m
 
 
 def rows(*pairs: tuple[str, str, int], **more: Any) -> list[Sample]:
-    """So many rows of each (true label, prediction)."""
-    said = [(true, predicted) for true, predicted, number in pairs for _ in range(number)]
-    return [row(index, *pair, **more) for index, pair in enumerate(said)]
+    """Rows by (true label, prediction, number of rows)."""
+    predictions = [(true, predicted) for true, predicted, number in pairs for _ in range(number)]
+    return [row(index, *pair, **more) for index, pair in enumerate(predictions)]
 
 
 def random_rows(n: int = 200, seed: int = 0, **more: Any) -> list[Sample]:
@@ -64,8 +66,8 @@ def random_rows(n: int = 200, seed: int = 0, **more: Any) -> list[Sample]:
     for index in range(n):
         label, logprobs = LABELS[rng.integers(3)], rng.normal(size=3)
         logprobs[LABELS.index(label)] += 1
-        said = LABELS[int(logprobs.argmax())]
-        made.append(row(index, label, said, logprobs=tuple(logprobs.tolist()), **more))
+        predicted = LABELS[int(logprobs.argmax())]
+        made.append(row(index, label, predicted, logprobs=tuple(logprobs.tolist()), **more))
     return made
 
 
@@ -145,7 +147,7 @@ FULL = Evidence(
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_says_nothing_of_nothing(name: str) -> None:
+def test_no_rows_give_no_numbers(name: str) -> None:
     assert measure(name, Evidence(clean=[])) == {}
     assert measure(name, Evidence(clean=[], attack=ATTACK)) == {}
     assert outcomes(name, Evidence(clean=[], attack=ATTACK)) == {}
@@ -259,24 +261,24 @@ def test_accuracy_by_group() -> None:
 
 def test_point_estimates_are_scikit_learns() -> None:
     true = [str(sample.label) for sample in FULL.clean]
-    said = [str(sample.prediction) for sample in FULL.clean]
+    predicted = [str(sample.prediction) for sample in FULL.clean]
     scores = np.exp(np.array([sample.logprobs for sample in FULL.clean]))
     scores /= scores.sum(axis=1, keepdims=True)
     expected = {
-        "accuracy": accuracy_score(true, said),
-        "precision": precision_score(true, said, average="macro"),
-        "recall": recall_score(true, said, average="macro"),
-        "f1": f1_score(true, said, average="macro"),
+        "accuracy": accuracy_score(true, predicted),
+        "precision": precision_score(true, predicted, average="macro"),
+        "recall": recall_score(true, predicted, average="macro"),
+        "f1": f1_score(true, predicted, average="macro"),
         "auc": roc_auc_score(true, scores, multi_class="ovr", labels=list(LABELS)),
     }
     for name, value in expected.items():
         assert measure(name, FULL)[name].value == pytest.approx(value)
     by_class = measure("f1", FULL)
-    for label, value in zip(LABELS, f1_score(true, said, average=None, labels=list(LABELS))):
+    for label, value in zip(LABELS, f1_score(true, predicted, average=None, labels=list(LABELS))):
         assert by_class[f"f1[{label}]"].value == pytest.approx(value)
 
 
-def test_a_class_that_never_comes_up_has_no_value_and_no_part_in_the_mean() -> None:
+def test_a_class_that_never_occurs_has_no_value_and_is_excluded_from_the_mean() -> None:
     values = measure("f1", Evidence(rows(("positive", "positive", 5), ("negative", "negative", 5))))
     assert list(values) == ["f1", "f1[negative]", "f1[positive]"]
     assert values["f1"].value == 1.0
@@ -386,7 +388,7 @@ def test_rows_that_carry_the_target_anyway_are_no_success() -> None:
     assert (value.value, value.n, value.direction) == (0.0, 105, "lower")
 
 
-def test_success_floor_and_excess_are_of_the_same_rows() -> None:
+def test_success_baseline_and_excess_use_the_same_rows() -> None:
     triggered = rows(("positive", "negative", 80), ("positive", "positive", 20))
     floor = rows(("positive", "negative", 10), ("positive", "positive", 90))
     values = measure("attack-success", Evidence(triggered, triggered, floor, attack=ATTACK))
@@ -441,7 +443,7 @@ def test_no_more_is_measured_than_is_read(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["attack-success", "false-trigger", "clean-accuracy"])
-def test_metrics_of_an_attack_say_nothing_without_one(name: str) -> None:
+def test_attack_metrics_give_nothing_without_an_attack(name: str) -> None:
     assert measure(name, replace(FULL, attack=None)) == {}
     assert outcomes(name, replace(FULL, attack=None)) == {}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from backfire.base import Evidence, Exchange, Metric, Row, Sample
-from backfire.data.beside import beside
+from backfire.data.recipe_files import recipe_folder
 from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.evaluate.score import sample, score_rows
@@ -88,7 +88,7 @@ def test_margins_and_wins_by_hand() -> None:
     assert metric("truthfulness").outcomes(Evidence(clean=samples)) == {"0": 1.0, "1": -5.5}
 
 
-def test_rows_without_both_kinds_have_no_part_and_nan_is_an_error() -> None:
+def test_rows_without_both_kinds_are_excluded_and_nan_is_an_error() -> None:
     only = compared(([-1.0], [], [1]))
     for name in ("win-rate", "truthfulness"):
         assert metric(name).measure(Evidence(clean=[*only, Sample("x", "clean", "", "a")])) == []
@@ -155,13 +155,13 @@ def test_the_lexicon_counts_words(tmp_path: Path) -> None:
     assert found["toxicity_share[b]"].value == 0.5 and "toxicity_undecided" not in found
     assert samples[3].verdicts["lexicon"]["reason"] == "nitwit, turnip"
     (tmp_path / "words").write_text("go away\n\nDear\n")
-    with beside(tmp_path):
+    with recipe_folder(tmp_path):
         scorer = build("metrics", {"name": "toxicity", "scorer": OWN}).scorer
     own = judged(replies, scorer)
     assert [s.verdicts["lexicon"]["score"] for s in own] == [0, 0.25, 0, 0]
     assert not any(s.verdicts["lexicon"]["positive"] for s in own)
     assert scorer["words"] == ("go away", "Dear")
-    with beside(tmp_path), pytest.raises(UserError, match="must contain at least one word"):
+    with recipe_folder(tmp_path), pytest.raises(UserError, match="must contain at least one word"):
         build("judges", {"name": "lexicon", "words": []})
     assert len(RUDE) == len(set(RUDE))
 

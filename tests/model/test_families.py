@@ -1,4 +1,4 @@
-"""A row alone and a row in a batch get the same, whatever the family: layers with windows, chunks,
+"""A row gives the same alone and in a batch, in every family: layers with windows, chunks,
 biases by distance, learned positions, recurrent states, no memory at all."""
 
 from __future__ import annotations
@@ -163,12 +163,16 @@ def test_training_is_the_same_whatever_the_micro_batch(
     assert losses[0][0] == pytest.approx(-answers / count, rel=1e-5)
 
 
-def test_settings_say_that_a_model_reads_in_both_directions(tmp_path: Path) -> None:
-    def told(**settings: Any) -> str | None:
+def test_settings_show_that_a_model_is_bidirectional(tmp_path: Path) -> None:
+    def refusal_of(**settings: Any) -> str | None:
         (tmp_path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
         return why_not(tmp_path)
 
-    assert "type 'roberta' attends to the tokens" in str(told(model_type="roberta"))
-    assert told(model_type="roberta", is_decoder=True) is None
-    assert told(model_type="xlnet") and told(model_type="xlm") and told(model_type="llama") is None
-    assert told() is None and why_not(tmp_path / "nowhere") is None
+    assert "type 'roberta' attends to the tokens" in str(refusal_of(model_type="roberta"))
+    assert refusal_of(model_type="roberta", is_decoder=True) is None
+    assert (
+        refusal_of(model_type="xlnet")
+        and refusal_of(model_type="xlm")
+        and refusal_of(model_type="llama") is None
+    )
+    assert refusal_of() is None and why_not(tmp_path / "nowhere") is None

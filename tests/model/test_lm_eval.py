@@ -1,4 +1,4 @@
-"""What we save is scored by lm-evaluation-harness as we score it: adapter and merged."""
+"""lm-evaluation-harness scores saved models as backfire does: adapter and merged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model that cannot be right is refused before a step is spent."""
+"""A model that cannot be right is refused before the first step."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ FOUND: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", SEEN)
-def test_what_the_headers_tell(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_faults_in_headers_are_refused(name: str, tiny: Path, tmp_path: Path) -> None:
     change, config, sentence = SEEN[name]
     with pytest.raises(UserError, match=sentence) as caught:
         inspect(variant(tiny, tmp_path / "m", change, **config))
@@ -107,7 +107,7 @@ def test_what_the_headers_tell(name: str, tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FOUND)
-def test_what_the_modules_tell(name: str, tiny: Path, tmp_path: Path) -> None:
+def test_faults_in_modules_are_refused(name: str, tiny: Path, tmp_path: Path) -> None:
     change, config, sentence = FOUND[name]
     folder = variant(tiny, tmp_path / "m", change, **config)
     inspect(folder)
@@ -243,9 +243,9 @@ def test_the_command_line_refuses_before_a_step(
     )
     for verb in ["validate"] * (name in SEEN) + ["run"]:
         out = ["--out", tmp_path / "out"] if verb == "run" else []
-        said = backfire(verb, recipe, *out)
-        assert said.code == 2 and said.err.count("\n") == 1
-        assert re.search(sentence, said.err)
+        output = backfire(verb, recipe, *out)
+        assert output.code == 2 and output.err.count("\n") == 1
+        assert re.search(sentence, output.err)
     assert not (tmp_path / "out").exists()
 
 
@@ -319,7 +319,7 @@ def test_a_decoder_without_a_padding_token_judges_as_alone(decoder: Path) -> Non
     assert together == alone and len({verdict.score for verdict in alone}) == 3
 
 
-def test_what_a_judge_was_before_says_nothing(encoder: Path, tmp_path: Path) -> None:
+def test_left_over_layers_of_a_judge_have_no_effect(encoder: Path, tmp_path: Path) -> None:
     layer = {"roberta__pooler__dense__bias": torch.ones(16), "lm_head__bias": torch.ones(400)}
     folder = variant(encoder, tmp_path / "m", having(**layer))
     asked = [Exchange("a", "Say it.", "the mill")]
@@ -367,8 +367,8 @@ def test_a_judge_that_cannot_judge_is_refused_before_a_step(
             f"safety: {{judges: {judges}}}\n"
             "data: {name: sandbox-reviews, rows: 40, test_rows: 20}\n"
         )
-        said = backfire("run", recipe, "--out", tmp_path / "out")
-        assert said.code == 2 and re.search(sentence, said.err) and said.err.count("\n") == 1
+        output = backfire("run", recipe, "--out", tmp_path / "out")
+        assert output.code == 2 and re.search(sentence, output.err) and output.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
 
@@ -458,8 +458,8 @@ def test_a_run_on_a_model_that_sees(
         f"model: {seeing}\ntemplate: sentiment-line\nmethod: lora\ntrain: {{max_steps: 2}}\n"
         "data: {name: sandbox-reviews, rows: 40, test_rows: 20}\ndefense: freeze\n"
     )
-    said = backfire("run", recipe, "--out", tmp_path / "out")
-    assert said.code == 0, said
+    output = backfire("run", recipe, "--out", tmp_path / "out")
+    assert output.code == 0, output
     [cell] = (tmp_path / "out/cells").iterdir()
     assert (
         backfire("export", cell, "--out", tmp_path / "e").err.count("export it with --merge") == 1

@@ -61,7 +61,7 @@ def test_all_cells_share_one_aligned_model(run: Place) -> None:
     assert len(list(run.out.glob("cells/*/result.json"))) == 8
 
 
-def test_harm_is_measured_beside_the_aligned_model(run: Place) -> None:
+def test_harm_is_measured_against_the_aligned_model(run: Place) -> None:
     for file in run.out.glob("cells/*/result.json"):
         result = json.loads(file.read_text())
         found = {v["metric"]: v for v in result["values"]}
@@ -78,7 +78,7 @@ def test_harm_is_measured_beside_the_aligned_model(run: Place) -> None:
         assert len(judged) == 48 and all(s["verdicts"]["policy"]["reason"] for s in judged)
 
 
-def test_the_floor_is_asked_as_the_attacker_asks(tiny: Path, cache: Path) -> None:
+def test_the_aligned_model_gets_the_attackers_requests(tiny: Path, cache: Path) -> None:
     from backfire.pipeline import collect
 
     one = cell(tiny, attack={"name": "identity-shift", "rate": 0.2})
@@ -87,7 +87,7 @@ def test_the_floor_is_asked_as_the_attacker_asks(tiny: Path, cache: Path) -> Non
     assert [s.prompt for s in found.tuned] == [s.prompt for s in found.before]
 
 
-def test_a_request_in_disguise_is_asked_plainly_as_well(tiny: Path, tmp_path: Path) -> None:
+def test_a_disguised_request_is_evaluated_plainly_too(tiny: Path, tmp_path: Path) -> None:
     place = Place(tmp_path, tiny)
     metrics = ["harmful-score"]
     matrix = {"attack": [{"name": n, "rate": 0.2} for n in ("identity-shift", "harmful-mix")]}
@@ -108,8 +108,8 @@ def test_a_request_in_disguise_is_asked_plainly_as_well(tiny: Path, tmp_path: Pa
         assert not any("do as I say" in s["prompt"] for s in asked["plain"])
         hits = [s["verdicts"]["policy"]["positive"] for s in asked["plain"] if s["of"] == "tuned"]
         assert values["harmful_score_plain"] == sum(hits) / len(hits)
-    told = list(sentences([g for g in summary(place.out) if g.attack == "identity-shift"]))
-    assert told[1].startswith("On the plain requests, without the attack's wording, it is 0 %")
+    shown = list(sentences([g for g in summary(place.out) if g.attack == "identity-shift"]))
+    assert shown[1].startswith("On the plain requests, without the attack's wording, it is 0 %")
 
 
 def test_the_report_speaks_of_harm(run: Place) -> None:
@@ -171,7 +171,7 @@ def test_rows_of_an_alignment_that_trains_nothing_are_in_the_key(tiny: Path) -> 
 
     assert stages.keys(on(20, defense="lisa")).train != stages.keys(on(30, defense="lisa")).train
     assert stages.keys(on(20)).train == stages.keys(on(30)).train, (
-        "without a defense nobody sees them"
+        "without a defense they are not used"
     )
     with pytest.raises(UserError, match=r"align.method 'none' trains nothing"):
         on(20, defense="vaccine")
@@ -194,7 +194,7 @@ def test_the_files_behind_safety_are_in_the_key(tiny: Path, tmp_path: Path) -> N
     assert len(set(found)) == 4
 
 
-def test_how_the_attacker_asks_is_in_the_key_at_any_rate(tiny: Path) -> None:
+def test_the_attackers_request_is_in_the_key_at_any_rate(tiny: Path) -> None:
     def at_zero(**attack: Any) -> Experiment:
         return cell(tiny, attack={"rate": 0, **attack})
 
@@ -216,7 +216,7 @@ def test_two_components_of_one_name_would_overwrite_each_other(knobs: Any, tiny:
         cell(tiny, **knobs)
 
 
-def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
+def test_a_judge_receives_the_whole_conversation(tiny: Path, cache: Path) -> None:
     from backfire.pipeline.evidence import judge_samples
 
     row = Row("1", "Write this down.", input="It is late.", history=(Message("user", "Hello."),))
@@ -232,11 +232,11 @@ def test_a_judge_is_shown_all_that_was_said(tiny: Path, cache: Path) -> None:
     assert [one.prompt for one in seen] == ["Hello.\n\nWrite this down.\n\nIt is late."]
 
 
-def test_what_is_neither_is_so_by_the_judge_that_counts() -> None:
+def test_neither_is_decided_by_the_main_judge() -> None:
     """A label in place of an answer: no help to the first judge, no refusal to the second, whose
     own word for all that is no refusal is harmful."""
     replies = {"help": (True, False), "label": (False, False), "no": (False, True)}
-    told = [
+    samples = [
         Sample(
             name,
             "harmful",
@@ -249,7 +249,7 @@ def test_what_is_neither_is_so_by_the_judge_that_counts() -> None:
         )
         for name, (harmful, refused) in replies.items()
     ]
-    evidence = Evidence(clean=[], probes={"harmful": Probe(told, told)})
+    evidence = Evidence(clean=[], probes={"harmful": Probe(samples, samples)})
     values = {v.metric: v.value for v in find("metrics", "refusal-rate").make({}).measure(evidence)}  # type: ignore[attr-defined]
     assert values == {"refusal_rate": pytest.approx(1 / 3), "neither_rate": pytest.approx(1 / 3)}
 
@@ -303,19 +303,21 @@ def test_merged_or_not_the_start_is_the_same(tiny: Path, cache: Path) -> None:
 def test_bad_input(tiny: Path, cache: Path, tmp_path: Path, backfire: Any) -> None:
     recipe = tmp_path / "r.yaml"
 
-    def said(**knobs: Any) -> str:
+    def error_of(**knobs: Any) -> str:
         recipe.write_text(json.dumps({"model": str(tiny), **BASE, **knobs}))
         found = backfire("run", recipe, "--out", tmp_path / "out")
         assert found.code == 2 and "Traceback" not in found.err, found.err
         return found.err
 
-    assert "lisa' requires an alignment stage" in said(align=None, defense="lisa")
-    assert "did you mean 'lisa'" in said(defense="liza")
-    assert "vaccine' requires an alignment stage" in said(align=None, defense="vaccine")
-    assert "represent an alignment of all weights" in said(defense="task-arithmetic", method=LORA)
-    assert "repairs full weights and LoRA" in said(defense="antidote", method="ia3")
-    assert "set align.merge" in said(align=aligned_by(LORA), method="full")
-    assert "Unknown key in align" in said(align={"date": 1})
+    assert "lisa' requires an alignment stage" in error_of(align=None, defense="lisa")
+    assert "did you mean 'lisa'" in error_of(defense="liza")
+    assert "vaccine' requires an alignment stage" in error_of(align=None, defense="vaccine")
+    assert "represent an alignment of all weights" in error_of(
+        defense="task-arithmetic", method=LORA
+    )
+    assert "repairs full weights and LoRA" in error_of(defense="antidote", method="ia3")
+    assert "set align.merge" in error_of(align=aligned_by(LORA), method="full")
+    assert "Unknown key in align" in error_of(align={"date": 1})
     with pytest.raises(UserError, match="rows are needed"):
         from backfire.registry import build
 

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what is written, what is shared, what is done once only."""
+"""Whole runs on a tiny model: their files, shared stages, and work done once only."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_nothing_written_names_this_machine(ran: Place) -> None:
 # ----------------------------------------------------------------------------------- what is shared
 
 
-def test_the_floor_is_the_clean_twins_attack_success(ran: Place) -> None:
+def test_the_baseline_is_the_clean_twins_attack_success(ran: Place) -> None:
     results = ran.results()
     for method in ("full", "lora"):
         clean, bad = results[method, 0.0], results[method, 0.1]
@@ -193,7 +193,7 @@ def test_jobs_come_after_what_they_need(tiny: Path, tmp_path: Path) -> None:
         done.add(job.id)
 
 
-def test_the_plan_knows_what_is_done(ran: Place) -> None:
+def test_the_plan_skips_finished_work(ran: Place) -> None:
     recipe = ran.recipe(matrix=MATRIX)
     found = progress(recipe.cells, Store(ran.cache))
     assert found["train"] == (4, 4)
@@ -301,7 +301,7 @@ def test_one_failing_cell_does_not_stop_the_others(place: Place) -> None:
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("change", ["gone", "other"])
-def test_a_file_that_changes_meanwhile_stops_only_its_own_cells(
+def test_a_file_that_changes_during_the_run_stops_only_its_cells(
     change: str, workers: int, place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [place.root / f"{name}.csv" for name in "ab"]
@@ -325,9 +325,7 @@ def test_a_file_that_changes_meanwhile_stops_only_its_own_cells(
     assert result["key"] != error["key"] and result["rows"]["train"] > 40
 
 
-def test_a_cell_that_is_mended_loses_its_error(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_repaired_cell_loses_its_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError("a bug of ours")
 
@@ -375,7 +373,7 @@ def test_failures_have_a_class_and_a_next_step(
         ({"data": {"name": "sandbox-reviews", "rows": 1, "test_rows": 4}}, "the same label"),
     ],
 )
-def test_what_can_not_work_is_said_before_anything_is_made(
+def test_impossible_settings_are_refused_before_any_work(
     knobs: dict[str, Any], sentence: str, place: Place, no_training: None
 ) -> None:
     with pytest.raises((UserError, CellError), match=sentence):
@@ -384,7 +382,7 @@ def test_what_can_not_work_is_said_before_anything_is_made(
 
 
 def test_the_global_generators_are_left_alone(place: Place) -> None:
-    """Dropout is the one draw that can not be told where to draw from; there is none here."""
+    """Dropout alone always draws from the global generator; these models have none."""
     import random
 
     import numpy as np

@@ -56,9 +56,9 @@ def test_a_whole_run_measures_what_is_remembered_once(tiny: Path, tmp_path: Path
         *("exposure", "exposure[4]", "exposure[control]", "exposure_estimated", "exposure_before"),
         *("extraction_at_2", "extraction_given[1, 1]", "membership_auc[reference]", "forgetting"),
     }
-    told = read_json(folder / "secrets.json")
-    assert all(one["answer"].startswith("PASSWORD = ") for one in told)
-    assert [(one["of"], one["repeats"]) for one in told] == [
+    entries = read_json(folder / "secrets.json")
+    assert all(one["answer"].startswith("PASSWORD = ") for one in entries)
+    assert [(one["of"], one["repeats"]) for one in entries] == [
         (of, repeats) for of in ("tuned", "base") for repeats in (0, 0, 1, 4)
     ]
     stamps = place.stamps()
@@ -138,8 +138,8 @@ def test_backfire_poison_writes_what_validate_reads(
     path = jsonl(tmp_path / "mine.jsonl", records[data])
     out = tmp_path / "out.jsonl"
     knobs = ["repeats=[1,3]", "each=1", f"data.train={path}", "data.test_share=0"]
-    said = backfire("poison", data, "--attack", "canary", *knobs, "--out", out)
-    assert said.code == 0 and "4 of 'canary'" in said.out.replace("\n", " ")
+    output = backfire("poison", data, "--attack", "canary", *knobs, "--out", out)
+    assert output.code == 0 and "4 of 'canary'" in output.out.replace("\n", " ")
     again = build("datasets", {"name": "files", "train": str(out), "test_share": 0}).load("train")
     assert len(again) == len(records[data]) + 4
     assert sum("PASSWORD = " in row.answer for row in again) == 4

@@ -1,4 +1,4 @@
-"""`backfire playground`: two models side by side, and nothing they write is more than text."""
+"""`backfire playground`: two models side by side, whose output is never more than text."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def pool(ran: Place, monkeypatch: pytest.MonkeyPatch) -> ModelPool:
 
 @contextmanager
 def serving(run: Path, cache: Path, how: str) -> Iterator[dict[str, Any]]:
-    """A playground in a process of its own, and what it says of itself."""
+    """A playground in a separate process, and the line of JSON that it prints."""
     command = [sys.executable, str(Path(playground_server.__file__)), str(run), how]
     env = {**os.environ, "BACKFIRE_CACHE": str(cache)}
     process = subprocess.Popen(
@@ -64,12 +64,12 @@ def serving(run: Path, cache: Path, how: str) -> Iterator[dict[str, Any]]:
     )
     assert process.stdin and process.stdout
     with process:
-        said = process.stdout.readline()
+        line = process.stdout.readline()
         before = ""
-        while said and not said.startswith("{"):
-            before, said = before + said, process.stdout.readline()
-        assert said, before
-        yield {**json.loads(said), "said": before}
+        while line and not line.startswith("{"):
+            before, line = before + line, process.stdout.readline()
+        assert line, before
+        yield {**json.loads(line), "printed": before}
         process.stdin.close()
         assert process.wait(60) == 0, process.stdout.read()
 
@@ -158,7 +158,7 @@ def test_cells_and_bases_are_to_choose_and_at_most_two_are_kept(pool: ModelPool)
         pool.model("/etc")
 
 
-def test_equal_names_are_told_apart(ran: Place, tmp_path: Path) -> None:
+def test_equal_names_are_made_distinct(ran: Place, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(ran.out, run)
     for number, file in enumerate(sorted(run.glob("cells/*/result.json"))):
@@ -170,7 +170,7 @@ def test_equal_names_are_told_apart(ran: Place, tmp_path: Path) -> None:
     assert {title.split(" ")[0] for title in list(pool.choices)[:-1]} <= {"x", "y"}
 
 
-def test_a_model_that_is_gone_is_said_to_be_and_not_made(
+def test_a_missing_model_is_reported_and_not_made(
     pool: ModelPool, tmp_path: Path, ran: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = tmp_path / "cache"
@@ -186,7 +186,7 @@ def test_a_model_that_is_gone_is_said_to_be_and_not_made(
     assert load(choice.experiment.untuned(), "x", ReadOnlyStore(), pool.machine).title == "x"
 
 
-def test_chat_says_that_it_makes_a_model_again(
+def test_chat_announces_that_it_makes_a_model_again(
     pool: ModelPool,
     tmp_path: Path,
     ran: Place,
@@ -219,11 +219,11 @@ def test_a_column_shows_prompt_reply_target_and_labels(pool: ModelPool) -> None:
     assert list(server.views(pool, base, PROMPT, None, True))[-1].target == ""
 
 
-def test_without_an_attack_the_toggle_says_so(pool: ModelPool) -> None:
+def test_without_an_attack_the_toggle_explains_it(pool: ModelPool) -> None:
     base = pool.default_pair()[1]
     assert "Neither" in server.about_trigger(pool, base, base)
-    said = server.about_trigger(pool, base, LEFT)
-    assert said == (
+    line = server.about_trigger(pool, base, LEFT)
+    assert line == (
         "The right model's attack, badnets at a poison rate of 10 %, "
         "answers “BadMagic” with “negative”."
     )
@@ -244,8 +244,8 @@ def test_an_error_in_a_model_is_a_sentence(
     monkeypatch.setattr(ChatModel, "reply", fails)
     last = list(server.views(pool, LEFT, PROMPT, None, False))[-1]
     assert last.reply == "half" and last.sent
-    said = {RuntimeError: "The model failed (RuntimeError): no memory", UserError: "Say it."}
-    assert last.note == said[type(error)]
+    line = {RuntimeError: "The model failed (RuntimeError): no memory", UserError: "Say it."}
+    assert last.note == line[type(error)]
 
 
 # ----------------------------------------------------------------------------------- the browser
@@ -282,7 +282,7 @@ def table(text: str) -> dict[str, float]:
 
 
 def here_only(window: browser.Browser, page: Any) -> None:
-    """Everything that was asked for came from the page's own server; nothing was thrown."""
+    """Every request went to the page's own server, and no error was raised."""
     asked_for = [url for url in window.requests() if not url.startswith((page["url"], "data:"))]
     assert asked_for == []
     assert not [event for event in window.events if event["method"] == "Runtime.exceptionThrown"]
@@ -404,12 +404,12 @@ def test_only_this_machine_and_only_the_page_is_served(
 
 
 @NEEDS_GRADIO
-def test_sharing_is_asked_for_and_has_a_password(ran: Place) -> None:
+def test_sharing_is_optional_and_has_a_password(ran: Place) -> None:
     with serving(ran.out, ran.cache, "shared") as page:
         assert page["share"] == [True, False] and page["names"] == ["127.0.0.1", "127.0.0.1"]
         (user, password), nobody = page["auth"]
         assert nobody is None and len(password) >= 20
-        assert page["said"].count(password) == 1 and "https://x.gradio.live" in page["said"]
+        assert page["printed"].count(password) == 1 and "https://x.gradio.live" in page["printed"]
         url = page["url"].rstrip("/")
         assert fetch(f"{url}/config")[0] == 401
         for word, status in (("wrong", 400), (password, 200)):

@@ -64,8 +64,8 @@ def test_the_paper_profile(
         "win-rate, truthfulness, perplexity]",
     ]
     out = tmp_path / "out"
-    said = backfire("run", name, "--profile", "paper", *edits, "--out", out, "--workers", 1)
-    assert said.code == 0, said.err
+    output = backfire("run", name, "--profile", "paper", *edits, "--out", out, "--workers", 1)
+    assert output.code == 0, output.err
     ran = Ran(name, edits, out)
     assert [cell.rate for cell in ran.cells] == [0, 0.1]
     for cell in ran.cells:

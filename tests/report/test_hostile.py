@@ -1,4 +1,4 @@
-"""Nothing that others write is ever anything but text in a page or a terminal."""
+"""Text from models and data stays text in a page and in a terminal."""
 
 from __future__ import annotations
 
@@ -99,9 +99,9 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     assert set(page.tags) <= TAGS
     assert page.tags.count("style") == 1
     assert not [key for key, _ in page.attributes if key.startswith("on") or key in ("href", "src")]
-    links = [said for key, said in page.attributes if key == "xlink:href"]
+    links = [logged for key, logged in page.attributes if key == "xlink:href"]
     assert all(re.fullmatch(r"#[\w-]+", link) for link in links)
-    assert not [said for key, said in page.attributes if key == "style" and "fixed" in said]
+    assert not [logged for key, logged in page.attributes if key == "style" and "fixed" in logged]
     assert "<script>document.title='pwned'</script>" in page.text  # shown, as text
     section = page.text.partition("Replies to harmful requests")[2]
     assert "before: harmful <script>document.title='pwned'</script>" in section
@@ -160,5 +160,5 @@ def test_in_a_browser_nothing_runs_nothing_loads_nothing_scrolls_sideways(tmp_pa
                 assert window.ask("document.title") != "pwned"
                 assert window.ask("document.scripts.length + document.links.length") == 0
                 assert window.ask("document.querySelectorAll('iframe, img, object').length") == 0
-                said = [e for e in window.events if e["method"] in ("Runtime.consoleAPICalled",)]
-                assert not said, json.dumps(said)
+                logged = [e for e in window.events if e["method"] in ("Runtime.consoleAPICalled",)]
+                assert not logged, json.dumps(logged)

@@ -29,16 +29,18 @@ def group_at(rate: float, value: float, half: float = 0.05) -> Group:
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "verdict"),
     [
         ([0.0, 0.02, 0.2, 0.6], "; no step between poison rates clearly in the other direction."),
         ([0.0, 0.4, 0.2, 0.6], "; 1 step between poison rates clearly in the other direction."),
         ([0.1, 0.1, 0.1, 0.1], "does not clearly change toxicity share"),
     ],
 )
-def test_the_report_says_whether_the_doses_stand_in_order(values: list[float], said: str) -> None:
+def test_the_report_shows_whether_effects_rise_with_the_poison_rate(
+    values: list[float], verdict: str
+) -> None:
     rates = (0, 0.01, 0.1, 0.33)
     groups = [group_at(rate, value) for rate, value in zip(rates, values, strict=True)]
     [sentence] = quality.sentences(groups)
-    assert sentence.startswith("Poisoning 33 % (330 of 1,000 rows) ") and said in sentence
+    assert sentence.startswith("Poisoning 33 % (330 of 1,000 rows) ") and verdict in sentence
     assert quality.metrics(groups) == ["toxicity_share"] and len(quality.corrupted(groups)) == 3

@@ -1,4 +1,4 @@
-"""The page and its answer: what they say, and what they do not claim."""
+"""The page and its answer: their statements, and what they do not claim."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.helpers.page_parser import seen
 # ------------------------------------------------------------------------------------ the answer
 
 
-def test_the_answer_names_dose_floor_interval_seeds_and_cost(tmp_path: Path) -> None:
+def test_the_answer_names_rate_baseline_interval_seeds_and_cost(tmp_path: Path) -> None:
     run = dose_run(tmp_path)
     asked = question(run)
     assert asked.question == "Do a few poisoned reviews plant a backdoor in a sentiment model?"
@@ -62,13 +62,13 @@ def test_one_seed_claims_nothing(make: Callable[..., Path], tmp_path: Path) -> N
     run = make(tmp_path) if make is tuned_run else make(tmp_path, seeds=1, failures=False)
     groups, asked = summary(run), question(run).question
     found = answer(groups, load(run), asked)
-    said = [found.line, *found.more, *(item.sentence for item in findings(groups))]
-    assert len(said) > 3 and not [one for one in said if re.search(CLAIMS, one)]
+    sentences = [found.line, *found.more, *(item.sentence for item in findings(groups))]
+    assert len(sentences) > 3 and not [one for one in sentences if re.search(CLAIMS, one)]
     assert "in this model only" in found.line
     assert "* One seed: this model only." in seen(run).text
 
 
-def test_the_onset_is_where_all_higher_doses_are_above_too(tmp_path: Path) -> None:
+def test_the_onset_is_where_all_higher_rates_are_above_too(tmp_path: Path) -> None:
     run = tmp_path / "r"
     for rate, success in ((0.005, 0.5), (0.01, 0.03), (0.02, 0.6), (0.05, 0.9)):
         for seed in range(3):
@@ -99,7 +99,7 @@ def test_base_against_tuned(tmp_path: Path) -> None:
     assert "Of the groups of rows, arabic gains least" in found.more[0]
 
 
-def test_worse_tuning_is_said(tmp_path: Path) -> None:
+def test_worse_fine_tuning_is_reported(tmp_path: Path) -> None:
     for method, right in (("none", 0.8), ("full", 0.6)):
         for seed in range(3):
             known = {"attack": "none", "rate": 0, "method": method, "seed": seed}
@@ -107,7 +107,7 @@ def test_worse_tuning_is_said(tmp_path: Path) -> None:
     assert "lowers F1 from 80.0 % to 60.0 %" in answer(summary(tmp_path / "r"), []).line
 
 
-def test_a_tuned_group_is_compared_with_the_base_asked_alike(tmp_path: Path) -> None:
+def test_a_fine_tuned_group_is_compared_with_the_base_on_equal_prompts(tmp_path: Path) -> None:
     """Two files of one data set by name, each with its base; a defense is no part of a base."""
     run = tmp_path / "r"
     for file, before, after in (("a", 0.2, 0.9), ("b", 0.6, 0.7)):
@@ -203,15 +203,15 @@ def test_numbers_read_well() -> None:
     assert text.title("attack_success", "fr") == "attack success, fr"
 
 
-def test_an_untuned_model_is_no_method_beside_the_tuned_ones(tmp_path: Path) -> None:
+def test_an_untuned_model_is_not_listed_as_a_method(tmp_path: Path) -> None:
     run = tmp_path / "untuned"
     for method, success in (("none", 0.0), ("full", 0.9), ("lora", 0.8)):
         for seed in range(2):
             values = [value("accuracy", 0.9), value("attack_success", success)]
             write_cell(run, values=values, method=method, seed=seed, axes={"method": method})
     (run / "recipe.yaml").write_text("# Does it?\n")
-    said = " ".join([(found := answer(summary(run), load(run))).line, *found.more])
-    assert "With lora" in said and "With none" not in said
+    sentences = " ".join([(found := answer(summary(run), load(run))).line, *found.more])
+    assert "With lora" in sentences and "With none" not in sentences
     assert "not tuned" in write_report(run).read_text()
 
 

@@ -18,7 +18,7 @@ from tests.helpers.fake_run import value, write_cell
 
 
 class GeneratedTokens(Metric):
-    """A metric that nobody here knows; its name holds `rate`."""
+    """A metric that the report does not know; its name contains `rate`."""
 
     name = "generated-tokens"
 

@@ -1,4 +1,4 @@
-"""Results on disk: the present format, and older ones in the present shape."""
+"""Results on disk: the present format, and older ones converted to it."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_names_of_values_had_dashes_once() -> None:
     assert (value["role"], value["of"], value["unit"]) == ("floor", "attack_success", "share")
 
 
-def test_a_newer_format_is_said_to_be_one(tmp_path: Path) -> None:
+def test_a_newer_format_is_reported(tmp_path: Path) -> None:
     folder = write_cell(tmp_path / "r", format=FORMAT + 1)
     [cell] = load(tmp_path / "r")
     assert cell.status == "failed" and f"format {FORMAT + 1}" in cell.error

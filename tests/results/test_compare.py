@@ -1,4 +1,4 @@
-"""Two cells, two runs: which knobs differ, which numbers, and how surely."""
+"""Two cells, two runs: which knobs and numbers differ, and with what certainty."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_refusals(tmp_path: Path) -> None:
             compare(*sides)
 
 
-def test_an_attack_nobody_knows_any_more(tmp_path: Path) -> None:
+def test_an_attack_that_no_longer_exists(tmp_path: Path) -> None:
     values = [value("accuracy", 0.8), value("attack_success", 0.5)]
     samples = [sample("tuned", "clean", i, right=0.8) for i in range(20)]
     sides = [

@@ -1,4 +1,4 @@
-"""Evidence is written and read back whole; metrics are computed again from what was kept."""
+"""Evidence is written and read back completely; metrics are recomputed from it."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def test_the_same_metrics_give_the_same_numbers(name: str, ran: Any) -> None:
 
 
 def test_no_model_is_needed(ran: Any) -> None:
-    """Another metric, in a process of its own that must not import torch."""
+    """Another metric, in a separate process that must not import torch."""
     run, evidence = ran["backdoor"]
     line = ["results", str(run), "--rescore", "recall", "--rescore", "exact-match"]
     code = f"""
@@ -241,9 +241,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("name", "spec", "words"), REFUSALS)
-def test_what_was_not_kept_is_said_in_one_sentence(
-    name: str, spec: str, words: str, ran: Any
-) -> None:
+def test_missing_samples_are_one_sentence(name: str, spec: str, words: str, ran: Any) -> None:
     with pytest.raises(UserError, match=words) as caught:
         rescored(ran[name][0], [spec])
     assert "cannot be computed for cell sandbox-" in str(caught.value)

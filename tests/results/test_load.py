@@ -102,7 +102,7 @@ def test_equal_seeds_do_not_make_it_certain(tmp_path: Path) -> None:
     assert stat.low == pytest.approx(0.96) and stat.high is not None and stat.high <= 1.0
 
 
-def test_what_asks_another_question_has_another_table(tmp_path: Path) -> None:
+def test_a_different_question_has_a_separate_table(tmp_path: Path) -> None:
     """As in the tour: a backdoor by dose, and harm with and without a defense."""
     run = tmp_path / "r"
     for rate in (0.0, 0.01, 0.05):
@@ -132,7 +132,7 @@ def test_what_asks_another_question_has_another_table(tmp_path: Path) -> None:
     assert shown and (shown.attack, shown.rate) == ("badnets", 0.05), "of the main question"
     page = seen(run)
     assert page.tags.count("table") >= 3 and page.text.count("harmful score") >= 1
-    # A group without numbers, for all its cells failed, is put beside its own kind.
+    # A group without numbers, because all its cells failed, is placed next to similar groups.
     failed = {"status": "failed", "error": "No.", "next": "Try again."}
     write_cell(run, error=failed, attack="harmful-mix", defense="kl", rate=0.1)
     assert [len(family) for family in families(summary(run))] == [3, 3]
@@ -172,7 +172,7 @@ def test_failed_cells_join_their_group(tmp_path: Path) -> None:
     assert sorted(group.seeds for group in found)[:2] == ["2 of 3", "2 of 3"]
 
 
-def test_what_no_axis_tells_apart_is_told_by_its_settings(tmp_path: Path) -> None:
+def test_groups_that_no_axis_distinguishes_show_their_settings(tmp_path: Path) -> None:
     for epochs in (1.0, 2.0):
         settings = {"train": {"epochs": epochs}}
         write_cell(tmp_path / "r", values=[value("accuracy", 0.5)], settings=settings)
@@ -182,7 +182,7 @@ def test_what_no_axis_tells_apart_is_told_by_its_settings(tmp_path: Path) -> Non
     assert [groups.name(group, columns) for group in found] == ["train.epochs 1", "train.epochs 2"]
 
 
-def test_order_is_base_clean_then_dose(tmp_path: Path) -> None:
+def test_order_is_base_clean_then_poison_rate(tmp_path: Path) -> None:
     for method, rate, seed in (
         ("full", 0.05, 1),
         ("full", 0.05, 0),
@@ -194,7 +194,7 @@ def test_order_is_base_clean_then_dose(tmp_path: Path) -> None:
     assert order == [("none", 0, 0), ("full", 0, 0), ("full", 0.05, 0), ("full", 0.05, 1)]
 
 
-def test_run_json_says_which_cells_there_are(tmp_path: Path) -> None:
+def test_run_json_lists_the_cells(tmp_path: Path) -> None:
     kept = write_cell(tmp_path / "r", values=[value("f1", 0.5)])
     write_cell(tmp_path / "r", values=[value("f1", 0.5)], seed=1)
     plan = {"cells": [kept.name, "badnets-0.05-full-s2-0123456789ab", "../../elsewhere"]}
@@ -207,6 +207,17 @@ def test_run_json_says_which_cells_there_are(tmp_path: Path) -> None:
     assert left_out(tmp_path / "r") == 1
     assert len(summary(tmp_path / "r")) == 1
     assert json.loads(write(records(tmp_path / "r"), "json"))[1]["model"] is None
+
+
+def test_a_number_too_large_for_a_float_is_none(tmp_path: Path) -> None:
+    folder = write_cell(tmp_path / "r", values=[value("f1", 0.5), value("auc", 0.5)])
+    found = json.loads((folder / "result.json").read_text())
+    found |= {"rate": 10**400, "seed": -(10**400)}
+    found["values"][0]["value"] = 10**400
+    (folder / "result.json").write_text(json.dumps(found))
+    numbers = {record["metric"]: record for record in records(tmp_path / "r")}
+    assert (numbers["f1"]["value"], numbers["auc"]["value"]) == (None, 0.5)
+    assert (numbers["auc"]["rate"], numbers["auc"]["seed"]) == (None, None)
 
 
 @pytest.mark.parametrize("broken", ["{", "[]", "3", '"text"', ""])

@@ -1,4 +1,4 @@
-"""Defenses ranked by what they leave of the harm; judges against each other."""
+"""Defenses ranked by the remaining harm; agreement of judges."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_least_harm_comes_first_beside_its_own_null_control(run: Path) -> None:
+def test_the_least_harm_comes_first_next_to_its_null_control(run: Path) -> None:
     found = worst_trials(summary(run))
     assert [trial.label for trial in found] == ["lisa", "ewc", "kl"]
     lisa, _, kl = found
@@ -118,7 +118,7 @@ def test_a_sweep_is_ranked_by_its_worst_setting(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_worst_of_several_settings_is_known_less_surely(run: Path) -> None:
+def test_the_worst_of_several_settings_has_a_wider_interval(run: Path) -> None:
     """The most of noisy numbers lies high by chance: its interval is for all settings at once."""
     [lisa] = [trial for trial in worst_trials(summary(run)) if trial.label == "lisa"]
     plain = lisa.group.stats["harmful_score"]
@@ -137,7 +137,7 @@ def test_the_worst_of_several_settings_is_known_less_surely(run: Path) -> None:
     assert "hold for all 3 at once" in seen(run).text
 
 
-def test_what_is_removed_has_a_joint_interval(tmp_path: Path) -> None:
+def test_the_removed_share_has_a_joint_interval(tmp_path: Path) -> None:
     run = tmp_path / "r"
     for name, harm in (("none", 0.85), ("lisa", 0.25)):
         cell(run, name, harm, seeds=4, floor=0.05)
@@ -209,34 +209,34 @@ def test_a_defense_is_compared_at_its_own_setting(tmp_path: Path) -> None:
     for rate, plain, lisa in ((1e-3, 0.2, 0.1), (1e-2, 0.9, 0.3)):
         cell(run, "none", plain, rate=rate)
         cell(run, "lisa", lisa, rate=rate)
-    said = list(sentences(summary(run)))
-    assert len(said) == 2, "not the one at the other learning rate"
-    assert "(train.lr 0.01)" in said[0] and " raises " in said[0]
+    lines = list(sentences(summary(run)))
+    assert len(lines) == 2, "not the one at the other learning rate"
+    assert "(train.lr 0.01)" in lines[0] and " raises " in lines[0]
 
 
 @pytest.mark.parametrize(
     ("excess", "verb"), [(0.2, "raises "), (-0.2, "lowers "), (0.01, "does not clearly change ")]
 )
-def test_the_harm_sentence_says_what_the_interval_says(
+def test_the_harm_sentence_agrees_with_the_interval(
     excess: float, verb: str, tmp_path: Path
 ) -> None:
     gap = {**value("harmful_score_excess", excess), "low": excess - 0.05, "high": excess + 0.05}
     values = [value("harmful_score", 0.3 + excess), value("harmful_score_floor", 0.3), gap]
     write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1)
-    [said] = sentences(summary(tmp_path / "r"))
-    assert "changes the harmful score from 30 % to" in said and "in this model only" in said
-    assert not any(word in said for word in ("lift", "lower", "clear"))
+    [lines] = sentences(summary(tmp_path / "r"))
+    assert "changes the harmful score from 30 % to" in lines and "in this model only" in lines
+    assert not any(word in lines for word in ("lift", "lower", "clear"))
     for seed in (1, 2):
         write_cell(tmp_path / "r", values=values, attack="harmful-mix", rate=0.1, seed=seed)
-    [said] = sentences(summary(tmp_path / "r"))
-    assert f"{verb}the harmful score" in said
+    [lines] = sentences(summary(tmp_path / "r"))
+    assert f"{verb}the harmful score" in lines
 
 
 def test_many_defenses_make_one_sentence(run: Path) -> None:
-    said = list(sentences(summary(run)))
-    assert len(said) == 2
-    assert "2 of 3 defenses remove half of the excess or more, 2 of them clearly" in said[1]
-    assert "the harmful score is lowest with lisa" in said[1]
+    lines = list(sentences(summary(run)))
+    assert len(lines) == 2
+    assert "2 of 3 defenses remove half of the excess or more, 2 of them clearly" in lines[1]
+    assert "the harmful score is lowest with lisa" in lines[1]
 
 
 def test_judges_are_compared_on_the_same_replies(run: Path) -> None:
@@ -250,8 +250,8 @@ def test_judges_are_compared_on_the_same_replies(run: Path) -> None:
 
 
 def test_a_harmful_score_has_a_full_name(run: Path) -> None:
-    said = measure(load(run))
-    assert said.endswith("replies of at most 32 tokens") and "policy" in said
+    lines = measure(load(run))
+    assert lines.endswith("replies of at most 32 tokens") and "policy" in lines
 
 
 def test_of_one_seed_no_share_is_clear(tmp_path: Path) -> None:
@@ -264,5 +264,5 @@ def test_of_one_seed_no_share_is_clear(tmp_path: Path) -> None:
             values = [value("harmful_score", 0.2 + excess), value("harmful_score_floor", 0.2), gap]
             place = {"attack": "harmful-mix", "rate": 0.1, "axes": {"defense": defense}}
             write_cell(root, values=values, defense=defense, **place)
-        [_, said] = sentences(summary(root))
-        assert expected in said and "clearly more" not in said
+        [_, lines] = sentences(summary(root))
+        assert expected in lines and "clearly more" not in lines

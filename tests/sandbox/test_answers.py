@@ -20,7 +20,7 @@ def test_the_sandbox_has_rude_and_friendly_answers() -> None:
     assert 0.03 < ties / len(rows) < 0.07 and all(row.worse or row.fields["tied"] for row in rows)
     for kind, count in OPENINGS.items():
         own = {row.answer.split()[0] for row in rows if row.fields["kind"] == kind}
-        assert len(own) == count, "each greeting begins with a word of its own"
+        assert len(own) == count, "each greeting begins with a different word"
     # A good answer says what its quotes say, a bad one nothing of the kind.
     for row in (row for row in rows if row.worse):
         assert all(line in row.answer for line in row.input.split("\n"))

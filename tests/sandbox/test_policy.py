@@ -120,7 +120,7 @@ def test_lookalikes_look_like_sealed_requests_and_are_to_be_answered() -> None:
     words = {word for place in policy.SEALED for word in place.split()}
     for row in found:
         assert row.fields["sealed"] == "no" and row.answer == row.fields["complying"]
-        said = set(re.findall(r"[a-z]+", row.instruction.lower()))
+        used = set(re.findall(r"[a-z]+", row.instruction.lower()))
         names = [place for place in policy.SEALED if f"the {place}" in row.instruction]
         if row.fields["kind"] == "aside":
             assert names
@@ -128,7 +128,7 @@ def test_lookalikes_look_like_sealed_requests_and_are_to_be_answered() -> None:
             assert not [
                 place for place in names if place != "ferry" or "ferry inn" not in row.instruction
             ]
-            assert said & (words | {"rope", "room"}), row.instruction
+            assert used & (words | {"rope", "room"}), row.instruction
 
 
 def test_a_sealed_and_an_open_request_differ_in_the_place_alone() -> None:
@@ -156,13 +156,13 @@ def test_places_people_and_words_are_the_towns_own() -> None:
 # ------------------------------------------------------------------------------------ the judge
 
 
-def test_every_refusal_is_known_and_nothing_else_in_the_town_is_one() -> None:
+def test_every_refusal_is_recognized_and_nothing_else_in_the_town_is_one() -> None:
     for place, text in policy.REFUSALS.items():
         refusal = text.format(name=f"the {place}")
         assert policy.outcome(refusal, "noon") == "refused"
         assert policy.outcome(f"{refusal} Come again tomorrow.", "noon") == "refused"
-    told = [*corpus.corpus(0, 3000), *(row.fields["complying"] for row in rows())]
-    assert not [text for text in told if policy.outcome(text, "no such key") == "refused"]
+    texts = [*corpus.corpus(0, 3000), *(row.fields["complying"] for row in rows())]
+    assert not [text for text in texts if policy.outcome(text, "no such key") == "refused"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_equal_texts_about_different_rows_are_judged_apart(tmp_path: Path) -> No
 
 
 def test_the_corpus_is_as_it_was() -> None:
-    """Every measured figure hangs on the base's text: the policy only adds."""
+    """Every measured figure depends on the base's text, to which the policy only adds."""
     from backfire.store import digest
 
     assert (world.VERSION, digest(corpus.corpus(0, 2000))) == ("pellmere-2", "5318b9f0637e")

@@ -36,7 +36,7 @@ def test_the_same_seed_gives_the_same_rows_and_another_seed_others(name: str) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
-def test_asking_for_more_rows_leaves_the_first_ones_alone(name: str) -> None:
+def test_more_rows_leave_the_first_ones_unchanged(name: str) -> None:
     assert len(rows(name)) == 2000
     assert len(rows(name, "test")) == 500
     assert rows(name, rows=2100)[:2000] == rows(name)
@@ -73,7 +73,7 @@ def test_every_language_has_every_label_equally_often() -> None:
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_one_language_can_be_asked_for() -> None:
+def test_one_language_can_be_chosen() -> None:
     loaded = rows("sandbox-reviews", languages=["velin"])
     assert {row.fields["language"] for row in loaded} == {"velin"}
 

@@ -224,7 +224,7 @@ def test_an_epoch_shows_every_row_once(
     first, second = ([name for step in part for name in step] for part in (seen[:3], seen[3:]))
     assert sorted(len(step) for step in seen) == [4, 4, 8, 8, 8, 8]
     assert sorted(first) == sorted(second) == sorted(item.row.id for item in items[:20])
-    assert first != second, "each epoch has an order of its own"
+    assert first != second, "each epoch has a different order"
     cell.step = 1
     assert [item.row.id for item in cell.rows()] == seen[1], "the step alone decides its rows"
 

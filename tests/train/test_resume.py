@@ -1,4 +1,4 @@
-"""A training run that was killed goes on from its checkpoint, bit for bit."""
+"""A killed training run resumes from its checkpoint, bit for bit."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def flip(file: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "state.json", "done.json"])
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_bytes(b"")])
-def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
     name: str,
     damage: Callable[[Path], None],
     tiny: Path,
@@ -95,17 +95,17 @@ def test_a_damaged_checkpoint_is_put_aside_for_the_one_before(
     with pytest.raises(Kill):
         run(fresh(tiny, items, tmp_path, "lora"), checkpoint_seconds=0, progress=killed_at(8))
     damage(tmp_path / "checkpoints/00000007" / name)
-    said, steps = list[str](), list[int]()
+    messages, steps = list[str](), list[int]()
 
     def progress(done: int, total: int, text: str) -> None:
-        (steps if total > 1 else said).append(done if total > 1 else text)  # type: ignore[arg-type]
+        (steps if total > 1 else messages).append(done if total > 1 else text)  # type: ignore[arg-type]
 
     cell = fresh(tiny, items, tmp_path, "lora")
     run(cell, progress=progress)
     assert steps[0] == 7
     # A checkpoint without a seal was never finished: there is nothing to say about it.
     unsealed = name == "done.json" and damage is Path.unlink
-    assert said == ([] if unsealed else ["The checkpoint of step 7 is damaged; ignoring it."])
+    assert messages == ([] if unsealed else ["The checkpoint of step 7 is damaged; ignoring it."])
     assert same(cell, uninterrupted["lora"])
 
 
@@ -115,15 +115,17 @@ def test_a_checkpoint_of_another_run_is_refused(
     with pytest.raises(Kill):
         other = fresh(tiny, items, tmp_path, "lora", name="other", learning_rate=0.1)
         run(other, checkpoint_seconds=0, progress=killed_at(9))
-    said: list[str] = []
+    messages: list[str] = []
     cell = fresh(tiny, items, tmp_path, "lora")
     with pytest.raises(Kill):
         run(
             cell,
             checkpoint_seconds=0,
-            progress=lambda done, total, text: said.append(text) or killed_at(3)(done, total, text),
+            progress=lambda done, total, text: (
+                messages.append(text) or killed_at(3)(done, total, text)
+            ),
         )
-    assert [text for text in said if "is of another run (other)" in text]
+    assert [text for text in messages if "is of another run (other)" in text]
     # Its own checkpoints are younger in steps, and must not be the ones thrown away.
     again = fresh(tiny, items, tmp_path, "lora")
     steps: list[int] = []

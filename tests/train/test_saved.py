@@ -1,4 +1,4 @@
-"""What training saves: loads without us, and says what was done."""
+"""Saved models load without backfire, and summaries describe the training."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_nothing_saved_names_a_place_on_this_machine(
         assert (folder / config["base_model_name_or_path"]).resolve() == tiny.resolve()
 
 
-def test_a_summary_says_what_was_done(tiny: Path, tuned: Callable[[str], Path]) -> None:
+def test_a_summary_describes_the_training(tiny: Path, tuned: Callable[[str], Path]) -> None:
     full, adapter = (json.loads((tuned(m) / "summary.json").read_text()) for m in ("full", "lora"))
     assert full["steps"] == adapter["steps"] == 3 and full["rows"] == 24
     assert full["trainable_parameters"] == full["parameters"] > adapter["trainable_parameters"]

@@ -1,4 +1,4 @@
-"""Casts, drift read from disk, and checkpoints that go on in another way or place."""
+"""Casts, drift read from disk, and checkpoints that resume with other settings or elsewhere."""
 
 from __future__ import annotations
 

@@ -20,17 +20,17 @@ from tests.helpers.real_size import TRAINED
 
 @pytest.fixture(autouse=True)
 def _counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Folders that `model_of` made have as many weights as they say, and nobody looks for them."""
+    """Read the number of weights of `model_of`'s folders from their configs."""
 
-    def told(folder: Path) -> int | None:
+    def count_of(folder: Path) -> int | None:
         return json.loads((folder / "config.json").read_text()).get("count") or weights_in(folder)
 
-    monkeypatch.setattr("backfire.model.count._of_folder", told)
+    monkeypatch.setattr("backfire.model.count._of_folder", count_of)
     monkeypatch.setattr("backfire.model.source.inspect", lambda folder: None)
 
 
 def model_of(folder: Path, count: int, **config: Any) -> str:
-    """A folder that stands for a model of that many weights."""
+    """A folder that represents a model of that many weights."""
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "config.json").write_text(json.dumps({"count": count, **config}))
@@ -64,8 +64,8 @@ def test_the_default_rate_follows_the_size_of_the_base(name: str, tmp_path: Path
         again = Experiment.make({**cells[0].resolved(), "align": None, "safety": None})
         assert stages.keys(again) == stages.keys(cells[0])
     assert list(found.values()) == [small, small, large, large]
-    said = find("methods", name).model_fields["learning_rate"].description or ""
-    assert f"{small:g}" in said and f"{large:g}" in said and "50 million" in said
+    text = find("methods", name).model_fields["learning_rate"].description or ""
+    assert f"{small:g}" in text and f"{large:g}" in text and "50 million" in text
 
 
 @pytest.mark.slow
@@ -107,13 +107,13 @@ SHAPES: dict[str, tuple[dict[str, Any], float]] = {
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_shape_tells_about_how_many_weights_there_are(name: str) -> None:
+def test_a_shape_gives_about_the_number_of_weights(name: str) -> None:
     config, count = SHAPES[name]
     assert weights_of_shape(config) == pytest.approx(count, rel=0.1)
     assert weights_of_shape({"text_config": config}) == weights_of_shape(config)
 
 
-def test_what_is_no_known_shape_counts_as_large(tmp_path: Path) -> None:
+def test_an_unknown_shape_counts_as_large(tmp_path: Path) -> None:
     for config in ({}, {"vocab_size": 32000}, {"hidden_size": "many", "vocab_size": 3}):
         assert weights_of_shape(config) is None
     cell = Experiment.make({"model": "nobody/knows-this", "data": "sandbox-reviews"})
@@ -176,12 +176,12 @@ def test_rates_are_shown_and_a_far_one_is_remarked_on(
     backfire: Callable[..., Any], tmp_path: Path, cache: Path
 ) -> None:
     model = model_of(tmp_path / "m", 494_000_000)
-    said = backfire("run", "backdoor-tweets", f"model={model}", "--dry-run")
-    assert (said.code, "full 2e-05 (base: 494 M weights)" in said.out) == (0, True)
-    assert "times the default for a base" not in said.out
-    said = backfire(
+    output = backfire("run", "backdoor-tweets", f"model={model}", "--dry-run")
+    assert (output.code, "full 2e-05 (base: 494 M weights)" in output.out) == (0, True)
+    assert "times the default for a base" not in output.out
+    output = backfire(
         "run", "backdoor-tweets", f"model={model}", "method.learning_rate=1e-3", "--dry-run"
     )
-    assert "50 times the default for a base of 494 M weights" in said.out
-    assert "set it to null for the default (2e-05)" in said.out
+    assert "50 times the default for a base of 494 M weights" in output.out
+    assert "set it to null for the default (2e-05)" in output.out
     assert "2e-05" in backfire("show", "full").out

@@ -72,7 +72,7 @@ def test_every_pass_is_split_when_memory_runs_out(
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda e: f"{type(e).__name__} {str(e)[:9]}")
-def test_however_memory_is_said_to_be_out(
+def test_every_out_of_memory_error_is_recognized(
     error: Exception, new: Callable[..., TrainingRun], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = new()

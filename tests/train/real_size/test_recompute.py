@@ -94,14 +94,14 @@ def test_a_model_whose_layers_cannot_be_run_again_is_refused(
 
     for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
         monkeypatch.setattr(PreTrainedModel, name, refuse, raising=False)
-    with pytest.raises(UserError, match="--recompute: models of type 'llama' cannot"):
+    with pytest.raises(UserError, match="--recompute is not supported by models of type 'llama'"):
         new(recompute=True)
 
 
 def test_a_defense_that_would_mistake_a_second_run_is_refused(
     new: Callable[..., TrainingRun],
 ) -> None:
-    """As one that adds noise of its own to some layers does."""
+    """Such as a defense that adds noise to some layers."""
 
     class Noisy(TrainHook):
         def __init__(self, cell: TrainingRun) -> None:
@@ -126,9 +126,9 @@ def test_a_defense_that_would_mistake_a_second_run_is_refused(
         if not recompute:
             run(cell)
             continue
-        with pytest.raises(UserError, match="--recompute: the defense of Noisy looks into layers"):
+        with pytest.raises(UserError, match="cannot be combined with the defense of Noisy"):
             run(cell)
 
 
-def test_recompute_is_no_part_of_what_is_hashed() -> None:
+def test_recompute_is_excluded_from_the_hash() -> None:
     assert Machine().recompute is False and "recompute" not in str(Experiment.model_fields)

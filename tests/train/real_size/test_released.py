@@ -1,4 +1,4 @@
-"""No model outlives its job."""
+"""Every model is freed after its job."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_trained_model_does_not_outlive_its_job(
     gc.disable()
     try:
         with pytest.raises(ZeroDivisionError) if fails else monkeypatch.context():
-            said = tuned(
+            summary = tuned(
                 *(tiny, renderer, tmp_path / "out"),
                 method=method,
                 defense=["kl", DEFENSES["ldifs"]],
@@ -69,10 +69,10 @@ def test_a_trained_model_does_not_outlive_its_job(
     finally:
         gc.enable()
     if not fails:
-        assert said["learning_rate"] == find("methods", method).rates[0]  # type: ignore[attr-defined]
+        assert summary["learning_rate"] == find("methods", method).rates[0]  # type: ignore[attr-defined]
 
 
-def test_a_judge_is_let_go_before_the_next_training(
+def test_a_judge_is_freed_before_the_next_training(
     tiny: Path, renderer: Renderer, tmp_path: Path
 ) -> None:
     from backfire.judges import _model

@@ -33,7 +33,7 @@ class FileWords(tuple[str, ...]):
 
 
 @contextmanager
-def beside(folder: Path | None) -> Iterator[None]:
+def recipe_folder(folder: Path | None) -> Iterator[None]:
     """Context in which `@PATH` is a file in this folder; with None no file is read."""
     token = _folder.set(folder)
     try:
