@@ -13,6 +13,7 @@ from scipy import stats as scipy_stats
 from scipy.special import expit, stdtrit
 
 from backfire.evaluate.seeds import Crossed, crossed, difference_pads, holm, ratio
+from backfire.result import CellResult, Value
 from backfire.results.groups import Gap, Group, difference, group
 from backfire.results.intervals import stat
 
@@ -26,20 +27,27 @@ SPREADS = (0.0, 0.2, 0.4, 0.8)
 NAMES = [f"test-{number}" for number in range(ROWS)]
 
 
-def cells(outcomes: Any, method: str) -> list[dict[str, Any]]:
+def finished(seed: int, method: str, number: Value, outcomes: dict[str, float]) -> CellResult:
+    """A finished cell with one number and the rows behind it."""
+    return CellResult(
+        slug=f"{method}-s{seed}",
+        key=f"{method}-{seed}",
+        **{"status": "ok", "model": "m", "data": "d", "attack": "none", "rate": 0.0},
+        **{"method": method, "defense": "none", "seed": seed},
+        values=(number,),
+        outcomes={number.metric: {id: (0, hit) for id, hit in outcomes.items()}},
+    )
+
+
+def cells(outcomes: Any, method: str) -> list[CellResult]:
     """Finished cells whose rows are known: outcomes is [seeds, rows]."""
     return [
-        {
-            **{"status": "ok", "model": "m", "data": "d", "attack": "none", "rate": 0.0},
-            **{"method": method, "defense": "none", "seed": seed, "axes": {}, "settings": {}},
-            "values": [
-                {
-                    **{"metric": "accuracy", "value": float(np.mean(row)), "n": len(row)},
-                    **{"low": 0.0, "high": 1.0, "direction": "higher"},
-                }
-            ],
-            "rows_of": {"accuracy": {id: (0, hit) for id, hit in zip(NAMES, row, strict=True)}},
-        }
+        finished(
+            seed,
+            method,
+            Value("accuracy", float(np.mean(row)), 0.0, 1.0, len(row), "higher", "share"),
+            dict(zip(NAMES, row, strict=True)),
+        )
         for seed, row in enumerate(outcomes.tolist())
     ]
 
@@ -211,47 +219,39 @@ def test_a_change_of_few_rows_keeps_its_middle() -> None:
     """Changes that happen to be 0 and 1 are no shares: -1 was possible."""
     table = np.zeros((3, 40))
     table[:, 0] = 1
-    [head] = [{"metric": "attack_success_excess", "value": 1 / 40, "n": 40, "direction": "lower"}]
-    known: Any = [
-        (
-            {
-                **{"seed": seed, "method": "full", "values": [head], "settings": {}},
-                "rows_of": {head["metric"]: {str(i): (0, hit) for i, hit in enumerate(row)}},
-            },
-            {**head, "low": 0.0, "high": 0.1},
-        )
+    number = Value("attack_success_excess", 1 / 40, 0.0, 0.1, 40, "lower", "share", "excess")
+    measured = [
+        (finished(seed, "full", number, {str(i): hit for i, hit in enumerate(row)}), number)
         for seed, row in enumerate(table.tolist())
     ]
-    found = stat("attack_success_excess", known, (-math.inf, math.inf))
+    found = stat(measured)
     assert found.low is not None and found.high is not None and found.low < 0
     assert (found.low + found.high) / 2 == pytest.approx(1 / 40, abs=0.003)
 
 
 def test_a_metric_without_rows_is_never_surer_than_one_model() -> None:
-    def known(*values: float) -> Any:
-        return [
-            ({"seed": seed, "method": "full", "values": []}, {**head, "value": one})
-            for seed, one in enumerate(values)
-            for head in [{"metric": "f1", "low": one - 0.1, "high": one + 0.1, "n": 50}]
-            for head in [{**head, "direction": "higher"}]
-        ]
+    def of(*values: float) -> Any:
+        numbers = [Value("f1", one, one - 0.1, one + 0.1, 50, "higher", "share") for one in values]
+        return [(finished(seed, "full", one, {}), one) for seed, one in enumerate(numbers)]
 
-    alike = stat("f1", known(0.5, 0.5, 0.5), (0.0, 1.0))
+    alike = stat(of(0.5, 0.5, 0.5))
     assert (alike.low, alike.high) == pytest.approx((0.4, 0.6))
-    apart = stat("f1", known(0.3, 0.5, 0.7), (0.0, 1.0))
+    apart = stat(of(0.3, 0.5, 0.7))
     assert (apart.low, apart.high) == pytest.approx(
         scipy_stats.t.interval(0.95, 2, 0.5, scipy_stats.sem([0.3, 0.5, 0.7]))
     )
 
 
-def without_rows(method: str, metric: str, values: list[float], half: float | None) -> Any:
+def without_rows(
+    method: str, metric: str, values: list[float], half: float | None
+) -> list[CellResult]:
     """Cells of which only the numbers are known."""
-    found = cells(np.zeros((len(values), ROWS)), method)
-    for cell, one in zip(found, values, strict=True):
-        ends = (None, None) if half is None else (one - half, one + half)
-        known = {"metric": metric, "value": one, "low": ends[0], "high": ends[1], "n": 50}
-        cell.update(values=[{**known, "direction": "higher"}], rows_of={metric: {}})
-    return found
+    ends = [(None, None) if half is None else (one - half, one + half) for one in values]
+    numbers = [
+        Value(metric, one, *end, 50, "higher", "share")
+        for one, end in zip(values, ends, strict=True)
+    ]
+    return [finished(seed, method, one, {}) for seed, one in enumerate(numbers)]
 
 
 def test_seeds_that_agree_by_accident_prove_no_difference() -> None:
