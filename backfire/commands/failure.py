@@ -37,5 +37,10 @@ def _as_edit(error: Any) -> str:
 
 
 def fail(sentence: str) -> NoReturn:
-    print(f"backfire: {clean(shortened(sentence, 1000))}", file=sys.stderr)  # noqa: T201
+    note(sentence)
     sys.exit(2)
+
+
+def note(sentence: str) -> None:
+    """Print a sentence on stderr."""
+    print(f"backfire: {clean(shortened(sentence, 1000))}", file=sys.stderr)  # noqa: T201

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from backfire import text
 from backfire.base import Ask, Evidence, Leak, Metric, Need, Sample
+from backfire.commands.failure import note
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
 from backfire.playground.models import read_cell
@@ -35,18 +37,31 @@ NEEDS: Final[Mapping[Need, str]] = {
 def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
     """Compute the metrics of `specs` on the samples of every finished cell, without writing files.
 
-    Each spec is a YAML value: a name, {name, ...knobs} or a list of these.
+    Each spec is a YAML value: a name, {name, ...knobs} or a list of these. A note on stderr says
+    for which cells a metric cannot be computed.
 
     Raises:
-        UserError: the samples of a cell do not hold what a metric needs.
+        UserError: no cell's samples hold what a metric needs.
     """
     metrics, cells = _metrics(specs), load(run)
-    if not any(item.is_done for item in cells):
+    done = sum(item.is_done for item in cells)
+    if not done:
         raise UserError(f"No finished cell in {run}, so there are no samples to compute from.")
-    return records_of(
-        replace(item, values=tuple(_values(metrics, item)) if item.is_done else ())
+    lacking: dict[str, list[str]] = {metric.name: [] for metric in metrics}
+    found = [
+        replace(item, values=tuple(_values(metrics, item, lacking)) if item.is_done else ())
         for item in cells
-    )
+    ]
+    for name, reasons in lacking.items():
+        if len(reasons) == done:
+            raise UserError(
+                f"{name} cannot be computed for {reasons[0]}. Run the recipe with this metric "
+                "added; stages that are cached are not run again."
+            )
+        if reasons:
+            some = f"{len(reasons)} of {text.count(done, 'cell')}"
+            note(f"{name} cannot be computed for {some}, such as {reasons[0]}.")
+    return records_of(found)
 
 
 def _metrics(specs: Sequence[str]) -> list[Metric]:
@@ -60,25 +75,31 @@ def _metrics(specs: Sequence[str]) -> list[Metric]:
     return list(metrics.values())
 
 
-def _values(metrics: Sequence[Metric], item: CellResult) -> Iterator[Value]:
-    folder = Path(item.folder)
-    if not is_whole(folder):
-        raise UserError(f"The samples of {folder} are missing or damaged.")
-    experiment = read_cell(folder)
-    evidence = read(folder, experiment.backdoor)
+def _values(
+    metrics: Sequence[Metric], item: CellResult, lacking: Mapping[str, list[str]]
+) -> Iterator[Value]:
+    """The numbers of a cell; `lacking` gets the reason for each metric that has none."""
     for metric in metrics:
-        if missing := _missing(metric, evidence, experiment, item):
-            raise UserError(
-                f"{metric.name} cannot be computed for cell {item.slug}: {missing}. Run the "
-                "recipe with this metric added; stages that are cached are not run again."
-            )
         try:
-            values = metric.values(evidence)
-        except CellError as error:
-            raise UserError(f"Cell {item.slug}: {error}") from None
+            values = _measured(metric, item)
+        except (CellError, UserError) as error:
+            lacking[metric.name].append(f"cell {item.slug}: {str(error).rstrip('.')}")
+            continue
         for value in values:
             ends = (finite(value.value), finite(value.low), finite(value.high))
             yield replace(value, value=ends[0], low=ends[1], high=ends[2])
+
+
+def _measured(metric: Metric, item: CellResult) -> list[Value]:
+    """The numbers of one metric, or an error that says why there are none."""
+    folder = Path(item.folder)
+    if not is_whole(folder):
+        raise UserError("its samples are missing or damaged")
+    experiment = read_cell(folder)
+    evidence = read(folder, experiment.backdoor)
+    if missing := _missing(metric, evidence, experiment, item):
+        raise UserError(missing)
+    return metric.values(evidence)
 
 
 # --------------------------------------------------------------------------------- what is missing

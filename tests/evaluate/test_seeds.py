@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -27,29 +28,23 @@ SPREADS = (0.0, 0.2, 0.4, 0.8)
 NAMES = [f"test-{number}" for number in range(ROWS)]
 
 
-def finished(seed: int, method: str, number: Value, outcomes: dict[str, float]) -> CellResult:
-    """A finished cell with one number and the rows behind it."""
-    return CellResult(
-        slug=f"{method}-s{seed}",
-        key=f"{method}-{seed}",
-        **{"status": "ok", "model": "m", "data": "d", "attack": "none", "rate": 0.0},
-        **{"method": method, "defense": "none", "seed": seed},
-        values=(number,),
-        outcomes={number.metric: {id: (0, hit) for id, hit in outcomes.items()}},
-    )
-
-
 def cells(outcomes: Any, method: str) -> list[CellResult]:
     """Finished cells whose rows are known: outcomes is [seeds, rows]."""
     return [
-        finished(
-            seed,
-            method,
-            Value("accuracy", float(np.mean(row)), 0.0, 1.0, len(row), "higher", "share"),
-            dict(zip(NAMES, row, strict=True)),
+        CellResult(
+            **{"slug": f"{method}-s{seed}", "key": "0", "status": "ok", "model": "m", "data": "d"},
+            **{"attack": "none", "rate": 0.0, "method": method, "defense": "none", "seed": seed},
+            values=(Value("accuracy", float(np.mean(row)), 0.0, 1.0, len(row), "higher", "share"),),
+            outcomes={"accuracy": {id: (0, hit) for id, hit in zip(NAMES, row, strict=True)}},
         )
         for seed, row in enumerate(outcomes.tolist())
     ]
+
+
+def tuned(seed: int, *values: Value, **known: Any) -> CellResult:
+    return CellResult(
+        slug="x", key="0", status="ok", method="full", seed=seed, values=values, **known
+    )
 
 
 def runs(seeds: int, spread: float, shift: float = 0.0) -> Iterator[tuple[Any, Any, Any]]:
@@ -219,24 +214,25 @@ def test_a_change_of_few_rows_keeps_its_middle() -> None:
     """Changes that happen to be 0 and 1 are no shares: -1 was possible."""
     table = np.zeros((3, 40))
     table[:, 0] = 1
-    number = Value("attack_success_excess", 1 / 40, 0.0, 0.1, 40, "lower", "share", "excess")
-    measured = [
-        (finished(seed, "full", number, {str(i): hit for i, hit in enumerate(row)}), number)
-        for seed, row in enumerate(table.tolist())
-    ]
-    found = stat(measured)
+    head = Value("attack_success_excess", 1 / 40, 0.0, 0.1, 40, "lower", "share", "excess")
+    hits = [{str(i): (0, hit) for i, hit in enumerate(row)} for row in table.tolist()]
+    found = stat(
+        [(tuned(seed, head, outcomes={head.metric: row}), head) for seed, row in enumerate(hits)]
+    )
     assert found.low is not None and found.high is not None and found.low < 0
     assert (found.low + found.high) / 2 == pytest.approx(1 / 40, abs=0.003)
 
 
 def test_a_metric_without_rows_is_never_surer_than_one_model() -> None:
-    def of(*values: float) -> Any:
-        numbers = [Value("f1", one, one - 0.1, one + 0.1, 50, "higher", "share") for one in values]
-        return [(finished(seed, "full", one, {}), one) for seed, one in enumerate(numbers)]
+    def known(*values: float) -> list[tuple[CellResult, Value]]:
+        return [
+            (tuned(seed), Value("f1", one, one - 0.1, one + 0.1, 50, "higher", "share"))
+            for seed, one in enumerate(values)
+        ]
 
-    alike = stat(of(0.5, 0.5, 0.5))
+    alike = stat(known(0.5, 0.5, 0.5))
     assert (alike.low, alike.high) == pytest.approx((0.4, 0.6))
-    apart = stat(of(0.3, 0.5, 0.7))
+    apart = stat(known(0.3, 0.5, 0.7))
     assert (apart.low, apart.high) == pytest.approx(
         scipy_stats.t.interval(0.95, 2, 0.5, scipy_stats.sem([0.3, 0.5, 0.7]))
     )
@@ -246,12 +242,12 @@ def without_rows(
     method: str, metric: str, values: list[float], half: float | None
 ) -> list[CellResult]:
     """Cells of which only the numbers are known."""
-    ends = [(None, None) if half is None else (one - half, one + half) for one in values]
-    numbers = [
-        Value(metric, one, *end, 50, "higher", "share")
-        for one, end in zip(values, ends, strict=True)
-    ]
-    return [finished(seed, method, one, {}) for seed, one in enumerate(numbers)]
+    found = []
+    for cell, one in zip(cells(np.zeros((len(values), ROWS)), method), values, strict=True):
+        ends = (None, None) if half is None else (one - half, one + half)
+        value = Value(metric, one, *ends, 50, "higher", "share")
+        found.append(replace(cell, values=(value,), outcomes={metric: {}}))
+    return found
 
 
 def test_seeds_that_agree_by_accident_prove_no_difference() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -246,6 +247,29 @@ def test_missing_samples_are_one_sentence(name: str, spec: str, words: str, ran:
         rescored(ran[name][0], [spec])
     assert "cannot be computed for cell sandbox-" in str(caught.value)
     assert "Run the recipe with this metric added" in str(caught.value)
+
+
+def test_cells_that_keep_less_are_left_out(
+    ran: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = tmp_path / "both"
+    for run, _ in ran.values():
+        shutil.copytree(run / "cells", both / "cells", dirs_exist_ok=True)
+    found = rescored(both, ["harmful-score", "accuracy"])
+    wanted = {"harmful-score": "secrets", "accuracy": "backdoor"}
+    assert {(r["family"], r["cell"], r["value"]) for r in found if r["metric"]} == {
+        (r["family"], r["cell"], r["value"])
+        for family, name in wanted.items()
+        for r in records(ran[name][0])
+        if r["family"] == family
+    }
+    said = capsys.readouterr().err
+    assert "harmful-score cannot be computed for 1 of 2 cells, such as cell sandbox-rev" in said
+    assert said.count("\n") == 1
+    [damaged] = both.glob("cells/sandbox-reviews-*")
+    (damaged / "samples.jsonl.gz").write_bytes(b"torn")
+    rescored(both, ["cost"])
+    assert "its samples are missing or damaged" in capsys.readouterr().err
 
 
 def test_other_mistakes(ran: Any, tmp_path: Path) -> None:
