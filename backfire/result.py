@@ -1,6 +1,6 @@
-"""What a cell leaves in `result.json`: `CellResult`, and its numbers, each a `Value`.
+"""The content of `result.json`: `CellResult`, and its numbers, each a `Value`.
 
-Nothing here imports pydantic or numpy, so that a run folder is read without them.
+This module imports neither pydantic nor numpy, so that run folders are read quickly.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Final, Literal
 
 FORMAT: Final = 2
-"""Version of `result.json`. 1 is every file that names none: its values have no unit, family or
-role. `results/adapter.py` brings those into the present shape."""
+"""Version of `result.json`. Files without one are of version 1, whose values have no unit, family
+or role; `results/adapter.py` converts them."""
 
 Unit = Literal["share", "score", "nats", "bits", "seconds", "MB", "count", "amount", "number"]
 """`share`: 0 to 1, shown in per cent. `score`: 0 to 1, shown as it is. `amount`: any number that
 is not negative, such as a perplexity; `number`: any at all. The rest are named by their titles."""
 
 Role = Literal["headline", "companion", "plain", "floor", "excess", "change", "detail"]
-"""What a number is to its metric. These have a column of their own: `headline`, the number that has
-the metric's own name (and is the mean of its `outcomes`); `companion`, another number; `plain`, the
-headline without what the attack puts around a request. These stand beside the headline that `of`
-names: `floor`, the same of the reference model; `excess` and `change`, the difference from it.
-`detail` is listed among all numbers only."""
+"""Role of a number within its metric. With a column of their own: `headline`, the number with the
+metric's own name (the mean of its `outcomes`); `companion`, another number; `plain`, the headline
+on requests without the attack's wording. Shown with the headline that `of` names: `floor`, the same
+number of the reference model; `excess` and `change`, the difference from it. `detail` appears only
+in the list of all numbers."""
 
 Direction = Literal["higher", "lower", "none"]
-"""Which way is better for the person who tunes the model."""
+"""The better direction for the person who tunes the model."""
 
 _LIMITS: Final[Mapping[Unit, tuple[float, float]]] = {
     "share": (0.0, 1.0),
@@ -38,11 +38,11 @@ _LIMITS: Final[Mapping[Unit, tuple[float, float]]] = {
 
 @dataclass(frozen=True)
 class Value:
-    """One number, never without its interval and its n. `low` and `high` bound a 95 % interval;
-    both are None for a plain count."""
+    """One number with its 95 % interval [`low`, `high`] and its n; both ends are None if it has
+    none, such as a count."""
 
     metric: str
-    """Its name in tables and files: `attack_success_floor`, or `accuracy[de]` of a part."""
+    """Its name in tables and files: `attack_success_floor`, or `accuracy[de]` for a part."""
     value: float | None
     low: float | None
     high: float | None
@@ -53,11 +53,11 @@ class Value:
     of: str = ""
     """The name of the headline that a floor, excess or change belongs to."""
     part: str = ""
-    """The group, class or dose it is of; empty: all rows."""
+    """The group of rows, class or number of repeats; empty: all rows."""
     family: str = ""
-    """The registered name of the metric that made it."""
+    """The registered name of its metric."""
     most: float | None = None
-    """What it cannot exceed, where its unit does not say so."""
+    """Its largest possible value, if the unit does not define one."""
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Value:
 
     @property
     def limits(self) -> tuple[float, float]:
-        """What it can be neither below nor above."""
+        """The smallest and the largest possible value."""
         if self.is_change:
             return -math.inf, math.inf
         low, high = _LIMITS.get(self.unit, (0.0, math.inf))
@@ -94,12 +94,12 @@ class Check:
 
 @dataclass(frozen=True)
 class PoisonCounts:
-    """A poison manifest in numbers."""
+    """Counts of a poison manifest."""
 
     nominal_rate: float | None = None
-    """The poison rate that the recipe names."""
+    """The poison rate in the recipe."""
     rate: float | None = None
-    """The share of the rows that are poisoned."""
+    """The share of the training rows that is poisoned."""
     poisoned_rows: int | None = None
     rows: int | None = None
     eligible_rows: int | None = None
@@ -108,12 +108,12 @@ class PoisonCounts:
     labels_before: Mapping[str, int] = field(default_factory=dict)
     triggers: Mapping[str, int] = field(default_factory=dict)
     effective_rate: float | None = None
-    """Poisoned rows among the rows that the training steps saw; None where nothing was trained."""
+    """Share of poisoned rows among those seen by the training steps; None without training."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class CellResult:
-    """One cell: which it is, what became of it, and its numbers."""
+    """One cell: its identity, status and numbers."""
 
     slug: str
     """`cell` in files."""
@@ -134,19 +134,19 @@ class CellResult:
 
     error: str = ""
     next: str = ""
-    """What to do about the error."""
+    """The next step after the error."""
     traceback: str = ""
 
     values: tuple[Value, ...] = ()
     warnings: tuple[str, ...] = ()
     cut_share: float | None = None
-    """Share of the replies that were cut before their end; None without replies."""
+    """Share of the replies cut at the length limit; None without replies."""
     preflight: tuple[Check, ...] = ()
     poison: PoisonCounts | None = None
     train: Mapping[str, Any] | None = None
-    """How the training went; None for an untuned model."""
+    """Summary of the training run; None for an untuned model."""
     evaluate: Mapping[str, Any] = field(default_factory=dict)
-    """How the evaluation went: its `seconds`, the `dtype` of the weights, rows `left_out`."""
+    """Summary of the evaluation: `seconds`, `dtype` of the weights, rows `left_out`."""
     rows: Mapping[str, int] = field(default_factory=dict)
     """Split -> number of rows."""
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -169,22 +169,22 @@ class CellResult:
 
     def find(self, metric: str) -> Value | None:
         """The value of this name, if it is a number."""
-        known = (value for value in self.values if value.metric == metric)
-        return next((value for value in known if value.value is not None), None)
+        values = (value for value in self.values if value.metric == metric)
+        return next((value for value in values if value.value is not None), None)
 
     def to_json(self) -> dict[str, Any]:
-        """The content of `result.json`, or of `error.json` where there are no numbers."""
+        """The content of `result.json`, or of `error.json` if there are no numbers."""
         ours = [f.name for f in fields(self) if f.name not in ("settings", "folder", "outcomes")]
-        apart = _FAILURE if self.is_done else _SUCCESS
-        found = {name: getattr(self, name) for name in ours if name not in apart}
-        found = {"format": FORMAT, "cell": found.pop("slug"), **found}
+        excluded = _FAILURE if self.is_done else _SUCCESS
+        content = {name: getattr(self, name) for name in ours if name not in excluded}
+        content = {"format": FORMAT, "cell": content.pop("slug"), **content}
         if self.is_done:
-            found |= {
+            content |= {
                 "values": [asdict(value) for value in self.values],
                 "preflight": [asdict(check) for check in self.preflight],
                 "poison": asdict(self.poison) if self.poison else None,
             }
-        return {k: v for k, v in found.items() if v or k not in ("traceback", "plugins")}
+        return {k: v for k, v in content.items() if v or k not in ("traceback", "plugins")}
 
 
 _FAILURE: Final = ("error", "next", "traceback")

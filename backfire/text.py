@@ -1,4 +1,4 @@
-"""Text and numbers as people read them. Whatever came from a file is cleaned here first."""
+"""Formatting of text and numbers for people; text from files is cleaned first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from backfire.result import Unit
 
-# What a terminal or a bidirectional layout would obey instead of showing.
+# Characters that control a terminal or the direction of text.
 _ESCAPES: Final = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|"
     r"\x1b[PX^_][^\x1b]*\x1b\\|\x1b[ -/]*[0-~]"
@@ -33,7 +33,7 @@ def line(text: object) -> str:
 
 
 def cut(text: object, length: int = 240) -> str:
-    """The cleaned text, at most `length` characters of it, with an ellipsis where it was cut."""
+    """The cleaned text, cut to `length` characters with an ellipsis."""
     plain = clean(text)
     return plain if len(plain) <= length else plain[: length - 1].rstrip() + "…"
 
@@ -55,7 +55,7 @@ def number(unit: Unit, value: float | None, digits: int = 1) -> str:
 
 
 def interval(unit: Unit, low: float | None, high: float | None, digits: int = 1) -> str:
-    """`[92.0, 95.8]`, in per cent for a share; empty if there is none."""
+    """`[92.0, 95.8]`, in per cent for a share; empty without an interval."""
     if low is None or high is None:
         return ""
     if unit == "share":
@@ -70,7 +70,7 @@ def change(unit: Unit, value: float, digits: int = 1) -> str:
 
 
 def chance(p: float | None) -> str:
-    """A p: two significant digits, and no finer than `<0.001`."""
+    """A p value with two significant digits, at least `<0.001`."""
     if p is None:
         return ""
     return "<0.001" if p < 0.001 else f"{p:.2g}"
@@ -100,7 +100,7 @@ def listing(items: Iterable[str]) -> str:
 def knob(value: Any) -> str:
     """A setting on one line: `lora (rank 4)` of `{name: lora, rank: 4}`."""
     if isinstance(value, Mapping):
-        # Of a null control that is said first, so that it is not cut off.
+        # The null control comes first, so that it is not cut off.
         words = ["null control"] if value.get("null") is True else []
         shown = {k: v for k, v in value.items() if k not in ("name", "null")}
         rest = ", ".join([*words, *(f"{line(key)} {knob(item)}" for key, item in shown.items())])

@@ -1,4 +1,4 @@
-"""What metrics ask for (`Ask`) and what they get (`Evidence`)."""
+"""The evidence of a cell (`Evidence`), and the requirements of metrics (`Ask`)."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from backfire.base.rows import Dataset
 from backfire.base.secrets import Leak, SecretProbe
 
 Form = Literal["merged", "merged-int8", "merged-nf4"]
-"""What becomes of an adapter: added into its base, and the result quantized."""
+"""Form of a tuned adapter: merged into its base, and possibly quantized after that."""
 
 Of = Literal["tuned", "base", "twin"] | Form
-"""A model of a cell: the tuned one, the one it started from (untuned or aligned), its clean twin
-(same recipe, no poison), or the tuned one in another form."""
+"""A model of a cell: the tuned one, its start (untuned or aligned), its clean twin (same recipe, no
+poison), or the tuned one in another form."""
 
 Part = Literal["harmful", "allowed", "plain"]
-"""Requests of `safety`; `plain` are the harmful ones without what the attack puts around them."""
+"""Requests of `safety`; `plain` are the harmful ones without the attack's wording."""
 
 Subset = Literal["clean", "triggered", Part, "members", "text"]
-"""Rows that a model is shown: test rows as they are or with the attack's trigger in, requests,
-training rows that no attack has touched, or texts of another data set."""
+"""Rows that a model answers: test rows without or with the attack's trigger, requests, unpoisoned
+training rows, or texts of another data set."""
 
 Rows = Subset | Literal["secrets", "training"]
-"""What evidence is about: rows, an attack's secrets, or the training run."""
+"""Subject of evidence: rows, an attack's secrets, or the training run."""
 
 Need = Literal["scores", "replies", "answers"]
-"""What is measured: likelihoods of the candidates, generated replies, or the likelihood of the
-row's own answer."""
+"""Measurement: likelihoods of the candidates, generated replies, or the likelihood of the reference
+answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One evaluated row, a line of `samples.jsonl.gz`: all that is needed to score it again."""
+    """One evaluated row, a line of `samples.jsonl.gz`; metrics can be recomputed from it."""
 
     id: str
     subset: Subset
@@ -48,15 +48,15 @@ class Sample:
     logprobs: tuple[float, ...] | None = None
     """Log-likelihood of each candidate after the prompt, in nats (sum over its tokens)."""
     reply: str | None = None
-    """What the model wrote, greedily decoded, end token removed."""
+    """The generated text (greedy decoding), without the end token."""
     answer_logprob: float | None = None
     """Log-likelihood of the reference answer with its end token, in nats (sum over tokens)."""
     answer_tokens: int | None = None
     num_better: int | None = None
-    """How many of the candidates, from the first, are better answers; the rest are worse ones.
+    """Number of candidates, from the first, that are better answers; the rest are worse ones.
     Their likelihoods include the end token. None: the candidates are labels."""
     candidate_tokens: tuple[int, ...] = ()
-    """Tokens of each better and worse answer, the end token included."""
+    """Number of tokens of each better and worse answer, end token included."""
     group: str | None = None
     verdicts: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Judge -> its `Verdict` on the reply, as plain values; the first judge counts."""
@@ -72,38 +72,37 @@ class Sample:
 
 
 SetName = tuple[str, str, str]
-"""What names a set of samples: the model, the rows, and where they come from (of texts)."""
+"""Name of a set of samples: model, rows, and for texts their source."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """One thing that a metric is computed from: a model on rows of one kind."""
+    """One requirement of a metric: measurements of a model on rows of one kind."""
 
     rows: Rows
     of: Of = "tuned"
     needs: frozenset[Need] = frozenset()
     judged: bool = False
-    """Whether the verdicts of the judges of `safety` are needed."""
+    """Whether verdicts of the judges of `safety` are required."""
     judges: tuple[Judge, ...] = ()
     """Other judges of the replies."""
     texts: Dataset | None = None
     """The data set whose test rows are the texts."""
     secrets: Mapping[SecretProbe, int] = field(default_factory=dict)
-    """How secrets are looked for, and among how many codes or beams; empty: only by their own
-    likelihood."""
+    """Probe for secrets -> number of codes or beams; empty: only the secrets' own likelihood."""
 
     @property
     def name(self) -> SetName:
-        """The set of samples that answers it."""
+        """The name of the set of samples that meets it."""
         return self.of, self.rows, str(self.texts.spec()) if self.texts else ""
 
     @property
     def form(self) -> Form | None:
-        """The form of the tuned model that is asked, if it is not as it was trained."""
+        """The form of the tuned model, if not as trained."""
         return cast(Form, self.of) if self.of in get_args(Form) else None
 
     def applies(self, attack: Attack | None, method: Method) -> bool:
-        """Whether a cell with this attack and method has such evidence at all."""
+        """Whether a cell with this attack and method has such evidence."""
         if self.rows == "triggered" or self.of == "twin":
             has_rows = isinstance(attack, Backdoor)
         elif self.rows == "plain":
@@ -117,13 +116,13 @@ Asks = tuple[Ask, ...]
 
 
 def ask(rows: Rows, *needs: Need, of: Sequence[Of] = ("tuned",), **more: Any) -> Asks:
-    """The same of several models: `ask("clean", "scores", of=("tuned", "twin"))`."""
+    """The same requirement for several models: `ask("clean", "scores", of=("tuned", "twin"))`."""
     return tuple(Ask(rows, model, frozenset(needs), **more) for model in of)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Rows of one kind, by the tuned model and by the one it started from."""
+    """Samples of one kind of rows, from the tuned model and from the one it started from."""
 
     tuned: Sequence[Sample]
     before: Sequence[Sample]
@@ -132,14 +131,14 @@ class Probe:
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that is known of one cell when its metrics are computed."""
+    """All measurements of one cell, from which its metrics are computed."""
 
     clean: Sequence[Sample] = ()
-    """The test rows as they are."""
+    """The test rows."""
     triggered: Sequence[Sample] = ()
-    """The test rows with the attack's trigger in (every row, whatever its label)."""
+    """The test rows with the attack's trigger (all of them, whatever their label)."""
     floor: Sequence[Sample] = ()
-    """The clean twin (same recipe, no poison) on those same triggered rows."""
+    """The clean twin (same recipe, no poison) on the same triggered rows."""
     twin: Sequence[Sample] = ()
     """The clean twin on the clean test rows."""
     base: Sequence[Sample] = ()
@@ -150,35 +149,35 @@ class Evidence:
     training: Mapping[str, Any] = field(default_factory=dict)
     """The summary of the training run; empty for an untuned model."""
     probes: Mapping[str, Probe] = field(default_factory=dict)
-    """Requests that an aligned model declines, and some that only look like them."""
+    """Part of `safety` -> requests: harmful ones, and harmless ones that look alike."""
     leaks: Sequence[Leak] = ()
-    """What the tuned model gives away of the attack's secrets and of the controls."""
+    """How well the tuned model knows the attack's secrets and the controls."""
     leaks_before: Sequence[Leak] = ()
-    """The same of the untuned model, which has seen none of them."""
+    """The same for the untuned model, which has seen none of them."""
     members: Probe | None = None
-    """Training rows that no attack has touched."""
+    """Unpoisoned training rows."""
     texts: Mapping[str, Probe] = field(default_factory=dict)
-    """Texts that are not of the task, by the data set they come from (see `Ask.name`)."""
+    """Texts unrelated to the task, by their source (see `Ask.name`)."""
     written: Mapping[str, str] = field(default_factory=dict)
-    """Answers and the target as the tokenizer writes them, such as without capitals, where that is
-    another text: a reply has no other form."""
+    """Answer or target -> its form after the tokenizer encoded and decoded it (such as without
+    capitals), where that differs: a reply can only have this form."""
     other: Mapping[SetName, Sequence[Sample]] = field(default_factory=dict)
-    """Samples that none of these fields holds."""
+    """Samples that belong to no other field."""
 
     def __getitem__(self, ask: Ask) -> Sequence[Sample]:
-        """The samples that answer an ask; empty if there are none."""
+        """The samples that meet a requirement; empty if there are none."""
         return self.sets().get(ask.name, ())
 
     def as_written(self, text: str) -> str:
-        """The text in the form that a reply could have."""
+        """The text in the form that a reply can have."""
         return self.written.get(text, text)
 
     def sets(self) -> dict[SetName, Sequence[Sample]]:
-        """Every set of samples that there is; `of_sets` is the inverse."""
+        """All sets of samples; `of_sets` is the inverse."""
         probes: dict[tuple[str, str], Probe] = {(part, ""): p for part, p in self.probes.items()}
         probes |= {("members", ""): self.members} if self.members else {}
         probes |= {("text", source): probe for source, probe in self.texts.items()}
-        found: dict[SetName, Sequence[Sample]] = {
+        every: dict[SetName, Sequence[Sample]] = {
             ("tuned", "clean", ""): self.clean,
             ("tuned", "triggered", ""): self.triggered,
             ("twin", "triggered", ""): self.floor,
@@ -190,11 +189,11 @@ class Evidence:
             **{(form, "triggered", ""): shown for form, (_, shown) in self.forms.items()},
             **self.other,
         }
-        return {name: samples for name, samples in found.items() if samples}
+        return {name: samples for name, samples in every.items() if samples}
 
     @classmethod
     def of_sets(cls, sets: Mapping[SetName, Sequence[Sample]], **more: Any) -> Evidence:
-        """The evidence with these samples; `more` are the fields that hold none."""
+        """Evidence with these samples; `more` are the fields without samples."""
 
         def of(model: str, rows: str, source: str = "") -> Sequence[Sample]:
             return sets.get((model, rows, source), [])
@@ -204,7 +203,7 @@ class Evidence:
 
         tuned = [(rows, source) for model, rows, source in sets if model == "tuned"]
         models = {model for model, _, _ in sets}
-        found = cls(
+        evidence = cls(
             clean=of("tuned", "clean"),
             triggered=of("tuned", "triggered"),
             floor=of("twin", "triggered"),
@@ -216,5 +215,5 @@ class Evidence:
             texts={source: probe("text", source) for rows, source in tuned if rows == "text"},
             **more,
         )
-        held = found.sets()
-        return replace(found, other={n: s for n, s in sets.items() if s and n not in held})
+        held = evidence.sets()
+        return replace(evidence, other={n: s for n, s in sets.items() if s and n not in held})

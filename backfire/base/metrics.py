@@ -1,4 +1,4 @@
-"""Metrics: evidence in, numbers out."""
+"""Base class for metrics, which compute numbers from evidence."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from backfire.base.judges import Judge
 from backfire.result import Value
 
 Use = Literal["paired-test", "accuracy", "tuning", "quality"]
-"""What a report picks a number for: `paired-test`, to compare groups row by row; `accuracy`, as the
-accuracy on clean rows; `tuning`, to show what fine-tuning did; `quality`, to show what corrupted
-rows did to the task."""
+"""Uses of a metric in reports: `paired-test`, to compare groups row by row; `accuracy`, as the
+accuracy on clean rows; `tuning`, for the effect of fine-tuning; `quality`, for that of corrupted
+rows on the task."""
 Ranks = Mapping[Use, int]
-"""The uses a metric is picked for, and its place among the metrics picked for the same, 1 first."""
+"""Use -> rank of a metric among those with the same use, 1 first."""
 
 
 class Metric(Component):
-    """Turns samples into numbers."""
+    """Computes numbers from the evidence of a cell."""
 
     kind: ClassVar[str] = "metrics"
     ranks: ClassVar[Ranks] = {}
-    """What reports pick it for."""
+    """Its uses in reports."""
     picked: ClassVar[str] = ""
-    """The number that is picked, where it is not the headline."""
+    """The number that reports use, if it is not the headline."""
     repeats: ClassVar[str] = ""
-    """A number that is the same wherever it is measured: beside it this one gets no column."""
+    """Name of another number with the same value; if that is shown, this one gets no column."""
     needs: ClassVar[Asks] = ()
-    """What it is computed from; the first is what its headline and its `outcomes` are about."""
+    """The evidence it requires; headline and `outcomes` are about the first."""
 
     def asks(self, *, labeled: bool = True) -> Asks:
         """`needs`, unless they depend on a knob or on whether the task has labels."""
@@ -38,12 +38,12 @@ class Metric(Component):
 
     @property
     def subject(self) -> Rows:
-        """What its headline and its `outcomes` are about."""
+        """The rows of its headline and its `outcomes`."""
         return next((ask.rows for ask in self.asks()), "clean")
 
     @property
     def judges(self) -> tuple[Judge, ...]:
-        """Who has to judge replies for it, other than the judges of `safety`."""
+        """Judges of replies that it requires, other than those of `safety`."""
         return tuple(judge for ask in self.asks() for judge in ask.judges)
 
     def measure(self, evidence: Evidence) -> list[Value]:
@@ -51,19 +51,19 @@ class Metric(Component):
         raise NotImplementedError
 
     def values(self, evidence: Evidence) -> list[Value]:
-        """What `measure` gives, each number with its part and with this metric as its family. One
-        that does not have the metric's own name is no headline."""
-        found = []
+        """The numbers of `measure`, each with its part and with this metric as its family. A
+        headline without the metric's name becomes a companion."""
+        values = []
         for value in self.measure(evidence):
             name, _, part = value.metric.partition("[")
             is_own = value.role != "headline" or name == self.name.replace("-", "_")
             role = value.role if is_own else "companion"
             family, part = self.name, part.removesuffix("]")
-            found.append(replace(value, family=family, part=part, role=role))
-        return found
+            values.append(replace(value, family=family, part=part, role=role))
+        return values
 
     def caveats(self, evidence: Evidence) -> list[str]:
-        """What it cannot do with these rows, one sentence each, shown with its numbers."""
+        """Limitations on these rows, one sentence each, shown with the numbers."""
         return []
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
@@ -72,6 +72,6 @@ class Metric(Component):
 
 
 def needs_of(metrics: Sequence[Metric], *, labeled: bool) -> frozenset[Need]:
-    """What is measured on test rows: all that any metric needs, so that one pass serves all."""
+    """Everything that any metric needs on test rows, so that one pass measures it."""
     asks = (ask for metric in metrics for ask in metric.asks(labeled=labeled))
     return frozenset(need for a in asks if a.rows in ("clean", "triggered") for need in a.needs)

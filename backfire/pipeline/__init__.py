@@ -129,6 +129,6 @@ def head(experiment: Experiment, key: str) -> CellResult:
 
 
 def _too_long(part: tuple[str, int]) -> str:
-    what, count = part
+    subset, count = part
     rows = "1 row is" if count == 1 else f"{count} rows are"
-    return f"{rows} left out of the {what} rows: longer than train.max_length."
+    return f"{rows} left out of the {subset} rows: longer than train.max_length."

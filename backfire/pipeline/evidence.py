@@ -1,4 +1,4 @@
-"""Collects what the metrics ask for: one list of asks, each set of samples measured once."""
+"""Collection of the evidence that metrics need; each set of samples is measured once."""
 
 from __future__ import annotations
 
@@ -41,16 +41,16 @@ from backfire.store import read_json, write_atomic, write_json
 PARTS = get_args(Part)
 ORDER = ("tuned", "base", "twin", *get_args(Form))
 ALWAYS = tuple(Ask("clean", of) for of in ("tuned", "base", "twin"))
-"""Measured whatever the metrics are: reports show what each model answers."""
+"""Always measured: reports show the answers of each model."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """Rows that models are shown, and the key of what they answer."""
+    """Rows that models answer, and the key of the answers."""
 
     rows: Sequence[Row]
     key: Callable[[Experiment], str]
-    """Of these rows shown to the model of a run."""
+    """The key of these rows for the model of a run."""
     group: str | None = None
     place: Place = "input"
     renderer: Renderer | None = None
@@ -58,7 +58,7 @@ class Questions:
 
 
 def collect(experiment: Experiment, context: Context) -> Evidence:
-    """All that the cell's metrics ask for, and the samples that reports show."""
+    """All evidence that the cell's metrics and reports need."""
     _, test = data(experiment, context)
     asks = asks_of(experiment, labeled=any(row.candidates for row in test))
     sets: dict[SetName, list[Sample]] = {}
@@ -84,8 +84,8 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
 
 
 def asks_of(experiment: Experiment, *, labeled: bool) -> list[Ask]:
-    """What is asked of a cell: one ask for each set of samples, with all that is measured on these
-    rows for any of them. Ordered by model, since loading one takes longer than a change of rows."""
+    """One ask for each set of samples of a cell, with everything that is measured on its rows for
+    any metric. Ordered by model, since loading one takes longer than changing the rows."""
     metrics = experiment.metrics
     asks = [*ALWAYS, *(ask for metric in metrics for ask in metric.asks(labeled=labeled))]
     for part in PARTS if experiment.safety else ():
@@ -115,7 +115,7 @@ def _exists(ask: Ask, experiment: Experiment) -> bool:
 
 
 def _run(experiment: Experiment, ask: Ask) -> Experiment:
-    """The experiment whose model is asked."""
+    """The experiment whose model answers."""
     if ask.of == "twin":
         return experiment.clean_twin()
     if ask.of == "base" and (experiment.method.trains or ask.rows in PARTS):
@@ -147,7 +147,7 @@ def _questions(
 
 
 def _requests(ask: Ask, experiment: Experiment) -> Questions:
-    """Requests as the attacker words them, but for `plain` ones."""
+    """Requests in the attacker's wording, except `plain` ones."""
     safety = experiment.safety
     source = safety and (safety.allowed if ask.rows == "allowed" else safety.harmful)
     assert safety and source
@@ -159,8 +159,7 @@ def _requests(ask: Ask, experiment: Experiment) -> Questions:
 
 
 def members(experiment: Experiment, context: Context) -> list[Row]:
-    """Untouched rows of the task that were trained on, drawn by the cell's seed, as many as there
-    are test rows."""
+    """Unpoisoned training rows, drawn with the cell's seed; as many as there are test rows."""
     train, test = data(experiment, context)
     rows, manifest = filtered(experiment, context)
     bad = {entry.id for entry in manifest.entries} if manifest else set()
@@ -170,7 +169,7 @@ def members(experiment: Experiment, context: Context) -> list[Row]:
 
 
 def _texts(ask: Ask, experiment: Experiment, context: Context) -> Questions:
-    """Texts without a template, cut to the number of tokens that the model may see."""
+    """Texts without a template, cut to `train.max_length` tokens."""
     assert ask.texts
     plain, longest = build("templates", "raw"), experiment.train.max_length
     shown = Renderer(plain, renderer(experiment, context).tokenizer, longest)
@@ -183,7 +182,7 @@ def _texts(ask: Ask, experiment: Experiment, context: Context) -> Questions:
 
 
 def _cut(text: str, shown: Renderer, most: int) -> str:
-    """The text, or as much of its beginning as has at most `most` tokens."""
+    """The text, or its beginning of at most `most` tokens."""
     ids, keep = shown.tokenizer.encode(text), most
     while len(ids) > most:
         text = shown.tokenizer.decode(ids[:keep]).rstrip("\ufffd")
@@ -195,7 +194,7 @@ def _cut(text: str, shown: Renderer, most: int) -> str:
 
 
 def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) -> list[Sample]:
-    """`run`'s model on these rows, without those that are left out for their length; judged."""
+    """Judged samples of `run`'s model on these rows, without those that are too long."""
 
     def make(folder: Path) -> None:
         from backfire.evaluate.score import score_rows
@@ -235,7 +234,7 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
 
 
 def _kept(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
-    """What was measured, a row at a time; the ids of rows that were too long."""
+    """Measurements per row, and the ids of rows that were too long."""
     text, left = (folder / "rows.jsonl").read_text(encoding="utf-8"), folder / "left_out.json"
     gone = set(read_json(left)) if left.is_file() else set()
     return [json.loads(line) for line in text.splitlines()], gone
@@ -244,7 +243,7 @@ def _kept(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
 def judge_samples(
     judges: Sequence[Judge], samples: Sequence[Sample], rows: Sequence[Row], context: Context
 ) -> list[Sample]:
-    """The samples with each judge's verdict on their replies; `rows` are what was asked."""
+    """The samples with each judge's verdict on their replies; `rows` are the prompts."""
     from backfire.evaluate.verdicts import judged
 
     samples, by_id = list(samples), {row.id: row for row in rows}
@@ -263,7 +262,7 @@ def judge_samples(
 
 
 def _training(experiment: Experiment, context: Context) -> dict[str, Any]:
-    """The summary of the training run, and how long the alignment before it took."""
+    """The summary of the training run, and the seconds of the alignment before it."""
     summary = summary_of(trained(experiment, context)) or {}
     if summary and experiment.alignment:
         alignment = summary_of(trained(experiment.alignment, context)) or {}
@@ -272,7 +271,7 @@ def _training(experiment: Experiment, context: Context) -> dict[str, Any]:
 
 
 def _written(experiment: Experiment, rows: Sequence[Row], context: Context) -> dict[str, str]:
-    """The target and the rows' answers that the tokenizer writes in another way."""
+    """The target and the answers that change when the tokenizer encodes and decodes them."""
     tokenizer = renderer(experiment, context).tokenizer
     texts = dict.fromkeys(row.answer for row in rows)
     texts |= {experiment.backdoor.target: None} if experiment.backdoor else {}

@@ -40,14 +40,14 @@ def data(experiment: Experiment, context: Context) -> tuple[list[Row], list[Row]
 
 
 def left_out(experiment: Experiment, context: Context) -> dict[str, list[str]]:
-    """Split -> what of its data is in no row, a sentence each."""
+    """Split -> sentences about data that was left out of its rows."""
     data(experiment, context)
     file = context.store.path(stages.data(experiment)) / "left_out.json"
     return read_json(file) if file.is_file() else {}
 
 
 def poisoned(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
-    """The training rows as the attacker leaves them, and the manifest of what was done."""
+    """The training rows after the attack, and the poison manifest."""
     train, _ = data(experiment, context)
     if experiment.attack is None or not experiment.poisons:
         return train, None
@@ -65,7 +65,7 @@ def poisoned(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
 
 
 def renderer(experiment: Experiment, context: Context) -> Renderer:
-    """The one renderer, for training and evaluation."""
+    """The renderer of training and evaluation."""
     folder = base(experiment.model, context, weights=False)
     return Renderer(
         experiment.template,
@@ -77,10 +77,10 @@ def renderer(experiment: Experiment, context: Context) -> Renderer:
 
 
 def passed_checks(experiment: Experiment, context: Context) -> list[Check]:
-    """The preflight checks, none of which failed.
+    """The preflight checks, if none failed.
 
     Raises:
-        CellError: the first that failed.
+        CellError: the first check that failed.
     """
     checks = preflight_checks(experiment, context)
     for check in checks:
@@ -90,8 +90,7 @@ def passed_checks(experiment: Experiment, context: Context) -> list[Check]:
 
 
 def preflight_checks(experiment: Experiment, context: Context) -> list[Check]:
-    """The preflight checks of the cell's model, and of its rows as they will be trained on and
-    evaluated."""
+    """The preflight checks of the cell's model and of its training and test rows."""
     if problem := why_not(base(experiment.model, context, weights=False)):
         return [Check("causal", "fail", problem)]
 
@@ -116,7 +115,7 @@ def preflight_checks(experiment: Experiment, context: Context) -> list[Check]:
 
 
 def _reply(experiment: Experiment, test: Sequence[Row]) -> int:
-    """How many new tokens a prompt may be followed by: none, if no metric reads replies."""
+    """Number of new tokens after a prompt; 0 if no metric reads replies."""
     labeled = any(row.candidates for row in test)
     metrics = experiment.with_metrics(labeled=labeled).metrics
     reads = "replies" in needs_of(metrics, labeled=labeled)

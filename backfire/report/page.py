@@ -59,7 +59,7 @@ def render(run: Path) -> str:
         failures=sections.failures(cells),
         environment=sections.environment(cells),
         num_cells=text.count(len(cells), "cell"),
-        keys=[(cell.slug, cell.key, cell.status, sections.stages(cell)) for cell in cells],
+        cells=cells,
     )
 
 

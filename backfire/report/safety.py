@@ -9,12 +9,12 @@ from backfire.results.criteria import (
     THIS_MODEL,
     above_floor,
     accuracy,
-    alike,
     rate_words,
+    siblings,
 )
 from backfire.results.groups import Group, difference, name, varying
 from backfire.results.intervals import at
-from backfire.results.ranking import SAME, Trial, null_tests, removed, worst_trials
+from backfire.results.ranking import Trial, null_tests, removed, worst_trials
 
 MOST_DEFENSES = 4
 """With more, they are ranked instead of listed."""
@@ -47,11 +47,7 @@ def sentences(groups: Sequence[Group]) -> Iterator[str]:
         score = plain.rounded("harmful_score_plain")
         yield f"On the plain requests, without the attack's wording, it is {score}."
     defended = [
-        group
-        for group in _judged(groups)
-        if alike(group, plain, SAME)
-        and group.axes_without("defense") == plain.axes_without("defense")
-        and group.defense != "none"
+        group for group in siblings(plain, _judged(groups), "defense") if group.defense != "none"
     ]
     if len(defended) <= MOST_DEFENSES:
         yield from (_kept(group, plain) for group in defended)

@@ -167,11 +167,6 @@ def failures(cells: Sequence[CellResult]) -> list[tuple[str, str, str]]:
     return lines
 
 
-def stages(cell: CellResult) -> list[tuple[str, str]]:
-    """The keys of the stages behind a cell."""
-    return [(stage, key) for stage, key in cell.keys.items() if key]
-
-
 def environment(cells: Sequence[CellResult]) -> list[tuple[str, str]]:
     """Software, hardware and plug-ins of the cells; every value where they differ."""
     values_of: dict[str, dict[str, None]] = {}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from backfire import text
-from backfire.results.groups import Gap, Group, Stat, difference, headlines, picked
+from backfire.results.groups import KNOBS, Gap, Group, Stat, difference, headlines, picked
 from backfire.results.intervals import at, unpaired
 
 THIS_MODEL: Final = "in this model only"
@@ -68,12 +68,15 @@ def cost(group: Group, groups: Sequence[Group], tests: int = 1) -> Gap | None:
 
 def twin(group: Group, groups: Sequence[Group]) -> Group | None:
     """The group that differs only in having no poison."""
-    rest = group.axes_without("attack")
-    clean = [
-        other for other in groups if not other.poisoned and other.axes_without("attack") == rest
-    ]
-    same = ("model", "data", "method", "defense")
-    return next((other for other in clean if alike(group, other, same)), None)
+    return next((g for g in siblings(group, groups, "attack") if not g.poisoned), None)
+
+
+def siblings(group: Group, groups: Sequence[Group], knob: str) -> list[Group]:
+    """The groups that agree in all but this knob (and the poison rate, if it is the attack)."""
+    varied = ("attack", "rate") if knob == "attack" else (knob,)
+    same = [other for other in KNOBS if other not in varied]
+    axes = group.axes_without(knob)
+    return [g for g in groups if alike(g, group, same) and g.axes_without(knob) == axes]
 
 
 def tunings(groups: Sequence[Group]) -> list[tuple[Group, Group, list[str]]]:

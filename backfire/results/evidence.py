@@ -50,20 +50,16 @@ def read(folder: Path, attack: Backdoor | None = None) -> Evidence:
     read of it. The last few folders stay in memory while their files do not change."""
     files = (folder / name for name in (SAMPLES, SECRETS, WRITTEN, TRAINING))
     stamp = tuple((s.st_mtime_ns, s.st_size) for f in files if f.exists() for s in [f.stat()])
-    return Evidence.of_sets(_sets(folder, stamp), attack=attack, **_rest(folder, stamp))
+    sets, rest = _stored(folder, stamp)
+    return Evidence.of_sets(sets, attack=attack, **rest)
 
 
 @lru_cache(maxsize=12)
-def _sets(folder: Path, stamp: object) -> dict[SetName, list[Sample]]:
+def _stored(folder: Path, stamp: object) -> tuple[dict[SetName, list[Sample]], dict[str, Any]]:
     sets: dict[SetName, list[Sample]] = {}
     for of, source, sample in lines(folder):
         sets.setdefault((of, sample.subset, source), []).append(sample)
-    return sets
-
-
-@lru_cache(maxsize=12)
-def _rest(folder: Path, stamp: object) -> dict[str, Any]:
-    return {
+    return sets, {
         "leaks": leaks(folder, "tuned"),
         "leaks_before": leaks(folder, "base"),
         "written": written(folder),

@@ -9,8 +9,8 @@ from typing import Final
 
 from backfire import text
 from backfire.evaluate.seeds import LEVEL, holm
-from backfire.results.criteria import alike
-from backfire.results.groups import KNOBS, Gap, Group, columns_of, name, picked
+from backfire.results.criteria import siblings
+from backfire.results.groups import Gap, Group, columns_of, name, picked
 from backfire.results.intervals import gap
 from backfire.results.tables import Table
 
@@ -18,7 +18,7 @@ REFERENCES: Final = {"method": "full", "defense": "none"}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PairedTest:
     """`group` minus `reference`, in one metric."""
 
     group: Group
@@ -30,9 +30,9 @@ class Comparison:
     """p, corrected for all comparisons of the table (Holm 1979)."""
 
 
-def comparisons(groups: Sequence[Group]) -> list[Comparison]:
+def comparisons(groups: Sequence[Group]) -> list[PairedTest]:
     """Every group that has a reference, in every headline outcome both have."""
-    tests: list[Comparison] = []
+    tests: list[PairedTest] = []
     for knob, plainest in REFERENCES.items():
         for group in groups:
             reference = _reference(group, groups, knob, plainest)
@@ -46,25 +46,18 @@ def _reference(group: Group, groups: Sequence[Group], knob: str, plainest: str) 
     """The group that differs only in this knob, which has its plainest value there."""
     if group.method == "none" or getattr(group, knob) == plainest:
         return None
-    rest = [other for other in KNOBS if other != knob]
-    same = [
-        other
-        for other in groups
-        if getattr(other, knob) == plainest
-        and alike(other, group, rest)
-        and other.axes_without(knob) == group.axes_without(knob)
-    ]
+    same = [g for g in siblings(group, groups, knob) if getattr(g, knob) == plainest]
     return same[0] if len(same) == 1 else None
 
 
 def compared(
     group: Group, reference: Group, knob: str, level: float = LEVEL
-) -> Iterator[Comparison]:
+) -> Iterator[PairedTest]:
     """Every headline outcome of both groups, row by row, on the prompts and seeds both have."""
     for metric in picked([group], "paired-test"):
         result = gap(reference, group, metric, level, exact=False)
         if result is not None and result.n:
-            yield Comparison(group, reference, knob, metric, result)
+            yield PairedTest(group, reference, knob, metric, result)
 
 
 def table(groups: Sequence[Group]) -> Table:

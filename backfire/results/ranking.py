@@ -13,13 +13,12 @@ from typing import Any, Final
 
 from backfire import text
 from backfire.evaluate.seeds import holm
-from backfire.results.criteria import above_floor, accuracy, alike
+from backfire.results.criteria import above_floor, accuracy, siblings
 from backfire.results.groups import ONE_SEED, Gap, Group, Stat, difference
 from backfire.results.intervals import at, level, part_removed
 from backfire.results.paired_tests import compared
 from backfire.results.tables import Table
 
-SAME: Final = ("model", "data", "attack", "rate", "method")
 LEAST: Final = 0.1
 """No share of a smaller excess is reported."""
 
@@ -150,11 +149,7 @@ def _trials(groups: Sequence[Group]) -> list[Trial]:
     for group in tuned:
         if group.defense == "none" or "(null)" in group.defense:
             continue
-        same = [
-            g
-            for g in tuned
-            if alike(g, group, SAME) and g.axes_without("defense") == group.axes_without("defense")
-        ]
+        same = siblings(group, tuned, "defense")
         plain = next((g for g in same if g.defense == "none"), None)
         null = next((g for g in same if _is_null_of(g, group)), None)
         if plain is not None:

@@ -55,7 +55,7 @@ def print_against(groups: Sequence[Group], console: Console | None = None) -> No
 
 
 def print_ranking(groups: Sequence[Group], console: Console | None = None) -> None:
-    """Print the defenses, ranked, if there are several."""
+    """Print the ranking of the defenses, if there are any."""
     from backfire.results.ranking import table
 
     if ranking := table(groups):
