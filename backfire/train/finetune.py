@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from backfire import stages
@@ -104,16 +105,7 @@ def tune(
         recompute=machine.recompute,
     )
     model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
-    try:
-        summary = train(
-            [run],
-            accelerator_for(device, compute),
-            micro_batch=machine.micro_batch,
-            checkpoint_seconds=machine.checkpoint_seconds,
-            progress=progress,
-        )[0]
-    finally:
-        run.close()
+    summary = _train(run, accelerator_for(device, compute), machine, progress)
     save_tuned(model, folder, start.base, _hub_name(experiment, start))
     return {
         **summary,
@@ -126,6 +118,21 @@ def tune(
         "left_out_rows": len(left),
         **{f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()},
     }
+
+
+def _train(
+    run: TrainingRun, accelerator: Accelerator, machine: Machine, progress: Progress
+) -> dict[str, Any]:
+    try:
+        return train(
+            [run],
+            accelerator,
+            micro_batch=machine.micro_batch,
+            checkpoint_seconds=machine.checkpoint_seconds,
+            progress=progress,
+        )[0]
+    finally:
+        run.close()
 
 
 def _model(
