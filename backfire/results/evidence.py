@@ -12,9 +12,11 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar
+
+from pydantic import TypeAdapter
 
 from backfire.base import Backdoor, Evidence, Leak, Sample, SetName
 from backfire.store import read_json, write_atomic, write_json
@@ -80,8 +82,6 @@ def lines(folder: Path) -> Iterator[tuple[str, str, Sample]]:
                 of = str(item.get("of", "tuned"))  # earlier versions: `floor`, of triggered rows
                 of = "twin" if of == "floor" else of
                 sample = _made(Sample, item)
-                if not isinstance(sample.subset, str):
-                    return
                 yield of, str(item.get("source", "")), sample
     except (OSError, EOFError, ValueError, TypeError, AttributeError):
         return
@@ -117,9 +117,11 @@ def _pairs(path: Path) -> dict[str, Any]:
 
 
 def _made(cls: type[T], item: dict[str, Any]) -> T:
-    """From the fields that the class has; lists are tuples there."""
-    names = {field.name for field in fields(cls)} & item.keys()
-    known: dict[str, Any] = {
-        name: tuple(item[name]) if isinstance(item[name], list) else item[name] for name in names
-    }
-    return cls(**known)
+    """From the fields that the class has, each of its type; a ValueError if one is not."""
+    names = {field.name for field in fields(cls)}
+    return _reader(cls).validate_python({k: v for k, v in item.items() if k in names})
+
+
+@cache
+def _reader(cls: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(cls)
