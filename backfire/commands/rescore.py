@@ -52,8 +52,9 @@ def rescored(run: Path, specs: Sequence[str]) -> list[Record]:
         replace(item, values=tuple(_values(metrics, item, lacking)) if item.is_done else ())
         for item in cells
     ]
+    computed = {value.family for item in found for value in item.values}
     for name, reasons in lacking.items():
-        if len(reasons) == done:
+        if reasons and name not in computed:
             raise UserError(
                 f"{name} cannot be computed for {reasons[0]}. Run the recipe with this metric "
                 "added; stages that are cached are not run again."

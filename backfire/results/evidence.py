@@ -12,9 +12,9 @@ import gzip
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from pydantic import TypeAdapter
 
@@ -119,9 +119,7 @@ def _pairs(path: Path) -> dict[str, Any]:
 def _made(cls: type[T], item: dict[str, Any]) -> T:
     """From the fields that the class has, each of its type; a ValueError if one is not."""
     names = {field.name for field in fields(cls)}
-    return _reader(cls).validate_python({k: v for k, v in item.items() if k in names})
+    return cast(T, _READERS[cls].validate_python({k: v for k, v in item.items() if k in names}))
 
 
-@cache
-def _reader(cls: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(cls)
+_READERS: Final[dict[type, TypeAdapter[Any]]] = {cls: TypeAdapter(cls) for cls in (Sample, Leak)}
