@@ -117,6 +117,7 @@ def cell(folder: Path) -> CellResult:
     if "attack.name" in settings:
         # Component knobs at their default are not written down; this one is known all the same.
         settings.setdefault("attack.rate", rate)
+    found["axes"] = {k: _resolved(k, v, settings) for k, v in _table(found.get("axes")).items()}
     texts = ("key", "recipe", "model", "data", "attack", "method", "defense", "template")
     tables = ("axes", "evaluate", "rows", "keys")
     result = CellResult(
@@ -138,6 +139,14 @@ def cell(folder: Path) -> CellResult:
     )
     lacking([result])  # installed plug-ins that the cell was run with are loaded
     return result
+
+
+def _resolved(axis: str, value: Any, settings: Record) -> Any:
+    """The value of an axis with the knobs as they were set: an edit may have changed some, which
+    results of earlier versions do not show."""
+    if not isinstance(value, dict):
+        return value
+    return {knob: settings.get(f"{axis}.{knob}", own) for knob, own in value.items()}
 
 
 def outcome(folder: Path) -> Record:
