@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
+
+from pydantic import TypeAdapter
 
 from backfire.base import Backdoor, Evidence, Leak, Sample, SetName
 from backfire.store import read_json, write_atomic, write_json
@@ -76,8 +78,6 @@ def lines(folder: Path) -> Iterator[tuple[str, str, Sample]]:
                 of = str(item.get("of", "tuned"))  # in earlier versions also `floor`
                 of = "twin" if of == "floor" else of
                 sample = _made(Sample, item)
-                if not isinstance(sample.subset, str):
-                    return
                 yield of, str(item.get("source", "")), sample
     except (OSError, EOFError, ValueError, TypeError, AttributeError):
         return
@@ -113,9 +113,9 @@ def _pairs(path: Path) -> dict[str, Any]:
 
 
 def _made(cls: type[T], item: dict[str, Any]) -> T:
-    """Build it from the fields that the class has; lists become tuples."""
-    names = {field.name for field in fields(cls)} & item.keys()
-    values: dict[str, Any] = {
-        name: tuple(item[name]) if isinstance(item[name], list) else item[name] for name in names
-    }
-    return cls(**values)
+    """Build it from the fields that the class has. Raises ValueError if a type is wrong."""
+    names = {field.name for field in fields(cls)}
+    return cast(T, _READERS[cls].validate_python({k: v for k, v in item.items() if k in names}))
+
+
+_READERS: Final[dict[type, TypeAdapter[Any]]] = {cls: TypeAdapter(cls) for cls in (Sample, Leak)}

@@ -117,6 +117,8 @@ def cell(folder: Path) -> CellResult:
     if "attack.name" in settings:
         # Knobs at their default are not written down.
         settings.setdefault("attack.rate", rate)
+    axes = _table(fields.get("axes"))
+    fields["axes"] = {key: _resolved(key, value, settings) for key, value in axes.items()}
     texts = ("key", "recipe", "model", "data", "attack", "method", "defense", "template")
     tables = ("axes", "evaluate", "rows", "keys")
     result = CellResult(
@@ -138,6 +140,14 @@ def cell(folder: Path) -> CellResult:
     )
     lacking([result])  # loads the installed plug-ins that the cell used
     return result
+
+
+def _resolved(axis: str, value: Any, settings: Record) -> Any:
+    """The value of an axis with the knobs as they were set: an edit may have changed some, which
+    results of earlier versions do not show."""
+    if not isinstance(value, dict):
+        return value
+    return {knob: settings.get(f"{axis}.{knob}", own) for knob, own in value.items()}
 
 
 def outcome(folder: Path) -> Record:

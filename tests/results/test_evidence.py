@@ -137,6 +137,22 @@ def test_a_damaged_file_gives_what_can_be_read(tmp_path: Path) -> None:
     assert not is_whole(tmp_path) and not is_whole(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"id": None}, {"prompt": 3}, {"reply": {"a": 1}}, {"candidates": [1]}, {"group": [1]}),
+        *({"verdicts": {"policy": 3}}, {"num_better": "x"}, {"logprobs": ["x"]}, {"subset": []}),
+        {"answer_logprob": 10**400},
+    ],
+    ids=str,
+)
+def test_a_sample_of_wrong_types_counts_as_damaged(wrong: Any, tmp_path: Path) -> None:
+    lines = [sample("tuned", "clean", 1, right=1), sample("tuned", "clean", 2, right=1) | wrong]
+    with gzip.open(tmp_path / "samples.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    assert len(read(tmp_path).clean) == 1 and not is_whole(tmp_path)
+
+
 # ------------------------------------------------------------------------------ a run and its files
 
 TRAIN = {"max_steps": 2, "batch_size": 8}

@@ -209,6 +209,14 @@ def test_run_json_lists_the_cells(tmp_path: Path) -> None:
     assert json.loads(write(records(tmp_path / "r"), "json"))[1]["model"] is None
 
 
+def test_an_axis_shows_what_an_edit_had_set(tmp_path: Path) -> None:
+    axes = {"data": {"name": "sandbox-help", "rows": 500}, "seed": 0}
+    folder = write_cell(tmp_path / "r", values=[value("f1", 0.5)], axes=axes)
+    (folder / "experiment.yaml").write_text("data: {name: sandbox-help, rows: 60}")
+    [item] = load(tmp_path / "r")
+    assert item.axes == {"data": {"name": "sandbox-help", "rows": 60}, "seed": 0}
+
+
 def test_a_number_too_large_for_a_float_is_none(tmp_path: Path) -> None:
     folder = write_cell(tmp_path / "r", values=[value("f1", 0.5), value("auc", 0.5)])
     found = json.loads((folder / "result.json").read_text())
