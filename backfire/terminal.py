@@ -19,11 +19,11 @@ def put(
     console: Console | None = None,
     right: Sequence[int] = (),
 ) -> None:
-    """Print a table: ruled in a terminal, plain lines elsewhere. Numbers stand `right`.
+    """Print a table: ruled in a terminal, plain lines elsewhere. The columns `right` are right-aligned.
 
-    In a terminal that is too narrow, what all rows share stands above, long names wrap in their
-    column, and the numbers go on in further tables of the same rows; where names leave too little
-    room, they have a table of their own and rows are told by a number.
+    In a terminal that is too narrow, values that all rows share are printed above the table, long
+    names wrap in their column, and further numbers get further tables of the same rows. Where the
+    names leave too little room, they get a separate table, and a number identifies each row.
     """
     from rich.console import Console
 
@@ -83,7 +83,7 @@ def _shared_above(
 def _blocks(
     names: Sequence[int], numbers: Sequence[int], widths: Sequence[int], width: int
 ) -> list[list[int]]:
-    """The numbers in as few tables as the width allows, each beside the names."""
+    """The columns of numbers in as few tables as the width allows; each repeats the names."""
     room = width - sum(min(widths[i], _NARROW) + _GAP for i in names)
     blocks: list[list[int]] = [[]]
     for i in numbers:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from backfire.data.weights import first_line
 from backfire.launch.environment import version_of
+from backfire.model.types import ram_bytes
 from backfire.recipe import Recipe
 from backfire.store import cache_root
 from backfire.terminal import say
@@ -87,10 +88,6 @@ def _machine() -> list[str]:
     if not torch.cuda.is_available():
         out.append("note  no GPU: models of a few million weights run well, 7B models do not")
     return out
-
-
-def ram_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _places() -> list[str]:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from backfire.commands.doctor import ram_bytes
 from backfire.commands.estimate import (
     Rows,
     Weights,
@@ -21,6 +20,7 @@ from backfire.commands.estimate import (
     runs_of,
 )
 from backfire.experiment import Experiment
+from backfire.model.types import ram_bytes
 from backfire.recipe import Recipe
 from backfire.store import Store
 

@@ -101,7 +101,7 @@ class Chat:
         self.template, self.special, self.arguments = template, special, arguments
         self.ends = ends
         case = re.NOFLAG if self._keeps_case() else re.IGNORECASE
-        self.anybody = _pattern(controls, case)
+        self.any_role = _pattern(controls, case)
         self.assistant = _pattern([c for c in controls if c not in THOUGHTS], case)
         self.first = {character for c in controls for character in (c[:1].lower(), c[:1].upper())}
         parameters = self._variables() - _OURS - set(special)
@@ -246,7 +246,7 @@ class Chat:
 
     def _first(self, text: str) -> str:
         """The text up to and including its first control token; empty without one."""
-        match = self.anybody.search(text)
+        match = self.any_role.search(text)
         return text[: match.end()] if match else ""
 
     def _left_out(self, roles: tuple[str, ...]) -> set[int]:
@@ -265,7 +265,7 @@ class Chat:
         """The text with marks around its control tokens."""
         if not any(character in text for character in self.first):
             return text
-        pattern = self.assistant if role == "assistant" else self.anybody
+        pattern = self.assistant if role == "assistant" else self.any_role
         return pattern.sub(rf"{marks[0]}\g<0>{marks[1]}", text)
 
     def _split(self, text: str, marks: Sequence[str]) -> Segments:

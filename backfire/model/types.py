@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -50,3 +51,8 @@ def cpu_info(field: str) -> str:
         return ""
     line = next((line for line in text.splitlines() if line.startswith(field)), "")
     return line.partition(":")[2].strip()
+
+
+def ram_bytes() -> int:
+    """Main memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

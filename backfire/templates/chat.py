@@ -62,7 +62,7 @@ class Chat(Template):
     def opening(self, tokenizer: Tokenizer) -> str:
         chat = chat_of(tokenizer, self.arguments)
         opening = chat.around.opening
-        return opening if chat.anybody.search(opening) else ""
+        return opening if chat.any_role.search(opening) else ""
 
     def about(self, tokenizer: Tokenizer) -> str:
         around, end = chat_of(tokenizer, self.arguments).around, self.end(tokenizer)
