@@ -19,7 +19,7 @@ def put(
     console: Console | None = None,
     right: Sequence[int] = (),
 ) -> None:
-    """Print a table: ruled in a terminal, plain lines elsewhere. The columns `right` are right-aligned.
+    """Print a table: ruled in a terminal, plain lines elsewhere; `right` columns are right-aligned.
 
     In a terminal that is too narrow, values that all rows share are printed above the table, long
     names wrap in their column, and further numbers get further tables of the same rows. Where the
