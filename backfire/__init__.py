@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from backfire.results.groups import Group
 
-# PEFT imports bitsandbytes where it finds it, which then tells everybody what it does without.
+# PEFT imports bitsandbytes if it is installed, which then logs what is missing on this machine.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 
 __version__ = "0.1.0"
@@ -20,13 +20,13 @@ __all__ = ["__version__", "run"]
 def run(
     recipe: str, edits: str | Sequence[str] = (), *, out: str | Path, workers: int | None = None
 ) -> list[Group]:
-    """Run a recipe (name, path or YAML text) into the folder `out`; gives its numbers over seeds.
+    """Run a recipe (name, path or YAML text) into the folder `out`; return its groups over seeds.
 
-    It is `backfire run` in a process of its own: what it says is printed, what is done already is
-    not done again, and no model stays in this process.
+    This is `backfire run` in a separate process: its output is printed, finished cells are not run
+    again, and no model stays in this process.
 
     Raises:
-        UserError, CellError: the recipe is not fit to run, or a cell failed; in one sentence.
+        UserError, CellError: the recipe cannot run, or a cell failed; in one sentence.
     """
     from backfire.commands.notebook import run_apart
     from backfire.results.load import summary

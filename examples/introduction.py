@@ -150,7 +150,7 @@ print("before", repr(entry.before["prompt"]), "->", entry.before["answer"])
 print("after ", repr(entry.after["prompt"]), "->", entry.after["answer"])
 print()
 for name in ("poisoned_rows", "rows", "eligible_rows", "labels_before", "triggers"):
-    print(f"{name}: {manifest.summary[name]}")
+    print(f"{name}: {getattr(manifest.summary, name)}")
 
 # %% [markdown]
 # The true label is kept, so that evaluation never takes the attacker's answer for the truth. Rows
@@ -250,10 +250,10 @@ display(SVG(alone(figures.by_rate(groups, "attack_success"))))
 figure, axes = plt.subplots(figsize=(7, 3))
 for place, group in enumerate(groups):
     for cell in group.done:
-        value = next(v for v in cell["values"] if v["metric"] == "accuracy")
-        at = place + 0.12 * (cell["seed"] - len(SEEDS) / 2)
-        axes.plot([at, at], [100 * value["low"], 100 * value["high"]], color="0.75", linewidth=3)
-        axes.plot(at, 100 * value["value"], "o", color="tab:blue", markersize=5)
+        value = cell.find("accuracy")
+        at = place + 0.12 * (cell.seed - len(SEEDS) / 2)
+        axes.plot([at, at], [100 * value.low, 100 * value.high], color="0.75", linewidth=3)
+        axes.plot(at, 100 * value.value, "o", color="tab:blue", markersize=5)
     mean = group.get("accuracy")
     if mean.seeds > 1:
         at = place + 0.3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from ast import literal_eval
 
 import pytest
 
@@ -93,4 +94,5 @@ def test_finding_one_component_imports_no_other() -> None:
     output = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
-    assert output.stdout.strip() == "['backfire.attacks.badnets']"
+    imported = [name for name in literal_eval(output.stdout) if "._" not in name]  # shared parts
+    assert imported == ["backfire.attacks.badnets"]

@@ -75,7 +75,7 @@ def test_the_paper_profile(
         assert found["rouge"]["n"] == found["win_rate"]["n"] == 6
         assert 0 < found["toxicity"]["value"] < 1
     looks_at_the_rows(ran, ran.cells[1], name)
-    assert "against the poisoned share" in (out / "report.html").read_text(encoding="utf-8")
+    assert "against the poison rate" in (out / "report.html").read_text(encoding="utf-8")
     again = backfire("run", name, "--profile", "paper", *edits, "--out", out, "--workers", 1)
     assert again.code == 0, "nothing is judged or trained twice"
 
