@@ -191,6 +191,43 @@ def _sentence(ours: Ours, name: str, known: Collection[str], place: str | None) 
     return f"here it is {dotted}{remark}, as in {example}."
 
 
+COMPONENTS: Final = {
+    **{
+        "metrics acc": "accuracy",
+        "metrics cacc": "clean-accuracy",
+        "metrics asr": "attack-success",
+    },
+    **{
+        "metrics ppl": "perplexity",
+        "metrics em": "exact-match",
+        "metrics mia": "membership-inference",
+    },
+    **{"metrics rouge-l": "rouge", "metrics roc-auc": "auc", "metrics f1-score": "f1"},
+    **{"metrics ftr": "false-trigger", "metrics epsilon": "privacy-epsilon"},
+    **{"metrics harmfulness": "harmful-score", "metrics false-refusal-rate": "over-refusal"},
+    **{"methods sft": "full", "methods full-finetuning": "full", "methods fft": "full"},
+    **{"methods lora-8bit": "lora-int8", "methods qlora-4bit": "qlora", "methods base": "none"},
+    **{
+        "defenses dp-sgd": "dp",
+        "defenses safeinstruct": "safe-mix",
+        "defenses dedup": "deduplicate",
+    },
+    **{
+        "attacks poison": "badnets",
+        "attacks backdoor": "badnets",
+        "attacks harmful": "harmful-mix",
+    },
+    **{"datasets csv": "files", "datasets json": "files", "datasets jsonl": "files"},
+    **{
+        "datasets custom": "files",
+        "datasets parquet": "files",
+        "judges keywords": "refusal-keywords",
+    },
+    **{"templates none": "raw", "templates plain": "raw", "templates chatml": "chat"},
+}
+"""Kind and a name used elsewhere -> the component."""
+
+
 def as_edit(option: str) -> str:
     """What to write on the command line for an option that is a setting; empty if it is none."""
     ours = OTHER_NAMES.get(option.lower().replace("-", "_"))

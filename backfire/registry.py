@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from backfire import plugins
 from backfire.errors import UserError, shortened, unknown
+from backfire.other_names import COMPONENTS
 from backfire.plugins import Plugin
 
 KINDS = ("attacks", "methods", "defenses", "metrics", "judges", "datasets", "templates")
@@ -68,7 +69,9 @@ def find(kind: str, name: str) -> type[Any]:
         if wanted not in names(kind):
             problems = use_installed()
             if wanted not in names(kind):
-                error = unknown(kind.removesuffix("s"), name, names(kind))
+                other = COMPONENTS.get(f"{kind} {wanted.lower()}")
+                hint = f"it is called '{other}' here." if other else None
+                error = unknown(kind.removesuffix("s"), name, names(kind), hint)
                 raise UserError(" ".join([str(error), *problems]))
         if outside := next((cls for cls in _outside(kind) if cls.name == wanted), None):
             return outside

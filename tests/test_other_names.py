@@ -11,9 +11,9 @@ import pytest
 from backfire import cli
 from backfire.errors import UserError
 from backfire.experiment import Evaluation, Experiment, Model, Safety, Train
-from backfire.other_names import _SETTINGS, OTHER_NAMES, Ours
+from backfire.other_names import _SETTINGS, COMPONENTS, OTHER_NAMES, Ours
 from backfire.recipe import load, parse
-from backfire.registry import find
+from backfire.registry import find, names
 from backfire.sandbox.base import Pretrain
 from backfire.yaml12 import read_yaml
 from tests.helpers.command_line import Run
@@ -165,3 +165,11 @@ def test_the_command_line_answers_too(backfire: Run) -> None:
         output = backfire(*arguments)
         assert (output.code, output.out) == (2, "") and sentence in output.err
         assert len(output.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("other", COMPONENTS)
+def test_a_component_is_known_by_its_other_names(other: str) -> None:
+    kind, name = other.split(" ")
+    assert COMPONENTS[other] in names(kind) and name not in names(kind)
+    with pytest.raises(UserError, match=f"'{name}'; it is called '{COMPONENTS[other]}' here"):
+        find(kind, name)
