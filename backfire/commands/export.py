@@ -11,8 +11,8 @@ from typing import Any
 from backfire import pipeline, stages
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
+from backfire.launch.job import read_cell
 from backfire.pipeline import Context
-from backfire.playground.models import read_cell
 from backfire.result import CellResult
 from backfire.results.load import cell as record
 from backfire.store import Store

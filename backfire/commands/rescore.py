@@ -12,7 +12,7 @@ from backfire.base import Ask, Evidence, Leak, Metric, Need, Sample
 from backfire.commands.failure import note
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
-from backfire.playground.models import read_cell
+from backfire.launch.job import read_cell
 from backfire.registry import build
 from backfire.result import CellResult, Value
 from backfire.results.evidence import is_whole, read

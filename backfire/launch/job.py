@@ -15,7 +15,7 @@ import yaml
 
 from backfire import stages
 from backfire.base.judges import drop_models
-from backfire.errors import EXIT_CLASSES, CellError, exit_class
+from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context, base, head, run_cell, trained
 from backfire.plan import Job
@@ -23,7 +23,9 @@ from backfire.progress import Progress
 from backfire.recipe import Recipe
 from backfire.registry import loaded
 from backfire.results.evidence import write as write_evidence
+from backfire.results.load import cell as record
 from backfire.results.load import outcome as outcome_of
+from backfire.results.plugins import lacking
 from backfire.store import Store, write_atomic, write_json
 
 
@@ -150,3 +152,17 @@ def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence
     plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
     write_json(path / "run.json", plan | ({"plugins": plugins} if plugins else {}))
     return folder
+
+
+def read_cell(folder: Path) -> Experiment:
+    """Read the experiment of a cell folder."""
+    file = folder / "experiment.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder} is not a finished cell of a run: experiment.yaml is missing.")
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise UserError(f"{file} cannot be read; run the recipe again.") from None
+    if missing := lacking([record(folder)]):
+        raise UserError(missing[0])
+    return Experiment.make(settings, str(file))

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from backfire.experiment import Experiment, Machine
+from backfire.launch.job import read_cell
 from backfire.playground.models import (
     ChatModel,
     NotCachedError,
@@ -21,7 +22,6 @@ from backfire.playground.models import (
     first_with_trigger,
     frame,
     load,
-    read_cell,
 )
 from backfire.store import Store
 from backfire.text import clean

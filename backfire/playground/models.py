@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from backfire import pipeline
 from backfire.base import Rendered, Row
 from backfire.data.poison import insert_trigger
@@ -20,8 +18,6 @@ from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
 from backfire.progress import silent
-from backfire.results.load import cell as record
-from backfire.results.plugins import lacking
 from backfire.store import Stage, Store
 from backfire.text import clean
 
@@ -148,17 +144,3 @@ def chat_row(frame: Row, prompt: str, attacked: Experiment | None) -> Row:
     if attacked is None or attacked.backdoor is None:
         return row
     return replace(insert_trigger(row, attacked.backdoor, attacked.seed), answer=row.answer)
-
-
-def read_cell(folder: Path) -> Experiment:
-    """Read the experiment of a cell folder."""
-    file = folder / "experiment.yaml"
-    if not file.is_file():
-        raise UserError(f"{folder} is not a finished cell of a run: experiment.yaml is missing.")
-    try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError):
-        raise UserError(f"{file} cannot be read; run the recipe again.") from None
-    if missing := lacking([record(folder)]):
-        raise UserError(missing[0])
-    return Experiment.make(settings, str(file))

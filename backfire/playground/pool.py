@@ -14,13 +14,13 @@ import yaml
 from backfire.base import Row
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
+from backfire.launch.job import read_cell
 from backfire.playground.models import (
     ChatModel,
     NotCachedError,
     ReadOnlyStore,
     frame,
     load,
-    read_cell,
 )
 from backfire.result import CellResult
 from backfire.results.load import load as load_records

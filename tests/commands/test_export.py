@@ -253,9 +253,9 @@ def test_a_model_on_an_alignments_adapter_is_exported_merged_and_repaired(
     from safetensors.torch import load_file
 
     from backfire.experiment import Machine
+    from backfire.launch.job import read_cell
     from backfire.model.load import load_tuned
     from backfire.pipeline import Context, model_of
-    from backfire.playground.models import read_cell
     from backfire.store import Store
 
     merged = export_model(one, tmp_path / "merged", merge=True)
