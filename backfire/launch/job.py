@@ -120,7 +120,7 @@ def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
     if folder.done(experiment, job.key):
         return
     outcome = run_cell(experiment, context)
-    if stages.cell_key(experiment) != job.key:
+    if outcome.result.key != job.key:
         sentence = "An input file of this cell changed during the run; run it again."
         raise CellError("bad-data", sentence)
     manifest = outcome.manifest
