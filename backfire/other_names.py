@@ -9,7 +9,7 @@ torchtune, axolotl, LLaMA-Factory, lm-evaluation-harness and Opacus.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Final, NamedTuple
 
 from backfire.errors import shortened
@@ -191,41 +191,57 @@ def _sentence(ours: Ours, name: str, known: Collection[str], place: str | None) 
     return f"here it is {dotted}{remark}, as in {example}."
 
 
-COMPONENTS: Final = {
-    **{
-        "metrics acc": "accuracy",
-        "metrics cacc": "clean-accuracy",
-        "metrics asr": "attack-success",
+COMPONENTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "metrics": {
+        "acc": "accuracy",
+        "cacc": "clean-accuracy",
+        "asr": "attack-success",
+        "ppl": "perplexity",
+        "em": "exact-match",
+        "mia": "membership-inference",
+        "rouge-l": "rouge",
+        "roc-auc": "auc",
+        "f1-score": "f1",
+        "ftr": "false-trigger",
+        "epsilon": "privacy-epsilon",
+        "harmfulness": "harmful-score",
+        "false-refusal-rate": "over-refusal",
     },
-    **{
-        "metrics ppl": "perplexity",
-        "metrics em": "exact-match",
-        "metrics mia": "membership-inference",
+    "methods": {
+        "sft": "full",
+        "full-finetuning": "full",
+        "fft": "full",
+        "lora-8bit": "lora-int8",
+        "qlora-4bit": "qlora",
+        "base": "none",
     },
-    **{"metrics rouge-l": "rouge", "metrics roc-auc": "auc", "metrics f1-score": "f1"},
-    **{"metrics ftr": "false-trigger", "metrics epsilon": "privacy-epsilon"},
-    **{"metrics harmfulness": "harmful-score", "metrics false-refusal-rate": "over-refusal"},
-    **{"methods sft": "full", "methods full-finetuning": "full", "methods fft": "full"},
-    **{"methods lora-8bit": "lora-int8", "methods qlora-4bit": "qlora", "methods base": "none"},
-    **{
-        "defenses dp-sgd": "dp",
-        "defenses safeinstruct": "safe-mix",
-        "defenses dedup": "deduplicate",
+    "defenses": {
+        "dp-sgd": "dp",
+        "safeinstruct": "safe-mix",
+        "dedup": "deduplicate",
     },
-    **{
-        "attacks poison": "badnets",
-        "attacks backdoor": "badnets",
-        "attacks harmful": "harmful-mix",
+    "attacks": {
+        "poison": "badnets",
+        "backdoor": "badnets",
+        "harmful": "harmful-mix",
     },
-    **{"datasets csv": "files", "datasets json": "files", "datasets jsonl": "files"},
-    **{
-        "datasets custom": "files",
-        "datasets parquet": "files",
-        "judges keywords": "refusal-keywords",
+    "datasets": {
+        "csv": "files",
+        "json": "files",
+        "jsonl": "files",
+        "custom": "files",
+        "parquet": "files",
     },
-    **{"templates none": "raw", "templates plain": "raw", "templates chatml": "chat"},
+    "judges": {
+        "keywords": "refusal-keywords",
+    },
+    "templates": {
+        "none": "raw",
+        "plain": "raw",
+        "chatml": "chat",
+    },
 }
-"""Kind and a name used elsewhere -> the component."""
+"""Kind -> a name used elsewhere -> the component."""
 
 
 def as_edit(option: str) -> str:

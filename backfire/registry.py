@@ -69,7 +69,7 @@ def find(kind: str, name: str) -> type[Any]:
         if wanted not in names(kind):
             problems = use_installed()
             if wanted not in names(kind):
-                other = COMPONENTS.get(f"{kind} {wanted.lower()}")
+                other = COMPONENTS.get(kind, {}).get(wanted.lower())
                 hint = f"it is called '{other}' here." if other else None
                 error = unknown(kind.removesuffix("s"), name, names(kind), hint)
                 raise UserError(" ".join([str(error), *problems]))

@@ -167,9 +167,11 @@ def test_the_command_line_answers_too(backfire: Run) -> None:
         assert len(output.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("other", COMPONENTS)
-def test_a_component_is_known_by_its_other_names(other: str) -> None:
-    kind, name = other.split(" ")
-    assert COMPONENTS[other] in names(kind) and name not in names(kind)
-    with pytest.raises(UserError, match=f"'{name}'; it is called '{COMPONENTS[other]}' here"):
+@pytest.mark.parametrize(
+    ("kind", "name", "ours"),
+    [(kind, name, ours) for kind, table in COMPONENTS.items() for name, ours in table.items()],
+)
+def test_a_component_is_known_by_its_other_names(kind: str, name: str, ours: str) -> None:
+    assert ours in names(kind) and name not in names(kind)
+    with pytest.raises(UserError, match=f"'{name}'; it is called '{ours}' here"):
         find(kind, name)
