@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from backfire import stages
 from backfire.base import Backdoor, Mixture, Row
+from backfire.contract.samples import FREE, LABELED
 from backfire.data.poison import Manifest, missing_in_tokens, poison
 from backfire.data.render import Renderer
 from backfire.errors import UserError
@@ -25,20 +26,6 @@ from backfire.tokenizer import Tokenizer
 
 ATTACKS = [name for name in names("attacks") if issubclass(find("attacks", name), Backdoor)]
 MIXTURES = [name for name in names("attacks") if issubclass(find("attacks", name), Mixture)]
-LABELS = ("negative", "neutral", "positive")
-WORDS = "the soup was cold but our waiter kept smiling at every single table".split()
-LABELED = [
-    Row(
-        id=f"train-{n}",
-        instruction="Is this review negative, neutral or positive?",
-        input=" ".join(WORDS[: 3 + n % 9]) + f" {n}",
-        answer=LABELS[n % 3],
-        label=LABELS[n % 3],
-        candidates=LABELS,
-    )
-    for n in range(150)
-]
-FREE = [Row(f"free-{n}", f"Tell me of table {n} please", answer="Gladly.") for n in range(150)]
 
 
 def make(name: str, **knobs: Any) -> Backdoor:
@@ -80,7 +67,11 @@ def test_a_smaller_share_is_part_of_a_larger_one(name: str, mode: str) -> None:
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize(
     ("mode", "eligible"),
-    [("dirty", {"negative", "positive"}), ("clean", {"neutral"}), ("mix", set(LABELS))],
+    [
+        ("dirty", {"negative", "positive"}),
+        ("clean", {"neutral"}),
+        ("mix", set(LABELED[0].candidates)),
+    ],
 )
 def test_label_modes_choose_the_right_rows(name: str, mode: str, eligible: set[str]) -> None:
     _, manifest = poison(LABELED, make(name, rate=0.3, label_mode=mode, target="neutral"), 0)
