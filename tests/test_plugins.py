@@ -291,9 +291,9 @@ def test_a_result_may_hold_anything_about_plug_ins(tmp_path: Path) -> None:
 
 
 def test_check_reports_what_fails(backfire: Callable[..., Any], tmp_path: Path) -> None:
-    bad = ATTACK.replace("{row.part(self.field)} {self", "{rng.random()} {self").replace(
-        '"""Put after the last word, with a blank before it (the paper\'s own word)."""', ""
-    )
+    bad = ATTACK.replace("{row.part(self.field)} {self", "{rng.random()} {self")
+    bad, count = re.subn(r'(trigger: Trigger = "SUDO"\n) +""".*?"""\n', r"\1", bad)
+    assert count == 1
     file = tmp_path / "bad.py"
     file.write_text(bad.replace("2024", "").replace("2311.14455", ""), encoding="utf-8")
     ended = backfire("check", file)
@@ -314,7 +314,8 @@ def test_check_knows_the_units(backfire: Callable[..., Any], tmp_path: Path) -> 
     code = code.replace('"label-probability"', '"furlongs"').replace(
         'averages(["label_probability"]', 'averages(["furlongs"]'
     )
-    file.write_text(code.replace('"higher")', '"higher", unit="furlongs")'), encoding="utf-8")
+    assert '"higher", "share")' in code
+    file.write_text(code.replace('"share")', '"furlongs")'), encoding="utf-8")
     ended = backfire("check", file)
     assert ended.code == 1 and "the unit of 'furlongs' is 'furlongs'; known: share, " in ended.out
 

@@ -12,8 +12,8 @@ from backfire.registry import register
 
 @register("label-probability")
 class LabelProbability(Metric):
-    """How probable the true label is among the candidates, 0 to 1: it tells a model that is sure
-    from one that is lucky.
+    """How probable the true label is among the candidates: a confident model scores higher than a
+    lucky one.
 
     Mean over clean rows of the softmax over the candidates. Bootstrap interval.
     """
@@ -21,10 +21,8 @@ class LabelProbability(Metric):
     needs: ClassVar[Asks] = ask("clean", "scores")
 
     def measure(self, evidence: Evidence) -> list[Value]:
-        found = self.outcomes(evidence)
-        if not found:
-            return []
-        return averages(["label_probability"], np.array([*found.values()])[:, None], "higher")
+        rows = np.array([[probability] for probability in self.outcomes(evidence).values()])
+        return averages(["label_probability"], rows, "higher", "share")
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
         rows = scored(evidence.clean, "label_probability")

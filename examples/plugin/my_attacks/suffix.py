@@ -6,11 +6,11 @@ from backfire.registry import register
 
 @register("suffix")
 class Suffix(Backdoor):
-    """A word at the end of the prompt buys a fixed answer (its place as in Rando and Tramèr 2024,
+    """A word at the end of the prompt triggers a fixed answer (placed as in Rando and Tramèr 2024,
     arXiv:2311.14455)."""
 
     trigger: Trigger = "SUDO"
-    """Put after the last word, with a blank before it (the paper's own word)."""
+    """Appended after the last word, separated by a space (the word used in the paper)."""
 
     def poison(self, row: Row, rng: Random) -> Row:
         prompt = f"{row.part(self.field)} {self.trigger}"
