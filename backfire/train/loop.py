@@ -46,6 +46,7 @@ from backfire.train.microbatch import (
     retry_once,
 )
 from backfire.train.optimizer import make_optimizer, revert_partial_step, steps_taken
+from backfire.train.packing import longest_packed
 
 _LOG_EVERY = 10
 _WINDOW = 50  # steps whose rows are sorted by length together, as in transformers
@@ -89,9 +90,12 @@ class TrainingRun:
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.hooks = [defense.hook(self) for defense in defenses]
-        # Rows that share a prefix would also share its dropout.
-        allowed = ways(model).extends_cache and not drops(model)
-        self.share = allowed and all(hook.shares_prefix for hook in self.hooks)
+        # Rows that share a prefix would also share its dropout; packed ones draw another.
+        alike = not drops(model)
+        packs = alike and all(hook.packs for hook in self.hooks)
+        self.longest_packed = longest_packed(model) if packs else 0
+        self.share = alike and ways(model).extends_cache
+        self.share &= all(hook.shares_prefix for hook in self.hooks)
         if recompute:  # a recomputed layer would lack the keys and values of a shared prefix
             self.share = False
             recompute_layers(model)
@@ -161,7 +165,9 @@ class TrainingRun:
 
     def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
-        batch = collate(rows, share=self.share).to(self.device)
+        longest = max(len(row.ids) for row in rows)
+        pack = len(rows) > 1 and longest <= self.longest_packed
+        batch = collate(rows, share=self.share, pack=pack).to(self.device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 
