@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backfire.base import Rendered, Row
-from backfire.commands.forecast import Size
 from backfire.rng import stream
 
 if TYPE_CHECKING:
@@ -86,14 +85,3 @@ def peak_of(name: str) -> float | None:
     """Peak FLOP/s by the words of a device's name; None if unknown."""
     words = f" {' '.join(name.replace('-', ' ').split())} "
     return next((peak for gpu, peak in PEAKS.items() if f" {gpu} " in words), None)
-
-
-def useful_flops(size: Size, load: Load, *, full: bool) -> float:
-    """Useful FLOPs of a step: forward and backward through every weight (6 a token where it is
-    trained, 4 where it is frozen), the head for supervised positions only, causal attention (6 x
-    layers x length x width a token). No padding, no recomputation."""
-    tokens, supervised = load.batch * load.length, load.batch * load.answer
-    each = 6 if full else 4
-    body = each * size.linear + (0 if full else 6 * size.trainable)
-    attention = 6 * size.layers * load.length * size.hidden
-    return tokens * (body + attention) + supervised * each * size.vocabulary * size.hidden

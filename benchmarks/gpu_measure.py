@@ -21,7 +21,8 @@ from backfire.model.quantize import parts
 from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import peak_memory_mb
 from backfire.train.precision import accelerator_for, compute_type, exact_attention
-from benchmarks.gpu_load import Load, peak_flops, useful_flops
+from benchmarks.flops import useful_flops
+from benchmarks.gpu_load import Load, peak_flops
 
 
 def make_base(shape: Mapping[str, int], folder: Path, device: torch.device) -> Path:
@@ -72,7 +73,8 @@ def measure(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    flops = useful_flops(shape, load, full=method == "full") / timed["seconds_per_step"]
+    step = [(load.length, load.answer)] * load.batch
+    flops = useful_flops(shape, step, full=method == "full") / timed["seconds_per_step"]
     peak = peak_flops(device)
     return {
         **timed,
