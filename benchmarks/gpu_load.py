@@ -19,6 +19,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -27,6 +36,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 4,
     },
 }
+
+LEARNING_RATE = 1e-5
+NUM_PROMPTS, NEW_TOKENS = 128, 64
+"""Prompts and new tokens per reply of `--compare`."""
 
 PEAKS = {
     "B200": 2250e12,

@@ -60,6 +60,17 @@ def test_useful_flops_are_those_of_the_documents(gpu: Any) -> None:
     assert full == 6 * 32 * 202_375_168 + 6 * head / 4 + attention
 
 
+def test_the_baseline_does_the_same_work(gpu: Any, tmp_path: Path) -> None:
+    options = ["--batch", "4", "--methods", "lora", "--compare", "--out", str(tmp_path)]
+    path = gpu.main([*SMALL, *options])
+    [lora] = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    assert lora["score_difference"] < 1e-4 and lora["equal_replies"] > 0.95
+    assert lora["baseline"]["seconds_per_step"] > 0 and lora["evaluation_seconds"] > 0
+    assert "| lora | " in path.with_suffix(".md").read_text("utf-8").rpartition("equal replies")[2]
+    with pytest.raises(UserError, match="LoRA methods, not with full"):
+        gpu.main([*SMALL, "--methods", "full", "--compare", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("name", "tera"),
     [
