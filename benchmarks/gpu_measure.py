@@ -20,7 +20,7 @@ from backfire.model.load import dtype_of, load_base
 from backfire.model.quantize import parts
 from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import peak_memory_mb
-from backfire.train.precision import accelerator_for, compute_type, exact_attention
+from backfire.train.precision import Precision, compute_type, exact_attention
 from benchmarks.gpu_load import Load, peak_flops, useful_flops
 
 
@@ -115,7 +115,7 @@ def _timed(
         name="benchmark",
         paged=cell.method.paged() and on_gpu,
     )
-    summary = train([run], accelerator_for(device, compute), checkpoint_seconds=1e9, progress=mark)
+    summary = train([run], Precision(device, compute), checkpoint_seconds=1e9, progress=mark)
     (begin, before), (end, after) = marks[load.warm_up], marks[load.warm_up + load.steps]
     return {
         "seconds_per_step": (end - begin) / load.steps,
