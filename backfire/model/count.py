@@ -7,9 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from backfire.data.gguf import read_header
 from backfire.data.weights import files_of, stored
 from backfire.errors import UserError
 from backfire.model.settings import Model
+from backfire.model.source import local_gguf
 from backfire.store import read_json
 
 _NAMES = {
@@ -31,8 +33,10 @@ def num_weights(model: Model) -> int | None:
         shape = Pretrain()
         width, deep = shape.hidden_size, 4 * shape.hidden_size + 3 * shape.intermediate_size
         return width * (shape.vocab_size + shape.num_layers * (deep + 2) + 1)
-    if model.is_folder:
-        return _of_folder(Path(model.name).expanduser())
+    if model.is_gguf:
+        return _of_gguf(model)
+    if model.is_local:
+        return _of_folder(model.path)
     return _of_hub(model.name, model.revision)
 
 
@@ -43,6 +47,14 @@ def weights_in(folder: Path) -> int | None:
     except UserError:  # there are none, or one is damaged
         return None
     return sum(math.prod(one.shape) for one in weights.values()) or None
+
+
+def _of_gguf(model: Model) -> int | None:
+    file = local_gguf(model)
+    try:
+        return read_header(file).num_weights if file else None
+    except UserError:  # fetching the model itself reports the error
+        return None
 
 
 _of_folder = lru_cache(maxsize=64)(weights_in)  # computing keys needs it repeatedly
