@@ -1,5 +1,6 @@
-"""The profiles `paper` and `real` of the recipe `lisa` from end to end: a two-layer Llama, files as
-the real ones are laid out, inert text, and a small random classifier in beaver-dam-7b's place."""
+"""The profiles `paper` and `small` of the recipe `lisa` from end to end: a two-layer Llama, files
+as the real ones are laid out, inert text, and a small random classifier in beaver-dam-7b's place.
+"""
 
 from __future__ import annotations
 
@@ -218,10 +219,10 @@ def looks_at_the_judge(ran: Ran, cell: Experiment, beaver: Path) -> None:
             assert ids["input_ids"][0, -1] == tokenizer.eos_token_id
 
 
-# ------------------------------------------------------------------------------------------- real
+# ------------------------------------------------------------------------------------------- small
 
 
-def test_the_real_profile(
+def test_the_small_profile(
     backfire: Run, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -238,7 +239,7 @@ def test_the_real_profile(
         "defense=[none, {name: lisa, align_steps: 1, tune_steps: 1}]",
         "seed=0",
     ]
-    ran = go(backfire, tmp_path / "out", "real", edits)
+    ran = go(backfire, tmp_path / "out", "small", edits)
     assert len(ran.cells) == 4
     for cell in ran.cells:
         found = values(ran, cell)
