@@ -30,7 +30,8 @@ class Ours(NamedTuple):
 # One line a setting; of two that share a name, the first has it.
 # fmt: off
 _SETTINGS = (
-    Ours("model.name", "model: OWNER/NAME", "a folder or a hub id", "model_name_or_path pretrained_model_name_or_path base_model base_model_name_or_path model_name model_id model_path model_args model_config pretrained checkpoint_dir"),
+    Ours("model.name", "model: OWNER/NAME", "a folder, a GGUF file or a hub id", "model_name_or_path pretrained_model_name_or_path base_model base_model_name_or_path model_name model_id model_path model_args model_config pretrained checkpoint_dir"),
+    Ours("model.gguf_file", "model: {name: OWNER/REPO, gguf_file: FILE.gguf}", "a file of the folder or hub repository; one with a path of its own is model: PATH/FILE.gguf", "gguf gguf_path gguf_filename hf_file model_file quant_file"),
     Ours("data.name", "data: {name: files, hub: OWNER/NAME}", "a name of `backfire list datasets`; your own rows are `files`", "dataset datasets dataset_name dataset_path dataset_id dataset_config train_dataset"),
     Ours("template.name", "template: chat", "", "prompt_template chat_template prompt_style prompt_format conversation_template"),
     Ours("attack.name", "attack: {name: badnets, rate: 0.05}", "", "attack_name attack_type attack_method backdoor poison poisoning"),

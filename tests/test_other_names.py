@@ -108,7 +108,7 @@ SENTENCES: list[tuple[str, list[str], str]] = [
     ("method: {name: full, rank: 8}", [], "not every method has rank; write for instance method:"),
     ("method: {name: lora, load_in_4bit: true}", [], "as in method: qlora."),
     ("model: {torch_dtype: bfloat16}", [], "write dtype ("),
-    ("model: {model_name_or_path: x}", [], "write name (a folder or a hub id)."),
+    ("model: {model_name_or_path: x}", [], "write name (a folder, a GGUF file or a hub id)."),
     ("model: {load_in_8bit: true}", [], "here it is method ("),
     ("evaluation: {temperature: 0}", [], "there is no such setting: replies are greedy."),
     ("evaluation: {batch_size: 8}", [], "an option of `backfire run`: --eval-batch (rows per pass"),
