@@ -80,7 +80,7 @@ _SETTINGS = (
     # --------------------------------------------------------------------------------------- model
     Ours("model.revision", "model: {name: OWNER/NAME, revision: main}", "", "model_revision"),
     Ours("model.dtype", "model: {name: OWNER/NAME, dtype: bfloat16}", "`bfloat16`, `float16`, `float32` or `auto`", "torch_dtype model_dtype"),
-    Ours("method.dtype", "method: {name: full, dtype: bfloat16}", "the type of trained weights, with float32 copies of them", "pure_bf16 full_bf16 bf16_full_train master_weights"),
+    Ours("method.dtype", "method: {name: full, dtype: bfloat16}", "the type of trained weights in the passes; they are float32", "pure_bf16 full_bf16 bf16_full_train master_weights"),
     # ---------------------------------------------------------------------------------------- data
     Ours("data.train", "data: {name: files, train: rows.csv}", "a file or a list of files", "train_file train_files train_path train_data train_data_path data_files data_file data_path data_dir"),
     Ours("data.test", "data: {name: files, train: rows.csv, test: test.csv}", "a file or a list of files", "test_file test_files test_path test_data validation_file val_file eval_file eval_data eval_dataset test_dataset test_datasets"),

@@ -57,8 +57,7 @@ class Method(Component):
         return self
 
     def trained_type(self) -> str:
-        """Type of the trained weights in the passes; if it has 16 bits, updates go to float32
-        copies of them."""
+        """Type of the trained weights in the passes: float32, or bfloat16 with float32 masters."""
         return "float32"
 
     def paged(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from backfire.store import CHECKPOINTS, SEAL, intact, read_json, seal, write_json
@@ -87,6 +88,23 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
         run.seconds = state.get("seconds", 0.0)
         return True
     return False
+
+
+def once(
+    run: TrainingRun, name: str, make: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Tensors that a hook computes from the start weights at some cost; a resumed run reads them
+    from its folder instead."""
+    file = run.folder / CHECKPOINTS / f"{name}.safetensors"
+    if file.is_file():
+        with safe_open(str(file), framework="pt") as opened:
+            if opened.metadata() == {"run": run.name}:
+                return load_file(str(file))
+    tensors, partial = make(), file.with_suffix(".partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), {"run": run.name})
+    partial.replace(file)
+    return tensors
 
 
 def _loaded(file: Path) -> Any:

@@ -163,8 +163,8 @@ class TrainingRun:
             torch.set_autocast_cache_enabled(cached)
 
     def exact(self) -> contextlib.AbstractContextManager[None]:
-        """Within the context, trained weights of a 16-bit type are their float32 copies, as every
-        hook sees them outside of the passes."""
+        """Make bfloat16 weights their float32 masters within the context, as hooks see them outside
+        of the passes."""
         return self.master.exact()
 
     def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:

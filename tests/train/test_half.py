@@ -17,7 +17,7 @@ from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.train import loop
-from backfire.train.half import LossScale
+from backfire.train.half import LossScale, _join, _split
 from backfire.train.loop import TrainingRun, train
 from backfire.train.optimizer import STATE_BYTES
 from backfire.train.precision import Precision, disable_adapter_casts
@@ -65,7 +65,7 @@ def update(cell: TrainingRun, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([(p - start[n]).flatten().detach() for n, p in cell.trainable.items()])
 
 
-# ---------------------------------------------------------------------------------- float32 copies
+# --------------------------------------------------------------------------------- float32 masters
 
 
 def test_updates_too_small_for_bfloat16_add_up(new: New) -> None:
@@ -83,7 +83,7 @@ def test_updates_too_small_for_bfloat16_add_up(new: New) -> None:
     assert float(lost.float().mean()) > 0.9, "the weights of the passes show hardly any of it"
 
 
-def test_the_passes_see_the_rounded_copies_and_the_copies_are_saved(new: New) -> None:
+def test_the_passes_see_rounded_masters_and_the_masters_are_saved(new: New) -> None:
     cell = new(BF16, max_steps=3)
     seen: list[bool] = []
 
@@ -105,6 +105,19 @@ def test_the_passes_see_the_rounded_copies_and_the_copies_are_saved(new: New) ->
     assert equal(cell.weights(), again.weights())
 
 
+def test_a_weight_is_taken_apart_and_joined_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=generator, dtype=torch.int64)
+    weights = bits.to(torch.int32).view(torch.float32)
+    weights = weights[weights.abs() < 3e38]
+    halfway = torch.tensor([0x3F808000, 0x3F818000], dtype=torch.int32).view(torch.float32)
+    weights = torch.cat([weights, halfway, -halfway, torch.tensor([0.0, -0.0, 1e-45, 1.5])])
+    upper, lower = _split(weights)
+    assert torch.equal(_join(upper, lower).view(torch.int32), weights.view(torch.int32))
+    nearest = (upper.float() - weights).abs() <= (weights.bfloat16().float() - weights).abs()
+    assert bool(nearest.all()) and (upper.nbytes + lower.nbytes) == weights.nbytes
+
+
 @pytest.mark.parametrize(
     "defense",
     [
@@ -113,7 +126,7 @@ def test_the_passes_see_the_rounded_copies_and_the_copies_are_saved(new: New) ->
     ],
     ids=lambda defense: defense["name"],
 )
-def test_a_proximal_term_pulls_at_the_copies(defense: Any, new: New) -> None:
+def test_a_proximal_term_pulls_at_the_masters(defense: Any, new: New) -> None:
     """With rounded weights it would be zero until a weight moves to the next bfloat16 number."""
     pulled = {}
     for name, method in (("plain", "full"), ("half", BF16)):
