@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from backfire.train.loop import TrainingRun
 
 KEEP = 2
+_SHARE = 0.05
+"""Largest share of the time that is spent on checkpoints."""
+
+
+def interval(least: float, cost: float) -> float:
+    """Seconds until the next checkpoint: at least `least`, more if the last one took so long
+    (`cost`, in seconds) that it would take more than a twentieth of the time; 0 stays 0."""
+    return max(least, cost / _SHARE - cost) if least else 0.0
 
 
 def save(run: TrainingRun) -> None:
@@ -28,17 +36,19 @@ def save(run: TrainingRun) -> None:
     partial = root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(
-        {name: p.detach().contiguous() for name, p in run.trainable.items()},
-        str(partial / "weights.safetensors"),
-    )
+    with run.exact():
+        weights = {name: p.detach().contiguous() for name, p in run.trainable.items()}
+        save_file(weights, str(partial / "weights.safetensors"))
     torch.save(run.optimizer.state_dict(), partial / "optimizer.pt")
     torch.save([hook.state() for hook in run.hooks], partial / "guards.pt")
     write_json(
         partial / "state.json",
-        {name: getattr(run, name) for name in ("step", "log", "counts", "name", "seconds")},
+        {
+            **{name: getattr(run, name) for name in ("step", "log", "counts", "name", "seconds")},
+            "loss_scale": run.scaling.state(),
+        },
     )
-    seal(partial)
+    seal(partial, hash_large=False)
     final = root / f"{run.step:08d}"
     if final.exists():
         shutil.rmtree(final)
@@ -63,14 +73,16 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
             _rename(folder, "other")
             continue
         weights = load_file(str(folder / "weights.safetensors"))
-        with torch.no_grad():
+        with torch.no_grad(), run.exact():
             for name, parameter in run.trainable.items():
                 parameter.copy_(weights[name])
-        # Both move what they load to the device of the weights.
-        run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
+            # Both move what they load to the device of the weights, in their type.
+            run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
         states = _loaded(folder / "guards.pt")
         for hook, hook_state in zip(run.hooks, states, strict=True):
             hook.load(hook_state)
+        if "loss_scale" in state:
+            run.scaling.load(state["loss_scale"])
         run.go_to(state["step"], state["log"], state["counts"])
         run.seconds = state.get("seconds", 0.0)
         return True
