@@ -35,9 +35,15 @@ def longest_packed(model: PreTrainedModel) -> int:
     Tested once per loaded model, on a few tokens: rows in a pack must give the same as alone, and
     bitwise the same whatever their neighbors are. Afterwards the model's attention reads tables.
     """
-    base = plain(model)
+    base: Any = plain(model)
+    before = base.config._attn_implementation
+    if not (ways(model).takes_positions and _reads_tables(base)):
+        return 0
     if base not in _longest_of:
-        _longest_of[base] = _longest(model) if _reads_tables(model) else 0
+        with evaluating(model):
+            _longest_of[base] = _longest(model) if _rows_are_apart(model) else 0
+    if not _longest_of[base]:
+        base.set_attn_implementation(before)
     return _longest_of[base]
 
 
@@ -94,28 +100,19 @@ def _attend(
     return out.flatten(0, 1).index_select(0, row * width + place - table[row, 0])[None], weights
 
 
-def _reads_tables(model: PreTrainedModel) -> bool:
-    """Switch the model's attention to one that reads tables; back if its rows were not the same."""
-    base: Any = plain(model)
-    before = base.config._attn_implementation
-    if before not in ("sdpa", "sdpa_float32") or not base._can_set_attn_implementation():
-        return False
-    if not ways(model).takes_positions:
-        return False
-    if getattr(base.config, "attn_temperature_tuning", False):  # counts tokens in the sequence
-        return False
-    name = before + _SUFFIX
-    AttentionInterface.register(name, partial(_attend, ALL_ATTENTION_FUNCTIONS[before]))
-    AttentionMaskInterface.register(name, sdpa_mask)
-    base.set_attn_implementation(name)
-    with evaluating(model):
-        if base.config._attn_implementation == name and _rows_are_apart(model):
-            return True
-    base.set_attn_implementation(before)
-    return False
+def _reads_tables(base: Any) -> bool:
+    """Whether the attention reads tables, after switching it to do so."""
+    now = base.config._attn_implementation
+    if now in ("sdpa", "sdpa_float32") and base._can_set_attn_implementation():
+        AttentionInterface.register(now + _SUFFIX, partial(_attend, ALL_ATTENTION_FUNCTIONS[now]))
+        AttentionMaskInterface.register(now + _SUFFIX, sdpa_mask)
+        base.set_attn_implementation(now + _SUFFIX)
+    return str(base.config._attn_implementation).endswith(_SUFFIX)
 
 
 def _rows_are_apart(model: PreTrainedModel) -> bool:
+    if getattr(cast(Any, plain(model)).config, "attn_temperature_tuning", False):
+        return False  # it counts the tokens of the sequence, far beyond those tried here
     ids = probe(model)[0].tolist()
     one, two, other = ids[:5], ids[5:], ids[::-1][:5]
     for shared in (0, 3) if ways(model).extends_cache else (0,):
