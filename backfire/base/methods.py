@@ -55,6 +55,11 @@ class Method(Component):
         """A copy with the knobs that depend on the device (`cpu` or `cuda`) resolved."""
         return self
 
+    def trained_type(self) -> str:
+        """Type of the trained weights in the passes; if it has 16 bits, updates go to float32
+        copies of them."""
+        return "float32"
+
     def paged(self) -> bool:
         """Whether the optimizer state may be paged to main memory when a GPU runs short."""
         return False
