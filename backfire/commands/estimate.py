@@ -34,12 +34,24 @@ class Weights:
 
 @dataclass(frozen=True)
 class Rows:
-    """Number of training rows; tokens of the mean and longest row, and of the longest answer."""
+    """Number of training rows, and the tokens of a sample of them: of the row and of its answer."""
 
     count: int
-    tokens: float
-    longest: int
-    answer: int
+    lengths: tuple[tuple[int, int], ...]
+
+    @property
+    def tokens(self) -> float:
+        """Mean tokens of a row."""
+        return sum(whole for whole, _ in self.lengths) / len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(whole for whole, _ in self.lengths)
+
+    @property
+    def answer(self) -> int:
+        """Tokens of the longest answer."""
+        return max(answer for _, answer in self.lengths)
 
 
 def method_key(experiment: Experiment) -> str:
@@ -124,12 +136,11 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
                 on_long_row=experiment.train.on_long_row,
             ).sift(sample)
         except CellError:  # a row does not fit at all; `validate` names it
-            return Rows(len(rows), longest, longest, longest)
+            return Rows(len(rows), ((longest, longest),))
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
     else:
         lengths = [_without_tokenizer(experiment, row) for row in sample]
-    whole = [min(length, longest) for length, _ in lengths]
-    return Rows(len(rows), sum(whole) / len(whole), max(whole), max(a for _, a in lengths))
+    return Rows(len(rows), tuple((min(whole, longest), answer) for whole, answer in lengths))
 
 
 def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import Preset, TrainDefense, TrainHook
+from backfire.base import Extra, Preset, TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -36,6 +36,7 @@ class AsFT(TrainDefense):
     skipped (C is 0 / 0 there). Null control: as many random directions as d has.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=1, scratch=3)
     needs_alignment: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "asft-code": Preset(
