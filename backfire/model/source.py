@@ -28,7 +28,8 @@ def pin(model: Model, *, ask: bool = True) -> Model:
     """
     pinned: dict[str, str] = {}
     if model.on_hub and not _COMMIT.fullmatch(model.revision or ""):
-        folder = _repository(model, weights=model.is_gguf) if ask else downloaded(model)
+        whole = _repository if model.is_gguf else fetch
+        folder = whole(model, weights=False) if ask else downloaded(model)
         pinned["revision"] = folder.name if folder else ""  # the hub's cache names them so
     on_hub = model.adapter is not None and not model.adapter_is_local
     if on_hub and not _COMMIT.fullmatch(model.adapter_revision or ""):
