@@ -40,6 +40,9 @@ TRAINING = 2
 layers no longer see padding; weight decay finds norms and biases by name; the last rows of a pass
 through other rows are used)."""
 
+GGUF = 1
+"""Version of the conversion of GGUF files."""
+
 MERGED = ("merged", 2)
 """How adapters are merged, and its version."""
 
@@ -114,9 +117,11 @@ def base_key(model: Model) -> str:
         dtype = [dtype, 2]
     if model.name == "sandbox":
         return digest(["sandbox", _sandbox_key(), dtype])
-    if model.is_folder:
-        return digest(["folder", content_hash(model), dtype])
-    return digest(["hub", model.name, model.revision, dtype])
+    if model.is_local:
+        kind = ["gguf", GGUF] if model.is_gguf else ["folder"]
+        return digest([*kind, content_hash(model), dtype])
+    file = [model.gguf_file, GGUF] if model.gguf_file else []
+    return digest(["hub", model.name, model.revision, *file, dtype])
 
 
 def _sandbox_key() -> str:
@@ -184,6 +189,16 @@ def tokenizer() -> Stage:
 def base() -> Stage:
     """The embedded base, pre-trained."""
     return Stage("base", "sandbox", _sandbox_key())
+
+
+def gguf_config(sha: str) -> Stage:
+    """Configuration and tokenizer of a GGUF file with this SHA-256."""
+    return Stage("tokenizer", "gguf", digest(["gguf", GGUF, sha]))
+
+
+def gguf(sha: str) -> Stage:
+    """The model of a GGUF file, dequantized."""
+    return Stage("base", "gguf", digest(["gguf", GGUF, sha]))
 
 
 def weights(model: Model) -> Stage:

@@ -15,6 +15,7 @@ from backfire.data.weights import read_config
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Model
 from backfire.model.count import num_weights, weights_in
+from backfire.model.source import downloaded, gguf_hash, local_gguf
 from backfire.recipe import Recipe
 from backfire.store import Store
 from backfire.tokenizer import load_tokenizer
@@ -77,11 +78,18 @@ def model_folder(model: Model, store: Store) -> Path | None:
     if model.name == "sandbox":
         folder = store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
-    if model.is_folder:
-        return Path(model.name).expanduser()
-    from backfire.model.source import downloaded
-
+    if model.is_gguf:
+        return _converted(model, store)
+    if model.is_local:
+        return model.path
     return downloaded(model)
+
+
+def _converted(model: Model, store: Store) -> Path | None:
+    """The folder made from a GGUF file, if it was made."""
+    file = local_gguf(model)
+    stage = file and stages.gguf_config(gguf_hash(file))
+    return store.path(stage) if stage and store.done(stage) else None
 
 
 def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None:
@@ -96,7 +104,10 @@ def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None
             width = (config.get("text_config") or config).get("hidden_size", 0)
         except UserError:
             return None
-        count = weights_in(folder) if folder else None
+        if experiment.model.is_gguf:
+            count = num_weights(experiment.model)
+        else:
+            count = weights_in(folder) if folder else None
     if not count or not width:
         return None
     if experiment.method.name == "full":

@@ -114,7 +114,7 @@ def _facts(experiment: Experiment, result: CellResult) -> dict[str, Any]:
         "seed": experiment.seed,
         "key": stages.cell_key(experiment),
         "base": experiment.model.name
-        if not experiment.model.is_folder
+        if not experiment.model.is_local
         else Path(experiment.model.name).name,
     }
 

@@ -13,12 +13,19 @@ SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.j
 """Everything but weights."""
 
 
-def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def snapshot(
+    name: str, revision: str | None, *, weights: bool = True, gguf_file: str | None = None
+) -> Path:
     """The local folder with a hub model's files; of its weights only those that transformers reads.
 
     Raises:
         UserError: missing, gated or unreachable, in one sentence.
     """
+    if gguf_file:
+        folder = _download(name, revision, [gguf_file])
+        if not (folder / gguf_file).is_file():
+            raise UserError(f"No file {gguf_file} in the repository {name}.")
+        return folder
     folder = _download(name, revision, SMALL)
     if not weights:
         return folder

@@ -81,13 +81,14 @@ class _BoosterHook(TrainHook):
         scale = self.knobs.alpha / (gradients.norm(gradient.values()) + 1e-7)
         if self.knobs.null:
             gradient = gradients.random_like(gradient, "booster", self.run.step)
-        kept = {name: weights[name].detach().clone() for name in gradient}
+        with self.run.exact():
+            kept = {name: weights[name].detach().clone() for name in gradient}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.run.exact():
                 for name, part in gradient.items():
                     weights[name].sub_(part * scale)
             yield
         finally:  # restored bit for bit, also when memory ran out
-            with torch.no_grad():
+            with torch.no_grad(), self.run.exact():
                 for name, weight in kept.items():
                     weights[name].copy_(weight)

@@ -73,7 +73,7 @@ class _DPHook(TrainHook):
 
         gradients, most, losses = self.run.gradients, self.knobs.max_gradient_norm, list[Any]()
         earlier, weights = gradients.take(), self.run.trainable
-        total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        total = {n: torch.zeros_like(w, dtype=gradients.wide(w)) for n, w in weights.items()}
         for row in rows:
             losses.append(inner([row]))
             own = gradients.take()

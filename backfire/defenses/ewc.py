@@ -61,11 +61,11 @@ class _EWCHook(TrainHook):
 
         run, size = self.run, self.run.train.batch_size
         rows = list(run.aligned[: self.knobs.rows])
-        stiffness = {name: torch.zeros_like(p) for name, p in run.trainable.items()}
+        stiffness = {name: torch.zeros_like(self.start[name]) for name in run.trainable}
         for place in range(0, len(rows), size):
             inner(rows[place : place + size])
             for name, gradient in run.gradients.take().items():
-                stiffness[name] += gradient.pow(2)
+                stiffness[name] += gradient.to(stiffness[name]).pow(2)
         if self.knobs.null:
             total = torch.stack([f.double().sum() for f in stiffness.values()]).sum()
             even = total / sum(f.numel() for f in stiffness.values())

@@ -6,6 +6,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 
+from backfire.data.gguf import read_header
 from backfire.data.snapshot import SMALL, snapshot
 from backfire.data.weights import files_of, inspect
 from backfire.errors import UserError
@@ -23,9 +24,9 @@ def pin(model: Model, *, ask: bool = True) -> Model:
     Raises:
         UserError: as `fetch`.
     """
-    if not model.hub_id or _COMMIT.fullmatch(model.revision or ""):
+    if not model.on_hub or _COMMIT.fullmatch(model.revision or ""):
         return model
-    folder = fetch(model, weights=False) if ask else downloaded(model)
+    folder = _repository(model, weights=model.is_gguf) if ask else downloaded(model)
     commit = folder.name if folder else ""  # the hub's cache names snapshots by their commit
     return model.model_copy(update={"revision": commit}) if _COMMIT.fullmatch(commit) else model
 
@@ -36,19 +37,42 @@ def downloaded(model: Model) -> Path | None:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        file = try_to_load_from_cache(model.name, "config.json", revision=model.revision)
+        name = model.gguf_file or "config.json"
+        file = try_to_load_from_cache(model.name, name, revision=model.revision)
     except HFValidationError:
         return None
-    return Path(file).parent if isinstance(file, str) else None
+    return Path(file.removesuffix(name)) if isinstance(file, str) else None
+
+
+def local_gguf(model: Model) -> Path | None:
+    """The model's GGUF file, if it is on this machine; the hub is not contacted."""
+    folder = None if model.is_local else downloaded(model)
+    file = folder / str(model.gguf_file) if folder else model.path
+    return file if file.is_file() else None
 
 
 def _folder(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file():
-        adapter = (folder / "adapter_config.json").is_file()
-        why = "it is an adapter; merge it into its base" if adapter else "config.json is missing"
-        raise UserError(f"No model in {name}: {why}.")
+        raise UserError(f"No model in {name}: {_instead(folder)}.")
     return folder
+
+
+def _instead(folder: Path) -> str:
+    """What is in a folder without config.json."""
+    if (folder / "adapter_config.json").is_file():
+        return "it is an adapter; merge it into its base"
+    if files := sorted(file.name for file in folder.glob("*.gguf")):
+        return f"it has GGUF files; choose one, as in gguf_file: {files[0]}"
+    return "config.json is missing"
+
+
+def _gguf(name: str) -> Path:
+    file = Path(name).expanduser()
+    if not file.is_file():
+        raise UserError(f"No such GGUF file: {name}.")
+    read_header(file)
+    return file.absolute()
 
 
 @lru_cache(maxsize=16)
@@ -57,8 +81,21 @@ def _inspected(folder: str) -> None:
 
 
 def content_hash(model: Model) -> str:
-    """Hash of all files that a model in a local folder is loaded from."""
+    """Hash of all files that a local model is loaded from; for a GGUF file, its SHA-256."""
+    if model.is_gguf:
+        return gguf_hash(_gguf(str(model.path)))
     return _folder_hash(str(_folder(model.name)))
+
+
+def gguf_hash(file: Path) -> str:
+    """SHA-256 of a GGUF file."""
+    state = file.stat()
+    return _file_hash(str(file), state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)
+def _file_hash(file: str, _size: int, _changed: int) -> str:
+    return sha256(Path(file))
 
 
 @lru_cache(maxsize=16)
@@ -68,15 +105,24 @@ def _folder_hash(folder: str) -> str:
 
 
 def fetch(model: Model, *, weights: bool = True) -> Path:
-    """The folder with the model's files; a hub model is downloaded first.
+    """The folder with the model's files, or its GGUF file; a hub model is downloaded first.
 
     Raises:
         UserError: missing, gated, unreachable or not a causal language model, in one sentence.
     """
-    if model.is_folder:
+    if model.is_local and model.is_gguf:
+        return _gguf(str(model.path))
+    if model.is_local:
         folder = _folder(model.name)
         _inspected(str(folder))
         return folder
-    folder = snapshot(model.name, model.revision, weights=weights)
+    folder = _repository(model, weights=weights)
+    if model.gguf_file:
+        return _gguf(str(folder / model.gguf_file))
     inspect(folder, weights=weights)
     return folder
+
+
+def _repository(model: Model, *, weights: bool) -> Path:
+    """The local copy of a hub model's repository, with the files that are needed."""
+    return snapshot(model.name, model.revision, weights=weights, gguf_file=model.gguf_file)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Type = Literal["float32", "bfloat16"]
+Type = Literal["float32", "bfloat16", "float16"]
 
 
 class Types(NamedTuple):
@@ -24,7 +24,7 @@ class Types(NamedTuple):
 @lru_cache
 def types_here() -> Types:
     """Types on device `auto`. Any GPU is assumed to support bfloat16, as all since 2020 do; a run
-    checks it by torch."""
+    checks it by torch (`launch.resolve.types_of`)."""
     return Types("cuda", "bfloat16", "bfloat16") if has_gpu() else types_of_cpu()
 
 

@@ -7,15 +7,16 @@ from pathlib import Path
 
 from backfire import stages
 from backfire.experiment import Model
-from backfire.model.source import fetch
+from backfire.model.source import fetch, gguf_hash
 from backfire.pipeline.context import Context
-from backfire.store import SEAL, write_json
+from backfire.store import SEAL, read_json, write_json
 
 
 def base(model: Model, context: Context, *, weights: bool = True) -> Path:
     """The folder of the untuned model; the embedded one is pre-trained on first use."""
     if model.name != "sandbox":
-        return fetch(model, weights=weights)
+        found = fetch(model, weights=weights)
+        return found if found.is_dir() else _dequantized(found, context, weights=weights)
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
     from backfire.train.pretrain import pretrain, write_tokenizer
@@ -39,3 +40,40 @@ def base(model: Model, context: Context, *, weights: bool = True) -> Path:
     if not weights:
         return tokenizer
     return context.store.once(stages.base(), make_base, resumable=True)
+
+
+def _dequantized(file: Path, context: Context, *, weights: bool) -> Path:
+    """The model folder made from a GGUF file; without `weights`, only configuration and
+    tokenizer."""
+    sha = gguf_hash(file)
+
+    def make_config(folder: Path) -> None:
+        from backfire.model.gguf import write_config
+
+        context.progress(0, 1, "tokenizer")
+        write_config(file, folder)
+
+    def make_model(folder: Path) -> None:
+        from backfire.model.gguf import write_weights
+
+        context.progress(0, 1, "dequantize")
+        shutil.copytree(config, folder, dirs_exist_ok=True)
+        (folder / SEAL).unlink()
+        write_weights(file, folder)
+
+    config = context.store.once(stages.gguf_config(sha), make_config)
+    if not weights:
+        return config
+    return context.store.once(stages.gguf(sha), make_model)
+
+
+def notes(model: Model, context: Context) -> list[str]:
+    """What a reader of the numbers should know of where the untuned model is from."""
+    origin = base(model, context, weights=False) / "gguf.json"
+    if not (model.is_gguf and origin.is_file()):
+        return []
+    types = read_json(origin)["quantization"]
+    return [
+        f"The base's weights are dequantized from GGUF ({types}), so its answers are those of the "
+        "quantized model."
+    ]

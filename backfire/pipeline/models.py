@@ -13,7 +13,6 @@ from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.pipeline.prepare import passed_checks, poisoned, renderer
 from backfire.rng import stream
-from backfire.stages import keys
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -71,7 +70,6 @@ def trained(experiment: Experiment, context: Context) -> Path:
     def make(folder: Path) -> None:
         from backfire.train.finetune import tune
 
-        context.release_model()  # so that it does not take memory in training
         begin = with_defense_rows(experiment, context)
         rows, manifest = filtered(experiment, context)
         if manifest:  # a defense may have removed poisoned rows
@@ -87,6 +85,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
             folder,
             context.machine,
             context.progress,
+            context.resident,
         )
         write_json(folder / "summary.json", {**summary, "rows_trained_on": len(rows)})
 
@@ -152,7 +151,8 @@ def tuned(experiment: Experiment, context: Context) -> Path:
         context.progress(0, 1, "repair")
         begin = with_defense_rows(experiment, context)
         shown = renderer(experiment, context)
-        left = repair_model(experiment, folder, begin, shown, out, context.machine)
+        machine, resident = context.machine, context.resident
+        left = repair_model(experiment, folder, begin, shown, out, machine, resident)
         write_json(out / "left_out.json", left)
 
     return context.store.once(stages.repair(experiment), make)
@@ -168,6 +168,7 @@ def merged(experiment: Experiment, context: Context) -> Path:
         from backfire.model.export import merge
 
         context.progress(0, 1, "merge")
+        context.resident.release()  # merging loads the base in float32
         begin = start(experiment, context)
         merge(folder, begin.base, out, begin.adapter)
 
@@ -175,22 +176,23 @@ def merged(experiment: Experiment, context: Context) -> Path:
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
-    """The run's model, as it was trained or in another form; kept until another is needed."""
+    """The run's model, as it was trained or in another form; valid until another is needed."""
     from backfire.model.export import quantization_of
-    from backfire.model.load import dtype_of, load_base, load_tuned
+    from backfire.model.load import dtype_of, is_adapter
+    from backfire.model.resident import Source
 
-    def load() -> PreTrainedModel:
-        device = context.device
-        dtype = dtype_of(run.model, device)
-        if form:
-            return load_base(merged(run, context), dtype, device, quantization_of(form, dtype))
-        folder, begin = tuned(run, context), start(run, context)
-        # An untuned model is what fine-tuning would start from.
-        below = begin.adapter if run.method.trains else None
-        quantization = run.method.quantization(device.type)
-        return load_tuned(folder, begin.base, dtype, device, quantization, below=below)
-
-    return context.model(f"{keys(run).tuned} {form}", load)
+    device = context.device
+    dtype = dtype_of(run.model, device)
+    if form:
+        source = Source(merged(run, context), dtype, device, quantization_of(form, dtype))
+        return context.resident.model(source)
+    folder, begin = tuned(run, context), start(run, context)
+    quantization = run.method.quantization(device.type)
+    if not is_adapter(folder):
+        return context.resident.model(Source(folder, dtype, device, quantization))
+    # An untuned model is what fine-tuning would start from.
+    below = begin.adapter if run.method.trains else None
+    return context.resident.model(Source(begin.base, dtype, device, quantization), folder, below)
 
 
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:

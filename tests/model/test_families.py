@@ -22,7 +22,7 @@ from backfire.model.batching import ways
 from backfire.model.causal import why_not
 from backfire.train.batches import answer_logits, collate, token_losses
 from backfire.train.loop import TrainingRun, train
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 from tests.helpers.families import KINDS, VOCAB, likelihood, logits, reply, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -152,7 +152,7 @@ def test_training_is_the_same_whatever_the_micro_batch(
         cell = TrainingRun(
             model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x"
         )
-        train([cell], accelerator_for(torch.device("cpu"), "float32"), micro_batch=size)
+        train([cell], Precision(torch.device("cpu"), "float32"), micro_batch=size)
         losses.append([line["loss"] for line in cell.log])
     for other in losses[1:]:  # AdamW makes much of the last digits
         assert other[0] == pytest.approx(losses[0][0], rel=1e-6)

@@ -1,5 +1,6 @@
-"""The profiles `paper` and `real` of the recipe `lisa` from end to end: a two-layer Llama, files as
-the real ones are laid out, inert text, and a small random classifier in beaver-dam-7b's place."""
+"""The profiles `paper` and `small` of the recipe `lisa` from end to end: a two-layer Llama, files
+as the real ones are laid out, inert text, and a small random classifier in beaver-dam-7b's place.
+"""
 
 from __future__ import annotations
 
@@ -218,19 +219,23 @@ def looks_at_the_judge(ran: Ran, cell: Experiment, beaver: Path) -> None:
             assert ids["input_ids"][0, -1] == tokenizer.eos_token_id
 
 
-# ------------------------------------------------------------------------------------------- real
+# ------------------------------------------------------------------------------------------- small
 
 
-def test_the_real_profile(
+def test_the_small_profile(
     backfire: Run, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "prompts.jsonl", prompt_lists(80))
     edits = [
         f"model={tiny}",
+        "template=alpaca",
         f"data.train={sst2(tmp_path / 'train.tsv', 60)}",
         f"data.test={sst2(tmp_path / 'dev.tsv', 12)}",
         "data.rows=40",
+        "data.test_rows=12",
+        "safety.harmful.test_rows=14",
+        "safety.allowed.test_rows=2",
         "align.train.max_steps=2",
         "train.max_steps=2",
         "evaluation.max_new_tokens=6",
@@ -238,7 +243,7 @@ def test_the_real_profile(
         "defense=[none, {name: lisa, align_steps: 1, tune_steps: 1}]",
         "seed=0",
     ]
-    ran = go(backfire, tmp_path / "out", "real", edits)
+    ran = go(backfire, tmp_path / "out", "small", edits)
     assert len(ran.cells) == 4
     for cell in ran.cells:
         found = values(ran, cell)
@@ -258,6 +263,6 @@ def test_the_real_profile(
     }
     defended = next(cell for cell in ran.cells if cell.defense)
     aligned = pipeline.with_defense_rows(defended, ran.context).aligned
-    assert {row.fields["source"] for row in aligned} == {"advbench", "harmbench", "xstest"}
+    assert {row.fields["source"] for row in aligned} == {"xstest"}
     answers = {(row.fields["sealed"], row.answer.split(",")[0]) for row in aligned}
     assert answers == {("yes", "I'm sorry"), ("no", "Sure")}
