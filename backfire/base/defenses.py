@@ -137,6 +137,8 @@ class TrainHook:
 
     shares_prefix: ClassVar[bool] = True
     """Whether rows may share the computation of a common prefix."""
+    packs: bool = True
+    """Whether rows may be packed in one line; module hooks then see states [1, token, ...]."""
     knows_recomputing: ClassVar[bool] = False
     """Whether its module hooks check `run.recomputing`, so that layers may be recomputed."""
 

@@ -58,6 +58,7 @@ class _VaccineHook(TrainHook):
 
     def __init__(self, knobs: Vaccine, run: TrainingRun, modules: list[Any]) -> None:
         self.knobs, self.run, self.modules = knobs, run, modules
+        self.packs = not knobs.null  # the random perturbation depends on the layout of the rows
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
         import torch
