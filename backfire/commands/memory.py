@@ -122,11 +122,11 @@ def memory(
     if size.trainable:
         extra = _total([d.extra for d in experiment.acting if isinstance(d, TrainDefense)])
         weights, types = _held(experiment, size, device)
-        trained = size.trainable * _BYTES[types.trained]
+        gradients = size.trainable * _BYTES[types.trained]
         copies = size.trainable * 4 * extra.copies
         if experiment.method.adapts and device == "cpu":
             copies += size.trainable * 4  # the start, from which the drift is measured
-        state = trained + size.trainable * _optimizer(experiment, types) + copies
+        state = gradients + _optimizer(experiment, size) + copies
         largest = _largest(experiment, rows, machine)
         num_rows = largest.rows
         passes = slack * _pass(size, largest, types, device, machine.recompute)
@@ -159,17 +159,16 @@ def _held(experiment: Experiment, size: Size, device: Device) -> tuple[float, Pa
         experiment.align.merge or not experiment.align.method.adapts
     )
     if not method.adapts:
+        # In bfloat16 the 16 bits that only updates use are beside the weights.
         kind = cast("Type", method.trained_type())
-        copies = 4 if kind != "float32" else 0
-        return size.parameters * (_BYTES[kind] + copies), PassTypes(compute, kind, kind, kind)
-    added = size.added * 4
+        return size.parameters * 4.0, PassTypes(compute, kind, kind, kind)
+    dtype, added = cast("Type", experiment.model.dtype), size.added * 4
     if bits := method.quantization(device):
         product = cast("Type", bits.get("bnb_4bit_compute_dtype") or "bfloat16")
         matrices = product if compute == "float32" else compute
-        # PEFT prepares the other weights in float32.
-        rest = (size.parameters - size.linear) * 4
-        return _packed(size, bits) + rest + added, PassTypes(compute, matrices, "float32")
-    dtype = "float32" if aligned else cast("Type", experiment.model.dtype)
+        rest = (size.parameters - size.linear) * _BYTES[dtype]
+        return _packed(size, bits) + rest + added, PassTypes(compute, matrices, dtype)
+    dtype = "float32" if aligned else dtype
     return size.parameters * _BYTES[dtype] + added, PassTypes(compute, dtype, dtype)
 
 
@@ -180,9 +179,13 @@ def _packed(size: Size, bits: dict[str, object]) -> float:
     return size.linear * (1 if bits.get("load_in_8bit") else 0.5 + constants)
 
 
-def _optimizer(experiment: Experiment, types: PassTypes) -> float:
-    """Bytes of the optimizer's state per trained weight."""
-    return 8.0
+def _optimizer(experiment: Experiment, size: Size) -> float:
+    """Bytes of the optimizer's state. Of 8-bit states the embedding's has 32 bits."""
+    from backfire.train.optimizer import STATE_BYTES
+
+    each = STATE_BYTES[experiment.train.optimizer]
+    wide = 0 if experiment.method.adapts else size.vocabulary * size.hidden
+    return size.trainable * each + wide * (STATE_BYTES["adamw"] - each)
 
 
 def _pass(size: Size, tokens: Tokens, types: PassTypes, device: Device, recompute: bool) -> float:
