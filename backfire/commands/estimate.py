@@ -38,6 +38,8 @@ class Rows:
 
     count: int
     lengths: tuple[tuple[int, int], ...]
+    shared: int = 0
+    """Tokens at the start that all of them share."""
 
     @property
     def tokens(self) -> float:
@@ -138,9 +140,18 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
         except CellError:  # a row does not fit at all; `validate` names it
             return Rows(len(rows), ((longest, longest),))
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
+        shared = min(_alike([item.ids for item in items]), *(x.num_prompt - 1 for x in items))
     else:
-        lengths = [_without_tokenizer(experiment, row) for row in sample]
-    return Rows(len(rows), tuple((min(whole, longest), answer) for whole, answer in lengths))
+        lengths, shared = [_without_tokenizer(experiment, row) for row in sample], 0
+    whole = tuple((min(length, longest), answer) for length, answer in lengths)
+    return Rows(len(rows), whole, max(0, shared))
+
+
+def _alike(rows: Sequence[list[int]]) -> int:
+    """Number of tokens at the start that are the same in all rows."""
+    low, high = min(rows), max(rows)  # the rows in between cannot differ where these two agree
+    pairs = enumerate(zip(low, high, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(low), len(high)))
 
 
 def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:

@@ -37,7 +37,7 @@ def longest_packed(model: PreTrainedModel) -> int:
     """
     base: Any = plain(model)
     before = base.config._attn_implementation
-    if not (ways(model).takes_positions and _reads_tables(base)):
+    if not (ways(model).takes_positions and reads_tables(base)):
         return 0
     if base not in _longest_of:
         with evaluating(model):
@@ -100,7 +100,7 @@ def _attend(
     return out.flatten(0, 1).index_select(0, row * width + place - table[row, 0])[None], weights
 
 
-def _reads_tables(base: Any) -> bool:
+def reads_tables(base: Any) -> bool:
     """Whether the attention reads tables, after switching it to do so."""
     now = base.config._attn_implementation
     if now in ("sdpa", "sdpa_float32") and base._can_set_attn_implementation():
