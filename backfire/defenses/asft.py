@@ -66,7 +66,7 @@ class _AsFTHook(TrainHook):
 
         self.knobs = knobs
         self.parts: list[tuple[Update, Tensor, Tensor]] = []
-        directions = once(run, "asft", lambda: self._all_directions(run))
+        directions = once(run, knobs, lambda: self._all_directions(run))
         for name, module in run.model.named_modules():
             update = _update(module, coded=knobs.projection == "as-coded")
             if update is not None and f"{name} left" in directions:

@@ -47,7 +47,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows without the shared prefix, right-padded; or packed in one line if there is a `table`."""
+    """Rows without the shared prefix, right-padded; or, if there is a `table`, the prefix and the
+    rows packed in one line."""
 
     prefix: Tensor
     ids: Tensor
@@ -92,7 +93,8 @@ def collate_spans(spans: Sequence[Span], *, share: bool, pack: bool = False) -> 
     if pack:
         ids, positions, table = lay_out(rows, shared)
         prefix = torch.tensor(rows[0][:shared], dtype=torch.long)
-        return Batch(prefix, ids, positions, places + table[:, :1], labels, table)
+        places = places + table[:, :1]
+        return Batch(prefix, ids, positions, places, labels, table)
     return Batch(*pad_right(rows, shared), places, labels)
 
 
@@ -157,10 +159,8 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits [row, answer, vocab] that predict `batch.labels`."""
     shared = len(batch.prefix)
     if batch.table is not None:
-        rest: dict[str, Any] = {"attention_mask": as_mask(batch.table), "position_ids": batch.mask}
-        if shared:
-            rest["past_key_values"] = run_prefix(model, batch.prefix)
-        return run(model, batch.ids, batch.places, **rest)
+        mask = as_mask(batch.table, shared)
+        return run(model, batch.ids, batch.places, attention_mask=mask, position_ids=batch.mask)
     if ways(model).depends_on_length(shared + batch.ids.shape[1]):
         ids = torch.cat([batch.prefix.expand(len(batch.ids), -1), batch.ids], 1)
         return run_apart(model, ids, batch.mask.sum(1) + shared, batch.places + shared)
@@ -180,10 +180,13 @@ def at_answers(
     They align with the logits, at the position that predicts each token (`place`) or at the token.
     """
     lengths = torch.tensor([len(row.ids) for row in rows])
-    packed = len(states) < len(rows)
-    extra = (int(lengths.sum()) if packed else int(lengths.max())) - states.shape[1]
-    lengths -= extra // len(rows) if packed else extra  # without the shared prefix
-    starts = lengths.cumsum(0) - lengths if packed else torch.arange(len(rows)) * states.shape[1]
+    if len(states) < len(rows):
+        shared = (int(lengths.sum()) - states.shape[1]) // (len(rows) - 1)
+        lengths -= shared
+        starts = shared + lengths.cumsum(0) - lengths
+    else:
+        lengths -= int(lengths.max()) - states.shape[1]  # without the shared prefix
+        starts = torch.arange(len(rows)) * states.shape[1]
     places = starts[:, None] + _before(lengths + (of == "token"), width)
     return states.flatten(0, 1)[places.to(states.device)]
 

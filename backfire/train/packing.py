@@ -10,14 +10,14 @@ also to layers that are recomputed.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -47,21 +47,23 @@ def longest_packed(model: PreTrainedModel) -> int:
     return _longest_of[base]
 
 
-def lay_out(rows: list[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [1, token] of these rows without the shared prefix, the position of each token in
-    its row [1, token], and the table [row, place]; a place after a row's end repeats its last."""
+def lay_out(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids [1, token] of the shared prefix and then of these rows without it, the position of
+    each token in its row [1, token], and the table [row, place] of the rows without the prefix.
+    A place after a row's end repeats its last."""
     lengths = torch.tensor([len(row) - shared for row in rows])
-    ids = torch.tensor([[token for row in rows for token in row[shared:]]])
-    starts = lengths.cumsum(0) - lengths
-    places = torch.arange(int(lengths.max()))
-    table = starts[:, None] + torch.minimum(places, lengths[:, None] - 1)
-    positions = torch.arange(ids.shape[1]) - starts.repeat_interleave(lengths) + shared
-    return ids, positions[None], table
+    ids = [*rows[0][:shared], *(token for row in rows for token in row[shared:])]
+    starts = shared + lengths.cumsum(0) - lengths
+    table = starts[:, None] + torch.minimum(torch.arange(int(lengths.max())), lengths[:, None] - 1)
+    positions = torch.arange(len(ids))
+    positions[shared:] -= (starts - shared).repeat_interleave(lengths)
+    return torch.tensor([ids]), positions[None], table
 
 
-def as_mask(table: Tensor) -> Tensor:
-    """The mask that carries a table [row, place] to the attention."""
-    return table[None, None]
+def as_mask(table: Tensor, shared: int) -> Tensor:
+    """The mask that carries a table to the attention. Its second size is the number of tokens in
+    the shared prefix plus 1; it takes no memory, and reading a size does not wait for a GPU."""
+    return table.expand(1, shared + 1, -1, -1)
 
 
 def _attend(
@@ -73,31 +75,32 @@ def _attend(
     mask: Tensor | None,
     **rest: Any,
 ) -> tuple[Tensor, Any]:
-    """`inner` on the rows of a pack; all other calls go to `inner` as they are."""
+    """`inner` on the prefix and the rows of a pack; all other calls go to `inner` as they are."""
     if mask is None or mask.is_floating_point() or mask.dtype == torch.bool:
         return inner(module, query, key, value, mask, **rest)
-    table, count = mask[0, 0], query.shape[2]
-    shared = key.shape[2] - count
+    table, shared = mask[0, 0], mask.shape[1] - 1
     rows, width = table.shape
 
-    def split(tensor: Tensor, before: int) -> Tensor:
+    def split(tensor: Tensor, prefix: int = 0) -> Tensor:
         """From [1, head, token, size] to [row, head, place, size], behind the shared prefix."""
-        flat = tensor[0, :, before:].index_select(1, table.flatten())
+        flat = tensor[0].index_select(1, table.flatten())
         own = flat.view(len(flat), rows, width, -1).transpose(0, 1)
-        return (
-            torch.cat([tensor[:, :, :before].expand(rows, -1, -1, -1), own], 2) if before else own
-        )
+        if not prefix:
+            return own
+        return torch.cat([tensor[:, :, :prefix].expand(rows, -1, -1, -1), own], 2)
 
-    causal = None
-    if shared:  # otherwise the kernels' own causal mask serves
+    outs, causal = [], None  # without a prefix the kernels' own causal mask serves
+    if shared:
+        first = (x[:, :, :shared] for x in (query, key, value))
+        outs.append(inner(module, *first, None, **rest)[0])
         places = torch.arange(shared + width, device=query.device)
         causal = (places <= places[shared:, None])[None, None]
-    out, weights = inner(
-        module, split(query, 0), split(key, shared), split(value, shared), causal, **rest
-    )
-    place = torch.arange(count, device=query.device)
+    out, _ = inner(module, split(query), split(key, shared), split(value, shared), causal, **rest)
+    place = torch.arange(shared, query.shape[2], device=query.device)
     row = torch.searchsorted(table[:, 0].contiguous(), place, right=True) - 1
-    return out.flatten(0, 1).index_select(0, row * width + place - table[row, 0])[None], weights
+    index = row * width + place - table[row, 0]
+    outs.append(out.flatten(0, 1).index_select(0, index)[None])
+    return torch.cat(outs, 1), None
 
 
 def reads_tables(base: Any) -> bool:
@@ -115,34 +118,30 @@ def _rows_are_apart(model: PreTrainedModel) -> bool:
         return False  # it counts the tokens of the sequence, far beyond those tried here
     ids = probe(model)[0].tolist()
     one, two, other = ids[:5], ids[5:], ids[::-1][:5]
-    for shared in (0, 3) if ways(model).extends_cache else (0,):
+    for shared in (0, 3):
         prefix = ids[4 : 4 + shared]
         try:
             first, second = (_pack(model, prefix, [x, two, x]) for x in (one, other))
             alone = _run(model, torch.tensor([[*prefix, *two]]))[shared:]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
             return False
-        own = slice(len(one), len(one) + len(two))
+        own = slice(shared + len(one), shared + len(one) + len(two))
         if not (torch.equal(first[own], second[own]) and agree(model, first[own], alone)):
             return False
     return True
 
 
 def _pack(model: PreTrainedModel, prefix: list[int], rows: list[list[int]]) -> Tensor:
-    """Logits [token, vocab] of rows behind a prefix."""
-    rest: dict[str, Any] = {}
-    if prefix:
-        rest = {"past_key_values": DynamicCache(), "use_cache": True}
-        _run(model, torch.tensor([prefix]), **rest)
+    """Logits [token, vocab] of a prefix and rows behind it."""
     ids, positions, table = lay_out([[*prefix, *row] for row in rows], len(prefix))
     device = cast(Any, model).device
-    mask = as_mask(table).to(device)
-    return _run(model, ids, attention_mask=mask, position_ids=positions.to(device), **rest)
+    mask = as_mask(table.to(device), len(prefix))
+    return _run(model, ids, attention_mask=mask, position_ids=positions.to(device))
 
 
 def _run(model: PreTrainedModel, ids: Tensor, **rest: Any) -> Tensor:
-    rest = {"use_cache": False, **rest}
-    out = cast(Any, model)(input_ids=ids.to(cast(Any, model).device), **rest)
+    device = cast(Any, model).device
+    out = cast(Any, model)(input_ids=ids.to(device), use_cache=False, **rest)
     return cast(Tensor, out.logits)[0]
 
 
