@@ -21,7 +21,7 @@ from backfire.commands.memory import Device, Memory, Size, memory, size
 from backfire.experiment import Experiment, Machine
 from backfire.launch.resolve import resolve_auto, types_of
 from backfire.model.count import num_weights
-from backfire.model.types import Types, ram_bytes
+from backfire.model.types import Types, gpu_bytes, ram_bytes
 from backfire.recipe import Recipe
 from backfire.registry import build
 from backfire.store import Store
@@ -115,7 +115,8 @@ def lines(recipe: Recipe) -> list[str]:
     from backfire.model.load import device_of
 
     here, device = Forecast(recipe, types_of("auto")), device_of("auto")
-    workers, has = default_workers(len(recipe.cells)), _memory(device)
+    workers = default_workers(len(recipe.cells))
+    has = gpu_bytes("auto") if here.device == "cuda" else ram_bytes()
     out = [f"\nRecipe {recipe.name}, {len(recipe.cells)} cells; all figures are estimates"]
     for experiment, need in here.largest():
         counts = here.size(experiment)
@@ -194,14 +195,6 @@ def _verdict(need: Memory, has: float, workers: int) -> tuple[str, str]:
     if need.total <= has:
         return "note ", f"{amount(has)}: is tight"
     return "lacks", f"{amount(has)}: does not fit"
-
-
-def _memory(device: torch.device) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return ram_bytes()
 
 
 def _measured(device: torch.device) -> float:

@@ -16,7 +16,7 @@ from backfire.experiment import Experiment, Machine, Model
 from backfire.model.count import num_weights
 
 if TYPE_CHECKING:
-    from backfire.model.dry import DryRun, PassTypes, Tokens
+    from backfire.model.dry import DryRun, Layout, PassTypes
     from backfire.model.types import Type
 
 Device = Literal["cpu", "cuda"]
@@ -120,7 +120,7 @@ def memory(
     num_rows = 0
     weights = state = passes = 0.0
     if size.trainable:
-        extra = _total([d.extra for d in experiment.acting if isinstance(d, TrainDefense)])
+        extra = _total(_extras(experiment))
         weights, types = _held(experiment, size, device)
         gradients = size.trainable * _BYTES[types.trained]
         copies = size.trainable * 4 * extra.copies
@@ -128,12 +128,10 @@ def memory(
             copies += size.trainable * 4  # the start, from which the drift is measured
         state = gradients + _optimizer(experiment, size) + copies
         largest = _largest(experiment, rows, machine)
-        num_rows = largest.rows
+        num_rows = len(largest.rows)
         passes = slack * _pass(size, largest, types, device, machine.recompute)
-        answers = largest.rows * largest.answer
-        passes += slack * extra.logits * answers * size.vocabulary * 4
-        tokens = largest.rows * largest.length
-        passes += slack * extra.states * tokens * size.layers * size.hidden * 4
+        passes += slack * extra.logits * largest.answers * size.vocabulary * 4
+        passes += slack * extra.states * largest.tokens * size.layers * size.hidden * 4
         passes = max(passes, extra.scratch * size.trainable * 4)
     return Memory(
         weights,
@@ -143,6 +141,10 @@ def memory(
         _LIBRARIES[device],
         num_rows,
     )
+
+
+def _extras(experiment: Experiment) -> list[Extra]:
+    return [d.extra for d in experiment.acting if isinstance(d, TrainDefense)]
 
 
 def _total(parts: Sequence[Extra]) -> Extra:
@@ -188,22 +190,22 @@ def _optimizer(experiment: Experiment, size: Size) -> float:
     return size.trainable * each + wide * (STATE_BYTES["adamw"] - each)
 
 
-def _pass(size: Size, tokens: Tokens, types: PassTypes, device: Device, recompute: bool) -> float:
+def _pass(size: Size, layout: Layout, types: PassTypes, device: Device, recompute: bool) -> float:
     try:
-        return _trained(size.dry, tokens, types, device == "cpu", recompute)
+        return _trained(size.dry, layout, types, device == "cpu", recompute)
     except UserError:
         per_token = size.layers * size.hidden * (_UNKNOWN / 10 if recompute else _UNKNOWN)
-        return tokens.rows * (tokens.length * per_token + tokens.answer * size.vocabulary * 12)
+        return layout.tokens * per_token + layout.answers * size.vocabulary * 12.0
 
 
 @lru_cache(maxsize=256)
-def _trained(dry: DryRun, tokens: Tokens, types: PassTypes, exact: bool, recompute: bool) -> float:
-    return dry.training(tokens, types, exact=exact, recompute=recompute)
+def _trained(dry: DryRun, layout: Layout, types: PassTypes, exact: bool, recompute: bool) -> float:
+    return dry.training(layout, types, exact=exact, recompute=recompute)
 
 
 @lru_cache(maxsize=256)
-def _evaluated(dry: DryRun, tokens: Tokens, dtype: Type) -> float:
-    return dry.evaluation(tokens, dtype)
+def _evaluated(dry: DryRun, layout: Layout, dtype: Type) -> float:
+    return dry.evaluation(layout, dtype)
 
 
 def _evaluation(
@@ -216,7 +218,7 @@ def _evaluation(
     """Bytes in evaluation: the test rows are taken to be as long as the training rows. On a GPU
     batches adapt to the free memory, so those of one row."""
     from backfire.evaluate.budget import MOST_LOGITS
-    from backfire.model.dry import Tokens
+    from backfire.model.dry import Layout
 
     dtype = cast("Type", experiment.model.dtype)
     weights: float = size.parameters * _BYTES[dtype] + size.added * 4
@@ -237,7 +239,7 @@ def _evaluation(
     count = min(most, at_once // answer)
     length = longest + experiment.evaluation.max_new_tokens
     try:
-        run = _evaluated(size.dry, Tokens(count, length, answer), dtype)
+        run = _evaluated(size.dry, Layout(((length, answer),) * count), dtype)
     except UserError:
         run = count * (length * 12 * size.hidden * 4 + answer * size.vocabulary * 12.0)
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
@@ -258,20 +260,22 @@ def _assumed(experiment: Experiment) -> tuple[int, int]:
 _STEPS = 300
 
 
-def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Tokens:
+def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Layout:
     """The largest pass among the steps of a run whose rows are drawn from the sampled lengths."""
-    from backfire.model.dry import Tokens
+    from backfire.model.dry import Layout
 
-    size = experiment.train.batch_size
+    most = min(experiment.train.batch_size, machine.micro_batch or experiment.train.batch_size)
+    # Rows that share a prefix, or are packed, would draw other dropout.
+    same = not getattr(experiment.method, "dropout", 0)
+    share = same and not machine.recompute and not any(one.passes for one in _extras(experiment))
     passes = []
     for part in rows:
         if part is None:
-            passes.append(Tokens(min(size, machine.micro_batch or size), *_assumed(experiment)))
+            passes.append(Layout((_assumed(experiment),) * most, 0, same))
             continue
-        rng, count = random.Random(0), min(size, part.count)
+        rng, shared = random.Random(0), part.shared if share and part.count > 1 else 0
+        count = min(experiment.train.batch_size, part.count)
         for _ in range(_STEPS):
-            drawn = rng.choices(part.lengths, k=count)
-            drawn = sorted(drawn, reverse=True)[: machine.micro_batch or count]
-            answer = max(answer for _, answer in drawn)
-            passes.append(Tokens(len(drawn), drawn[0][0], answer))
-    return max(passes, key=lambda one: (one.rows * one.length, one.rows * one.answer))
+            drawn = sorted(rng.choices(part.lengths, k=count), reverse=True)[:most]
+            passes.append(Layout(tuple(drawn), shared, same))
+    return max(passes, key=lambda one: (one.tokens, one.answers))
