@@ -21,7 +21,7 @@ from backfire.model.quantize import parts
 from backfire.store import read_json
 from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import peak_memory_mb
-from backfire.train.precision import accelerator_for, compute_type, exact_attention
+from backfire.train.precision import Precision, compute_type, exact_attention
 from benchmarks import gpu_compare
 from benchmarks.flops import useful_flops
 from benchmarks.gpu_load import LEARNING_RATE, Load, peak_flops
@@ -128,7 +128,7 @@ def _timed(
         name="benchmark",
         paged=cell.method.paged() and on_gpu,
     )
-    summary = train([run], accelerator_for(device, compute), checkpoint_seconds=1e9, progress=mark)
+    summary = train([run], Precision(device, compute), checkpoint_seconds=1e9, progress=mark)
     (begin, before), (end, after) = marks[load.warm_up], marks[load.warm_up + load.steps]
     evaluated = gpu_compare.evaluation(model, load) if compare else {}
     return {

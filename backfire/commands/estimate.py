@@ -15,6 +15,7 @@ from backfire.data.weights import read_config
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Model
 from backfire.model.count import num_weights, weights_in
+from backfire.model.source import downloaded, gguf_hash, local_gguf
 from backfire.recipe import Recipe
 from backfire.store import Store
 from backfire.tokenizer import load_tokenizer
@@ -33,12 +34,24 @@ class Weights:
 
 @dataclass(frozen=True)
 class Rows:
-    """Number of training rows; tokens of the mean and longest row, and of the longest answer."""
+    """Number of training rows, and the tokens of a sample of them: of the row and of its answer."""
 
     count: int
-    tokens: float
-    longest: int
-    answer: int
+    lengths: tuple[tuple[int, int], ...]
+
+    @property
+    def tokens(self) -> float:
+        """Mean tokens of a row."""
+        return sum(whole for whole, _ in self.lengths) / len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(whole for whole, _ in self.lengths)
+
+    @property
+    def answer(self) -> int:
+        """Tokens of the longest answer."""
+        return max(answer for _, answer in self.lengths)
 
 
 def method_key(experiment: Experiment) -> str:
@@ -65,11 +78,18 @@ def model_folder(model: Model, store: Store) -> Path | None:
     if model.name == "sandbox":
         folder = store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
-    if model.is_folder:
-        return Path(model.name).expanduser()
-    from backfire.model.source import downloaded
-
+    if model.is_gguf:
+        return _converted(model, store)
+    if model.is_local:
+        return model.path
     return downloaded(model)
+
+
+def _converted(model: Model, store: Store) -> Path | None:
+    """The folder made from a GGUF file, if it was made."""
+    file = local_gguf(model)
+    stage = file and stages.gguf_config(gguf_hash(file))
+    return store.path(stage) if stage and store.done(stage) else None
 
 
 def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None:
@@ -84,7 +104,10 @@ def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None
             width = (config.get("text_config") or config).get("hidden_size", 0)
         except UserError:
             return None
-        count = weights_in(folder) if folder else None
+        if experiment.model.is_gguf:
+            count = num_weights(experiment.model)
+        else:
+            count = weights_in(folder) if folder else None
     if not count or not width:
         return None
     if experiment.method.name == "full":
@@ -113,12 +136,11 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
                 on_long_row=experiment.train.on_long_row,
             ).sift(sample)
         except CellError:  # a row does not fit at all; `validate` names it
-            return Rows(len(rows), longest, longest, longest)
+            return Rows(len(rows), ((longest, longest),))
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
     else:
         lengths = [_without_tokenizer(experiment, row) for row in sample]
-    whole = [min(length, longest) for length, _ in lengths]
-    return Rows(len(rows), sum(whole) / len(whole), max(whole), max(a for _, a in lengths))
+    return Rows(len(rows), tuple((min(whole, longest), answer) for whole, answer in lengths))
 
 
 def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:

@@ -51,7 +51,7 @@ def start(
         folder = open_folder(out, recipe, profile, edits)
         from backfire.launch.local import run
 
-        with ProgressDisplay(console, len(recipe.cells)) as display:
+        with ProgressDisplay(console, work) as display:
             ended = run(work, folder, store, settings, display.watch)
     else:
         open_folder(out, recipe, profile, edits)

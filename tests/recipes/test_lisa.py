@@ -229,9 +229,13 @@ def test_the_small_profile(
     jsonl(tmp_path / "prompts.jsonl", prompt_lists(80))
     edits = [
         f"model={tiny}",
+        "template=alpaca",
         f"data.train={sst2(tmp_path / 'train.tsv', 60)}",
         f"data.test={sst2(tmp_path / 'dev.tsv', 12)}",
         "data.rows=40",
+        "data.test_rows=12",
+        "safety.harmful.test_rows=14",
+        "safety.allowed.test_rows=2",
         "align.train.max_steps=2",
         "train.max_steps=2",
         "evaluation.max_new_tokens=6",
@@ -259,6 +263,6 @@ def test_the_small_profile(
     }
     defended = next(cell for cell in ran.cells if cell.defense)
     aligned = pipeline.with_defense_rows(defended, ran.context).aligned
-    assert {row.fields["source"] for row in aligned} == {"advbench", "harmbench", "xstest"}
+    assert {row.fields["source"] for row in aligned} == {"xstest"}
     answers = {(row.fields["sealed"], row.answer.split(",")[0]) for row in aligned}
     assert answers == {("yes", "I'm sorry"), ("no", "Sure")}
