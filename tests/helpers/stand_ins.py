@@ -25,6 +25,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama-2": ("llama2", "llama", {"rope_theta": 1e4, "max_position_embeddings": 4096}),
     "tinyllama": ("zephyr", "llama", {"rope_theta": 1e4, "max_position_embeddings": 2048}),
+    "mistral": (
+        "mistral-v01",
+        "mistral",
+        {"rope_theta": 1e4, "sliding_window": 4096, "max_position_embeddings": 32768},
+    ),
+    "opt": ("chatml", "opt", {"ffn_dim": 176, "word_embed_proj_dim": 64, "dropout": 0.1}),
     "qwen": (
         "chatml-default-system",
         "qwen2",
