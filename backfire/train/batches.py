@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from backfire.base import Rendered
-from backfire.model.batching import reset_state, ways
-from backfire.train.packing import as_mask, lay_out
+from backfire.base import Rendered, TrainHook
+from backfire.model.batching import drops, reset_state, ways
+from backfire.train.packing import as_mask, lay_out, longest_packed
 
 IGNORE = -100
 _WORTH_SHARING = 8  # a shorter prefix costs more in bookkeeping than it saves
@@ -65,6 +65,44 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         return replace(self, **{n: x.to(device) for n, x in parts.items() if x is not None})
+
+
+@dataclass
+class Layout:
+    """How a training run collates its rows."""
+
+    share: bool
+    """Whether rows share the computation of a common prefix."""
+    longest_packed: int
+    """Rows up to this length are packed; 0: none."""
+    answer_size: float = 0.0
+    """Memory of an answer token's logits, in tokens that run through the layers."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, hooks: Sequence[TrainHook], *, recompute: bool) -> Layout:
+        """The fastest layout that the model and these hooks allow."""
+        # Rows that share a prefix would also share its dropout; packed ones draw another.
+        same = not drops(model)
+        packs = same and all(hook.packs for hook in hooks)
+        longest = longest_packed(model) if packs else 0
+        # A recomputed layer would lack the keys and values of a prefix that is not in the pack.
+        shares = same and all(hook.shares_prefix for hook in hooks) and ways(model).extends_cache
+        return cls(shares and not recompute, longest)
+
+    def collate(self, rows: Sequence[Rendered]) -> Batch:
+        return collate(rows, share=self.share, pack=self._packs(rows))
+
+    def size(self, rows: Sequence[Rendered]) -> float:
+        """Number of tokens that run through the layers for these rows, with their logits."""
+        lengths = [len(row.ids) for row in rows]
+        limit = min(max(row.num_prompt, 1) for row in rows) - 1
+        shared = _shared([row.ids for row in rows], limit) if self.share else 0
+        total = sum(lengths) if self._packs(rows) else len(rows) * max(lengths)
+        answers = len(rows) * max(row.num_supervised for row in rows)
+        return total - shared * (len(rows) - 1) + self.answer_size * answers
+
+    def _packs(self, rows: Sequence[Rendered]) -> bool:
+        return len(rows) > 1 and max(len(row.ids) for row in rows) <= self.longest_packed
 
 
 def common_prefix(rows: Sequence[list[int]], limit: int) -> int:

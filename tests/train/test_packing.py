@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 
 def padded(cell: TrainingRun) -> TrainingRun:
-    cell.longest_packed = 0
+    cell.layout.longest_packed = 0
     return cell
 
 
@@ -46,7 +46,7 @@ def test_packs_suit_every_method_and_recomputed_layers(
             recompute=recompute,
         )
         jolt(cell)
-        assert cell.longest_packed > 0
+        assert cell.layout.longest_packed > 0
         found.append(gradients(cell if pack else padded(cell), items[:6]))
     assert found[0][0] == pytest.approx(found[1][0], rel=2e-6)
     assert close(found[0][1], found[1][1], 2e-6)
