@@ -30,11 +30,15 @@ class Ours(NamedTuple):
 # One line a setting; of two that share a name, the first has it.
 # fmt: off
 _SETTINGS = (
-    Ours("model.name", "model: OWNER/NAME", "a folder or a hub id", "model_name_or_path pretrained_model_name_or_path base_model base_model_name_or_path model_name model_id model_path model_args model_config pretrained checkpoint_dir"),
+    Ours("model.name", "model: OWNER/NAME", "a folder, a GGUF file or a hub id", "model_name_or_path pretrained_model_name_or_path base_model base_model_name_or_path model_name model_id model_path model_args model_config pretrained checkpoint_dir"),
+    Ours("model.gguf_file", "model: {name: OWNER/REPO, gguf_file: FILE.gguf}", "a file of the folder or hub repository; one with a path of its own is model: PATH/FILE.gguf", "gguf gguf_path gguf_filename hf_file model_file quant_file"),
+    Ours("model.adapter", "model: {name: OWNER/BASE, adapter: OWNER/ADAPTER}", "an existing PEFT adapter; one to train is method: lora", "lora_adapter adapter_path adapter_name_or_path lora_path lora_weights peft_model peft_model_id lora_model_dir adapter_model"),
+    Ours("model.adapter_revision", "model: {name: OWNER/BASE, adapter: OWNER/ADAPTER, adapter_revision: main}", "", ""),
+    Ours("model.merge", "model: {name: BASE, adapter: FOLDER, merge: true}", "the alignment's adapter has a setting of the same name, align.merge", "merge_adapter merge_lora merge_and_unload"),
     Ours("data.name", "data: {name: files, hub: OWNER/NAME}", "a name of `backfire list datasets`; your own rows are `files`", "dataset datasets dataset_name dataset_path dataset_id dataset_config train_dataset"),
     Ours("template.name", "template: chat", "", "prompt_template chat_template prompt_style prompt_format conversation_template"),
     Ours("attack.name", "attack: {name: badnets, rate: 0.05}", "", "attack_name attack_type attack_method backdoor poison poisoning"),
-    Ours("method.name", "method: {name: lora, rank: 8}", "", "lora peft peft_config peft_type peft_method lora_config use_peft adapter finetuning_type finetune_mode tuning_method"),
+    Ours("method.name", "method: {name: lora, rank: 8}", "", "lora peft peft_config peft_type peft_method lora_config use_peft finetuning_type finetune_mode tuning_method"),
     Ours("method.name", "method: qlora", "the base in 4 bits is method qlora", "load_in_4bit bnb_4bit_quant_type quantization_config quantization quantize quantization_bit"),
     Ours("method.name", "method: lora-int8", "the base in 8 bits is method lora-int8", "load_in_8bit llm_int8_enable"),
     Ours("defense.name", "defense: deduplicate", "", "defence defence_name defense_name mitigation"),
@@ -58,8 +62,9 @@ _SETTINGS = (
     Ours("train.warmup_share", "train: {warmup_share: 0.03}", "a share of the steps, not their number", "warmup_steps lr_warmup_steps num_warmup_steps warmup_iters warmup lr_warmup"),
     Ours("train.weight_decay", "train: {weight_decay: 0.01}", "", "wd"),
     Ours("train.beta2", "train: {beta2: 0.95}", "", "adam_beta2 adam_beta_2"),
+    Ours("train.optimizer", "train: {optimizer: adamw-8bit}", "`adamw`, `adamw-8bit`, `paged-adamw` or `paged-adamw-8bit`; its learning rate is method.learning_rate", "optim optimizer_name optimizer_type"),
     Ours("train.clip_norm", "train: {clip_norm: 1.0}", "", "max_grad_norm max_norm clip_grad_norm grad_clip gradient_clipping gradient_clip_val"),
-    Ours("train.compute", "train: {compute: bfloat16}", "`bfloat16`, `float32` or `auto`; float16 is not used", "bf16 fp16 tf32 precision mixed_precision amp half_precision"),
+    Ours("train.compute", "train: {compute: bfloat16}", "`bfloat16`, `float16`, `float32` or `auto`", "bf16 fp16 tf32 precision mixed_precision amp half_precision"),
     Ours("train.max_length", "train: {max_length: 512}", "tokens of prompt and answer together", "max_seq_length max_seq_len seq_length seq_len sequence_len sequence_length cutoff_len model_max_length block_size context_length max_input_length"),
     Ours("train.on_long_row", "train: {on_long_row: skip}", "`cut`, `skip` or `fail`", "truncation truncation_side excess_length_strategy"),
     # -------------------------------------------------------------------------------------- method
@@ -77,7 +82,8 @@ _SETTINGS = (
     Ours("method.layers", "method: {name: llama-adapter, layers: 30}", "", "adapter_layers"),
     # --------------------------------------------------------------------------------------- model
     Ours("model.revision", "model: {name: OWNER/NAME, revision: main}", "", "model_revision"),
-    Ours("model.dtype", "model: {name: OWNER/NAME, dtype: bfloat16}", "`bfloat16`, `float32` or `auto`; float16 is not used", "torch_dtype model_dtype"),
+    Ours("model.dtype", "model: {name: OWNER/NAME, dtype: bfloat16}", "`bfloat16`, `float16`, `float32` or `auto`", "torch_dtype model_dtype"),
+    Ours("method.dtype", "method: {name: full, dtype: bfloat16}", "the type of trained weights in the passes; they are float32", "pure_bf16 full_bf16 bf16_full_train master_weights"),
     # ---------------------------------------------------------------------------------------- data
     Ours("data.train", "data: {name: files, train: rows.csv}", "a file or a list of files", "train_file train_files train_path train_data train_data_path data_files data_file data_path data_dir"),
     Ours("data.test", "data: {name: files, train: rows.csv, test: test.csv}", "a file or a list of files", "test_file test_files test_path test_data validation_file val_file eval_file eval_data eval_dataset test_dataset test_datasets"),
@@ -122,7 +128,6 @@ _SETTINGS = (
     Ours("", "", "prompts hold no examples", "num_fewshot num_shots n_shot few_shot fewshot"),
     Ours("", "", "every row is on its own, and none are packed together", "packing sample_packing packed eval_packing"),
     Ours("", "", "only answers are learned, never prompts", "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss train_on_input"),
-    Ours("", "", "the optimizer is AdamW, and its learning rate is method.learning_rate", "optim optimizer optimizer_name optimizer_type"),
     Ours("", "", "AdamW's beta1 and epsilon are those of torch", "adam_beta1 adam_beta_1 beta1 adam_epsilon eps"),
     Ours("", "", "a tuned model is evaluated once, when its training is done", "eval_strategy evaluation_strategy eval_steps evals_per_epoch load_best_model_at_end early_stopping early_stopping_patience"),
     Ours("", "", "training is saved every minute, and the same command goes on from there", "save_steps save_strategy save_interval save_total_limit checkpointing_steps resume_from_checkpoint resume auto_resume_from_checkpoints"),

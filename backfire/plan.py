@@ -32,8 +32,13 @@ class Job:
         return self.id.partition("-")[2]
 
     @property
+    def base(self) -> tuple[Any, ...]:
+        """Equal for jobs that can use the same base in memory."""
+        return self.experiment.model, self.experiment.method.quantization("cuda")
+
+    @property
     def title(self) -> str:
-        return self.experiment.model.name if self.kind == "base" else self.experiment.slug
+        return self.experiment.model.title if self.kind == "base" else self.experiment.slug
 
 
 def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Job]:

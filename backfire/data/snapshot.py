@@ -13,18 +13,34 @@ SMALL = ("*.json", "*.model", "*.jinja", "*.txt", "additional_chat_templates/*.j
 """Everything but weights."""
 
 
-def snapshot(name: str, revision: str | None, *, weights: bool = True) -> Path:
+def snapshot(
+    name: str, revision: str | None, *, weights: bool = True, gguf_file: str | None = None
+) -> Path:
     """The local folder with a hub model's files; of its weights only those that transformers reads.
 
     Raises:
         UserError: missing, gated or unreachable, in one sentence.
     """
+    if gguf_file:
+        folder = _download(name, revision, [gguf_file])
+        if not (folder / gguf_file).is_file():
+            raise UserError(f"No file {gguf_file} in the repository {name}.")
+        return folder
     folder = _download(name, revision, SMALL)
     if not weights:
         return folder
     index = folder / INDEX
     named = set(read_config(index).get("weight_map", {}).values()) if index.is_file() else ()
     return _download(name, revision, [*SMALL, *(named or (SINGLE,))])
+
+
+def snapshot_adapter(name: str, revision: str | None) -> Path:
+    """The local folder with the files of a PEFT adapter on the hub.
+
+    Raises:
+        UserError: as `snapshot`.
+    """
+    return _download(name, revision, ["adapter_config.json", "adapter_model.safetensors"])
 
 
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backfire.errors import CellError
 from backfire.model.fused import fused_adapters
 
 _AT_ONCE = 2**14  # vocabulary entries whose weights are cast at once
@@ -39,7 +40,7 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
+def for_evaluation(model: PreTrainedModel) -> Iterator[None]:
     """The model as it is evaluated: logits in float32, LoRA adapters fused. Without gradients."""
     with exact_head(model), fused_adapters(model):
         yield
@@ -50,7 +51,17 @@ def _is_half_precision(module: nn.Module) -> bool:
 
 
 def _forward_float32(layer: nn.Linear, states: Tensor) -> Tensor:
-    """states @ weight + bias: [..., input] to [..., output]; without gradients."""
+    """states @ weight + bias: [..., input] to [..., output]; without gradients.
+
+    Raises:
+        CellError: the model computes in float16 and exceeded it (`nan`).
+    """
+    if layer.weight.dtype == torch.float16 and not bool(torch.isfinite(states).all()):
+        raise CellError(
+            "nan",
+            "Hidden states exceed float16's largest number, 65,504; use model.dtype bfloat16 or "
+            "float32.",
+        )
     flat, size = states.float().flatten(0, -2), layer.out_features
     logits = flat.new_empty(len(flat), size)
     step = _AT_ONCE if states.is_cuda else max(1, _WEIGHTS_ON_CPU // layer.in_features)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.evaluate.budget import Budget
-from backfire.evaluate.head import evaluating
+from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.prompts import (
     CachedPrompts,
     SharedPrefix,
@@ -83,7 +83,7 @@ def read(
     piecemeal = not can.extends_cache or longest > budget.logits
     whole = [i for i in order if piecemeal or can.depends_on_length(lengths[i] + extra)]
     batches: Iterator[tuple[list[int], list[Reading]]] = iter(())
-    with evaluating(model):
+    with for_evaluation(model):
         if at_once := [] if piecemeal else order[len(whole) :]:
             batches = _read_cached(
                 model, prompts, at_once, options, budget, stop_ids, max_new_tokens
@@ -181,7 +181,7 @@ def stream(
     model: PreTrainedModel, prompt: list[int], *, max_new_tokens: int, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
     """Yield one prompt's greedy reply token by token, the same as in `read`."""
-    with evaluating(model):
+    with for_evaluation(model):
         for tokens in _reply_tokens(model, [prompt], stop_ids, max_new_tokens):
             yield tokens[0]
 
@@ -189,7 +189,7 @@ def stream(
 @torch.inference_mode()
 def score_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[float]:
     """Log-likelihood in nats of each token of an answer; their sum is the score in `read`."""
-    with evaluating(model):
+    with for_evaluation(model):
         spans = [_answer_span(prompt, answer)]
         return [float(x) for x in _token_scores(model, spans, Budget(model), _no_tick)[0]]
 
@@ -222,7 +222,7 @@ def score_spans(
     Raises:
         CellError: see `read`.
     """
-    with evaluating(model):
+    with for_evaluation(model):
         return _totals(model, spans, Budget(model, batch_size), tick)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import random
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ from backfire import stages
 from backfire.base.judges import drop_models
 from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 from backfire.experiment import Experiment, Machine
+from backfire.model.resident import Resident
 from backfire.pipeline import Context, base, head, run_cell, trained
 from backfire.plan import Job
 from backfire.progress import Progress
@@ -63,10 +65,20 @@ def _names(value: Any) -> Iterator[str]:
             yield from _names(item)
 
 
-def run_job(job: Job, folder: RunFolder, store: Store, machine: Machine, progress: Progress) -> str:
-    """Run one job; returns `ok` or an exit class (for a cell, `error.json` has the details)."""
+def run_job(
+    job: Job,
+    folder: RunFolder,
+    store: Store,
+    machine: Machine,
+    progress: Progress,
+    resident: Resident | None = None,
+) -> str:
+    """Run one job; returns `ok` or an exit class (for a cell, `error.json` has the details). The
+    worker's resident base is used, and stays for its next job."""
+    resident = resident or Resident()
+    _reset_globals()
     try:
-        context = Context(store, machine, progress)
+        context = Context(store, machine, progress, resident=resident)
         if job.kind == "base":
             base(job.experiment.model, context)
         elif job.kind == "train":
@@ -75,12 +87,22 @@ def run_job(job: Job, folder: RunFolder, store: Store, machine: Machine, progres
             _write_result(job, folder, context)
         return "ok"
     except Exception as error:  # the failure of one cell must not stop the others
+        resident.release()
         kind, sentence = exit_class(error)
         expected = isinstance(error, CellError)
         trace = traceback.format_exc() if kind == "failed" and not expected else None
         return report(job, folder, kind, sentence, trace)
     finally:
         _release_models()
+
+
+def _reset_globals() -> None:
+    """Let no job depend on those that ran before it in this process."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+        torch.set_default_dtype(torch.float32)
+        torch.clear_autocast_cache()
 
 
 def _release_models() -> None:

@@ -1,4 +1,4 @@
-"""Run jobs on this machine: in turn in this process, or each in a separate worker process.
+"""Run jobs on this machine: in turn in this process, or in worker processes.
 
 The files on disk decide: a job without a result has failed.
 """
@@ -6,18 +6,19 @@ The files on disk decide: a job without a result has failed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, report, run_job
+from backfire.model.resident import Resident
 from backfire.model.types import has_gpu
 from backfire.plan import Job
 from backfire.plugins import Plugin
@@ -67,13 +68,25 @@ def _in_turn(
     ended: dict[str, str],
 ) -> dict[str, str]:
     set_threads(machine)
-    for job in todo:
+    waiting, worker = list(todo), Resident()
+    base: object = None
+    while waiting:
+        ready = _ready(waiting, ended)
+        job = next((job for job in ready if job.base == base), ready[0])
+        waiting.remove(job)
+        base = job.base
         if bad := _blocked(job, ended):
             ended[job.id] = report(job, folder, *bad)
         else:
-            ended[job.id] = run_job(job, folder, store, machine, _progress_of(watch, job))
+            progress = _progress_of(watch, job)
+            ended[job.id] = run_job(job, folder, store, machine, progress, worker)
         watch(job, ended[job.id], 1, 1)
     return ended
+
+
+def _ready(waiting: Sequence[Job], ended: Mapping[str, str]) -> list[Job]:
+    """The jobs that need no other job any more, in order."""
+    return [job for job in waiting if all(name in ended for name in job.after)]
 
 
 def _progress_of(watch: Watch, job: Job) -> Progress:
@@ -91,11 +104,30 @@ def _blocked(job: Job, ended: dict[str, str]) -> tuple[str, str] | None:
     return (ended[bad], f"The stage {bad} failed.") if bad else None
 
 
-@dataclass
 class _Worker:
-    job: Job
-    process: BaseProcess
-    pipe: Connection
+    """A process that runs one job after the other. It keeps the base of its last job in memory."""
+
+    def __init__(self, context: Any, folder: RunFolder, store: Store) -> None:
+        self.pipe, far = context.Pipe()
+        # Plug-ins come first: the other arguments may hold objects of their classes.
+        arguments = loaded(), far, folder, store
+        self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
+        self.process.start()
+        far.close()
+        self.job: Job | None = None
+        self.base: object = None
+
+    def begin(self, job: Job, machine: Machine) -> None:
+        self.job, self.base = job, job.base
+        with contextlib.suppress(OSError):  # it has died, which `_listen` reports
+            self.pipe.send((job, machine))
+
+    def end(self) -> None:
+        """An idle worker ends by itself once nobody can give it a job."""
+        if self.job:
+            self.process.terminate()
+        self.pipe.close()
+        self.process.join()
 
 
 def _side_by_side(
@@ -110,73 +142,75 @@ def _side_by_side(
     how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
     context: Any = multiprocessing.get_context(how)
     context.set_forkserver_preload(["backfire.launch.preload"])
-    waiting, running = list(todo), list[_Worker]()
+    waiting, workers = list(todo), list[_Worker]()
     try:
-        while waiting or running:
-            for job in [job for job in waiting if all(name in ended for name in job.after)]:
-                # A base is built alone, with all cores: every other job waits for it.
-                alone = job.kind == "base"
-                if len(running) >= (1 if alone else machine.workers):
-                    break
+        while waiting or any(worker.job for worker in workers):
+            workers = [w for w in workers if w.job or w.process.is_alive()]
+            while job_and_worker := _next(waiting, ended, workers, machine.workers):
+                job, worker = job_and_worker
+                if worker is None:
+                    worker = _Worker(context, folder, store)
+                    workers.append(worker)
                 waiting.remove(job)
-                share = machine.model_copy(update={"workers": 1}) if alone else machine
-                pipe, far = context.Pipe(duplex=False)
-                process = context.Process(
-                    # Plug-ins come first: the other arguments may hold objects of their classes.
-                    target=_child,
-                    args=(loaded(), far, job, folder, store, share),
-                    daemon=True,
-                )
-                process.start()
-                far.close()
-                running.append(_Worker(job, process, pipe))
-            wait([item for w in running for item in (w.pipe, w.process.sentinel)], timeout=1.0)
-            for worker in list(running):
+                # A base is built alone, with all cores: every other job waits for it.
+                share = {"workers": 1} if job.kind == "base" else {}
+                worker.begin(job, machine.model_copy(update=share))
+            busy = [worker for worker in workers if worker.job]
+            wait([item for w in busy for item in (w.pipe, w.process.sentinel)], timeout=1.0)
+            for worker in busy:
+                job = cast(Job, worker.job)
                 if (kind := _listen(worker, watch)) is not None:
                     if kind == "killed":
                         sentence = f"The worker died (exit code {worker.process.exitcode})."
-                        report(worker.job, folder, kind, sentence)
-                    ended[worker.job.id] = kind
-                    watch(worker.job, kind, 1, 1)
-                    running.remove(worker)
+                        report(job, folder, kind, sentence)
+                    ended[job.id] = kind
+                    watch(job, kind, 1, 1)
+                    worker.job = None
     finally:
-        for worker in running:
-            worker.process.terminate()
-        for worker in running:
-            worker.process.join()
+        for worker in workers:
+            worker.end()
     return ended
 
 
+def _next(
+    waiting: Sequence[Job], ended: Mapping[str, str], workers: Sequence[_Worker], most: int
+) -> tuple[Job, _Worker | None] | None:
+    """The next job and the worker to run it: one that holds its base if there is one, else any idle
+    one, else a new one (None). None if no job is ready or all workers are busy."""
+    idle = [worker for worker in workers if not worker.job]
+    ready = _ready(waiting, ended)
+    pairs = [(job, worker) for job in ready for worker in idle if worker.base == job.base]
+    if not ready:
+        return None
+    job, worker = pairs[0] if pairs else (ready[0], idle[0] if idle else None)
+    busy = len(workers) - len(idle)
+    return None if busy >= (1 if job.kind == "base" else most) else (job, worker)
+
+
 def _listen(worker: _Worker, watch: Watch) -> str | None:
-    """Forward the worker's messages; returns its exit class once it has ended."""
+    """Forward the worker's messages; returns the exit class of its job once it has ended."""
+    assert worker.job
     # Checked before the messages are read, so that none is lost.
-    ended = not worker.process.is_alive()
-    kind = None
+    died = not worker.process.is_alive()
     with contextlib.suppress(EOFError, OSError):
         while worker.pipe.poll():
             message = worker.pipe.recv()
             if isinstance(message, str):
-                kind = message
-            else:
-                watch(worker.job, message[2], message[0], message[1])
-    if kind is not None or ended:
+                return message
+            watch(worker.job, message[2], message[0], message[1])
+    if died:
         worker.process.join()
-        return kind or "killed"
-    return None
+    return "killed" if died else None
 
 
-def _child(
-    plugins: Sequence[Plugin],
-    pipe: Connection,
-    job: Job,
-    folder: RunFolder,
-    store: Store,
-    machine: Machine,
-) -> None:
+def _work(plugins: Sequence[Plugin], pipe: Connection, folder: RunFolder, store: Store) -> None:
+    """What a worker does: the jobs that come through the pipe, until it is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    # The run has read the data, and said what it leaves out.
+    logging.getLogger("backfire.datasets").setLevel(logging.ERROR)
     for plugin in plugins:
         use(plugin)
-    set_threads(machine)
-    last = 0.0
+    resident, last = Resident(), 0.0
 
     def report_progress(done: int, total: int, text: str) -> None:
         nonlocal last
@@ -190,5 +224,10 @@ def _child(
         except BrokenPipeError:  # the parent is gone; finished work is on disk
             os._exit(1)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
-    send(run_job(job, folder, store, machine, report_progress))
+    while True:
+        try:
+            job, machine = pipe.recv()
+        except (EOFError, OSError):
+            return
+        set_threads(machine)
+        send(run_job(job, folder, store, machine, report_progress, resident))

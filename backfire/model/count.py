@@ -7,9 +7,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from backfire.data.gguf import read_header
 from backfire.data.weights import files_of, stored
 from backfire.errors import UserError
 from backfire.model.settings import Model
+from backfire.model.source import local_gguf
 from backfire.store import read_json
 
 _NAMES = {
@@ -31,8 +33,10 @@ def num_weights(model: Model) -> int | None:
         shape = Pretrain()
         width, deep = shape.hidden_size, 4 * shape.hidden_size + 3 * shape.intermediate_size
         return width * (shape.vocab_size + shape.num_layers * (deep + 2) + 1)
-    if model.is_folder:
-        return _of_folder(Path(model.name).expanduser())
+    if model.is_gguf:
+        return _of_gguf(model)
+    if model.is_local:
+        return _of_folder(model.path)
     return _of_hub(model.name, model.revision)
 
 
@@ -45,22 +49,36 @@ def weights_in(folder: Path) -> int | None:
     return sum(math.prod(one.shape) for one in weights.values()) or None
 
 
+def _of_gguf(model: Model) -> int | None:
+    file = local_gguf(model)
+    try:
+        return read_header(file).num_weights if file else None
+    except UserError:  # fetching the model itself reports the error
+        return None
+
+
 _of_folder = lru_cache(maxsize=64)(weights_in)  # computing keys needs it repeatedly
 
 
 @lru_cache(maxsize=64)
 def _of_hub(name: str, revision: str | None) -> int | None:
     """By the config.json in the local cache, or else from the hub (a few kilobytes)."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache, utils
+
+    hub: Any = utils  # it does not declare what it exports
 
     try:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(file, str):
-            file = hf_hub_download(name, "config.json", revision=revision, etag_timeout=5)
-        return weights_of_shape(read_json(Path(file)))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
-        return None  # fetching the model itself reports the error
+        if isinstance(file, str):
+            return weights_of_shape(read_json(Path(file)))
+        # One request: `hf_hub_download` would retry for 20 seconds without a network.
+        address = hf_hub_url(name, "config.json", revision=revision)
+        answer = hub.get_session().get(
+            address, headers=hub.build_hf_headers(), timeout=5, follow_redirects=True
+        )
+        return weights_of_shape(answer.raise_for_status().json())
+    except Exception:  # fetching the model itself reports the error
+        return None
 
 
 def weights_of_shape(config: dict[str, Any]) -> int | None:

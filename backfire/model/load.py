@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -28,6 +29,7 @@ from backfire.data.weights import (
 from backfire.errors import UserError
 from backfire.model.batching import ways
 from backfire.model.quantize import assert_quantized, quantizer
+from backfire.model.types import Type
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -66,8 +68,16 @@ def dtype_of(model: Model, device: torch.device) -> torch.dtype:
     """The type of the base weights; see `Model.dtype`."""
     if model.dtype != "auto":
         return cast(torch.dtype, getattr(torch, model.dtype))
-    wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if wide else torch.float32
+    name = gpu_type(device) if device.type == "cuda" else "float32"
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def gpu_type(device: torch.device) -> Type:
+    """The type of weights and products on a GPU: bfloat16; without it float16 (V100, T4, RTX 20,
+    GTX 16); float32 where that is slow too (before compute capability 7.0)."""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"
 
 
 def load_base(
@@ -82,6 +92,7 @@ def load_base(
         UserError: the model cannot be loaded, in one sentence.
         CellError: the model is not causal.
     """
+    loads[folder] += 1
     config, extra = described(folder)
     is_part = bool(extra)  # the text model of a multimodal one
     if quantization:
@@ -195,31 +206,8 @@ _TOKENIZER = (
 BELOW = "align"
 """Name of the frozen adapter under the trained one."""
 
-
-def load_start(
-    base: Path,
-    adapter: Path | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    quantization: Mapping[str, Any] | None = None,
-) -> PreTrainedModel:
-    """Load the model that fine-tuning starts from: a base, with the frozen adapter of an alignment
-    stage if there is one."""
-    model = load_base(base, dtype, device, quantization)
-    if adapter is None:
-        return model
-    return cast(PreTrainedModel, _adapted(model, adapter, BELOW).eval())
-
-
-def _adapted(model: PreTrainedModel, folder: Path, name: str) -> Any:
-    """The model with the adapter of a folder, under this name."""
-    from peft import PeftModel
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
-        adapted = PeftModel.from_pretrained(cast(Any, model), str(folder), adapter_name=name)
-    _check_adapter(adapted, folder, name)
-    return adapted
+loads: Counter[Path] = Counter()
+"""How often this process loaded the model in each folder."""
 
 
 def load_tuned(
@@ -231,28 +219,58 @@ def load_tuned(
     *,
     below: Path | None = None,
 ) -> PreTrainedModel:
-    """Load a tuned model: full weights, or the base with an unmerged PEFT adapter, which may be on
-    top of the frozen adapter `below`.
+    """Load a tuned model: full weights, or the base with an adapter (see `with_adapters`).
 
     Raises:
-        UserError: the adapter does not fit the base.
+        UserError: the model cannot be loaded, or the adapter does not fit the base.
     """
-    if not (folder / "adapter_config.json").is_file():
+    if not is_adapter(folder):
         return load_base(folder, dtype, device, quantization)
-    model: Any = load_start(base, below, dtype, device, quantization)
-    try:
-        if below is None:
-            tuned = _adapted(model, folder, "default")
+    return with_adapters(load_base(base, dtype, device, quantization), folder, below)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether the folder holds a PEFT adapter, and not a whole model."""
+    return (folder / "adapter_config.json").is_file()
+
+
+def with_adapters(
+    model: PreTrainedModel, adapter: Path | None, below: Path | None = None
+) -> PreTrainedModel:
+    """The base in evaluation mode, with an unmerged PEFT adapter, which may be on top of the frozen
+    adapter `below`; either may be missing.
+
+    Raises:
+        UserError: an adapter does not fit the base.
+    """
+    adapted: Any = model
+    for folder, name in ((below, BELOW), (adapter, "default")):
+        if folder is None:
+            continue
+        try:
+            adapted = _with_adapter(adapted, folder, name)
+        except (RuntimeError, ValueError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            why, base = lines[min(1, len(lines) - 1)], model.name_or_path
+            sentence = f"The adapter in {folder} does not fit the base in {base}: {why}"
+            raise UserError(sentence) from None
+    return cast(PreTrainedModel, adapted.eval())
+
+
+def _with_adapter(model: Any, folder: Path, name: str) -> Any:
+    """The model with the adapter of a folder, under this name, on top of those that it has."""
+    from peft import PeftModel
+
+    below = list(getattr(model, "peft_config", ()))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Found missing adapter keys")  # an error below
+        if below:
+            model.load_adapter(str(folder), name)
+            model.base_model.set_adapter([*below, name])
         else:
-            tuned = model
-            tuned.load_adapter(str(folder), "default")
-            tuned.base_model.set_adapter([BELOW, "default"])
-            _check_adapter(tuned, folder, "default")
-    except (RuntimeError, ValueError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        why = lines[min(1, len(lines) - 1)]
-        raise UserError(f"The adapter in {folder} does not fit the base in {base}: {why}") from None
-    return cast(PreTrainedModel, tuned.eval())
+            model = PeftModel.from_pretrained(model, str(folder), adapter_name=name)
+    _check_adapter(model, folder, name)
+    return model
 
 
 def _check_adapter(model: Any, folder: Path, name: str) -> None:

@@ -12,7 +12,7 @@ from backfire import stages
 from backfire.base import Evidence, Insertion
 from backfire.data.poison import Manifest
 from backfire.experiment import Experiment
-from backfire.pipeline.base_model import base
+from backfire.pipeline.base_model import base, notes
 from backfire.pipeline.context import Context
 from backfire.pipeline.evidence import collect
 from backfire.pipeline.models import (
@@ -80,6 +80,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
 
     sentences = (
         *map(_too_long, left.items()),
+        *notes(experiment.model, context),
         *warnings(evidence, values),
         *caveats(evidence, experiment.metrics, experiment.judges),
     )
@@ -117,7 +118,7 @@ def head(experiment: Experiment, key: str) -> CellResult:
     return CellResult(
         slug=experiment.slug,
         key=key,
-        model=experiment.model.name,
+        model=experiment.model.title,
         data=experiment.data.name,
         attack=experiment.attack.name if experiment.attack else "none",
         rate=experiment.rate,

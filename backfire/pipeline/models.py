@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 from backfire import stages
 from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
 from backfire.experiment import Experiment, Model
+from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.pipeline.prepare import passed_checks, poisoned, renderer
 from backfire.rng import stream
-from backfire.stages import keys
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def check_method(experiment: Experiment, context: Context) -> None:
     Raises:
         UserError: it does not, in one sentence.
     """
+    from backfire.model.adapter import check_below, with_skeleton
     from backfire.model.load import skeleton
     from backfire.model.quantize import quantizer
 
@@ -36,7 +37,12 @@ def check_method(experiment: Experiment, context: Context) -> None:
         quantizer(settings)
     folder = base(experiment.model, context, weights=False)
     if (folder / "config.json").is_file():  # the embedded base has none before it is made
-        experiment.method.attach(skeleton(folder), experiment.seed)
+        model = skeleton(folder)
+        if experiment.model.is_adapted:
+            below = adapter_folder(experiment.model)
+            check_below(below, experiment.method)
+            model = with_skeleton(model, below)
+        experiment.method.attach(model, experiment.seed)
 
 
 def check_weights(model: Model, context: Context) -> None:
@@ -45,15 +51,17 @@ def check_weights(model: Model, context: Context) -> None:
     Raises:
         UserError: it does not, in one sentence.
     """
-
-    if model.name == "sandbox":
+    if model.name == "sandbox" and model.adapter is None:
         return
     folder = base(model, context)
 
     def check(out: Path) -> None:
+        from backfire.model.adapter import adapter_fits
         from backfire.model.load import fits
 
         fits(folder)
+        if model.is_adapted:
+            adapter_fits(folder, adapter_folder(model))
 
     context.store.once(stages.weights(model), check)
 
@@ -71,7 +79,6 @@ def trained(experiment: Experiment, context: Context) -> Path:
     def make(folder: Path) -> None:
         from backfire.train.finetune import tune
 
-        context.release_model()  # so that it does not take memory in training
         begin = with_defense_rows(experiment, context)
         rows, manifest = filtered(experiment, context)
         if manifest:  # a defense may have removed poisoned rows
@@ -87,6 +94,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
             folder,
             context.machine,
             context.progress,
+            context.resident,
         )
         write_json(folder / "summary.json", {**summary, "rows_trained_on": len(rows)})
 
@@ -113,7 +121,8 @@ def start(experiment: Experiment, context: Context) -> Start:
 
     plain, alignment = base(experiment.model, context), experiment.alignment
     if alignment is None or experiment.align is None:
-        return Start(plain)
+        model = experiment.model
+        return Start(plain, adapter_folder(model) if model.is_adapted else None)
     aligned = tuned(alignment, context)
     is_adapter = (aligned / "adapter_config.json").is_file()
     if is_adapter and not experiment.align.merge:
@@ -152,7 +161,8 @@ def tuned(experiment: Experiment, context: Context) -> Path:
         context.progress(0, 1, "repair")
         begin = with_defense_rows(experiment, context)
         shown = renderer(experiment, context)
-        left = repair_model(experiment, folder, begin, shown, out, context.machine)
+        machine, resident = context.machine, context.resident
+        left = repair_model(experiment, folder, begin, shown, out, machine, resident)
         write_json(out / "left_out.json", left)
 
     return context.store.once(stages.repair(experiment), make)
@@ -168,29 +178,32 @@ def merged(experiment: Experiment, context: Context) -> Path:
         from backfire.model.export import merge
 
         context.progress(0, 1, "merge")
+        context.resident.release()  # merging loads the base in float32
         begin = start(experiment, context)
-        merge(folder, begin.base, out, begin.adapter)
+        below = begin.adapter if experiment.method.trains else None
+        merge(folder, begin.base, out, below)
 
     return context.store.once(stages.merge(experiment), make)
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
-    """The run's model, as it was trained or in another form; kept until another is needed."""
+    """The run's model, as it was trained or in another form; valid until another is needed."""
     from backfire.model.export import quantization_of
-    from backfire.model.load import dtype_of, load_base, load_tuned
+    from backfire.model.load import dtype_of, is_adapter
+    from backfire.model.resident import Source
 
-    def load() -> PreTrainedModel:
-        device = context.device
-        dtype = dtype_of(run.model, device)
-        if form:
-            return load_base(merged(run, context), dtype, device, quantization_of(form, dtype))
-        folder, begin = tuned(run, context), start(run, context)
-        # An untuned model is what fine-tuning would start from.
-        below = begin.adapter if run.method.trains else None
-        quantization = run.method.quantization(device.type)
-        return load_tuned(folder, begin.base, dtype, device, quantization, below=below)
-
-    return context.model(f"{keys(run).tuned} {form}", load)
+    device = context.device
+    dtype = dtype_of(run.model, device)
+    if form:
+        source = Source(merged(run, context), dtype, device, quantization_of(form, dtype))
+        return context.resident.model(source)
+    folder, begin = tuned(run, context), start(run, context)
+    quantization = run.method.quantization(device.type)
+    if not is_adapter(folder):
+        return context.resident.model(Source(folder, dtype, device, quantization))
+    # An untuned model is what fine-tuning would start from.
+    below = begin.adapter if run.method.trains else None
+    return context.resident.model(Source(begin.base, dtype, device, quantization), folder, below)
 
 
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from backfire import stages
@@ -18,13 +18,21 @@ from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine
-from backfire.model.load import device_of, dtype_of, load_start, load_tuned, save_tuned, weights_of
+from backfire.model.load import (
+    device_of,
+    dtype_of,
+    is_adapter,
+    save_tuned,
+    weights_of,
+    with_adapters,
+)
 from backfire.model.quantize import parts
+from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
 from backfire.train.loop import TrainingRun, train
-from backfire.train.microbatch import free
+from backfire.train.microbatch import free, reset_peak_memory
 from backfire.train.precision import (
-    accelerator_for,
+    Precision,
     compute_type,
     disable_adapter_casts,
     exact_attention,
@@ -69,16 +77,17 @@ def tune(
     folder: Path,
     machine: Machine,
     progress: Progress,
+    resident: Resident | None = None,
 ) -> dict[str, Any]:
     """Train on these rows, save the model (or its adapter) into `folder`, return the summary.
 
-    Afterwards neither the model nor a judge of an earlier run is in memory.
+    The base is that of `resident`. Afterwards no judge is in memory, and of the model at most the
+    base.
 
     Raises:
         CellError: see `_rendered` and `train.loop.train`.
     """
-    device = device_of(machine.device)
-    _free_memory(device)
+    device, resident = device_of(machine.device), resident or Resident()
     items, left = _rendered(rows, manifest, renderer)
     defense_rows = _DefenseRows.of(start, renderer)
     dtype = start_type(experiment, start, device)
@@ -86,27 +95,30 @@ def tune(
     progress(0, 1, "model")
     rate = experiment.learning_rate
     assert rate is not None, "a method that trains has a learning rate"
-    model = _model(experiment, start, dtype, compute, device)
-    run = TrainingRun(
-        model,
-        items,
-        experiment.train,
-        learning_rate=rate,
-        seed=experiment.seed,
-        folder=folder,
-        name=stages.keys(experiment).train,
-        poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
-        paged=experiment.method.paged() and device.type == "cuda",
-        defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
-        aligned=defense_rows.aligned,
-        harmful=defense_rows.harmful,
-        unaligned=start.unaligned,
-        start=start.base,
-        recompute=machine.recompute,
-    )
-    model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
-    summary = _train(run, accelerator_for(device, compute), machine, progress)
-    save_tuned(model, folder, start.base, _hub_name(experiment, start))
+    source = Source(start.base, dtype, device, experiment.method.quantization(device.type))
+    _free_memory(resident, source)
+    with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
+        run = TrainingRun(
+            model,
+            items,
+            experiment.train,
+            learning_rate=rate,
+            seed=experiment.seed,
+            folder=folder,
+            name=stages.keys(experiment).train,
+            poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
+            paged=experiment.method.paged(),
+            trained_type=experiment.method.trained_type(),
+            defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
+            aligned=defense_rows.aligned,
+            harmful=defense_rows.harmful,
+            unaligned=start.unaligned,
+            start=start.base,
+            recompute=machine.recompute,
+        )
+        model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
+        summary = _train(run, Precision(device, compute), machine, progress)
+        save_tuned(model, folder, start.base, _hub_name(experiment, start))
     return {
         **summary,
         **model_parts,
@@ -120,32 +132,30 @@ def tune(
     }
 
 
+def _attach(
+    experiment: Experiment, start: Start, compute: str, base: PreTrainedModel
+) -> PreTrainedModel:
+    """The model to train, with the method's weights attached."""
+    begin = exact_attention(with_adapters(base, None, start.adapter))
+    model = experiment.method.attach(begin, experiment.seed)
+    if compute != "float32":
+        disable_adapter_casts(model)
+    return model
+
+
 def _train(
-    run: TrainingRun, accelerator: Accelerator, machine: Machine, progress: Progress
+    run: TrainingRun, precision: Precision, machine: Machine, progress: Progress
 ) -> dict[str, Any]:
     try:
         return train(
             [run],
-            accelerator,
+            precision,
             micro_batch=machine.micro_batch,
             checkpoint_seconds=machine.checkpoint_seconds,
             progress=progress,
         )[0]
     finally:
         run.close()
-
-
-def _model(
-    experiment: Experiment, start: Start, dtype: torch.dtype, compute: str, device: torch.device
-) -> PreTrainedModel:
-    """The model to train, with the method's weights attached."""
-    method = experiment.method
-    quantization = method.quantization(device.type)
-    model = load_start(start.base, start.adapter, dtype, device, quantization)
-    model = method.attach(exact_attention(model), experiment.seed)
-    if compute == "bfloat16":
-        disable_adapter_casts(model)
-    return model
 
 
 def _rendered(
@@ -166,12 +176,12 @@ def _rendered(
     return items, left
 
 
-def _free_memory(device: torch.device) -> None:
-    """Release judges and cached memory, and reset the peak, so that the peak is this run's own."""
+def _free_memory(resident: Resident, source: Source) -> None:
+    """Release judges and other bases, and reset the peak, so that the peak is this run's own."""
     drop_models()
-    if device.type == "cuda":  # on a CPU, memory is freed as soon as it is unused
-        free()
-        torch.cuda.reset_peak_memory_stats(device)
+    resident.keep_only(source)
+    free()
+    reset_peak_memory()
 
 
 def start_type(experiment: Experiment, start: Start, device: torch.device) -> torch.dtype:
@@ -193,12 +203,13 @@ def repair_model(
     renderer: Renderer,
     folder: Path,
     machine: Machine,
+    resident: Resident | None = None,
 ) -> dict[str, int]:
     """Apply the experiment's repair defenses to a tuned model, in order, and save the result.
 
     Returns the number of extra rows that were too long, by part.
     """
-    device = device_of(machine.device)
+    device, resident = device_of(machine.device), resident or Resident()
     defense_rows = _DefenseRows.of(start, renderer)
     tools = Repair(
         experiment.seed,
@@ -208,13 +219,15 @@ def repair_model(
         batch_size=experiment.train.batch_size,
     )
     dtype = start_type(experiment, start, device)
-    model = load_tuned(tuned, start.base, dtype, device, below=start.adapter)
-    # The base below an adapter is unchanged, so it is not loaded again.
-    before = plain_weights(model) if experiment.method.adapts else weights_of(start.base)
-    for defense in experiment.acting:
-        if isinstance(defense, RepairDefense):
-            defense.repair(model, before, tools)
-    save_tuned(model, folder, start.base, _hub_name(experiment, start))
+    base, adapter = (start.base, tuned) if is_adapter(tuned) else (tuned, None)
+    attach = partial(with_adapters, adapter=adapter, below=start.adapter)
+    with resident.attached(Source(base, dtype, device), attach) as model:
+        # The base below an adapter is unchanged, so it is not loaded again.
+        before = plain_weights(model) if adapter else weights_of(start.base)
+        for defense in experiment.acting:
+            if isinstance(defense, RepairDefense):
+                defense.repair(model, before, tools)
+        save_tuned(model, folder, start.base, _hub_name(experiment, start))
     return defense_rows.left_out
 
 

@@ -137,8 +137,18 @@ def free() -> None:
     torch.cuda.empty_cache()
 
 
+def reset_peak_memory() -> None:
+    """Start the peak anew at what is used now. Without a GPU this works on Linux only; elsewhere
+    the peak is that of the process so far."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
 def peak_memory_mb() -> float:
-    """Peak memory of this process in MiB: GPU memory if it used a GPU, else resident memory."""
+    """Peak memory since `reset_peak_memory` in MiB: GPU memory if this process used a GPU, else
+    resident memory."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     with contextlib.suppress(OSError, StopIteration):  # ru_maxrss would count the parent's peak too
