@@ -170,9 +170,11 @@ def lines(recipe: Recipe) -> list[str]:
         )
         sizes[method_key(experiment)] = counts = size(experiment, folder) if has_config else None
         if counts is None:
+            get = f"hf download {experiment.model.name} config.json"
+            get = "`backfire validate` converts it" if experiment.model.is_gguf else get
             out.append(
                 f"note  {_title(experiment)}: its config.json is not on this machine, so its size "
-                f"is unknown (hf download {experiment.model.name} config.json)"
+                f"is unknown ({get})"
             )
             continue
         alike = [other for other in cells if method_key(other) == method_key(experiment)]
@@ -188,7 +190,7 @@ def lines(recipe: Recipe) -> list[str]:
 
 def _title(experiment: Experiment) -> str:
     knobs = [f"{k}={v}" for k, v in experiment.method.spec().items() if k in _NAMED]
-    return " ".join([f"{experiment.model.name}, {experiment.method.name}", *knobs])
+    return " ".join([f"{experiment.model.title}, {experiment.method.name}", *knobs])
 
 
 def _parts(size: Size, need: Memory) -> str:
