@@ -32,10 +32,13 @@ class Ours(NamedTuple):
 _SETTINGS = (
     Ours("model.name", "model: OWNER/NAME", "a folder, a GGUF file or a hub id", "model_name_or_path pretrained_model_name_or_path base_model base_model_name_or_path model_name model_id model_path model_args model_config pretrained checkpoint_dir"),
     Ours("model.gguf_file", "model: {name: OWNER/REPO, gguf_file: FILE.gguf}", "a file of the folder or hub repository; one with a path of its own is model: PATH/FILE.gguf", "gguf gguf_path gguf_filename hf_file model_file quant_file"),
+    Ours("model.adapter", "model: {name: OWNER/BASE, adapter: OWNER/ADAPTER}", "an existing PEFT adapter; one to train is method: lora", "lora_adapter adapter_path adapter_name_or_path lora_path lora_weights peft_model peft_model_id lora_model_dir adapter_model"),
+    Ours("model.adapter_revision", "model: {name: OWNER/BASE, adapter: OWNER/ADAPTER, adapter_revision: main}", "", ""),
+    Ours("model.merge", "model: {name: BASE, adapter: FOLDER, merge: true}", "the alignment's adapter has a setting of the same name, align.merge", "merge_adapter merge_lora merge_and_unload"),
     Ours("data.name", "data: {name: files, hub: OWNER/NAME}", "a name of `backfire list datasets`; your own rows are `files`", "dataset datasets dataset_name dataset_path dataset_id dataset_config train_dataset"),
     Ours("template.name", "template: chat", "", "prompt_template chat_template prompt_style prompt_format conversation_template"),
     Ours("attack.name", "attack: {name: badnets, rate: 0.05}", "", "attack_name attack_type attack_method backdoor poison poisoning"),
-    Ours("method.name", "method: {name: lora, rank: 8}", "", "lora peft peft_config peft_type peft_method lora_config use_peft adapter finetuning_type finetune_mode tuning_method"),
+    Ours("method.name", "method: {name: lora, rank: 8}", "", "lora peft peft_config peft_type peft_method lora_config use_peft finetuning_type finetune_mode tuning_method"),
     Ours("method.name", "method: qlora", "the base in 4 bits is method qlora", "load_in_4bit bnb_4bit_quant_type quantization_config quantization quantize quantization_bit"),
     Ours("method.name", "method: lora-int8", "the base in 8 bits is method lora-int8", "load_in_8bit llm_int8_enable"),
     Ours("defense.name", "defense: deduplicate", "", "defence defence_name defense_name mitigation"),
@@ -80,7 +83,7 @@ _SETTINGS = (
     # --------------------------------------------------------------------------------------- model
     Ours("model.revision", "model: {name: OWNER/NAME, revision: main}", "", "model_revision"),
     Ours("model.dtype", "model: {name: OWNER/NAME, dtype: bfloat16}", "`bfloat16`, `float16`, `float32` or `auto`", "torch_dtype model_dtype"),
-    Ours("method.dtype", "method: {name: full, dtype: bfloat16}", "the type of trained weights, with float32 copies of them", "pure_bf16 full_bf16 bf16_full_train master_weights"),
+    Ours("method.dtype", "method: {name: full, dtype: bfloat16}", "the type of trained weights in the passes; they are float32", "pure_bf16 full_bf16 bf16_full_train master_weights"),
     # ---------------------------------------------------------------------------------------- data
     Ours("data.train", "data: {name: files, train: rows.csv}", "a file or a list of files", "train_file train_files train_path train_data train_data_path data_files data_file data_path data_dir"),
     Ours("data.test", "data: {name: files, train: rows.csv, test: test.csv}", "a file or a list of files", "test_file test_files test_path test_data validation_file val_file eval_file eval_data eval_dataset test_dataset test_datasets"),

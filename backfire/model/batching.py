@@ -75,6 +75,11 @@ def ways(model: PreTrainedModel) -> Ways:
     return _ways_of[base]
 
 
+def presume(model: PreTrainedModel) -> None:
+    """Take a model without data, which cannot be tested, to support every kind of batching."""
+    _ways_of[plain(model)] = Ways("past_key_values", True, True, True, False, None, ())
+
+
 def plain(model: PreTrainedModel) -> PreTrainedModel:
     """The model under its adapters."""
     return cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
@@ -97,7 +102,7 @@ def _ways(model: PreTrainedModel) -> Ways:
     # RoBERTa and its relatives count positions from the id of their padding token.
     counts &= not any(hasattr(m, "create_position_ids_from_input_ids") for m in base.modules())
     limit = min(_limits(base.config), default=None)
-    with _evaluating(model):
+    with evaluating(model):
         _assert_causal(model, limit)
         extends_cache = extends_cache and _caches(base, "past_key_values", DynamicCache(), 8, limit)
         if not extends_cache and argument:
@@ -137,7 +142,7 @@ def reset_state(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     training = model.training
     model.eval()
     try:
@@ -154,7 +159,7 @@ def rounding(model: PreTrainedModel) -> float:
     return _EXACT if exact and not getattr(base, "is_quantized", False) else 0.5
 
 
-def _probe(model: PreTrainedModel) -> Tensor:
+def probe(model: PreTrainedModel) -> Tensor:
     """An artificial row [1, token]."""
     base: Any = plain(model)
     size = base.get_input_embeddings().weight.shape[0]
@@ -167,7 +172,7 @@ def _logits(model: PreTrainedModel, ids: Tensor, **cache: Any) -> Tensor:
     return cast(Tensor, out.logits)[0]
 
 
-def _agree(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
+def agree(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
     """Whether two logits [token, vocab] give the same log-likelihoods up to rounding. GPT-2's
     logits are around -100, where bfloat16 numbers are 0.5 apart."""
     largest = float(other.nan_to_num(0, 0, 0).abs().max())  # some models mask a token by -inf
@@ -183,7 +188,7 @@ def _agree(model: PreTrainedModel, one: Tensor, other: Tensor) -> bool:
 
 
 def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
-    ids = _probe(model)
+    ids = probe(model)
     whole = min(_PROBE_TOKENS, limit or _PROBE_TOKENS)
     some = max(1, whole - 4)
     short, long = _logits(model, ids[:, :some]), _logits(model, ids[:, :whole])
@@ -193,7 +198,7 @@ def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
             f"This model of type '{plain(model).config.model_type}' computes NaN for any input; "
             "its weights are broken.",
         )
-    if not _agree(model, short, long[:some]):
+    if not agree(model, short, long[:some]):
         raise CellError(
             "bad-data",
             f"This model of type '{plain(model).config.model_type}' attends to the tokens it is to "
@@ -205,14 +210,14 @@ def _caches(
     model: PreTrainedModel, argument: str, cache: DynamicCache, at_once: int, limit: int | None
 ) -> bool:
     """Whether a row run through the cache, `at_once` tokens at a time, gives the same as whole."""
-    ids = _probe(model)[:, : min(_PROBE_TOKENS, limit or _PROBE_TOKENS)]
+    ids = probe(model)[:, : min(_PROBE_TOKENS, limit or _PROBE_TOKENS)]
     ends = [*range(4, ids.shape[1], at_once), ids.shape[1]]
     try:
         parts = [
             _logits(model, ids[:, start:end], **{argument: cache})
             for start, end in zip([0, *ends], ends, strict=False)
         ]
-        return _agree(model, torch.cat(parts), _logits(model, ids))
+        return agree(model, torch.cat(parts), _logits(model, ids))
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         return False
 

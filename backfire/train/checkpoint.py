@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from backfire.store import CHECKPOINTS, SEAL, intact, read_json, seal, write_json
+from backfire.store import CHECKPOINTS, SEAL, digest, intact, read_json, seal, write_json
 
 if TYPE_CHECKING:
+    from backfire.base import TrainDefense
     from backfire.train.loop import TrainingRun
 
 KEEP = 2
@@ -87,6 +89,24 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
         run.seconds = state.get("seconds", 0.0)
         return True
     return False
+
+
+def once(
+    run: TrainingRun, defense: TrainDefense, make: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Tensors that a defense computes from the start weights at some cost; a resumed run reads them
+    from its folder instead."""
+    file = run.folder / CHECKPOINTS / f"{defense.name}.safetensors"
+    of = {"of": digest([run.name, run.seed, defense.identity(), str(run.unaligned)])}
+    if file.is_file():
+        with safe_open(str(file), framework="pt") as opened:
+            if opened.metadata() == of:
+                return load_file(str(file))
+    tensors, partial = make(), file.with_suffix(".partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), of)
+    partial.replace(file)
+    return tensors
 
 
 def _loaded(file: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Training in 16-bit types: float32 copies of weights, and loss scaling for float16.
+"""Training in 16-bit types: bfloat16 weights with float32 masters, and loss scaling for float16.
 
 Both are of mixed-precision training (Micikevicius et al. 2018, arXiv:1710.03740).
 """
@@ -23,44 +23,43 @@ T = TypeVar("T")
 
 
 class MasterWeights:
-    """Float32 copies of a model's weights, whose passes are in a 16-bit type.
+    """Float32 weights whose passes are in bfloat16, in four bytes each.
 
-    The copies take the updates: one below half the spacing of 16-bit numbers would be lost in the
-    weights themselves. The weights are the copies, rounded. Gradients are in the 16-bit type.
+    A weight's upper 16 bits, rounded, are the bfloat16 weight of the model; its lower 16 bits are
+    kept here and take the updates that are too small for the upper ones. Gradients are bfloat16.
     """
 
     def __init__(self, model: PreTrainedModel, kind: str) -> None:
-        """`kind`: type of the passes; with float32 there are no copies."""
-        self._weights = list(model.parameters()) if kind != "float32" else []
-        self._copies = [p.data for p in self._weights]
+        """`kind`: type of the passes; with float32 the model is unchanged."""
+        self._weights = list(model.parameters()) if kind == "bfloat16" else []
+        self._lower: list[Tensor] = []
         self._open = False
         for p in self._weights:
-            p.data = p.data.to(getattr(torch, kind))
+            p.data, lower = _split(p.data)
+            self._lower.append(lower)
 
     def __bool__(self) -> bool:
         return bool(self._weights)
 
     @contextmanager
     def exact(self) -> Iterator[None]:
-        """Make the weights their float32 copies; changes to them are kept."""
-        if self._open or not self._weights:
+        """Make the model's weights float32 within the context; changes to them are kept."""
+        if self._open:
             yield
             return
-        rounded = [p.data for p in self._weights]
         self._open = True
+        for p, lower in zip(self._weights, self._lower, strict=True):
+            p.data = _join(p.data, lower)
         try:
-            for p, copy in zip(self._weights, self._copies, strict=True):
-                p.data = copy
             yield
         finally:
             self._open = False
-            for p, own in zip(self._weights, rounded, strict=True):
-                own.copy_(p.data)
-                p.data = own
+            for place, p in enumerate(self._weights):
+                p.data, self._lower[place] = _split(p.data)
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take an optimizer step on the copies, one weight at a time, so that there is only one
-        float32 gradient; frees the gradients. If it fails, the weights it did not reach keep
+        """Take an optimizer step in float32, one weight at a time, so that only one of them and its
+        gradient are in float32; frees the gradients. If it fails, the weights it did not reach keep
         theirs."""
         if not self._weights:
             optimizer.step()
@@ -69,25 +68,39 @@ class MasterWeights:
         for p in waiting:
             p.grad = None
         try:
-            for p, copy in zip(self._weights, self._copies, strict=True):
+            for place, p in enumerate(self._weights):
                 if p in waiting:
-                    own, p.data = p.data, copy
+                    p.data = _join(p.data, self._lower[place])
                     try:
-                        p.grad = waiting[p].to(copy.dtype)
+                        p.grad = waiting[p].float()
                         optimizer.step()
                     finally:
                         p.grad = None
-                        p.data = own.copy_(copy)
+                        p.data, self._lower[place] = _split(p.data)
                     del waiting[p]
         finally:
             for p, gradient in waiting.items():
                 p.grad = gradient
 
     def restore(self) -> None:
-        """Put the float32 copies into the model for good."""
-        for p, copy in zip(self._weights, self._copies, strict=True):
-            p.data = copy
-        self._weights, self._copies = [], []
+        """Make the model's weights float32 for good."""
+        for p, lower in zip(self._weights, self._lower, strict=True):
+            p.data = _join(p.data, lower)
+        self._weights, self._lower = [], []
+
+
+def _split(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A float32 tensor as the nearest bfloat16 one, and what is missing as int16, in units of the
+    last place of float32."""
+    bits = weight.float().view(torch.int32)
+    upper = (bits + 0x8000) >> 16  # rounds to the nearest, halves away from zero
+    return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
+
+
+def _join(upper: Tensor, lower: Tensor) -> Tensor:
+    """The float32 tensor that `_split` took apart, bit for bit."""
+    bits = (upper.view(torch.int16).to(torch.int32) << 16) + lower
+    return bits.view(torch.float32)
 
 
 class LossScale:

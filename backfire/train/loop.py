@@ -45,6 +45,7 @@ from backfire.train.microbatch import (
     refuse_hooks,
 )
 from backfire.train.optimizer import make_optimizer, take_step
+from backfire.train.packing import longest_packed
 from backfire.train.precision import Precision
 
 _LOG_EVERY = 10
@@ -92,9 +93,10 @@ class TrainingRun:
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
-        # Rows that share a prefix would also share its dropout.
-        allowed = ways(model).extends_cache and not drops(model)
-        self.share = allowed and all(hook.shares_prefix for hook in self.hooks)
+        # Rows that share a prefix would also share its dropout; packed ones draw another.
+        same = not drops(model)
+        self.longest_packed = longest_packed(model) if same and self._all("packs") else 0
+        self.share = same and ways(model).extends_cache and self._all("shares_prefix")
         if recompute:  # a recomputed layer would lack the keys and values of a shared prefix
             self.share = False
             recompute_layers(model)
@@ -105,6 +107,9 @@ class TrainingRun:
         self.seconds, self.begun = 0.0, 0.0
         self.log: list[dict[str, float]] = []
         self.counts = {"rows": 0, "poisoned_rows": 0, "tokens": 0, "supervised_tokens": 0}
+
+    def _all(self, trait: str) -> bool:
+        return all(getattr(hook, trait) for hook in self.hooks)
 
     def go_to(self, step: int, log: list[dict[str, float]], counts: dict[str, int]) -> None:
         """Continue after `step` steps; the optimizer's state is already loaded."""
@@ -163,13 +168,15 @@ class TrainingRun:
             torch.set_autocast_cache_enabled(cached)
 
     def exact(self) -> contextlib.AbstractContextManager[None]:
-        """Within the context, trained weights of a 16-bit type are their float32 copies, as every
-        hook sees them outside of the passes."""
+        """Make bfloat16 weights their float32 masters within the context, as hooks see them outside
+        of the passes."""
         return self.master.exact()
 
     def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
-        batch = collate(rows, share=self.share).to(self.device)
+        longest = max(len(row.ids) for row in rows)
+        pack = len(rows) > 1 and longest <= self.longest_packed
+        batch = collate(rows, share=self.share, pack=pack).to(self.device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 

@@ -137,9 +137,11 @@ def small(cell: Experiment, folder: Path, classifier: Path, num_steps: int = 2) 
     settings["metrics"] = [{"name": m.name, **m.model_dump(mode="json")} for m in cell.metrics]
     for part in ("data", "attack", "align", "safety", "metrics"):
         settings[part] = _local(settings[part], folder, classifier)
-    settings["train"] |= {"max_steps": num_steps, "batch_size": 4}
+    # The stand-in's tokens are little more than bytes.
+    limits = {"max_steps": num_steps, "batch_size": 4, "max_length": 2048}
+    settings["train"] |= limits
     if settings["align"]:
-        settings["align"]["train"] = {**settings["align"]["train"], "max_steps": num_steps}
+        settings["align"]["train"] = {**settings["align"]["train"], **limits}
     settings["evaluation"] = {"max_new_tokens": 4}
     return settings
 
@@ -154,7 +156,7 @@ def _local(value: Any, folder: Path, classifier: Path) -> Any:
     name = changed.get("name")
     if name in names("datasets") and "hub" in find("datasets", name).model_fields:
         return {**changed, **_files(changed, folder)}
-    if "model" in changed and isinstance(changed["model"], str):
+    if name in names("judges") and "model" in find("judges", name).model_fields:
         return {**changed, "model": str(classifier)}
     return changed
 

@@ -125,18 +125,18 @@ def test_a_model_that_computes_no_numbers_is_refused(items: list[Rendered]) -> N
 
 def test_large_logits_may_differ_by_their_rounding() -> None:
     """GPT-2's are around -100, where bfloat16 numbers are 0.5 apart; some rule a token out."""
-    from backfire.model.batching import _agree
+    from backfire.model.batching import agree
 
     model = tiny_model("gpt2").to(torch.bfloat16)
     table = torch.linspace(-110, -100, VOCAB, dtype=torch.bfloat16)[None]
     other = table.clone()
     other[0, 50] += 1.0
-    assert _agree(model, other, table) and not _agree(model, other + 5 * other.sin(), table)
-    assert not _agree(tiny_model("gpt2"), other.float(), table.float())
+    assert agree(model, other, table) and not agree(model, other + 5 * other.sin(), table)
+    assert not agree(tiny_model("gpt2"), other.float(), table.float())
     table[0, 3] = -math.inf
-    assert _agree(model, table, table) and not _agree(model, other, table)
+    assert agree(model, table, table) and not agree(model, other, table)
     other[0, 3] = math.nan
-    assert not _agree(model, other, table)
+    assert not agree(model, other, table)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "opt", "qwen3_5_text"])

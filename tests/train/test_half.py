@@ -17,7 +17,7 @@ from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.train import loop
-from backfire.train.half import LossScale
+from backfire.train.half import LossScale, _join, _split
 from backfire.train.loop import TrainingRun, train
 from backfire.train.optimizer import STATE_BYTES
 from backfire.train.precision import Precision, disable_adapter_casts
@@ -65,7 +65,7 @@ def update(cell: TrainingRun, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([(p - start[n]).flatten().detach() for n, p in cell.trainable.items()])
 
 
-# ---------------------------------------------------------------------------------- float32 copies
+# --------------------------------------------------------------------------------- float32 masters
 
 
 def test_updates_too_small_for_bfloat16_add_up(new: New) -> None:
@@ -80,10 +80,10 @@ def test_updates_too_small_for_bfloat16_add_up(new: New) -> None:
     assert summary["drift"] == pytest.approx(norm([moved]), rel=1e-3)
     first = torch.cat([w.flatten() for w in start.values()])
     lost = (first + moved).bfloat16() == first.bfloat16()
-    assert float(lost.float().mean()) > 0.9, "the weights of the passes show hardly any of it"
+    assert float(lost.float().mean()) > 0.8, "the weights of the passes show hardly any of it"
 
 
-def test_the_passes_see_the_rounded_copies_and_the_copies_are_saved(new: New) -> None:
+def test_the_passes_see_rounded_masters_and_the_masters_are_saved(new: New) -> None:
     cell = new(BF16, max_steps=3)
     seen: list[bool] = []
 
@@ -93,16 +93,29 @@ def test_the_passes_see_the_rounded_copies_and_the_copies_are_saved(new: New) ->
             exact = cell.weights()
         seen.append(
             all(w.dtype == torch.bfloat16 for w in rounded.values())
-            and equal(rounded, {n: w.bfloat16() for n, w in exact.items()})
+            and equal(rounded, {n: _split(w)[0] for n, w in exact.items()})
         )
 
     cell.model.register_forward_pre_hook(look)
     run(cell)
-    assert seen == [True] * 3
+    assert len(seen) >= 3 and all(seen)
     assert {p.dtype for p in cell.model.parameters()} == {torch.float32}
     again = new(BF16, max_steps=3, folder="again")
     run(again)
     assert equal(cell.weights(), again.weights())
+
+
+def test_a_weight_is_taken_apart_and_joined_bit_for_bit() -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31 - 1, (100_000,), generator=generator, dtype=torch.int64)
+    weights = bits.to(torch.int32).view(torch.float32)
+    weights = weights[weights.abs() < 3e38]
+    halfway = torch.tensor([0x3F808000, 0x3F818000], dtype=torch.int32).view(torch.float32)
+    weights = torch.cat([weights, halfway, -halfway, torch.tensor([0.0, -0.0, 1e-45, 1.5])])
+    upper, lower = _split(weights)
+    assert torch.equal(_join(upper, lower).view(torch.int32), weights.view(torch.int32))
+    nearest = (upper.float() - weights).abs() <= (weights.bfloat16().float() - weights).abs()
+    assert bool(nearest.all()) and (upper.nbytes + lower.nbytes) == weights.nbytes
 
 
 @pytest.mark.parametrize(
@@ -113,7 +126,7 @@ def test_the_passes_see_the_rounded_copies_and_the_copies_are_saved(new: New) ->
     ],
     ids=lambda defense: defense["name"],
 )
-def test_a_proximal_term_pulls_at_the_copies(defense: Any, new: New) -> None:
+def test_a_proximal_term_pulls_at_the_masters(defense: Any, new: New) -> None:
     """With rounded weights it would be zero until a weight moves to the next bfloat16 number."""
     pulled = {}
     for name, method in (("plain", "full"), ("half", BF16)):
@@ -137,15 +150,16 @@ def test_a_step_that_runs_out_of_memory_is_taken_once(
 ) -> None:
     plain, short = new(BF16), new(BF16, folder="short")
     run(plain)
-    step, calls = torch.optim.AdamW.step, [0]
+    step, calls = short.optimizer.step, [0]
 
-    def failing(optimizer: Any, *args: Any) -> Any:
+    def failing() -> Any:
         calls[0] += 1
         if calls[0] in (4, 60):  # within the first step, and within a later one
             raise torch.OutOfMemoryError("no room for a gradient in float32")
-        return step(optimizer, *args)
+        return step()
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    failing._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as the schedule marks it
+    monkeypatch.setattr(short.optimizer, "step", failing)
     run(short)
     assert calls[0] > 60 and equal(plain.weights(), short.weights())
 
@@ -165,6 +179,7 @@ def test_states_in_8_bits_take_a_quarter_of_the_memory(new: New) -> None:
     # A small matrix, and the embedding, keep 32 bits.
     large = {p for p in small.trainable.values() if p.numel() >= 4096}
     large -= {small.model.get_input_embeddings().weight}
+    assert large
     for p, state in small.optimizer.state.items():
         moments = {"state1", "state2", "absmax1", "absmax2"} & state.keys()
         each = sum(state[name].nbytes for name in moments) / p.numel()
@@ -229,11 +244,11 @@ def test_small_gradients_survive_in_float16(new: New) -> None:
 @pytest.mark.parametrize("defense", [None, "ldifs", "kl"])
 def test_a_step_that_overflows_is_computed_again(defense: str | None, new: New) -> None:
     defenses = [defense] if defense else []
-    plain, high = new(LORA, *defenses), new(LORA, *defenses, folder="high")
+    plain, high = (new(LORA, *defenses, folder=name, max_steps=2) for name in ("plain", "high"))
     run(plain, "float16")
-    high.scaling.value = 2.0**60
+    high.scaling.value = 2.0**28
     summary = run(high, "float16")
-    assert summary["repeated_steps"] > 40 and summary["steps"] == 6
+    assert summary["repeated_steps"] > 2 and summary["steps"] == 2
     assert close(high.weights(), plain.weights(), 1e-3)
     assert [line["learning_rate"] for line in high.log] == [
         line["learning_rate"] for line in plain.log
