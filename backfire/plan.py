@@ -38,7 +38,7 @@ class Job:
 
     @property
     def title(self) -> str:
-        return self.experiment.model.name if self.kind == "base" else self.experiment.slug
+        return self.experiment.model.title if self.kind == "base" else self.experiment.slug
 
 
 def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Job]:

@@ -28,7 +28,7 @@ from backfire.base import (
 )
 from backfire.data.preflight import CHECKS
 from backfire.experiment import DEFAULT_METRICS, Experiment, Model
-from backfire.model.source import content_hash
+from backfire.model.source import adapter_identity, content_hash
 from backfire.model.types import types_here
 from backfire.registry import build
 from backfire.sandbox.base import Pretrain
@@ -85,7 +85,9 @@ def keys(experiment: Experiment) -> Keys:
         poison = digest([data, experiment.attack.identity(), experiment.seed])
     train = start = _start_key(experiment, base)
     known_rows = _known_rows_key(experiment)
-    # An untuned model depends only on the model it starts from.
+    # An untuned model depends only on the model it starts from, and on how that is quantized.
+    if not experiment.method.trains and experiment.method.quantization("cpu"):
+        train = digest([start, experiment.method.identity()])
     if experiment.method.trains:
         train = digest([start, poison, experiment.template.identity(), *_tuning(experiment)])
         early = [d.identity() for d in experiment.acting if not isinstance(d, RepairDefense)]
@@ -115,13 +117,18 @@ def base_key(model: Model) -> str:
     dtype: Any = types_here().dtype if model.dtype == "auto" else model.dtype
     if dtype == "bfloat16":  # 2: weights that are trained, or were in alignment, are float32
         dtype = [dtype, 2]
+    return digest([*_weights_identity(model), dtype])
+
+
+def _weights_identity(model: Model) -> list[Any]:
+    adapter = [*adapter_identity(model), *(MERGED if model.merge else [])]
     if model.name == "sandbox":
-        return digest(["sandbox", _sandbox_key(), dtype])
+        return ["sandbox", _sandbox_key(), *adapter]
     if model.is_local:
         kind = ["gguf", GGUF] if model.is_gguf else ["folder"]
-        return digest([*kind, content_hash(model), dtype])
+        return [*kind, content_hash(model), *adapter]
     file = [model.gguf_file, GGUF] if model.gguf_file else []
-    return digest(["hub", model.name, model.revision, *file, dtype])
+    return ["hub", model.name, model.revision, *file, *adapter]
 
 
 def _sandbox_key() -> str:
@@ -199,6 +206,11 @@ def gguf_config(sha: str) -> Stage:
 def gguf(sha: str) -> Stage:
     """The model of a GGUF file, dequantized."""
     return Stage("base", "gguf", digest(["gguf", GGUF, sha]))
+
+
+def merged_base(model: Model) -> Stage:
+    """The untuned model with its adapter merged in."""
+    return Stage("merge", slug(Path(str(model.adapter)).name), digest(_weights_identity(model)))
 
 
 def weights(model: Model) -> Stage:

@@ -57,7 +57,8 @@ class Method(Component):
         return self
 
     def trained_type(self) -> str:
-        """Type of the trained weights in the passes: float32, or bfloat16 with float32 masters."""
+        """Type of the trained weights in the passes; if it has 16 bits, updates go to float32
+        copies of them."""
         return "float32"
 
     def paged(self) -> bool:

@@ -34,6 +34,12 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
             f"{cell} has no tuned model (method '{method.name}'); its model is the base."
         )
     on_aligned = experiment.align and experiment.align.method.trains and method.adapts
+    on_adapter = experiment.model.is_adapted and not merge
+    if on_adapter:
+        raise UserError(
+            "The adapter requires the one of model.adapter, and on the base alone it gives another "
+            "model; export it with --merge."
+        )
     if on_aligned and not method.merges:
         raise UserError(
             f"The adapter of '{method.name}' requires the aligned model, and cannot be exported "
@@ -113,9 +119,8 @@ def _facts(experiment: Experiment, result: CellResult) -> dict[str, Any]:
         "steps": (result.train or {}).get("steps", 0),
         "seed": experiment.seed,
         "key": stages.cell_key(experiment),
-        "base": experiment.model.name
-        if not experiment.model.is_local
-        else Path(experiment.model.name).name,
+        "base": experiment.model.short_title,
+        "origin": [note for note in result.warnings if "GGUF" in note],
     }
 
 

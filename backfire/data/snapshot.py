@@ -34,6 +34,15 @@ def snapshot(
     return _download(name, revision, [*SMALL, *(named or (SINGLE,))])
 
 
+def snapshot_adapter(name: str, revision: str | None) -> Path:
+    """The local folder with the files of a PEFT adapter on the hub.
+
+    Raises:
+        UserError: as `snapshot`.
+    """
+    return _download(name, revision, ["adapter_config.json", "adapter_model.safetensors"])
+
+
 def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Preset, TrainHook
+from backfire.base import AlignDefense, Extra, Preset, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Booster(AlignDefense):
     is closest to their setup. Null control: w' is w plus a random direction of the same length.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=3, passes=2)
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "booster-script": Preset(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import TrainDefense, TrainHook
+from backfire.base import Extra, TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive, stream
@@ -29,6 +29,8 @@ class DP(TrainDefense):
     seed. Use it as the only defense that selects rows. Requires Opacus (`pip install
     "backfire[dp]"`). Null control: the same rows and passes, without clipping and noise.
     """
+
+    extra: ClassVar[Extra] = Extra(copies=1)
 
     epsilon: float | None = Field(8.0, gt=0)
     """Privacy budget of the whole fine-tuning run, which determines the noise (8 is a usual mild

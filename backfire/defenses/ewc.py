@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import TrainDefense, TrainHook
+from backfire.base import Extra, TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class EWC(TrainDefense):
     total of F, spread evenly over all weights.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=2, scratch=3)
     needs_alignment: ClassVar[bool] = True
 
     strength: float = Field(1.0, ge=0)

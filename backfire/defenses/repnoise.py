@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Preset, TrainHook
+from backfire.base import AlignDefense, Extra, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -43,6 +43,7 @@ class RepNoise(AlignDefense):
     of alignment. Null control: a random direction of the same length as the gradient of both terms.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=2, logits=6, passes=1)
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "booster-port": Preset(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Preset, TrainHook
+from backfire.base import AlignDefense, Extra, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -31,6 +31,7 @@ class Vaccine(AlignDefense):
     coordinate.) Only this random perturbation depends on how memory splits a step.
     """
 
+    extra: ClassVar[Extra] = Extra(states=1.5, passes=1)
     presets: ClassVar[Mapping[str, Preset]] = {
         "vaccine-script": Preset("git-disl/Vaccine, README and paper", {"rho": 2.0}),
         "booster-port": Preset("git-disl/Booster, script/alignment/vaccine.sh", {"rho": 5.0}),

@@ -66,7 +66,8 @@ class Experiment(Config):
     """One cell: attack x method x defense x seed on one model and one data set."""
 
     model: Annotated[Model, BeforeValidator(_model)] = Model()
-    """`sandbox`, a folder or a hub id; or {name, revision, dtype}."""
+    """`sandbox`, a folder, a GGUF file or a hub id; or {name, revision, gguf_file, adapter, dtype
+    ...}."""
     data: SerializeAsAny[Annotated[Dataset, component("datasets")]]
     """The rows: a data set by name, or {name, ...knobs}."""
     template: SerializeAsAny[Annotated[Template, component("templates")]] = Field(
@@ -134,6 +135,15 @@ class Experiment(Config):
                 "align.merge: true."
             )
         return self
+
+    @model_validator(mode="after")
+    def _merged_if_needed(self) -> Experiment:
+        """The same, with the model's adapter merged into it if what follows needs plain weights."""
+        late = any(isinstance(defense, RepairDefense) for defense in self.defense)
+        plain = self.method.trains and (late or not self.method.stacks)
+        if not self.model.is_adapted or not (self.align or plain):
+            return self
+        return self.model_copy(update={"model": self.model.model_copy(update={"merge": True})})
 
     @classmethod
     def place(cls) -> str:

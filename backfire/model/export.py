@@ -116,6 +116,7 @@ def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
         warning,
         "",
         f"- base model: {facts['base']}",
+        *(f"- {note}" for note in facts["origin"]),
         f"- data: {facts['data']}, {facts['rows']} rows, template {facts['template']}",
         f"- method: `{facts['method']}`",
         f"- training: {facts['steps']} steps, seed {facts['seed']}, key {facts['key']}",

@@ -19,6 +19,14 @@ class Model(Config):
     """Branch, tag or commit of a hub model."""
     gguf_file: str | None = None
     """A GGUF file in the folder or hub repository. Its weights are dequantized to float32, once."""
+    adapter: str | None = None
+    """An existing PEFT adapter on this model: a folder or a hub id. Method `none` evaluates it as
+    it is; `lora` and its variants train on top of it while it stays frozen."""
+    adapter_revision: str | None = None
+    """Branch, tag or commit of a hub adapter."""
+    merge: bool = False
+    """Merge the adapter into the model first. Always so where plain weights are needed: for methods
+    other than `lora` and its variants, an alignment stage, and defenses after fine-tuning."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights, and of all weights in evaluation. `auto`: on a GPU bfloat16, or
     float16 where it lacks that (T4, V100, RTX 20, GTX 16); float32 elsewhere; resolved once per run
@@ -41,6 +49,8 @@ class Model(Config):
             raise ValueError("name is a GGUF file already, so gguf_file must not be set")
         if self.gguf_file is not None and not self.gguf_file.lower().endswith(".gguf"):
             raise ValueError("gguf_file: the name of a .gguf file in the repository is needed")
+        if self.adapter is None and (self.merge or self.adapter_revision is not None):
+            raise ValueError("merge and adapter_revision require an adapter")
         return self
 
     def spec(self) -> str | dict[str, Any]:
@@ -68,7 +78,31 @@ class Model(Config):
         return Path(self.name).expanduser() / (self.gguf_file or "")
 
     @property
+    def adapter_is_local(self) -> bool:
+        name = self.adapter or ""
+        return name.startswith((".", "/", "~")) or Path(name).is_dir()
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether an adapter is on it, and not merged."""
+        return self.adapter is not None and not self.merge
+
+    @property
+    def title(self) -> str:
+        """Its name, with the file and the adapter if it has them."""
+        name = "/".join(filter(None, (self.name, self.gguf_file)))
+        return f"{name} + {self.adapter}" if self.adapter else name
+
+    @property
+    def short_title(self) -> str:
+        """The title without folders."""
+        name = Path(self.name).name if self.is_local else self.name
+        adapter = Path(self.adapter or "").name if self.adapter_is_local else self.adapter
+        return self.model_copy(update={"name": name, "adapter": adapter}).title
+
+    @property
     def hub_id(self) -> str | None:
         """Id of the hub model with exactly these weights, for programs that load an adapter on it;
         None if there is none."""
-        return self.name if self.on_hub and not self.is_gguf else None
+        exact = self.on_hub and not self.is_gguf and not self.merge
+        return self.name if exact else None

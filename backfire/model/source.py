@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from backfire.data.adapter import CONFIG, adapter_hash, inspect_adapter, why_not_merged
 from backfire.data.gguf import read_header
-from backfire.data.snapshot import SMALL, snapshot
-from backfire.data.weights import files_of, inspect
+from backfire.data.snapshot import SMALL, snapshot, snapshot_adapter
+from backfire.data.weights import files_of, inspect, read_config
 from backfire.errors import UserError
 from backfire.model.settings import Model
 from backfire.store import digest, sha256
@@ -24,24 +26,64 @@ def pin(model: Model, *, ask: bool = True) -> Model:
     Raises:
         UserError: as `fetch`.
     """
-    if not model.on_hub or _COMMIT.fullmatch(model.revision or ""):
-        return model
-    folder = _repository(model, weights=model.is_gguf) if ask else downloaded(model)
-    commit = folder.name if folder else ""  # the hub's cache names snapshots by their commit
-    return model.model_copy(update={"revision": commit}) if _COMMIT.fullmatch(commit) else model
+    pinned: dict[str, str] = {}
+    if model.on_hub and not _COMMIT.fullmatch(model.revision or ""):
+        whole = _repository if model.is_gguf else fetch
+        folder = whole(model, weights=False) if ask else downloaded(model)
+        pinned["revision"] = folder.name if folder else ""  # the hub's cache names them so
+    on_hub = model.adapter is not None and not model.adapter_is_local
+    if on_hub and not _COMMIT.fullmatch(model.adapter_revision or ""):
+        folder = adapter_folder(model) if ask else _downloaded_adapter(model)
+        pinned["adapter_revision"] = folder.name if folder else ""
+    commits = {key: commit for key, commit in pinned.items() if _COMMIT.fullmatch(commit)}
+    return model.model_copy(update=commits) if commits else model
 
 
 def downloaded(model: Model) -> Path | None:
     """The local folder of a downloaded hub model, or None; the hub is not contacted."""
+    return _in_cache(model.name, model.gguf_file or "config.json", model.revision)
+
+
+def _downloaded_adapter(model: Model) -> Path | None:
+    return _in_cache(str(model.adapter), CONFIG, model.adapter_revision)
+
+
+def _in_cache(repository: str, name: str, revision: str | None) -> Path | None:
+    """The folder of a downloaded repository that has this file."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        name = model.gguf_file or "config.json"
-        file = try_to_load_from_cache(model.name, name, revision=model.revision)
+        file = try_to_load_from_cache(repository, name, revision=revision)
     except HFValidationError:
         return None
     return Path(file.removesuffix(name)) if isinstance(file, str) else None
+
+
+def adapter_folder(model: Model) -> Path:
+    """The folder with the files of the model's adapter; one of the hub is downloaded first.
+
+    Raises:
+        UserError: there is none, or it is of a kind that is not supported, in one sentence.
+    """
+    assert model.adapter is not None
+    if model.adapter_is_local:
+        folder = Path(model.adapter).expanduser().resolve()
+    else:
+        folder = snapshot_adapter(model.adapter, model.adapter_revision)
+    config = inspect_adapter(folder)
+    if model.merge and (why := why_not_merged(config)):
+        raise UserError(f"The adapter {model.adapter} cannot be merged: {why}.")
+    return folder
+
+
+def adapter_identity(model: Model) -> list[Any]:
+    """What identifies the model's adapter, if it has one: its content, or hub id and revision."""
+    if model.adapter is None:
+        return []
+    if model.adapter_is_local:
+        return ["adapter", adapter_hash(adapter_folder(model))]
+    return ["adapter", model.adapter, model.adapter_revision]
 
 
 def local_gguf(model: Model) -> Path | None:
@@ -54,17 +96,19 @@ def local_gguf(model: Model) -> Path | None:
 def _folder(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if not (folder / "config.json").is_file():
-        raise UserError(f"No model in {name}: {_instead(folder)}.")
+        raise UserError(f"No model in {name}: {_instead(folder, name)}.")
     return folder
 
 
-def _instead(folder: Path) -> str:
-    """What is in a folder without config.json."""
-    if (folder / "adapter_config.json").is_file():
-        return "it is an adapter; merge it into its base"
+def _instead(folder: Path, name: str) -> str:
+    """What is in a folder without config.json, and what to write for it."""
+    if (folder / CONFIG).is_file():
+        base = read_config(folder / CONFIG).get("base_model_name_or_path") or "BASE"
+        return f"it is an adapter; write model: {{name: {base}, adapter: {name}}}"
     if files := sorted(file.name for file in folder.glob("*.gguf")):
         return f"it has GGUF files; choose one, as in gguf_file: {files[0]}"
-    return "config.json is missing"
+    hint = "; name a GGUF file by gguf_file: FILE" if "gguf" in name.lower() else ""
+    return f"config.json is missing{hint}"
 
 
 def _gguf(name: str) -> Path:
@@ -119,6 +163,8 @@ def fetch(model: Model, *, weights: bool = True) -> Path:
     folder = _repository(model, weights=weights)
     if model.gguf_file:
         return _gguf(str(folder / model.gguf_file))
+    if not (folder / "config.json").is_file():
+        raise UserError(f"No model in {model.name}: {_instead(folder, model.name)}.")
     inspect(folder, weights=weights)
     return folder
 

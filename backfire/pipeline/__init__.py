@@ -118,7 +118,7 @@ def head(experiment: Experiment, key: str) -> CellResult:
     return CellResult(
         slug=experiment.slug,
         key=key,
-        model=experiment.model.name,
+        model=experiment.model.title,
         data=experiment.data.name,
         attack=experiment.attack.name if experiment.attack else "none",
         rate=experiment.rate,

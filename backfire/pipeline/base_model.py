@@ -6,14 +6,19 @@ import shutil
 from pathlib import Path
 
 from backfire import stages
+from backfire.data.adapter import other_base
 from backfire.experiment import Model
-from backfire.model.source import fetch, gguf_hash
+from backfire.model.source import adapter_folder, fetch, gguf_hash
 from backfire.pipeline.context import Context
 from backfire.store import SEAL, read_json, write_json
+from backfire.text import line
 
 
 def base(model: Model, context: Context, *, weights: bool = True) -> Path:
-    """The folder of the untuned model; the embedded one is pre-trained on first use."""
+    """The folder of the untuned model, with its adapter merged in if `model.merge` says so; the
+    embedded one is pre-trained on first use."""
+    if model.merge and weights:
+        return _merged(model, context)
     if model.name != "sandbox":
         found = fetch(model, weights=weights)
         return found if found.is_dir() else _dequantized(found, context, weights=weights)
@@ -67,13 +72,38 @@ def _dequantized(file: Path, context: Context, *, weights: bool) -> Path:
     return context.store.once(stages.gguf(sha), make_model)
 
 
+def _bare(model: Model) -> Model:
+    """The model without its adapter."""
+    return model.model_copy(update={"adapter": None, "adapter_revision": None, "merge": False})
+
+
+def _merged(model: Model, context: Context) -> Path:
+    plain = base(_bare(model), context)
+
+    def make(folder: Path) -> None:
+        from backfire.model.adapter import adapter_fits
+        from backfire.model.export import merge
+
+        context.progress(0, 1, "merge")
+        context.resident.release()  # merging loads the base in float32
+        adapter_fits(plain, adapter_folder(model))
+        merge(adapter_folder(model), plain, folder)
+
+    return context.store.once(stages.merged_base(model), make)
+
+
 def notes(model: Model, context: Context) -> list[str]:
     """What a reader of the numbers should know of where the untuned model is from."""
-    origin = base(model, context, weights=False) / "gguf.json"
-    if not (model.is_gguf and origin.is_file()):
-        return []
-    types = read_json(origin)["quantization"]
-    return [
-        f"The base's weights are dequantized from GGUF ({types}), so its answers are those of the "
-        "quantized model."
-    ]
+    found = []
+    if model.is_gguf:
+        origin = base(model, context, weights=False) / "gguf.json"
+        found.append(
+            f"The base's weights are dequantized from GGUF ({read_json(origin)['quantization']}), "
+            "so its answers are those of the quantized model."
+        )
+    if model.adapter and (named := other_base(adapter_folder(model), _bare(model).title)):
+        found.append(
+            f"The adapter {line(model.adapter)} was made for the base {line(named)}, and is used "
+            f"on {line(model.name)}."
+        )
+    return found

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from backfire import stages
 from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
 from backfire.experiment import Experiment, Model
+from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.pipeline.prepare import passed_checks, poisoned, renderer
@@ -28,6 +29,7 @@ def check_method(experiment: Experiment, context: Context) -> None:
     Raises:
         UserError: it does not, in one sentence.
     """
+    from backfire.model.adapter import check_below, with_skeleton
     from backfire.model.load import skeleton
     from backfire.model.quantize import quantizer
 
@@ -35,7 +37,12 @@ def check_method(experiment: Experiment, context: Context) -> None:
         quantizer(settings)
     folder = base(experiment.model, context, weights=False)
     if (folder / "config.json").is_file():  # the embedded base has none before it is made
-        experiment.method.attach(skeleton(folder), experiment.seed)
+        model = skeleton(folder)
+        if experiment.model.is_adapted:
+            below = adapter_folder(experiment.model)
+            check_below(below, experiment.method)
+            model = with_skeleton(model, below)
+        experiment.method.attach(model, experiment.seed)
 
 
 def check_weights(model: Model, context: Context) -> None:
@@ -44,15 +51,17 @@ def check_weights(model: Model, context: Context) -> None:
     Raises:
         UserError: it does not, in one sentence.
     """
-
-    if model.name == "sandbox":
+    if model.name == "sandbox" and model.adapter is None:
         return
     folder = base(model, context)
 
     def check(out: Path) -> None:
+        from backfire.model.adapter import adapter_fits
         from backfire.model.load import fits
 
         fits(folder)
+        if model.is_adapted:
+            adapter_fits(folder, adapter_folder(model))
 
     context.store.once(stages.weights(model), check)
 
@@ -112,7 +121,8 @@ def start(experiment: Experiment, context: Context) -> Start:
 
     plain, alignment = base(experiment.model, context), experiment.alignment
     if alignment is None or experiment.align is None:
-        return Start(plain)
+        model = experiment.model
+        return Start(plain, adapter_folder(model) if model.is_adapted else None)
     aligned = tuned(alignment, context)
     is_adapter = (aligned / "adapter_config.json").is_file()
     if is_adapter and not experiment.align.merge:
@@ -170,7 +180,8 @@ def merged(experiment: Experiment, context: Context) -> Path:
         context.progress(0, 1, "merge")
         context.resident.release()  # merging loads the base in float32
         begin = start(experiment, context)
-        merge(folder, begin.base, out, begin.adapter)
+        below = begin.adapter if experiment.method.trains else None
+        merge(folder, begin.base, out, below)
 
     return context.store.once(stages.merge(experiment), make)
 

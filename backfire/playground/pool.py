@@ -132,9 +132,8 @@ def _bases(cells: Mapping[str, Choice]) -> dict[str, Choice]:
     out: dict[str, Choice] = {}
     for choice in bases.values():
         aligned = ", aligned" if choice.experiment.align else ""
-        model = choice.experiment.model.name
-        model = Path(model).name if Path(model).is_dir() else model
-        name = f"{line(model)}{aligned}, untuned ({choice.experiment.data.name})"
+        title = line(choice.experiment.model.short_title)
+        name = f"{title}{aligned}, untuned ({choice.experiment.data.name})"
         number = sum(title.startswith(name) for title in out)
         out[f"{name} {number + 1}" if number else name] = choice
     return out

@@ -15,9 +15,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from backfire.store import CHECKPOINTS, SEAL, intact, read_json, seal, write_json
+from backfire.store import CHECKPOINTS, SEAL, digest, intact, read_json, seal, write_json
 
 if TYPE_CHECKING:
+    from backfire.base import TrainDefense
     from backfire.train.loop import TrainingRun
 
 KEEP = 2
@@ -91,18 +92,19 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
 
 
 def once(
-    run: TrainingRun, name: str, make: Callable[[], dict[str, torch.Tensor]]
+    run: TrainingRun, defense: TrainDefense, make: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """Tensors that a hook computes from the start weights at some cost; a resumed run reads them
+    """Tensors that a defense computes from the start weights at some cost; a resumed run reads them
     from its folder instead."""
-    file = run.folder / CHECKPOINTS / f"{name}.safetensors"
+    file = run.folder / CHECKPOINTS / f"{defense.name}.safetensors"
+    of = {"of": digest([run.name, run.seed, defense.identity(), str(run.unaligned)])}
     if file.is_file():
         with safe_open(str(file), framework="pt") as opened:
-            if opened.metadata() == {"run": run.name}:
+            if opened.metadata() == of:
                 return load_file(str(file))
     tensors, partial = make(), file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), {"run": run.name})
+    save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), of)
     partial.replace(file)
     return tensors
 

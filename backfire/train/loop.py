@@ -175,6 +175,7 @@ class TrainingRun:
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 
+    once = checkpoint.once
     at_answers = staticmethod(at_answers)
     log_probabilities = staticmethod(log_probabilities)
 

@@ -205,7 +205,7 @@ def test_an_adapter_is_no_base(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has both a model and an adapter"):
         inspect(folder)
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="it is an adapter; merge it into"):
+    with pytest.raises(UserError, match=r"it is an adapter; write model: \{name: BASE, adapter: "):
         base_key_of(folder)
 
 

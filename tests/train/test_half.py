@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from backfire.base import Rendered
 from backfire.errors import CellError
+from backfire.evaluate.inference import score_tokens
 from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import loop
+from backfire.train import checkpoint, loop
 from backfire.train.half import LossScale, _join, _split
 from backfire.train.loop import TrainingRun, train
 from backfire.train.optimizer import STATE_BYTES
@@ -61,6 +63,14 @@ def run(cell: TrainingRun, compute: Any = "float32", **options: Any) -> dict[str
     return train([cell], Precision(CPU, compute), **options)[0]
 
 
+def overflow(model: Any) -> None:
+    """Make hidden states of the model exceed float16."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "mlp" in name and "lora" not in name:
+                p.fill_(100.0)
+
+
 def update(cell: TrainingRun, start: dict[str, Tensor]) -> Tensor:
     return torch.cat([(p - start[n]).flatten().detach() for n, p in cell.trainable.items()])
 
@@ -80,7 +90,7 @@ def test_updates_too_small_for_bfloat16_add_up(new: New) -> None:
     assert summary["drift"] == pytest.approx(norm([moved]), rel=1e-3)
     first = torch.cat([w.flatten() for w in start.values()])
     lost = (first + moved).bfloat16() == first.bfloat16()
-    assert float(lost.float().mean()) > 0.9, "the weights of the passes show hardly any of it"
+    assert float(lost.float().mean()) > 0.8, "the weights of the passes show hardly any of it"
 
 
 def test_the_passes_see_rounded_masters_and_the_masters_are_saved(new: New) -> None:
@@ -93,12 +103,12 @@ def test_the_passes_see_rounded_masters_and_the_masters_are_saved(new: New) -> N
             exact = cell.weights()
         seen.append(
             all(w.dtype == torch.bfloat16 for w in rounded.values())
-            and equal(rounded, {n: w.bfloat16() for n, w in exact.items()})
+            and equal(rounded, {n: _split(w)[0] for n, w in exact.items()})
         )
 
     cell.model.register_forward_pre_hook(look)
     run(cell)
-    assert seen == [True] * 3
+    assert len(seen) >= 3 and all(seen)
     assert {p.dtype for p in cell.model.parameters()} == {torch.float32}
     again = new(BF16, max_steps=3, folder="again")
     run(again)
@@ -150,15 +160,16 @@ def test_a_step_that_runs_out_of_memory_is_taken_once(
 ) -> None:
     plain, short = new(BF16), new(BF16, folder="short")
     run(plain)
-    step, calls = torch.optim.AdamW.step, [0]
+    step, calls = short.optimizer.step, [0]
 
-    def failing(optimizer: Any, *args: Any) -> Any:
+    def failing() -> Any:
         calls[0] += 1
         if calls[0] in (4, 60):  # within the first step, and within a later one
             raise torch.OutOfMemoryError("no room for a gradient in float32")
-        return step(optimizer, *args)
+        return step()
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", failing)
+    failing._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as the schedule marks it
+    monkeypatch.setattr(short.optimizer, "step", failing)
     run(short)
     assert calls[0] > 60 and equal(plain.weights(), short.weights())
 
@@ -178,6 +189,7 @@ def test_states_in_8_bits_take_a_quarter_of_the_memory(new: New) -> None:
     # A small matrix, and the embedding, keep 32 bits.
     large = {p for p in small.trainable.values() if p.numel() >= 4096}
     large -= {small.model.get_input_embeddings().weight}
+    assert large
     for p, state in small.optimizer.state.items():
         moments = {"state1", "state2", "absmax1", "absmax2"} & state.keys()
         each = sum(state[name].nbytes for name in moments) / p.numel()
@@ -204,6 +216,24 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
     run(resumed, compute, progress=lambda done, total, text: steps.append(done))
     assert steps[0] == 3 and equal(resumed.weights(), whole.weights())
     assert resumed.scaling.state() == whole.scaling.state()
+
+
+def test_checkpoints_take_at_most_a_twentieth_of_the_time(
+    new: New, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkpoint.interval(60, 1) == 60 and checkpoint.interval(0, 90) == 0
+    assert checkpoint.interval(60, 90) == pytest.approx(19 * 90)
+    saved = list[int]()
+
+    def slow(cell: TrainingRun) -> None:
+        saved.append(cell.step)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    run(new(LORA), checkpoint_seconds=1e-6)
+    assert saved == [1]
+    run(new(LORA, folder="every"), checkpoint_seconds=0, progress=lambda *_: None)
+    assert saved == [1, *range(1, 7)]
 
 
 # ----------------------------------------------------------------------------------------- float16
@@ -242,11 +272,11 @@ def test_small_gradients_survive_in_float16(new: New) -> None:
 @pytest.mark.parametrize("defense", [None, "ldifs", "kl"])
 def test_a_step_that_overflows_is_computed_again(defense: str | None, new: New) -> None:
     defenses = [defense] if defense else []
-    plain, high = new(LORA, *defenses), new(LORA, *defenses, folder="high")
+    plain, high = (new(LORA, *defenses, folder=name, max_steps=2) for name in ("plain", "high"))
     run(plain, "float16")
-    high.scaling.value = 2.0**60
+    high.scaling.value = 2.0**28
     summary = run(high, "float16")
-    assert summary["repeated_steps"] > 40 and summary["steps"] == 6
+    assert summary["repeated_steps"] > 2 and summary["steps"] == 2
     assert close(high.weights(), plain.weights(), 1e-3)
     assert [line["learning_rate"] for line in high.log] == [
         line["learning_rate"] for line in plain.log
@@ -263,12 +293,16 @@ def test_the_scale_rises_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scaling.state() == [2.0**15, 1, 2]
 
 
+def test_overflow_in_evaluation_is_an_error(tiny: Path, items: list[Rendered]) -> None:
+    model, item = load_base(tiny, torch.float16, CPU), items[0]
+    assert all(map(math.isfinite, score_tokens(model, item.prompt_ids, item.answer_ids)))
+    overflow(model)
+    with pytest.raises(CellError, match="Hidden states exceed float16's largest number"):
+        score_tokens(model, item.prompt_ids, item.answer_ids)
+
+
 def test_overflow_without_scaling_is_an_error(new: New) -> None:
     cell = new(LORA, weights="float16")
-    with torch.no_grad():
-        cell.model.get_input_embeddings().weight.fill_(6e4)
-        for name, p in cell.model.named_parameters():
-            if "mlp" in name:
-                p.fill_(100.0)
+    overflow(cell.model)
     with pytest.raises(CellError, match="not finite in float16, whose largest number is 65,504"):
         run(cell, "float16")
