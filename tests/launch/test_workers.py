@@ -37,7 +37,7 @@ from backfire.registry import register
 class Lines(type(load.loads)):
     def __setitem__(self, folder, count):
         super().__setitem__(folder, count)
-        with open(os.environ["LOADS"], "a") as file:
+        with open({log!r}, "a") as file:
             file.write(f"{{os.getpid()}}\\n")
         {more}
 
@@ -94,13 +94,12 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every worker write a line for each model that it loads; `more` is run then too."""
     log = tmp_path / "loads"
     log.touch()
-    monkeypatch.setenv("LOADS", str(log))
     monkeypatch.setattr(registry, "_loaded", [])
     monkeypatch.setattr(load, "loads", load.loads)
 
     def begin(more: str = "pass") -> Path:
         file = tmp_path / "counter.py"
-        file.write_text(COUNTER.format(more=more), encoding="utf-8")
+        file.write_text(COUNTER.format(more=more, log=str(log)), encoding="utf-8")
         registry.use(from_file(file))
         return log
 
