@@ -167,6 +167,7 @@ def test_cost_is_the_peak_of_each_run(tiny: Path, tmp_path: Path) -> None:
     """Not of what ran before it in the same worker."""
     import torch
 
+    import backfire.launch.preload  # noqa: F401  (takes memory itself)
     from backfire.train.microbatch import peak_memory_mb, reset_peak_memory
 
     big = torch.ones(2**26)  # 256 MiB
