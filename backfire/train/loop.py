@@ -166,9 +166,12 @@ class TrainingRun:
         of the passes."""
         return self.master.exact()
 
-    def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
-        batch = self.layout.collate(rows).to(self.device)
+    def logits(
+        self, rows: Sequence[Rendered], *, flat: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]; `flat`:
+        of packed rows [1, answer], without padding."""
+        batch = self.layout.collate(rows, flat=flat).to(self.device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 
@@ -358,8 +361,9 @@ def _accumulate(
     fit in memory."""
     supervised = sum(row.num_supervised for row in rows)
     total = torch.zeros((), device=run.device)
+    flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
     for part in run.micro_batches.split(rows):
-        logits, labels = run.logits(part)
+        logits, labels = run.logits(part, flat=flat)
         with run.autocast():
             losses = token_losses(logits, labels)
             for hook in hooks:
