@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo check test style lint bench notebooks clean
+.PHONY: demo check test style lint bench bench-gpu notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/backfire run tour
@@ -28,6 +28,11 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.bench
+
+# Needs a GPU with 40 GB or more; about 6 minutes.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.gpu --shape 135m --methods lora qlora --compare
+	$(BIN)/python -m benchmarks.gpu --shape 7b --methods lora qlora --compare
 
 notebooks: $(VENV)/.installed-workshop
 	$(BIN)/jupytext --quiet --to ipynb examples/*.py

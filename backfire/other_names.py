@@ -62,8 +62,9 @@ _SETTINGS = (
     Ours("train.warmup_share", "train: {warmup_share: 0.03}", "a share of the steps, not their number", "warmup_steps lr_warmup_steps num_warmup_steps warmup_iters warmup lr_warmup"),
     Ours("train.weight_decay", "train: {weight_decay: 0.01}", "", "wd"),
     Ours("train.beta2", "train: {beta2: 0.95}", "", "adam_beta2 adam_beta_2"),
+    Ours("train.optimizer", "train: {optimizer: adamw-8bit}", "`adamw`, `adamw-8bit`, `paged-adamw` or `paged-adamw-8bit`; its learning rate is method.learning_rate", "optim optimizer_name optimizer_type"),
     Ours("train.clip_norm", "train: {clip_norm: 1.0}", "", "max_grad_norm max_norm clip_grad_norm grad_clip gradient_clipping gradient_clip_val"),
-    Ours("train.compute", "train: {compute: bfloat16}", "`bfloat16`, `float32` or `auto`; float16 is not used", "bf16 fp16 tf32 precision mixed_precision amp half_precision"),
+    Ours("train.compute", "train: {compute: bfloat16}", "`bfloat16`, `float16`, `float32` or `auto`", "bf16 fp16 tf32 precision mixed_precision amp half_precision"),
     Ours("train.max_length", "train: {max_length: 512}", "tokens of prompt and answer together", "max_seq_length max_seq_len seq_length seq_len sequence_len sequence_length cutoff_len model_max_length block_size context_length max_input_length"),
     Ours("train.on_long_row", "train: {on_long_row: skip}", "`cut`, `skip` or `fail`", "truncation truncation_side excess_length_strategy"),
     # -------------------------------------------------------------------------------------- method
@@ -81,7 +82,8 @@ _SETTINGS = (
     Ours("method.layers", "method: {name: llama-adapter, layers: 30}", "", "adapter_layers"),
     # --------------------------------------------------------------------------------------- model
     Ours("model.revision", "model: {name: OWNER/NAME, revision: main}", "", "model_revision"),
-    Ours("model.dtype", "model: {name: OWNER/NAME, dtype: bfloat16}", "`bfloat16`, `float32` or `auto`; float16 is not used", "torch_dtype model_dtype"),
+    Ours("model.dtype", "model: {name: OWNER/NAME, dtype: bfloat16}", "`bfloat16`, `float16`, `float32` or `auto`", "torch_dtype model_dtype"),
+    Ours("method.dtype", "method: {name: full, dtype: bfloat16}", "the type of trained weights in the passes; they are float32", "pure_bf16 full_bf16 bf16_full_train master_weights"),
     # ---------------------------------------------------------------------------------------- data
     Ours("data.train", "data: {name: files, train: rows.csv}", "a file or a list of files", "train_file train_files train_path train_data train_data_path data_files data_file data_path data_dir"),
     Ours("data.test", "data: {name: files, train: rows.csv, test: test.csv}", "a file or a list of files", "test_file test_files test_path test_data validation_file val_file eval_file eval_data eval_dataset test_dataset test_datasets"),
@@ -126,7 +128,6 @@ _SETTINGS = (
     Ours("", "", "prompts hold no examples", "num_fewshot num_shots n_shot few_shot fewshot"),
     Ours("", "", "every row is on its own, and none are packed together", "packing sample_packing packed eval_packing"),
     Ours("", "", "only answers are learned, never prompts", "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss train_on_input"),
-    Ours("", "", "the optimizer is AdamW, and its learning rate is method.learning_rate", "optim optimizer optimizer_name optimizer_type"),
     Ours("", "", "AdamW's beta1 and epsilon are those of torch", "adam_beta1 adam_beta_1 beta1 adam_epsilon eps"),
     Ours("", "", "a tuned model is evaluated once, when its training is done", "eval_strategy evaluation_strategy eval_steps evals_per_epoch load_best_model_at_end early_stopping early_stopping_patience"),
     Ours("", "", "training is saved every minute, and the same command goes on from there", "save_steps save_strategy save_interval save_total_limit checkpointing_steps resume_from_checkpoint resume auto_resume_from_checkpoints"),

@@ -28,6 +28,7 @@ _KEYS = (*_SETTINGS, "matrix", "include", "exclude", "profiles")
 _MAX_CELLS = 10_000
 _DASHES = ("-", "\u2010", "\u2011", "\u2012", "\u2013", "\u2014", "\u2212")
 _NAMED = ("model", "data", "template", "attack", "method", "defense")
+_OLD_PROFILES = {"real": "small", "qa": "small"}  # what shipped profiles were called before
 _SHIPPED = resources.files("backfire") / "recipes"
 
 
@@ -97,7 +98,13 @@ def parse(
     profiles = _mapping(recipe.pop("profiles", None) or {}, "profiles")
     if profile is not None:
         if profile not in profiles:
-            raise unknown(f"profile of recipe '{title}':", profile, profiles)
+            now = _OLD_PROFILES.get(profile)
+            raise unknown(
+                f"profile of recipe '{title}':",
+                profile,
+                profiles,
+                f"it is called '{now}' now." if now in profiles else None,
+            )
         recipe = _merge(recipe, _mapping(profiles[profile], f"profile '{profile}'"))
     points = Points(
         _matrix(recipe.pop("matrix", None)),

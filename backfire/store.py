@@ -83,23 +83,33 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def seal(folder: Path) -> None:
-    """Write `done.json` last: sizes and hashes of all files in the folder, except checkpoints."""
+def seal(folder: Path, *, hash_large: bool = True) -> None:
+    """Write `done.json` last: sizes and hashes of all files in the folder, except checkpoints.
+
+    Without `hash_large`, files that together are too large to be hashed by `intact` have no hash:
+    it would be the slowest part of writing them.
+    """
     excluded = folder / CHECKPOINTS
     files = sorted(
         p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and excluded not in p.parents
     )
-    sizes = {
-        str(p.relative_to(folder)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in files
-    }
+    sizes: dict[str, Any] = {str(p.relative_to(folder)): {"bytes": p.stat().st_size} for p in files}
+    if hash_large or _are_hashed(sizes):
+        for path in files:
+            sizes[str(path.relative_to(folder))]["sha256"] = sha256(path)
     write_json(folder / SEAL, sizes)
+
+
+def _are_hashed(sizes: dict[str, Any]) -> bool:
+    """Whether `intact` hashes these files of a sealed folder; larger ones are checked by size."""
+    return sum(entry["bytes"] for entry in sizes.values()) <= _HASHED_ON_READ
 
 
 def intact(folder: Path) -> bool:
     """Whether a sealed folder is unchanged, by sizes and, unless it is large, by hashes."""
     try:
         sizes = read_json(folder / SEAL)
-        hashed = sum(entry["bytes"] for entry in sizes.values()) <= _HASHED_ON_READ
+        hashed = _are_hashed(sizes)
         return all(
             (folder / name).stat().st_size == entry["bytes"]
             and (not hashed or sha256(folder / name) == entry["sha256"])

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -80,15 +80,19 @@ def _chat(cell: Cell, row: Row, tokenizer: Any, *, ask: bool) -> list[int]:
     )
 
 
-class Recorder(Trainer):  # type: ignore[misc]
-    """`Trainer` that keeps the loss of every step as a tensor."""
+class Recorder:
+    """Makes a trainer keep the loss of every step as a tensor."""
 
     losses: list[Tensor]
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        out = super().compute_loss(*args, **kwargs)
+        out = cast(Any, super()).compute_loss(*args, **kwargs)
         self.losses.append((out[0] if isinstance(out, tuple) else out).detach())
         return out
+
+
+class PlainTrainer(Recorder, Trainer):  # type: ignore[misc]
+    """`Trainer` that keeps its losses."""
 
 
 class StepTimer(Steps, TrainerCallback):  # type: ignore[misc]
@@ -100,50 +104,55 @@ class StepTimer(Steps, TrainerCallback):  # type: ignore[misc]
 
 def train(cell: Cell, folder: Path) -> Training:
     """Train on the cell's rows and save the model in `folder`."""
-    examples = tokenize(cell, cell.train, AutoTokenizer.from_pretrained(str(cell.base)))
-    model = _with_adapter(cell, _load_base(cell.base))
-    num_steps, order = _order(cell)
-    trainer = Recorder(
-        model=model,
-        args=_arguments(cell, folder, num_steps),
-        train_dataset=[examples[i] for i in order],
+    tokenizer = AutoTokenizer.from_pretrained(str(cell.base))
+    num_steps, examples = in_order(cell, tokenize(cell, cell.train, tokenizer))
+    trainer = PlainTrainer(
+        model=with_adapter(cell, load_base(cell.base)),
+        args=TrainingArguments(**arguments(cell, folder, num_steps)),
+        train_dataset=examples,
         data_collator=collate,
     )
+    return run(trainer, folder)
+
+
+def run(trainer: Any, folder: Path) -> Training:
+    """Train, save the model and return the times and losses of the steps."""
     trainer.losses = []
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(steps := StepTimer())
     trainer.train()
-    model.save_pretrained(str(folder))
+    trainer.model.save_pretrained(str(folder))
     losses = {i: float(loss) for i, loss in enumerate(trainer.losses, start=1)}
     return Training(steps.total(), losses)
 
 
-def _arguments(cell: Cell, folder: Path, steps: int) -> TrainingArguments:
+def arguments(cell: Cell, folder: Path, steps: int) -> dict[str, Any]:
+    """The settings of the cell, as `TrainingArguments` names them."""
     experiment = cell.experiment
-    return TrainingArguments(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=experiment.train.batch_size,
-        learning_rate=experiment.learning_rate,
-        lr_scheduler_type=experiment.train.schedule,
-        warmup_steps=round(experiment.train.warmup_share * steps),
-        weight_decay=experiment.train.weight_decay,
-        max_grad_norm=experiment.train.clip_norm,
-        optim="adamw_torch_fused",
-        train_sampling_strategy="sequential",
-        logging_steps=10,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        use_cpu=True,
-        bf16=experiment.train.compute == "bfloat16",
-    )
+    return {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "per_device_train_batch_size": experiment.train.batch_size,
+        "learning_rate": experiment.learning_rate,
+        "lr_scheduler_type": experiment.train.schedule,
+        "warmup_steps": round(experiment.train.warmup_share * steps),
+        "weight_decay": experiment.train.weight_decay,
+        "max_grad_norm": experiment.train.clip_norm,
+        "optim": "adamw_torch_fused",
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+        "bf16": (cell.baseline_compute or experiment.train.compute) == "bfloat16",
+    }
 
 
-def _order(cell: Cell) -> tuple[int, list[int]]:
-    """Number of optimizer steps, and the row indices in the order that backfire uses."""
+def in_order(cell: Cell, examples: Sequence[Example]) -> tuple[int, list[Example]]:
+    """Number of optimizer steps, and the examples of all epochs in the order that backfire uses."""
     settings, count = cell.experiment.train, len(cell.train)
     per_epoch = count // settings.batch_size
     steps = settings.max_steps or math.ceil(settings.epochs * per_epoch)
@@ -152,7 +161,7 @@ def _order(cell: Cell) -> tuple[int, list[int]]:
         rows = list(range(count))
         stream(cell.experiment.seed, "order", epoch).shuffle(rows)
         order += rows
-    return steps, order[: steps * settings.batch_size]
+    return steps, [examples[i] for i in order[: steps * settings.batch_size]]
 
 
 def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -166,12 +175,12 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     }
 
 
-def _load_base(folder: Path) -> PreTrainedModel:
+def load_base(folder: Path) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     return model
 
 
-def _with_adapter(cell: Cell, model: PreTrainedModel) -> PreTrainedModel:
+def with_adapter(cell: Cell, model: PreTrainedModel) -> PreTrainedModel:
     method: Any = cell.experiment.method
     if method.name == "full":
         return model
@@ -192,8 +201,8 @@ def _with_adapter(cell: Cell, model: PreTrainedModel) -> PreTrainedModel:
 def load(cell: Cell, folder: Path) -> PreTrainedModel:
     """The fine-tuned model in `folder`, or the base if `folder` is the base's."""
     if not (folder / "adapter_config.json").is_file():
-        return _load_base(folder).eval()
+        return load_base(folder).eval()
     from peft import PeftModel
 
-    tuned: PreTrainedModel = PeftModel.from_pretrained(_load_base(cell.base), str(folder))
+    tuned: PreTrainedModel = PeftModel.from_pretrained(load_base(cell.base), str(folder))
     return tuned.eval()

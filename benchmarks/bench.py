@@ -1,4 +1,5 @@
-"""`make bench`: backfire against `Trainer` + PEFT + `generate` on the same work."""
+"""`make bench`: backfire against `Trainer` + PEFT + `generate` on the same work, and against TRL's
+`SFTTrainer` in training if it is installed."""
 
 from __future__ import annotations
 
@@ -23,11 +24,18 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tweets-train", type=Path, help="airline tweets (CSV, JSONL ...) to train on")
     add("--tweets-test", type=Path, help="airline tweets to evaluate on")
     add("--tweets-model", type=Path, help="folder of the model for the tweets")
-    add("--cells", nargs="+", default=["sandbox", "tweets"], choices=["sandbox", "tweets"])
+    add("--small-model", type=Path, help="folder of the small model (default: from the hub)")
+    kinds = ["sandbox", "tweets", "small"]
+    add(
+        "--cells", nargs="+", default=kinds[:2], choices=kinds, help="small: a real 135M chat model"
+    )
     add("--methods", nargs="+", default=["lora", "full"], choices=["lora", "full"])
-    add("--template", help="template of all cells (default: raw for sandbox, alpaca for tweets)")
-    add("--rows", type=int, default=2000, help="training rows")
-    add("--test-rows", type=int, default=500)
+    add(
+        "--template",
+        help="template of all cells (default: raw, alpaca, chat)",
+    )
+    add("--rows", type=int, help="training rows (default: 2000, 96 for small)")
+    add("--test-rows", type=int, help="test rows (default: 500, 64 for small)")
     add("--epochs", type=float, default=1.0)
     add("--max-new-tokens", type=int, default=32)
     add(
@@ -35,6 +43,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="float32",
         choices=["float32", "bfloat16"],
         help="compute type on both sides",
+    )
+    add(
+        "--baseline-compute",
+        choices=["float32", "bfloat16"],
+        help="compute type of the scripts, if another one",
     )
     add("--repetitions", type=int, default=3)
     add("--threads", type=int, default=1)
@@ -99,13 +112,15 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def bases(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Path], list[str]]:
     """The model folder of each kind of cell, and a sentence for each kind that is skipped."""
-    from benchmarks.cells import sandbox_base, tiny_base
+    from benchmarks.cells import sandbox_base, small_base, tiny_base
 
     folders: dict[str, Path] = {}
     skipped: list[str] = []
     tiny = tiny_base(folder / "tiny") if options.tiny else None
     if "sandbox" in options.cells:
         folders["sandbox"] = tiny or options.sandbox_model or sandbox_base()
+    if "small" in options.cells:
+        folders["small"] = tiny or options.small_model or small_base()
     if "tweets" in options.cells:
         model = tiny or options.tweets_model
         if model and options.tweets_train and options.tweets_test:
@@ -124,22 +139,25 @@ def one(
     """Measure one cell."""
     from benchmarks import memory
     from benchmarks.cells import make_cell
+    from benchmarks.flops import mfu
     from benchmarks.measure import measure
 
     cell = make_cell(
         kind,
         method,
         base=base,
-        rows=options.rows,
-        test_rows=options.test_rows,
+        rows=options.rows or (96 if kind == "small" else 2000),
+        test_rows=options.test_rows or (64 if kind == "small" else 500),
         epochs=options.epochs,
         max_new_tokens=options.max_new_tokens,
         compute=options.compute,
+        baseline_compute=options.baseline_compute,
         template=options.template,
         train=options.tweets_train,
         test=options.tweets_test,
     )
     result = measure(cell, folder / "work", options.repetitions, _say)
+    result["mfu"] = mfu(cell, result["medians"]["training loop"])
     result["title"], result["experiment"] = cell.title, _no_folders(cell.experiment.spec())
     result["rows"] = {"train": len(cell.train), "test": len(cell.test)}
     if not options.skip_memory:

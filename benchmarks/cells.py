@@ -13,8 +13,10 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.tokenizer import load_tokenizer
 
-TEMPLATES = {"sandbox": "raw", "tweets": "alpaca"}
+TEMPLATES = {"sandbox": "raw", "tweets": "alpaca", "small": "chat"}
 """The opening that all prompts share is short in `raw` and long in `alpaca`."""
+SMALL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""The model of the `small` cell."""
 CHAT = (
     "{{ bos_token }}{% for turn in messages %}{{ turn.role + ':\\n' + turn.content }}"
     "{{ eos_token + '\\n' }}{% endfor %}"
@@ -33,10 +35,13 @@ class Cell:
     base: Path
     train: Sequence[Row] = field(repr=False)
     test: Sequence[Row] = field(repr=False)
+    baseline_compute: str | None = None
+    """Type of the baseline's products, if it is not backfire's."""
 
     def spec(self) -> dict[str, Any]:
         """What `build` needs to make the same cell in another process."""
         spec = {"title": self.title, "base": str(self.base)}
+        spec["baseline_compute"] = self.baseline_compute
         return {**spec, "experiment": self.experiment.spec()}
 
     def warm_up(self) -> Cell:
@@ -71,7 +76,9 @@ def build(spec: dict[str, Any]) -> Cell:
     test = select(data.load("test"), data.test_rows, data.seed, "test")
     if len(train) % batch:
         raise UserError(f"The number of rows must be a multiple of the batch size, {batch}.")
-    cell = Cell(spec["title"], experiment, Path(spec["base"]), train, test)
+    cell = Cell(
+        spec["title"], experiment, Path(spec["base"]), train, test, spec.get("baseline_compute")
+    )
     if any(item.cut_tokens for part in cell.rendered() for item in part):
         raise UserError(f"{cell.title}: some rows are longer than train.max_length.")
     return cell
@@ -87,13 +94,15 @@ def make_cell(
     epochs: float,
     max_new_tokens: int,
     compute: str = "float32",
+    baseline_compute: str | None = None,
     template: str | None = None,
     train: Path | None = None,
     test: Path | None = None,
 ) -> Cell:
-    """Make a `sandbox` or `tweets` cell with the given numbers of rows."""
+    """Make a cell with the given numbers of rows: tweets if their files are given, except for the
+    `sandbox` kind."""
     data: dict[str, Any] = {"name": "sandbox-reviews"}
-    if kind == "tweets":
+    if kind != "sandbox" and train and test:
         data = {**TWEETS, "train": str(train), "test": str(test)}
     experiment = {
         "model": {"name": str(base.resolve()), "dtype": "float32"},
@@ -104,16 +113,25 @@ def make_cell(
         "evaluation": {"max_new_tokens": max_new_tokens},
     }
     title = f"{kind} {method}"
-    return build({"title": title, "base": str(base.resolve()), "experiment": experiment})
+    spec = {"title": title, "base": str(base.resolve()), "experiment": experiment}
+    return build({**spec, "baseline_compute": baseline_compute})
 
 
 def sandbox_base() -> Path:
     """The embedded base, pre-trained on first use."""
     from backfire.experiment import Model
-    from backfire.pipeline import Bench, base
+    from backfire.pipeline import Context, base
     from backfire.store import Store
 
-    return base(Model(), Bench(Store()))
+    return base(Model(), Context(Store()))
+
+
+def small_base() -> Path:
+    """The `small` model from the hub, downloaded on first use."""
+    from backfire.model.settings import Model
+    from backfire.model.source import fetch
+
+    return fetch(Model(name=SMALL))
 
 
 def tiny_base(folder: Path) -> Path:

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.cells import Cell
 from benchmarks.sides import NAMES, Scores, Training, side
 
-GROUPED = "baseline, grouped"
+GROUPED, TRL = "baseline, grouped", "trl"
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ def compare(cell: Cell, results: Round, folder: Path) -> dict[str, Any]:
     """Differences between the two sides, on the same weights and on each side's own weights."""
     a, b = (results.training[name].losses for name in NAMES)
     steps = sorted(a.keys() & b.keys())
+    trl = results.training[TRL].losses if TRL in results.training else None
     work = side("baseline")
     own = work.load(cell, folder / "baseline")
     own_scores, own_replies = work.scores(cell, own), work.replies(cell, own)
@@ -35,6 +36,7 @@ def compare(cell: Cell, results: Round, folder: Path) -> dict[str, Any]:
         "same tokens": same_tokens(cell),
         "steps compared": len(steps),
         "loss difference": max(abs(a[step] - b[step]) for step in steps),
+        "loss difference, trl": max(abs(trl[step] - b[step]) for step in steps) if trl else None,
         "last loss": {"baseline": a[steps[-1]], "backfire": b[steps[-1]]},
         "log-likelihood difference": max(
             difference(ours, results.scores[who]) for who in ("baseline", GROUPED)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from backfire.errors import UserError, unknown
-from benchmarks.gpu_load import SHAPES, Load, peak_flops
+from benchmarks.gpu_load import NEW_TOKENS, NUM_PROMPTS, SHAPES, Load, peak_flops
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -28,6 +28,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--batch", type=int, default=8, help="rows per step")
     add("--steps", type=int, default=10, help="measured steps")
     add("--warm-up", type=int, default=3, help="steps before the measurement")
+    add("--compare", action="store_true", help="also run Trainer + PEFT + generate (LoRA methods)")
     add("--base", type=Path, help="folder of the random base (default: temporary)")
     add("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
@@ -80,13 +81,16 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name in options.methods or ():
         if name not in trainable:
             raise unknown("fine-tuning method", name, trainable)
+        if options.compare and "lora" not in name:
+            raise UserError(f"--compare works with LoRA methods, not with {name}.")
     device, when = device_of("auto"), datetime.now(UTC).isoformat(timespec="seconds")
     base = make_base(SHAPES[options.shape], options.base or folder / "base", device)
     load = Load(options.length, options.answer, options.batch, options.warm_up, options.steps)
     measured = []
     for name in options.methods or trainable:
         print(f"{name} ...", file=sys.stderr, flush=True)
-        measured.append({"method": name, **measure(name, base, load, device, folder / name)})
+        entry = measure(name, base, load, device, folder / name, compare=options.compare)
+        measured.append({"method": name, **entry})
     settings = {k: v.name if isinstance(v, Path) else v for k, v in vars(options).items()}
     return {
         "format": 1,
@@ -118,7 +122,34 @@ def markdown(result: Mapping[str, Any]) -> str:
         "peak memory, GB | estimated, GB | trained, M |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    return "\n".join([*lines, *map(_row, result["methods"])]) + "\n"
+    lines += map(_row, result["methods"])
+    if settings["compare"]:
+        lines += [
+            "",
+            "The same work by `Trainer` + PEFT + `generate`, with equal initial weights: training "
+            f"as above; three candidates and {NEW_TOKENS} new tokens for each of {NUM_PROMPTS} "
+            "prompts.",
+            "",
+            "| method | training | scoring and replies | peak memory | largest score difference, "
+            "nats | equal replies |",
+            "|---|---:|---:|---:|---:|---:|",
+            *(_compared(entry) for entry in result["methods"] if "baseline" in entry),
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _compared(entry: Mapping[str, Any]) -> str:
+    """Ratios of the baseline to backfire."""
+    theirs = entry["baseline"]
+    cells = (
+        entry["method"],
+        f"{theirs['seconds_per_step'] / entry['seconds_per_step']:.2f} x",
+        f"{entry['baseline_evaluation_seconds'] / entry['evaluation_seconds']:.2f} x",
+        f"{entry['peak_memory_mb'] / theirs['peak_memory_mb']:.2f} of the baseline's",
+        f"{entry['score_difference']:.1e}",
+        f"{entry['equal_replies']:.1%}",
+    )
+    return f"| {' | '.join(cells)} |"
 
 
 def _row(entry: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from backfire.base import Rendered, Row
-from backfire.commands.forecast import Size
 from backfire.rng import stream
 
 if TYPE_CHECKING:
@@ -20,6 +19,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    "135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "vocab_size": 512,
         "hidden_size": 64,
@@ -28,6 +36,10 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_attention_heads": 4,
     },
 }
+
+LEARNING_RATE = 1e-5
+NUM_PROMPTS, NEW_TOKENS = 128, 64
+"""Prompts and new tokens per reply of `--compare`."""
 
 PEAKS = {
     "B200": 2250e12,
@@ -86,14 +98,3 @@ def peak_of(name: str) -> float | None:
     """Peak FLOP/s by the words of a device's name; None if unknown."""
     words = f" {' '.join(name.replace('-', ' ').split())} "
     return next((peak for gpu, peak in PEAKS.items() if f" {gpu} " in words), None)
-
-
-def useful_flops(size: Size, load: Load, *, full: bool) -> float:
-    """Useful FLOPs of a step: forward and backward through every weight (6 a token where it is
-    trained, 4 where it is frozen), the head for supervised positions only, causal attention (6 x
-    layers x length x width a token). No padding, no recomputation."""
-    tokens, supervised = load.batch * load.length, load.batch * load.answer
-    each = 6 if full else 4
-    body = each * size.linear + (0 if full else 6 * size.trainable)
-    attention = 6 * size.layers * load.length * size.hidden
-    return tokens * (body + attention) + supervised * each * size.vocabulary * size.hidden

@@ -18,10 +18,13 @@ from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
 from backfire.model.load import dtype_of, load_base
 from backfire.model.quantize import parts
+from backfire.store import read_json
 from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import peak_memory_mb
-from backfire.train.precision import accelerator_for, compute_type, exact_attention
-from benchmarks.gpu_load import Load, peak_flops, useful_flops
+from backfire.train.precision import Precision, compute_type, exact_attention
+from benchmarks import gpu_compare
+from benchmarks.flops import useful_flops
+from benchmarks.gpu_load import LEARNING_RATE, Load, peak_flops
 
 
 def make_base(shape: Mapping[str, int], folder: Path, device: torch.device) -> Path:
@@ -47,9 +50,16 @@ def make_base(shape: Mapping[str, int], folder: Path, device: torch.device) -> P
 
 
 def measure(
-    method: str, base: Path, load: Load, device: torch.device, folder: Path
+    method: str,
+    base: Path,
+    load: Load,
+    device: torch.device,
+    folder: Path,
+    *,
+    compare: bool = False,
 ) -> dict[str, Any]:
-    """Time, memory and FLOPs of one method, or why it was not measured."""
+    """Time, memory and FLOPs of one method, or why it was not measured; with `compare`, also the
+    time of scoring and replies, and all of it by the baseline (LoRA methods only)."""
     train_settings = {
         "max_steps": load.warm_up + load.steps,
         "batch_size": load.batch,
@@ -65,15 +75,18 @@ def measure(
             short = (need.total - need.activations + need.one_row) / 1e9
             return {"skipped": f"needs about {short:.0f} GB of {has / 1e9:.0f} GB with one row"}
     try:
-        timed = _timed(cell, base, load, device, folder)
+        timed = _timed(cell, base, load, device, folder, compare=compare)
     except (CellError, torch.cuda.OutOfMemoryError) as error:
         return {"skipped": str(error).partition("\n")[0]}
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    flops = useful_flops(shape, load, full=method == "full") / timed["seconds_per_step"]
+    step = [(load.length, load.answer)] * load.batch
+    flops = useful_flops(shape, step, full=method == "full") / timed["seconds_per_step"]
     peak = peak_flops(device)
+    if compare:
+        timed["baseline"] = _baseline(cell, base, load, device, folder)
     return {
         **timed,
         "knobs": cell.method.spec(),
@@ -86,7 +99,7 @@ def measure(
 
 
 def _timed(
-    cell: Experiment, base: Path, load: Load, device: torch.device, folder: Path
+    cell: Experiment, base: Path, load: Load, device: torch.device, folder: Path, *, compare: bool
 ) -> dict[str, Any]:
     """Seconds per step after the warm-up, and peak memory."""
     on_gpu = device.type == "cuda"
@@ -109,15 +122,17 @@ def _timed(
         model,
         load.rows(loaded.config.vocab_size),
         cell.train,
-        learning_rate=1e-5,
+        learning_rate=LEARNING_RATE,
         seed=0,
         folder=folder,
         name="benchmark",
         paged=cell.method.paged() and on_gpu,
     )
-    summary = train([run], accelerator_for(device, compute), checkpoint_seconds=1e9, progress=mark)
+    summary = train([run], Precision(device, compute), checkpoint_seconds=1e9, progress=mark)
     (begin, before), (end, after) = marks[load.warm_up], marks[load.warm_up + load.steps]
+    evaluated = gpu_compare.evaluation(model, load) if compare else {}
     return {
+        **evaluated,
         "seconds_per_step": (end - begin) / load.steps,
         "passes_per_step": (after - before) / load.steps,
         "peak_memory_mb": peak_memory_mb() * 2**20 / 1e6,
@@ -126,3 +141,16 @@ def _timed(
         "dtypes": made_of["dtypes"],
         "quantized_layers": made_of["quantized_layers"],
     }
+
+
+def _baseline(
+    cell: Experiment, base: Path, load: Load, device: torch.device, folder: Path
+) -> dict[str, Any]:
+    """Seconds per step and peak memory of `Trainer` + PEFT."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    rows = load.rows(read_json(base / "config.json")["vocab_size"])
+    seconds = gpu_compare.train(cell, base, rows, load, device, folder / "baseline")
+    return {"seconds_per_step": seconds, "peak_memory_mb": peak_memory_mb() * 2**20 / 1e6}

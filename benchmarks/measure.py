@@ -11,9 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeVar
 
-from benchmarks import baseline_eval
+from benchmarks import baseline_eval, trl_trainer
 from benchmarks.cells import Cell
-from benchmarks.equality import GROUPED, Round, compare
+from benchmarks.equality import GROUPED, TRL, Round, compare
 from benchmarks.sides import NAMES, Time, side
 
 T = TypeVar("T")
@@ -51,8 +51,9 @@ class Clock:
             for phase, by in seconds.items()
         }
         ratios = {phase: round(by["baseline"] / by["backfire"], 3) for phase, by in medians.items()}
-        of = medians["scores"]
-        ratios[f"scores, {GROUPED}"] = round(of[GROUPED] / of["backfire"], 3)
+        for phase, by in medians.items():
+            for who in by.keys() - {*NAMES}:
+                ratios[f"{phase}, {who}"] = round(by[who] / by["backfire"], 3)
         return {"seconds": seconds, "medians": medians, "ratios": ratios}
 
 
@@ -80,11 +81,10 @@ def _round(cell: Cell, clock: Clock, repetition: int, folder: Path) -> Round:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     both = {name: side(name) for name in NAMES}
-    training = clock.alternate(
-        "train",
-        repetition,
-        {name: partial(work.train, cell, folder / name) for name, work in both.items()},
-    )
+    trains = {name: partial(work.train, cell, folder / name) for name, work in both.items()}
+    if trl_trainer.installed():
+        trains[TRL] = partial(trl_trainer.train, cell, folder / TRL)
+    training = clock.alternate("train", repetition, trains)
     for name, result in training.items():
         clock.add("training loop", name, result.steps)
     tuned = {name: work.load(cell, folder / "backfire") for name, work in both.items()}

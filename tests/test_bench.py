@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,23 @@ def test_losses_are_the_same(found: dict[str, Any]) -> None:
         assert cell["equality"]["steps compared"] == 2  # the first and the last
         assert cell["equality"]["loss difference"] < 1e-4
         assert cell["equality"]["last loss"]["backfire"] < 6.5
+
+
+def test_trl_trains_the_same_if_it_is_installed(found: dict[str, Any]) -> None:
+    trl = importlib.util.find_spec("trl")
+    for cell in found["cells"]:
+        difference = cell["equality"]["loss difference, trl"]
+        assert (difference is None) if trl is None else difference < 1e-4
+        assert ("trl" in cell["medians"]["training loop"]) == (trl is not None)
+
+
+def test_useful_mfu_compares_with_the_measured_peak(found: dict[str, Any]) -> None:
+    for cell in found["cells"]:
+        mfu, seconds = cell["mfu"], cell["medians"]["training loop"]
+        assert mfu["peak"].keys() == {"float32"} and mfu["peak"]["float32"] > 1e8
+        for who in ("baseline", "backfire"):
+            reached = mfu["useful_flops"] / seconds[who] / mfu["peak"]["float32"]
+            assert mfu["useful_mfu"][who] == pytest.approx(reached)
 
 
 def test_evaluation_is_the_same(found: dict[str, Any]) -> None:

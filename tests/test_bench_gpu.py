@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from backfire.commands.forecast import Size
 from backfire.errors import UserError
 from tests.helpers.places import ROOT
 
@@ -48,15 +49,26 @@ def test_two_methods_are_measured(gpu: Any, tmp_path: Path) -> None:
 
 def test_useful_flops_are_those_of_the_documents(gpu: Any) -> None:
     """LoRA: 4 N_lin + 4 N_head x share of supervised tokens + 6 N_lora + attention; full: 6 N."""
-    module = importlib.import_module("benchmarks.gpu_load")
-    shape = module.Size(6_738_415_616, 39_976_960, 39_976_960, 32 * 202_375_168, 32, 4096, 32_000)
-    load = module.Load(length=512, answer=128, batch=8, warm_up=1, steps=1)
+    flops = importlib.import_module("benchmarks.flops").useful_flops
+    shape = Size(6_738_415_616, 39_976_960, 39_976_960, 32 * 202_375_168, 32, 4096, 32_000)
+    step = [(512, 128)] * 8
     attention = 6 * 32 * 512 * 4096
-    lora = module.useful_flops(shape, load, full=False) / (8 * 512)
+    lora = flops(shape, step, full=False) / (8 * 512)
     head = 32_000 * 4096
     assert lora == 4 * 32 * 202_375_168 + 4 * head / 4 + 6 * 39_976_960 + attention
-    full = module.useful_flops(shape, load, full=True) / (8 * 512)
+    full = flops(shape, step, full=True) / (8 * 512)
     assert full == 6 * 32 * 202_375_168 + 6 * head / 4 + attention
+
+
+def test_the_baseline_does_the_same_work(gpu: Any, tmp_path: Path) -> None:
+    options = ["--batch", "4", "--methods", "lora", "--compare", "--out", str(tmp_path)]
+    path = gpu.main([*SMALL, *options])
+    [lora] = json.loads(path.read_text(encoding="utf-8"))["methods"]
+    assert lora["score_difference"] < 1e-4 and lora["equal_replies"] > 0.95
+    assert lora["baseline"]["seconds_per_step"] > 0 and lora["evaluation_seconds"] > 0
+    assert "| lora | " in path.with_suffix(".md").read_text("utf-8").rpartition("equal replies")[2]
+    with pytest.raises(UserError, match="LoRA methods, not with full"):
+        gpu.main([*SMALL, "--methods", "full", "--compare", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ SENTENCES: list[tuple[str, list[str], str]] = [
     ("train: {num_train_epochs: 3}", [], "'num_train_epochs'; write epochs."),
     ("train: {warmup_steps: 9}", [], "write warmup_share (a share of the steps, not their number)"),
     ("train: {seed: 1}", [], "'seed'; it belongs at the top of a recipe, as in seed: 0."),
-    ("train: {bf16: true}", [], "write compute (`bfloat16`, `float32` or `auto`; float16 is not"),
+    ("train: {bf16: true}", [], "write compute (`bfloat16`, `float16`, `float32` or `auto`)"),
     ("train: {gradient_checkpointing: true}", [], "an option of `backfire run`: --recompute."),
     ("train: {epoch: 3}", [], "did you mean 'epochs'?"),
     ("method: {name: lora, r: 8}", [], "'r'; write rank."),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from backfire import stages
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
-from backfire.recipe import parse, read
+from backfire.recipe import load, parse, read
 from tests.helpers.recipes import BASIC, LINKED, PROFILES, cells
 
 DATA = "data: sandbox-reviews\n"
@@ -170,6 +170,14 @@ def test_an_unknown_profile_names_the_nearest() -> None:
         UserError, match=r"Unknown profile of recipe 'r': 'lon'; did you mean 'long'\?"
     ):
         parse("r", PROFILES, profile="lon")
+
+
+def test_an_old_name_of_a_profile_says_the_new_one() -> None:
+    for name, old in (("lisa", "real"), ("malign-labels", "qa"), ("malign-prompts", "qa")):
+        with pytest.raises(UserError, match=f"'{name}': '{old}'; it is called 'small' now"):
+            load(name, profile=old)
+    with pytest.raises(UserError, match=r"'real'; known: "):
+        load("tour", profile="real")
 
 
 def test_a_matrix_has_a_limit() -> None:

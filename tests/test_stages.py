@@ -34,7 +34,7 @@ def test_every_key_of_every_recipe_is_as_it_was(golden: Any, now: Any) -> None:
 
 def test_every_recipe_and_profile_is_in_it(golden: Any) -> None:
     labels = golden["recipes"]
-    assert {"tour", "tour on a GPU", "lisa --profile real", "backdoorllm-sst2"} <= set(labels)
+    assert {"tour", "tour on a GPU", "lisa --profile small", "backdoorllm-sst2"} <= set(labels)
     assert sum(len(one["cells"]) for one in labels.values()) > 800
     layouts = set(" | ".join(golden["layouts"].values()).split(" | "))
     assert {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -65,8 +66,28 @@ class DataDefense(Defense):
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Extra:
+    """What a defense adds to training, for the prediction of memory and time."""
+
+    copies: float = 0
+    """Float32 copies of the trained weights that it keeps."""
+    scratch: float = 0
+    """Further such copies for a moment, outside of the passes."""
+    logits: float = 0
+    """Float32 tensors [row, answer, vocab] that it adds to a pass."""
+    states: float = 0
+    """Float32 tensors [row, token, hidden] that it adds to each layer of a pass."""
+    forwards: float = 0
+    """Forward passes that it adds to a step, each over as many rows."""
+    passes: float = 0
+    """Forward and backward passes that it adds to a step, each over as many rows."""
+
+
 class TrainDefense(Defense):
     """Acts in the steps of fine-tuning."""
+
+    extra: ClassVar[Extra] = Extra()
 
     def hook(self, run: Any) -> TrainHook:
         """The hooks of this run, a `backfire.train.loop.TrainingRun`. Called before the first step,
@@ -116,6 +137,8 @@ class TrainHook:
 
     shares_prefix: ClassVar[bool] = True
     """Whether rows may share the computation of a common prefix."""
+    packs: bool = True
+    """Whether rows may be packed in one line; module hooks then see states [1, token, ...]."""
     knows_recomputing: ClassVar[bool] = False
     """Whether its module hooks check `run.recomputing`, so that layers may be recomputed."""
 

@@ -51,9 +51,15 @@ class Method(Component):
         device; empty if the base is not quantized."""
         return {}
 
-    def resolved(self, device: str) -> Self:
-        """A copy with the knobs that depend on the device (`cpu` or `cuda`) resolved."""
+    def resolved(self, device: str, compute: str = "bfloat16") -> Self:
+        """A copy with the knobs that depend on the device (`cpu` or `cuda`), and on the type in
+        which a GPU multiplies fastest, resolved."""
         return self
+
+    def trained_type(self) -> str:
+        """Type of the trained weights in the passes; if it has 16 bits, updates go to float32
+        copies of them."""
+        return "float32"
 
     def paged(self) -> bool:
         """Whether the optimizer state may be paged to main memory when a GPU runs short."""

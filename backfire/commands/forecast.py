@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from backfire.commands.estimate import (
-    Rows,
-    Weights,
     amount,
     cost,
     describe_cost,
@@ -19,9 +17,13 @@ from backfire.commands.estimate import (
     rows_key,
     runs_of,
 )
-from backfire.experiment import Experiment
-from backfire.model.types import ram_bytes
+from backfire.commands.memory import Device, Memory, Size, memory, size
+from backfire.experiment import Experiment, Machine
+from backfire.launch.resolve import resolve_auto, types_of
+from backfire.model.count import num_weights
+from backfire.model.types import Types, gpu_bytes, ram_bytes
 from backfire.recipe import Recipe
+from backfire.registry import build
 from backfire.store import Store
 
 if TYPE_CHECKING:
@@ -29,128 +31,82 @@ if TYPE_CHECKING:
 
 _SHARE = 0.4
 """Speed of training relative to large matrix products: 0.25 to 0.55 was measured on CPUs."""
-_TIGHT = 0.8  # share of the memory above which the error of the estimate matters
-_NAMED = ("rank", "length", "layers", "dora")  # knobs that change the memory of a method
+TIGHT = 0.85  # share of the memory above which the error of the prediction matters
+CARDS = (24e9, 40e9, 80e9)
+"""Memory of common GPUs: RTX 3090 and 4090, A100, A100 and H100."""
+_LARGE = 1e9  # weights from which a model is meant for a GPU
+_NAMED = ("rank", "length", "layers", "dora", "dtype")  # knobs that change a method's memory
 
 
-_KEPT = {
-    ("cpu", "float32"): 140,
-    ("cpu", "bfloat16"): 110,
-    ("cuda", "float32"): 80,
-    ("cuda", "bfloat16"): 55,
-}
-"""Bytes of activations per token, layer and unit of width, by device and compute type.
+class Forecast:
+    """The memory of a recipe's cells on one kind of device."""
 
-On a CPU: growth of the process with the batch size (Llama shapes; full tuning, LoRA, 4 and 8 bits:
-107 to 169 and 93 to 126). On a GPU: tensors kept for the backward pass (77 to 83 and 50 to 56),
-counted on a CPU."""
-_LOGIT = 12  # bytes per answer token and vocabulary entry: logits, softmax, gradient
-_STATE = 12  # bytes per trained weight: gradient and AdamW's two moments, in float32
-_LIBRARIES = 1e9  # torch and other libraries; on a GPU, the CUDA context
+    def __init__(self, recipe: Recipe, types: Types) -> None:
+        self.recipe, self.store = resolve_auto(recipe, types), Store()
+        self.device: Device = types.device
+        self.cells = [*self.recipe.cells, *runs_of(self.recipe)]
+        self.rows = rows_by_key(self.cells, self.store)
+        self.sizes: dict[str, Size | None] = {}
 
+    def size(self, experiment: Experiment) -> Size | None:
+        """The size of its model with its method; None without a config.json on this machine."""
+        key = method_key(experiment)
+        if key not in self.sizes:
+            folder = model_folder(experiment.model, self.store)
+            here = experiment.model.name == "sandbox" or (
+                folder and (folder / "config.json").is_file()
+            )
+            self.sizes[key] = size(experiment, folder) if here else None
+        return self.sizes[key]
 
-@dataclass(frozen=True)
-class Size(Weights):
-    """Weight counts, and the shape of the base."""
+    def memory(self, experiment: Experiment, machine: Machine | None = None) -> Memory | None:
+        """Peak memory of a cell; None if the size of its model is unknown."""
+        counts, parts = self.size(experiment), [experiment]
+        if experiment.alignment and any(d.needs_alignment for d in experiment.acting):
+            parts.append(experiment.alignment)  # its rows are trained on too
+        rows = [self.rows.get(rows_key(part)) for part in parts]
+        return memory(experiment, counts, rows, self.device, machine) if counts else None
 
-    linear: int
-    """Weights in linear layers other than the head, which can be quantized."""
-    layers: int
-    hidden: int
-    vocabulary: int
+    def largest(self) -> Iterator[tuple[Experiment, Memory | None]]:
+        """The cell that needs most memory, for each model, method and defense."""
+        kinds: dict[str, dict[str, Experiment]] = {}
+        for cell in self.cells:
+            alike = kinds.setdefault(str([method_key(cell), cell.defense_name]), {})
+            alike.setdefault(str([rows_key(cell), cell.train, cell.evaluation]), cell)
+        for alike in kinds.values():
+            needs = [(cell, self.memory(cell)) for cell in alike.values()]
+            yield max(needs, key=lambda one: one[1].total if one[1] else 0)
 
-
-@dataclass(frozen=True)
-class Memory:
-    """Peak memory of training in bytes, if a whole step is one forward pass."""
-
-    weights: float
-    state: float
-    one_row: float
-    num_rows: int
-
-    @property
-    def activations(self) -> float:
-        return self.one_row * self.num_rows
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.state + self.activations + _LIBRARIES
-
-    def rows_within(self, limit: float) -> int:
-        """Number of rows per forward pass that fit within `limit` bytes."""
-        return max(0, int((limit - self.total + self.activations) / max(self.one_row, 1)))
-
-
-def size(experiment: Experiment, folder: Path | None) -> Size:
-    """Count the weights of the model with the method attached, on the meta device.
-
-    Raises:
-        UserError: the configuration is not supported, or the method does not fit the model.
-    """
-    import torch
-
-    from backfire.model.load import skeleton
-    from backfire.sandbox.base import Pretrain
-    from backfire.train.pretrain import _new_model
-
-    with torch.device("meta"):
-        if experiment.model.name == "sandbox" or folder is None:
-            base = _new_model(Pretrain(), Pretrain().vocab_size, 0, 1)
-        else:
-            base = skeleton(folder)
-        head, config = base.get_output_embeddings(), base.config.get_text_config()
-        layers = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-        linear, parameters = sum(m.weight.numel() for m in layers), base.num_parameters()
-        weights = list(experiment.method.attach(base, experiment.seed).parameters())
-    return Size(
-        parameters,
-        added=sum(p.numel() for p in weights) - parameters,
-        trainable=sum(p.numel() for p in weights if p.requires_grad) * experiment.method.trains,
-        linear=linear,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-    )
+    def remedy(self, experiment: Experiment, has: float) -> str:
+        """The first change with which a cell fits, as in ` (--recompute would fit)`; or empty."""
+        if not experiment.method.trains:
+            return ""
+        options = list[str]()
+        for option, changed, machine in _changes(experiment):
+            options = [*options, option] if option.startswith("--") else [option]
+            need = self.memory(changed, machine)
+            if need and need.total <= TIGHT * has:
+                return f" ({' '.join(options)} would fit)"
+        return ""
 
 
-def memory(experiment: Experiment, size: Size, rows: Rows | None, device: torch.device) -> Memory:
-    """Estimate the memory of training on this device.
-
-    Unknown rows are assumed to have `max_length` tokens, and an answer of 8 tokens with labels,
-    else a quarter of `max_length`.
-    """
-    from backfire.model.load import dtype_of
-    from backfire.train.precision import compute_type
-
-    whole = experiment.method.name == "full"
-    compute = compute_type(experiment.train.compute, device)
-    aligned = experiment.align is not None and (
-        experiment.align.merge or not experiment.align.method.adapts
-    )
-    wide = 4 if whole or aligned else dtype_of(experiment.model, device).itemsize
-    weights: float = size.parameters * wide + size.added * 4
-    if bits := experiment.method.quantization(device.type):
-        # One constant per 64 weights, in 4 bytes or quantized to 1. Other weights are float32.
-        constants = (1 + 4 / 256 if bits.get("bnb_4bit_use_double_quant") else 4) / 64
-        each = 1 if bits.get("load_in_8bit") else 0.5 + constants
-        weights = size.linear * each + (size.parameters - size.linear + size.added) * 4
-    elif experiment.method.trains and wide == 4 and compute == "bfloat16":
-        weights += size.linear * 2  # autocast's copies live until the end of the backward pass
-    longest = rows.longest if rows else experiment.train.max_length
-    assumed = 8 if getattr(experiment.data, "labels", None) else experiment.train.max_length / 4
-    answer = rows.answer if rows else assumed
-    one_row = (
-        longest * size.layers * size.hidden * _KEPT[device.type, compute]
-        + answer * size.vocabulary * _LOGIT
-    )
-    batch_size = experiment.train.batch_size
-    num_rows = min(batch_size, rows.count) if rows else batch_size
-    return Memory(weights, size.trainable * _STATE, one_row, num_rows * experiment.method.trains)
+def _changes(experiment: Experiment) -> Iterator[tuple[str, Experiment, Machine]]:
+    """Ways to need less memory, the mildest first; options of the machine add up."""
+    machine, size = Machine(), experiment.train.batch_size
+    for rows in dict.fromkeys((max(1, size // 2), max(1, size // 4), 1)):
+        machine = machine.model_copy(update={"micro_batch": rows})
+        yield f"--micro-batch {rows}", experiment, machine
+    machine = machine.model_copy(update={"recompute": True})
+    yield "--recompute", experiment, machine
+    for name in ("lora", "qlora"):
+        if not experiment.method.quantization("cpu") and name != experiment.method.name:
+            method = build("methods", name)
+            yield f"method={name}", experiment.model_copy(update={"method": method}), machine
 
 
 def lines(recipe: Recipe) -> list[str]:
-    """Memory for each model and method of a recipe, time and disk in total; nothing is downloaded.
+    """Memory for each model, method and defense of a recipe, time and disk in total; nothing is
+    downloaded.
 
     Raises:
         UserError: the data cannot be read, or a method does not fit its model.
@@ -158,18 +114,13 @@ def lines(recipe: Recipe) -> list[str]:
     from backfire.commands.run import default_workers
     from backfire.model.load import device_of
 
-    store, device = Store(), device_of("auto")
-    cells = [*recipe.cells, *runs_of(recipe)]
-    rows, sizes = rows_by_key(cells, store), dict[str, Size | None]()
+    here, device = Forecast(recipe, types_of("auto")), device_of("auto")
     workers = default_workers(len(recipe.cells))
+    has = gpu_bytes("auto") if here.device == "cuda" else ram_bytes()
     out = [f"\nRecipe {recipe.name}, {len(recipe.cells)} cells; all figures are estimates"]
-    for experiment in {method_key(experiment): experiment for experiment in cells}.values():
-        folder = model_folder(experiment.model, store)
-        has_config = experiment.model.name == "sandbox" or (
-            folder and (folder / "config.json").is_file()
-        )
-        sizes[method_key(experiment)] = counts = size(experiment, folder) if has_config else None
-        if counts is None:
+    for experiment, need in here.largest():
+        counts = here.size(experiment)
+        if counts is None or need is None:
             get = f"hf download {experiment.model.name} config.json"
             get = "`backfire validate` converts it" if experiment.model.is_gguf else get
             out.append(
@@ -177,57 +128,75 @@ def lines(recipe: Recipe) -> list[str]:
                 f"is unknown ({get})"
             )
             continue
-        alike = [other for other in cells if method_key(other) == method_key(experiment)]
-        needs = [memory(other, counts, rows[rows_key(other)], device) for other in alike]
-        need = max(needs, key=lambda need: need.total)
-        mark, verdict = _verdict(need, _memory(device), workers, device.type)
+        mark, verdict = _verdict(need, has, workers)
+        if mark != "ok   ":
+            verdict += here.remedy(experiment, has)
         out.append(f"{mark} {_title(experiment)}: {_parts(counts, need)} of {verdict}")
+    if here.device == "cpu":
+        out += _cards(recipe)
     rate = _SHARE * _measured(device)
     source = f"{_SHARE} of the speed of large matrix products here"
-    costs = describe_cost(cost(recipe, store, rows, sizes), rate, source)
+    costs = describe_cost(cost(here.recipe, here.store, here.rows, here.sizes), rate, source)
     return [*out, *(f"note  {line}" for line in costs)]
+
+
+def _cards(recipe: Recipe) -> list[str]:
+    """What the cells with a large model need on a GPU, and on which cards they fit."""
+    large = [cell for cell in recipe.cells if (num_weights(cell.model) or 0) >= _LARGE]
+    if not large:
+        return []
+    part = replace(recipe, cells=tuple(large), axes=tuple({} for _ in large))
+    there = Forecast(part, Types("cuda", "bfloat16", "bfloat16"))
+    out = []
+    for experiment, need in there.largest():
+        if need:
+            verdict = _on_cards(there, experiment, need)
+            out.append(f"note  on a GPU, {_title(experiment)}: {amount(need.total)}; {verdict}")
+    return out
+
+
+def _on_cards(there: Forecast, experiment: Experiment, need: Memory) -> str:
+    """Which cards hold a cell, as in `fits 40 and 80 GB, not 24 GB (--recompute would fit)`."""
+    by_verdict: dict[str, list[str]] = {}
+    for card in reversed(CARDS):
+        fits = need.total <= TIGHT * card
+        verdict = "fits {}" if fits else f"not {{}}{there.remedy(experiment, card)}"
+        by_verdict.setdefault(verdict, []).insert(0, f"{card / 1e9:.0f}")
+    return ", ".join(
+        verdict.format(f"{' and '.join(cards)} GB") for verdict, cards in by_verdict.items()
+    )
 
 
 def _title(experiment: Experiment) -> str:
     knobs = [f"{k}={v}" for k, v in experiment.method.spec().items() if k in _NAMED]
-    return " ".join([f"{experiment.model.title}, {experiment.method.name}", *knobs])
+    method = " ".join([experiment.method.name, *knobs])
+    defense = [experiment.defense_name] if experiment.defense else []
+    return ", ".join([experiment.model.title, method, *defense])
 
 
 def _parts(size: Size, need: Memory) -> str:
     count = f"{size.parameters / 1e6:,.2f} M weights"
     if not size.trainable:
         return f"{count}, none trained: {amount(need.total)} with the libraries"
-    return (
+    whole = (
         f"{count}, {size.trainable / 1e6:,.2f} M trained: {amount(need.weights)} weights + "
-        f"{amount(need.state)} gradients and AdamW + {amount(need.activations)} activations of "
-        f"{need.num_rows} rows + libraries = {amount(need.total)}"
+        f"{amount(need.state)} gradients and optimizer + {amount(need.passes)} activations of "
+        f"{need.num_rows} rows + libraries = {amount(need.libraries + need.training)}"
     )
+    if need.evaluation > need.training:
+        whole += f", in evaluation {amount(need.total)}"
+    return whole
 
 
-def _verdict(need: Memory, has: float, workers: int, device: str) -> tuple[str, str]:
-    """A mark, and whether it fits or which option makes it fit."""
-    if workers * need.total <= _TIGHT * has:
+def _verdict(need: Memory, has: float, workers: int) -> tuple[str, str]:
+    """A mark, and whether it fits."""
+    if workers * need.total <= TIGHT * has:
         return "ok   ", f"{amount(has)}: fits"
-    if need.total <= _TIGHT * has:
-        return "note ", f"{amount(has)}: fits, but not {workers} at once (--workers 1)"
-    within = need.rows_within(_TIGHT * has)
-    if device == "cuda" and 0 < within < need.num_rows:
-        return (
-            "ok   ",
-            f"{amount(has)}: fits about {within} rows at a time (training splits the batch)",
-        )
-    hint = f" (--micro-batch {within} would fit)" if 0 < within < need.num_rows else ""
+    if (most := int(TIGHT * has / need.total)) >= 1:
+        return "note ", f"{amount(has)}: fits, but not {workers} at once (--workers {most})"
     if need.total <= has:
-        return "note ", f"{amount(has)}: is tight{hint}"
-    return "lacks", f"{amount(has)}: does not fit{hint}"
-
-
-def _memory(device: torch.device) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return ram_bytes()
+        return "note ", f"{amount(has)}: is tight"
+    return "lacks", f"{amount(has)}: does not fit"
 
 
 def _measured(device: torch.device) -> float:

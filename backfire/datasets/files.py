@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -21,6 +22,12 @@ from backfire.registry import register
 Columns = Annotated[dict[str, str], BeforeValidator(check_columns)]
 Labels = Annotated[dict[str, str], BeforeValidator(check_labels)]
 logger = logging.getLogger(__name__)
+
+
+@lru_cache(maxsize=1024)
+def _warn(sentence: str) -> None:
+    """Log a warning; once, however many cells read the data."""
+    logger.warning("%s", sentence)
 
 
 @register("files")
@@ -76,7 +83,7 @@ class Files(Dataset):
         """
         rows, left = self.read(split)
         for sentence in left.omissions():
-            logger.warning("%s: %s", self.label(), sentence)
+            _warn(f"{self.label()}: {sentence}")
         return rows
 
     def drawn_with_notes(self, split: Split) -> tuple[list[Row], list[str]]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import Preset, TrainDefense, TrainHook
+from backfire.base import Extra, Preset, TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     Update = Callable[[], tuple[Tensor, Tensor | None]]
 
+_PARTS = ("left", "kept")
 _LARGE = 512  # a smaller matrix is decomposed exactly, at little cost
 
 
@@ -35,6 +36,7 @@ class AsFT(TrainDefense):
     skipped (C is 0 / 0 there). Null control: as many random directions as d has.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=1, scratch=3)
     needs_alignment: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "asft-code": Preset(
@@ -62,21 +64,12 @@ class _AsFTHook(TrainHook):
     def __init__(self, knobs: AsFT, run: TrainingRun) -> None:
         self.knobs = knobs
         self.parts: list[tuple[Update, Tensor, Tensor]] = []
-        before, head = run.unaligned_weights(), run.model.get_output_embeddings()
+        directions = run.once(knobs, lambda: self._all_directions(run))
         for name, module in run.model.named_modules():
-            plain = name.removeprefix("base_model.model.")  # what PEFT puts in front
-            coded = knobs.projection == "as-coded"
-            old, update = before.get(f"{plain}.weight"), _update(module, coded=coded)
-            if old is not None and update is not None and module is not head:
-                moved, rounded = _alignment_update(module, old)
-                if all(part.any() for part in moved):
-                    if rounded and knobs.projection == "exact" and knobs.rank is None:
-                        raise UserError(
-                            f"{knobs.label()}: the aligned weights are 16-bit, and their rounding "
-                            "errors span all directions; set rank."
-                        )
-                    seed = derive(run.seed, "asft", plain)
-                    self.parts.append((update, *self._directions(moved, seed)))
+            update = _update(module, coded=knobs.projection == "as-coded")
+            if update is not None and f"{name} left" in directions:
+                left, kept = (directions[f"{name} {part}"].to(run.device) for part in _PARTS)
+                self.parts.append((update, left, kept))
         if not self.parts:
             raise UserError(
                 f"{knobs.label()}: this method trains no linear layer that alignment changed; use "
@@ -84,6 +77,27 @@ class _AsFTHook(TrainHook):
             )
         if knobs.projection == "exact" and all(len(p[1]) == len(p[2]) for p in self.parts):
             raise UserError(f"{knobs.label()}: the alignment spans all directions; set rank.")
+
+    def _all_directions(self, run: TrainingRun) -> dict[str, Tensor]:
+        """`_directions` of each trained linear layer that alignment changed, except the head."""
+        knobs, found = self.knobs, dict[str, Any]()
+        before, head = run.unaligned_weights(), run.model.get_output_embeddings()
+        for name, module in run.model.named_modules():
+            plain = name.removeprefix("base_model.model.")  # what PEFT puts in front
+            old = before.get(f"{plain}.weight")
+            if old is None or module is head or _update(module, coded=False) is None:
+                continue
+            moved, rounded = _alignment_update(module, old)
+            if not all(part.any() for part in moved):
+                continue
+            if rounded and knobs.projection == "exact" and knobs.rank is None:
+                raise UserError(
+                    f"{knobs.label()}: the aligned weights are 16-bit, and their rounding "
+                    "errors span all directions; set rank."
+                )
+            pair = self._directions(moved, derive(run.seed, "asft", plain))
+            found |= {f"{name} {part}": tensor for part, tensor in zip(_PARTS, pair, strict=True)}
+        return found
 
     def _directions(self, moved: list[Tensor], seed: int) -> tuple[Tensor, Tensor]:
         """Return orthonormal directions [out, rank], and the share of each that C keeps [rank]."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Preset, TrainHook
+from backfire.base import AlignDefense, Extra, Preset, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Booster(AlignDefense):
     is closest to their setup. Null control: w' is w plus a random direction of the same length.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=3, passes=2)
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "booster-script": Preset(
@@ -80,13 +81,14 @@ class _BoosterHook(TrainHook):
         scale = self.knobs.alpha / (gradients.norm(gradient.values()) + 1e-7)
         if self.knobs.null:
             gradient = gradients.random_like(gradient, "booster", self.run.step)
-        kept = {name: weights[name].detach().clone() for name in gradient}
+        with self.run.exact():
+            kept = {name: weights[name].detach().clone() for name in gradient}
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.run.exact():
                 for name, part in gradient.items():
                     weights[name].sub_(part * scale)
             yield
         finally:  # restored bit for bit, also when memory ran out
-            with torch.no_grad():
+            with torch.no_grad(), self.run.exact():
                 for name, weight in kept.items():
                     weights[name].copy_(weight)

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import TrainDefense, TrainHook
+from backfire.base import Extra, TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ class ConstrainedSFT(TrainDefense):
     authors also set AdamW's beta1 to 0.5; here it is 0.9. Null control: all tokens of a row get the
     mean of their weights.
     """
+
+    extra: ClassVar[Extra] = Extra(logits=2, forwards=0.5)
 
     first_beta: float = Field(0.5, ge=0)
     """Beta of an answer's first token; at 0 a token's weight is always 1. Default: the paper's, as

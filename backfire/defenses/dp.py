@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import TrainDefense, TrainHook
+from backfire.base import Extra, TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive, stream
@@ -29,6 +29,8 @@ class DP(TrainDefense):
     seed. Use it as the only defense that selects rows. Requires Opacus (`pip install
     "backfire[dp]"`). Null control: the same rows and passes, without clipping and noise.
     """
+
+    extra: ClassVar[Extra] = Extra(copies=1)
 
     epsilon: float | None = Field(8.0, gt=0)
     """Privacy budget of the whole fine-tuning run, which determines the noise (8 is a usual mild
@@ -71,7 +73,7 @@ class _DPHook(TrainHook):
 
         gradients, most, losses = self.run.gradients, self.knobs.max_gradient_norm, list[Any]()
         earlier, weights = gradients.take(), self.run.trainable
-        total = {name: torch.zeros_like(weight) for name, weight in weights.items()}
+        total = {n: torch.zeros_like(w, dtype=gradients.wide(w)) for n, w in weights.items()}
         for row in rows:
             losses.append(inner([row]))
             own = gradients.take()

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import TrainDefense, TrainHook
+from backfire.base import Extra, TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class EWC(TrainDefense):
     total of F, spread evenly over all weights.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=2, scratch=3)
     needs_alignment: ClassVar[bool] = True
 
     strength: float = Field(1.0, ge=0)
@@ -60,11 +61,11 @@ class _EWCHook(TrainHook):
 
         run, size = self.run, self.run.train.batch_size
         rows = list(run.aligned[: self.knobs.rows])
-        stiffness = {name: torch.zeros_like(p) for name, p in run.trainable.items()}
+        stiffness = {name: torch.zeros_like(self.start[name]) for name in run.trainable}
         for place in range(0, len(rows), size):
             inner(rows[place : place + size])
             for name, gradient in run.gradients.take().items():
-                stiffness[name] += gradient.pow(2)
+                stiffness[name] += gradient.to(stiffness[name]).pow(2)
         if self.knobs.null:
             total = torch.stack([f.double().sum() for f in stiffness.values()]).sum()
             even = total / sum(f.numel() for f in stiffness.values())

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from backfire.base import TrainDefense, TrainHook
+from backfire.base import Extra, TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ class KL(TrainDefense):
     without dropout, so frozen weights are stored only once. Null control: the pass is made, but the
     tuned model is compared with itself.
     """
+
+    extra: ClassVar[Extra] = Extra(copies=1, logits=6, forwards=1)
 
     strength: float = Field(0.1, ge=0)
     """Weight of the divergence, which is in nats per token (0.1 in two public implementations)."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import TrainDefense, TrainHook
+from backfire.base import Extra, TrainDefense, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -34,6 +34,8 @@ class LDIFS(TrainDefense):
     term reaches 0.1, so that layers that moved far are no longer held. Null control: the pass is
     made, but the tuned model is compared with itself.
     """
+
+    extra: ClassVar[Extra] = Extra(copies=1, states=1.5, forwards=1)
 
     strength: float = Field(1.0, ge=0)
     """Rho. No published value carries over: the port's 1e-4 applies to a sum over all tokens of a

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
-from backfire.base import Preset, TrainDefense, TrainHook
+from backfire.base import Extra, Preset, TrainDefense, TrainHook
 from backfire.registry import register
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class Lisa(TrainDefense):
     Null control: the anchors follow the weights at every step, so the proximal term is zero.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=2, scratch=2)
     needs_alignment: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "lisa-paper": Preset(

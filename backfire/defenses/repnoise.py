@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Preset, TrainHook
+from backfire.base import AlignDefense, Extra, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 from backfire.rng import derive
@@ -43,6 +43,7 @@ class RepNoise(AlignDefense):
     of alignment. Null control: a random direction of the same length as the gradient of both terms.
     """
 
+    extra: ClassVar[Extra] = Extra(copies=2, logits=6, passes=1)
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "booster-port": Preset(
@@ -163,7 +164,7 @@ class _RepNoiseHook(TrainHook):
         for part, one in zip(parts, recorded, strict=True):
             self.run.micro_batches.record(part)
             for loss in losses(one):
-                (loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses)).backward()  # type: ignore[no-untyped-call]
+                self.run.backward(loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses))
         return -self.knobs.alpha * math.log1p(mean)
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -195,7 +196,7 @@ class _RepNoiseHook(TrainHook):
             outputs = joined([one.outputs[layer] for one in recorded], 0).float() * answers
             drawn = torch.randn(outputs.shape, generator=generator, device=device) * answers
             term = discrepancy(outputs, drawn) * (self.knobs.beta / len(self.body.layers))
-            term.backward()  # type: ignore[no-untyped-call]
+            self.run.backward(term)
             total += float(term.detach())
         return total
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
-from backfire.base import AlignDefense, Preset, TrainHook
+from backfire.base import AlignDefense, Extra, Preset, TrainHook
 from backfire.errors import UserError
 from backfire.registry import register
 
@@ -31,6 +31,7 @@ class Vaccine(AlignDefense):
     coordinate.) Only this random perturbation depends on how memory splits a step.
     """
 
+    extra: ClassVar[Extra] = Extra(states=1.5, passes=1)
     presets: ClassVar[Mapping[str, Preset]] = {
         "vaccine-script": Preset("git-disl/Vaccine, README and paper", {"rho": 2.0}),
         "booster-port": Preset("git-disl/Booster, script/alignment/vaccine.sh", {"rho": 5.0}),
@@ -57,6 +58,7 @@ class _VaccineHook(TrainHook):
 
     def __init__(self, knobs: Vaccine, run: TrainingRun, modules: list[Any]) -> None:
         self.knobs, self.run, self.modules = knobs, run, modules
+        self.packs = not knobs.null  # the random perturbation depends on the layout of the rows
 
     def step(self, rows: list[Rendered], inner: Inner) -> Tensor:
         import torch

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backfire.errors import CellError
+
 _AT_ONCE = 2**14  # vocabulary entries whose weights are cast at once
 
 
@@ -40,7 +42,17 @@ def _is_half_precision(module: nn.Module) -> bool:
 
 
 def _forward_float32(layer: nn.Linear, states: Tensor) -> Tensor:
-    """states @ weight + bias: [..., input] to [..., output]."""
+    """states @ weight + bias: [..., input] to [..., output].
+
+    Raises:
+        CellError: the model computes in float16 and exceeded it (`nan`).
+    """
+    if layer.weight.dtype == torch.float16 and not bool(torch.isfinite(states).all()):
+        raise CellError(
+            "nan",
+            "Hidden states exceed float16's largest number, 65,504; use model.dtype bfloat16 or "
+            "float32.",
+        )
     states, bias, size = states.float(), layer.bias, layer.out_features
     parts = [
         nn.functional.linear(states, layer.weight[start : start + _AT_ONCE].float())

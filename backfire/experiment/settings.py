@@ -34,11 +34,17 @@ class Train(Config):
     """AdamW's decoupled weight decay."""
     beta2: float = Field(0.999, gt=0, lt=1)
     """AdamW's decay rate of the squared gradients."""
+    optimizer: Literal["adamw", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"] = "adamw"
+    """AdamW with its state in 32 bits (8 bytes per trained weight), or by bitsandbytes in 8 bits (2
+    bytes; Dettmers et al. 2022, arXiv:2110.02861; the embedding stays in 32, as in transformers).
+    Paged: the state moves to main memory when a GPU runs short; on a CPU the same as not paged."""
     clip_norm: float = Field(1.0, gt=0)
     """Maximum 2-norm of the gradients; larger ones are scaled down."""
-    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the matrix products in training; trained weights stay float32. `auto`: bfloat16
-    where the hardware supports it (GPUs since 2020, CPUs with AVX512-BF16 or AMX)."""
+    where the hardware supports it (GPUs since 2020, CPUs with AVX512-BF16 or AMX), float16 on GPUs
+    that have only that (T4, V100, RTX 20, GTX 16). With float16 the loss is scaled, and a step
+    whose gradients overflow is computed again with half the scale."""
     max_length: int = Field(512, ge=8)
     """Maximum number of tokens in prompt and answer together."""
     on_long_row: Literal["fail", "skip", "cut"] = "cut"
@@ -187,4 +193,5 @@ class Machine(Config):
     """Maximum number of rows per forward pass in evaluation; by default 32 on a CPU and 64 on a
     GPU. Fewer if they would not fit into free memory, and half as many when memory runs out."""
     checkpoint_seconds: float = Field(60.0, ge=0)
-    """Seconds between checkpoints of a training run, from which it resumes after a kill."""
+    """Seconds between checkpoints of a training run, from which it resumes after a kill; more if
+    writing one takes more than a twentieth of that. 0: after every step."""

@@ -6,6 +6,7 @@ The files on disk decide: a job without a result has failed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
@@ -205,6 +206,8 @@ def _listen(worker: _Worker, watch: Watch) -> str | None:
 def _work(plugins: Sequence[Plugin], pipe: Connection, folder: RunFolder, store: Store) -> None:
     """What a worker does: the jobs that come through the pipe, until it is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    # The run has read the data, and said what it leaves out.
+    logging.getLogger("backfire.datasets").setLevel(logging.ERROR)
     for plugin in plugins:
         use(plugin)
     resident, last = Resident(), 0.0

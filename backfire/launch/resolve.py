@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from backfire.experiment import Align, Experiment, Model
 from backfire.model.source import pin
-from backfire.model.types import Types, has_gpu, types_of_cpu
+from backfire.model.types import Type, Types, has_gpu, types_of_cpu
 from backfire.recipe import Recipe
 
 
@@ -50,12 +50,16 @@ def _resolve(experiment: Experiment, types: Types) -> Experiment:
 
 def _training(part: Experiment | Align, types: Types) -> dict[str, Any]:
     compute = {"compute": types.compute} if part.train.compute == "auto" else {}
-    train, method = part.train.model_copy(update=compute), part.method.resolved(types.device)
+    train, method = (
+        part.train.model_copy(update=compute),
+        part.method.resolved(types.device, types.compute),
+    )
     return {"train": train, "method": method}
 
 
 def types_of(device: str) -> Types:
-    """Resolve `auto` for a device: `auto`, `cpu`, `cuda`, `cuda:1` ...
+    """Resolve `auto` for a device: `auto`, `cpu`, `cuda`, `cuda:1` ... On a GPU the products of
+    training are in the type of the weights.
 
     Raises:
         UserError: this machine does not have the device.
@@ -67,9 +71,6 @@ def types_of(device: str) -> Types:
     from backfire.train.precision import compute_type
 
     resolved = device_of(device)
-    wide = dtype_of(Model(), resolved).itemsize == 4
-    return Types(
-        "cuda" if resolved.type == "cuda" else "cpu",
-        "float32" if wide else "bfloat16",
-        compute_type("auto", resolved),
-    )
+    name = str(dtype_of(Model(), resolved)).removeprefix("torch.")
+    place: Literal["cpu", "cuda"] = "cuda" if resolved.type == "cuda" else "cpu"
+    return Types(place, cast(Type, name), compute_type("auto", resolved))

@@ -74,12 +74,10 @@ class LoRA(Method):
 
     def attach(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         import torch
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import LoraConfig, get_peft_model
 
-        if getattr(model, "is_quantized", False):
-            # Freezes the base and converts the parts that are not quantized (norms, head) to
-            # float32.
-            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        # Of a quantized base, norms, embedding and head keep the type that they are evaluated in
+        # (PEFT's prepare_model_for_kbit_training makes them float32: 2 GB of Llama-3-8B).
         config = LoraConfig(
             r=self.rank,
             lora_alpha=cast(Any, self.alpha),

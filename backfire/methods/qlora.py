@@ -17,8 +17,8 @@ class QLoRA(LoRA):
     double_quantization: bool = True
     """Quantize the quantization constants too (paper, section 3)."""
     compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type in which products with the base are computed; `auto`: bfloat16 on a GPU, else float32.
-    Without a value bitsandbytes silently uses float32 everywhere."""
+    """Type in which products with the base are computed; `auto`: bfloat16 on a GPU (float16 where
+    it lacks that), else float32. Without a value bitsandbytes silently uses float32 everywhere."""
     paged_optimizer: bool = True
     """Whether AdamW's state may move to main memory; only on a GPU."""
 
@@ -48,8 +48,8 @@ class QLoRA(LoRA):
         ),
     }
 
-    def resolved(self, device: str) -> Self:
-        auto = "bfloat16" if device == "cuda" else "float32"
+    def resolved(self, device: str, compute: str = "bfloat16") -> Self:
+        auto = compute if device == "cuda" else "float32"
         return self.model_copy(update={"compute": auto}) if self.compute == "auto" else self
 
     def quantization(self, device: str) -> dict[str, Any]:

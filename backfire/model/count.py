@@ -63,16 +63,22 @@ _of_folder = lru_cache(maxsize=64)(weights_in)  # computing keys needs it repeat
 @lru_cache(maxsize=64)
 def _of_hub(name: str, revision: str | None) -> int | None:
     """By the config.json in the local cache, or else from the hub (a few kilobytes)."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import hf_hub_url, try_to_load_from_cache, utils
+
+    hub: Any = utils  # it does not declare what it exports
 
     try:
         file = try_to_load_from_cache(name, "config.json", revision=revision)
-        if not isinstance(file, str):
-            file = hf_hub_download(name, "config.json", revision=revision, etag_timeout=5)
-        return weights_of_shape(read_json(Path(file)))
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError):
-        return None  # fetching the model itself reports the error
+        if isinstance(file, str):
+            return weights_of_shape(read_json(Path(file)))
+        # One request: `hf_hub_download` would retry for 20 seconds without a network.
+        address = hf_hub_url(name, "config.json", revision=revision)
+        answer = hub.get_session().get(
+            address, headers=hub.build_hf_headers(), timeout=5, follow_redirects=True
+        )
+        return weights_of_shape(answer.raise_for_status().json())
+    except Exception:  # fetching the model itself reports the error
+        return None
 
 
 def weights_of_shape(config: dict[str, Any]) -> int | None:

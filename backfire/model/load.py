@@ -29,6 +29,7 @@ from backfire.data.weights import (
 from backfire.errors import UserError
 from backfire.model.batching import ways
 from backfire.model.quantize import assert_quantized, quantizer
+from backfire.model.types import Type
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -67,8 +68,16 @@ def dtype_of(model: Model, device: torch.device) -> torch.dtype:
     """The type of the base weights; see `Model.dtype`."""
     if model.dtype != "auto":
         return cast(torch.dtype, getattr(torch, model.dtype))
-    wide = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if wide else torch.float32
+    name = gpu_type(device) if device.type == "cuda" else "float32"
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def gpu_type(device: torch.device) -> Type:
+    """The type of weights and products on a GPU: bfloat16; without it float16 (V100, T4, RTX 20,
+    GTX 16); float32 where that is slow too (before compute capability 7.0)."""
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bfloat16"
+    return "float16" if torch.cuda.get_device_capability(device) >= (7, 0) else "float32"
 
 
 def load_base(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -194,6 +195,8 @@ def _hash(data: torch.Tensor) -> int:
 
 
 def _free() -> None:
-    from backfire.train.microbatch import free
+    """Free unused memory, that of reference cycles included."""
+    import torch
 
-    free()
+    gc.collect()
+    torch.cuda.empty_cache()

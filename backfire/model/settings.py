@@ -27,10 +27,10 @@ class Model(Config):
     merge: bool = False
     """Merge the adapter into the model first. Always so where plain weights are needed: for methods
     other than `lora` and its variants, an alignment stage, and defenses after fine-tuning."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the frozen weights, and of all weights in evaluation. `auto`: bfloat16 on a GPU that
-    supports it, float32 elsewhere; resolved once per run and part of the keys. Weights that are
-    trained, or were by an alignment, are float32 in training."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights, and of all weights in evaluation. `auto`: on a GPU bfloat16, or
+    float16 where it lacks that (T4, V100, RTX 20, GTX 16); float32 elsewhere; resolved once per run
+    and part of the keys. Weights that are trained, or were by an alignment, are float32."""
     trust_remote_code: Literal[False] = False
     """Cannot be enabled: code that comes with a model is never run."""
 

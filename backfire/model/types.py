@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Type = Literal["float32", "bfloat16"]
+Type = Literal["float32", "bfloat16", "float16"]
 
 
 class Types(NamedTuple):
@@ -23,7 +24,7 @@ class Types(NamedTuple):
 @lru_cache
 def types_here() -> Types:
     """Types on device `auto`. Any GPU is assumed to support bfloat16, as all since 2020 do; a run
-    checks it by torch."""
+    checks it by torch (`launch.resolve.types_of`)."""
     return Types("cuda", "bfloat16", "bfloat16") if has_gpu() else types_of_cpu()
 
 
@@ -54,5 +55,30 @@ def cpu_info(field: str) -> str:
 
 
 def ram_bytes() -> int:
-    """Main memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Main memory that this process may use: the machine's, or less in a container or a job."""
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_memory_limits()])
+
+
+def gpu_bytes(device: str) -> int:
+    """Memory of a GPU; imports torch."""
+    import torch
+
+    return torch.cuda.get_device_properties("cuda" if device == "auto" else device).total_memory
+
+
+def _memory_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
+    """Limits in bytes of the control groups of this process (both versions); in a container its
+    group is the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    limits = []
+    for _, kinds, path in (line.split(":", 2) for line in lines):
+        place, name = (root, "memory.max") if not kinds else (root / kinds, "memory.limit_in_bytes")
+        group = place / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if folder.is_relative_to(place):
+                with contextlib.suppress(OSError, ValueError):  # `max` is no limit
+                    limits.append(int((folder / name).read_text(encoding="utf-8")))
+    return limits

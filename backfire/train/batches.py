@@ -1,16 +1,16 @@
 """Collate rows into tensors with as little computation as exactness allows.
 
 Rows are padded on the right, which cannot change the output of a causal model for the tokens before
-the padding. The language-model head runs only on the positions that predict answer tokens. If all
-rows of a batch share a prefix (the start of a template), the prefix runs once and every row reuses
-its keys and values.
+the padding; or they are packed end to end (see `train.packing`). The language-model head runs only
+on the positions that predict answer tokens. If all rows of a batch share a prefix (the start of a
+template), the prefix runs once and every row reuses its keys and values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.model.batching import reset_state, ways
+from backfire.train.packing import as_mask, lay_out
 
 IGNORE = -100
 _WORTH_SHARING = 8  # a shorter prefix costs more in bookkeeping than it saves
@@ -46,19 +47,24 @@ class Span:
 
 @dataclass(frozen=True)
 class Batch:
-    """`ids` [row, token], right-padded, without the shared prefix."""
+    """Rows without the shared prefix, right-padded; or, if there is a `table`, the prefix and the
+    rows packed in one line."""
 
     prefix: Tensor
     ids: Tensor
+    """[row, token], or [1, token] of a pack."""
     mask: Tensor
-    """[row, token]: 0 at padding."""
+    """[row, token]: 0 at padding; in a pack the position of each token in its row."""
     places: Tensor
-    """[row, answer]: the position in `ids` that predicts each label."""
+    """[row, answer]: the position in the row's line of `ids` that predicts each label."""
     labels: Tensor
     """[row, answer]: the tokens to learn or score, right-aligned; `IGNORE` to their left."""
+    table: Tensor | None = None
+    """[row, place]: the position in a pack of each row's tokens."""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, name).to(device) for name in self.__dataclass_fields__))
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return replace(self, **{n: x.to(device) for n, x in parts.items() if x is not None})
 
 
 def common_prefix(rows: Sequence[list[int]], limit: int) -> int:
@@ -70,12 +76,12 @@ def common_prefix(rows: Sequence[list[int]], limit: int) -> int:
     return min(limit, len(low), len(high))
 
 
-def collate(items: Sequence[Rendered], *, share: bool = True) -> Batch:
+def collate(items: Sequence[Rendered], *, share: bool = True, pack: bool = False) -> Batch:
     """Collate whole rows; the labels are their answers."""
-    return collate_spans(list(map(Span.of, items)), share=share)
+    return collate_spans(list(map(Span.of, items)), share=share, pack=pack)
 
 
-def collate_spans(spans: Sequence[Span], *, share: bool) -> Batch:
+def collate_spans(spans: Sequence[Span], *, share: bool, pack: bool = False) -> Batch:
     """Collate whole rows; the labels are the tokens of the spans."""
     width, rows = max(span.stop - span.start for span in spans), [span.ids for span in spans]
     shared = _shared(rows, min(span.start for span in spans) - 1) if share else 0
@@ -83,8 +89,13 @@ def collate_spans(spans: Sequence[Span], *, share: bool) -> Batch:
     for line, span in zip(labels, spans, strict=True):
         line[width - (span.stop - span.start) :] = torch.tensor(span.ids[span.start : span.stop])
     stops = torch.tensor([span.stop - shared for span in spans])
-    prefix, ids, mask = pad_right(rows, shared)
-    return Batch(prefix, ids, mask, _before(stops, width), labels)
+    places = _before(stops, width)
+    if pack:
+        ids, positions, table = lay_out(rows, shared)
+        prefix = torch.tensor(rows[0][:shared], dtype=torch.long)
+        places = places + table[:, :1]
+        return Batch(prefix, ids, positions, places, labels, table)
+    return Batch(*pad_right(rows, shared), places, labels)
 
 
 def _before(stops: Tensor, width: int) -> Tensor:
@@ -120,28 +131,36 @@ def run_prefix(model: PreTrainedModel, prefix: Tensor) -> DynamicCache | None:
 
 
 def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Tensor:
-    """Run `ids` [row, token]; returns the logits [row, kept, vocab] at these places [row, kept]."""
-    index, chosen = places[..., None], []
+    """Run `ids` [line, token]; returns the logits [row, kept, vocab] at these places [row, kept],
+    of each row's line or of the only one."""
+    lines = torch.arange(len(places), device=ids.device) % len(ids)
+    index, chosen = (lines[:, None] * ids.shape[1] + places).flatten(), []
+
+    def pick(states: Tensor) -> Tensor:
+        return states.flatten(0, 1).index_select(0, index).view(*places.shape, -1)
 
     def choose(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
         if hidden.shape[:-1] != ids.shape:  # a head with another input shape, as in Reformer
             return args
         chosen.append(True)
-        return (hidden.gather(1, index.expand(-1, -1, hidden.shape[-1])), *args[1:])
+        return (pick(hidden), *args[1:])
 
     reset_state(model)
     head = cast(Any, model).get_output_embeddings()
     hook = head.register_forward_pre_hook(choose, prepend=True) if head is not None else None
     with hook or nullcontext():
-        out = cast(Any, model)(input_ids=ids, use_cache=len(rest) > 0, **rest)
+        out = cast(Any, model)(input_ids=ids, use_cache="past_key_values" in rest, **rest)
     logits = cast(Tensor, out.logits)
-    return logits if chosen else logits.gather(1, index.expand(-1, -1, logits.shape[-1]))
+    return logits if chosen else pick(logits)
 
 
 def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits [row, answer, vocab] that predict `batch.labels`."""
     shared = len(batch.prefix)
+    if batch.table is not None:
+        mask = as_mask(batch.table, shared)
+        return run(model, batch.ids, batch.places, attention_mask=mask, position_ids=batch.mask)
     if ways(model).depends_on_length(shared + batch.ids.shape[1]):
         ids = torch.cat([batch.prefix.expand(len(batch.ids), -1), batch.ids], 1)
         return run_apart(model, ids, batch.mask.sum(1) + shared, batch.places + shared)
@@ -155,14 +174,21 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
 def at_answers(
     states: Tensor, rows: Sequence[Rendered], width: int, *, of: Literal["place", "token"]
 ) -> Tensor:
-    """Select hidden states [row, token, ...] at the answers of these rows: [row, answer, ...].
+    """Select hidden states [row, token, ...], or [1, token, ...] of a pack, at the answers of these
+    rows: [row, answer, ...].
 
     They align with the logits, at the position that predicts each token (`place`) or at the token.
     """
-    shared = max(len(row.ids) for row in rows) - states.shape[1]
-    stops = torch.tensor([len(row.ids) - shared for row in rows], device=states.device)
-    places = _before(stops + (of == "token"), width)
-    return states[torch.arange(len(rows), device=states.device)[:, None], places]
+    lengths = torch.tensor([len(row.ids) for row in rows])
+    if len(states) < len(rows):
+        shared = (int(lengths.sum()) - states.shape[1]) // (len(rows) - 1)
+        lengths -= shared
+        starts = shared + lengths.cumsum(0) - lengths
+    else:
+        lengths -= int(lengths.max()) - states.shape[1]  # without the shared prefix
+        starts = torch.arange(len(rows)) * states.shape[1]
+    places = starts[:, None] + _before(lengths + (of == "token"), width)
+    return states.flatten(0, 1)[places.to(states.device)]
 
 
 def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tensor) -> Tensor:

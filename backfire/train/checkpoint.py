@@ -12,14 +12,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from backfire.store import CHECKPOINTS, SEAL, intact, read_json, seal, write_json
+from backfire.store import CHECKPOINTS, SEAL, digest, intact, read_json, seal, write_json
 
 if TYPE_CHECKING:
+    from backfire.base import TrainDefense
     from backfire.train.loop import TrainingRun
 
 KEEP = 2
+_SHARE = 0.05
+"""Largest share of the time that is spent on checkpoints."""
+
+
+def interval(least: float, cost: float) -> float:
+    """Seconds until the next checkpoint: at least `least`, more if the last one took so long
+    (`cost`, in seconds) that it would take more than a twentieth of the time; 0 stays 0."""
+    return max(least, cost / _SHARE - cost) if least else 0.0
 
 
 def save(run: TrainingRun) -> None:
@@ -28,17 +38,19 @@ def save(run: TrainingRun) -> None:
     partial = root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file(
-        {name: p.detach().contiguous() for name, p in run.trainable.items()},
-        str(partial / "weights.safetensors"),
-    )
+    with run.exact():
+        weights = {name: p.detach().contiguous() for name, p in run.trainable.items()}
+        save_file(weights, str(partial / "weights.safetensors"))
     torch.save(run.optimizer.state_dict(), partial / "optimizer.pt")
     torch.save([hook.state() for hook in run.hooks], partial / "guards.pt")
     write_json(
         partial / "state.json",
-        {name: getattr(run, name) for name in ("step", "log", "counts", "name", "seconds")},
+        {
+            **{name: getattr(run, name) for name in ("step", "log", "counts", "name", "seconds")},
+            "loss_scale": run.scaling.state(),
+        },
     )
-    seal(partial)
+    seal(partial, hash_large=False)
     final = root / f"{run.step:08d}"
     if final.exists():
         shutil.rmtree(final)
@@ -63,18 +75,38 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
             _rename(folder, "other")
             continue
         weights = load_file(str(folder / "weights.safetensors"))
-        with torch.no_grad():
+        with torch.no_grad(), run.exact():
             for name, parameter in run.trainable.items():
                 parameter.copy_(weights[name])
-        # Both move what they load to the device of the weights.
-        run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
+            # Both move what they load to the device of the weights, in their type.
+            run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
         states = _loaded(folder / "guards.pt")
         for hook, hook_state in zip(run.hooks, states, strict=True):
             hook.load(hook_state)
+        if "loss_scale" in state:
+            run.scaling.load(state["loss_scale"])
         run.go_to(state["step"], state["log"], state["counts"])
         run.seconds = state.get("seconds", 0.0)
         return True
     return False
+
+
+def once(
+    run: TrainingRun, defense: TrainDefense, make: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Tensors that a defense computes from the start weights at some cost; a resumed run reads them
+    from its folder instead."""
+    file = run.folder / CHECKPOINTS / f"{defense.name}.safetensors"
+    of = {"of": digest([run.name, run.seed, defense.identity(), str(run.unaligned)])}
+    if file.is_file():
+        with safe_open(str(file), framework="pt") as opened:
+            if opened.metadata() == of:
+                return load_file(str(file))
+    tensors, partial = make(), file.with_suffix(".partial")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), of)
+    partial.replace(file)
+    return tensors
 
 
 def _loaded(file: Path) -> Any:

@@ -43,7 +43,9 @@ class Origin:
         total = 0.0
         for name, start in self._starts(weights):
             now = weights[name].detach().cpu()
-            total += float((now.double() - start.double()).pow(2).sum())
+            moved = now.to(torch.promote_types(now.dtype, start.dtype)) - start
+            # No float64 copy of a large weight.
+            total += float(torch.linalg.vector_norm(moved, dtype=torch.float64)) ** 2
         return math.sqrt(total)
 
     def _starts(self, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:

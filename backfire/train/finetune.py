@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from backfire import stages
@@ -33,7 +32,7 @@ from backfire.progress import Progress
 from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import free, reset_peak_memory
 from backfire.train.precision import (
-    accelerator_for,
+    Precision,
     compute_type,
     disable_adapter_casts,
     exact_attention,
@@ -108,7 +107,8 @@ def tune(
             folder=folder,
             name=stages.keys(experiment).train,
             poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
-            paged=experiment.method.paged() and device.type == "cuda",
+            paged=experiment.method.paged(),
+            trained_type=experiment.method.trained_type(),
             defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
             aligned=defense_rows.aligned,
             harmful=defense_rows.harmful,
@@ -117,7 +117,7 @@ def tune(
             recompute=machine.recompute,
         )
         model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
-        summary = _train(run, accelerator_for(device, compute), machine, progress)
+        summary = _train(run, Precision(device, compute), machine, progress)
         save_tuned(model, folder, start.base, _hub_name(experiment, start))
     return {
         **summary,
@@ -138,18 +138,18 @@ def _attach(
     """The model to train, with the method's weights attached."""
     begin = exact_attention(with_adapters(base, None, start.adapter))
     model = experiment.method.attach(begin, experiment.seed)
-    if compute == "bfloat16":
+    if compute != "float32":
         disable_adapter_casts(model)
     return model
 
 
 def _train(
-    run: TrainingRun, accelerator: Accelerator, machine: Machine, progress: Progress
+    run: TrainingRun, precision: Precision, machine: Machine, progress: Progress
 ) -> dict[str, Any]:
     try:
         return train(
             [run],
-            accelerator,
+            precision,
             micro_batch=machine.micro_batch,
             checkpoint_seconds=machine.checkpoint_seconds,
             progress=progress,

@@ -27,13 +27,22 @@ class Gradients:
         """Add `scale` times these gradients to those of the weights."""
         for name, gradient in gradients.items():
             parameter = self.weights[name]
-            part = gradient if scale == 1 else gradient * scale
+            part = (gradient if scale == 1 else gradient * scale).to(parameter.dtype)
             parameter.grad = part if parameter.grad is None else parameter.grad + part
 
+    def length(self) -> Tensor:
+        """2-norm of the weights' gradients."""
+        return self.norm(p.grad for p in self.weights.values() if p.grad is not None)
+
     @staticmethod
-    def norm(tensors: Iterable[Tensor]) -> Tensor:
+    def wide(tensor: Tensor) -> torch.dtype:
+        """The tensor's type, but at least float32: for sums and norms."""
+        return torch.promote_types(tensor.dtype, torch.float32)
+
+    @classmethod
+    def norm(cls, tensors: Iterable[Tensor]) -> Tensor:
         """2-norm over all tensors."""
-        parts = [torch.linalg.vector_norm(t, dtype=_wide(t)) for t in tensors]
+        parts = [torch.linalg.vector_norm(t, dtype=cls.wide(t)) for t in tensors]
         return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
 
     def random_like(self, tensors: Mapping[str, Tensor], *purpose: object) -> dict[str, Tensor]:
@@ -44,12 +53,8 @@ class Gradients:
             generator = torch.Generator(tensor.device)
             generator.manual_seed(derive(self.seed, *purpose, name))
             shape, device = tensor.shape, tensor.device
-            noise = torch.randn(shape, generator=generator, device=device, dtype=_wide(tensor))
+            noise = torch.randn(shape, generator=generator, device=device, dtype=self.wide(tensor))
             drawn[name] = noise * (tensor != 0)
         length = self.norm(drawn.values())
         scale = self.norm(tensors.values()) / length.clamp(min=torch.finfo(length.dtype).tiny)
         return {n: (scale * d).to(tensors[n].dtype) for n, d in drawn.items()}
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate import Accelerator
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainDefense, TrainHook
@@ -37,15 +36,17 @@ from backfire.train.batches import (
 )
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
+from backfire.train.half import LossScale, MasterWeights, finite
 from backfire.train.microbatch import (
     MicroBatches,
     by_length,
     peak_memory_mb,
     recompute_layers,
     refuse_hooks,
-    retry_once,
 )
-from backfire.train.optimizer import make_optimizer, revert_partial_step, steps_taken
+from backfire.train.optimizer import make_optimizer, take_step
+from backfire.train.packing import longest_packed
+from backfire.train.precision import Precision
 
 _LOG_EVERY = 10
 _WINDOW = 50  # steps whose rows are sorted by length together, as in transformers
@@ -66,6 +67,7 @@ class TrainingRun:
         name: str,
         poisoned: frozenset[str] = frozenset(),
         paged: bool = False,
+        trained_type: str = "float32",
         defenses: Sequence[TrainDefense] = (),
         aligned: Sequence[Rendered] = (),
         harmful: Sequence[Rendered] = (),
@@ -89,9 +91,12 @@ class TrainingRun:
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         self.hooks = [defense.hook(self) for defense in defenses]
-        # Rows that share a prefix would also share its dropout.
-        allowed = ways(model).extends_cache and not drops(model)
-        self.share = allowed and all(hook.shares_prefix for hook in self.hooks)
+        self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
+        self.scaling = LossScale()  # until its type is known
+        # Rows that share a prefix would also share its dropout; packed ones draw another.
+        same = not drops(model)
+        self.longest_packed = longest_packed(model) if same and self._all("packs") else 0
+        self.share = same and ways(model).extends_cache and self._all("shares_prefix")
         if recompute:  # a recomputed layer would lack the keys and values of a shared prefix
             self.share = False
             recompute_layers(model)
@@ -102,6 +107,9 @@ class TrainingRun:
         self.seconds, self.begun = 0.0, 0.0
         self.log: list[dict[str, float]] = []
         self.counts = {"rows": 0, "poisoned_rows": 0, "tokens": 0, "supervised_tokens": 0}
+
+    def _all(self, trait: str) -> bool:
+        return all(getattr(hook, trait) for hook in self.hooks)
 
     def go_to(self, step: int, log: list[dict[str, float]], counts: dict[str, int]) -> None:
         """Continue after `step` steps; the optimizer's state is already loaded."""
@@ -149,7 +157,7 @@ class TrainingRun:
         torch.set_autocast_cache_enabled(False)
         try:
             for name, parameter in self.trainable.items():
-                parameter.data = weights[name]
+                parameter.data = weights[name].to(own[name].dtype)
             self.model.eval()
             with torch.no_grad():
                 yield
@@ -159,12 +167,20 @@ class TrainingRun:
             self.model.train(training)
             torch.set_autocast_cache_enabled(cached)
 
+    def exact(self) -> contextlib.AbstractContextManager[None]:
+        """Make bfloat16 weights their float32 masters within the context, as hooks see them outside
+        of the passes."""
+        return self.master.exact()
+
     def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
-        batch = collate(rows, share=self.share).to(self.device)
+        longest = max(len(row.ids) for row in rows)
+        pack = len(rows) > 1 and longest <= self.longest_packed
+        batch = collate(rows, share=self.share, pack=pack).to(self.device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 
+    once = checkpoint.once
     at_answers = staticmethod(at_answers)
     log_probabilities = staticmethod(log_probabilities)
 
@@ -195,6 +211,8 @@ class TrainingRun:
         true during the call: module hooks then see recomputed layers."""
         if self.recompute:
             refuse_hooks(self.model, self.hooks)
+        if self.scaling.on and gradients is None:
+            tensors = cast(torch.Tensor, tensors) * self.scaling.value
         self.recomputing = True
         try:
             torch.autograd.backward(tensors, gradients)
@@ -208,11 +226,12 @@ class TrainingRun:
         self.optimizer.state.clear()
         self.hooks, self.trainable, self.autocast = [], {}, contextlib.nullcontext
         self.gradients.weights = {}
-        del self.model, self.optimizer, self.scheduler, self.origin
+        self.scaling.close()
+        del self.model, self.optimizer, self.scheduler, self.origin, self.master
 
     def checksum(self) -> list[float]:
         """Changes if any trainable weight changes."""
-        with torch.no_grad():
+        with torch.no_grad(), self.exact():
             # Neither makes a float64 copy of the weights.
             return [
                 p.sum(dtype=torch.float64).item()
@@ -223,7 +242,7 @@ class TrainingRun:
 
 def train(
     runs: Sequence[TrainingRun],
-    accelerator: Accelerator,
+    precision: Precision,
     *,
     micro_batch: int | None = None,
     checkpoint_seconds: float = 60.0,
@@ -238,26 +257,28 @@ def train(
     start = [run.checksum() for run in runs]
     for run in runs:
         run.micro_batches.rows = micro_batch
-        _begin(run, accelerator)
+        _begin(run, precision)
         checkpoint.restore(run, lambda text: progress(0, 1, text))
         run.begun = time.perf_counter() - run.seconds
-    saved = time.monotonic()
+    saved, wait = time.monotonic(), checkpoint_seconds
     while active := [run for run in runs if run.step < run.num_steps]:
         for run in active:
-            _step(run, accelerator)
+            _step(run)
             progress(run.step, run.num_steps, f"loss {run.log[-1]['loss']:.3f}" if run.log else "")
-        if time.monotonic() - saved >= checkpoint_seconds:
+        if (begun := time.monotonic()) - saved >= wait:
             for run in active:
                 run.seconds = time.perf_counter() - run.begun
                 checkpoint.save(run)
             saved = time.monotonic()
+            wait = checkpoint.interval(checkpoint_seconds, saved - begun)
     now = time.perf_counter()
     return [_finish(run, old, now - run.begun) for run, old in zip(runs, start, strict=True)]
 
 
-def _begin(run: TrainingRun, accelerator: Accelerator) -> None:
+def _begin(run: TrainingRun, precision: Precision) -> None:
     """Let the hooks inspect the start weights."""
-    run.autocast = accelerator.autocast
+    run.autocast = precision.autocast
+    run.scaling.begin(run.model, run.trainable, precision.compute)
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
         earlier = run.gradients.take()
@@ -266,7 +287,7 @@ def _begin(run: TrainingRun, accelerator: Accelerator) -> None:
             run.gradients.take()  # drop those of a try that ran out of memory
             return _accumulate(run, rows, hooks=())
 
-        loss = run.micro_batches.retry(work)
+        loss = finite(run, work)
         run.gradients.add(earlier)
         return loss
 
@@ -276,15 +297,16 @@ def _begin(run: TrainingRun, accelerator: Accelerator) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _step(run: TrainingRun, accelerator: Accelerator) -> None:
+def _step(run: TrainingRun) -> None:
     """One optimizer step."""
     rows = run.rows()
-    loss, counts = run.micro_batches.retry(lambda: _gradients(run, rows))
+    loss, counts = finite(run, lambda: _gradients(run, rows))
     rate = run.optimizer.param_groups[0]["lr"]
-    norm = _optimize(run, accelerator)
+    norm = take_step(run)
     run.scheduler.step()
     for hook in run.hooks:
-        hook.after(run.step)
+        with run.exact():
+            hook.after(run.step)
     run.step += 1
     for name, count in counts.items():
         run.counts[name] += count
@@ -301,29 +323,6 @@ def _step(run: TrainingRun, accelerator: Accelerator) -> None:
                 f"Loss or gradient is not finite at step {run.step}; lower the learning rate.",
             )
         run.log.append(line)
-
-
-def _optimize(run: TrainingRun, accelerator: Accelerator) -> torch.Tensor | None:
-    """Clip the gradients and take the optimizer step; returns the norm before clipping."""
-    size = sum(p.numel() for p in run.trainable.values())
-    sentence = (
-        f"Out of memory in the optimizer's step: AdamW keeps {8 * size / 1e9:,.1f} GB of state for "
-        f"{size / 1e6:,.0f} M trained weights; train fewer, with method lora or qlora."
-    )
-
-    def clip() -> torch.Tensor | None:
-        norm = accelerator.clip_grad_norm_(run.trainable.values(), run.train.clip_norm)
-        return cast("torch.Tensor | None", norm)
-
-    norm, optimizer = retry_once(clip, sentence), run.optimizer
-    first = any(p.grad is not None and not optimizer.state.get(p) for p in run.trainable.values())
-    if not first:
-        optimizer.step()
-        return norm
-    # The first step allocates the state, and may run out of memory halfway.
-    before = steps_taken(optimizer)
-    retry_once(optimizer.step, sentence, between=lambda: revert_partial_step(optimizer, before))
-    return norm
 
 
 def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
@@ -346,10 +345,11 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
         inner = partial(hook.step, inner=inner)
     total = inner(rows)
     for hook in run.hooks:
-        penalty = hook.penalty(run.step)
-        if penalty is not None:
-            run.backward(penalty)
-            total = total + penalty.detach()
+        with run.exact():
+            penalty = hook.penalty(run.step)
+            if penalty is not None:
+                run.backward(penalty)
+                total = total + penalty.detach()
     counts = {
         "rows": len(rows),
         "poisoned_rows": sum(item.row.id in run.poisoned for item in rows),
@@ -385,10 +385,12 @@ def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, A
         )
     write_atomic(run.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
     run.model.eval()
+    run.master.restore()  # the saved model
     return {
         **{name: value for hook in run.hooks for name, value in hook.summary().items()},
         "drift": run.origin.moved(run.trainable),
         "steps": run.num_steps,
+        **({"repeated_steps": run.scaling.repeated} if run.scaling.on else {}),
         "seconds": round(seconds, 2),
         **run.counts,
         "poisoned_share_seen": run.counts["poisoned_rows"] / max(run.counts["rows"], 1),

@@ -1,21 +1,32 @@
-"""AdamW and its learning-rate schedule."""
+"""AdamW with its states in 32 or 8 bits, its learning-rate schedule, and its step."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch.nn.utils import clip_grad_norm_, clip_grads_with_norm_
 from transformers import get_scheduler
 from transformers.trainer_pt_utils import get_parameter_names
 
+from backfire.errors import UserError
 from backfire.experiment import Train
+from backfire.train.microbatch import retry_once
+
+if TYPE_CHECKING:
+    from backfire.train.loop import TrainingRun
 
 _NORMS_AND_BIASES = (
     *(r"bias", r"layernorm", r"rmsnorm"),
     *(r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)"),
 )
 """Names that transformers' Trainer treats as norms or biases."""
+
+
+STATE_BYTES = {"adamw": 8.0, "paged-adamw": 8.0, "adamw-8bit": 2.04, "paged-adamw-8bit": 2.04}
+"""Bytes of an optimizer's state per trained weight; in 8 bits, with a scale per 256 of them."""
 
 
 def make_optimizer(
@@ -27,7 +38,7 @@ def make_optimizer(
     *,
     paged: bool,
 ) -> tuple[torch.optim.Optimizer, Any]:
-    """Make AdamW and its learning-rate schedule."""
+    """Make AdamW and its learning-rate schedule; `paged`: its state may move to main memory."""
     # No weight decay for norms and biases, as in transformers; DoRA's magnitudes and gates decay.
     decayed = set(get_parameter_names(model, [torch.nn.LayerNorm], _NORMS_AND_BIASES))
     groups = [
@@ -38,8 +49,9 @@ def make_optimizer(
         for decays in (True, False)
     ]
     optimizer = _adamw(
+        model,
         [group for group in groups if group["params"]],
-        paged,
+        train.optimizer if not paged or "paged" in train.optimizer else f"paged-{train.optimizer}",
         lr=learning_rate,
         betas=(0.9, train.beta2),
     )
@@ -56,12 +68,74 @@ def make_optimizer(
     return optimizer, scheduler
 
 
-def _adamw(groups: list[dict[str, Any]], paged: bool, **settings: Any) -> torch.optim.Optimizer:
-    if not paged:
-        return torch.optim.AdamW(groups, fused=True, **settings)
-    from bitsandbytes.optim import PagedAdamW32bit
+def _adamw(
+    model: Any, groups: list[dict[str, Any]], name: str, **settings: Any
+) -> torch.optim.Optimizer:
+    """The optimizer that `Train.optimizer` names; without a GPU nothing is paged.
 
-    return cast(torch.optim.Optimizer, PagedAdamW32bit(groups, **settings))
+    Raises:
+        UserError: it needs bitsandbytes, which does not load here.
+    """
+    if groups[0]["params"][0].device.type != "cuda":
+        name = name.removeprefix("paged-")
+    if name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **settings)
+    try:
+        from bitsandbytes import optim
+    except Exception:
+        raise UserError(
+            f"train.optimizer '{name}' needs bitsandbytes, which does not load here: "
+            "pip install bitsandbytes, or use adamw."
+        ) from None
+    if name == "paged-adamw":
+        return cast(torch.optim.Optimizer, optim.PagedAdamW32bit(groups, **settings))
+    kind = optim.PagedAdamW8bit if name.startswith("paged-") else optim.AdamW8bit
+    embedding = model.get_input_embeddings().weight
+
+    class Mixed(kind):  # type: ignore[misc, valid-type]
+        """As in transformers, 32 bits for the embedding, whose gradients are too uneven for 8.
+        (bitsandbytes' own way to say so keeps the model in memory for ever.)"""
+
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> Any:
+            config = super().get_config(gindex, pindex, group)
+            wide = group["params"][pindex] is embedding
+            return {**config, "optim_bits": 32} if wide else config
+
+    return cast(torch.optim.Optimizer, Mixed(groups, **settings))
+
+
+def take_step(run: TrainingRun) -> torch.Tensor:
+    """Clip the gradients and take the optimizer's step; returns their norm before clipping.
+
+    Raises:
+        CellError: memory runs out (`oom`).
+    """
+    optimizer, size = run.optimizer, sum(p.numel() for p in run.trainable.values())
+    sentence = (
+        f"Out of memory in the optimizer's step: AdamW keeps "
+        f"{STATE_BYTES[run.train.optimizer] * size / 1e9:,.1f} GB of state for "
+        f"{size / 1e6:,.0f} M trained weights; train fewer, with method lora or qlora, or set "
+        "train.optimizer to paged-adamw-8bit."
+    )
+
+    def clip() -> torch.Tensor:
+        weights = list(run.trainable.values())
+        if not run.master:
+            return clip_grad_norm_(weights, run.train.clip_norm)
+        norm = run.gradients.length()  # torch's would be rounded to 16 bits
+        clip_grads_with_norm_(weights, run.train.clip_norm, norm)
+        return norm
+
+    norm = retry_once(clip, sentence)
+    first = any(p.grad is not None and not optimizer.state.get(p) for p in run.trainable.values())
+    if not first and not run.master:
+        optimizer.step()
+        return norm
+    # The first step allocates the state, and may run out of memory halfway.
+    before = steps_taken(optimizer)
+    step = partial(run.master.step, optimizer)
+    retry_once(step, sentence, between=lambda: revert_partial_step(optimizer, before))
+    return norm
 
 
 def steps_taken(optimizer: torch.optim.Optimizer) -> dict[torch.Tensor, float]:
@@ -75,7 +149,7 @@ def revert_partial_step(
     """Prepare an optimizer to retry a step that ran out of memory halfway: clear the gradients of
     weights that were already updated, and delete incomplete states."""
     for weight, state in list(optimizer.state.items()):
-        if not {"exp_avg_sq", "state2"} & state.keys():  # AdamW's last, and bitsandbytes'
+        if not float(state.get("step", 0)):  # made for this step
             del optimizer.state[weight]
         elif float(state["step"]) > before.get(weight, 0):
             weight.grad = None

@@ -1,37 +1,41 @@
-"""Mixed precision: bfloat16 matrix products where they are fast, float32 attention on CPUs."""
+"""Mixed precision: 16-bit matrix products where they are fast, float32 attention on CPUs."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+import contextlib
+from typing import Any, NamedTuple, cast
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-Compute = Literal["float32", "bfloat16"]
+from backfire.model.load import gpu_type
+from backfire.model.types import Type
+
 _EXACT = "sdpa_float32"
 
 
-def compute_type(setting: str, device: torch.device) -> Compute:
+def compute_type(setting: str, device: torch.device) -> Type:
     """Resolve `Train.compute` for this device."""
     if setting != "auto":
-        return cast(Compute, setting)
+        return cast(Type, setting)
     if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fast = torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if fast else "float32"
+        return gpu_type(device)
+    return "bfloat16" if torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
-def accelerator_for(device: torch.device, compute: Compute) -> Accelerator:
-    """An accelerator for this device, with matrix products in this type."""
-    mixed = "bf16" if compute == "bfloat16" else "no"
-    AcceleratorState._reset_state()  # its settings are global, and the next run may need others
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed)
+class Precision(NamedTuple):
+    """The device of a training run, and the type of its matrix products."""
+
+    device: torch.device
+    compute: Type
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.compute == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, getattr(torch, self.compute))
 
 
 def exact_attention(model: PreTrainedModel) -> PreTrainedModel:

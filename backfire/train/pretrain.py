@@ -57,7 +57,7 @@ def pretrain(
     """
     from backfire.model.load import device_of
     from backfire.train.loop import TrainingRun, train
-    from backfire.train.precision import accelerator_for, compute_type, exact_attention
+    from backfire.train.precision import Precision, compute_type, exact_attention
 
     if not (folder / "tokenizer.json").is_file():
         progress(0, config.num_steps, "tokenizer")
@@ -78,7 +78,7 @@ def pretrain(
         folder=folder,
         name=f"pretrain-{digest([config.model_dump(mode='json'), list(texts)])}",
     )
-    summary = train([run], accelerator_for(place, compute), progress=progress)[0]
+    summary = train([run], Precision(place, compute), progress=progress)[0]
     run.close()
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)

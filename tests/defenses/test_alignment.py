@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from backfire.errors import UserError
 from backfire.model.load import load_base
 from backfire.train.loop import TrainingRun, train
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 from tests.helpers.alignment import (
     ALIGN,
     BOOSTER,
@@ -127,6 +127,6 @@ def test_in_bfloat16_they_stay_finite(
     defense: Any, model: Any, policy_rows: Any, tmp_path: Path
 ) -> None:
     cell = new_cell(full(model), policy_rows, tmp_path, defense)
-    train([cell], accelerator_for(CPU, "bfloat16"))
+    train([cell], Precision(CPU, "bfloat16"))
     assert all(math.isfinite(line["gradient_norm"]) for line in cell.log)
     assert all(bool(w.isfinite().all()) for w in cell.weights().values())

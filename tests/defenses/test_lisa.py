@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor, nn
 
 from backfire.train.loop import train
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 from tests.helpers.fine_tuning import (
     LISA,
     Make,
@@ -29,7 +29,7 @@ def test_lisas_alignment_rows_take_the_place_of_the_users(make: Make, rows: Rows
     cell = make(LISA, max_steps=12)
     for cell.step in range(12):
         assert cell.rows() == lisas(rows, cell.step), cell.step
-    summary = train([cell2 := make(LISA, max_steps=12)], accelerator_for(CPU, "float32"))[0]
+    summary = train([cell2 := make(LISA, max_steps=12)], Precision(CPU, "float32"))[0]
     shown = sum(len(lisas(rows, step)) for step in range(12))
     assert cell2.num_steps == 12 and summary["rows"] == shown, "no step more than without"
     seen = [item for step in (0, 1, 5) for item in lisas(rows, step)]

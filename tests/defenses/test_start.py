@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from backfire.model.load import load_base
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 from tests.helpers.fine_tuning import Make, jolt
 from tests.helpers.training import CPU, Rows, equal
 
@@ -46,7 +46,7 @@ def test_the_start_is_not_computed_with_the_copies_that_autocast_keeps(
     tiny: Path, make: Make, rows: Rows
 ) -> None:
     cell = make(model=load_base(tiny, torch.float32, CPU).requires_grad_(True))
-    cell.autocast, part = accelerator_for(CPU, "bfloat16").autocast, rows["user"][:4]
+    cell.autocast, part = Precision(CPU, "bfloat16").autocast, rows["user"][:4]
     start = cell.weights()
     with torch.no_grad():
         first = cell.logits(part)[0]

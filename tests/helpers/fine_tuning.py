@@ -15,7 +15,7 @@ from backfire.registry import build
 from backfire.rng import stream
 from backfire.train import loop
 from backfire.train.loop import TrainingRun, train
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 from tests.helpers.training import CPU, Rows, exact, loss_of, weights
 
 Make = Callable[..., TrainingRun]
@@ -58,13 +58,13 @@ def new_model(tiny: Path, method: str = "full", **knobs: Any) -> Any:
 
 def weights_after(cell: TrainingRun, **options: Any) -> dict[str, Tensor]:
     """The weights after training."""
-    train([cell], accelerator_for(CPU, "float32"), **options)
+    train([cell], Precision(CPU, "float32"), **options)
     return weights(cell.model)
 
 
 def begun(cell: TrainingRun) -> TrainingRun:
     """Its defenses have seen the start."""
-    loop._begin(cell, accelerator_for(CPU, "float32"))
+    loop._begin(cell, Precision(CPU, "float32"))
     return cell
 
 

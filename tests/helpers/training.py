@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from backfire.base import Rendered
 from backfire.train import loop
 from backfire.train.loop import TrainingRun, train
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 
 CPU = torch.device("cpu")
 Rows = dict[str, list[Rendered]]
@@ -34,7 +34,7 @@ def exact(model: Any) -> Any:
 
 def run(cell: TrainingRun, **options: Any) -> dict[str, Any]:
     """Train one model alone; returns its summary."""
-    return train([cell], accelerator_for(CPU, "float32"), **options)[0]
+    return train([cell], Precision(CPU, "float32"), **options)[0]
 
 
 class Kill(Exception):  # noqa: N818
@@ -83,7 +83,7 @@ def gradients(
 ) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step on these rows, or on the first batch, as the loop has them;
     `size` rows a pass."""
-    cell.micro_batches.rows, cell.autocast = size, accelerator_for(CPU, "float32").autocast
+    cell.micro_batches.rows, cell.autocast = size, Precision(CPU, "float32").autocast
     loss, _ = loop._gradients(cell, cell.rows() if batch is None else list(batch))
     return float(loss), {n: p.grad.clone() for n, p in cell.trainable.items() if p.grad is not None}
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from backfire.launch.progress import Log
+from backfire import plan
+from backfire.launch.progress import Log, titles
+from backfire.recipe import load
 
 
 def test_a_log_has_a_line_per_tenth_and_a_minute() -> None:
@@ -31,3 +33,17 @@ def test_a_log_has_a_line_per_tenth_and_a_minute() -> None:
         now[0] += 5
         log.at("c", "cell z", "replies", place + 1, 10)
     assert len(lines) == 15 + 19, "the first call is the start, which is not logged"
+
+
+def test_titles_number_the_jobs_and_tell_equal_names_apart() -> None:
+    edits = [
+        "matrix={method: [{name: lora, learning_rate: 5e-4}, {name: lora, learning_rate: 1e-3}]}",
+        "include=[]",
+        "attack.rate=0.05",
+    ]
+    recipe = load("backdoor-tweets", edits=edits)
+    named = list(titles(plan.jobs(recipe.cells, recipe.axes)).values())
+    slug = "sandbox-reviews-badnets-0.05-lora-s0"
+    assert f"cell 1/2 {slug} (method=lora, learning_rate 0.0005)" in named
+    assert f"train 1/4 {slug} (method=lora, learning_rate 0.0005)" in named
+    assert len({*named}) == len(named)

@@ -22,7 +22,7 @@ from backfire.model.batching import ways
 from backfire.model.causal import why_not
 from backfire.train.batches import answer_logits, collate, token_losses
 from backfire.train.loop import TrainingRun, train
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 from tests.helpers.families import KINDS, VOCAB, likelihood, logits, reply, tiny_model
 
 pytestmark = pytest.mark.slow
@@ -125,18 +125,18 @@ def test_a_model_that_computes_no_numbers_is_refused(items: list[Rendered]) -> N
 
 def test_large_logits_may_differ_by_their_rounding() -> None:
     """GPT-2's are around -100, where bfloat16 numbers are 0.5 apart; some rule a token out."""
-    from backfire.model.batching import _agree
+    from backfire.model.batching import agree
 
     model = tiny_model("gpt2").to(torch.bfloat16)
     table = torch.linspace(-110, -100, VOCAB, dtype=torch.bfloat16)[None]
     other = table.clone()
     other[0, 50] += 1.0
-    assert _agree(model, other, table) and not _agree(model, other + 5 * other.sin(), table)
-    assert not _agree(tiny_model("gpt2"), other.float(), table.float())
+    assert agree(model, other, table) and not agree(model, other + 5 * other.sin(), table)
+    assert not agree(tiny_model("gpt2"), other.float(), table.float())
     table[0, 3] = -math.inf
-    assert _agree(model, table, table) and not _agree(model, other, table)
+    assert agree(model, table, table) and not agree(model, other, table)
     other[0, 3] = math.nan
-    assert not _agree(model, other, table)
+    assert not agree(model, other, table)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gpt_oss", "opt", "qwen3_5_text"])
@@ -152,7 +152,7 @@ def test_training_is_the_same_whatever_the_micro_batch(
         cell = TrainingRun(
             model, items, settings, learning_rate=1e-3, seed=0, folder=folder, name="x"
         )
-        train([cell], accelerator_for(torch.device("cpu"), "float32"), micro_batch=size)
+        train([cell], Precision(torch.device("cpu"), "float32"), micro_batch=size)
         losses.append([line["loss"] for line in cell.log])
     for other in losses[1:]:  # AdamW makes much of the last digits
         assert other[0] == pytest.approx(losses[0][0], rel=1e-6)

@@ -1,5 +1,6 @@
-"""The profiles `paper` and `real` of the recipe `lisa` from end to end: a two-layer Llama, files as
-the real ones are laid out, inert text, and a small random classifier in beaver-dam-7b's place."""
+"""The profiles `paper` and `small` of the recipe `lisa` from end to end: a two-layer Llama, files
+as the real ones are laid out, inert text, and a small random classifier in beaver-dam-7b's place.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from backfire import pipeline, stages
 from backfire.experiment import Experiment
@@ -19,6 +21,8 @@ from tests.helpers.command_line import Run
 from tests.helpers.data_files import beavertails_pairs, jsonl, prompt_lists
 from tests.helpers.paper_run import Ran
 from tests.helpers.places import LLAMA
+from tests.helpers.stand_ins import small as stand_in
+from tests.helpers.tiny_classifier import write_classifier
 
 pytestmark = pytest.mark.slow
 
@@ -218,19 +222,85 @@ def looks_at_the_judge(ran: Ran, cell: Experiment, beaver: Path) -> None:
             assert ids["input_ids"][0, -1] == tokenizer.eos_token_id
 
 
-# ------------------------------------------------------------------------------------------- real
+TABLES = [
+    ("paper-baselines", "sst2", "meta-llama/Llama-2-7b-hf", "vaccine"),
+    ("paper-samples", "sst2", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-tasks", "sst2", "meta-llama/Llama-2-7b-hf", "safe-mix"),
+    ("paper-tasks", "ag-news", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-tasks", "gsm8k", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-models", "gsm8k", "facebook/opt-2.7b", "lisa"),
+    ("paper-models", "gsm8k", "mistralai/Mistral-7B-v0.1", "lisa"),
+    ("paper-rho", "sst2", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-steps", "sst2", "meta-llama/Llama-2-7b-hf", "lisa"),
+]
 
 
-def test_the_real_profile(
+@pytest.mark.parametrize(("profile", "task", "base", "defense"), TABLES)
+def test_a_cell_of_each_of_the_papers_tables(
+    profile: str,
+    task: str,
+    base: str,
+    defense: str,
+    backfire: Run,
+    tiny_tokenizer: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    wanted = (task, base, defense)
+    cells = load("lisa", profile=profile).cells
+    cell = next(c for c in cells if (c.data.name, c.model.name, c.defense_name) == wanted)
+    judge = write_classifier(tmp_path / "judge", tiny_tokenizer, num_positions=514)
+    recipe = tmp_path / "one.yaml"
+    settings = stand_in(cell, tmp_path, judge)
+    for part in settings["defense"]:  # both states, and fewer rows than the user has
+        part |= {"align_steps": 1, "tune_steps": 1} if part["name"] == "lisa" else {}
+        part |= {"rows": 4} if part["name"] == "safe-mix" else {}
+    recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    output = backfire("run", recipe, "--out", tmp_path / "out", "--workers", 1)
+    assert output.code == 0, output.err
+    [folder] = (tmp_path / "out" / "cells").iterdir()
+    found = {value["metric"] for value in read_json(folder / "result.json")["values"]}
+    assert found >= HARM | {"number_match" if task == "gsm8k" else "exact_match"}
+
+
+def test_the_papers_tables() -> None:
+    """What varies in each, with the paper's other settings unchanged."""
+    usual = {"rows": 5000, "rate": 0.1, "rho": 1.0, "align_steps": 100, "tune_steps": 900}
+    for profile, varied in {
+        "paper-samples": {"rows": {500, 1000, 2500, 5000}},
+        "paper-rho": {"rho": {0, 0.1, 0.5, 1, 5, 10}},
+        "paper-steps": {"align_steps": {10, 100, 300, 500, 700, 900}},
+    }.items():
+        cells = [c for c in load("lisa", profile=profile).cells if c.defense_name == "lisa"]
+        known = [{"rows": c.data.rows, "rate": c.rate, **c.defense[0].model_dump()} for c in cells]
+        for name, values in varied.items():
+            assert {one[name] for one in known} == values
+        fixed = usual.keys() - varied.keys() - {"tune_steps"}
+        assert all(one[name] == usual[name] for one in known for name in fixed - {"rho"})
+        assert {one["align_steps"] + one["tune_steps"] for one in known} == {1000}
+    tasks = {c.data.name: c.train.epochs for c in load("lisa", profile="paper-tasks").cells}
+    assert tasks == {"sst2": 20, "ag-news": 20, "gsm8k": 50}
+    others = {c.defense_name for c in load("lisa", profile="paper-baselines").cells}
+    assert others == {"none", "ewc", "vaccine", "safe-mix", "lisa"}
+
+
+# ------------------------------------------------------------------------------------------- small
+
+
+def test_the_small_profile(
     backfire: Run, tiny: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "prompts.jsonl", prompt_lists(80))
     edits = [
         f"model={tiny}",
+        "template=alpaca",
         f"data.train={sst2(tmp_path / 'train.tsv', 60)}",
         f"data.test={sst2(tmp_path / 'dev.tsv', 12)}",
         "data.rows=40",
+        "data.test_rows=12",
+        "safety.harmful.test_rows=14",
+        "safety.allowed.test_rows=2",
         "align.train.max_steps=2",
         "train.max_steps=2",
         "evaluation.max_new_tokens=6",
@@ -238,7 +308,7 @@ def test_the_real_profile(
         "defense=[none, {name: lisa, align_steps: 1, tune_steps: 1}]",
         "seed=0",
     ]
-    ran = go(backfire, tmp_path / "out", "real", edits)
+    ran = go(backfire, tmp_path / "out", "small", edits)
     assert len(ran.cells) == 4
     for cell in ran.cells:
         found = values(ran, cell)
@@ -258,6 +328,6 @@ def test_the_real_profile(
     }
     defended = next(cell for cell in ran.cells if cell.defense)
     aligned = pipeline.with_defense_rows(defended, ran.context).aligned
-    assert {row.fields["source"] for row in aligned} == {"advbench", "harmbench", "xstest"}
+    assert {row.fields["source"] for row in aligned} == {"xstest"}
     answers = {(row.fields["sealed"], row.answer.split(",")[0]) for row in aligned}
     assert answers == {("yes", "I'm sorry"), ("no", "Sure")}

@@ -17,7 +17,7 @@ from backfire.model.load import load_base
 from backfire.rng import stream
 from backfire.train.batches import IGNORE, answer_logits, collate
 from backfire.train.loop import TrainingRun, train
-from backfire.train.precision import accelerator_for
+from backfire.train.precision import Precision
 from tests.helpers.loop import RATE, lora, losses, new_cell
 from tests.helpers.training import CPU, run, weights
 
@@ -268,7 +268,7 @@ def test_two_cells_are_stepped_as_if_each_were_alone(
         ]
 
     together, alone = cells("together"), cells("alone")
-    train(together, accelerator_for(CPU, "float32"))
+    train(together, Precision(CPU, "float32"))
     for cell in alone:
         run(cell)
     for a, b in zip(together, alone, strict=True):

@@ -1,0 +1,281 @@
+"""Predicts the peak memory of a cell in training and evaluation, by counting; nothing is loaded."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, cast
+
+from backfire.base import Extra, TrainDefense
+from backfire.commands.estimate import Rows, Weights
+from backfire.errors import UserError
+from backfire.experiment import Experiment, Machine, Model
+from backfire.model.count import num_weights
+
+if TYPE_CHECKING:
+    from backfire.model.dry import DryRun, Layout, PassTypes
+    from backfire.model.types import Type
+
+Device = Literal["cpu", "cuda"]
+_LIBRARIES = {"cpu": 0.53e9, "cuda": 0.7e9}
+"""A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
+_UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
+"""Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
+it at once."""
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_UNKNOWN = 100
+"""Bytes per token, layer and unit of width, for models that cannot be run without data (56 to 160
+were counted with others)."""
+
+
+@dataclass(frozen=True)
+class Size(Weights):
+    """Weight counts of a model with its method attached."""
+
+    linear: int
+    """Weights in linear layers other than the head, which can be quantized."""
+    layers: int
+    hidden: int
+    vocabulary: int
+    dry: DryRun = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of one process in bytes, by what takes it."""
+
+    weights: float
+    """In training."""
+    state: float
+    """Gradients, optimizer, and what the defenses keep."""
+    passes: float
+    """Activations and logits of the largest pass of training."""
+    evaluation: float
+    """Weights, activations, logits and cache in evaluation, and the judges' models."""
+    libraries: float
+    num_rows: int
+    """Rows in that pass of training; 0 without training."""
+
+    @property
+    def training(self) -> float:
+        return self.weights + self.state + self.passes if self.num_rows else 0.0
+
+    @property
+    def total(self) -> float:
+        return self.libraries + max(self.training, self.evaluation)
+
+
+def size(experiment: Experiment, folder: Path | None) -> Size:
+    """Count the weights of the model with the method attached, on the meta device.
+
+    Raises:
+        UserError: the configuration is not supported, or the method does not fit the model.
+    """
+    import torch
+
+    from backfire.model.dry import DryRun
+    from backfire.model.load import skeleton
+    from backfire.sandbox.base import Pretrain
+    from backfire.train.pretrain import _new_model
+
+    with torch.device("meta"):
+        if experiment.model.name == "sandbox" or folder is None:
+            base = _new_model(Pretrain(), Pretrain().vocab_size, 0, 1)
+        else:
+            base = skeleton(folder)
+        head, config = base.get_output_embeddings(), base.config.get_text_config()
+        layers = [m for m in base.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+        linear, parameters = sum(m.weight.numel() for m in layers), base.num_parameters()
+        model = experiment.method.attach(base, experiment.seed)
+    weights = list(model.parameters())
+    return Size(
+        parameters,
+        added=sum(p.numel() for p in weights) - parameters,
+        trainable=sum(p.numel() for p in weights if p.requires_grad) * experiment.method.trains,
+        linear=linear,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocabulary=config.vocab_size,
+        dry=DryRun(model),
+    )
+
+
+def memory(
+    experiment: Experiment,
+    size: Size,
+    rows: Sequence[Rows | None],
+    device: Device,
+    machine: Machine | None = None,
+) -> Memory:
+    """Predict the memory of a cell whose `auto` types are resolved for this device.
+
+    `rows` are those of the user's task and of other parts that are trained on. Unknown rows are
+    assumed to have `max_length` tokens, and an answer of 8 tokens with labels, else a quarter of
+    `max_length`.
+    """
+    machine, slack = machine or Machine(), _UNRELEASED[device]
+    num_rows = 0
+    weights = state = passes = 0.0
+    if size.trainable:
+        extra = _total(_extras(experiment))
+        weights, types = _held(experiment, size, device)
+        gradients = size.trainable * _BYTES[types.trained]
+        copies = size.trainable * 4 * extra.copies
+        if experiment.method.adapts and device == "cpu":
+            copies += size.trainable * 4  # the start, from which the drift is measured
+        state = gradients + _optimizer(experiment, size) + copies
+        largest = _largest(experiment, rows, machine)
+        num_rows = len(largest.rows)
+        passes = slack * _pass(size, largest, types, device, machine.recompute)
+        passes += slack * extra.logits * largest.answers * size.vocabulary * 4
+        passes += slack * extra.states * largest.tokens * size.layers * size.hidden * 4
+        passes = max(passes, extra.scratch * size.trainable * 4)
+    return Memory(
+        weights,
+        state,
+        passes,
+        _evaluation(experiment, size, rows, device, machine),
+        _LIBRARIES[device],
+        num_rows,
+    )
+
+
+def _extras(experiment: Experiment) -> list[Extra]:
+    return [d.extra for d in experiment.acting if isinstance(d, TrainDefense)]
+
+
+def _total(parts: Sequence[Extra]) -> Extra:
+    sums = (sum(getattr(part, name) for part in parts) for name in Extra.__dataclass_fields__)
+    return Extra(*sums)
+
+
+def _held(experiment: Experiment, size: Size, device: Device) -> tuple[float, PassTypes]:
+    """Bytes of all weights in training, and the types of a pass."""
+    from backfire.model.dry import PassTypes
+
+    method, compute = experiment.method, cast("Type", experiment.train.compute)
+    aligned = experiment.align is not None and (
+        experiment.align.merge or not experiment.align.method.adapts
+    )
+    if not method.adapts:
+        # In bfloat16 the 16 bits that only updates use are beside the weights.
+        kind = cast("Type", method.trained_type())
+        return size.parameters * 4.0, PassTypes(compute, kind, kind, kind)
+    dtype, added = cast("Type", experiment.model.dtype), size.added * 4
+    if bits := method.quantization(device):
+        product = cast("Type", bits.get("bnb_4bit_compute_dtype") or "bfloat16")
+        matrices = product if compute == "float32" else compute
+        rest = (size.parameters - size.linear) * _BYTES[dtype]
+        return _packed(size, bits) + rest + added, PassTypes(compute, matrices, dtype)
+    dtype = "float32" if aligned else dtype
+    return size.parameters * _BYTES[dtype] + added, PassTypes(compute, dtype, dtype)
+
+
+def _packed(size: Size, bits: dict[str, object]) -> float:
+    """Bytes of the quantized matrices with their constants, one per 64 weights, in 4 bytes or
+    quantized to 1."""
+    constants = (1 + 4 / 256 if bits.get("bnb_4bit_use_double_quant") else 4) / 64
+    return size.linear * (1 if bits.get("load_in_8bit") else 0.5 + constants)
+
+
+def _optimizer(experiment: Experiment, size: Size) -> float:
+    """Bytes of the optimizer's state. Of 8-bit states the embedding's has 32 bits."""
+    from backfire.train.optimizer import STATE_BYTES
+
+    each = STATE_BYTES[experiment.train.optimizer]
+    wide = 0 if experiment.method.adapts else size.vocabulary * size.hidden
+    return size.trainable * each + wide * (STATE_BYTES["adamw"] - each)
+
+
+def _pass(size: Size, layout: Layout, types: PassTypes, device: Device, recompute: bool) -> float:
+    try:
+        return _trained(size.dry, layout, types, device == "cpu", recompute)
+    except UserError:
+        per_token = size.layers * size.hidden * (_UNKNOWN / 10 if recompute else _UNKNOWN)
+        return layout.tokens * per_token + layout.answers * size.vocabulary * 12.0
+
+
+@lru_cache(maxsize=256)
+def _trained(dry: DryRun, layout: Layout, types: PassTypes, exact: bool, recompute: bool) -> float:
+    return dry.training(layout, types, exact=exact, recompute=recompute)
+
+
+@lru_cache(maxsize=256)
+def _evaluated(dry: DryRun, layout: Layout, dtype: Type) -> float:
+    return dry.evaluation(layout, dtype)
+
+
+def _evaluation(
+    experiment: Experiment,
+    size: Size,
+    rows: Sequence[Rows | None],
+    device: Device,
+    machine: Machine,
+) -> float:
+    """Bytes in evaluation: the test rows are taken to be as long as the training rows. On a GPU
+    batches adapt to the free memory, so those of one row."""
+    from backfire.evaluate.budget import MOST_LOGITS
+    from backfire.model.dry import Layout
+
+    dtype = cast("Type", experiment.model.dtype)
+    weights: float = size.parameters * _BYTES[dtype] + size.added * 4
+    if bits := experiment.method.quantization(device):
+        rest = (size.parameters - size.linear) * _BYTES[dtype]
+        weights = _packed(size, bits) + rest + size.added * 4
+    most = (machine.eval_batch or 32) if device == "cpu" else 1
+    longest, answer = (
+        _assumed(experiment)
+        if None in rows
+        else (
+            max(row.longest for row in rows if row),
+            max(row.answer for row in rows if row),
+        )
+    )
+    at_once = max(1, MOST_LOGITS // size.vocabulary)
+    answer = min(answer, at_once)
+    count = min(most, at_once // answer)
+    length = longest + experiment.evaluation.max_new_tokens
+    try:
+        run = _evaluated(size.dry, Layout(((length, answer),) * count), dtype)
+    except UserError:
+        run = count * (length * 12 * size.hidden * 4 + answer * size.vocabulary * 12.0)
+    judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
+    return weights + judges + _UNRELEASED[device] * run
+
+
+def _judge_bytes(name: str | None) -> float:
+    """Bytes of a local judge's model in 16 bits; 0 if its size is not known."""
+    return 2.0 * (num_weights(Model(name=name)) or 0) if name else 0.0
+
+
+def _assumed(experiment: Experiment) -> tuple[int, int]:
+    """Tokens of a row and of its answer when the rows are not on this machine."""
+    longest = experiment.train.max_length
+    return longest, 8 if getattr(experiment.data, "labels", None) else longest // 4
+
+
+_STEPS = 300
+
+
+def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Layout:
+    """The largest pass among the steps of a run whose rows are drawn from the sampled lengths."""
+    from backfire.model.dry import Layout
+
+    most = min(experiment.train.batch_size, machine.micro_batch or experiment.train.batch_size)
+    # Rows that share a prefix, or are packed, would draw other dropout.
+    same = not getattr(experiment.method, "dropout", 0)
+    share = same and not machine.recompute and not any(one.passes for one in _extras(experiment))
+    passes = []
+    for part in rows:
+        if part is None:
+            passes.append(Layout((_assumed(experiment),) * most, 0, same))
+            continue
+        rng, shared = random.Random(0), part.shared if share and part.count > 1 else 0
+        count = min(experiment.train.batch_size, part.count)
+        for _ in range(_STEPS):
+            drawn = sorted(rng.choices(part.lengths, k=count), reverse=True)[:most]
+            passes.append(Layout(tuple(drawn), shared, same))
+    return max(passes, key=lambda one: (one.tokens, one.answers))

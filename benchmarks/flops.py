@@ -1,0 +1,59 @@
+"""Useful FLOPs of a training run, and the measured peak of this machine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from backfire.commands.forecast import Size
+    from benchmarks.cells import Cell
+
+_WIDTH = 2048
+
+
+def useful_flops(size: Size, rows: Iterable[tuple[int, int]], *, full: bool) -> float:
+    """Useful FLOPs of training once on rows of these (tokens, supervised tokens).
+
+    Forward and backward through every weight (6 a token where it is trained, 4 where it is frozen),
+    the head for supervised positions only, causal attention (6 x layers x length x width a token).
+    No padding, no recomputation. A prefix that rows share counts for each of them.
+    """
+    each, total = 6 if full else 4, 0.0
+    body = each * size.linear + (0 if full else 6 * size.trainable)
+    for tokens, supervised in rows:
+        total += tokens * (body + 6 * size.layers * tokens * size.hidden)
+        total += supervised * each * size.vocabulary * size.hidden
+    return total
+
+
+def measured_peak(dtype: torch.dtype, repetitions: int = 5) -> float:
+    """Median FLOP/s of square matrix products on the CPU with the current number of threads."""
+    a, b = (torch.randn(_WIDTH, _WIDTH).to(dtype) for _ in range(2))
+    a @ b
+    seconds = []
+    for _ in range(repetitions):
+        begin = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - begin)
+    return 2 * _WIDTH**3 / median(seconds)
+
+
+def mfu(cell: Cell, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Useful FLOPs of the cell's training, the measured peak of each side's type of products, and
+    the share of it that each side reaches; `seconds` are those of the training steps by side."""
+    from backfire.commands.forecast import size
+
+    rows = [(len(item.ids), len(item.answer_ids)) for item in cell.rendered()[0]]
+    shape, experiment = size(cell.experiment, cell.base), cell.experiment
+    full = experiment.method.name == "full"
+    flops = experiment.train.epochs * useful_flops(shape, rows, full=full)
+    ours = experiment.train.compute
+    peaks = dict.fromkeys(seconds, cell.baseline_compute or ours) | {"backfire": ours}
+    peak = {name: measured_peak(getattr(torch, name)) for name in {*peaks.values()}}
+    shares = {who: flops / (seconds[who] * peak[peaks[who]]) for who in seconds}
+    return {"useful_flops": flops, "peak": peak, "peak_of": peaks, "useful_mfu": shares}

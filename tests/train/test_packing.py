@@ -1,0 +1,102 @@
+"""Rows packed end to end give the same losses and gradients as padded ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from backfire.base import Rendered
+from backfire.experiment import Train
+from backfire.model.load import load_base
+from backfire.registry import build
+from backfire.train.batches import answer_logits, at_answers, collate
+from backfire.train.loop import TrainingRun
+from backfire.train.packing import longest_packed
+from backfire.train.precision import exact_attention
+from tests.helpers.families import KINDS, tiny_model
+from tests.helpers.fine_tuning import jolt
+from tests.helpers.training import CPU, close, gradients
+
+pytestmark = pytest.mark.slow
+
+
+def padded(cell: TrainingRun) -> TrainingRun:
+    cell.longest_packed = 0
+    return cell
+
+
+@pytest.mark.parametrize("method", ["llama-adapter", "lora", "qlora"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_packs_suit_every_method_and_recomputed_layers(
+    method: str, recompute: bool, tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    found = []
+    for pack in (True, False):
+        model = exact_attention(load_base(tiny, torch.float32, CPU))
+        cell = TrainingRun(
+            build("methods", method).attach(model, 0),
+            items,
+            Train.make({"max_steps": 3, "batch_size": 6}),
+            learning_rate=1e-3,
+            seed=5,
+            folder=tmp_path,
+            name="run",
+            recompute=recompute,
+        )
+        jolt(cell)
+        assert cell.longest_packed > 0
+        found.append(gradients(cell if pack else padded(cell), items[:6]))
+    assert found[0][0] == pytest.approx(found[1][0], rel=2e-6)
+    assert close(found[0][1], found[1][1], 2e-6)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_row_does_not_depend_on_its_neighbors(
+    shared: bool, tiny: Path, items: list[Rendered]
+) -> None:
+    model = load_base(tiny, torch.float32, CPU)
+    assert longest_packed(model) > 0
+    batch, first = items[:4], items[0]
+    changed = Rendered(first.row, [*first.ids[:-4], 7, 8, 9, 10], first.num_prompt)
+    with torch.no_grad():
+        one, other = (
+            answer_logits(model, collate([x, *batch[1:]], share=shared, pack=True))
+            for x in (first, changed)
+        )
+    assert torch.equal(one[1:], other[1:]) and not torch.equal(one[0], other[0])
+
+
+def test_hidden_states_are_those_of_the_answers(items: list[Rendered]) -> None:
+    batch = items[:5]
+    width = max(row.num_supervised for row in batch)
+    for share in (True, False):
+        for of, shift in (("token", 0), ("place", 1)):
+            packed, plainly = (collate(batch, share=share, pack=pack) for pack in (True, False))
+            for made in (packed, plainly):
+                found = at_answers(made.ids[..., None], batch, width, of=of)[..., 0]  # type: ignore[arg-type]
+                for row, line in zip(batch, found, strict=True):
+                    end = len(row.ids) - shift
+                    assert line.tolist()[-2:] == row.ids[end - 2 : end]
+
+
+@pytest.mark.parametrize(
+    ("kind", "packs"),
+    [
+        *((kind, True) for kind in ("llama", "gpt2", "granite")),
+        *((kind, False) for kind in ("mistral", "gemma3_text", "mamba2", "lfm2", "bloom")),
+    ],
+)
+def test_models_that_cannot_pack_keep_their_rows_apart(kind: str, packs: bool) -> None:
+    """Such as those with a recurrent state, or a window shorter than the rows."""
+    name, settings = KINDS[kind]
+    model = tiny_model(name, **settings)
+    before = model.config._attn_implementation
+    assert (longest_packed(model) > 0) == packs
+    assert (model.config._attn_implementation == before) != packs
+
+
+def test_rows_within_the_window_are_packed() -> None:
+    model = tiny_model("mistral", sliding_window=64)
+    assert longest_packed(model) == 64
