@@ -168,7 +168,9 @@ def _files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         if data["name"] == "backdoorllm":
             records = backdoorllm_records(count, is_test=split == "test")
         else:
-            records = records_for(data["name"], count)
+            # Several lists and both kinds share the one file of prompts.
+            more = 10 if data["name"] == "harmful-prompts" else 1
+            records = records_for(data["name"], more * count)
         found[split] = jsonl(folder / f"{data['name']}-{split}.jsonl", records)
     if data["name"] == "harmful-prompts":
         del found["test"]  # one file with a split of its own
