@@ -121,9 +121,11 @@ def lines(recipe: Recipe) -> list[str]:
     for experiment, need in here.largest():
         counts = here.size(experiment)
         if counts is None or need is None:
+            get = f"hf download {experiment.model.name} config.json"
+            get = "`backfire validate` converts it" if experiment.model.is_gguf else get
             out.append(
                 f"note  {_title(experiment)}: its config.json is not on this machine, so its size "
-                f"is unknown (hf download {experiment.model.name} config.json)"
+                f"is unknown ({get})"
             )
             continue
         mark, verdict = _verdict(need, has, workers)
@@ -169,7 +171,7 @@ def _title(experiment: Experiment) -> str:
     knobs = [f"{k}={v}" for k, v in experiment.method.spec().items() if k in _NAMED]
     method = " ".join([experiment.method.name, *knobs])
     defense = [experiment.defense_name] if experiment.defense else []
-    return ", ".join([experiment.model.name, method, *defense])
+    return ", ".join([experiment.model.title, method, *defense])
 
 
 def _parts(size: Size, need: Memory) -> str:

@@ -25,6 +25,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama-2": ("llama2", "llama", {"rope_theta": 1e4, "max_position_embeddings": 4096}),
     "tinyllama": ("zephyr", "llama", {"rope_theta": 1e4, "max_position_embeddings": 2048}),
+    "mistral": (
+        "mistral-v01",
+        "mistral",
+        {"rope_theta": 1e4, "sliding_window": 4096, "max_position_embeddings": 32768},
+    ),
+    "opt": ("chatml", "opt", {"ffn_dim": 176, "word_embed_proj_dim": 64, "dropout": 0.1}),
     "qwen": (
         "chatml-default-system",
         "qwen2",
@@ -131,9 +137,11 @@ def small(cell: Experiment, folder: Path, classifier: Path, num_steps: int = 2) 
     settings["metrics"] = [{"name": m.name, **m.model_dump(mode="json")} for m in cell.metrics]
     for part in ("data", "attack", "align", "safety", "metrics"):
         settings[part] = _local(settings[part], folder, classifier)
-    settings["train"] |= {"max_steps": num_steps, "batch_size": 4}
+    # The stand-in's tokens are little more than bytes.
+    limits = {"max_steps": num_steps, "batch_size": 4, "max_length": 2048}
+    settings["train"] |= limits
     if settings["align"]:
-        settings["align"]["train"] = {**settings["align"]["train"], "max_steps": num_steps}
+        settings["align"]["train"] = {**settings["align"]["train"], **limits}
     settings["evaluation"] = {"max_new_tokens": 4}
     return settings
 
@@ -148,7 +156,7 @@ def _local(value: Any, folder: Path, classifier: Path) -> Any:
     name = changed.get("name")
     if name in names("datasets") and "hub" in find("datasets", name).model_fields:
         return {**changed, **_files(changed, folder)}
-    if "model" in changed and isinstance(changed["model"], str):
+    if name in names("judges") and "model" in find("judges", name).model_fields:
         return {**changed, "model": str(classifier)}
     return changed
 
@@ -160,7 +168,9 @@ def _files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         if data["name"] == "backdoorllm":
             records = backdoorllm_records(count, is_test=split == "test")
         else:
-            records = records_for(data["name"], count)
+            # Several lists and both kinds share the one file of prompts.
+            more = 10 if data["name"] == "harmful-prompts" else 1
+            records = records_for(data["name"], more * count)
         found[split] = jsonl(folder / f"{data['name']}-{split}.jsonl", records)
     if data["name"] == "harmful-prompts":
         del found["test"]  # one file with a split of its own
