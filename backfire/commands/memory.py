@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from backfire.model.types import Type
 
 Device = Literal["cpu", "cuda"]
-_LIBRARIES = {"cpu": 0.53e9, "cuda": 0.7e9}
+LIBRARIES = {"cpu": 0.53e9, "cuda": 0.7e9}
 """A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
-_UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
+UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
 it at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -120,7 +120,7 @@ def memory(
     machine = machine or Machine()
     evaluation = _evaluation(experiment, size, rows, device, machine)
     if not size.trainable:
-        return Memory(0, 0, 0, evaluation, _LIBRARIES[device], 0)
+        return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0)
     extra, layout = _total(_extras(experiment)), _largest(experiment, rows, machine)
     weights, types = _held(experiment, size, device)
     copies = extra.copies
@@ -132,8 +132,8 @@ def memory(
     run += extra.logits * layout.answers * size.vocabulary * 4
     states = extra.states * size.layers * size.hidden * _BYTES[types.compute]
     run += states * layout.tokens
-    passes = max(_UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
-    return Memory(weights, state, passes, evaluation, _LIBRARIES[device], len(layout.rows))
+    passes = max(UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
+    return Memory(weights, state, passes, evaluation, LIBRARIES[device], len(layout.rows))
 
 
 def _extras(experiment: Experiment) -> list[Extra]:
@@ -236,7 +236,7 @@ def _evaluation(
     except UserError:
         run = count * (length * 12 * size.hidden * 4 + answer * size.vocabulary * 12.0)
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
-    return weights + judges + _UNRELEASED[device] * run
+    return weights + judges + UNRELEASED[device] * run
 
 
 def _judge_bytes(name: str | None) -> float:

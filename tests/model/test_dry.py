@@ -106,7 +106,7 @@ def held(cell: Experiment, base: Path, folder: Path) -> int:
 def test_a_step_holds_what_was_predicted(
     method: Any, defense: Any, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(memory._UNRELEASED, "cpu", 1.0)  # of tensors, without the allocator
+    monkeypatch.setitem(memory.UNRELEASED, "cpu", 1.0)  # of tensors, without the allocator
     monkeypatch.setattr(memory, "_STEPS", 1)
     cell = make(base, method, defense)
     need = memory.memory(cell, memory.size(cell, base), [Rows(12, LENGTHS)], "cpu")
