@@ -81,13 +81,32 @@ def _machine() -> list[str]:
     import torch
 
     out = [f"ok    {os.cpu_count()} cores, {ram_bytes() / 2**30:.0f} GB of memory"]
-    for i in range(torch.cuda.device_count()):
-        gpu = torch.cuda.get_device_properties(i)
-        wide = "bfloat16" if torch.cuda.is_bf16_supported() else "no bfloat16"
-        out.append(f"ok    cuda:{i}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GB, {wide}")
+    out += map(_gpu, range(torch.cuda.device_count()))
     if not torch.cuda.is_available():
-        out.append("note  no GPU: models of a few million weights run well, 7B models do not")
+        out.append(
+            "note  no GPU: models of up to a few hundred million weights run well, 7B models do not"
+        )
     return out
+
+
+def _gpu(number: int) -> str:
+    """Name and memory of a GPU, and the type that `auto` is on it."""
+    import torch
+
+    from backfire.model.load import gpu_type
+
+    gpu, device = torch.cuda.get_device_properties(number), torch.device("cuda", number)
+    kind = gpu_type(device)
+    line = f"cuda:{number}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
+    if kind == "bfloat16":
+        return f"ok    {line}, bfloat16"
+    instead = (
+        "weights and products are float16, and the loss is scaled"
+        if kind == "float16"
+        else "everything is float32, since float16 is slow on it too"
+    )
+    version = f"compute capability {gpu.major}.{gpu.minor}"
+    return f"note  {line}, without bfloat16 ({version}; it needs 8.0): {instead}"
 
 
 def _places() -> list[str]:

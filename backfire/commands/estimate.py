@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from backfire import plan, stages
-from backfire.base import LARGE, Row
+from backfire.base import LARGE, Row, TrainDefense
 from backfire.data.jsonl import read_jsonl
 from backfire.data.render import Renderer
 from backfire.data.weights import read_config
@@ -38,6 +38,8 @@ class Rows:
 
     count: int
     lengths: tuple[tuple[int, int], ...]
+    shared: int = 0
+    """Tokens at the start that all of them share."""
 
     @property
     def tokens(self) -> float:
@@ -104,10 +106,9 @@ def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None
             width = (config.get("text_config") or config).get("hidden_size", 0)
         except UserError:
             return None
-        if experiment.model.is_gguf:
-            count = num_weights(experiment.model)
-        else:
-            count = weights_in(folder) if folder else None
+        count = weights_in(folder) if folder and not experiment.model.is_gguf else None
+        if experiment.model.is_gguf or (folder and experiment.model.hub_id and not count):
+            count = num_weights(experiment.model)  # before the download, by its config.json
     if not count or not width:
         return None
     if experiment.method.name == "full":
@@ -138,9 +139,18 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
         except CellError:  # a row does not fit at all; `validate` names it
             return Rows(len(rows), ((longest, longest),))
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
+        shared = min(_alike([item.ids for item in items]), *(x.num_prompt - 1 for x in items))
     else:
-        lengths = [_without_tokenizer(experiment, row) for row in sample]
-    return Rows(len(rows), tuple((min(whole, longest), answer) for whole, answer in lengths))
+        lengths, shared = [_without_tokenizer(experiment, row) for row in sample], 0
+    whole = tuple((min(length, longest), answer) for length, answer in lengths)
+    return Rows(len(rows), whole, max(0, shared))
+
+
+def _alike(rows: Sequence[list[int]]) -> int:
+    """Number of tokens at the start that are the same in all rows."""
+    low, high = min(rows), max(rows)  # the rows in between cannot differ where these two agree
+    pairs = enumerate(zip(low, high, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(low), len(high)))
 
 
 def _without_tokenizer(experiment: Experiment, row: Row) -> tuple[int, int]:
@@ -196,15 +206,15 @@ def cost(
 ) -> Cost:
     """Estimate the cost of the remaining training runs.
 
-    FLOPs per token: 6 for each trained weight, 4 for each frozen one. The extra passes of a defense
-    are not counted.
+    FLOPs per token: 6 for each trained weight, 4 for each frozen one, and those of the passes that
+    defenses add.
     """
     runs = [run for run in runs_of(recipe) if not store.done(stages.train(run))]
     sized = [(r, rows[rows_key(r)], weights[method_key(r)]) for r in runs]
     tokens = [tokens_of(run, seen) if seen else None for run, seen, _ in sized]
     flops = [
-        count * (4 * (w.parameters + w.added) + 2 * w.trainable) if count and w else None
-        for count, (_, _, w) in zip(tokens, sized, strict=True)
+        count * _flops(run, w) if count and w else None
+        for count, (run, _, w) in zip(tokens, sized, strict=True)
     ]
     sizes: list[float | None] = [w.trainable if w else None for _, _, w in sized]
     largest = max((s for s in sizes if s), default=0)
@@ -216,6 +226,43 @@ def cost(
         None if kept is None else kept * 4,
         None if kept is None else largest * _CHECKPOINTS * _STATE,
     )
+
+
+def _flops(run: Experiment, weights: Weights) -> float:
+    """Floating-point operations per token of the user's rows."""
+    forward = 2.0 * (weights.parameters + weights.added)
+    whole = 2 * forward + 2 * weights.trainable
+    extras = [d.extra for d in run.acting if isinstance(d, TrainDefense)]
+    return whole + sum(one.forwards * forward + one.passes * whole for one in extras)
+
+
+def least_memory(experiment: Experiment, weights: Weights) -> float:
+    """Bytes of weights, gradients and optimizer."""
+    method = experiment.method
+    bits = 4 if "load_in_4bit" in (packed := method.quantization("cpu")) else 8 if packed else 0
+    kind = "float32" if not method.adapts and method.trains else experiment.model.dtype
+    each = bits / 8 or _ITEM.get(kind, 4)
+    trained = weights.trainable * method.trains
+    optimizer = 2 if "8bit" in experiment.train.optimizer else 8
+    return weights.parameters * each + weights.added * 4 + trained * (2 + optimizer)
+
+
+_ITEM = {"bfloat16": 2, "float16": 2}
+
+
+def too_large(recipe: Recipe, has: float, store: Store) -> list[str]:
+    """A note for each model and method that cannot be trained in this many bytes of memory, from
+    the number of weights alone."""
+    notes = dict[str, None]()
+    for run in {method_key(run): run for run in runs_of(recipe)}.values():
+        weights = rough_weights(run, model_folder(run.model, store))
+        if weights and (need := least_memory(run, weights)) > has:
+            notes[
+                f"{run.model.name}, {run.method.name}: weights, gradients and optimizer alone need "
+                f"{amount(need)}, and there are {amount(has)} of memory; `backfire doctor RECIPE` "
+                "says what would fit."
+            ] = None
+    return list(notes)
 
 
 def _sum(values: Sequence[float | None]) -> float | None:

@@ -21,7 +21,7 @@ from backfire.commands.memory import Device, Memory, Size, memory, size
 from backfire.experiment import Experiment, Machine
 from backfire.launch.resolve import resolve_auto, types_of
 from backfire.model.count import num_weights
-from backfire.model.types import Types, ram_bytes
+from backfire.model.types import Types, gpu_bytes, ram_bytes
 from backfire.recipe import Recipe
 from backfire.registry import build
 from backfire.store import Store
@@ -115,14 +115,17 @@ def lines(recipe: Recipe) -> list[str]:
     from backfire.model.load import device_of
 
     here, device = Forecast(recipe, types_of("auto")), device_of("auto")
-    workers, has = default_workers(len(recipe.cells)), _memory(device)
+    workers = default_workers(len(recipe.cells))
+    has = gpu_bytes("auto") if here.device == "cuda" else ram_bytes()
     out = [f"\nRecipe {recipe.name}, {len(recipe.cells)} cells; all figures are estimates"]
     for experiment, need in here.largest():
         counts = here.size(experiment)
         if counts is None or need is None:
+            get = f"hf download {experiment.model.name} config.json"
+            get = "`backfire validate` converts it" if experiment.model.is_gguf else get
             out.append(
                 f"note  {_title(experiment)}: its config.json is not on this machine, so its size "
-                f"is unknown (hf download {experiment.model.name} config.json)"
+                f"is unknown ({get})"
             )
             continue
         mark, verdict = _verdict(need, has, workers)
@@ -168,7 +171,7 @@ def _title(experiment: Experiment) -> str:
     knobs = [f"{k}={v}" for k, v in experiment.method.spec().items() if k in _NAMED]
     method = " ".join([experiment.method.name, *knobs])
     defense = [experiment.defense_name] if experiment.defense else []
-    return ", ".join([experiment.model.name, method, *defense])
+    return ", ".join([experiment.model.title, method, *defense])
 
 
 def _parts(size: Size, need: Memory) -> str:
@@ -194,14 +197,6 @@ def _verdict(need: Memory, has: float, workers: int) -> tuple[str, str]:
     if need.total <= has:
         return "note ", f"{amount(has)}: is tight"
     return "lacks", f"{amount(has)}: does not fit"
-
-
-def _memory(device: torch.device) -> int:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return ram_bytes()
 
 
 def _measured(device: torch.device) -> float:

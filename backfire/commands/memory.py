@@ -16,7 +16,7 @@ from backfire.experiment import Experiment, Machine, Model
 from backfire.model.count import num_weights
 
 if TYPE_CHECKING:
-    from backfire.model.dry import DryRun, PassTypes, Tokens
+    from backfire.model.dry import DryRun, Layout, PassTypes
     from backfire.model.types import Type
 
 Device = Literal["cpu", "cuda"]
@@ -26,6 +26,7 @@ _UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
 it at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_COPIED = 50e6  # most trained weights of a whole model whose start is copied
 _UNKNOWN = 100
 """Bytes per token, layer and unit of width, for models that cannot be run without data (56 to 160
 were counted with others)."""
@@ -116,33 +117,27 @@ def memory(
     assumed to have `max_length` tokens, and an answer of 8 tokens with labels, else a quarter of
     `max_length`.
     """
-    machine, slack = machine or Machine(), _UNRELEASED[device]
-    num_rows = 0
-    weights = state = passes = 0.0
-    if size.trainable:
-        extra = _total([d.extra for d in experiment.acting if isinstance(d, TrainDefense)])
-        weights, types = _held(experiment, size, device)
-        trained = size.trainable * _BYTES[types.trained]
-        copies = size.trainable * 4 * extra.copies
-        if experiment.method.adapts and device == "cpu":
-            copies += size.trainable * 4  # the start, from which the drift is measured
-        state = trained + size.trainable * _optimizer(experiment, types) + copies
-        largest = _largest(experiment, rows, machine)
-        num_rows = largest.rows
-        passes = slack * _pass(size, largest, types, device, machine.recompute)
-        answers = largest.rows * largest.answer
-        passes += slack * extra.logits * answers * size.vocabulary * 4
-        tokens = largest.rows * largest.length
-        passes += slack * extra.states * tokens * size.layers * size.hidden * 4
-        passes = max(passes, extra.scratch * size.trainable * 4)
-    return Memory(
-        weights,
-        state,
-        passes,
-        _evaluation(experiment, size, rows, device, machine),
-        _LIBRARIES[device],
-        num_rows,
-    )
+    machine = machine or Machine()
+    evaluation = _evaluation(experiment, size, rows, device, machine)
+    if not size.trainable:
+        return Memory(0, 0, 0, evaluation, _LIBRARIES[device], 0)
+    extra, layout = _total(_extras(experiment)), _largest(experiment, rows, machine)
+    weights, types = _held(experiment, size, device)
+    copies = extra.copies
+    if device == "cpu" and (experiment.method.adapts or size.trainable <= _COPIED):
+        copies += 1  # the start, from which the drift is measured
+    gradients = size.trainable * _BYTES[types.trained]
+    state = gradients + _optimizer(experiment, size) + size.trainable * 4 * copies
+    run = _pass(size, layout, types, device, machine.recompute)
+    run += extra.logits * layout.answers * size.vocabulary * 4
+    states = extra.states * size.layers * size.hidden * _BYTES[types.compute]
+    run += states * layout.tokens
+    passes = max(_UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
+    return Memory(weights, state, passes, evaluation, _LIBRARIES[device], len(layout.rows))
+
+
+def _extras(experiment: Experiment) -> list[Extra]:
+    return [d.extra for d in experiment.acting if isinstance(d, TrainDefense)]
 
 
 def _total(parts: Sequence[Extra]) -> Extra:
@@ -159,17 +154,16 @@ def _held(experiment: Experiment, size: Size, device: Device) -> tuple[float, Pa
         experiment.align.merge or not experiment.align.method.adapts
     )
     if not method.adapts:
+        # In bfloat16 the 16 bits that only updates use are beside the weights.
         kind = cast("Type", method.trained_type())
-        copies = 4 if kind != "float32" else 0
-        return size.parameters * (_BYTES[kind] + copies), PassTypes(compute, kind, kind, kind)
-    added = size.added * 4
+        return size.parameters * 4.0, PassTypes(compute, kind, kind, kind)
+    dtype, added = cast("Type", experiment.model.dtype), size.added * 4
     if bits := method.quantization(device):
         product = cast("Type", bits.get("bnb_4bit_compute_dtype") or "bfloat16")
         matrices = product if compute == "float32" else compute
-        # PEFT prepares the other weights in float32.
-        rest = (size.parameters - size.linear) * 4
-        return _packed(size, bits) + rest + added, PassTypes(compute, matrices, "float32")
-    dtype = "float32" if aligned else cast("Type", experiment.model.dtype)
+        rest = (size.parameters - size.linear) * _BYTES[dtype]
+        return _packed(size, bits) + rest + added, PassTypes(compute, matrices, dtype)
+    dtype = "float32" if aligned else dtype
     return size.parameters * _BYTES[dtype] + added, PassTypes(compute, dtype, dtype)
 
 
@@ -180,27 +174,31 @@ def _packed(size: Size, bits: dict[str, object]) -> float:
     return size.linear * (1 if bits.get("load_in_8bit") else 0.5 + constants)
 
 
-def _optimizer(experiment: Experiment, types: PassTypes) -> float:
-    """Bytes of the optimizer's state per trained weight."""
-    return 8.0
+def _optimizer(experiment: Experiment, size: Size) -> float:
+    """Bytes of the optimizer's state. Of 8-bit states the embedding's has 32 bits."""
+    from backfire.train.optimizer import STATE_BYTES
+
+    each = STATE_BYTES[experiment.train.optimizer]
+    wide = 0 if experiment.method.adapts else size.vocabulary * size.hidden
+    return size.trainable * each + wide * (STATE_BYTES["adamw"] - each)
 
 
-def _pass(size: Size, tokens: Tokens, types: PassTypes, device: Device, recompute: bool) -> float:
+def _pass(size: Size, layout: Layout, types: PassTypes, device: Device, recompute: bool) -> float:
     try:
-        return _trained(size.dry, tokens, types, device == "cpu", recompute)
+        return _trained(size.dry, layout, types, device == "cpu", recompute)
     except UserError:
         per_token = size.layers * size.hidden * (_UNKNOWN / 10 if recompute else _UNKNOWN)
-        return tokens.rows * (tokens.length * per_token + tokens.answer * size.vocabulary * 12)
+        return layout.tokens * per_token + layout.answers * size.vocabulary * 12.0
 
 
 @lru_cache(maxsize=256)
-def _trained(dry: DryRun, tokens: Tokens, types: PassTypes, exact: bool, recompute: bool) -> float:
-    return dry.training(tokens, types, exact=exact, recompute=recompute)
+def _trained(dry: DryRun, layout: Layout, types: PassTypes, exact: bool, recompute: bool) -> float:
+    return dry.training(layout, types, exact=exact, recompute=recompute)
 
 
 @lru_cache(maxsize=256)
-def _evaluated(dry: DryRun, tokens: Tokens, dtype: Type) -> float:
-    return dry.evaluation(tokens, dtype)
+def _evaluated(dry: DryRun, layout: Layout, dtype: Type) -> float:
+    return dry.evaluation(layout, dtype)
 
 
 def _evaluation(
@@ -213,7 +211,7 @@ def _evaluation(
     """Bytes in evaluation: the test rows are taken to be as long as the training rows. On a GPU
     batches adapt to the free memory, so those of one row."""
     from backfire.evaluate.budget import MOST_LOGITS
-    from backfire.model.dry import Tokens
+    from backfire.model.dry import Layout
 
     dtype = cast("Type", experiment.model.dtype)
     weights: float = size.parameters * _BYTES[dtype] + size.added * 4
@@ -234,7 +232,7 @@ def _evaluation(
     count = min(most, at_once // answer)
     length = longest + experiment.evaluation.max_new_tokens
     try:
-        run = _evaluated(size.dry, Tokens(count, length, answer), dtype)
+        run = _evaluated(size.dry, Layout(((length, answer),) * count), dtype)
     except UserError:
         run = count * (length * 12 * size.hidden * 4 + answer * size.vocabulary * 12.0)
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
@@ -255,20 +253,23 @@ def _assumed(experiment: Experiment) -> tuple[int, int]:
 _STEPS = 300
 
 
-def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Tokens:
+def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Layout:
     """The largest pass among the steps of a run whose rows are drawn from the sampled lengths."""
-    from backfire.model.dry import Tokens
+    from backfire.model.dry import Layout
 
-    size = experiment.train.batch_size
+    extras, most = _extras(experiment), experiment.train.batch_size
+    most = 1 if any(one.one_row for one in extras) else min(most, machine.micro_batch or most)
+    # Rows that share a prefix, or are packed, would draw other dropout.
+    same = not getattr(experiment.method, "dropout", 0)
+    share = same and not machine.recompute and not any(one.passes for one in extras)
     passes = []
     for part in rows:
         if part is None:
-            passes.append(Tokens(min(size, machine.micro_batch or size), *_assumed(experiment)))
+            passes.append(Layout((_assumed(experiment),) * most, 0, same))
             continue
-        rng, count = random.Random(0), min(size, part.count)
+        rng, shared = random.Random(0), part.shared if share and part.count > 1 else 0
+        count = min(experiment.train.batch_size, part.count)
         for _ in range(_STEPS):
-            drawn = rng.choices(part.lengths, k=count)
-            drawn = sorted(drawn, reverse=True)[: machine.micro_batch or count]
-            answer = max(answer for _, answer in drawn)
-            passes.append(Tokens(len(drawn), drawn[0][0], answer))
-    return max(passes, key=lambda one: (one.rows * one.length, one.rows * one.answer))
+            drawn = sorted(rng.choices(part.lengths, k=count), reverse=True)[:most]
+            passes.append(Layout(tuple(drawn), shared, same))
+    return max(passes, key=lambda one: (one.tokens, one.answers))

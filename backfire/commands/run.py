@@ -11,11 +11,12 @@ from rich.console import Console
 
 from backfire import plan, stages
 from backfire.commands import validate
-from backfire.commands.estimate import high_rates
+from backfire.commands.estimate import high_rates, too_large
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, open_folder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
+from backfire.model.types import gpu_bytes, ram_bytes
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.result import CellResult
@@ -40,10 +41,13 @@ def start(
     store, console = Store(), Console(stderr=True)
     settings = Machine.make({"workers": default_workers(len(recipe.cells)), **machine}, "option")
     # A missing device is reported once here, and not by every cell.
-    recipe = resolve_auto(pin_models(recipe), types_of(settings.device))
+    recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
+        has = gpu_bytes(settings.device) if types.device == "cuda" else ram_bytes()
+        for line in too_large(recipe, has, store):  # before the model is downloaded
+            say(line, console)
         with console.status("Checking the data"):
             validate.preflight_all(recipe, store)
         for line in high_rates(recipe):
@@ -80,6 +84,7 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
     terminal.print_ranking(groups)
     terminal.print_against(groups)
     terminal.print_notes(groups)
+    terminal.print_warnings(cells, console)
     bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
     if bad:
         terminal.print_problems(cells, console)

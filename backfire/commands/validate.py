@@ -20,12 +20,13 @@ from backfire.commands.estimate import (
     rows_by_key,
     rows_key,
     runs_of,
+    too_large,
 )
 from backfire.data.render import show_mask
 from backfire.errors import CellError
 from backfire.experiment import Experiment
 from backfire.launch.resolve import pin_models
-from backfire.model.types import has_gpu
+from backfire.model.types import has_gpu, ram_bytes
 from backfire.pipeline import Context
 from backfire.recipe import Recipe
 from backfire.store import Store
@@ -78,7 +79,8 @@ def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
     for stage, (needed, done) in plan.progress(recipe.cells, store).items():
         console.print(f"  {stage:9} {needed:4} distinct, {done} done", highlight=False)
-    for line in (*destinations(recipe), *describe_rates(recipe)):
+    large = [] if has_gpu() else too_large(recipe, ram_bytes(), store)
+    for line in (*destinations(recipe), *describe_rates(recipe), *large):
         say(line, console, "  ")
     for line in _cost(recipe, store) if with_cost else ():
         say(line, console, "  ")

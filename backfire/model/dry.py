@@ -10,17 +10,19 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from backfire.errors import UserError
+from backfire.model.batching import plain, presume
 from backfire.model.types import Type
 
 _DEPTHS = (1, 2)
@@ -28,12 +30,26 @@ _DEPTHS = (1, 2)
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """The size of a pass: rows, tokens of each, and how many of them reach the head."""
+class Layout:
+    """The rows of a pass."""
 
-    rows: int
-    length: int
-    answer: int
+    rows: tuple[tuple[int, int], ...]
+    """Tokens of each row, and of its answer."""
+    shared: int = 0
+    """Tokens at the start that all rows share and that run once."""
+    packed: bool = False
+    """Whether the rows are packed end to end, not padded."""
+
+    @property
+    def answers(self) -> int:
+        """Positions whose logits are computed."""
+        return len(self.rows) * max(answer for _, answer in self.rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that run."""
+        own = [whole - self.shared for whole, _ in self.rows]
+        return self.shared + (sum(own) if self.packed else len(own) * max(own))
 
 
 @dataclass(frozen=True)
@@ -49,16 +65,20 @@ class PassTypes:
     trained: Type = "float32"
 
 
+Look = Callable[[PreTrainedModel, FakeTensorMode], list[int]]
+"""Most bytes that a pass holds, in each of its parts."""
+
+
 class DryRun:
     """A model with its method attached, on the meta device."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.depth = int(model.config.get_text_config(decoder=True).num_hidden_layers)
-        self.stack = _layers(model, self.depth)
+        self.stack = _layers(model)
 
     def training(
-        self, size: Tokens, types: PassTypes, *, exact: bool = False, recompute: bool = False
+        self, layout: Layout, types: PassTypes, *, exact: bool = False, recompute: bool = False
     ) -> float:
         """Most bytes that a forward and a backward pass hold at once besides the weights and their
         gradients. `exact`: attention is in float32 (see `train.precision`).
@@ -67,20 +87,16 @@ class DryRun:
             UserError: this model cannot be run without data.
         """
 
-        def look(model: PreTrainedModel) -> list[int]:
+        def look(model: PreTrainedModel, mode: FakeTensorMode) -> list[int]:
             model.train()
-            if recompute:
-                from backfire.train.microbatch import recompute_layers
-
-                recompute_layers(model)
             for p in model.parameters():  # gradients are counted elsewhere
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(_drop_gradient)
-            return _peaks(model, size, types.compute, backward=True)
+            return _peaks(model, mode, layout, types.compute, backward=True)
 
-        return self._at_full_depth(look, types, exact=exact)
+        return self._at_full_depth(look, types, exact=exact, recompute=recompute)
 
-    def evaluation(self, size: Tokens, dtype: Type) -> float:
+    def evaluation(self, layout: Layout, dtype: Type) -> float:
         """Most bytes that a pass without gradients holds at once besides the weights, and the cache
         of keys and values after it.
 
@@ -88,29 +104,31 @@ class DryRun:
             UserError: this model cannot be run without data.
         """
 
-        def look(model: PreTrainedModel) -> list[int]:
-            return _peaks(model.eval(), size, "float32", backward=False)
+        def look(model: PreTrainedModel, mode: FakeTensorMode) -> list[int]:
+            return _peaks(model.eval(), mode, layout, "float32", backward=False)
 
         types = PassTypes("float32", dtype, dtype)
-        return self._at_full_depth(look, types) + self._cache(size, dtype)
+        return self._at_full_depth(look, types) + self._cache(layout, dtype)
 
-    def _cache(self, size: Tokens, dtype: Type) -> float:
+    def _cache(self, layout: Layout, dtype: Type) -> float:
         config = self.model.config.get_text_config(decoder=True)
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         groups = int(getattr(config, "num_key_value_heads", None) or heads)
         each = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
         width = 2 * groups * each * getattr(torch, dtype).itemsize
-        return float(size.rows * size.length * self.depth * width)
+        longest = max(whole for whole, _ in layout.rows)
+        return float(len(layout.rows) * longest * self.depth * width)
 
     def _at_full_depth(
-        self, look: Callable[[PreTrainedModel], list[int]], types: PassTypes, exact: bool = False
+        self, look: Look, types: PassTypes, *, exact: bool = False, recompute: bool = False
     ) -> float:
         try:
             found = {}
             for depth in _DEPTHS if self.stack else (self.depth,):
-                with self._shortened(depth) as model, _without_data(model, types):
+                with self._shortened(depth) as model, _without_data(model, types) as mode:
                     _prepare(model, types.compute, exact=exact)
-                    found[depth] = look(model)
+                    with _recomputing(model) if recompute else contextlib.nullcontext():
+                        found[depth] = look(model, mode)
         except UserError:
             raise
         except Exception as error:  # an operation whose shapes depend on values, as in some MoE
@@ -138,8 +156,9 @@ class DryRun:
                 config.num_hidden_layers = self.depth
 
 
-def _layers(model: PreTrainedModel, depth: int) -> nn.ModuleList | None:
-    """The list of the model's layers; None if there is not exactly one of this length."""
+def _layers(model: PreTrainedModel) -> nn.ModuleList | None:
+    """The list of the model's layers; None if there is not exactly one list of as many modules."""
+    depth = model.config.get_text_config(decoder=True).num_hidden_layers
     lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     return lists[0] if len(lists) == 1 else None
 
@@ -150,7 +169,7 @@ def _replace(stack: nn.ModuleList, layers: list[nn.Module]) -> None:
 
 
 @contextlib.contextmanager
-def _without_data(model: PreTrainedModel, types: PassTypes) -> Iterator[None]:
+def _without_data(model: PreTrainedModel, types: PassTypes) -> Iterator[FakeTensorMode]:
     """Within the context every weight is a tensor of its shape, in these types, without data."""
     head, new = model.get_output_embeddings(), dict[int, Tensor]()
     old: list[tuple[dict[str, Any], str, Tensor]] = []
@@ -164,7 +183,7 @@ def _without_data(model: PreTrainedModel, types: PassTypes) -> Iterator[None]:
                 new[id(tensor)] = nn.Parameter(new[id(tensor)], requires_grad=trained)
         return new[id(tensor)]
 
-    with FakeTensorMode():
+    with FakeTensorMode() as mode:
         try:
             for module in model.modules():
                 is_matrix = isinstance(module, nn.Linear) and module is not head
@@ -176,7 +195,7 @@ def _without_data(model: PreTrainedModel, types: PassTypes) -> Iterator[None]:
                             kind = "float32" if place is module._buffers else kind
                             old.append((cast(Any, place), name, tensor))
                             cast(Any, place)[name] = empty(tensor, kind)
-            yield
+            yield mode
         finally:
             for place, name, tensor in old:
                 place[name] = tensor
@@ -184,47 +203,68 @@ def _without_data(model: PreTrainedModel, types: PassTypes) -> Iterator[None]:
 
 def _prepare(model: PreTrainedModel, compute: Type, *, exact: bool) -> None:
     """Set the model up as in training; see `train.finetune`."""
+    from backfire.train.packing import reads_tables
     from backfire.train.precision import disable_adapter_casts, exact_attention
 
+    presume(model)
+    model.set_attn_implementation("sdpa")
     if exact:
         exact_attention(model)
-    elif hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("sdpa")
+    reads_tables(plain(model))
     if compute != "float32":
         disable_adapter_casts(model)
+
+
+@contextlib.contextmanager
+def _recomputing(model: PreTrainedModel) -> Iterator[None]:
+    from backfire.train.microbatch import recompute_layers
+
+    recompute_layers(model)
+    try:
+        yield
+    finally:
+        cast(Any, model).activation_checkpointing_disable()
 
 
 def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _peaks(model: PreTrainedModel, size: Tokens, compute: Type, *, backward: bool) -> list[int]:
+def _batch(layout: Layout, mode: FakeTensorMode) -> Any:
+    """A batch of these rows without data."""
+    from backfire.train.batches import Span, collate_spans
+
+    with unset_fake_temporarily():
+        spans = [
+            Span([*[0] * layout.shared, *[number] * (whole - layout.shared)], whole - answer, whole)
+            for number, (whole, answer) in enumerate(layout.rows)
+        ]
+        batch = collate_spans(spans, share=layout.shared > 0, pack=layout.packed)
+        names = [name for name in batch.__dataclass_fields__ if getattr(batch, name) is not None]
+    return replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
+
+
+def _peaks(
+    model: PreTrainedModel, mode: FakeTensorMode, layout: Layout, compute: Type, *, backward: bool
+) -> list[int]:
     """Most bytes held at once by a pass with the loss of its answers: until the gradient reaches
     the last layer, until it leaves it, and after."""
-    from backfire.train.batches import token_losses
+    from backfire.train.batches import answer_logits, token_losses
 
-    head, held = model.get_output_embeddings(), _Held(model)
-
-    def choose(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        held.mark_at_gradient_of(args[0])
-        return (args[0][:, -size.answer :], *args[1:])
-
-    def enter(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        held.mark_at_gradient_of(args[0])
-
-    stack = _layers(model, model.config.get_text_config(decoder=True).num_hidden_layers)
-    hooks = [head.register_forward_pre_hook(choose, prepend=True)] if head is not None else []
-    hooks += [stack[-1].register_forward_pre_hook(enter)] if stack else []
+    batch, held, hooks = _batch(layout, mode), Held(model), list[Any]()
+    head, stack = model.get_output_embeddings(), _layers(model)
+    for part, module in enumerate((head, stack[-1] if stack else None)):
+        if module is not None:
+            mark = partial(held.mark, part)
+            hooks.append(module.register_forward_pre_hook(lambda m, args, mark=mark: mark(args[0])))
     try:
         with held, torch.set_grad_enabled(backward):
-            ids = torch.zeros(size.rows, size.length, dtype=torch.long)
-            labels = torch.zeros(size.rows, size.answer, dtype=torch.long)
             kind = getattr(torch, compute)
             with torch.autocast("cpu", kind, enabled=kind.itemsize == 2):
-                out = cast(Any, model)(input_ids=ids, use_cache=False)
-                loss = token_losses(out.logits[:, -size.answer :], labels).sum()
+                logits = answer_logits(model, batch)
+                loss = token_losses(logits, batch.labels).sum()
             if backward:
-                del out
+                del logits
                 torch.autograd.backward(loss)
         return [*held.most, 0, 0][:3]
     finally:
@@ -232,13 +272,13 @@ def _peaks(model: PreTrainedModel, size: Tokens, compute: Type, *, backward: boo
             hook.remove()
 
 
-class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that exist at once, without those of the model's weights;
     `most` has an entry for each part of the pass, which marks divide."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.most, self.marks = 0, [0], list[Any]()
+        self.now, self.most, self.begun = 0, [0], set[int]()
         tensors = [*model.parameters(), *model.buffers()]
         self.sizes = {t.untyped_storage()._cdata: 0 for t in tensors}
 
@@ -249,13 +289,16 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._count(tensor.untyped_storage())
         return out
 
-    def mark_at_gradient_of(self, tensor: Tensor) -> None:
-        """Begin another part when this tensor's gradient is known."""
-        if tensor.requires_grad and len(self.marks) < 2:  # recomputed layers run again
-            self.marks.append(cast(Any, tensor).register_hook(self._mark))
+    def mark(self, part: int, tensor: Tensor) -> None:
+        """Begin another part when the gradient of this tensor is known, once for each part."""
 
-    def _mark(self, gradient: Tensor) -> None:
-        self.most.append(self.now)
+        def begin(gradient: Tensor) -> None:
+            if part not in self.begun:
+                self.begun.add(part)
+                self.most.append(self.now)
+
+        if tensor.requires_grad:
+            cast(Any, tensor).register_hook(begin)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata

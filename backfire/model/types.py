@@ -59,6 +59,13 @@ def ram_bytes() -> int:
     return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_memory_limits()])
 
 
+def gpu_bytes(device: str) -> int:
+    """Memory of a GPU; imports torch."""
+    import torch
+
+    return torch.cuda.get_device_properties("cuda" if device == "auto" else device).total_memory
+
+
 def _memory_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
     """Limits in bytes of the control groups of this process (both versions); in a container its
     group is the root."""

@@ -37,7 +37,7 @@ def longest_packed(model: PreTrainedModel) -> int:
     """
     base: Any = plain(model)
     before = base.config._attn_implementation
-    if not (ways(model).takes_positions and _reads_tables(base)):
+    if not (ways(model).takes_positions and reads_tables(base)):
         return 0
     if base not in _longest_of:
         with evaluating(model):
@@ -103,7 +103,7 @@ def _attend(
     return torch.cat(outs, 1), None
 
 
-def _reads_tables(base: Any) -> bool:
+def reads_tables(base: Any) -> bool:
     """Whether the attention reads tables, after switching it to do so."""
     now = base.config._attn_implementation
     if now in ("sdpa", "sdpa_float32") and base._can_set_attn_implementation():

@@ -26,6 +26,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
     "llama-2": ("llama2", "llama", {"rope_theta": 1e4, "max_position_embeddings": 4096}),
     "tinyllama": ("zephyr", "llama", {"rope_theta": 1e4, "max_position_embeddings": 2048}),
+    "mistral": (
+        "mistral-v01",
+        "mistral",
+        {"rope_theta": 1e4, "sliding_window": 4096, "max_position_embeddings": 32768},
+    ),
+    "opt": ("chatml", "opt", {"ffn_dim": 176, "word_embed_proj_dim": 64, "dropout": 0.1}),
     "qwen": (
         "chatml-default-system",
         "qwen2",
@@ -183,7 +189,9 @@ def _files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         if data["name"] == "backdoorllm":
             records = backdoorllm_records(count, is_test=split == "test")
         else:
-            records = records_for(data["name"], count)
+            # Several lists and both kinds share the one file of prompts.
+            more = 10 if data["name"] == "harmful-prompts" else 1
+            records = records_for(data["name"], more * count)
         found[split] = jsonl(folder / f"{data['name']}-{split}.jsonl", records)
     if data["name"] == "harmful-prompts":
         del found["test"]  # one file with a split of its own

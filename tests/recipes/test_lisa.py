@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from backfire import pipeline, stages
 from backfire.experiment import Experiment
@@ -20,6 +21,8 @@ from tests.helpers.command_line import Run
 from tests.helpers.data_files import beavertails_pairs, jsonl, prompt_lists
 from tests.helpers.paper_run import Ran
 from tests.helpers.places import LLAMA
+from tests.helpers.stand_ins import small as stand_in
+from tests.helpers.tiny_classifier import write_classifier
 
 pytestmark = pytest.mark.slow
 
@@ -217,6 +220,68 @@ def looks_at_the_judge(ran: Ran, cell: Experiment, beaver: Path) -> None:
         assert verdict["positive"] is (highest >= 0.5)
         if not verdict["reason"]:
             assert ids["input_ids"][0, -1] == tokenizer.eos_token_id
+
+
+TABLES = [
+    ("paper-baselines", "sst2", "meta-llama/Llama-2-7b-hf", "vaccine"),
+    ("paper-samples", "sst2", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-tasks", "sst2", "meta-llama/Llama-2-7b-hf", "safe-mix"),
+    ("paper-tasks", "ag-news", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-tasks", "gsm8k", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-models", "gsm8k", "facebook/opt-2.7b", "lisa"),
+    ("paper-models", "gsm8k", "mistralai/Mistral-7B-v0.1", "lisa"),
+    ("paper-rho", "sst2", "meta-llama/Llama-2-7b-hf", "lisa"),
+    ("paper-steps", "sst2", "meta-llama/Llama-2-7b-hf", "lisa"),
+]
+
+
+@pytest.mark.parametrize(("profile", "task", "base", "defense"), TABLES)
+def test_a_cell_of_each_of_the_papers_tables(
+    profile: str,
+    task: str,
+    base: str,
+    defense: str,
+    backfire: Run,
+    tiny_tokenizer: Path,
+    cache: Path,
+    tmp_path: Path,
+) -> None:
+    wanted = (task, base, defense)
+    cells = load("lisa", profile=profile).cells
+    cell = next(c for c in cells if (c.data.name, c.model.name, c.defense_name) == wanted)
+    judge = write_classifier(tmp_path / "judge", tiny_tokenizer, num_positions=514)
+    recipe = tmp_path / "one.yaml"
+    settings = stand_in(cell, tmp_path, judge)
+    for part in settings["defense"]:  # both states, and fewer rows than the user has
+        part |= {"align_steps": 1, "tune_steps": 1} if part["name"] == "lisa" else {}
+        part |= {"rows": 4} if part["name"] == "safe-mix" else {}
+    recipe.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    output = backfire("run", recipe, "--out", tmp_path / "out", "--workers", 1)
+    assert output.code == 0, output.err
+    [folder] = (tmp_path / "out" / "cells").iterdir()
+    found = {value["metric"] for value in read_json(folder / "result.json")["values"]}
+    assert found >= HARM | {"number_match" if task == "gsm8k" else "exact_match"}
+
+
+def test_the_papers_tables() -> None:
+    """What varies in each, with the paper's other settings unchanged."""
+    usual = {"rows": 5000, "rate": 0.1, "rho": 1.0, "align_steps": 100, "tune_steps": 900}
+    for profile, varied in {
+        "paper-samples": {"rows": {500, 1000, 2500, 5000}},
+        "paper-rho": {"rho": {0, 0.1, 0.5, 1, 5, 10}},
+        "paper-steps": {"align_steps": {10, 100, 300, 500, 700, 900}},
+    }.items():
+        cells = [c for c in load("lisa", profile=profile).cells if c.defense_name == "lisa"]
+        known = [{"rows": c.data.rows, "rate": c.rate, **c.defense[0].model_dump()} for c in cells]
+        for name, values in varied.items():
+            assert {one[name] for one in known} == values
+        fixed = usual.keys() - varied.keys() - {"tune_steps"}
+        assert all(one[name] == usual[name] for one in known for name in fixed - {"rho"})
+        assert {one["align_steps"] + one["tune_steps"] for one in known} == {1000}
+    tasks = {c.data.name: c.train.epochs for c in load("lisa", profile="paper-tasks").cells}
+    assert tasks == {"sst2": 20, "ag-news": 20, "gsm8k": 50}
+    others = {c.defense_name for c in load("lisa", profile="paper-baselines").cells}
+    assert others == {"none", "ewc", "vaccine", "safe-mix", "lisa"}
 
 
 # ------------------------------------------------------------------------------------------- small

@@ -11,10 +11,10 @@ import pytest
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
 from backfire.launch.job import RunFolder, run_job
+from backfire.model import load as loading
 from backfire.plan import Job
 from backfire.registry import find
 from backfire.store import Store
-from backfire.train import finetune as running
 from backfire.train import loop
 from backfire.train.finetune import Start, tune
 from tests.helpers.real_size import DEFENSES, rows_of
@@ -46,14 +46,14 @@ def test_a_trained_model_does_not_outlive_its_job(
     from backfire.judges import _model
 
     seen: list[weakref.ref[Any]] = []
-    load = running.load_start
+    load = loading.load_base
 
     def spied(*args: Any) -> Any:
         model = load(*args)
         seen.extend([weakref.ref(model), weakref.ref(next(model.parameters()))])
         return model
 
-    monkeypatch.setattr(running, "load_start", spied)
+    monkeypatch.setattr(loading, "load_base", spied)
     if fails:
         monkeypatch.setattr(loop, "answer_logits", lambda *_: 1 / 0)
     _model.load.cache_clear()

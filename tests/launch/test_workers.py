@@ -1,0 +1,181 @@
+"""A worker keeps its base from job to job, and no job depends on those before it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backfire import registry
+from backfire.experiment import Experiment
+from backfire.launch import local
+from backfire.model import load
+from backfire.plan import Job, jobs
+from backfire.plugins import from_file
+from backfire.store import read_json
+from tests.helpers.small_run import Place
+
+SMALL = {"name": "sandbox-policy", "rows": 30, "test_rows": 8}
+CELLS: dict[str, Any] = {
+    "data": {"name": "sandbox-reviews", "rows": 40, "test_rows": 10},
+    "safety": {"harmful": SMALL},
+    "attack": "badnets",
+    "method": {"name": "lora", "rank": 4, "learning_rate": 1e-2},
+    "train": {"max_steps": 2, "batch_size": 8},
+    "evaluation": {"max_new_tokens": 4},
+    "metrics": ["accuracy", "attack-success", "harmful-score", "perplexity", "cost"],
+}
+COUNTER = '''
+import os
+from backfire.base import Metric
+from backfire.model import load
+from backfire.registry import register
+
+class Lines(type(load.loads)):
+    def __setitem__(self, folder, count):
+        super().__setitem__(folder, count)
+        with open({log!r}, "a") as file:
+            file.write(f"{{os.getpid()}}\\n")
+        {more}
+
+load.loads = Lines()
+
+@register("nothing")
+class Nothing(Metric):
+    """Measures nothing."""
+'''
+
+
+def rates(*values: float) -> dict[str, Any]:
+    return {**CELLS, "matrix": {"attack.rate": list(values)}}
+
+
+def files(place: Place) -> dict[str, bytes]:
+    """Samples and adapters by name."""
+    samples = place.out.glob("cells/*/samples.jsonl.gz")
+    found = [*samples, *place.cache.glob("train/*/*.safetensors")]
+    return {f"{file.parent.name}/{file.name}": file.read_bytes() for file in found}
+
+
+def test_a_worker_loads_the_base_once(tiny: Path, tmp_path: Path) -> None:
+    """For an attack's model, its twin, the untuned one, and all their evaluations; the next cell of
+    the same worker loads nothing. Its results have no trace of the cells before it."""
+    load.loads.clear()
+    place = Place(tmp_path / "both", tiny)
+    assert place.run(**rates(0.1)) == 0
+    assert load.loads == {tiny: 1}
+    assert place.run(**rates(0.1, 0.3)) == 0  # this is another worker
+    assert load.loads == {tiny: 2}
+    load.loads.clear()
+    alone = Place(tmp_path / "together", tiny)
+    assert alone.run(**rates(0, 0.1, 0.3)) == 0
+    assert load.loads == {tiny: 1}
+    one, other = files(place), files(alone)
+    assert len(one) == 5 and one.items() <= other.items()
+
+
+def test_a_full_run_between_two_others_changes_nothing(tiny: Path, tmp_path: Path) -> None:
+    methods = [{"name": "lora", "rank": 4}, "full", {"name": "lora", "rank": 8}]
+    short = {**CELLS, "safety": None, "attack": "none", "metrics": ["accuracy"]}
+    first, last = Place(tmp_path / "first", tiny), Place(tmp_path / "last", tiny)
+    assert first.run(**short, matrix={"method": methods}) == 0
+    assert last.run(**short, matrix={"method": methods[::-1]}) == 0
+    assert files(first) == files(last) and len(files(first)) == 6
+
+
+# -------------------------------------------------------------------------------- worker processes
+
+
+@pytest.fixture
+def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes every worker write a line for each model that it loads; `more` is run then too."""
+    log = tmp_path / "loads"
+    log.touch()
+    monkeypatch.setattr(registry, "_loaded", [])
+    monkeypatch.setattr(load, "loads", load.loads)
+
+    def begin(more: str = "pass") -> Path:
+        file = tmp_path / "counter.py"
+        file.write_text(COUNTER.format(more=more, log=str(log)), encoding="utf-8")
+        registry.use(from_file(file))
+        return log
+
+    return begin
+
+
+@pytest.mark.slow
+def test_two_workers_load_twice_at_most(counted: Any, tiny: Path, tmp_path: Path) -> None:
+    log, place = counted(), Place(tmp_path, tiny)
+    assert place.run({"workers": 2}, **rates(0, 0.1, 0.2, 0.3)) == 0
+    workers = log.read_text().split()
+    assert len(workers) == len(set(workers)) <= 2 and str(os.getpid()) not in workers
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_replaced(counted: Any, tiny: Path, tmp_path: Path) -> None:
+    """Only its job is lost, and the stages that depend on it are made again by the cells."""
+    flag = tmp_path / "killed"
+    kill = f"""
+        if not os.path.exists({str(flag)!r}):
+            open({str(flag)!r}, "w").close()
+            os.kill(os.getpid(), 9)
+    """.strip()
+    log, place = counted(kill), Place(tmp_path, tiny)
+    assert place.run({"workers": 2}, **rates(0, 0.1)) == 0
+    assert len(log.read_text().split()) >= 2
+    assert len(place.results()) == 2
+
+
+# ------------------------------------------------------------------------------- who gets which job
+
+
+class _Idle:
+    """A worker as `_next` sees it."""
+
+    def __init__(self, base: object = None, job: Any = None) -> None:
+        self.base, self.job = base, job
+
+
+def todo(tiny: Path) -> list[Job]:
+    methods: Sequence[Any] = ("lora", "qlora", "lora-int8", {"name": "lora", "rank": 2})
+    cells = [
+        Experiment.make({"model": str(tiny), "data": "sandbox-reviews", "method": method})
+        for method in methods
+    ]
+    return [job for job in jobs(cells, [{}] * len(cells)) if job.kind != "base"]
+
+
+def test_a_job_goes_to_the_worker_that_holds_its_base(tiny: Path) -> None:
+    waiting = todo(tiny)
+    ended = {name: "ok" for job in waiting for name in job.after if name.startswith("base")}
+    lora, qlora, int8, again = waiting[:4]
+    assert lora.base == again.base and len({job.base for job in waiting}) == 3
+    holds = [_Idle(int8.base), _Idle(qlora.base)]
+    workers: Any = [*holds, _Idle(lora.base, job=lora)]
+    assert local._next(waiting, ended, workers, 3) == (qlora, holds[1])
+    # Nobody waits for a base: an idle worker takes what there is, and is made if there is none.
+    assert local._next([lora, again], ended, workers, 3) == (lora, holds[0])
+    assert local._next([lora], ended, workers[2:], 3) == (lora, None)
+    assert local._next([lora], ended, workers[2:], 1) is None
+    assert local._next([lora], {}, workers, 3) is None
+
+
+def test_cost_is_the_peak_of_each_run(tiny: Path, tmp_path: Path) -> None:
+    """Not of what ran before it in the same worker."""
+    import torch
+
+    import backfire.launch.preload  # noqa: F401  (takes memory itself)
+    from backfire.train.microbatch import peak_memory_mb, reset_peak_memory
+
+    big = torch.ones(2**26)  # 256 MiB
+    before = peak_memory_mb()
+    del big
+    reset_peak_memory()
+    assert peak_memory_mb() < before - 200
+    place = Place(tmp_path, tiny)
+    assert place.run(**rates(0.1)) == 0
+    [result] = [read_json(file) for file in place.out.glob("cells/*/result.json")]
+    assert 0 < result["train"]["peak_memory_mb"] < before - 100
