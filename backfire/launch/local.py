@@ -123,11 +123,9 @@ class _Worker:
             self.pipe.send((job, machine))
 
     def end(self) -> None:
-        """An idle worker ends by itself once nobody can give it a job."""
-        if self.job:
-            self.process.terminate()
-        self.pipe.close()
+        self.process.terminate()
         self.process.join()
+        self.pipe.close()
 
 
 def _side_by_side(
@@ -145,7 +143,11 @@ def _side_by_side(
     waiting, workers = list(todo), list[_Worker]()
     try:
         while waiting or any(worker.job for worker in workers):
-            workers = [w for w in workers if w.job or w.process.is_alive()]
+            idle = [worker for worker in workers if not worker.job]
+            for worker in idle:
+                if not waiting or not worker.process.is_alive():
+                    worker.end()  # a base in memory that nobody needs
+                    workers.remove(worker)
             while job_and_worker := _next(waiting, ended, workers, machine.workers):
                 job, worker = job_and_worker
                 if worker is None:

@@ -28,7 +28,7 @@ class Source:
 
     def stamp(self) -> list[tuple[str, int, int]]:
         """Changes if a file in the folder is written again."""
-        stats = ((file.name, file.stat()) for file in sorted(self.folder.iterdir()))
+        stats = ((file.name, file.stat()) for file in sorted(self.folder.glob("*")))
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
@@ -78,6 +78,11 @@ class Resident:
             if self._base is not None:
                 self._detach(check=True)
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it takes memory now."""
+        return self._base is not None
+
     def keep_only(self, source: Source) -> None:
         """Release the base unless it is this one."""
         if self._base is not None and not self._holds(source):
@@ -95,7 +100,8 @@ class Resident:
         if self._base is not None:
             self._detach()
         if self._base is None:
-            _free()
+            if source.device.type == "cuda":
+                _free()
             key = source, source.stamp()
             model = load_base(source.folder, source.dtype, source.device, source.quantization)
             self._key, self._base = key, _Base(model)
