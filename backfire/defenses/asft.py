@@ -36,7 +36,7 @@ class AsFT(TrainDefense):
     skipped (C is 0 / 0 there). Null control: as many random directions as d has.
     """
 
-    extra: ClassVar[Extra] = Extra(copies=1, scratch=3)
+    extra: ClassVar[Extra] = Extra(copies=3, scratch=3)
     needs_alignment: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "asft-code": Preset(

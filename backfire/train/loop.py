@@ -89,6 +89,7 @@ class TrainingRun:
             model, self.trainable, train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.once = partial(checkpoint.once, self)  # tensors that a hook computes only once
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
@@ -166,9 +167,12 @@ class TrainingRun:
         of the passes."""
         return self.master.exact()
 
-    def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
-        batch = self.layout.collate(rows).to(self.device)
+    def logits(
+        self, rows: Sequence[Rendered], *, flat: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]; `flat`:
+        of packed rows [1, answer], without padding."""
+        batch = self.layout.collate(rows, flat=flat).to(self.device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 
@@ -219,7 +223,7 @@ class TrainingRun:
         self.hooks, self.trainable, self.autocast = [], {}, contextlib.nullcontext
         self.gradients.weights = {}
         self.scaling.close()
-        del self.model, self.optimizer, self.scheduler, self.origin, self.master
+        del self.model, self.optimizer, self.scheduler, self.origin, self.master, self.once
 
     def checksum(self) -> list[float]:
         """Changes if any trainable weight changes."""
@@ -358,8 +362,9 @@ def _accumulate(
     fit in memory."""
     supervised = sum(row.num_supervised for row in rows)
     total = torch.zeros((), device=run.device)
+    flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
     for part in run.micro_batches.split(rows):
-        logits, labels = run.logits(part)
+        logits, labels = run.logits(part, flat=flat)
         with run.autocast():
             losses = token_losses(logits, labels)
             for hook in hooks:
