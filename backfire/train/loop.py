@@ -207,8 +207,8 @@ class TrainingRun:
         true during the call: module hooks then see recomputed layers."""
         if self.recompute:
             refuse_hooks(self.model, self.hooks)
-        if self.scaling.on and gradients is None:
-            tensors = cast(torch.Tensor, tensors) * self.scaling.value
+        if gradients is None:
+            tensors = self.scaling.scaled(cast(torch.Tensor, tensors))
         self.recomputing = True
         try:
             torch.autograd.backward(tensors, gradients)
