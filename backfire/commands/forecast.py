@@ -25,11 +25,12 @@ from backfire.model.types import Types, gpu_bytes, ram_bytes
 from backfire.recipe import Recipe
 from backfire.registry import build
 from backfire.store import Store
+from backfire.text import listing
 
 if TYPE_CHECKING:
     import torch
 
-_SHARE = 0.4
+SHARE = 0.4
 """Speed of training relative to large matrix products: 0.25 to 0.55 was measured on CPUs."""
 TIGHT = 0.85  # share of the memory above which the error of the prediction matters
 CARDS = (24e9, 40e9, 80e9)
@@ -134,8 +135,8 @@ def lines(recipe: Recipe) -> list[str]:
         out.append(f"{mark} {_title(experiment)}: {_parts(counts, need)} of {verdict}")
     if here.device == "cpu":
         out += _cards(recipe)
-    rate = _SHARE * _measured(device)
-    source = f"{_SHARE} of the speed of large matrix products here"
+    rate = SHARE * matmul_speed(device)
+    source = f"{SHARE} of the speed of large matrix products here"
     costs = describe_cost(cost(here.recipe, here.store, here.rows, here.sizes), rate, source)
     return [*out, *(f"note  {line}" for line in costs)]
 
@@ -163,7 +164,7 @@ def _on_cards(there: Forecast, experiment: Experiment, need: Memory) -> str:
         verdict = "fits {}" if fits else f"not {{}}{there.remedy(experiment, card)}"
         by_verdict.setdefault(verdict, []).insert(0, f"{card / 1e9:.0f}")
     return ", ".join(
-        verdict.format(f"{' and '.join(cards)} GB") for verdict, cards in by_verdict.items()
+        verdict.format(f"{listing(cards)} GB") for verdict, cards in by_verdict.items()
     )
 
 
@@ -199,7 +200,7 @@ def _verdict(need: Memory, has: float, workers: int) -> tuple[str, str]:
     return "lacks", f"{amount(has)}: does not fit"
 
 
-def _measured(device: torch.device) -> float:
+def matmul_speed(device: torch.device) -> float:
     """Measure the FLOP/s of large matrix products in the compute type of training, for a fraction
     of a second with all threads."""
     import torch
