@@ -1,9 +1,9 @@
 """LoRA adapters with fewer operations, for evaluation.
 
 PEFT multiplies by A and by B, scales, adds and converts between types, each over the whole output.
-Here a layer multiplies by A, and adds the product with the scaled B to the base's output in place.
-A and B are in the type of that output, so only rounding changes; the weights of the base are never
-touched, so quantized bases are fine.
+Here a layer multiplies by A, and adds the product with the scaled B to the base's output, in place
+if both have one type. An adapter keeps its own type, so only rounding changes. The weights of the
+base are never touched, so quantized bases are fine.
 """
 
 from __future__ import annotations
@@ -53,26 +53,24 @@ def _is_plain(layer: Any) -> bool:
     return bool(names) and linear and not drops and not set(names) & set(layer.lora_variant)
 
 
-def _pair(layer: Any) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
-    """A [rank, input] and the scaled B [output, rank] of all active adapters together, in their own
-    type."""
+def _pair(layer: Any) -> tuple[Tensor, Tensor]:
+    """A [rank, input] and the scaled B [output, rank] of all active adapters together."""
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     a = torch.cat([layer.lora_A[name].weight.detach() for name in names])
     b = [layer.lora_B[name].weight.detach() * layer.scaling[name] for name in names]
-    return {a.dtype: (a, torch.cat(b, 1))}
+    return a, torch.cat(b, 1)
 
 
 def _forward(
-    layer: Any, pair: dict[torch.dtype, tuple[Tensor, Tensor]], x: Tensor, *rest: Any, **named: Any
+    layer: Any, pair: tuple[Tensor, Tensor], x: Tensor, *rest: Any, **named: Any
 ) -> Tensor:
     """base(x) + x A^T B^T: [..., input] to [..., output]."""
     out: Tensor = layer.base_layer(x, *rest, **named)
     if layer.disable_adapters:
         return out
-    if out.dtype not in pair:
-        a, b = next(iter(pair.values()))
-        pair[out.dtype] = (a.to(out.dtype), b.to(out.dtype))
-    a, b = pair[out.dtype]
-    flat = out.view(-1, out.shape[-1])
-    flat.addmm_(x.to(out.dtype).reshape(-1, x.shape[-1]) @ a.T, b.T)
+    a, b = pair
+    low_rank = x.to(a.dtype).reshape(-1, x.shape[-1]) @ a.T
+    if out.dtype != a.dtype:  # as in PEFT: the sum is rounded once
+        return (out + (low_rank @ b.T).view(out.shape)).to(out.dtype)
+    out.view(-1, out.shape[-1]).addmm_(low_rank, b.T)
     return out

@@ -64,7 +64,7 @@ def test_only_rounding_changes(names: tuple[str, ...], settings: dict[str, Any])
     assert torch.equal(logits(model), alone)
 
 
-def test_a_base_in_bfloat16_adds_no_larger_error_than_its_own() -> None:
+def test_a_base_in_bfloat16_is_as_exact_as_before() -> None:
     model = adapted()
     exact = logits(model)
     model = model.bfloat16()
