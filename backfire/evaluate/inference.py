@@ -1,9 +1,9 @@
 """Likelihoods and replies for many prompts at once, equal to those of each prompt alone.
 
 Prompts are sorted by length; a prefix that all share (the start of a template) runs once, and each
-prompt once for both its candidates and its reply; the head runs only where a logit is read;
-finished rows leave the batch. Models that do not support this get whole rows, or rows of one length
-(see `backfire.model.batching`).
+prompt once for both its candidates and its reply; the head runs only where a logit is read; the
+next prompt takes the place of a finished row. Models that do not support this get whole rows, or
+rows of one length (see `backfire.model.batching`).
 """
 
 from __future__ import annotations
@@ -305,7 +305,8 @@ def _candidate_scores(
     ids = ids.to(owner.device)
     likely = prompts.logits.log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0].double()
     if ids.shape[1] > 1:
-        fed = ids[:, :-1].clamp(min=0)  # the token that replaces padding is never read
-        rest, _ = follow(model, prompts.rows(owner), fed)
-        likely = likely - token_losses(rest, ids[:, 1:]).double().sum(1)
+        longer = (ids[:, 1] != IGNORE).nonzero()[:, 0]
+        fed = ids[longer, :-1].clamp(min=0)  # the token that replaces padding is never read
+        rest, _ = follow(model, prompts.rows(owner[longer]), fed)
+        likely[longer] -= token_losses(rest, ids[longer, 1:]).double().sum(1)
     return likely.tolist()

@@ -67,9 +67,10 @@ def write(
     waiting = deque(order)
     while waiting:
         slots = Slots(model, task, budget, waiting)
-        while waiting or slots.lines:
+        while slots.lines or (waiting and not slots.outgrown()):
             if (result := unless_out_of_memory(slots.turn)) is None:
-                waiting.extendleft(line.row for line in reversed(slots.lines))
+                again = [*(line.row for line in slots.lines), *waiting]
+                waiting = deque(sorted(again, key=lambda row: -task.lengths[row]))
                 budget.shrink(slots.rows, slots.columns)
                 break
             if result[0]:
@@ -84,7 +85,7 @@ class Slots:
     ) -> None:
         self.model, self.task, self.budget, self.waiting = model, task, budget, waiting
         self.columns = task.lengths[waiting[0]] + task.extra + SPARE
-        self.rows = budget.fitting(self.columns)
+        self.rows = min(budget.fitting(self.columns), len(waiting))
         """Most rows."""
         self.lines = list[Line]()
         self._end = 0  # column after the last token of every row
@@ -117,13 +118,16 @@ class Slots:
         free, lengths = self.rows - len(self.lines), self.task.lengths
         if not self.waiting or (self.lines and free < self.rows / 4):
             return []
+        if self.lines and (self.task.level or self.outgrown()):
+            return []  # until all rows have ended
         longest = lengths[self.waiting[0]]
-        if self.lines:
-            fitting = self.budget.fitting(longest + self.task.extra + SPARE)
-            if self.task.level or fitting >= 2 * self.rows:
-                return []  # wait for a new buffer
         first = list(islice(self.waiting, min(free, max(1, self.budget.run // longest))))
         return [row for row in first if not self.task.level or lengths[row] == longest]
+
+    def outgrown(self) -> bool:
+        """Whether a new buffer would hold twice as many of the next prompts, which are shorter."""
+        columns = self.task.lengths[self.waiting[0]] + self.task.extra + SPARE
+        return min(self.budget.fitting(columns), len(self.waiting)) >= 2 * self.rows
 
     def _join(self, prompts: CachedPrompts) -> None:
         """Copy the keys and values of the last rows into the buffer."""

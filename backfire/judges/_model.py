@@ -140,10 +140,8 @@ def load(
     import torch
     import transformers
 
-    from backfire.model.load import gpu_type
-
     where = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    kind = gpu_type(torch.device(where)) if where.startswith("cuda") else "float32"
+    dtype = torch.bfloat16 if where.startswith("cuda") else torch.float32
     check_config(task, name)
     path = str(_folder(name, revision))
     safe: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
@@ -151,7 +149,7 @@ def load(
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **safe)
         model, info = getattr(transformers, f"AutoModelFor{task}").from_pretrained(
             path,
-            dtype=getattr(torch, kind),
+            dtype=dtype,
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, by name

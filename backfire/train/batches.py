@@ -272,7 +272,7 @@ def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     count = max(1, _MOST_LOGITS // every.shape[1])
     parts = [
         checkpoint(_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False)
-        for part in zip(every.split(count), wanted.split(count), strict=True)
+        for part in zip(torch.split(every, count), torch.split(wanted, count), strict=True)
     ]
     return torch.cat(parts).view_as(labels)
 

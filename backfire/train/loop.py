@@ -89,6 +89,7 @@ class TrainingRun:
             model, self.trainable, train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.once = partial(checkpoint.once, self)  # tensors that a hook computes only once
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
@@ -206,8 +207,8 @@ class TrainingRun:
         true during the call: module hooks then see recomputed layers."""
         if self.recompute:
             refuse_hooks(self.model, self.hooks)
-        if self.scaling.on and gradients is None:
-            tensors = cast(torch.Tensor, tensors) * self.scaling.value
+        if gradients is None:
+            tensors = self.scaling.scaled(cast(torch.Tensor, tensors))
         self.recomputing = True
         try:
             torch.autograd.backward(tensors, gradients)
@@ -222,7 +223,7 @@ class TrainingRun:
         self.hooks, self.trainable, self.autocast = [], {}, contextlib.nullcontext
         self.gradients.weights = {}
         self.scaling.close()
-        del self.model, self.optimizer, self.scheduler, self.origin, self.master
+        del self.model, self.optimizer, self.scheduler, self.origin, self.master, self.once
 
     def checksum(self) -> list[float]:
         """Changes if any trainable weight changes."""

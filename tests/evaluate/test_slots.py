@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from backfire.evaluate import inference, slots
+from backfire.evaluate import budget, inference, slots
 from backfire.model.batching import ways
 from tests.helpers.families import KINDS, VOCAB, reply, tiny_model
 
@@ -126,3 +126,16 @@ def test_rows_start_again_where_memory_ran_out(
     finally:
         handle.remove()
     assert passes > 30
+
+
+def test_short_prompts_get_a_buffer_of_more_rows(
+    model: Any,
+    prompts: list[list[int]],
+    stops: list[int],
+    wanted: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(budget, "_TOKENS_ON_CPU", 3 * (min(map(len, prompts)) + NEW + slots.SPARE))
+    replies, rows = steps_of(model, prompts, stops)
+    assert replies == wanted
+    assert rows[0] == 1 and max(rows) > 1

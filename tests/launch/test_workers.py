@@ -153,7 +153,7 @@ def test_a_job_goes_to_the_worker_that_holds_its_base(tiny: Path) -> None:
     ended = {name: "ok" for job in waiting for name in job.after if name.startswith("base")}
     lora, qlora, int8, again = waiting[:4]
     assert lora.base == again.base and len({job.base for job in waiting}) == 3
-    holds = [_Idle(int8.base), _Idle(qlora.base)]
+    holds: Any = [_Idle(int8.base), _Idle(qlora.base)]
     workers: Any = [*holds, _Idle(lora.base, job=lora)]
     assert local._next(waiting, ended, workers, 3) == (qlora, holds[1])
     # Nobody waits for a base: an idle worker takes what there is, and is made if there is none.
