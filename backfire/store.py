@@ -102,7 +102,8 @@ def seal(folder: Path, *, hash_large: bool = True) -> None:
 
 def _are_hashed(sizes: dict[str, Any]) -> bool:
     """Whether `intact` hashes these files of a sealed folder; larger ones are checked by size."""
-    return sum(entry["bytes"] for entry in sizes.values()) <= _HASHED_ON_READ
+    total: int = sum(entry["bytes"] for entry in sizes.values())
+    return total <= _HASHED_ON_READ
 
 
 def intact(folder: Path) -> bool:

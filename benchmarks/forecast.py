@@ -1,37 +1,36 @@
 """Peak memory that `doctor` predicts, against the peak of a process that really runs the cell.
 
-`python -m benchmarks.forecast MODEL_FOLDER [--only lora,full] [--steps 3]` prints a table and exits
-with 1 if a prediction is off by more than 20 %. On a CPU; each stage runs in a fresh process.
+`python -m benchmarks.forecast MODEL_FOLDER [--cells lora,full]` prints a table and exits with 1 if a
+prediction is off by more than 20 %. On a CPU, with one thread; each stage runs in a new process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from backfire.experiment import Experiment
 from backfire.recipe import Recipe
 from backfire.store import write_atomic
-from benchmarks.memory import ROOT, peak_mb
+from benchmarks.memory import peak_mb
 
-METHODS = ("lora", "lora-int8", "qlora", "full")
 DEFENSES: dict[str, Any] = {
     "kl": "kl",
     "lisa": {"name": "lisa", "align_steps": 1, "tune_steps": 1, "free_share": 0},
 }
-CELLS = [
-    *((method, "none") for method in METHODS),
-    *(("lora", defense) for defense in DEFENSES),
-    ("full", "lisa"),
-]
-SIZES = {"short, 8 rows": (1, 8), "short, 16 rows": (1, 16), "long, 4 rows": (4, 4)}
+CELLS = {
+    **{method: (method, "none") for method in ("lora", "lora-int8", "qlora", "full")},
+    **{f"{method} + {name}": (method, name) for method in ("lora", "full") for name in DEFENSES},
+}
+SIZES = {"short 8": (1, 8), "short 16": (1, 16), "long 4": (4, 4)}
 """Title -> number of texts in a prompt, and rows per step."""
 BAR = 0.2
 ALIGN = {"method": "lora", "merge": True, "train": {"max_steps": 1, "batch_size": 2}}
@@ -81,15 +80,17 @@ def predicted(experiment: Experiment) -> dict[str, float]:
     return {"train": train / 2**20, "evaluate": evaluate / 2**20}
 
 
-def stage(name: str, experiment: Experiment) -> None:
-    """Run a stage of a cell in this process."""
+def stage(name: str, experiment: Experiment) -> dict[str, float]:
+    """Run a stage of a cell in this process; returns its peak in MB and, of training, the speed as
+    a share of that of large matrix products in the same process."""
     import torch
 
-    import backfire.launch.preload  # noqa: F401
+    from backfire.commands.estimate import Weights, flops_per_token
+    from backfire.commands.forecast import matmul_speed
     from backfire.experiment import Machine
     from backfire.launch.resolve import resolve_auto, types_of
     from backfire.pipeline import Context, run_cell, trained
-    from backfire.store import Store
+    from backfire.store import Store, read_json
 
     torch.set_num_threads(1)
     recipe = Recipe("cell", "", (experiment,), ({},))
@@ -101,61 +102,78 @@ def stage(name: str, experiment: Experiment) -> None:
 
         start(experiment, context)
     elif name == "train":
-        trained(experiment, context)
+        before = matmul_speed(torch.device("cpu"))
+        summary = read_json(trained(experiment, context) / "summary.json")
+        speed = (before + matmul_speed(torch.device("cpu"))) / 2
+        total, tuned = summary["parameters"], summary["trainable_parameters"]
+        added = tuned if experiment.method.adapts else 0
+        each = flops_per_token(experiment, Weights(total - added, added, tuned))
+        share = each * summary["tokens"] / summary["seconds"] / speed
+        return {"peak": peak_mb(), "share": share}
     else:
         run_cell(experiment, context)
+    return {"peak": peak_mb()}
 
 
-def fresh(name: str, experiment: Experiment) -> float:
-    """Peak in MB of a new process that runs this stage."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.forecast", "--stage", name],
-        input=json.dumps(experiment.spec()),
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    if done.returncode:
-        raise RuntimeError(f"{name} of {experiment.slug} failed:\n{done.stderr[-2000:]}")
-    return float(done.stdout.splitlines()[-1])
+def fresh(name: str, experiment: Experiment) -> dict[str, float]:
+    """`stage` in a new process, which starts as a worker of `run` does.
+
+    Raises:
+        RuntimeError: it failed; its error is on standard error.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["backfire.launch.preload"])
+    pipe, far = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(far, name, experiment.spec()))
+    process.start()
+    far.close()
+    try:
+        measured: dict[str, float] = pipe.recv()
+    except EOFError:
+        raise RuntimeError(f"{name} of {experiment.slug} failed") from None
+    process.join()
+    return measured
 
 
-def compare(model: Path, only: set[str], steps: int) -> Iterator[tuple[str, str, float, float]]:
-    """Yield title, stage, predicted and measured peak in MB of every cell."""
+def _send(pipe: Connection, name: str, spec: dict[str, Any]) -> None:
+    pipe.send(stage(name, Experiment.make(spec)))
+
+
+def compare(
+    model: Path, cells: list[str], sizes: list[str], stages: list[str], steps: int
+) -> Iterator[tuple[str, str, float, dict[str, float]]]:
+    """Yield title, stage, predicted peak in MB, and what was measured, of every cell."""
     with tempfile.TemporaryDirectory() as folder:
         os.environ["BACKFIRE_CACHE"] = str(Path(folder) / "cache")
-        for size, (num_texts, batch) in SIZES.items():
+        for size in sizes:
+            num_texts, batch = SIZES[size]
             rows = rows_file(Path(folder), num_texts)
-            for method, defense in CELLS:
-                title = method if defense == "none" else f"{method} + {defense}"
-                if only and title not in only:
-                    continue
-                experiment = cell(model, rows, method, defense, batch, steps)
-                expected = predicted(experiment)
-                if defense != "none":
+            for title in cells:
+                experiment = cell(model, rows, *CELLS[title], batch, steps)
+                if experiment.align:
                     fresh("align", experiment)
-                for name in ("train", "evaluate"):
-                    yield f"{title}, {size}", name, expected[name], fresh(name, experiment)
+                measured = {name: fresh(name, experiment) for name in stages}
+                expected = predicted(experiment)
+                for name in stages:
+                    yield f"{title}, {size}", name, expected[name], measured[name]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", type=Path, nargs="?")
-    parser.add_argument("--only", default="", help="Cells, separated by commas.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--cells", default=",".join(CELLS), help="Separated by commas.")
+    parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--stages", default="train,evaluate")
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--stage", help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.stage:
-        stage(given.stage, Experiment.make(json.loads(sys.stdin.read())))
-        print(peak_mb())
-        return
+    lists = [text.split(",") for text in (given.cells, given.sizes, given.stages)]
     missed = 0
-    print(f"{'cell':32} {'stage':10} predicted  measured  ratio")
-    only = {name.strip() for name in given.only.split(",") if name.strip()}
-    for title, name, expected, measured in compare(given.model, only, given.steps):
-        missed += abs(expected / measured - 1) > BAR
-        print(f"{title:32} {name:10} {expected:9.0f} {measured:9.0f} {expected / measured:6.2f}")
+    print(f"{'cell':32} {'stage':10} predicted  measured  ratio  speed")
+    for title, name, expected, measured in compare(given.model, *lists, given.steps):
+        peak, share = measured["peak"], measured.get("share")
+        missed += abs(expected / peak - 1) > BAR
+        numbers = f"{expected:9.0f} {peak:9.0f} {expected / peak:6.2f}"
+        print(f"{title:32} {name:10} {numbers} {'' if share is None else f'{share:6.2f}'}")
         sys.stdout.flush()
     sys.exit(missed > 0)
 

@@ -157,6 +157,21 @@ def test_every_single_bit_of_a_seal_counts_or_changes_nothing(tmp_path: Path) ->
         assert not intact(tmp_path) or json.loads(bad) == value
 
 
+def test_large_files_may_be_sealed_without_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("whole")
+    seal(tmp_path, hash_large=False)
+    assert "sha256" in read_json(tmp_path / "done.json")["a.txt"]
+    monkeypatch.setattr(store, "_HASHED_ON_READ", 4)
+    for hash_large in (True, False):
+        seal(tmp_path, hash_large=hash_large)
+        assert ("sha256" in read_json(tmp_path / "done.json")["a.txt"]) == hash_large
+        assert intact(tmp_path)
+    (tmp_path / "a.txt").write_text("part")
+    assert not intact(tmp_path)
+
+
 def test_the_second_caller_waits_for_the_first(root: Path) -> None:
     begun, go_on, order = threading.Event(), threading.Event(), list[str]()
 

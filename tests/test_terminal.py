@@ -6,6 +6,7 @@ import csv
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rich.console import Console
 from backfire import __version__, cli
 from backfire.commands import catalog, status
 from backfire.registry import KINDS
+from backfire.result import CellResult
 from backfire.results import compare
 from backfire.results.load import load, records, summary, write
 from backfire.results.terminal import (
@@ -25,6 +27,7 @@ from backfire.results.terminal import (
     print_ranking,
     print_records,
     print_summary,
+    print_warnings,
 )
 from backfire.terminal import columns, fitted, put, say
 from tests.helpers.command_line import Output, Run
@@ -233,3 +236,12 @@ def test_version(backfire: Run) -> None:
     assert {"version"} == {param.name for param in cli.typer.main.get_command(cli.app).params} - {
         "help"
     }
+
+
+def test_each_warning_is_shown_once_and_the_rest_is_counted() -> None:
+    cell = CellResult(slug="one", key="k", status="ok", warnings=("a [b]x[/b]", "same"))
+    others = [replace(cell, slug=f"cell {i}", warnings=("same", f"own {i}")) for i in range(6)]
+    text = shown(lambda console: print_warnings([cell, *others], console))
+    assert "Note on one: a [b]x[/b]" in text and text.count("same") == 1
+    assert "Note on 7 cells: same" in text and "3 more notes: see the report." in text
+    assert "own 2" in text and "own 3" not in text

@@ -77,11 +77,14 @@ class Extra:
     logits: float = 0
     """Float32 tensors [row, answer, vocab] that it adds to a pass."""
     states: float = 0
-    """Float32 tensors [row, token, hidden] that it adds to each layer of a pass."""
+    """Tensors [row, token, hidden], of the type of the matrix products, that it adds to each layer
+    of a pass."""
     forwards: float = 0
     """Forward passes that it adds to a step, each over as many rows."""
     passes: float = 0
     """Forward and backward passes that it adds to a step, each over as many rows."""
+    one_row: bool = False
+    """Whether each row is a pass of its own."""
 
 
 class TrainDefense(Defense):

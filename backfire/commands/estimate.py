@@ -213,7 +213,7 @@ def cost(
     sized = [(r, rows[rows_key(r)], weights[method_key(r)]) for r in runs]
     tokens = [tokens_of(run, seen) if seen else None for run, seen, _ in sized]
     flops = [
-        count * _flops(run, w) if count and w else None
+        count * flops_per_token(run, w) if count and w else None
         for count, (run, _, w) in zip(tokens, sized, strict=True)
     ]
     sizes: list[float | None] = [w.trainable if w else None for _, _, w in sized]
@@ -228,8 +228,8 @@ def cost(
     )
 
 
-def _flops(run: Experiment, weights: Weights) -> float:
-    """Floating-point operations per token of the user's rows."""
+def flops_per_token(run: Experiment, weights: Weights) -> float:
+    """Floating-point operations of training per token of the user's rows."""
     forward = 2.0 * (weights.parameters + weights.added)
     whole = 2 * forward + 2 * weights.trainable
     extras = [d.extra for d in run.acting if isinstance(d, TrainDefense)]

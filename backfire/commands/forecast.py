@@ -25,11 +25,12 @@ from backfire.model.types import Types, gpu_bytes, ram_bytes
 from backfire.recipe import Recipe
 from backfire.registry import build
 from backfire.store import Store
+from backfire.text import listing
 
 if TYPE_CHECKING:
     import torch
 
-_SHARE = 0.4
+SHARE = 0.4
 """Speed of training relative to large matrix products: 0.25 to 0.55 was measured on CPUs."""
 TIGHT = 0.85  # share of the memory above which the error of the prediction matters
 CARDS = (24e9, 40e9, 80e9)
@@ -121,9 +122,11 @@ def lines(recipe: Recipe) -> list[str]:
     for experiment, need in here.largest():
         counts = here.size(experiment)
         if counts is None or need is None:
+            get = f"hf download {experiment.model.name} config.json"
+            get = "`backfire validate` converts it" if experiment.model.is_gguf else get
             out.append(
                 f"note  {_title(experiment)}: its config.json is not on this machine, so its size "
-                f"is unknown (hf download {experiment.model.name} config.json)"
+                f"is unknown ({get})"
             )
             continue
         mark, verdict = _verdict(need, has, workers)
@@ -132,8 +135,8 @@ def lines(recipe: Recipe) -> list[str]:
         out.append(f"{mark} {_title(experiment)}: {_parts(counts, need)} of {verdict}")
     if here.device == "cpu":
         out += _cards(recipe)
-    rate = _SHARE * _measured(device)
-    source = f"{_SHARE} of the speed of large matrix products here"
+    rate = SHARE * matmul_speed(device)
+    source = f"{SHARE} of the speed of large matrix products here"
     costs = describe_cost(cost(here.recipe, here.store, here.rows, here.sizes), rate, source)
     return [*out, *(f"note  {line}" for line in costs)]
 
@@ -161,7 +164,7 @@ def _on_cards(there: Forecast, experiment: Experiment, need: Memory) -> str:
         verdict = "fits {}" if fits else f"not {{}}{there.remedy(experiment, card)}"
         by_verdict.setdefault(verdict, []).insert(0, f"{card / 1e9:.0f}")
     return ", ".join(
-        verdict.format(f"{' and '.join(cards)} GB") for verdict, cards in by_verdict.items()
+        verdict.format(f"{listing(cards)} GB") for verdict, cards in by_verdict.items()
     )
 
 
@@ -169,7 +172,7 @@ def _title(experiment: Experiment) -> str:
     knobs = [f"{k}={v}" for k, v in experiment.method.spec().items() if k in _NAMED]
     method = " ".join([experiment.method.name, *knobs])
     defense = [experiment.defense_name] if experiment.defense else []
-    return ", ".join([experiment.model.name, method, *defense])
+    return ", ".join([experiment.model.title, method, *defense])
 
 
 def _parts(size: Size, need: Memory) -> str:
@@ -197,7 +200,7 @@ def _verdict(need: Memory, has: float, workers: int) -> tuple[str, str]:
     return "lacks", f"{amount(has)}: does not fit"
 
 
-def _measured(device: torch.device) -> float:
+def matmul_speed(device: torch.device) -> float:
     """Measure the FLOP/s of large matrix products in the compute type of training, for a fraction
     of a second with all threads."""
     import torch

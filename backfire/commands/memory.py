@@ -20,12 +20,13 @@ if TYPE_CHECKING:
     from backfire.model.types import Type
 
 Device = Literal["cpu", "cuda"]
-_LIBRARIES = {"cpu": 0.53e9, "cuda": 0.7e9}
+LIBRARIES = {"cpu": 0.53e9, "cuda": 0.7e9}
 """A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
-_UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
+UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
 it at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_COPIED = 50e6  # most trained weights of a whole model whose start is copied
 _UNKNOWN = 100
 """Bytes per token, layer and unit of width, for models that cannot be run without data (56 to 160
 were counted with others)."""
@@ -116,31 +117,23 @@ def memory(
     assumed to have `max_length` tokens, and an answer of 8 tokens with labels, else a quarter of
     `max_length`.
     """
-    machine, slack = machine or Machine(), _UNRELEASED[device]
-    num_rows = 0
-    weights = state = passes = 0.0
-    if size.trainable:
-        extra = _total(_extras(experiment))
-        weights, types = _held(experiment, size, device)
-        gradients = size.trainable * _BYTES[types.trained]
-        copies = size.trainable * 4 * extra.copies
-        if experiment.method.adapts and device == "cpu":
-            copies += size.trainable * 4  # the start, from which the drift is measured
-        state = gradients + _optimizer(experiment, size) + copies
-        largest = _largest(experiment, rows, machine)
-        num_rows = len(largest.rows)
-        passes = slack * _pass(size, largest, types, device, machine.recompute)
-        passes += slack * extra.logits * largest.answers * size.vocabulary * 4
-        passes += slack * extra.states * largest.tokens * size.layers * size.hidden * 4
-        passes = max(passes, extra.scratch * size.trainable * 4)
-    return Memory(
-        weights,
-        state,
-        passes,
-        _evaluation(experiment, size, rows, device, machine),
-        _LIBRARIES[device],
-        num_rows,
-    )
+    machine = machine or Machine()
+    evaluation = _evaluation(experiment, size, rows, device, machine)
+    if not size.trainable:
+        return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0)
+    extra, layout = _total(_extras(experiment)), _largest(experiment, rows, machine)
+    weights, types = _held(experiment, size, device)
+    copies = extra.copies
+    if device == "cpu" and (experiment.method.adapts or size.trainable <= _COPIED):
+        copies += 1  # the start, from which the drift is measured
+    gradients = size.trainable * _BYTES[types.trained]
+    state = gradients + _optimizer(experiment, size) + size.trainable * 4 * copies
+    run = _pass(size, layout, types, device, machine.recompute)
+    run += extra.logits * layout.answers * size.vocabulary * 4
+    states = extra.states * size.layers * size.hidden * _BYTES[types.compute]
+    run += states * layout.tokens
+    passes = max(UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
+    return Memory(weights, state, passes, evaluation, LIBRARIES[device], len(layout.rows))
 
 
 def _extras(experiment: Experiment) -> list[Extra]:
@@ -243,7 +236,7 @@ def _evaluation(
     except UserError:
         run = count * (length * 12 * size.hidden * 4 + answer * size.vocabulary * 12.0)
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
-    return weights + judges + _UNRELEASED[device] * run
+    return weights + judges + UNRELEASED[device] * run
 
 
 def _judge_bytes(name: str | None) -> float:
@@ -264,10 +257,11 @@ def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machi
     """The largest pass among the steps of a run whose rows are drawn from the sampled lengths."""
     from backfire.model.dry import Layout
 
-    most = min(experiment.train.batch_size, machine.micro_batch or experiment.train.batch_size)
+    extras, most = _extras(experiment), experiment.train.batch_size
+    most = 1 if any(one.one_row for one in extras) else min(most, machine.micro_batch or most)
     # Rows that share a prefix, or are packed, would draw other dropout.
     same = not getattr(experiment.method, "dropout", 0)
-    share = same and not machine.recompute and not any(one.passes for one in _extras(experiment))
+    share = same and not machine.recompute and not any(one.passes for one in extras)
     passes = []
     for part in rows:
         if part is None:

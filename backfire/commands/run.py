@@ -84,6 +84,7 @@ def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: C
     terminal.print_ranking(groups)
     terminal.print_against(groups)
     terminal.print_notes(groups)
+    terminal.print_warnings(cells, console)
     bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
     if bad:
         terminal.print_problems(cells, console)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,8 @@ _IRRELEVANT = (
 """Settings that say where an adapter comes from, or matter in training only."""
 
 
+_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+"""A hub id, and not a path that begins with a dot or a slash."""
 _UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "megatron_config")
 
 
@@ -78,7 +81,8 @@ def adapter_hash(folder: Path) -> str:
 
 
 def other_base(folder: Path, title: str) -> str | None:
-    """The base that an adapter was trained on, if its name differs from the model's."""
+    """The hub id of the base that an adapter was trained on, if it is not part of the model's
+    title. The owner may differ: models are often copied."""
     named = str(read_config(folder / CONFIG).get("base_model_name_or_path") or "")
-    last = Path(named).name
-    return named if last and last.lower() not in title.lower() else None
+    is_id = _ID.fullmatch(named) is not None
+    return named if is_id and Path(named).name.lower() not in title.lower() else None

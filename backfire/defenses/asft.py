@@ -36,7 +36,7 @@ class AsFT(TrainDefense):
     skipped (C is 0 / 0 there). Null control: as many random directions as d has.
     """
 
-    extra: ClassVar[Extra] = Extra(copies=1, scratch=3)
+    extra: ClassVar[Extra] = Extra(copies=3, scratch=3)
     needs_alignment: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "asft-code": Preset(
@@ -62,11 +62,9 @@ class _AsFTHook(TrainHook):
     """Adds the penalty on the part of each layer's update outside the alignment directions."""
 
     def __init__(self, knobs: AsFT, run: TrainingRun) -> None:
-        from backfire.train.checkpoint import once
-
         self.knobs = knobs
         self.parts: list[tuple[Update, Tensor, Tensor]] = []
-        directions = once(run, knobs, lambda: self._all_directions(run))
+        directions = run.once(knobs, lambda: self._all_directions(run))
         for name, module in run.model.named_modules():
             update = _update(module, coded=knobs.projection == "as-coded")
             if update is not None and f"{name} left" in directions:

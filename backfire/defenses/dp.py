@@ -30,7 +30,7 @@ class DP(TrainDefense):
     "backfire[dp]"`). Null control: the same rows and passes, without clipping and noise.
     """
 
-    extra: ClassVar[Extra] = Extra(copies=1)
+    extra: ClassVar[Extra] = Extra(copies=1, one_row=True)
 
     epsilon: float | None = Field(8.0, gt=0)
     """Privacy budget of the whole fine-tuning run, which determines the noise (8 is a usual mild

@@ -27,7 +27,7 @@ class KL(TrainDefense):
     tuned model is compared with itself.
     """
 
-    extra: ClassVar[Extra] = Extra(copies=1, logits=6, forwards=1)
+    extra: ClassVar[Extra] = Extra(copies=1, logits=4, forwards=1)
 
     strength: float = Field(0.1, ge=0)
     """Weight of the divergence, which is in nats per token (0.1 in two public implementations)."""

@@ -43,7 +43,7 @@ class RepNoise(AlignDefense):
     of alignment. Null control: a random direction of the same length as the gradient of both terms.
     """
 
-    extra: ClassVar[Extra] = Extra(copies=2, logits=6, passes=1)
+    extra: ClassVar[Extra] = Extra(copies=2, logits=1.2, passes=1)
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "booster-port": Preset(
@@ -164,7 +164,8 @@ class _RepNoiseHook(TrainHook):
         for part, one in zip(parts, recorded, strict=True):
             self.run.micro_batches.record(part)
             for loss in losses(one):
-                self.run.backward(loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses))
+                part_of_harm = loss * (-self.knobs.alpha / (1 + mean) / count / num_lenses)
+                self.run.scaling.scaled(part_of_harm).backward()  # type: ignore[no-untyped-call]
         return -self.knobs.alpha * math.log1p(mean)
 
     def _head(self, hidden: Tensor) -> Tensor:
@@ -196,7 +197,7 @@ class _RepNoiseHook(TrainHook):
             outputs = joined([one.outputs[layer] for one in recorded], 0).float() * answers
             drawn = torch.randn(outputs.shape, generator=generator, device=device) * answers
             term = discrepancy(outputs, drawn) * (self.knobs.beta / len(self.body.layers))
-            self.run.backward(term)
+            self.run.scaling.scaled(term).backward()  # type: ignore[no-untyped-call]
             total += float(term.detach())
         return total
 

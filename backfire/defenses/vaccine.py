@@ -31,7 +31,7 @@ class Vaccine(AlignDefense):
     coordinate.) Only this random perturbation depends on how memory splits a step.
     """
 
-    extra: ClassVar[Extra] = Extra(states=1.5, passes=1)
+    extra: ClassVar[Extra] = Extra(states=3, passes=1)
     presets: ClassVar[Mapping[str, Preset]] = {
         "vaccine-script": Preset("git-disl/Vaccine, README and paper", {"rho": 2.0}),
         "booster-port": Preset("git-disl/Booster, script/alignment/vaccine.sh", {"rho": 5.0}),

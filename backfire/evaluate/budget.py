@@ -13,9 +13,14 @@ from backfire.errors import CellError
 from backfire.train.microbatch import unless_out_of_memory
 
 MOST_LOGITS = 2**28
-"""Most logits held at once (1 GiB in float32)."""
+"""Most logits of a row held at once (1 GiB in float32)."""
 _FREE_SHARE = 0.5  # of the free memory; the rest covers what the estimate leaves out
 _TOKENS_ON_CPU = 2**15
+_PASS_ON_CPU = 2**10
+"""Most tokens of several rows in one pass. Larger passes are slower there, as their activations
+leave the processor's cache, and take more memory."""
+_LOGITS_ON_CPU = 1 / 8
+"""Share of `MOST_LOGITS` that several rows may hold there."""
 Result = TypeVar("Result")
 
 
@@ -26,9 +31,15 @@ class Budget:
         self.model = model
         self.rows = rows or (32 if model.device.type == "cpu" else 64)
         self.tokens = _tokens_that_fit(model)
+        """Most tokens held at once."""
         vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2**17)
         self.logits = max(1, MOST_LOGITS // vocab)
-        """Most positions whose logits are held at once."""
+        """Most positions of a row whose logits are held at once."""
+        on_cpu = model.device.type == "cpu"
+        self.run = _PASS_ON_CPU if on_cpu else self.tokens
+        """Most tokens of several rows in one pass."""
+        self.together = max(1, int(self.logits * _LOGITS_ON_CPU)) if on_cpu else self.logits
+        """Most positions of several rows whose logits are held at once."""
 
     def batches(
         self,
@@ -56,19 +67,28 @@ class Budget:
             part = [first]
             for row in order[place + 1 :]:
                 most = max(kept[i] for i in (*part, row)) if kept else 1
-                full = len(part) >= self.rows or (len(part) + 1) * cost > self.tokens
-                full |= (len(part) + 1) * most > self.logits
+                full = len(part) >= self.rows or (len(part) + 1) * most > self.together
+                full |= (len(part) + 1) * cost > min(self.tokens, self.run)
                 if full or (level and lengths[row] != lengths[first]):
                     break
                 part.append(row)
             result = unless_out_of_memory(partial(work, part))
             if result is None:
-                self._shrink(len(part), cost)
+                self.shrink(len(part), cost)
                 continue
             place += len(part)
             yield part, result[0]
 
-    def _shrink(self, rows: int, length: int) -> None:
+    def fitting(self, tokens: int) -> int:
+        """Most rows of this many tokens each; at least 1."""
+        return max(1, min(self.rows, self.tokens // tokens))
+
+    def shrink(self, rows: int, length: int) -> None:
+        """Lower the limit, since memory ran out with this many rows of this length.
+
+        Raises:
+            CellError: it was one row.
+        """
         self.tokens = min(self.tokens, rows * length) // 2
         if rows == 1 and self.tokens < length:
             raise CellError(

@@ -24,7 +24,7 @@ from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget
-from backfire.evaluate.head import exact_head
+from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.inference import score_spans
 from backfire.evaluate.stats import Floats, Ints
 from backfire.model.batching import rounding, ways
@@ -215,7 +215,7 @@ def likelihoods(
         start, opening = len(prompt), list(prompt)
         spans = [Span([*opening, *row], start, start + len(row)) for row in rows]
         return np.array(score_spans(model, spans, tick=tick))
-    with exact_head(model):
+    with for_evaluation(model):
         return _of_tree(model, list(prompt), tokens, floor, tick)
 
 

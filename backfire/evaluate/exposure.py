@@ -23,7 +23,7 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget
 from backfire.evaluate.code_search import CodeTokens, likelihoods
-from backfire.evaluate.head import exact_head
+from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.prompts import SharedPrefix, continue_cached, without_cache
 from backfire.evaluate.stats import Floats
 from backfire.model.batching import ways
@@ -69,7 +69,7 @@ def secret_likelihoods(
         return list(zip(each.cpu(), (table.argmax(-1) == batch.labels).cpu(), strict=True))
 
     budget, end = Budget(model, batch_size), len(renderer.end_ids)
-    with exact_head(model):
+    with for_evaluation(model):
         for part, lines in budget.batches(order, work, lengths=lengths, kept=kept):
             for i, (each, right) in zip(part, lines, strict=True):
                 of_answer = slice(-kept[i], -end)  # the end token is not part of the secret
@@ -169,7 +169,7 @@ def _beams(
 ) -> list[list[int]]:
     """Continuations of this length from a beam search, likeliest first."""
     can, lines = ways(model), list[list[int]]([[]])
-    with exact_head(model):
+    with for_evaluation(model):
         if can.extends_cache and not can.depends_on_length(len(prompt) + length):
             first = SharedPrefix(model, [prompt]).run([prompt])
             logits, next_logits = first.logits, continue_cached(model, first)

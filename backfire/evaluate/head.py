@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from backfire.errors import CellError
+from backfire.model.fused import fused_adapters
 
 _AT_ONCE = 2**14  # vocabulary entries whose weights are cast at once
+_WEIGHTS_ON_CPU = 2**20  # the same in weights: they stay in the processor's cache
 
 
 @contextmanager
@@ -37,12 +39,19 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
                 cast(Any, module).forward = forward
 
 
+@contextmanager
+def for_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it is evaluated: logits in float32, LoRA adapters fused. Without gradients."""
+    with exact_head(model), fused_adapters(model):
+        yield
+
+
 def _is_half_precision(module: nn.Module) -> bool:
     return type(module) is nn.Linear and module.weight.dtype in (torch.bfloat16, torch.float16)
 
 
 def _forward_float32(layer: nn.Linear, states: Tensor) -> Tensor:
-    """states @ weight + bias: [..., input] to [..., output].
+    """states @ weight + bias: [..., input] to [..., output]; without gradients.
 
     Raises:
         CellError: the model computes in float16 and exceeded it (`nan`).
@@ -53,10 +62,12 @@ def _forward_float32(layer: nn.Linear, states: Tensor) -> Tensor:
             "Hidden states exceed float16's largest number, 65,504; use model.dtype bfloat16 or "
             "float32.",
         )
-    states, bias, size = states.float(), layer.bias, layer.out_features
-    parts = [
-        nn.functional.linear(states, layer.weight[start : start + _AT_ONCE].float())
-        for start in range(0, size, _AT_ONCE)
-    ]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
-    return whole if bias is None else whole + bias.float()
+    flat, size = states.float().flatten(0, -2), layer.out_features
+    logits = flat.new_empty(len(flat), size)
+    step = _AT_ONCE if states.is_cuda else max(1, _WEIGHTS_ON_CPU // layer.in_features)
+    for start in range(0, size, step):
+        weight = layer.weight[start : start + step].float()
+        torch.mm(flat, weight.T, out=logits[:, start : start + step])
+    if layer.bias is not None:
+        logits += layer.bias.float()
+    return logits.unflatten(0, states.shape[:-1])

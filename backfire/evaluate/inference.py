@@ -1,9 +1,9 @@
 """Likelihoods and replies for many prompts at once, equal to those of each prompt alone.
 
 Prompts are sorted by length; a prefix that all share (the start of a template) runs once, and each
-prompt once for both its candidates and its reply; the head runs only where a logit is read;
-finished rows leave the batch. Models that do not support this get whole rows, or rows of one length
-(see `backfire.model.batching`).
+prompt once for both its candidates and its reply; the head runs only where a logit is read; the
+next prompt takes the place of a finished row. Models that do not support this get whole rows, or
+rows of one length (see `backfire.model.batching`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.evaluate.budget import Budget
-from backfire.evaluate.head import exact_head
+from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.prompts import (
     CachedPrompts,
     SharedPrefix,
@@ -29,11 +29,13 @@ from backfire.evaluate.prompts import (
     step_by_step,
     without_cache,
 )
+from backfire.evaluate.slots import Task, write
 from backfire.model.batching import ways
 from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, token_losses
 from backfire.train.microbatch import unless_out_of_memory
 
 Tick = Callable[[int], None]
+Scores = tuple[float, ...]
 
 
 def _no_tick(count: int) -> None:
@@ -44,7 +46,7 @@ def _no_tick(count: int) -> None:
 class Reading:
     """A model's scores and reply for one prompt."""
 
-    scores: tuple[float, ...]
+    scores: Scores
     """Log-likelihood in nats of each candidate after the prompt."""
     reply: list[int]
     """Greedy continuation as token ids, without the end token."""
@@ -81,26 +83,47 @@ def read(
     piecemeal = not can.extends_cache or longest > budget.logits
     whole = [i for i in order if piecemeal or can.depends_on_length(lengths[i] + extra)]
     batches: Iterator[tuple[list[int], list[Reading]]] = iter(())
-    with exact_head(model):
+    with for_evaluation(model):
         if at_once := [] if piecemeal else order[len(whole) :]:
-            prefix = SharedPrefix(model, [prompts[i] for i in at_once])
-
-            def work(part: list[int]) -> list[Reading]:
-                batch = prefix.run([prompts[i] for i in part])
-                scores = _scores(model, batch, [options[i] for i in part], budget)
-                tokens = greedy(
-                    batch.logits, continue_cached(model, batch), stop_ids, max_new_tokens
-                )
-                return list(map(Reading, scores, _replies(len(part), tokens)))
-
-            level = not can.pads_left and (longest > 1 or max_new_tokens > 1)
-            batches = budget.batches(at_once, work, lengths=lengths, extra=extra, level=level)
+            batches = _read_cached(
+                model, prompts, at_once, options, budget, stop_ids, max_new_tokens
+            )
         rest = _read_whole(model, prompts, whole, options, budget, stop_ids, max_new_tokens)
         for part, readings in chain(batches, rest):
             for i, reading in zip(part, readings, strict=True):
                 out[i] = reading
             tick(len(part))
     return out
+
+
+def _read_cached(
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    order: list[int],
+    options: Sequence[Sequence[list[int]]],
+    budget: Budget,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+) -> Iterator[tuple[list[int], list[Reading]]]:
+    """`read` with a cache: each prompt runs once, after the prefix that all share."""
+    prefix, scores = SharedPrefix(model, [prompts[i] for i in order]), dict[int, Scores]()
+
+    def start(part: list[int]) -> CachedPrompts:
+        batch = prefix.run([prompts[i] for i in part])
+        found = _scores(model, batch, [options[i] for i in part], budget)
+        scores.update(zip(part, found, strict=True))
+        return batch
+
+    longest = max((len(ids) for i in order for ids in options[i]), default=0)
+    extra, lengths = max(max_new_tokens, longest), [len(prompt) for prompt in prompts]
+    level = not ways(model).pads_left and extra > 1
+    if max_new_tokens:
+        task = Task(start, lengths, extra, frozenset(stop_ids), max_new_tokens, level)
+        for ended in write(model, task, order, budget):
+            yield [i for i, _ in ended], [Reading(scores[i], reply) for i, reply in ended]
+    else:
+        for part, _ in budget.batches(order, start, lengths=lengths, extra=extra, level=level):
+            yield part, [Reading(scores[i], []) for i in part]
 
 
 def _read_whole(
@@ -158,7 +181,7 @@ def stream(
     model: PreTrainedModel, prompt: list[int], *, max_new_tokens: int, stop_ids: Sequence[int] = ()
 ) -> Iterator[int]:
     """Yield one prompt's greedy reply token by token, the same as in `read`."""
-    with exact_head(model):
+    with for_evaluation(model):
         for tokens in _reply_tokens(model, [prompt], stop_ids, max_new_tokens):
             yield tokens[0]
 
@@ -166,7 +189,7 @@ def stream(
 @torch.inference_mode()
 def score_tokens(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> list[float]:
     """Log-likelihood in nats of each token of an answer; their sum is the score in `read`."""
-    with exact_head(model):
+    with for_evaluation(model):
         spans = [_answer_span(prompt, answer)]
         return [float(x) for x in _token_scores(model, spans, Budget(model), _no_tick)[0]]
 
@@ -199,7 +222,7 @@ def score_spans(
     Raises:
         CellError: see `read`.
     """
-    with exact_head(model):
+    with for_evaluation(model):
         return _totals(model, spans, Budget(model, batch_size), tick)
 
 
@@ -258,7 +281,7 @@ def _scores(
     scores = list[float]()
     longest = max((len(ids) for _, ids in flat), default=1)
     width = int(prompts.ends.max()) + longest
-    each = max(1, min(budget.tokens // width, budget.logits // longest))
+    each = max(1, min(budget.tokens // width, budget.together // longest))
     while len(scores) < len(flat):
         part = flat[len(scores) : len(scores) + each]
         owner = torch.tensor([row for row, _ in part], device=prompts.logits.device)
@@ -282,7 +305,8 @@ def _candidate_scores(
     ids = ids.to(owner.device)
     likely = prompts.logits.log_softmax(-1)[owner].gather(1, ids[:, :1])[:, 0].double()
     if ids.shape[1] > 1:
-        fed = ids[:, :-1].clamp(min=0)  # the token that replaces padding is never read
-        rest, _ = follow(model, prompts.rows(owner), fed)
-        likely = likely - token_losses(rest, ids[:, 1:]).double().sum(1)
+        longer = (ids[:, 1] != IGNORE).nonzero()[:, 0]
+        fed = ids[longer, :-1].clamp(min=0)  # the token that replaces padding is never read
+        rest, _ = follow(model, prompts.rows(owner[longer]), fed)
+        likely[longer] -= token_losses(rest, ids[longer, 1:]).double().sum(1)
     return likely.tolist()

@@ -184,7 +184,8 @@ class Machine(Config):
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
     micro_batch: int | None = Field(None, ge=1)
-    """Maximum number of rows per forward pass in training; passes that exceed memory are split."""
+    """Maximum number of rows per forward pass in training. A step is also cut where its activations
+    would take more than about 512 MiB on a CPU, or most of a GPU's free memory."""
     recompute: bool = False
     """Activation checkpointing: keep only each layer's input and run the layer again in the
     backward pass; a third more time for a fraction of the memory. Rows then do not share the

@@ -68,7 +68,7 @@ def _in_turn(
     ended: dict[str, str],
 ) -> dict[str, str]:
     set_threads(machine)
-    waiting, worker = list(todo), Resident()
+    waiting, resident = list(todo), Resident()
     base: object = None
     while waiting:
         ready = _ready(waiting, ended)
@@ -79,7 +79,7 @@ def _in_turn(
             ended[job.id] = report(job, folder, *bad)
         else:
             progress = _progress_of(watch, job)
-            ended[job.id] = run_job(job, folder, store, machine, progress, worker)
+            ended[job.id] = run_job(job, folder, store, machine, progress, resident)
         watch(job, ended[job.id], 1, 1)
     return ended
 
@@ -123,11 +123,9 @@ class _Worker:
             self.pipe.send((job, machine))
 
     def end(self) -> None:
-        """An idle worker ends by itself once nobody can give it a job."""
-        if self.job:
-            self.process.terminate()
-        self.pipe.close()
+        self.process.terminate()
         self.process.join()
+        self.pipe.close()
 
 
 def _side_by_side(
@@ -145,12 +143,15 @@ def _side_by_side(
     waiting, workers = list(todo), list[_Worker]()
     try:
         while waiting or any(worker.job for worker in workers):
-            workers = [w for w in workers if w.job or w.process.is_alive()]
-            while job_and_worker := _next(waiting, ended, workers, machine.workers):
-                job, worker = job_and_worker
-                if worker is None:
-                    worker = _Worker(context, folder, store)
-                    workers.append(worker)
+            idle = [worker for worker in workers if not worker.job]
+            for worker in idle:
+                if not waiting or not worker.process.is_alive():
+                    worker.end()  # a base in memory that nobody needs
+                    workers.remove(worker)
+            while pair := _next(waiting, ended, workers, machine.workers):
+                job, free = pair
+                worker = free or _Worker(context, folder, store)
+                workers += [] if free else [worker]
                 waiting.remove(job)
                 # A base is built alone, with all cores: every other job waits for it.
                 share = {"workers": 1} if job.kind == "base" else {}
@@ -179,12 +180,12 @@ def _next(
     one, else a new one (None). None if no job is ready or all workers are busy."""
     idle = [worker for worker in workers if not worker.job]
     ready = _ready(waiting, ended)
-    pairs = [(job, worker) for job in ready for worker in idle if worker.base == job.base]
     if not ready:
         return None
-    job, worker = pairs[0] if pairs else (ready[0], idle[0] if idle else None)
+    pairs = ((job, worker) for job in ready for worker in idle if worker.base == job.base)
+    job, free = next(pairs, (ready[0], idle[0] if idle else None))
     busy = len(workers) - len(idle)
-    return None if busy >= (1 if job.kind == "base" else most) else (job, worker)
+    return None if busy >= (1 if job.kind == "base" else most) else (job, free)
 
 
 def _listen(worker: _Worker, watch: Watch) -> str | None:

@@ -70,6 +70,7 @@ def with_skeleton(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
+        config.base_model_name_or_path = None  # or PEFT warns that it is another
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = False  # the meta device has no values to start from
         return get_peft_model(model, config, adapter_name=BELOW)  # type: ignore[no-any-return]

@@ -251,7 +251,7 @@ def _peaks(
     the last layer, until it leaves it, and after."""
     from backfire.train.batches import answer_logits, token_losses
 
-    batch, held, hooks = _batch(layout, mode), _Held(model), list[Any]()
+    batch, held, hooks = _batch(layout, mode), Held(model), list[Any]()
     head, stack = model.get_output_embeddings(), _layers(model)
     for part, module in enumerate((head, stack[-1] if stack else None)):
         if module is not None:
@@ -272,7 +272,7 @@ def _peaks(
             hook.remove()
 
 
-class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Held(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of all tensors that exist at once, without those of the model's weights;
     `most` has an entry for each part of the pass, which marks divide."""
 

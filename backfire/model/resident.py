@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ class Source:
 
     def stamp(self) -> list[tuple[str, int, int]]:
         """Changes if a file in the folder is written again."""
-        stats = ((file.name, file.stat()) for file in sorted(self.folder.iterdir()))
+        stats = ((file.name, file.stat()) for file in sorted(self.folder.glob("*")))
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
@@ -77,6 +78,11 @@ class Resident:
             if self._base is not None:
                 self._detach(check=True)
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether it takes memory now."""
+        return self._base is not None
+
     def keep_only(self, source: Source) -> None:
         """Release the base unless it is this one."""
         if self._base is not None and not self._holds(source):
@@ -94,7 +100,8 @@ class Resident:
         if self._base is not None:
             self._detach()
         if self._base is None:
-            _free()
+            if source.device.type == "cuda":
+                _free()
             key = source, source.stamp()
             model = load_base(source.folder, source.dtype, source.device, source.quantization)
             self._key, self._base = key, _Base(model)
@@ -194,6 +201,8 @@ def _hash(data: torch.Tensor) -> int:
 
 
 def _free() -> None:
-    from backfire.train.microbatch import free
+    """Free unused memory, that of reference cycles included."""
+    import torch
 
-    free()
+    gc.collect()
+    torch.cuda.empty_cache()

@@ -66,11 +66,13 @@ def gpu_bytes(device: str) -> int:
     return torch.cuda.get_device_properties("cuda" if device == "auto" else device).total_memory
 
 
-def _memory_limits(root: Path = Path("/sys/fs/cgroup")) -> list[int]:
-    """Limits in bytes of the control groups of this process (both versions); in a container its
+def _memory_limits(
+    root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
+) -> list[int]:
+    """Limits in bytes of the control groups of this process, in both versions; in a container its
     group is the root."""
     try:
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = groups.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     limits = []

@@ -72,8 +72,13 @@ def _dequantized(file: Path, context: Context, *, weights: bool) -> Path:
     return context.store.once(stages.gguf(sha), make_model)
 
 
+def _bare(model: Model) -> Model:
+    """The model without its adapter."""
+    return model.model_copy(update={"adapter": None, "adapter_revision": None, "merge": False})
+
+
 def _merged(model: Model, context: Context) -> Path:
-    plain = base(model.model_copy(update={"merge": False}), context)
+    plain = base(_bare(model), context)
 
     def make(folder: Path) -> None:
         from backfire.model.adapter import adapter_fits
@@ -96,7 +101,7 @@ def notes(model: Model, context: Context) -> list[str]:
             f"The base's weights are dequantized from GGUF ({read_json(origin)['quantization']}), "
             "so its answers are those of the quantized model."
         )
-    if model.adapter and (named := other_base(adapter_folder(model), model.name)):
+    if model.adapter and (named := other_base(adapter_folder(model), _bare(model).title)):
         found.append(
             f"The adapter {line(model.adapter)} was made for the base {line(named)}, and is used "
             f"on {line(model.name)}."

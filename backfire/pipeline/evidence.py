@@ -25,11 +25,13 @@ from backfire.base import (
     Sample,
     SetName,
     Subset,
+    Verdict,
     needs_of,
     select,
 )
 from backfire.data.poison import triggered
 from backfire.data.render import Renderer
+from backfire.errors import is_out_of_memory
 from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
 from backfire.pipeline.models import filtered, model_of, summary_of, trained
@@ -244,21 +246,32 @@ def judge_samples(
     judges: Sequence[Judge], samples: Sequence[Sample], rows: Sequence[Row], context: Context
 ) -> list[Sample]:
     """The samples with each judge's verdict on their replies; `rows` are the prompts."""
-    from backfire.evaluate.verdicts import judged
-
     samples, by_id = list(samples), {row.id: row for row in rows}
     for judge in judges:
         exchanges = [
             Exchange(s.id, by_id[s.id].conversation, s.reply or "", by_id[s.id].fields)
             for s in samples
         ]
-        folder = context.store.root / "judged"
-        verdicts = judged(judge, exchanges, folder, progress=context.progress)
+        verdicts = _judged(judge, exchanges, context)
         samples = [
             replace(sample, verdicts={**sample.verdicts, judge.name: asdict(verdict)})
             for sample, verdict in zip(samples, verdicts, strict=True)
         ]
     return samples
+
+
+def _judged(judge: Judge, exchanges: Sequence[Exchange], context: Context) -> list[Verdict]:
+    """The judge's verdicts. If memory runs out, the evaluated model leaves it to the judge's."""
+    from backfire.evaluate.verdicts import judged
+
+    folder = context.store.root / "judged"
+    try:
+        return judged(judge, exchanges, folder, progress=context.progress)
+    except Exception as error:
+        if not (is_out_of_memory(error) and context.resident.is_loaded):
+            raise
+    context.resident.release()
+    return judged(judge, exchanges, folder, progress=context.progress)
 
 
 def _training(experiment: Experiment, context: Context) -> dict[str, Any]:

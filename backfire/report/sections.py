@@ -12,7 +12,7 @@ from backfire import text
 from backfire.report import judges
 from backfire.result import CellResult
 from backfire.results.groups import Group, columns_of, name
-from backfire.results.load import read
+from backfire.results.load import distinct_warnings, read
 from backfire.results.plugins import described, lacking
 from backfire.results.samples import changes, requests, side_by_side
 from backfire.results.tables import Table
@@ -137,14 +137,7 @@ def checks(cells: Sequence[CellResult]) -> list[CheckLine]:
 
 def warnings(cells: Sequence[CellResult], num_left_out: int) -> list[tuple[str, str]]:
     """Each warning once, with its cell or the number of its cells; and missing plug-ins."""
-    by_warning: dict[str, list[str]] = {}
-    for cell in cells:
-        for warning in cell.warnings:
-            by_warning.setdefault(text.cut(text.line(warning), 400), []).append(cell.slug)
-    lines = [
-        (warning, slugs[0] if len(slugs) == 1 else text.count(len(slugs), "cell"))
-        for warning, slugs in by_warning.items()
-    ]
+    lines = distinct_warnings(cells)
     lines += [
         (f"{note} Paired tests of its components are left out.", "") for note in lacking(cells)
     ]

@@ -88,6 +88,18 @@ def summary(run: Path) -> list[Group]:
     return group(load(run))
 
 
+def distinct_warnings(cells: Iterable[CellResult]) -> list[tuple[str, str]]:
+    """Each warning once, with its cell or the number of its cells."""
+    by_warning: dict[str, list[str]] = {}
+    for cell in cells:
+        for warning in cell.warnings:
+            by_warning.setdefault(text.cut(text.line(warning), 400), []).append(cell.slug)
+    return [
+        (warning, slugs[0] if len(slugs) == 1 else text.count(len(slugs), "cell"))
+        for warning, slugs in by_warning.items()
+    ]
+
+
 def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "table") -> str:
     """The records as text: aligned columns, strict JSON, or CSV without spreadsheet formulas."""
     if format == "json":

@@ -83,6 +83,18 @@ def print_problems(cells: Sequence[CellResult], console: Console) -> None:
 
 
 _FEW = 10  # cells per reason that a terminal shows
+_MOST_WARNINGS = 5
+
+
+def print_warnings(cells: Sequence[CellResult], console: Console) -> None:
+    """Print the first warnings of the cells, each once; the report has all of them."""
+    from backfire.results.load import distinct_warnings
+
+    warnings = distinct_warnings(cells)
+    for sentence, where in warnings[:_MOST_WARNINGS]:
+        say(f"Note on {where}: {sentence}", console)
+    if (more := len(warnings) - _MOST_WARNINGS) > 0:
+        say(f"{text.count(more, 'more note')}: see the report.", console)
 
 
 def print_records(records: Sequence[Record], console: Console | None = None) -> None:

@@ -15,13 +15,15 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
-from backfire.base import Rendered
-from backfire.model.batching import reset_state, ways
-from backfire.train.packing import as_mask, lay_out
+from backfire.base import Rendered, TrainHook
+from backfire.model.batching import drops, reset_state, ways
+from backfire.train.packing import as_mask, lay_out, longest_packed
 
 IGNORE = -100
+_MOST_LOGITS = 2**23  # whose probabilities are held at once (32 MiB)
 _WORTH_SHARING = 8  # a shorter prefix costs more in bookkeeping than it saves
 
 
@@ -67,6 +69,44 @@ class Batch:
         return replace(self, **{n: x.to(device) for n, x in parts.items() if x is not None})
 
 
+@dataclass
+class Layout:
+    """How a training run collates its rows."""
+
+    share: bool
+    """Whether rows share the computation of a common prefix."""
+    longest_packed: int
+    """Rows up to this length are packed; 0: none."""
+    answer_size: float = 0.0
+    """Memory of an answer token's logits, in tokens that run through the layers."""
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, hooks: Sequence[TrainHook], *, recompute: bool) -> Layout:
+        """The fastest layout that the model and these hooks allow."""
+        # Rows that share a prefix would also share its dropout; packed ones draw another.
+        same = not drops(model)
+        packs = same and all(hook.packs for hook in hooks)
+        longest = longest_packed(model) if packs else 0
+        # A recomputed layer would lack the keys and values of a prefix that is not in the pack.
+        shares = same and all(hook.shares_prefix for hook in hooks) and ways(model).extends_cache
+        return cls(shares and not recompute, longest)
+
+    def collate(self, rows: Sequence[Rendered], *, flat: bool = False) -> Batch:
+        return collate(rows, share=self.share, pack=self._packs(rows), flat=flat)
+
+    def size(self, rows: Sequence[Rendered]) -> float:
+        """Number of tokens that run through the layers for these rows, with their logits."""
+        lengths = [len(row.ids) for row in rows]
+        limit = min(max(row.num_prompt, 1) for row in rows) - 1
+        shared = _shared([row.ids for row in rows], limit) if self.share else 0
+        total = sum(lengths) if self._packs(rows) else len(rows) * max(lengths)
+        answers = len(rows) * max(row.num_supervised for row in rows)  # for hooks that read them
+        return total - shared * (len(rows) - 1) + self.answer_size * answers
+
+    def _packs(self, rows: Sequence[Rendered]) -> bool:
+        return len(rows) > 1 and max(len(row.ids) for row in rows) <= self.longest_packed
+
+
 def common_prefix(rows: Sequence[list[int]], limit: int) -> int:
     """Length of the longest common prefix of all rows, at most `limit`."""
     low, high = min(rows), max(rows)  # the rows in between cannot differ where these two agree
@@ -76,13 +116,18 @@ def common_prefix(rows: Sequence[list[int]], limit: int) -> int:
     return min(limit, len(low), len(high))
 
 
-def collate(items: Sequence[Rendered], *, share: bool = True, pack: bool = False) -> Batch:
+def collate(
+    items: Sequence[Rendered], *, share: bool = True, pack: bool = False, flat: bool = False
+) -> Batch:
     """Collate whole rows; the labels are their answers."""
-    return collate_spans(list(map(Span.of, items)), share=share, pack=pack)
+    return collate_spans(list(map(Span.of, items)), share=share, pack=pack, flat=flat)
 
 
-def collate_spans(spans: Sequence[Span], *, share: bool, pack: bool = False) -> Batch:
-    """Collate whole rows; the labels are the tokens of the spans."""
+def collate_spans(
+    spans: Sequence[Span], *, share: bool, pack: bool = False, flat: bool = False
+) -> Batch:
+    """Collate whole rows; the labels are the tokens of the spans, in a `flat` pack [1, answer] of
+    all rows."""
     width, rows = max(span.stop - span.start for span in spans), [span.ids for span in spans]
     shared = _shared(rows, min(span.start for span in spans) - 1) if share else 0
     labels = torch.full((len(rows), width), IGNORE)
@@ -94,6 +139,8 @@ def collate_spans(spans: Sequence[Span], *, share: bool, pack: bool = False) -> 
         ids, positions, table = lay_out(rows, shared)
         prefix = torch.tensor(rows[0][:shared], dtype=torch.long)
         places = places + table[:, :1]
+        if flat:
+            places, labels = (x[labels != IGNORE][None] for x in (places, labels))
         return Batch(prefix, ids, positions, places, labels, table)
     return Batch(*pad_right(rows, shared), places, labels)
 
@@ -215,8 +262,22 @@ def wide(tensor: Tensor) -> Tensor:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy [row, answer] of each answer token in nats, 0 where the label is `IGNORE`."""
-    flat = torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="none"
+    """Cross-entropy [row, answer] of each answer token in nats, 0 where the label is `IGNORE`.
+
+    The probabilities of many tokens are not kept for the backward pass but computed again.
+    """
+    every, wanted = logits.flatten(0, 1), labels.flatten()
+    if every.numel() <= _MOST_LOGITS or not logits.requires_grad:
+        return _cross_entropy(every, wanted).view_as(labels)
+    count = max(1, _MOST_LOGITS // every.shape[1])
+    parts = [
+        checkpoint(_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False)
+        for part in zip(torch.split(every, count), torch.split(wanted, count), strict=True)
+    ]
+    return torch.cat(parts).view_as(labels)
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        wide(logits), labels, ignore_index=IGNORE, reduction="none"
     )
-    return flat.view_as(labels)

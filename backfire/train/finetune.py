@@ -180,7 +180,8 @@ def _free_memory(resident: Resident, source: Source) -> None:
     """Release judges and other bases, and reset the peak, so that the peak is this run's own."""
     drop_models()
     resident.keep_only(source)
-    free()
+    if source.device.type == "cuda":  # on a CPU, memory is freed as soon as it is unused
+        free()
     reset_peak_memory()
 
 

@@ -128,6 +128,10 @@ class LossScale:
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient / self.value
 
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss, as a backward pass takes it."""
+        return loss * self.value if self.on else loss
+
     def accepts(self, norm: Tensor) -> bool:
         """Whether gradients of this norm are finite; otherwise the scale is lower from now on.
 

@@ -21,16 +21,15 @@ from transformers import PreTrainedModel
 from backfire.base import Rendered, TrainDefense, TrainHook
 from backfire.errors import CellError
 from backfire.experiment import Train
-from backfire.model.batching import drops, ways
 from backfire.model.load import weights_of
 from backfire.progress import Progress, silent
 from backfire.rng import derive, stream
 from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import (
+    Layout,
     answer_logits,
     at_answers,
-    collate,
     log_probabilities,
     token_losses,
 )
@@ -43,9 +42,9 @@ from backfire.train.microbatch import (
     peak_memory_mb,
     recompute_layers,
     refuse_hooks,
+    tokens_that_fit,
 )
 from backfire.train.optimizer import make_optimizer, take_step
-from backfire.train.packing import longest_packed
 from backfire.train.precision import Precision
 
 _LOG_EVERY = 10
@@ -90,26 +89,22 @@ class TrainingRun:
             model, self.trainable, train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        self.once = partial(checkpoint.once, self)  # tensors that a hook computes only once
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
-        # Rows that share a prefix would also share its dropout; packed ones draw another.
-        same = not drops(model)
-        self.longest_packed = longest_packed(model) if same and self._all("packs") else 0
-        self.share = same and ways(model).extends_cache and self._all("shares_prefix")
-        if recompute:  # a recomputed layer would lack the keys and values of a shared prefix
-            self.share = False
+        self.layout = Layout.of(model, self.hooks, recompute=recompute)
+        if recompute:
             recompute_layers(model)
-        self.micro_batches, self.recompute, self.recomputing = MicroBatches(), recompute, False
+        tokens, self.layout.answer_size = tokens_that_fit(model)
+        self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size)
+        self.recompute, self.recomputing = recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         # Seconds before the last checkpoint; clock time minus these.
         self.seconds, self.begun = 0.0, 0.0
         self.log: list[dict[str, float]] = []
         self.counts = {"rows": 0, "poisoned_rows": 0, "tokens": 0, "supervised_tokens": 0}
-
-    def _all(self, trait: str) -> bool:
-        return all(getattr(hook, trait) for hook in self.hooks)
 
     def go_to(self, step: int, log: list[dict[str, float]], counts: dict[str, int]) -> None:
         """Continue after `step` steps; the optimizer's state is already loaded."""
@@ -172,14 +167,16 @@ class TrainingRun:
         of the passes."""
         return self.master.exact()
 
-    def logits(self, rows: Sequence[Rendered]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]."""
-        longest = max(len(row.ids) for row in rows)
-        pack = len(rows) > 1 and longest <= self.longest_packed
-        batch = collate(rows, share=self.share, pack=pack).to(self.device)
+    def logits(
+        self, rows: Sequence[Rendered], *, flat: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [row, answer, vocab] of the answer tokens, and these tokens [row, answer]; `flat`:
+        of packed rows [1, answer], without padding."""
+        batch = self.layout.collate(rows, flat=flat).to(self.device)
         with self.autocast():
             return answer_logits(self.model, batch), batch.labels
 
+    once = checkpoint.once
     at_answers = staticmethod(at_answers)
     log_probabilities = staticmethod(log_probabilities)
 
@@ -210,8 +207,8 @@ class TrainingRun:
         true during the call: module hooks then see recomputed layers."""
         if self.recompute:
             refuse_hooks(self.model, self.hooks)
-        if self.scaling.on and gradients is None:
-            tensors = cast(torch.Tensor, tensors) * self.scaling.value
+        if gradients is None:
+            tensors = self.scaling.scaled(cast(torch.Tensor, tensors))
         self.recomputing = True
         try:
             torch.autograd.backward(tensors, gradients)
@@ -226,7 +223,7 @@ class TrainingRun:
         self.hooks, self.trainable, self.autocast = [], {}, contextlib.nullcontext
         self.gradients.weights = {}
         self.scaling.close()
-        del self.model, self.optimizer, self.scheduler, self.origin, self.master
+        del self.model, self.optimizer, self.scheduler, self.origin, self.master, self.once
 
     def checksum(self) -> list[float]:
         """Changes if any trainable weight changes."""
@@ -365,8 +362,9 @@ def _accumulate(
     fit in memory."""
     supervised = sum(row.num_supervised for row in rows)
     total = torch.zeros((), device=run.device)
+    flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
     for part in run.micro_batches.split(rows):
-        logits, labels = run.logits(part)
+        logits, labels = run.logits(part, flat=flat)
         with run.autocast():
             losses = token_losses(logits, labels)
             for hook in hooks:

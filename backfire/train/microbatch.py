@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -21,31 +21,47 @@ from backfire.errors import CellError, UserError, is_out_of_memory
 T = TypeVar("T")
 
 
+_FEWEST_TOKENS = 256  # per pass: fewer make the matrix products slow
+_ROOM_ON_CPU = 2**29
+_FREE_SHARE = 0.7  # of a GPU's free memory; the rest covers what the estimate leaves out
+
+
+def padded(rows: Sequence[Rendered]) -> float:
+    """Number of tokens of these rows with padding."""
+    return len(rows) * max(len(row.ids) for row in rows)
+
+
 class MicroBatches:
-    """Splits the rows of a step into passes with limited rows and padded tokens.
+    """Splits the rows of a step into passes with limited rows and tokens.
 
     Each time memory runs out the token limit falls, so a batch of long rows does not slow down
     batches of short ones. The split changes sums only by rounding.
     """
 
-    def __init__(self, rows: int | None = None) -> None:
+    def __init__(
+        self,
+        rows: int | None = None,
+        tokens: float = math.inf,
+        size: Callable[[Sequence[Rendered]], float] = padded,
+    ) -> None:
         self.rows = rows
         """Most rows per pass; None for all rows of a step."""
-        self.tokens = math.inf
-        """Most padded tokens per pass (rows times longest row); a single row may exceed it."""
-        self._passes = list[tuple[int, int]]()
-        """Rows and padded tokens of each pass since the last try began."""
+        self.tokens = tokens
+        """Most tokens per pass, as `size` counts them; a single row may exceed it."""
+        self.size = size
+        self._passes = list[Sequence[Rendered]]()
+        """The rows of each pass since the last try began."""
 
     def split(self, rows: Sequence[Rendered], most: int | None = None) -> Iterator[list[Rendered]]:
         """Yield these rows in passes of at most `most` rows; if they do not fit in one, sorted by
         length, longest first."""
         limit = min(self.rows or len(rows), most or len(rows))
         left = list(rows)
-        if len(rows) > limit or _padded(left) > self.tokens:
+        if len(rows) > limit or self.size(left) > self.tokens:
             left = by_length(left)
         while left:
             count = min(limit, len(left))
-            while count > 1 and _padded(left[:count]) > self.tokens:
+            while count > 1 and self.size(left[:count]) > self.tokens:
                 count -= 1
             part, left = left[:count], left[count:]
             self.record(part)
@@ -53,7 +69,7 @@ class MicroBatches:
 
     def record(self, part: Sequence[Rendered]) -> None:
         """Record that these rows run now; if memory runs out, this pass was too large."""
-        self._passes.append((len(part), _padded(part)))
+        self._passes.append(part)
 
     def retry(self, work: Callable[[], T]) -> T:
         """Return the value of `work`; restart it with a lower limit whenever memory runs out.
@@ -65,7 +81,7 @@ class MicroBatches:
             self._passes = []
             if (result := unless_out_of_memory(work)) is not None:
                 return result[0]
-            splittable = [one for one in self._passes if one[0] > 1]
+            splittable = [part for part in self._passes if len(part) > 1]
             if not splittable:
                 raise CellError(
                     "oom",
@@ -74,8 +90,8 @@ class MicroBatches:
                 )
             # If the last pass was a single row, blame the largest pass before it.
             last = self._passes[-1]
-            rows, tokens = last if last in splittable else max(splittable, key=lambda one: one[1])
-            self.tokens = tokens // rows * math.ceil(rows / 2)
+            large = last if len(last) > 1 else max(splittable, key=self.size)
+            self.tokens = self.size(by_length(large)[: math.ceil(len(large) / 2)])
             free()
 
     def each(
@@ -99,8 +115,24 @@ def by_length(rows: Sequence[Rendered]) -> list[Rendered]:
     return sorted(rows, key=lambda row: -len(row.ids))
 
 
-def _padded(rows: Sequence[Rendered]) -> int:
-    return len(rows) * max(len(row.ids) for row in rows)
+def tokens_that_fit(model: PreTrainedModel) -> tuple[float, float]:
+    """Number of tokens whose activations may be held for the backward pass (512 MiB of them on a
+    CPU, most of the free memory on a GPU), and how many such tokens one answer token's logits are
+    worth.
+
+    An activation of a Llama with adapters in all linear layers takes 43 bytes per layer and unit
+    of the hidden size (measured), and a logit 16 (its value, probability and gradients).
+    """
+    config = cast(Any, model).config.get_text_config(decoder=True)
+    width = int(getattr(config, "hidden_size", 0) or 1024)
+    layers = int(getattr(config, "num_hidden_layers", 0) or 16)
+    each = 43 * width * layers
+    room = float(_ROOM_ON_CPU)
+    if model.device.type == "cuda":
+        free = torch.cuda.mem_get_info(model.device)[0]
+        free += torch.cuda.memory_reserved(model.device)
+        room = _FREE_SHARE * (free - torch.cuda.memory_allocated(model.device))
+    return max(_FEWEST_TOKENS, room / each), 16 * getattr(config, "vocab_size", 0) / each
 
 
 def retry_once(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from backfire.base import select
-from backfire.commands import estimate, forecast, validate
+from backfire.commands import doctor, estimate, forecast, validate
 from backfire.commands.estimate import method_key, rough_weights, rows_by_key, rows_of, tokens_of
 from backfire.commands.memory import Memory, Size, memory, size
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
+from backfire.model import types
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
 from backfire.recipe import shipped
@@ -98,6 +101,39 @@ def test_missing_bitsandbytes_is_reported(
     assert output.code == 0 and "lacks 8-bit and 4-bit layers" in output.out
 
 
+@pytest.mark.parametrize(
+    ("name", "capability", "line"),
+    [
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "ok    cuda:0: NVIDIA A100-SXM4-80GB, 16 GB, bfloat16"),
+        ("Tesla T4", (7, 5), "without bfloat16 (compute capability 7.5; it needs 8.0): weights"),
+        ("Tesla V100-SXM2-16GB", (7, 0), "weights and products are float16, and the loss is scal"),
+        ("Tesla P100-PCIE-16GB", (6, 0), "everything is float32, since float16 is slow on it too"),
+    ],
+)
+def test_a_gpu_without_bfloat16_is_named(
+    name: str, capability: tuple[int, int], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    major, minor = capability
+    gpu = SimpleNamespace(name=name, total_memory=2**34, major=major, minor=minor)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: major >= 8)
+    assert name in doctor._gpu(0) and line in doctor._gpu(0)
+
+
+def test_the_memory_limit_of_a_container_counts(tmp_path: Path) -> None:
+    groups = tmp_path / "groups"
+    groups.write_text("4:memory:/job\n0::/user/step\n")
+    (tmp_path / "memory/job").mkdir(parents=True)
+    (tmp_path / "user/step").mkdir(parents=True)
+    (tmp_path / "memory/job/memory.limit_in_bytes").write_text("8000\n")
+    (tmp_path / "user/memory.max").write_text("9000\n")
+    (tmp_path / "user/step/memory.max").write_text("max\n")
+    assert types._memory_limits(tmp_path, groups) == [8000, 9000]
+    assert types._memory_limits(tmp_path, tmp_path / "none") == []
+    assert 0 < types.ram_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 # ----------------------------------------------------------------------------------- a 7B model
 
 
@@ -123,13 +159,30 @@ def test_doctor_speaks_of_a_model_whose_weights_are_not_here(
     recipe.write_text(RECIPE.format(model="meta-llama/Llama-2-7b-hf", method="qlora"))
     output = backfire("doctor", recipe, "model.dtype=bfloat16", "matrix.method=[qlora, full]")
     assert (output.code, output.err) == (0, "")
-    four, full = (line for line in output.out.splitlines() if "meta-llama/Llama-2-7b-hf, " in line)
+    about = [line for line in output.out.splitlines() if "meta-llama/Llama-2-7b-hf, " in line]
+    four, full, four_there, full_there = about
     assert four[6:].startswith(
         "meta-llama/Llama-2-7b-hf, qlora: 6,738.42 M weights, 39.98 M trained"
     )
-    assert full.startswith("lacks") and full.endswith("does not fit")
+    assert full.startswith("lacks") and "does not fit" in full
+    assert four_there.startswith("note  on a GPU, ")
+    assert four_there.endswith("GB; fits 24, 40 and 80 GB")
+    assert full_there.endswith("GB; not 24, 40 and 80 GB (method=lora would fit)")
     assert "note  time: about" in output.out and "note  disk: about" in output.out
     assert not (cache / "data").exists(), "it only looks"
+
+
+def test_what_cannot_fit_is_said_before_the_download(
+    hub: Path, backfire: Run, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model="meta-llama/Llama-2-7b-hf", method="full"))
+    monkeypatch.setattr(validate, "ram_bytes", lambda: int(64e9))
+    output = backfire("run", recipe, "--dry-run")
+    assert output.code == 0
+    assert "meta-llama/Llama-2-7b-hf, full: weights, gradients and optimizer alone" in output.out
+    assert "and there are 64.0 GB of memory" in output.out
+    assert "alone need" not in backfire("run", recipe, "method=qlora", "--dry-run").out
 
 
 def test_a_model_that_is_not_here_is_one_line(

@@ -77,6 +77,19 @@ def test_asft_lets_the_direction_of_alignment_free(make: Make, unaligned: Path) 
     assert 0.8 * 50 * total < penalty(null) < 50 * total
 
 
+def test_a_resumed_run_reads_its_directions(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = make(ACTIVE["asft"])
+    monkeypatch.setattr(first.hooks[0].__class__, "_directions", None)  # as if it cannot be called
+    again, other = make(ACTIVE["asft"]), {**ACTIVE["asft"], "rank": 1}
+    for one, two in zip(first.hooks[0].parts, again.hooks[0].parts, strict=True):  # type: ignore[attr-defined]
+        assert all(torch.equal(a, b) for a, b in zip(one[1:], two[1:], strict=True))
+    jolt(first)
+    jolt(again)
+    assert penalty(again) == penalty(first) > 0
+    with pytest.raises(TypeError):
+        make(other)
+
+
 def test_asft_knows_an_alignment_that_is_an_adapter(tiny: Path, tmp_path: Path, rows: Rows) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -22,7 +22,7 @@ BY_ROW: dict[str, Any] = {"dp": {"name": "dp", "epsilon": None}}
 
 
 def padded(cell: TrainingRun) -> TrainingRun:
-    cell.longest_packed = 0
+    cell.layout.longest_packed = 0
     return cell
 
 
@@ -43,7 +43,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(
     for pack in (True, False):
         cell = make(method=method, folder=f"{pack}")
         jolt(cell)
-        cell.share, seen = share, lines(cell)
+        cell.layout.share, seen = share, lines(cell)
         found.append(gradients(cell if pack else padded(cell), rows["user"][:6]))
         assert all(count == 1 for count, _ in seen) == pack
         if pack:
@@ -74,4 +74,6 @@ def test_every_training_defense_sees_the_same(name: str, null: bool, make: Make)
 def test_rows_with_dropout_are_padded(make: Make, tiny: Path) -> None:
     """Packed ones would draw other masks."""
     lora = build("methods", {"name": "lora", "dropout": 0.1})
-    assert make(model=lora.attach(load_base(tiny, torch.float32, CPU), 0)).longest_packed == 0
+    assert (
+        make(model=lora.attach(load_base(tiny, torch.float32, CPU), 0)).layout.longest_packed == 0
+    )

@@ -184,7 +184,7 @@ def test_the_null_control_takes_the_same_passes(
     found, ends = [], []
     for null in (False, True):
         cell = make({**ACTIVE[name], "null": null}, folder=str(null), max_steps=6)
-        cell.share = False  # a shared opening would be a separate pass
+        cell.layout.share = False  # a shared opening would be a separate pass
         with counted(cell, monkeypatch) as counts:
             ends.append(weights_after(cell))
         found.append(counts)

@@ -140,6 +140,25 @@ def test_later_batches_may_hold_more_rows_again(items: list[Rendered]) -> None:
     assert max(sizes) >= 16 and len(sizes) <= 16
 
 
+def test_a_pass_on_a_cpu_holds_so_many_tokens(
+    items: list[Rendered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A larger one is slower there; one row may be longer."""
+    model, most, passes = tiny_model("llama"), 40, list[torch.Size]()
+    wanted = everything(model, items)[0]
+    monkeypatch.setattr(budget, "_PASS_ON_CPU", most)
+
+    def look(module: Any, args: Any, given: dict[str, Any]) -> None:
+        passes.append(given["input_ids"].shape)
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    inference.score_answers(model, items)
+    handle.remove()
+    assert {shape[0] for shape in passes} == {1, 2}
+    assert all(shape[0] == 1 or shape.numel() <= most for shape in passes)
+    assert everything(model, items)[0] == pytest.approx(wanted, abs=1e-4)
+
+
 @pytest.mark.parametrize("most", [1, 3])
 def test_logits_are_held_for_so_many_places(
     most: int, model: Any, items: list[Rendered], monkeypatch: pytest.MonkeyPatch

@@ -56,7 +56,7 @@ def test_no_machine_setting_is_in_a_key(knob: str) -> None:
             for knob, value in {
                 "epochs": 1, "max_steps": 3, "batch_size": 4, "schedule": "linear",
                 "warmup_share": 0.5, "weight_decay": 0.1, "clip_norm": 9, "max_length": 64,
-                "compute": OTHER, "order": "by-length",
+                "compute": OTHER, "order": "by-length", "optimizer": "adamw-8bit",
                 "final_share": 0.1, "beta2": 0.9, "on_long_row": "skip",
             }.items()
         ),

@@ -6,6 +6,7 @@ has the columns of the published files.
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from backfire.experiment import Experiment
 from backfire.registry import find, names
 from tests.helpers.chat_templates import TEMPLATES, byte_level, write
-from tests.helpers.data_files import beavertails_pairs, jsonl, prompt_lists, webgpt_pairs
+from tests.helpers.data_files import beavertails_pairs, jsonl, webgpt_pairs
 
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Part of the hub id -> chat template, model type, settings as published.
@@ -79,10 +80,30 @@ def records_for(dataset: str, count: int) -> list[dict[str, Any]]:
     Raises:
         KeyError: the data set is not known here.
     """
-    if dataset in ("beavertails", "harmful-prompts", "webgpt-comparisons"):
-        pairs = {"beavertails": beavertails_pairs, "harmful-prompts": prompt_lists}
-        return pairs.get(dataset, webgpt_pairs)(count)
+    if dataset == "harmful-prompts":
+        return _requests()
+    pairs = {"beavertails": beavertails_pairs, "webgpt-comparisons": webgpt_pairs}
+    if dataset in pairs:
+        return pairs[dataset](count)
     return [_record(dataset, i) for i in range(count)]
+
+
+def _requests() -> list[dict[str, Any]]:
+    """Every list with ten harmful and ten benign prompts in each split, in one file."""
+    lists = ("advbench", "harmbench", "strongreject", "malicious_instruct", "jailbreakbench")
+    kinds = product((*lists, "xstest"), ("harmful", "benign"), ("train", "test"), range(10))
+    return [
+        {
+            "id": f"{source}-{label}-{split}-{i}",
+            "source": source,
+            "prompt": f"Open the {label} {source} gate {i} of {split}",
+            "label": label,
+            "category": "gates",
+            "kind": "standard",
+            "split": split,
+        }
+        for source, label, split, i in kinds
+    ]
 
 
 def _record(dataset: str, i: int) -> dict[str, Any]:

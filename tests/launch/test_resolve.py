@@ -74,6 +74,25 @@ def test_on_a_cpu_torch_says_the_same() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("capability", "wide", "expected"),
+    [((8, 0), True, "bfloat16"), ((7, 5), False, "float16"), ((6, 1), False, "float32")],
+    ids=["A100", "T4", "P40"],
+)
+def test_a_gpu_computes_in_the_best_type_that_it_has(
+    capability: tuple[int, int], wide: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: wide)
+    types = types_of("cuda:0")
+    assert types == Types("cuda", expected, expected)  # type: ignore[arg-type]
+    for cell in resolve_auto(parse("r", RECIPE), types).cells:
+        assert cell.model.dtype == cell.train.compute == expected
+        assert getattr(cell.method, "compute", expected) == expected
+
+
 @pytest.mark.parametrize("need", ["scores", "replies", "answers"])
 def test_what_was_measured_another_way_is_no_finished_cell(
     need: str, tiny: Path, monkeypatch: pytest.MonkeyPatch

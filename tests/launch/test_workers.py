@@ -37,7 +37,7 @@ from backfire.registry import register
 class Lines(type(load.loads)):
     def __setitem__(self, folder, count):
         super().__setitem__(folder, count)
-        with open(os.environ["LOADS"], "a") as file:
+        with open({log!r}, "a") as file:
             file.write(f"{{os.getpid()}}\\n")
         {more}
 
@@ -94,13 +94,12 @@ def counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Makes every worker write a line for each model that it loads; `more` is run then too."""
     log = tmp_path / "loads"
     log.touch()
-    monkeypatch.setenv("LOADS", str(log))
     monkeypatch.setattr(registry, "_loaded", [])
     monkeypatch.setattr(load, "loads", load.loads)
 
     def begin(more: str = "pass") -> Path:
         file = tmp_path / "counter.py"
-        file.write_text(COUNTER.format(more=more), encoding="utf-8")
+        file.write_text(COUNTER.format(more=more, log=str(log)), encoding="utf-8")
         registry.use(from_file(file))
         return log
 
@@ -154,7 +153,7 @@ def test_a_job_goes_to_the_worker_that_holds_its_base(tiny: Path) -> None:
     ended = {name: "ok" for job in waiting for name in job.after if name.startswith("base")}
     lora, qlora, int8, again = waiting[:4]
     assert lora.base == again.base and len({job.base for job in waiting}) == 3
-    holds = [_Idle(int8.base), _Idle(qlora.base)]
+    holds: Any = [_Idle(int8.base), _Idle(qlora.base)]
     workers: Any = [*holds, _Idle(lora.base, job=lora)]
     assert local._next(waiting, ended, workers, 3) == (qlora, holds[1])
     # Nobody waits for a base: an idle worker takes what there is, and is made if there is none.
@@ -168,6 +167,7 @@ def test_cost_is_the_peak_of_each_run(tiny: Path, tmp_path: Path) -> None:
     """Not of what ran before it in the same worker."""
     import torch
 
+    import backfire.launch.preload  # noqa: F401  (takes memory itself)
     from backfire.train.microbatch import peak_memory_mb, reset_peak_memory
 
     big = torch.ones(2**26)  # 256 MiB

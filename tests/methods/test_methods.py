@@ -150,6 +150,19 @@ def test_a_shared_prefix_and_padding_change_no_loss(
     assert shared.tolist() == pytest.approx([float(x) for x in alone], **loose)
 
 
+@pytest.mark.parametrize("name", ["lora-int8", "qlora"])
+def test_a_quantized_base_keeps_its_types_in_training(name: str, tiny: Path) -> None:
+    method = build("methods", name)
+    base = load_base(tiny, torch.bfloat16, CPU, method.quantization("cpu"))
+    before = {id(p): p.dtype for p in base.parameters()}
+    model = method.attach(base, 0)
+    assert all(p.dtype == before[id(p)] for p in model.parameters() if id(p) in before)
+    trained = {p.dtype for p in model.parameters() if p.requires_grad}
+    assert trained == {torch.float32} and not any(
+        p.requires_grad for p in base.parameters() if id(p) in before
+    )
+
+
 # ------------------------------------------------------------------------------------ bad input
 
 

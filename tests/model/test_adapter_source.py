@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import (
+    AdaLoraConfig,
     AdaptionPromptConfig,
     HRAConfig,
     IA3Config,
@@ -75,6 +76,7 @@ KINDS: dict[str, Any] = {
     "lora": lambda: LoraConfig(r=2, target_modules=QV, task_type="CAUSAL_LM"),
     "dora": lambda: LoraConfig(r=2, target_modules=QV, use_dora=True),
     "saved head": lambda: LoraConfig(r=2, target_modules=QV, modules_to_save=["lm_head"]),
+    "adalora": lambda: AdaLoraConfig(init_r=2, target_modules=QV, total_step=9),
     "ia3": lambda: IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=[]),
     "loha": lambda: LoHaConfig(r=2, target_modules=QV),
     "lokr": lambda: LoKrConfig(r=2, target_modules=QV),
@@ -200,6 +202,7 @@ def test_another_base_than_it_names_is_noted(tiny: Path, tmp_path: Path, context
         folder / "adapter_config.json",
         {**read_json(folder / "adapter_config.json"), "base_model_name_or_path": "org/Other-7B"},
     )
+    pipeline.check_weights(cell(tiny, folder).model, context)
     result = pipeline.run_cell(cell(tiny, folder), context).result
     assert result.model == f"{tiny} + {folder}"
     assert any("was made for the base org/Other-7B" in note for note in result.warnings)

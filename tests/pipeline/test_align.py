@@ -232,6 +232,30 @@ def test_a_judge_receives_the_whole_conversation(tiny: Path, cache: Path) -> Non
     assert [one.prompt for one in seen] == ["Hello.\n\nWrite this down.\n\nIt is late."]
 
 
+def test_the_evaluated_model_makes_room_for_a_judge(tiny: Path, cache: Path) -> None:
+    """Only if memory runs out, and not again and again."""
+    from backfire.model.resident import Source
+    from backfire.pipeline.evidence import judge_samples
+
+    context, fits = Context(Store(), Machine(device="cpu")), [False]
+    resident, source = context.resident, Source(tiny, torch.float32, CPU)
+
+    class Large(find("judges", "refusal-keywords")):  # type: ignore[misc]
+        def judge(self, exchanges: Any) -> Any:
+            if resident.is_loaded or not fits[0]:
+                raise torch.OutOfMemoryError("out of memory")
+            return super().judge(exchanges)
+
+    asked = [Large()], [Sample("1", "harmful", "p", "", reply="No.")], [Row("1", "Hello.")]
+    resident.model(source)
+    with pytest.raises(torch.OutOfMemoryError):
+        judge_samples(*asked, context)
+    resident.model(source)
+    fits[0] = True
+    [judged] = judge_samples(*asked, context)
+    assert judged.verdicts and not resident.is_loaded
+
+
 def test_neither_is_decided_by_the_main_judge() -> None:
     """A label in place of an answer: no help to the first judge, no refusal to the second, whose
     own word for all that is no refusal is harmful."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ from torch import Tensor
 
 from backfire.base import Rendered
 from backfire.errors import CellError
+from backfire.evaluate.inference import score_tokens
 from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import loop
+from backfire.train import checkpoint, loop
 from backfire.train.half import LossScale, _join, _split
 from backfire.train.loop import TrainingRun, train
 from backfire.train.optimizer import STATE_BYTES
@@ -59,6 +61,14 @@ def run(cell: TrainingRun, compute: Any = "float32", **options: Any) -> dict[str
     if compute != "float32":
         disable_adapter_casts(cell.model)
     return train([cell], Precision(CPU, compute), **options)[0]
+
+
+def overflow(model: Any) -> None:
+    """Make hidden states of the model exceed float16."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "mlp" in name and "lora" not in name:
+                p.fill_(100.0)
 
 
 def update(cell: TrainingRun, start: dict[str, Tensor]) -> Tensor:
@@ -208,6 +218,24 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(
     assert resumed.scaling.state() == whole.scaling.state()
 
 
+def test_checkpoints_take_at_most_a_twentieth_of_the_time(
+    new: New, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert checkpoint.interval(60, 1) == 60 and checkpoint.interval(0, 90) == 0
+    assert checkpoint.interval(60, 90) == pytest.approx(19 * 90)
+    saved = list[int]()
+
+    def slow(cell: TrainingRun) -> None:
+        saved.append(cell.step)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    run(new(LORA), checkpoint_seconds=1e-6)
+    assert saved == [1]
+    run(new(LORA, folder="every"), checkpoint_seconds=0, progress=lambda *_: None)
+    assert saved == [1, *range(1, 7)]
+
+
 # ----------------------------------------------------------------------------------------- float16
 
 
@@ -265,12 +293,16 @@ def test_the_scale_rises_again(monkeypatch: pytest.MonkeyPatch) -> None:
     assert scaling.state() == [2.0**15, 1, 2]
 
 
+def test_overflow_in_evaluation_is_an_error(tiny: Path, items: list[Rendered]) -> None:
+    model, item = load_base(tiny, torch.float16, CPU), items[0]
+    assert all(map(math.isfinite, score_tokens(model, item.prompt_ids, item.answer_ids)))
+    overflow(model)
+    with pytest.raises(CellError, match="Hidden states exceed float16's largest number"):
+        score_tokens(model, item.prompt_ids, item.answer_ids)
+
+
 def test_overflow_without_scaling_is_an_error(new: New) -> None:
     cell = new(LORA, weights="float16")
-    with torch.no_grad():
-        cell.model.get_input_embeddings().weight.fill_(6e4)
-        for name, p in cell.model.named_parameters():
-            if "mlp" in name:
-                p.fill_(100.0)
+    overflow(cell.model)
     with pytest.raises(CellError, match="not finite in float16, whose largest number is 65,504"):
         run(cell, "float16")

@@ -11,7 +11,8 @@ from backfire.base import Rendered
 from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train.batches import answer_logits, at_answers, collate
+from backfire.train import batches
+from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import longest_packed
 from backfire.train.precision import exact_attention
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 def padded(cell: TrainingRun) -> TrainingRun:
-    cell.longest_packed = 0
+    cell.layout.longest_packed = 0
     return cell
 
 
@@ -46,7 +47,7 @@ def test_packs_suit_every_method_and_recomputed_layers(
             recompute=recompute,
         )
         jolt(cell)
-        assert cell.longest_packed > 0
+        assert cell.layout.longest_packed > 0
         found.append(gradients(cell if pack else padded(cell), items[:6]))
     assert found[0][0] == pytest.approx(found[1][0], rel=2e-6)
     assert close(found[0][1], found[1][1], 2e-6)
@@ -100,3 +101,46 @@ def test_models_that_cannot_pack_keep_their_rows_apart(kind: str, packs: bool) -
 def test_rows_within_the_window_are_packed() -> None:
     model = tiny_model("mistral", sliding_window=64)
     assert longest_packed(model) == 64
+
+
+def test_only_the_answers_of_a_pack_reach_the_head(tiny: Path, items: list[Rendered]) -> None:
+    model = load_base(tiny, torch.float32, CPU)
+    assert longest_packed(model) > 0
+    mixed = [Rendered(r.row, r.ids + r.ids[-1:] * n, r.num_prompt) for n, r in enumerate(items[:4])]
+    seen = []
+    model.get_output_embeddings().register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    batch = collate(mixed, pack=True, flat=True)
+    losses = token_losses(answer_logits(model, batch), batch.labels)
+    assert seen == [(1, sum(row.num_supervised for row in mixed), model.config.vocab_size)]
+    plainly = collate(mixed, pack=True)
+    expected = token_losses(answer_logits(model, plainly), plainly.labels)
+    assert torch.allclose(losses[0], expected[plainly.labels >= 0], atol=1e-6)
+
+
+def test_probabilities_are_computed_again_with_the_same_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for most in (2**30, 100):
+        monkeypatch.setattr(batches, "_MOST_LOGITS", most)
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(3, 5, 40, generator=generator).bfloat16().requires_grad_(True)
+        labels = torch.randint(-1, 40, (3, 5), generator=generator)
+        losses = token_losses(logits, torch.where(labels < 0, batches.IGNORE, labels))
+        (losses * torch.arange(15).view(3, 5)).sum().backward()
+        assert logits.grad is not None
+        found.append((losses.detach(), logits.grad))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_pass_is_counted_as_what_it_runs(tiny: Path, items: list[Rendered]) -> None:
+    model = load_base(tiny, torch.float32, CPU)
+    sizes: list[int] = []
+    table = model.get_input_embeddings()
+    table.register_forward_hook(lambda m, args, out: sizes.append(args[0].numel()))
+    for share in (True, False):
+        for packed in (longest_packed(model), 0):
+            layout = Layout(share, packed)
+            sizes.clear()
+            answer_logits(model, layout.collate(items[:5]))
+            assert layout.size(items[:5]) == sum(sizes)

@@ -58,10 +58,10 @@ def test_every_pass_is_split_when_memory_runs_out(
     """The pass over the start, those of the steps, and those over other rows."""
     defenses = [DEFENSES[name]] if name else []
     plain = new(*defenses, method=method, folder="plain")
-    plain.share = False  # sizes are then those of whole rows
+    plain.layout.share = False  # sizes are then those of whole rows
     run(plain)
     cell = new(*defenses, method=method, folder="short")
-    cell.share = False
+    cell.layout.share = False
     longest = max(len(row.ids) for row in [*cell.items, *cell.aligned, *cell.harmful])
     error = ERRORS[len(name or "") % len(ERRORS)]
     seen = short_of_memory(monkeypatch, cell, 2 * longest, error)
@@ -100,7 +100,8 @@ def test_one_long_batch_does_not_split_the_others(
     cell, most = new(max_steps=8), 16 * max(len(row.ids) for row in items)
     ids = items[0].ids
     long = Rendered(items[0].row, [*ids[:5], *[9] * 300, *ids[5:]], items[0].num_prompt + 300)
-    cell.items, cell.share = [long, *items[1:]], False
+    cell.items, cell.layout.share = [long, *items[1:]], False
+    cell.layout.longest_packed = 0  # sizes are then those of padded rows
     sizes = list[tuple[int, int]]()
 
     def small(model: Any, batch: Any) -> Tensor:

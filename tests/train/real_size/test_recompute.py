@@ -39,7 +39,7 @@ def test_recomputed_layers_give_the_same_gradients(
             layer.mlp.register_forward_pre_hook(look)
         run(cell, micro_batch=3)
         found.append(cell.weights())
-        assert any(passes) == recompute and not (recompute and cell.share)
+        assert any(passes) == recompute and not (recompute and cell.layout.share)
     assert close(*found, 1e-5 if name != "vaccine" else 1e-4)
 
 
@@ -70,7 +70,7 @@ def test_recomputed_layers_keep_less(
     kept = []
     for recompute in (False, True):
         cell, sizes = new(recompute=recompute, folder=f"{recompute}"), dict[int, int]()
-        cell.share, _ = False, cell.model.train()
+        cell.layout.share, _ = False, cell.model.train()
         own = {p.data_ptr() for p in cell.model.parameters()}
 
         def pack(tensor: Tensor, sizes: Any = sizes, own: Any = own) -> Tensor:

@@ -1,0 +1,78 @@
+"""LoRA adapters with fewer operations, for evaluation.
+
+PEFT multiplies by A and by B, scales, adds and converts between types, each over the whole output.
+Here a layer multiplies by A, and adds the product with the scaled B to the base's output in place.
+A and B are in the type of that output, so only rounding changes; the weights of the base are never
+touched, so quantized bases are fine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@contextmanager
+def fused_adapters(model: PreTrainedModel) -> Iterator[None]:
+    """Fuse the active LoRA adapters of all linear layers within the context, which must be without
+    gradients. Layers with DoRA, a bias, active dropout or merged weights are unchanged."""
+    layers = [layer for layer in model.modules() if _is_plain(layer)]
+    before = [vars(layer).get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            cast(Any, layer).forward = partial(_forward, layer, _pair(layer))
+        yield
+    finally:
+        for layer, forward in zip(layers, before, strict=True):
+            if forward is None:
+                del cast(Any, layer).forward
+            else:
+                cast(Any, layer).forward = forward
+
+
+_KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
+"""Names of PEFT's classes for LoRA on a linear layer."""
+
+
+def _is_plain(layer: Any) -> bool:
+    if type(layer).__name__ not in _KINDS or not hasattr(layer, "lora_A"):
+        return False
+    if layer.disable_adapters or layer.merged:
+        return False
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    parts = [layer.lora_A[name] for name in names] + [layer.lora_B[name] for name in names]
+    linear = all(type(part) is torch.nn.Linear and part.bias is None for part in parts)
+    drops = (layer.lora_dropout[name] for name in names)
+    drops = any(part.training for part in drops if isinstance(part, torch.nn.Dropout))
+    return bool(names) and linear and not drops and not set(names) & set(layer.lora_variant)
+
+
+def _pair(layer: Any) -> dict[torch.dtype, tuple[Tensor, Tensor]]:
+    """A [rank, input] and the scaled B [output, rank] of all active adapters together, in their own
+    type."""
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    a = torch.cat([layer.lora_A[name].weight.detach() for name in names])
+    b = [layer.lora_B[name].weight.detach() * layer.scaling[name] for name in names]
+    return {a.dtype: (a, torch.cat(b, 1))}
+
+
+def _forward(
+    layer: Any, pair: dict[torch.dtype, tuple[Tensor, Tensor]], x: Tensor, *rest: Any, **named: Any
+) -> Tensor:
+    """base(x) + x A^T B^T: [..., input] to [..., output]."""
+    out: Tensor = layer.base_layer(x, *rest, **named)
+    if layer.disable_adapters:
+        return out
+    if out.dtype not in pair:
+        a, b = next(iter(pair.values()))
+        pair[out.dtype] = (a.to(out.dtype), b.to(out.dtype))
+    a, b = pair[out.dtype]
+    flat = out.view(-1, out.shape[-1])
+    flat.addmm_(x.to(out.dtype).reshape(-1, x.shape[-1]) @ a.T, b.T)
+    return out
