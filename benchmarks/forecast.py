@@ -1,7 +1,7 @@
 """Peak memory that `doctor` predicts, against the peak of a process that really runs the cell.
 
-`python -m benchmarks.forecast MODEL_FOLDER [--cells lora,full]` prints a table and exits with 1 if a
-prediction is off by more than 20 %. On a CPU, with one thread; each stage runs in a new process.
+`python -m benchmarks.forecast MODEL_FOLDER [--cells lora,full]` prints a table and exits with 1 if
+a prediction is off by more than 20 %. On a CPU, with one thread; each stage is a new process.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -250,7 +251,7 @@ def _assumed(experiment: Experiment) -> tuple[int, int]:
     return longest, 8 if getattr(experiment.data, "labels", None) else longest // 4
 
 
-_STEPS = 300
+_STEPS = 300  # most steps that are drawn
 
 
 def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Layout:
@@ -269,7 +270,15 @@ def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machi
             continue
         rng, shared = random.Random(0), part.shared if share and part.count > 1 else 0
         count = min(experiment.train.batch_size, part.count)
-        for _ in range(_STEPS):
-            drawn = sorted(rng.choices(part.lengths, k=count), reverse=True)[:most]
+        steps = math.ceil(experiment.train.epochs * part.count / count)
+        for _ in range(min(experiment.train.max_steps or steps, _STEPS)):
+            drawn = sorted(_draw(rng, part.lengths, count), reverse=True)[:most]
             passes.append(Layout(tuple(drawn), shared, same))
     return max(passes, key=lambda one: (one.tokens, one.answers))
+
+
+def _draw(
+    rng: random.Random, lengths: Sequence[tuple[int, int]], count: int
+) -> list[tuple[int, int]]:
+    """So many rows, each at most once if the sample is large enough."""
+    return rng.sample(lengths, count) if count <= len(lengths) else rng.choices(lengths, k=count)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,8 @@ class LossScale:
         """Turn it on if passes through this model multiply in float16."""
         self.close()
         self.on = compute == "float16" or _multiplies_in_float16(model)
-        self._hooks = [p.register_hook(self._unscaled) for p in weights.values() if self.on]
+        tensors: list[Any] = list(weights.values()) if self.on else []
+        self._hooks = [p.register_hook(self._unscaled) for p in tensors]
 
     def _unscaled(self, gradient: Tensor) -> Tensor:
         return gradient / self.value
