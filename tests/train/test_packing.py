@@ -9,13 +9,14 @@ import torch
 
 from backfire.base import Rendered
 from backfire.experiment import Train
+from backfire.model.batching import ways
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.train import batches
 from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import longest_packed
-from backfire.train.precision import exact_attention
+from backfire.train.precision import disable_adapter_casts, exact_attention
 from tests.helpers.families import KINDS, tiny_model
 from tests.helpers.fine_tuning import jolt
 from tests.helpers.training import CPU, close, gradients
@@ -101,6 +102,16 @@ def test_models_that_cannot_pack_keep_their_rows_apart(kind: str, packs: bool) -
 def test_rows_within_the_window_are_packed() -> None:
     model = tiny_model("mistral", sliding_window=64)
     assert longest_packed(model) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_in_float32_on_a_base_in_16_bits_are_packed(dtype: torch.dtype) -> None:
+    """As on a GPU, where autocast and not PEFT converts between the types."""
+    model = tiny_model("llama").to(dtype)
+    ways(model)  # as a loaded model
+    model = build("methods", "lora").attach(exact_attention(model), 0)
+    disable_adapter_casts(model)
+    assert longest_packed(model) > 0
 
 
 def test_only_the_answers_of_a_pack_reach_the_head(tiny: Path, items: list[Rendered]) -> None:
