@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from backfire.base import Rendered
+from backfire.base import Rendered, Row
 from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.load import load_base
@@ -68,6 +68,24 @@ def test_a_row_does_not_depend_on_its_neighbors(
             for x in (first, changed)
         )
     assert torch.equal(one[1:], other[1:]) and not torch.equal(one[0], other[0])
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_without_an_answer_may_be_alone_in_a_pass(pack: bool, tiny: Path) -> None:
+    """Their prompt was cut, or they have one token, which nothing predicts."""
+    model = load_base(tiny, torch.float32, CPU)
+    assert longest_packed(model) > 0
+    rows = [Rendered(Row("x", "x"), ids, count) for ids, count in (([7, 8, 9], 3), ([9], 0))]
+    for flat in (True, False) if pack else (False,):
+        batch = collate(rows, pack=pack, flat=flat)
+        losses = token_losses(answer_logits(model, batch), batch.labels)
+        assert losses.numel() == 0
+        losses.sum().backward()
+        both = [*rows, Rendered(rows[0].row, [7, 8, 9], 0)]
+        batch = collate(both, pack=pack, flat=flat)
+        found = token_losses(answer_logits(model, batch), batch.labels).sum()
+        likely = model(input_ids=torch.tensor([[7, 8, 9]])).logits[0].log_softmax(-1)
+        assert float(found) == pytest.approx(-float(likely[0, 8] + likely[1, 9]), rel=1e-6)
 
 
 def test_hidden_states_are_those_of_the_answers(items: list[Rendered]) -> None:
