@@ -1,7 +1,7 @@
 """Peak memory that `doctor` predicts, against the peak of a process that really runs the cell.
 
-`python -m benchmarks.forecast MODEL_FOLDER [--cells lora,full]` prints a table and exits with 1 if a
-prediction is off by more than 20 %. On a CPU, with one thread; each stage runs in a new process.
+`python -m benchmarks.forecast MODEL_FOLDER [--cells lora,full]` prints a table and exits with 1 if
+a prediction is off by more than 20 %. On a CPU, with one thread; each stage is a new process.
 """
 
 from __future__ import annotations
@@ -76,7 +76,9 @@ def predicted(experiment: Experiment) -> dict[str, float]:
     forecast = Forecast(Recipe("cell", "", (experiment,), ({},)), types_of("cpu"))
     need = forecast.memory(forecast.cells[0])
     assert need
-    train, evaluate = (need.libraries + part for part in (need.training, need.evaluation))
+    train, evaluate = (
+        need.libraries + need.mapped + part for part in (need.training, need.evaluation)
+    )
     return {"train": train / 2**20, "evaluate": evaluate / 2**20}
 
 

@@ -92,6 +92,9 @@ a pass does not fit, training splits it by itself, so that a card needs what a p
 
 {recomputed}
 
+LLaMA-Factory's README estimates for a 7B model, without saying the pass: 120 GB for full tuning in
+mixed precision, 16 for LoRA, 10 and 6 for QLoRA in 8 and 4 bits. The first column is near these.
+
 ## Smallest card, for passes of 8 rows of 512 tokens
 
 24, 40 or 80 GB, of which {tight} % is used at most; `-`: none of them. With `--recompute` in

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ if TYPE_CHECKING:
     from backfire.model.types import Type
 
 Device = Literal["cpu", "cuda"]
-LIBRARIES = {"cpu": 0.53e9, "cuda": 0.7e9}
-"""A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
-UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
+LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
+"""A process that has imported torch, transformers and peft (0.42 GB in a worker, 0.5 alone); on a
+GPU, the CUDA context."""
+UNRELEASED = {"cpu": 1.05, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
 it at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -41,6 +43,8 @@ class Size(Weights):
     layers: int
     hidden: int
     vocabulary: int
+    stored: str
+    """Type in which its files say that they store it."""
     dry: DryRun = field(repr=False, compare=False)
 
 
@@ -59,6 +63,8 @@ class Memory:
     libraries: float
     num_rows: int
     """Rows in that pass of training; 0 without training."""
+    mapped: float = 0
+    """On a CPU, pages of the model's file that stay mapped; the system may take them back."""
 
     @property
     def training(self) -> float:
@@ -66,7 +72,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.libraries + max(self.training, self.evaluation)
+        return self.libraries + self.mapped + max(self.training, self.evaluation)
 
 
 def size(experiment: Experiment, folder: Path | None) -> Size:
@@ -100,6 +106,7 @@ def size(experiment: Experiment, folder: Path | None) -> Size:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
+        stored=str(config.dtype or "float32").removeprefix("torch."),
         dry=DryRun(model),
     )
 
@@ -119,8 +126,12 @@ def memory(
     """
     machine = machine or Machine()
     evaluation = _evaluation(experiment, size, rows, device, machine)
+    # Of a quantized base the embedding is used from the file, if its type is the stored one.
+    kept = device == "cpu" and size.stored == experiment.model.dtype
+    packed = experiment.method.quantization(device)
+    mapped = size.linear * _BYTES[size.stored] if kept and packed else 0.0
     if not size.trainable:
-        return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0)
+        return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0, mapped)
     extra, layout = _total(_extras(experiment)), _largest(experiment, rows, machine)
     weights, types = _held(experiment, size, device)
     copies = extra.copies
@@ -133,7 +144,8 @@ def memory(
     states = extra.states * size.layers * size.hidden * _BYTES[types.compute]
     run += states * layout.tokens
     passes = max(UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
-    return Memory(weights, state, passes, evaluation, LIBRARIES[device], len(layout.rows))
+    rows_at_once, libraries = len(layout.rows), LIBRARIES[device]
+    return Memory(weights, state, passes, evaluation, libraries, rows_at_once, mapped)
 
 
 def _extras(experiment: Experiment) -> list[Extra]:
@@ -250,7 +262,7 @@ def _assumed(experiment: Experiment) -> tuple[int, int]:
     return longest, 8 if getattr(experiment.data, "labels", None) else longest // 4
 
 
-_STEPS = 300
+_STEPS = 300  # most steps that are drawn
 
 
 def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Layout:
@@ -269,7 +281,15 @@ def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machi
             continue
         rng, shared = random.Random(0), part.shared if share and part.count > 1 else 0
         count = min(experiment.train.batch_size, part.count)
-        for _ in range(_STEPS):
-            drawn = sorted(rng.choices(part.lengths, k=count), reverse=True)[:most]
+        steps = math.ceil(experiment.train.epochs * part.count / count)
+        for _ in range(min(experiment.train.max_steps or steps, _STEPS)):
+            drawn = sorted(_draw(rng, part.lengths, count), reverse=True)[:most]
             passes.append(Layout(tuple(drawn), shared, same))
     return max(passes, key=lambda one: (one.tokens, one.answers))
+
+
+def _draw(
+    rng: random.Random, lengths: Sequence[tuple[int, int]], count: int
+) -> list[tuple[int, int]]:
+    """So many rows, each at most once if the sample is large enough."""
+    return rng.sample(lengths, count) if count <= len(lengths) else rng.choices(lengths, k=count)

@@ -29,6 +29,10 @@ QUANTIZED = [name for name in ADAPTERS if build("methods", name).quantization("c
 BELOW = {"name": "lora", "rank": 2, "learning_rate": 3e-2}
 
 
+def slowly(method: str) -> Any:
+    return pytest.param(method, marks=pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def loads() -> Iterator[Callable[[], int]]:
     """The number of models loaded so far in this test."""
@@ -114,7 +118,7 @@ def test_after_a_method_the_base_is_as_it_was_loaded(
     assert_same(bare, fresh)
 
 
-@pytest.mark.parametrize("method", ["lora", "llama-adapter", *QUANTIZED])
+@pytest.mark.parametrize("method", ["lora", *map(slowly, ["llama-adapter", *QUANTIZED])])
 def test_a_trained_adapter_is_the_same_from_a_used_base(
     method: str, tiny: Path, tmp_path: Path, loads: Callable[[], int]
 ) -> None:
@@ -133,7 +137,7 @@ def test_a_trained_adapter_is_the_same_from_a_used_base(
     assert (ours / name).read_bytes() == (theirs / name).read_bytes()
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "llama-adapter", *QUANTIZED])
+@pytest.mark.parametrize("method", ["lora", *map(slowly, ["ia3", "llama-adapter", *QUANTIZED])])
 def test_saved_adapters_are_evaluated_without_loading(
     method: str, tiny: Path, tmp_path: Path, loads: Callable[[], int]
 ) -> None:
