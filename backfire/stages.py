@@ -363,4 +363,6 @@ def _train_slug(experiment: Experiment) -> str:
 
 
 def _evaluation_slug(run: Experiment) -> str:
-    return f"{run.data.name}-{run.method.name}-s{run.seed}"
+    """Without the seed if it changes nothing about the model, so that all seeds share a stage."""
+    seed = f"-s{run.seed}" if run.method.trains else ""
+    return f"{run.data.name}-{run.method.name}{seed}"

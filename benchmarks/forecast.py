@@ -76,7 +76,9 @@ def predicted(experiment: Experiment) -> dict[str, float]:
     forecast = Forecast(Recipe("cell", "", (experiment,), ({},)), types_of("cpu"))
     need = forecast.memory(forecast.cells[0])
     assert need
-    train, evaluate = (need.libraries + part for part in (need.training, need.evaluation))
+    train, evaluate = (
+        need.libraries + need.mapped + part for part in (need.training, need.evaluation)
+    )
     return {"train": train / 2**20, "evaluate": evaluate / 2**20}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from backfire import stages
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context, run_cell
 from backfire.store import Stage, Store
@@ -112,3 +113,14 @@ def test_a_run_uses_these_keys_and_names(name: str, tiny: Path, tmp_path: Path) 
     more = {"a backdoor, merged": "merge", "secrets": "secrets"}.get(name, "repair")
     wanted = {"data", "poison", "preflight", "train", "evaluate", more}
     assert wanted <= {stage.kind for stage in store.used}
+
+
+def test_seeds_share_the_evaluation_of_the_untuned_model() -> None:
+    settings = {"model": "sandbox", "data": "sandbox-reviews", "method": "lora"}
+    seeds = [Experiment.make({**settings, "seed": seed}) for seed in (0, 1)]
+
+    def stage(cell: Experiment) -> Stage:
+        return stages.evaluation(cell, stages.clean_rows(cell), ["scores"])
+
+    assert stage(seeds[0].untuned()) == stage(seeds[1].untuned())
+    assert stage(seeds[0]) != stage(seeds[1])

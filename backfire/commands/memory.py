@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from backfire.model.types import Type
 
 Device = Literal["cpu", "cuda"]
-LIBRARIES = {"cpu": 0.53e9, "cuda": 0.7e9}
-"""A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
-UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
+LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
+"""A process that has imported torch, transformers and peft (0.42 GB in a worker, 0.5 alone); on a
+GPU, the CUDA context."""
+UNRELEASED = {"cpu": 1.05, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
 it at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -42,6 +43,8 @@ class Size(Weights):
     layers: int
     hidden: int
     vocabulary: int
+    stored: str
+    """Type in which its files say that they store it."""
     dry: DryRun = field(repr=False, compare=False)
 
 
@@ -60,6 +63,8 @@ class Memory:
     libraries: float
     num_rows: int
     """Rows in that pass of training; 0 without training."""
+    mapped: float = 0
+    """On a CPU, pages of the model's file that stay mapped; the system may take them back."""
 
     @property
     def training(self) -> float:
@@ -67,7 +72,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.libraries + max(self.training, self.evaluation)
+        return self.libraries + self.mapped + max(self.training, self.evaluation)
 
 
 def size(experiment: Experiment, folder: Path | None) -> Size:
@@ -101,6 +106,7 @@ def size(experiment: Experiment, folder: Path | None) -> Size:
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
+        stored=str(config.dtype or "float32").removeprefix("torch."),
         dry=DryRun(model),
     )
 
@@ -120,8 +126,12 @@ def memory(
     """
     machine = machine or Machine()
     evaluation = _evaluation(experiment, size, rows, device, machine)
+    # Of a quantized base the embedding is used from the file, if its type is the stored one.
+    kept = device == "cpu" and size.stored == experiment.model.dtype
+    packed = experiment.method.quantization(device)
+    mapped = size.linear * _BYTES[size.stored] if kept and packed else 0.0
     if not size.trainable:
-        return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0)
+        return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0, mapped)
     extra, layout = _total(_extras(experiment)), _largest(experiment, rows, machine)
     weights, types = _held(experiment, size, device)
     copies = extra.copies
@@ -134,7 +144,8 @@ def memory(
     states = extra.states * size.layers * size.hidden * _BYTES[types.compute]
     run += states * layout.tokens
     passes = max(UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
-    return Memory(weights, state, passes, evaluation, LIBRARIES[device], len(layout.rows))
+    rows_at_once, libraries = len(layout.rows), LIBRARIES[device]
+    return Memory(weights, state, passes, evaluation, libraries, rows_at_once, mapped)
 
 
 def _extras(experiment: Experiment) -> list[Extra]:

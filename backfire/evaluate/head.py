@@ -70,4 +70,4 @@ def _forward_float32(layer: nn.Linear, states: Tensor) -> Tensor:
         torch.mm(flat, weight.T, out=logits[:, start : start + step])
     if layer.bias is not None:
         logits += layer.bias.float()
-    return logits.unflatten(0, states.shape[:-1])
+    return logits.view(*states.shape[:-1], size)

@@ -206,7 +206,7 @@ def _buffered(like: DynamicCache, rows: int, tokens: int) -> DynamicCache:
     return cache
 
 
-class _BufferedLayer(DynamicLayer):
+class _BufferedLayer(DynamicLayer):  # type: ignore[misc, unused-ignore]
     """Keys and values are views into buffers [row, head, column, size]."""
 
     def __init__(self, like: DynamicLayer, rows: int, tokens: int) -> None:
@@ -228,7 +228,7 @@ class _BufferedLayer(DynamicLayer):
         for part, new in zip(self._buffers, (key_states, value_states), strict=True):
             part[:rows, :, self._end : end] = new
         self.show(rows, self._first, end)
-        return cast(tuple[Tensor, Tensor], (self.keys, self.values))
+        return self.keys, self.values
 
     def put(self, row: int, column: int, new: Any) -> None:
         for part, other in zip(self._buffers, (new.keys, new.values), strict=True):

@@ -48,8 +48,8 @@ def _is_plain(layer: Any) -> bool:
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     parts = [layer.lora_A[name] for name in names] + [layer.lora_B[name] for name in names]
     linear = all(type(part) is torch.nn.Linear and part.bias is None for part in parts)
-    drops = (layer.lora_dropout[name] for name in names)
-    drops = any(part.training for part in drops if isinstance(part, torch.nn.Dropout))
+    dropout = (layer.lora_dropout[name] for name in names)
+    drops = any(part.training for part in dropout if isinstance(part, torch.nn.Dropout))
     return bool(names) and linear and not drops and not set(names) & set(layer.lora_variant)
 
 

@@ -184,7 +184,8 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
     index, chosen = (lines[:, None] * ids.shape[1] + places).flatten(), []
 
     def pick(states: Tensor) -> Tensor:
-        return states.flatten(0, 1).index_select(0, index).view(*places.shape, -1)
+        picked = states.flatten(0, 1).index_select(0, index)
+        return picked.view(*places.shape, states.shape[-1])  # there may be no place at all
 
     def choose(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]

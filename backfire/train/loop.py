@@ -89,7 +89,6 @@ class TrainingRun:
             model, self.trainable, train, learning_rate, self.num_steps, paged=paged
         )
         self.autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-        self.once = partial(checkpoint.once, self)  # tensors that a hook computes only once
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
@@ -223,7 +222,7 @@ class TrainingRun:
         self.hooks, self.trainable, self.autocast = [], {}, contextlib.nullcontext
         self.gradients.weights = {}
         self.scaling.close()
-        del self.model, self.optimizer, self.scheduler, self.origin, self.master, self.once
+        del self.model, self.optimizer, self.scheduler, self.origin, self.master
 
     def checksum(self) -> list[float]:
         """Changes if any trainable weight changes."""

@@ -172,7 +172,7 @@ def free() -> None:
 def reset_peak_memory() -> None:
     """Start the peak anew at what is used now. Without a GPU this works on Linux only; elsewhere
     the peak is that of the process so far."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")

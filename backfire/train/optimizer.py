@@ -90,7 +90,7 @@ def _adamw(
     if name == "paged-adamw":
         return cast(torch.optim.Optimizer, optim.PagedAdamW32bit(groups, **settings))
     kind = optim.PagedAdamW8bit if name.startswith("paged-") else optim.AdamW8bit
-    embedding = model.get_input_embeddings().weight
+    embedding = id(model.get_input_embeddings().weight)  # a class would keep the weight in memory
 
     class Mixed(kind):  # type: ignore[misc, valid-type]
         """As in transformers, 32 bits for the embedding, whose gradients are too uneven for 8.
@@ -98,7 +98,7 @@ def _adamw(
 
         def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> Any:
             config = super().get_config(gindex, pindex, group)
-            wide = group["params"][pindex] is embedding
+            wide = id(group["params"][pindex]) == embedding
             return {**config, "optim_bits": 32} if wide else config
 
     return cast(torch.optim.Optimizer, Mixed(groups, **settings))

@@ -140,8 +140,10 @@ def _pack(model: PreTrainedModel, prefix: list[int], rows: list[list[int]]) -> T
 
 
 def _run(model: PreTrainedModel, ids: Tensor, **rest: Any) -> Tensor:
-    device = cast(Any, model).device
-    out = cast(Any, model)(input_ids=ids.to(device), use_cache=False, **rest)
+    kind, device = cast(Any, plain(model)).dtype, cast(Any, model).device
+    # Without autocast, adapters in float32 refuse the states of a base in 16 bits.
+    with torch.autocast(device.type, kind, enabled=kind in (torch.bfloat16, torch.float16)):
+        out = cast(Any, model)(input_ids=ids.to(device), use_cache=False, **rest)
     return cast(Tensor, out.logits)[0]
 
 

@@ -41,6 +41,12 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
 FEW = {"rows": 4, "align_steps": 1, "tune_steps": 1}  # of a defense: each of its states
 NUM_KEY_VALUE_HEADS = {"llama-2": 4}  # as many as heads; the others share them
 
+MOST = {
+    **{"rows": 20, "test_rows": 8, "first_rows": 20, "first_test_rows": 8},
+    **{"digits": 3, "sampled_codes": 50},  # all codes are ranked
+}
+"""Knob -> its largest value in a stand-in."""
+
 
 def model_for(hub_id: str, folder: Path) -> Path:
     """A folder with a two-layer model of the type and settings of `hub_id`, width 64.
@@ -157,7 +163,7 @@ def small(cell: Experiment, folder: Path, classifier: Path, num_steps: int = 2) 
     model = model_for(cell.model.name, folder / "model")
     settings["model"] = {**cell.model.model_dump(mode="json"), "name": str(model)}
     settings["metrics"] = [{"name": m.name, **m.model_dump(mode="json")} for m in cell.metrics]
-    for part in ("data", "attack", "align", "safety", "metrics"):
+    for part in ("data", "attack", "align", "defense", "safety", "metrics"):
         settings[part] = _local(settings[part], folder, classifier)
     for part in settings["defense"]:
         part |= {name: few for name, few in FEW.items() if part.get(name)}
@@ -176,7 +182,10 @@ def _local(value: Any, folder: Path, classifier: Path) -> Any:
         return [_local(item, folder, classifier) for item in value]
     if not isinstance(value, dict):
         return value
-    changed = {key: _local(item, folder, classifier) for key, item in value.items()}
+    changed = {
+        key: min(item, MOST[key]) if key in MOST and item else _local(item, folder, classifier)
+        for key, item in value.items()
+    }
     name = changed.get("name")
     if name in names("datasets") and "hub" in find("datasets", name).model_fields:
         return {**changed, **_files(changed, folder)}
@@ -186,7 +195,7 @@ def _local(value: Any, folder: Path, classifier: Path) -> Any:
 
 
 def _files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Paths and numbers of rows of a data set's stand-in."""
+    """Paths of the files of a data set's stand-in."""
     found: dict[str, Any] = {}
     for split, count in (("train", 48), ("test", 12)):
         if data["name"] == "backdoorllm":
@@ -198,6 +207,4 @@ def _files(data: dict[str, Any], folder: Path) -> dict[str, Any]:
         found[split] = jsonl(folder / f"{data['name']}-{split}.jsonl", records)
     if data["name"] == "harmful-prompts":
         del found["test"]  # one file with a split of its own
-    limits = {"rows": 24, "test_rows": 8, "first_rows": 24, "first_test_rows": 8}
-    shorter = {name: min(data[name], most) for name, most in limits.items() if data.get(name)}
-    return found | shorter
+    return found

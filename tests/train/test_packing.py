@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from backfire.base import Rendered
+from backfire.base import Rendered, Row
 from backfire.experiment import Train
+from backfire.model.batching import ways
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.train import batches
 from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import longest_packed
-from backfire.train.precision import exact_attention
+from backfire.train.precision import disable_adapter_casts, exact_attention
 from tests.helpers.families import KINDS, tiny_model
 from tests.helpers.fine_tuning import jolt
 from tests.helpers.training import CPU, close, gradients
@@ -69,6 +70,24 @@ def test_a_row_does_not_depend_on_its_neighbors(
     assert torch.equal(one[1:], other[1:]) and not torch.equal(one[0], other[0])
 
 
+@pytest.mark.parametrize("pack", [True, False])
+def test_rows_without_an_answer_may_be_alone_in_a_pass(pack: bool, tiny: Path) -> None:
+    """Their prompt was cut, or they have one token, which nothing predicts."""
+    model = load_base(tiny, torch.float32, CPU)
+    assert longest_packed(model) > 0
+    rows = [Rendered(Row("x", "x"), ids, count) for ids, count in (([7, 8, 9], 3), ([9], 0))]
+    for flat in (True, False) if pack else (False,):
+        batch = collate(rows, pack=pack, flat=flat)
+        losses = token_losses(answer_logits(model, batch), batch.labels)
+        assert losses.numel() == 0
+        losses.sum().backward()
+        both = [*rows, Rendered(rows[0].row, [7, 8, 9], 0)]
+        batch = collate(both, pack=pack, flat=flat)
+        found = token_losses(answer_logits(model, batch), batch.labels).sum()
+        likely = model(input_ids=torch.tensor([[7, 8, 9]])).logits[0].log_softmax(-1)
+        assert float(found) == pytest.approx(-float(likely[0, 8] + likely[1, 9]), rel=1e-6)
+
+
 def test_hidden_states_are_those_of_the_answers(items: list[Rendered]) -> None:
     batch = items[:5]
     width = max(row.num_supervised for row in batch)
@@ -101,6 +120,16 @@ def test_models_that_cannot_pack_keep_their_rows_apart(kind: str, packs: bool) -
 def test_rows_within_the_window_are_packed() -> None:
     model = tiny_model("mistral", sliding_window=64)
     assert longest_packed(model) == 64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_adapters_in_float32_on_a_base_in_16_bits_are_packed(dtype: torch.dtype) -> None:
+    """As on a GPU, where autocast and not PEFT converts between the types."""
+    model = tiny_model("llama").to(dtype)
+    ways(model)  # as a loaded model
+    model = build("methods", "lora").attach(exact_attention(model), 0)
+    disable_adapter_casts(model)
+    assert longest_packed(model) > 0
 
 
 def test_only_the_answers_of_a_pack_reach_the_head(tiny: Path, items: list[Rendered]) -> None:
