@@ -139,13 +139,14 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
     models = {str(experiment.model.spec()): experiment.model for experiment in recipe.cells}
     for model in models.values():
         pipeline.check_weights(model, Context(store))
-    # `full` fits every model, so a recipe without adapters does not import torch here.
-    adapting = {
-        str([experiment.model.spec(), experiment.method.spec()]): experiment
-        for experiment in recipe.cells
-        if experiment.method.name not in ("none", "full")
+    # `full` fits every model, so a recipe without adapters and other forms imports no torch here.
+    forms = [pipeline.forms_of(experiment) for experiment in recipe.cells]
+    limited = {
+        str([experiment.model.spec(), experiment.method.spec(), of_metrics]): experiment
+        for experiment, of_metrics in zip(recipe.cells, forms, strict=True)
+        if experiment.method.name not in ("none", "full") or of_metrics
     }
-    for experiment in adapting.values():
+    for experiment in limited.values():
         pipeline.check_method(experiment, Context(store))
     for judge in _judges(recipe):
         judge.ready()
