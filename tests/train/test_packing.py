@@ -85,7 +85,8 @@ def test_rows_without_an_answer_may_be_alone_in_a_pass(pack: bool, tiny: Path) -
         batch = collate(both, pack=pack, flat=flat)
         found = token_losses(answer_logits(model, batch), batch.labels).sum()
         likely = model(input_ids=torch.tensor([[7, 8, 9]])).logits[0].log_softmax(-1)
-        assert float(found) == pytest.approx(-float(likely[0, 8] + likely[1, 9]), rel=1e-6)
+        wanted = -(likely[0, 8] + likely[1, 9]).item()
+        assert found.item() == pytest.approx(wanted, rel=1e-6)
 
 
 def test_hidden_states_are_those_of_the_answers(items: list[Rendered]) -> None:
