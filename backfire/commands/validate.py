@@ -26,6 +26,7 @@ from backfire.data.render import show_mask
 from backfire.errors import CellError
 from backfire.experiment import Experiment
 from backfire.launch.resolve import pin_models
+from backfire.model.source import check_widths
 from backfire.model.types import has_gpu, ram_bytes
 from backfire.pipeline import Context
 from backfire.recipe import Recipe
@@ -46,6 +47,8 @@ def show(recipe: Recipe) -> None:
     for judge in _judges(recipe):
         judge.ready(briefly=True)
     recipe = pin_models(recipe)
+    for model in {str(cell.model.spec()): cell.model for cell in recipe.cells}.values():
+        check_widths(model)
     experiment = recipe.cells[0]
     console.print("[bold]First cell[/bold]")
     console.print(
