@@ -51,7 +51,8 @@ def types_of(model: PreTrainedModel, kind: str) -> dict[nn.Module, str]:
     sizes = block_sizes()
     head, words = model.get_output_embeddings(), model.get_input_embeddings()
     found, seen = dict[nn.Module, str](), set[int]()
-    for name, module in [("lm_head", head), *model.named_modules()]:
+    modules: list[tuple[str, Any]] = [("lm_head", head), *model.named_modules()]
+    for name, module in modules:
         if isinstance(module, (nn.Linear, Conv1D)) or module is words:
             if id(module.weight) not in seen:
                 found[module] = _HEAD if module is head else kind
