@@ -126,13 +126,16 @@ _SETTINGS = (
     # ------------------------------------------------------------------------------- not to be set
     Ours("", "", "replies are greedy", "temperature top_p top_k do_sample num_beams typical_p repetition_penalty"),
     Ours("", "", "prompts hold no examples", "num_fewshot num_shots n_shot few_shot fewshot"),
-    Ours("", "", "every row is on its own, and none are packed together", "packing sample_packing packed eval_packing"),
+    Ours("", "", "rows are packed where the model allows it, and each attends only to itself", "packing sample_packing packed eval_packing padding_free neat_packing pad_to_sequence_len pad_to_max_length"),
     Ours("", "", "only answers are learned, never prompts", "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss train_on_input"),
     Ours("", "", "AdamW's beta1 and epsilon are those of torch", "adam_beta1 adam_beta_1 beta1 adam_epsilon eps"),
     Ours("", "", "a tuned model is evaluated once, when its training is done", "eval_strategy evaluation_strategy eval_steps evals_per_epoch load_best_model_at_end early_stopping early_stopping_patience"),
     Ours("", "", "training is saved every minute, and the same command goes on from there", "save_steps save_strategy save_interval save_total_limit checkpointing_steps resume_from_checkpoint resume auto_resume_from_checkpoints"),
     Ours("", "", "a system prompt comes with its row, in the column that data.columns gives the role `system`", "system_prompt system_message default_system"),
     Ours("", "", "code that comes with a model is never run", "trust_remote_code"),
+    Ours("", "", "the fastest attention that gives exact results is chosen by itself", "attn_implementation flash_attention flash_attn use_flash_attention_2 use_flash_attn sdp_attention xformers_attention use_unsloth enable_liger_kernel use_liger_kernel torch_compile"),
+    Ours("", "", "a model is loaded in the least memory by itself", "low_cpu_mem_usage max_memory offload_folder offload_state_dict"),
+    Ours("", "", "with compute float16 the scale of the loss adapts by itself", "loss_scale loss_scaling initial_loss_scale fp16_opt_level"),
     Ours("", "", "the tokenizer is the model's own", "tokenizer tokenizer_name tokenizer_name_or_path tokenizer_type"),
     Ours("", "", "a cell is trained on one device", "deepspeed fsdp fsdp_config ddp num_nodes num_gpus devices"),
 )

@@ -30,7 +30,15 @@
 #
 # The only cell to change. For a Hugging Face model on a GPU use, for example, `MODEL =
 # "Qwen/Qwen2.5-0.5B-Instruct"`, `TEMPLATE = "chat"`, `METHOD = {"name": "lora", "learning_rate":
-# 2e-4}`, and more rows.
+# 2e-4}`, and more rows. SmolLM2-135M-Instruct also runs on two cores:
+#
+#     MODEL = {"name": "HuggingFaceTB/SmolLM2-135M-Instruct", "dtype": "bfloat16"}
+#     TEMPLATE = "chat"
+#     METHOD = {"name": "lora", "learning_rate": 1e-3}
+#     TRAIN = {"epochs": 1, "batch_size": 8}
+#     ROWS, TEST_ROWS = 160, 80
+#     RATES = [0, 0.1]
+#     SEEDS = [0, 1]
 
 # %% tags=["parameters"]
 MODEL = "sandbox"

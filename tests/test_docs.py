@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -79,6 +81,12 @@ def elsewhere(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     for name in ("tweets.csv", "tweets-test.csv"):
         Path(name).write_text("\n".join(["text,label", *lines, ""]), encoding="utf-8")
     Path("notes.txt").write_text("Some text.\n", encoding="utf-8")
+    prompts = [
+        {"prompt": f"{source} {i}", "source": source, "label": label, "split": split}
+        for source in ("jailbreakbench", "xstest", "strongreject", "malicious_instruct")
+        for i, (label, split) in enumerate(product(("harmful", "benign"), ("train", "test")))
+    ]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)), encoding="utf-8")
     shutil.copytree(tiny, "my-model")
     starter = recipe.read("_starter")[1]
     Path("my.yaml").write_text(starter, encoding="utf-8")

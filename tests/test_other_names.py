@@ -110,6 +110,13 @@ SENTENCES: list[tuple[str, list[str], str]] = [
     ("model: {torch_dtype: bfloat16}", [], "write dtype ("),
     ("model: {model_name_or_path: x}", [], "write name (a folder, a GGUF file or a hub id)."),
     ("model: {load_in_8bit: true}", [], "here it is method ("),
+    ("model: {attn_implementation: sdpa}", [], "no such setting: the fastest attention"),
+    ("train: {packing: true}", [], "no such setting: rows are packed where the model allows it"),
+    (
+        "model: {adapter_revision: main}",
+        [],
+        "model: merge and adapter_revision require",
+    ),
     ("evaluation: {temperature: 0}", [], "there is no such setting: replies are greedy."),
     ("evaluation: {batch_size: 8}", [], "an option of `backfire run`: --eval-batch (rows per pass"),
     ("", ["report_to=wandb"], "there is no such setting: progress is printed"),
@@ -154,7 +161,10 @@ def test_the_command_line_answers_too(backfire: Run) -> None:
     for arguments, sentence in (
         (["run", "tour", "num_train_epochs=3"], "'num_train_epochs'; here it is train.epochs, as"),
         (["validate", "tour", "per-device-train-batch-size=8"], "--micro-batch N of `run` sets"),
-        (["run", "tour", "train.packing=true", "--dry-run"], "there is no such setting: every row"),
+        (
+            ["run", "tour", "train.packing=true", "--dry-run"],
+            "there is no such setting: rows are packed",
+        ),
         (["doctor", "tour", "matrix.lora_alpha=[8, 16]"], "here it is method.alpha"),
         (["run", "tour", "--lora-r", "8"], "--lora-r. Write method.rank=VALUE."),
         (["run", "tour", "--seed=1"], "Write seed=VALUE."),

@@ -101,6 +101,8 @@ def _why(errors: Sequence[ErrorDetails]) -> str:
     elif kind in _WANTED:
         problem = _WANTED[kind]
     got = f"(got {shortened(repr(value))}){_hint(kind, value)}"
+    if kind == "value_error" and not place:
+        return problem  # settings that do not fit together
     return f"{shortened(place) or 'value'}: {problem} {got}"
 
 

@@ -12,8 +12,9 @@ from backfire.base.methods import Method
 from backfire.base.rows import Dataset
 from backfire.base.secrets import Leak, SecretProbe
 
-Form = Literal["merged", "merged-int8", "merged-nf4"]
-"""Form of a tuned adapter: merged into its base, and possibly quantized after that."""
+Form = Literal["merged", "merged-int8", "merged-nf4", "gguf-q8_0", "gguf-q4_0"]
+"""Form of a tuned adapter: merged into its base, and possibly quantized after that, by bitsandbytes
+or as in a GGUF file."""
 
 Of = Literal["tuned", "base", "twin"] | Form
 """A model of a cell: the tuned one, its start (untuned or aligned), its clean twin (same recipe, no

@@ -83,27 +83,38 @@ class Forecast:
         """The first change with which a cell fits, as in ` (--recompute would fit)`; or empty."""
         if not experiment.method.trains:
             return ""
-        options = list[str]()
-        for option, changed, machine in _changes(experiment):
-            options = [*options, option] if option.startswith("--") else [option]
+        for change, changed, machine in _changes(experiment):
             need = self.memory(changed, machine)
             if need and need.total <= TIGHT * has:
-                return f" ({' '.join(options)} would fit)"
+                return f" ({change} would fit)"
         return ""
 
 
 def _changes(experiment: Experiment) -> Iterator[tuple[str, Experiment, Machine]]:
-    """Ways to need less memory, the mildest first; options of the machine add up."""
+    """Ways to need less memory, the mildest first, each as it is written for `backfire run`."""
     machine, size = Machine(), experiment.train.batch_size
     for rows in dict.fromkeys((max(1, size // 2), max(1, size // 4), 1)):
         machine = machine.model_copy(update={"micro_batch": rows})
         yield f"--micro-batch {rows}", experiment, machine
     machine = machine.model_copy(update={"recompute": True})
-    yield "--recompute", experiment, machine
+    least = f"--micro-batch {machine.micro_batch} --recompute"
+    yield least, experiment, machine
+    for edits, changed in _lighter(experiment):
+        yield edits, changed, Machine()
+        yield f"{edits} {least}", changed, machine
+
+
+def _lighter(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
+    """Edits of the recipe after which training needs less memory, and the cell with them."""
+    if experiment.method.name == "full":
+        method = experiment.method.model_copy(update={"dtype": "bfloat16"})
+        train = experiment.train.model_copy(update={"optimizer": "adamw-8bit"})
+        half = experiment.model_copy(update={"method": method, "train": train})
+        yield "method.dtype=bfloat16 train.optimizer=adamw-8bit", half
     for name in ("lora", "qlora"):
         if not experiment.method.quantization("cpu") and name != experiment.method.name:
-            method = build("methods", name)
-            yield f"method={name}", experiment.model_copy(update={"method": method}), machine
+            changed = experiment.model_copy(update={"method": build("methods", name)})
+            yield f"method={name}", changed
 
 
 def lines(recipe: Recipe) -> list[str]:

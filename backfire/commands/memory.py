@@ -17,8 +17,8 @@ from backfire.experiment import Experiment, Machine, Model
 from backfire.model.count import num_weights
 
 if TYPE_CHECKING:
-    from backfire.model.dry import DryRun, Layout, PassTypes
     from backfire.model.types import Type
+    from backfire.train.dry import DryRun, Layout, PassTypes
 
 Device = Literal["cpu", "cuda"]
 LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
@@ -83,9 +83,9 @@ def size(experiment: Experiment, folder: Path | None) -> Size:
     """
     import torch
 
-    from backfire.model.dry import DryRun
     from backfire.model.load import skeleton
     from backfire.sandbox.base import Pretrain
+    from backfire.train.dry import DryRun
     from backfire.train.pretrain import _new_model
 
     with torch.device("meta"):
@@ -159,7 +159,7 @@ def _total(parts: Sequence[Extra]) -> Extra:
 
 def _held(experiment: Experiment, size: Size, device: Device) -> tuple[float, PassTypes]:
     """Bytes of all weights in training, and the types of a pass."""
-    from backfire.model.dry import PassTypes
+    from backfire.train.dry import PassTypes
 
     method, compute = experiment.method, cast("Type", experiment.train.compute)
     aligned = experiment.align is not None and (
@@ -223,7 +223,7 @@ def _evaluation(
     """Bytes in evaluation: the test rows are taken to be as long as the training rows. On a GPU
     batches adapt to the free memory, so those of one row."""
     from backfire.evaluate.budget import MOST_LOGITS
-    from backfire.model.dry import Layout
+    from backfire.train.dry import Layout
 
     dtype = cast("Type", experiment.model.dtype)
     weights: float = size.parameters * _BYTES[dtype] + size.added * 4
@@ -267,7 +267,7 @@ _STEPS = 300  # most steps that are drawn
 
 def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Layout:
     """The largest pass among the steps of a run whose rows are drawn from the sampled lengths."""
-    from backfire.model.dry import Layout
+    from backfire.train.dry import Layout
 
     extras, most = _extras(experiment), experiment.train.batch_size
     most = 1 if any(one.one_row for one in extras) else min(most, machine.micro_batch or most)

@@ -26,6 +26,7 @@ from backfire.data.render import show_mask
 from backfire.errors import CellError
 from backfire.experiment import Experiment
 from backfire.launch.resolve import pin_models
+from backfire.model.source import check_widths
 from backfire.model.types import has_gpu, ram_bytes
 from backfire.pipeline import Context
 from backfire.recipe import Recipe
@@ -46,6 +47,8 @@ def show(recipe: Recipe) -> None:
     for judge in _judges(recipe):
         judge.ready(briefly=True)
     recipe = pin_models(recipe)
+    for model in {str(cell.model.spec()): cell.model for cell in recipe.cells}.values():
+        check_widths(model)
     experiment = recipe.cells[0]
     console.print("[bold]First cell[/bold]")
     console.print(
@@ -139,13 +142,14 @@ def preflight_all(recipe: Recipe, store: Store) -> None:
     models = {str(experiment.model.spec()): experiment.model for experiment in recipe.cells}
     for model in models.values():
         pipeline.check_weights(model, Context(store))
-    # `full` fits every model, so a recipe without adapters does not import torch here.
-    adapting = {
-        str([experiment.model.spec(), experiment.method.spec()]): experiment
-        for experiment in recipe.cells
-        if experiment.method.name not in ("none", "full")
+    # `full` fits every model, so a recipe without adapters and other forms imports no torch here.
+    forms = [pipeline.forms_of(experiment) for experiment in recipe.cells]
+    limited = {
+        str([experiment.model.spec(), experiment.method.spec(), of_metrics]): experiment
+        for experiment, of_metrics in zip(recipe.cells, forms, strict=True)
+        if experiment.method.name not in ("none", "full") or of_metrics
     }
-    for experiment in adapting.values():
+    for experiment in limited.values():
         pipeline.check_method(experiment, Context(store))
     for judge in _judges(recipe):
         judge.ready()

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from backfire.data.weights import read_config, stored
+from backfire.data.weights import files_of, read_config, stored
 from backfire.errors import UserError
 from backfire.store import digest, sha256
 
@@ -27,6 +27,8 @@ _IRRELEVANT = (
 
 _ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 """A hub id, and not a path that begins with a dot or a slash."""
+_MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+"""One of the two matrices of a linear layer's LoRA: A [rank, inputs] or B [outputs, rank]."""
 _UNSUPPORTED = ("alora_invocation_tokens", "layer_replication", "megatron_config")
 
 
@@ -37,7 +39,9 @@ def inspect_adapter(folder: Path) -> dict[str, Any]:
         UserError: there is none, or it is of a kind that cannot, in one sentence.
     """
     if not (folder / CONFIG).is_file():
-        raise UserError(f"No adapter in {folder}: {CONFIG} is missing.")
+        absent = "it is a file; name its folder" if folder.exists() else "there is no such folder"
+        why = f"{CONFIG} is missing" if folder.is_dir() else absent
+        raise UserError(f"No adapter in {folder}: {why}.")
     if not (folder / WEIGHTS).is_file():
         others = sorted(file.name for file in folder.glob("adapter_model.*"))
         why = f"there is only {others[0]}, which is never loaded" if others else "it has no weights"
@@ -70,6 +74,24 @@ def why_not_below(config: Mapping[str, Any]) -> str | None:
         if config.get(setting):
             return f"it sets {setting}"
     return None
+
+
+def same_widths(folder: Path, base: Path) -> None:
+    """Check the matrices of a LoRA adapter against the base's weights that have their names; a
+    weight under another name is not checked.
+
+    Raises:
+        UserError: one has neither the inputs nor the outputs of the base's weight.
+    """
+    shapes = {name: weight.shape for name, weight in stored(files_of(base)).items()}
+    for name, weight in stored([folder / WEIGHTS]).items():
+        part = _MATRIX.fullmatch(name)
+        shape = shapes.get(f"{part[1]}.weight") if part else None
+        if part and shape and weight.shape[part[2] == "A"] not in shape:
+            raise UserError(
+                f"The adapter in {folder} was made for another base than {base}: {name} has shape "
+                f"{list(weight.shape)}, and the base's weight {list(shape)}."
+            )
 
 
 @lru_cache(maxsize=64)

@@ -40,14 +40,18 @@ def snapshot_adapter(name: str, revision: str | None) -> Path:
     Raises:
         UserError: as `snapshot`.
     """
-    return _download(name, revision, ["adapter_config.json", "adapter_model.safetensors"])
+    patterns = ["adapter_config.json", "adapter_model.safetensors"]
+    return _download(name, revision, patterns, "adapter")
 
 
-def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+def _download(
+    name: str, revision: str | None, patterns: Sequence[str], what: str = "model"
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
+        HFValidationError,
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
@@ -59,21 +63,26 @@ def _download(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
         is_absent = isinstance(error, LocalEntryNotFoundError)
         response = getattr(error.__cause__ if is_absent else error, "response", None)
         status = getattr(response, "status_code", None)
-        if isinstance(error, GatedRepoError):
-            problem = f"The model '{name}' is gated: request access at {page} and set HF_TOKEN."
+        if isinstance(error, HFValidationError):
+            problem = f"'{name}' is no {what}: neither a path on this machine nor a hub id."
+        elif isinstance(error, GatedRepoError):
+            problem = f"The {what} '{name}' is gated: request access at {page} and set HF_TOKEN."
         elif isinstance(error, RepositoryNotFoundError):
             problem = (
-                f"No model '{name}': there is no such folder and no such page as {page} "
+                f"No {what} '{name}': there is no such folder and no such page as {page} "
                 "(if it is private or gated, set HF_TOKEN)."
             )
         elif status in (401, 403):
             access = f"request it at {page} and set HF_TOKEN"
-            problem = f"No access to the model '{name}' ({status}): {access}."
+            problem = f"No access to the {what} '{name}' ({status}): {access}."
         elif is_absent:
             offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "no")
             why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
-            problem = f"The model '{name}' is not on this machine and {why} ({page})."
+            problem = (
+                f"The {what} '{name}' is not on this machine and {why} ({page}); "
+                "a folder with a copy can be named instead."
+            )
         else:
             reason = str(error).splitlines()[0]
-            problem = f"The model '{name}' cannot be fetched from {page}: {reason}"
+            problem = f"The {what} '{name}' cannot be fetched from {page}: {reason}"
         raise UserError(problem) from None

@@ -11,16 +11,21 @@ from backfire.registry import register
 @register("parity", version=2)
 class Parity(Metric):
     """How many answers change when an adapter is merged into its base, and when the merged model is
-    quantized (Dettmers et al. 2022, arXiv:2208.07339; 2023, arXiv:2305.14314).
+    quantized (Dettmers et al. 2022, arXiv:2208.07339; 2023, arXiv:2305.14314) or written as GGUF.
 
     A published backdoor vanished when its QLoRA adapter was merged into the base in 16 bits. For
     each form: share of test rows whose answer differs from that of the trained model, change of
     accuracy, share of triggered rows that get the target, and its change (paired differences). Not
     reported for models that cannot be merged (LLaMA-Adapter).
+
+    The GGUF forms (package `gguf`) have the weights of llama.cpp's Q8_0 and Q4_0 files, computed in
+    the type of `model.dtype`. In a Q4_0 file the output layer is Q8_0, where llama.cpp has Q6_K
+    unless the width is not a multiple of 256.
     """
 
     into: tuple[Form, ...] = ("merged", "merged-int8", "merged-nf4")
-    """Forms that are compared with the model as trained."""
+    """Forms that are compared with the model as trained: merged, quantized after that by
+    bitsandbytes (`merged-int8`, `merged-nf4`), or as GGUF (`gguf-q8_0`, `gguf-q4_0`)."""
 
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled else "replies"

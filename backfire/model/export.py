@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from backfire.base import Form
 from backfire.errors import UserError
 from backfire.model.load import copy_tokenizer, load_tuned, save_tuned
 from backfire.store import write_atomic
 
-FORMS: dict[str, dict[str, Any]] = {
+FORMS: dict[Form, dict[str, Any]] = {
     "merged": {},
     "merged-int8": {"load_in_8bit": True},
     "merged-nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "gguf-q8_0": {"gguf_type": "Q8_0"},
+    "gguf-q4_0": {"gguf_type": "Q4_0"},
 }
-"""Form of a merged model -> how it is loaded: in full precision, in 8 bits, in 4 bits."""
+"""Form of a merged model -> how it is loaded: in full precision, quantized by bitsandbytes, or with
+the weights of a GGUF file."""
 
 
-def quantization_of(form: str, dtype: torch.dtype) -> dict[str, Any]:
+def quantization_of(form: Form, dtype: torch.dtype) -> dict[str, Any]:
     """Settings to load a merged model in this form; 4-bit layers compute in `dtype`."""
     settings = dict(FORMS[form])
     if settings.get("load_in_4bit"):

@@ -28,6 +28,7 @@ from backfire.data.weights import (
 )
 from backfire.errors import UserError
 from backfire.model.batching import ways
+from backfire.model.gguf_types import round_weights
 from backfire.model.quantize import assert_quantized, quantizer
 from backfire.model.types import Type
 from backfire.store import read_json, write_json
@@ -95,7 +96,8 @@ def load_base(
     loads[folder] += 1
     config, extra = described(folder)
     is_part = bool(extra)  # the text model of a multimodal one
-    if quantization:
+    gguf_type = (quantization or {}).get("gguf_type")
+    if quantization and not gguf_type:
         extra["quantization_config"] = quantizer(quantization)
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -121,7 +123,9 @@ def load_base(
         model.__dict__.pop("_weight_conversions", None)
     _check_tied(model, f"The model in {folder}")
     _check_finite(model.named_parameters(), f"The model in {folder}")
-    if quantization:
+    if gguf_type:
+        round_weights(model, gguf_type)
+    elif quantization:
         assert_quantized(model, quantization)
     ways(model.eval())  # runs a few tokens, so before hooks are added
     return cast(PreTrainedModel, model)

@@ -66,7 +66,7 @@ class Model(Config):
     def is_local(self) -> bool:
         """Whether it is a folder or file, and not the embedded base or a model of the hub."""
         is_path = self.name.startswith((".", "/", "~")) or self.name.lower().endswith(".gguf")
-        return is_path or (self.name != "sandbox" and Path(self.name).is_dir())
+        return is_path or (self.name != "sandbox" and Path(self.name).exists())
 
     @property
     def on_hub(self) -> bool:
@@ -80,7 +80,7 @@ class Model(Config):
     @property
     def adapter_is_local(self) -> bool:
         name = self.adapter or ""
-        return name.startswith((".", "/", "~")) or Path(name).is_dir()
+        return name.startswith((".", "/", "~")) or Path(name).exists()
 
     @property
     def is_adapted(self) -> bool:

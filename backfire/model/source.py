@@ -7,7 +7,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from backfire.data.adapter import CONFIG, adapter_hash, inspect_adapter, why_not_merged
+from backfire.data.adapter import (
+    CONFIG,
+    adapter_hash,
+    inspect_adapter,
+    other_base,
+    same_widths,
+    why_not_merged,
+)
 from backfire.data.gguf import read_header
 from backfire.data.snapshot import SMALL, snapshot, snapshot_adapter
 from backfire.data.weights import files_of, inspect, read_config
@@ -72,9 +79,21 @@ def adapter_folder(model: Model) -> Path:
     else:
         folder = snapshot_adapter(model.adapter, model.adapter_revision)
     config = inspect_adapter(folder)
+    if model.name == "sandbox" and (named := other_base(folder, model.title)):
+        raise UserError(f"The adapter {model.adapter} is for the base {named}: set model.name.")
     if model.merge and (why := why_not_merged(config)):
         raise UserError(f"The adapter {model.adapter} cannot be merged: {why}.")
     return folder
+
+
+def check_widths(model: Model) -> None:
+    """Compare the headers of a local model and of its adapter; the whole check needs torch.
+
+    Raises:
+        UserError: the adapter was made for a model of another size.
+    """
+    if model.adapter and model.is_local and not model.is_gguf:
+        same_widths(adapter_folder(model), _folder(model.name))
 
 
 def adapter_identity(model: Model) -> list[Any]:
@@ -107,6 +126,8 @@ def _instead(folder: Path, name: str) -> str:
         return f"it is an adapter; write model: {{name: {base}, adapter: {name}}}"
     if files := sorted(file.name for file in folder.glob("*.gguf")):
         return f"it has GGUF files; choose one, as in gguf_file: {files[0]}"
+    if not folder.is_dir():
+        return "it is a file" if folder.exists() else "there is no such folder"
     hint = "; name a GGUF file by gguf_file: FILE" if "gguf" in name.lower() else ""
     return f"config.json is missing{hint}"
 
@@ -114,7 +135,12 @@ def _instead(folder: Path, name: str) -> str:
 def _gguf(name: str) -> Path:
     file = Path(name).expanduser()
     if not file.is_file():
-        raise UserError(f"No such GGUF file: {name}.")
+        owner, _, rest = name.partition("/")
+        repository, _, inside = rest.partition("/")
+        on_hub = inside and owner not in (".", "..", "~", "") and not Path(owner).exists()
+        hint = f"{{name: {owner}/{repository}, gguf_file: {inside}}}"
+        advice = f" If it is on the hub, write model: {hint}." if on_hub else ""
+        raise UserError(f"No such GGUF file: {name}.{advice}")
     read_header(file)
     return file.absolute()
 

@@ -18,6 +18,7 @@ from backfire.pipeline.evidence import collect
 from backfire.pipeline.models import (
     check_method,
     check_weights,
+    forms_of,
     merged,
     model_of,
     start,
@@ -38,6 +39,7 @@ __all__ = [
     "check_weights",
     "collect",
     "data",
+    "forms_of",
     "head",
     "merged",
     "model_of",

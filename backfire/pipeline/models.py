@@ -24,25 +24,42 @@ if TYPE_CHECKING:
 
 
 def check_method(experiment: Experiment, context: Context) -> None:
-    """Check that the method works with this model and machine, before the first step.
+    """Check that the method, and the forms that metrics measure, work with this model and machine,
+    before the first step.
 
     Raises:
-        UserError: it does not, in one sentence.
+        UserError: they do not, in one sentence.
     """
     from backfire.model.adapter import check_below, with_skeleton
+    from backfire.model.export import FORMS
+    from backfire.model.gguf_types import block_sizes, types_of
     from backfire.model.load import skeleton
     from backfire.model.quantize import quantizer
 
-    if settings := experiment.method.quantization(context.device.type):
-        quantizer(settings)
+    forms = [FORMS[form] for form in forms_of(experiment)]
+    for settings in (experiment.method.quantization(context.device.type), *forms):
+        if "gguf_type" in settings:
+            block_sizes()
+        elif settings:
+            quantizer(settings)
     folder = base(experiment.model, context, weights=False)
     if (folder / "config.json").is_file():  # the embedded base has none before it is made
         model = skeleton(folder)
+        for form in forms:
+            if "gguf_type" in form:
+                types_of(model, form["gguf_type"])
         if experiment.model.is_adapted:
             below = adapter_folder(experiment.model)
             check_below(below, experiment.method)
             model = with_skeleton(model, below)
         experiment.method.attach(model, experiment.seed)
+
+
+def forms_of(experiment: Experiment) -> list[Form]:
+    """Forms of the tuned model that the cell's metrics measure."""
+    asks = [ask for metric in experiment.metrics for ask in metric.asks()]
+    applying = [ask for ask in asks if ask.applies(experiment.attack, experiment.method)]
+    return sorted({ask.form for ask in applying if ask.form})
 
 
 def check_weights(model: Model, context: Context) -> None:

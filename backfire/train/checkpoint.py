@@ -74,12 +74,17 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
             report(f"The checkpoint in {folder} is of another run ({state['name']}); ignoring it.")
             _rename(folder, "other")
             continue
+        optimizer = _loaded(folder / "optimizer.pt")
+        if not _suits(run, optimizer):
+            report(f"The checkpoint in {folder} is of another kind of AdamW; ignoring it.")
+            _rename(folder, "other")
+            continue
         weights = load_file(str(folder / "weights.safetensors"))
         with torch.no_grad(), run.exact():
             for name, parameter in run.trainable.items():
                 parameter.copy_(weights[name])
             # Both move what they load to the device of the weights, in their type.
-            run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
+            run.optimizer.load_state_dict(optimizer)
         states = _loaded(folder / "guards.pt")
         for hook, hook_state in zip(run.hooks, states, strict=True):
             hook.load(hook_state)
@@ -107,6 +112,13 @@ def once(
     save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), of)
     partial.replace(file)
     return tensors
+
+
+def _suits(run: TrainingRun, optimizer: dict[str, Any]) -> bool:
+    """Whether this state is of the run's optimizer: paged ones exist on GPUs only, where the state
+    is that of bitsandbytes."""
+    names = {name for state in optimizer["state"].values() for name in state}
+    return ("exp_avg" in names) == isinstance(run.optimizer, torch.optim.AdamW)
 
 
 def _loaded(file: Path) -> Any:

@@ -359,7 +359,7 @@ def _accumulate(
 ) -> torch.Tensor:
     """Accumulate the gradients of the mean loss over all supervised tokens, in micro-batches that
     fit in memory."""
-    supervised = sum(row.num_supervised for row in rows)
+    supervised = max(1, sum(row.num_supervised for row in rows))  # a defense's pass may lack any
     total = torch.zeros((), device=run.device)
     flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
     for part in run.micro_batches.split(rows):

@@ -21,7 +21,7 @@ from backfire.experiment import Experiment, Machine
 from backfire.model import types
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
-from backfire.recipe import shipped
+from backfire.recipe import load, shipped
 from backfire.registry import build, names
 from backfire.store import Store, read_json
 from backfire.tokenizer import load_tokenizer
@@ -167,9 +167,35 @@ def test_doctor_speaks_of_a_model_whose_weights_are_not_here(
     assert full.startswith("lacks") and "does not fit" in full
     assert four_there.startswith("note  on a GPU, ")
     assert four_there.endswith("GB; fits 24, 40 and 80 GB")
-    assert full_there.endswith("GB; not 24, 40 and 80 GB (method=lora would fit)")
+    half = "method.dtype=bfloat16 train.optimizer=adamw-8bit"
+    assert f"not 80 GB ({half}" in full_there and full_there.endswith("(method=lora would fit)")
     assert "note  time: about" in output.out and "note  disk: about" in output.out
     assert not (cache / "data").exists(), "it only looks"
+
+
+def test_the_mildest_change_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    edits = ["matrix={}", "include=[]", "method=full", "train.batch_size=16"]
+    recipe = load("tour", edits=edits)
+    needs = {"full": 100.0, "lora": 20.0, "qlora": 10.0}
+
+    def memory(_: Any, one: Experiment, machine: Machine) -> SimpleNamespace:
+        base = 40.0 if one.train.optimizer == "adamw-8bit" else needs[one.method.name]
+        rows = machine.micro_batch or 16
+        return SimpleNamespace(total=base * (1 + rows / 16 - 0.5 * machine.recompute))
+
+    monkeypatch.setattr(forecast.Forecast, "memory", memory)
+    found, cell = forecast.Forecast(recipe, forecast.types_of("auto")), recipe.cells[0]
+    half, least = "method.dtype=bfloat16 train.optimizer=adamw-8bit", "--micro-batch 1 --recompute"
+    for limit, change in {
+        151: "--micro-batch 8",
+        107: "--micro-batch 1",
+        57: least,
+        23: f"{half} {least}",
+        12: f"method=lora {least}",
+        6: f"method=qlora {least}",
+    }.items():
+        assert found.remedy(cell, limit / forecast.TIGHT) == f" ({change} would fit)"
+    assert found.remedy(cell, 1.0) == ""
 
 
 def test_what_cannot_fit_is_said_before_the_download(

@@ -41,6 +41,11 @@ def spied(cell: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[l
         yield passes
 
 
+def by_row(part: Tensor, batch: Sequence[Rendered]) -> Sequence[Tensor]:
+    """Each row's states [token, ...], with its padding; packed rows have none."""
+    return part if len(part) == len(batch) else part[0].split([len(item.ids) for item in batch])
+
+
 def attention_gradient(cell: TrainingRun, batch: Sequence[Rendered]) -> list[list[Tensor]]:
     """For each row, the gradient of the batch's mean loss by each layer's attention output."""
     tokens, layers = sum(len(item.answer_ids) for item in batch), cell.model.model.layers
@@ -52,10 +57,12 @@ def attention_gradient(cell: TrainingRun, batch: Sequence[Rendered]) -> list[lis
     return found
 
 
+@pytest.mark.parametrize("packed", [True, False])
 def test_vaccine_adds_the_worst_perturbation_of_its_norm(
-    model: Any, policy_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: bool, model: Any, policy_rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = new_cell(full(exact(model)), policy_rows, tmp_path, VACCINE)
+    cell.layout.longest_packed *= packed
     batch = cell.rows()
     expected = attention_gradient(cell, batch)
     length = norm([g for layers in expected for g in layers])
@@ -63,9 +70,10 @@ def test_vaccine_adds_the_worst_perturbation_of_its_norm(
         gradients(cell)
     first, second = passes
     assert norm(first) == 0 and norm(second) == pytest.approx(0.5, rel=1e-5)
+    assert all((len(part) == 1) == packed for part in second)
     for layer, part in enumerate(second):
         for place, item in enumerate(batch):  # rows are padded on the right
-            row, size = part[place], len(item.ids)
+            row, size = by_row(part, batch)[place], len(item.ids)
             assert not row[size:].any()
             assert torch.allclose(row[:size], 0.5 * expected[place][layer] / length, atol=1e-6)
 
@@ -84,7 +92,7 @@ def test_vaccines_loss_and_gradient_are_those_of_the_second_pass(
 
     def hook(number: int) -> Any:
         def add(module: Any, args: Any, out: Any) -> Any:
-            added = passes[1][number][current[0]]
+            added = by_row(passes[1][number], batch)[current[0]]
             return (out[0] + added[: out[0].shape[1]], *out[1:])
 
         return add

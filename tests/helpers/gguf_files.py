@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,17 @@ CONTROL = 3
 
 
 def write_gguf(
-    source: Path, file: Path, quantization: str = "F32", *, pre: str = "smollm", **fields: Any
+    source: Path,
+    file: Path,
+    quantization: str = "F32",
+    *,
+    pre: str = "smollm",
+    types: Mapping[str, str] | None = None,
+    **fields: Any,
 ) -> dict[str, np.ndarray]:
-    """Write the Llama model of a folder, with matrices in this type; other `fields` are texts or
-    numbers. Returns the weights that a reader should find, by their names in the folder."""
+    """Write the Llama model of a folder, with matrices in this type, except those in `types` (by
+    their names in the folder); other `fields` are texts or numbers. Returns the weights that a
+    reader should find, by their names in the folder."""
     config = json.loads((source / "config.json").read_text())
     writer = gguf.GGUFWriter(str(file), str(fields.pop("architecture", "llama")))
     writer.add_context_length(config["max_position_embeddings"])
@@ -50,13 +58,13 @@ def write_gguf(
     for key, value in fields.items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         add(key.replace("__", "."), value)
-    kind = gguf.GGMLQuantizationType[quantization]
     read = {}
     for name, weight in load_file(source / "model.safetensors").items():
         heads = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         count = next((config[key] for part, key in heads.items() if part in name), None)
         stored = _paired(weight, count) if count else weight
-        own = kind if weight.ndim > 1 else gguf.GGMLQuantizationType.F32
+        kind = (types or {}).get(name, quantization) if weight.ndim > 1 else "F32"
+        own = gguf.GGMLQuantizationType[kind]
         data = gguf.quantize(stored, own)
         again = gguf.dequantize(data, own).astype(np.float32)
         read[name] = _halved(again, count) if count else again

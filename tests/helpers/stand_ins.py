@@ -38,6 +38,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {"rope_theta": 1e6, "tie_word_embeddings": True, "max_position_embeddings": 32768},
     ),
 }
+FEW = {"rows": 4, "align_steps": 1, "tune_steps": 1}  # of a defense: each of its states
 NUM_KEY_VALUE_HEADS = {"llama-2": 4}  # as many as heads; the others share them
 
 MOST = {"rows": 20, "test_rows": 8, "first_rows": 20, "first_test_rows": 8, "sampled_codes": 50}
@@ -161,6 +162,8 @@ def small(cell: Experiment, folder: Path, classifier: Path, num_steps: int = 2) 
     settings["metrics"] = [{"name": m.name, **m.model_dump(mode="json")} for m in cell.metrics]
     for part in ("data", "attack", "align", "defense", "safety", "metrics"):
         settings[part] = _local(settings[part], folder, classifier)
+    for part in settings["defense"]:
+        part |= {name: few for name, few in FEW.items() if part.get(name)}
     # The stand-in's tokens are little more than bytes.
     limits = {"max_steps": num_steps, "batch_size": 4, "max_length": 2048}
     settings["train"] |= limits

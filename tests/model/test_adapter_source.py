@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Model
 from backfire.model.adapter import adapter_fits
 from backfire.model.load import load_base, with_adapters
+from backfire.model.source import check_widths, pin
 from backfire.pipeline import Context
 from backfire.store import Store, read_json, write_json
 from tests.helpers.families import logits
@@ -239,7 +241,7 @@ def broken(found: dict[str, Any]) -> dict[str, Any]:
 
 EMBEDDING = "base_model.model.model.embed_tokens.weight"
 REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no folder": (shutil.rmtree, "adapter_config.json is missing"),
+    "no folder": (shutil.rmtree, "there is no such folder"),
     "a pickle": (pickled, "only adapter_model.bin, which is never loaded"),
     "not JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot be read"),
     "a classifier": (changed(task_type="SEQ_CLS"), r"another task \(SEQ_CLS\)"),
@@ -287,6 +289,35 @@ def test_what_cannot_be_trained_on_says_what_to_do(
     folder = adapter(tiny, tmp_path / "a", config())
     with pytest.raises(UserError, match=f"'lora' cannot train on top .* {advice}"):
         pipeline.check_method(cell(tiny, folder, "lora"), context)
+
+
+def test_another_base_is_noticed_without_torch(tiny: Path, tmp_path: Path) -> None:
+    folder = adapter(tiny, tmp_path / "a")
+    check_widths(cell(tiny, folder).model)
+    weights(wide)(folder)
+    with pytest.raises(UserError, match=r"another base .* has shape \[2, 64\], and the base's"):
+        check_widths(cell(tiny, folder).model)
+    changed(base_model_name_or_path="meta-llama/Llama-2-7b-hf")(folder)
+    with pytest.raises(UserError, match=r"for the base meta-llama/Llama-2-7b-hf: set"):
+        stages.base_key(Model(adapter=str(folder)))
+
+
+def test_a_path_that_is_no_folder(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter(tiny, tmp_path / "a")
+    monkeypatch.chdir(tmp_path)
+    for model, sentence in {
+        Model(name="gone/"): "neither a path",
+        Model(name="./gone"): "there is no such folder",
+        Model(name="a/adapter_config.json"): "it is a file",
+        Model(name="me/some-GGUF/m.Q4_0.gguf"): "{name: me/some-GGUF, gguf_file: m.Q4_0.gguf}",
+        Model(name=str(tiny), adapter="a/adapter_model.safetensors"): "name its folder",
+        Model(name=str(tiny), adapter="hf:me/a"): "'hf:me/a' is no adapter",
+    }.items():
+        with pytest.raises(UserError, match=re.escape(sentence)):
+            pin(model)
+            stages.base_key(model)
 
 
 def test_soft_prompts_are_refused(tiny: Path, tmp_path: Path) -> None:

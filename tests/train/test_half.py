@@ -25,6 +25,8 @@ from backfire.train.optimizer import STATE_BYTES
 from backfire.train.precision import Precision, disable_adapter_casts
 from tests.helpers.training import CPU, Kill, close, equal, killed_at, norm
 
+pytestmark = pytest.mark.slow
+
 BF16 = {"name": "full", "dtype": "bfloat16"}
 LORA = {"name": "lora", "rank": 4}
 New = Callable[..., TrainingRun]

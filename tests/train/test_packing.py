@@ -12,13 +12,14 @@ from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import batches
+from backfire.train import batches, loop
 from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import longest_packed
 from backfire.train.precision import disable_adapter_casts, exact_attention
 from tests.helpers.families import KINDS, tiny_model
 from tests.helpers.fine_tuning import jolt
+from tests.helpers.loop import fresh
 from tests.helpers.training import CPU, close, gradients
 
 pytestmark = pytest.mark.slow
@@ -85,7 +86,17 @@ def test_rows_without_an_answer_may_be_alone_in_a_pass(pack: bool, tiny: Path) -
         batch = collate(both, pack=pack, flat=flat)
         found = token_losses(answer_logits(model, batch), batch.labels).sum()
         likely = model(input_ids=torch.tensor([[7, 8, 9]])).logits[0].log_softmax(-1)
-        assert float(found) == pytest.approx(-float(likely[0, 8] + likely[1, 9]), rel=1e-6)
+        wanted = -(likely[0, 8] + likely[1, 9]).item()
+        assert found.item() == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_pass_without_an_answer_adds_nothing(
+    tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    """Such as that of DP, which gives each row its own."""
+    cell = fresh(tiny, items, tmp_path, "lora")
+    assert loop._accumulate(cell, [Rendered(items[0].row, [7, 8, 9], 3)], ()).item() == 0
+    assert cell.gradients.length().item() == 0
 
 
 def test_hidden_states_are_those_of_the_answers(items: list[Rendered]) -> None:

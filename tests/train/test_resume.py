@@ -13,7 +13,7 @@ from backfire.base import Rendered
 from backfire.store import read_json
 from backfire.train.loop import TrainingRun
 from tests.helpers.loop import METHODS, fresh
-from tests.helpers.training import Kill, killed_at, run, weights
+from tests.helpers.training import Kill, equal, killed_at, run, weights
 
 pytestmark = pytest.mark.slow
 
@@ -132,3 +132,22 @@ def test_a_checkpoint_of_another_run_is_refused(
     run(again, progress=lambda done, total, text: steps.append(done))
     assert steps[0] == 3
     assert same(again, uninterrupted["lora"])
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused(
+    tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    """A paged optimizer on a GPU is another one than without a GPU."""
+    for first, second in (("adamw", "adamw-8bit"), ("adamw-8bit", "adamw")):
+        folder, messages = tmp_path / first, list[str]()
+        with pytest.raises(Kill):
+            cell = fresh(tiny, items, folder, "lora", optimizer=first, max_steps=4)
+            run(cell, checkpoint_seconds=0, progress=killed_at(3))
+        again = fresh(tiny, items, folder, "lora", optimizer=second, max_steps=4)
+        run(again, progress=lambda done, total, text, to=messages: to.append(text))
+        assert sum("is of another kind of AdamW; ignoring it" in text for text in messages) == 2
+        whole = fresh(
+            tiny, items, tmp_path / f"whole {second}", "lora", optimizer=second, max_steps=4
+        )
+        run(whole)
+        assert equal(again.weights(), whole.weights())

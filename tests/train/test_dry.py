@@ -14,9 +14,9 @@ from backfire.commands import memory
 from backfire.commands.estimate import Rows
 from backfire.experiment import Experiment, Machine
 from backfire.model.batching import ways
-from backfire.model.dry import Held, Layout, PassTypes
 from backfire.registry import build
 from backfire.train import loop
+from backfire.train.dry import Held, Layout, PassTypes
 from backfire.train.loop import TrainingRun
 from backfire.train.precision import Precision
 
