@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +45,7 @@ class Resident:
         self._base: _Base | None = None
         self._saved: tuple[Path | None, Path | None] | None = None
         self._model: PreTrainedModel | None = None
+        self._released = False
 
     def model(
         self, source: Source, adapter: Path | None = None, below: Path | None = None
@@ -90,18 +90,21 @@ class Resident:
 
     def release(self) -> None:
         """Release the base's memory."""
+        self._released = True
         self._key = self._base = self._saved = self._model = None
 
     def _bare(self, source: Source) -> _Base:
         """The base as it was loaded."""
         from backfire.model.load import load_base
+        from backfire.model.memory import free
 
         self.keep_only(source)
         if self._base is not None:
             self._detach()
         if self._base is None:
-            if source.device.type == "cuda":
-                _free()
+            if self._released:
+                free()
+                self._released = False
             key = source, source.stamp()
             model = load_base(source.folder, source.dtype, source.device, source.quantization)
             self._key, self._base = key, _Base(model)
@@ -198,11 +201,3 @@ def _hash(data: torch.Tensor) -> int:
     flat = data.reshape(-1)
     whole = flat.nbytes % 8 == 0 and flat.storage_offset() * flat.itemsize % 8 == 0
     return int(torch.hash_tensor(flat.view(torch.int64 if whole else torch.uint8)).item())
-
-
-def _free() -> None:
-    """Free unused memory, that of reference cycles included."""
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()

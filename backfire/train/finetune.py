@@ -26,11 +26,12 @@ from backfire.model.load import (
     weights_of,
     with_adapters,
 )
+from backfire.model.memory import free, trim
 from backfire.model.quantize import parts
 from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
 from backfire.train.loop import TrainingRun, train
-from backfire.train.microbatch import free, reset_peak_memory
+from backfire.train.microbatch import reset_peak_memory
 from backfire.train.precision import (
     Precision,
     compute_type,
@@ -180,8 +181,9 @@ def _free_memory(resident: Resident, source: Source) -> None:
     """Release judges and other bases, and reset the peak, so that the peak is this run's own."""
     drop_models()
     resident.keep_only(source)
-    if source.device.type == "cuda":  # on a CPU, memory is freed as soon as it is unused
+    if source.device.type == "cuda":
         free()
+    trim()
     reset_peak_memory()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import math
 import resource
 import sys
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainHook
 from backfire.errors import CellError, UserError, is_out_of_memory
+from backfire.model.memory import free
 
 T = TypeVar("T")
 
@@ -161,12 +161,6 @@ def unless_out_of_memory(work: Callable[[], T]) -> tuple[T] | None:
     # Outside the handler: inside it, the error keeps the tensors of the pass alive.
     torch.cuda.empty_cache()  # no effect without a GPU
     return None
-
-
-def free() -> None:
-    """Free unused memory, that of reference cycles included."""
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def reset_peak_memory() -> None:
