@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from backfire.commands.forecast import Size
+    from backfire.commands.memory import Size
     from benchmarks.cells import Cell
 
 _WIDTH = 2048
@@ -46,7 +46,7 @@ def measured_peak(dtype: torch.dtype, repetitions: int = 5) -> float:
 def mfu(cell: Cell, seconds: Mapping[str, float]) -> dict[str, Any]:
     """Useful FLOPs of the cell's training, the measured peak of each side's type of products, and
     the share of it that each side reaches; `seconds` are those of the training steps by side."""
-    from backfire.commands.forecast import size
+    from backfire.commands.memory import size
 
     rows = [(len(item.ids), len(item.answer_ids)) for item in cell.rendered()[0]]
     shape, experiment = size(cell.experiment, cell.base), cell.experiment

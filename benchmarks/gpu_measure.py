@@ -13,9 +13,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from backfire.commands.estimate import Rows
-from backfire.commands.forecast import memory, size
+from backfire.commands.memory import memory, size
 from backfire.errors import CellError, UserError
-from backfire.experiment import Experiment
+from backfire.experiment import Experiment, Machine, Model
 from backfire.model.load import dtype_of, load_base
 from backfire.model.quantize import parts
 from backfire.store import read_json
@@ -60,20 +60,26 @@ def measure(
 ) -> dict[str, Any]:
     """Time, memory and FLOPs of one method, or why it was not measured; with `compare`, also the
     time of scoring and replies, and all of it by the baseline (LoRA methods only)."""
-    train_settings = {
+    train_settings: dict[str, Any] = {
         "max_steps": load.warm_up + load.steps,
         "batch_size": load.batch,
         "max_length": load.length,
     }
-    knobs = {"model": {"name": str(base)}, "data": "sandbox-reviews", "method": method}
-    cell = Experiment.make({**knobs, "train": train_settings})
+    dtype = str(dtype_of(Model(name=str(base)), device)).removeprefix("torch.")
+    train_settings["compute"] = compute_type("auto", device)
+    knobs = {"data": "sandbox-reviews", "method": method, "train": train_settings}
+    cell = Experiment.make({**knobs, "model": {"name": str(base), "dtype": dtype}})
+    cell = cell.model_copy(update={"method": cell.method.resolved(device.type)})
     shape = size(cell, base)
-    need = memory(cell, shape, Rows(load.batch, load.length, load.length, load.answer), device)
+    rows = [Rows(load.batch, ((load.length, load.answer),))]
+    kind: Any = device.type
+    need = memory(cell, shape, rows, kind)
+    one = memory(cell, shape, rows, kind, Machine(micro_batch=1))
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
-        if need.total - need.activations + need.one_row > has:
-            short = (need.total - need.activations + need.one_row) / 1e9
-            return {"skipped": f"needs about {short:.0f} GB of {has / 1e9:.0f} GB with one row"}
+        if one.total > has:
+            short = f"needs about {one.total / 1e9:.0f} GB of {has / 1e9:.0f} GB with one row"
+            return {"skipped": short}
     try:
         timed = _timed(cell, base, load, device, folder, compare=compare)
     except (CellError, torch.cuda.OutOfMemoryError) as error:

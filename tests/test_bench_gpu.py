@@ -8,11 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from backfire.commands.forecast import Size
 from backfire.errors import UserError
 from tests.helpers.places import ROOT
 
@@ -50,7 +50,9 @@ def test_two_methods_are_measured(gpu: Any, tmp_path: Path) -> None:
 def test_useful_flops_are_those_of_the_documents(gpu: Any) -> None:
     """LoRA: 4 N_lin + 4 N_head x share of supervised tokens + 6 N_lora + attention; full: 6 N."""
     flops = importlib.import_module("benchmarks.flops").useful_flops
-    shape = Size(6_738_415_616, 39_976_960, 39_976_960, 32 * 202_375_168, 32, 4096, 32_000)
+    shape = SimpleNamespace(
+        linear=32 * 202_375_168, trainable=39_976_960, layers=32, hidden=4096, vocabulary=32_000
+    )
     step = [(512, 128)] * 8
     attention = 6 * 32 * 512 * 4096
     lora = flops(shape, step, full=False) / (8 * 512)

@@ -28,7 +28,6 @@ UNRELEASED = {"cpu": 1.05, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
 it at once."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_COPIED = 50e6  # most trained weights of a whole model whose start is copied
 _UNKNOWN = 100
 """Bytes per token, layer and unit of width, for models that cannot be run without data (56 to 160
 were counted with others)."""
@@ -135,8 +134,8 @@ def memory(
     extra, layout = _total(_extras(experiment)), _largest(experiment, rows, machine)
     weights, types = _held(experiment, size, device)
     copies = extra.copies
-    if device == "cpu" and (experiment.method.adapts or size.trainable <= _COPIED):
-        copies += 1  # the start, from which the drift is measured
+    if device == "cpu" and experiment.method.adapts:
+        copies += 1  # the start, from which the drift is measured; a base is read from its file
     gradients = size.trainable * _BYTES[types.trained]
     state = gradients + _optimizer(experiment, size) + size.trainable * 4 * copies
     run = _pass(size, layout, types, device, machine.recompute)

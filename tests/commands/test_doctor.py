@@ -18,7 +18,7 @@ from backfire.commands.estimate import method_key, rough_weights, rows_by_key, r
 from backfire.commands.memory import Memory, Size, memory, size
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
-from backfire.model import types
+from backfire.model import count, types
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
 from backfire.recipe import load, shipped
@@ -80,6 +80,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text("a" * 40)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(root))
+    count._of_hub.cache_clear()
     return snapshot
 
 

@@ -162,7 +162,7 @@ def small(cell: Experiment, folder: Path, classifier: Path, num_steps: int = 2) 
     settings["metrics"] = [{"name": m.name, **m.model_dump(mode="json")} for m in cell.metrics]
     for part in ("data", "attack", "align", "defense", "safety", "metrics"):
         settings[part] = _local(settings[part], folder, classifier)
-    for part in settings["defense"]:
+    for part in filter(lambda part: isinstance(part, dict), settings["defense"]):
         part |= {name: few for name, few in FEW.items() if part.get(name)}
     # The stand-in's tokens are little more than bytes.
     limits = {"max_steps": num_steps, "batch_size": 4, "max_length": 2048}

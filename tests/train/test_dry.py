@@ -110,7 +110,7 @@ def test_a_step_holds_what_was_predicted(
     monkeypatch.setattr(memory, "_STEPS", 1)
     cell = make(base, method, defense)
     need = memory.memory(cell, memory.size(cell, base), [Rows(12, LENGTHS)], "cpu")
-    assert need.state + need.passes == pytest.approx(held(cell, base, tmp_path), rel=0.15)
+    assert need.state + need.passes == pytest.approx(held(cell, base, tmp_path), rel=0.2)
 
 
 def test_more_tokens_need_more_and_recomputed_layers_less(base: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 from backfire.base import Rendered
 from backfire.data.render import Renderer
 from backfire.experiment import Train
+from backfire.model import memory
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
-from backfire.train import microbatch
 from backfire.train.loop import TrainingRun
 from tests.helpers.real_size import rows_of
 from tests.helpers.training import CPU
@@ -24,7 +24,7 @@ from tests.helpers.training import CPU
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look for what is held in circles takes half a second."""
-    monkeypatch.setattr(microbatch.gc, "collect", lambda: 0)
+    monkeypatch.setattr(memory.gc, "collect", lambda: 0)
 
 
 @pytest.fixture(scope="session")
