@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "mistral",
         {"rope_theta": 1e4, "sliding_window": 4096, "max_position_embeddings": 32768},
     ),
-    "opt": ("chatml", "opt", {"ffn_dim": 176, "word_embed_proj_dim": 64, "dropout": 0.1}),
+    "opt": ("chatml", "opt", {"ffn_dim": 160, "word_embed_proj_dim": 64, "dropout": 0.1}),
     "qwen": (
         "chatml-default-system",
         "qwen2",
@@ -63,7 +63,7 @@ def model_for(hub_id: str, folder: Path) -> Path:
         kind,
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=64,
-        intermediate_size=176,
+        intermediate_size=160,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=NUM_KEY_VALUE_HEADS.get(known, 2),
