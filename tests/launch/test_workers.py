@@ -18,6 +18,7 @@ from backfire.plugins import from_file
 from backfire.store import read_json
 from tests.helpers.small_run import Place
 
+pytestmark = pytest.mark.slow
 SMALL = {"name": "sandbox-policy", "rows": 30, "test_rows": 8}
 CELLS: dict[str, Any] = {
     "data": {"name": "sandbox-reviews", "rows": 40, "test_rows": 10},

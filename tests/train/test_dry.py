@@ -20,6 +20,8 @@ from backfire.train.dry import Held, Layout, PassTypes
 from backfire.train.loop import TrainingRun
 from backfire.train.precision import Precision
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = ((40, 10), (30, 10), (24, 4), (24, 4), (36, 6), (30, 3))
 LISA = {"name": "lisa", "align_steps": 1, "tune_steps": 1, "free_share": 0}
 FLOAT32 = PassTypes("float32", "float32", "float32")
