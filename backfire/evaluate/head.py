@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from backfire.errors import CellError
-from backfire.model.fused import fused_adapters
+from backfire.model.fused import fused_adapters, replaced_forwards
 
 _AT_ONCE = 2**14  # vocabulary entries whose weights are cast at once
 _WEIGHTS_ON_CPU = 2**20  # the same in weights: they stay in the processor's cache
@@ -26,17 +26,8 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
     """Make the head multiply in float32 within the context; quantized heads are unchanged."""
     head = cast(Any, model).get_output_embeddings()
     narrow = [m for m in head.modules() if _is_half_precision(m)] if head is not None else []
-    before = [vars(module).get("forward") for module in narrow]
-    try:
-        for module in narrow:
-            cast(Any, module).forward = partial(_forward_float32, module)
+    with replaced_forwards({module: partial(_forward_float32, module) for module in narrow}):
         yield
-    finally:
-        for module, forward in zip(narrow, before, strict=True):
-            if forward is None:
-                del cast(Any, module).forward
-            else:
-                cast(Any, module).forward = forward
 
 
 @contextmanager

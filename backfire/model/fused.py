@@ -8,7 +8,7 @@ base are never touched, so quantized bases are fine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -23,17 +23,24 @@ def fused_adapters(model: PreTrainedModel) -> Iterator[None]:
     """Fuse the active LoRA adapters of all linear layers within the context, which must be without
     gradients. Layers with DoRA, a bias, active dropout or merged weights are unchanged."""
     layers = [layer for layer in model.modules() if _is_plain(layer)]
-    before = [vars(layer).get("forward") for layer in layers]
+    with replaced_forwards({layer: partial(_forward, layer, _pair(layer)) for layer in layers}):
+        yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[torch.nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
+    """Give modules another `forward` within the context."""
+    before = {module: vars(module).get("forward") for module in forwards}
     try:
-        for layer in layers:
-            cast(Any, layer).forward = partial(_forward, layer, _pair(layer))
+        for module, forward in forwards.items():
+            cast(Any, module).forward = forward
         yield
     finally:
-        for layer, forward in zip(layers, before, strict=True):
-            if forward is None:
-                del cast(Any, layer).forward
+        for module, earlier in before.items():
+            if earlier is None:
+                vars(module).pop("forward", None)
             else:
-                cast(Any, layer).forward = forward
+                cast(Any, module).forward = earlier
 
 
 _KINDS = ("Linear", "Linear4bit", "Linear8bitLt")
