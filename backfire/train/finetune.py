@@ -94,27 +94,18 @@ def tune(
     dtype = start_type(experiment, start, device)
     compute = compute_type(experiment.train.compute, device)
     progress(0, 1, "model")
-    rate = experiment.learning_rate
-    assert rate is not None, "a method that trains has a learning rate"
     source = Source(start.base, dtype, device, experiment.method.quantization(device.type))
     _free_memory(resident, source)
     with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
-        run = TrainingRun(
+        run = _run(
+            experiment,
             model,
             items,
-            experiment.train,
-            learning_rate=rate,
-            seed=experiment.seed,
+            start,
             folder=folder,
-            name=stages.keys(experiment).train,
             poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
-            paged=experiment.method.paged(),
-            trained_type=experiment.method.trained_type(),
-            defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
             aligned=defense_rows.aligned,
             harmful=defense_rows.harmful,
-            unaligned=start.unaligned,
-            start=start.base,
             recompute=machine.recompute,
         )
         model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
@@ -123,7 +114,7 @@ def tune(
     return {
         **summary,
         **model_parts,
-        "learning_rate": rate,
+        "learning_rate": experiment.learning_rate,
         "dtype": str(dtype).removeprefix("torch."),
         "compute": compute,
         "device": str(device),
@@ -131,6 +122,31 @@ def tune(
         "left_out_rows": len(left),
         **{f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()},
     }
+
+
+def _run(
+    experiment: Experiment,
+    model: PreTrainedModel,
+    items: Sequence[Rendered],
+    start: Start,
+    **rest: Any,
+) -> TrainingRun:
+    """The run with the settings of the experiment; `rest` are the other arguments."""
+    assert experiment.learning_rate is not None, "a method that trains has a learning rate"
+    return TrainingRun(
+        model,
+        items,
+        experiment.train,
+        learning_rate=experiment.learning_rate,
+        seed=experiment.seed,
+        name=stages.keys(experiment).train,
+        paged=experiment.method.paged(),
+        trained_type=experiment.method.trained_type(),
+        defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
+        unaligned=start.unaligned,
+        start=start.base,
+        **rest,
+    )
 
 
 def _attach(
