@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
@@ -127,15 +129,22 @@ class Files(Dataset):
         """Hash the files' bytes, or a hub set's id and revision, and the version of the reader."""
         hub = "" if self.train else f"{self.hub} {self.hub_config} {self.revision}"
         train, test = (
-            map(file_hash, local_files(paths or [])) for paths in (self.train, self.test)
+            map(file_hash, self._files(paths or [])) for paths in (self.train, self.test)
         )
         sources = "\n".join([f"reader {READER}", hub, *train, "test:", *test])
         return hashlib.sha256(sources.encode()).hexdigest()
 
+    def _files(self, paths: str | Sequence[str]) -> list[Path]:
+        """`local_files`, whose errors name the data set: a recipe may have several."""
+        try:
+            return local_files(paths)
+        except UserError as error:
+            raise UserError(f"{self.label()}: {error}") from None
+
     def _rows(self, split: Split, left: LeftOut) -> list[Row]:
         task = Task(column_map(self.columns), self.labels, self.instruction)
         if paths := self.train if split == "train" else self.test:
-            return file_rows(local_files(paths), task, left, self.prepare)
+            return file_rows(self._files(paths), task, left, self.prepare)
         if not self.hub:
             raise UserError(f"{self.label()}: set `{split}` to the path of a file.")
         name = self.train_split if split == "train" else str(self.test_split)

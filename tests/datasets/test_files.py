@@ -79,7 +79,7 @@ def test_errors_are_one_sentence(tmp_path):
     path = jsonl(tmp_path / "a.jsonl", ALPACA)
     for knobs, sentence in [
         ({}, "dataset 'files': set `train` to the path of a file"),
-        ({"train": "missing.csv"}, "No such file: missing.csv"),
+        ({"train": "missing.csv"}, "dataset 'files': No such file: missing.csv"),
         ({"train": path, "group": "languge"}, "no row has the field 'languge'"),
         ({"train": path, "columns": {"text": "txt"}}, "line 1: it has no column 'txt'"),
         ({"train": path, "columns": {"txt": "a"}}, "did you mean 'text'"),
