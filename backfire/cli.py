@@ -94,6 +94,10 @@ def run(
         ),
     ] = None,
     device: Device = "auto",
+    devices: Annotated[
+        int | None,
+        typer.Option(min=1, help="Devices that train each cell together; 1 if not given."),
+    ] = None,
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
     ] = None,
@@ -115,14 +119,18 @@ def run(
     """Run a recipe. Running the same command again does only what is missing."""
     from backfire.commands import validate
     from backfire.commands.run import start
+    from backfire.train import team
 
+    if team.serves():
+        return
     loaded = _load(recipe, profile, edits)
     if dry_run:
         validate.show_plan(loaded)
         return
     name = f"{loaded.name}-{profile}" if profile else loaded.name
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
-    machine = {"device": device, "workers": workers, "recompute": recompute, **batches}
+    places = {"device": device, "devices": devices, "workers": workers}
+    machine = {**places, "recompute": recompute, **batches}
     failed = start(
         loaded,
         out or Path("runs") / name,
