@@ -47,6 +47,7 @@ from backfire.train.optimizer import make_optimizer, take_step
 from backfire.train.passes import accumulate
 from backfire.train.precision import Precision
 from backfire.train.ranks import Ranks
+from backfire.train.sharding import local, whole
 
 _LOG_EVERY = 10
 _WINDOW = 50  # steps whose rows are sorted by length together, as in transformers
@@ -148,21 +149,29 @@ class TrainingRun:
     def at(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Swap in these trainable weights, without dropout and gradients; frozen ones are not
         copied."""
-        own, training = {name: p.data for name, p in self.trainable.items()}, self.model.training
+        # FSDP2 gathers a sharded weight from its memory, so that is overwritten for a while.
+        sharded = self.ranks.sharded
+        own = {n: p.data.clone() if sharded else p.data for n, p in self.trainable.items()}
+        training = self.model.training
         cached = torch.is_autocast_cache_enabled()
         # Otherwise autocast reuses its bfloat16 copies of the replaced weights.
         torch.set_autocast_cache_enabled(False)
         try:
-            for name, parameter in self.trainable.items():
-                parameter.data = weights[name].to(own[name].dtype)
+            self._put({name: weights[name].to(kept.dtype) for name, kept in own.items()})
             self.model.eval()
             with torch.no_grad():
                 yield
         finally:
-            for name, parameter in self.trainable.items():
-                parameter.data = own[name]
+            self._put(own)
             self.model.train(training)
             torch.set_autocast_cache_enabled(cached)
+
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            if self.ranks.sharded:
+                parameter.data.copy_(weights[name])
+            else:
+                parameter.data = weights[name]
 
     def exact(self) -> contextlib.AbstractContextManager[None]:
         """Make bfloat16 weights their float32 masters within the context, as hooks see them outside
@@ -234,7 +243,7 @@ class TrainingRun:
             return [
                 p.sum(dtype=torch.float64).item()
                 + torch.linalg.vector_norm(p, 1, dtype=torch.float64).item()
-                for p in self.trainable.values()
+                for p in map(local, self.trainable.values())
             ]
 
 
@@ -254,7 +263,7 @@ def train(
     """
     start = [run.checksum() for run in runs]
     for run, weights in zip(runs, start, strict=True):
-        run.ranks.agree(weights, "the weights that they start from")
+        run.ranks.agree_on_weights(weights)
         run.micro_batches.rows = micro_batch
         _begin(run, precision)
         checkpoint.restore(run, lambda text: progress(0, 1, text))
@@ -264,11 +273,11 @@ def train(
         for run in active:
             _step(run)
             progress(run.step, run.num_steps, f"loss {run.log[-1]['loss']:.3f}" if run.log else "")
-        if (begun := time.monotonic()) - saved >= wait:
+        begun = time.monotonic()
+        if any(run.ranks.decide(begun - saved >= wait) for run in active):
             for run in active:
                 run.seconds = time.perf_counter() - run.begun
-                if run.ranks.leads:
-                    checkpoint.save(run)
+                checkpoint.save(run)
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
     now = time.perf_counter()
@@ -349,6 +358,7 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
         with run.exact():
             penalty = hook.penalty(run.step)
             if penalty is not None:
+                penalty = whole(penalty)
                 run.backward(penalty)
                 total = total + penalty.detach()
     counts = {
@@ -361,11 +371,12 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
 
 
 def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, Any]:
-    if (end := run.checksum()) == start:
+    end = run.checksum()
+    if not run.ranks.largest(end != start):
         raise CellError(
             "failed", "Training changed no weight; check that the learning rate is not zero."
         )
-    run.ranks.agree(end, "the weights that they trained")
+    run.ranks.agree_on_weights(end)
     if run.ranks.leads:
         log = "".join(json.dumps(line) + "\n" for line in run.log)
         write_atomic(run.folder / "train.jsonl", log)
@@ -373,7 +384,7 @@ def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, A
     run.master.restore()  # the saved model
     return {
         **{name: value for hook in run.hooks for name, value in hook.summary().items()},
-        "drift": run.origin.moved(run.trainable),
+        "drift": run.origin.moved(run.trainable, run.ranks),
         "steps": run.num_steps,
         **({"repeated_steps": run.scaling.repeated} if run.scaling.on else {}),
         "seconds": round(seconds, 2),
