@@ -120,12 +120,11 @@ def run(
     if dry_run:
         validate.show_plan(loaded)
         return
-    name = f"{loaded.name}-{profile}" if profile else loaded.name
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
     machine = {"device": device, "workers": workers, "recompute": recompute, **batches}
     failed = start(
         loaded,
-        out or Path("runs") / name,
+        out or Path("runs") / loaded.folder_name(profile),
         {key: value for key, value in machine.items() if value is not None},
         profile=profile,
         edits=edits or (),
