@@ -21,7 +21,6 @@ from backfire.data.recipe_files import recipe_folder
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
 from backfire.other_names import hint
-from backfire.store import slug
 from backfire.yaml12 import read_yaml
 
 _SETTINGS = tuple(Experiment.model_fields)
@@ -49,12 +48,6 @@ class Recipe:
             line.lstrip("# ").strip() for line in self.text.splitlines() if line.startswith("#")
         ]
         return next((line for line in lines if line), self.name)
-
-    def folder_name(self, profile: str | None = None) -> str:
-        """Name of a run's folder: recipe and profile. One that would be another path is made safe:
-        a recipe of somebody else chooses both."""
-        name = f"{self.name}-{profile}" if profile else self.name
-        return name if re.fullmatch(r"(?!\.+$)[\w .,+=@()-]{1,80}", name) else slug(name)
 
 
 def shipped() -> list[str]:

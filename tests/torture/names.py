@@ -9,11 +9,16 @@ from random import Random
 
 from backfire import registry
 from backfire.base import Metric
+from backfire.commands.options import folder_of
+from backfire.errors import UserError
 from backfire.exports.lm_eval import to_lm_eval
-from backfire.launch.job import open_folder
+from backfire.launch.claims import Claims
+from backfire.launch.folder import JOBS, read_plan, write_plan
+from backfire.launch.job import RunFolder, report
+from backfire.plan import jobs
 from backfire.recipe import parse
 from backfire.results.load import load
-from backfire.store import Stage, Store, slug
+from backfire.store import Stage, Store, read_json, slug, write_json
 from tests.helpers.fake_run import sample, value, write_cell
 from tests.torture.row import Figures, Ground, row
 
@@ -106,7 +111,9 @@ def _written(place: Path, name: str, *, exported: bool) -> None:
     store.once(Stage("train", slug(name), "0"), make)
     recipe = replace(parse("r", "data: sandbox-reviews\nmetrics: [accuracy]\n"), name=text)
     for profile in (None, text):
-        open_folder(place / "runs" / recipe.folder_name(profile), recipe, profile, ())
+        run = place / folder_of(recipe.name, profile)
+        write_plan(run, recipe, jobs(recipe.cells, recipe.axes), profile=profile)
+    _planned_by_somebody_else(run, text)
     component = type("Nothing", (Metric,), {"name": name, "__doc__": "Nothing."})
     if registry._refusal(component, (component,)) is None:
         store.once(Stage("evaluate", slug(name), "0"), make)
@@ -120,3 +127,18 @@ def _written(place: Path, name: str, *, exported: bool) -> None:
         )
         assert load(fake)
         to_lm_eval(fake, place / "exports")
+
+
+def _planned_by_somebody_else(run: Path, name: str) -> None:
+    """Work on a plan whose jobs have this name; a plan that is refused is as good."""
+    content = read_json(run / JOBS)
+    for job in content["jobs"]:
+        job["id"] = f"cell-{name}"
+    write_json(run / JOBS, content)
+    try:
+        [job] = read_plan(run).jobs[:1]
+    except UserError:
+        return
+    if claim := Claims(run).take(job.id):
+        claim.release()
+    report(replace(job, kind="train"), RunFolder(run, "r"), "failed", "x")

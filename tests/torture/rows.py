@@ -1,5 +1,6 @@
 """All rows, in the order of the table."""
 
+import tests.torture.cluster
 import tests.torture.damage
 import tests.torture.disk
 import tests.torture.fuzz
@@ -12,7 +13,8 @@ import tests.torture.repeat  # noqa: F401
 from tests.torture.row import FOUND
 
 _ORDER = (
-    *("cell-kills", "checkpoint-damage", "disk-full", "same-again"),
+    *("cell-kills", "matrix-kills", "checkpoint-damage", "disk-full", "same-again"),
+    *("two-schedulers", "lost-node", "clocks-apart", "file-system-gone", "read-only-cache"),
     *("fuzzed-recipes", "fuzzed-data-files", "hostile-names", "hostile-outputs"),
     *("canary-secrets", "planted-code", "suite-without-network", "fast-start"),
 )
