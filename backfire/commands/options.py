@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from backfire.store import slug
 
 Recipe = Annotated[
     str,
@@ -86,8 +89,11 @@ Plugins = Annotated[
 
 
 def folder_of(recipe: str, profile: str | None) -> Path:
-    """The folder of a run that is given none."""
-    return Path("runs") / (f"{recipe}-{profile}" if profile else recipe)
+    """The folder of a run that is given none. A name that would be another path is made safe: a
+    recipe of somebody else chooses it."""
+    name = f"{recipe}-{profile}" if profile else recipe
+    safe = name if re.fullmatch(r"(?!\.+$)[\w .,+=@()-]{1,80}", name) else slug(name)
+    return Path("runs") / safe
 
 
 def machine_of(
