@@ -13,6 +13,7 @@ from backfire.commands import tools
 from backfire.commands.failure import fail, fail_or_raise
 from backfire.commands.options import (
     Device,
+    Devices,
     DryRun,
     Edits,
     EvalBatch,
@@ -105,6 +106,7 @@ def run(
     out: Out = None,
     workers: Workers = None,
     device: Device = "auto",
+    devices: Devices = None,
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
@@ -114,7 +116,10 @@ def run(
     """Run a recipe. Running the same command again does only what is missing."""
     from backfire.commands import validate
     from backfire.commands.run import start
+    from backfire.train import team
 
+    if team.serves():
+        return
     loaded = _load(recipe, profile, edits)
     if dry_run:
         validate.show_plan(loaded)
@@ -122,7 +127,7 @@ def run(
     failed = start(
         loaded,
         out or folder_of(loaded.name, profile),
-        machine_of(workers, device, micro_batch, eval_batch, recompute),
+        machine_of(workers, device, devices, micro_batch, eval_batch, recompute),
         profile=profile,
         edits=edits or (),
     )
@@ -154,6 +159,7 @@ def work(
     memory: Memory = None,
     workers: Workers = None,
     device: Device = "auto",
+    devices: Devices = None,
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
@@ -162,8 +168,11 @@ def work(
     """Work on a planned run, beside any number of other workers; again to go on."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported
     from backfire.commands.work import start
+    from backfire.train import team
 
-    settings = machine_of(workers, device, micro_batch, eval_batch, recompute)
+    if team.serves():
+        return
+    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
     start(run, settings, minutes=minutes, memory=memory and memory * 1e9)
 
 

@@ -28,6 +28,10 @@ Out = Annotated[
     typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(min=1, help="Devices that train each cell together; 1 if not given."),
+]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Cells run in parallel; by default one per core, or one on a GPU."),
@@ -99,13 +103,15 @@ def folder_of(recipe: str, profile: str | None) -> Path:
 def machine_of(
     workers: int | None,
     device: str,
+    devices: int | None,
     micro_batch: int | None,
     eval_batch: int | None,
     recompute: bool,
 ) -> dict[str, Any]:
     """The settings of the machine that were given."""
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
-    machine = {"device": device, "workers": workers, "recompute": recompute, **batches}
+    places = {"device": device, "devices": devices, "workers": workers}
+    machine = {**places, "recompute": recompute, **batches}
     return {key: value for key, value in machine.items() if value is not None}
 
 

@@ -95,7 +95,7 @@ def test_a_pass_without_an_answer_adds_nothing(
 ) -> None:
     """Such as that of DP, which gives each row its own."""
     cell = fresh(tiny, items, tmp_path, "lora")
-    assert loop._accumulate(cell, [Rendered(items[0].row, [7, 8, 9], 3)], ()).item() == 0
+    assert passes.accumulate(cell, [Rendered(items[0].row, [7, 8, 9], 3)], ()).item() == 0
     assert cell.gradients.length().item() == 0
 
 
