@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,6 +25,43 @@ Out = Annotated[
     typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=1, help="Cells run in parallel; by default one per core, or one on a GPU."),
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
+]
+EvalBatch = Annotated[
+    int | None, typer.Option(min=1, help="Most rows per forward pass in evaluation.")
+]
+Recompute = Annotated[
+    bool,
+    typer.Option(
+        "--recompute",
+        help="Train in less memory by recomputing layers (activation checkpointing).",
+    ),
+]
+Minutes = Annotated[
+    float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
+]
+Memory = Annotated[
+    float | None, typer.Option(min=0, help="Most memory of a job in GB; by default what there is.")
+]
+WorkersDevice = Annotated[
+    str, typer.Option(help="Device of the workers: auto (as on this machine), cpu or cuda.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan without running it.")]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=65535, help="Port on this machine; by default the first free one from 7860."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Seed for drawing the poisoned rows; 0 if not given."),
+]
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
 
@@ -46,3 +83,26 @@ Plugins = Annotated[
     ),
 ]
 """The files are loaded before the command starts."""
+
+
+def folder_of(recipe: str, profile: str | None) -> Path:
+    """The folder of a run that is given none."""
+    return Path("runs") / (f"{recipe}-{profile}" if profile else recipe)
+
+
+def machine_of(
+    workers: int | None,
+    device: str,
+    micro_batch: int | None,
+    eval_batch: int | None,
+    recompute: bool,
+) -> dict[str, Any]:
+    """The settings of the machine that were given."""
+    batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
+    machine = {"device": device, "workers": workers, "recompute": recompute, **batches}
+    return {key: value for key, value in machine.items() if value is not None}
+
+
+def echo(text: str) -> None:
+    """Print the result of a command."""
+    print(text)  # noqa: T201

@@ -10,13 +10,12 @@ from typing import Any
 from rich.console import Console
 
 from backfire import plan, stages
-from backfire.commands import validate
-from backfire.commands.estimate import high_rates, too_large
+from backfire.commands.plan import check, memory_of
 from backfire.experiment import Machine
-from backfire.launch.job import RunFolder, open_folder
+from backfire.launch.folder import write_plan
+from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
-from backfire.model.types import gpu_bytes, ram_bytes
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.result import CellResult
@@ -45,20 +44,18 @@ def start(
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
-        has = gpu_bytes(settings.device) if types.device == "cuda" else ram_bytes()
-        for line in too_large(recipe, has, store):  # before the model is downloaded
-            say(line, console)
-        with console.status("Checking the data"):
-            validate.preflight_all(recipe, store)
-        for line in high_rates(recipe):
-            say(line, console)
-        folder = open_folder(out, recipe, profile, edits)
-        from backfire.launch.local import run
+        check(recipe, store, console, memory_of(settings.device, types))
+        write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
+        from backfire.launch import local
+        from backfire.launch.work import Stop
 
-        with ProgressDisplay(console, work) as display:
-            ended = run(work, folder, store, settings, display.watch)
+        stop = Stop()
+        with ProgressDisplay(console, work) as display, stop.on_signals():
+            ended = local.run(work, place, store, settings, display.watch, stop=stop)
+        if stop:
+            raise KeyboardInterrupt
     else:
-        open_folder(out, recipe, profile, edits)
+        write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
     return _finish(out, ended, work, console)

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainDefense, TrainHook
-from backfire.errors import CellError
+from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
 from backfire.progress import Progress, silent
@@ -248,6 +248,7 @@ def train(
     Raises:
         CellError: loss or gradient is not finite (`nan`), a step supervises no token (`bad-data`),
             memory runs out at one row (`oom`), or the weights did not change (`failed`).
+        Stopped: by `progress`, after a checkpoint.
     """
     start = [run.checksum() for run in runs]
     for run in runs:
@@ -259,15 +260,24 @@ def train(
     while active := [run for run in runs if run.step < run.num_steps]:
         for run in active:
             _step(run)
-            progress(run.step, run.num_steps, f"loss {run.log[-1]['loss']:.3f}" if run.log else "")
+            text = f"loss {run.log[-1]['loss']:.3f}" if run.log else ""
+            try:
+                progress(run.step, run.num_steps, text)
+            except Stopped:
+                _save(active)
+                raise
         if (begun := time.monotonic()) - saved >= wait:
-            for run in active:
-                run.seconds = time.perf_counter() - run.begun
-                checkpoint.save(run)
+            _save(active)
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
     now = time.perf_counter()
     return [_finish(run, old, now - run.begun) for run, old in zip(runs, start, strict=True)]
+
+
+def _save(runs: Sequence[TrainingRun]) -> None:
+    for run in runs:
+        run.seconds = time.perf_counter() - run.begun
+        checkpoint.save(run)
 
 
 def _begin(run: TrainingRun, precision: Precision) -> None:
