@@ -27,7 +27,7 @@ _BUCKET = 2**26
 """Most weights whose gradients are summed at once: a copy of 256 MiB."""
 
 
-class OtherOutOfMemory(MemoryError):
+class OtherOutOfMemory(MemoryError):  # noqa: N818
     """Memory ran out on another rank."""
 
 

@@ -12,7 +12,7 @@ from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import batches, loop
+from backfire.train import batches, passes
 from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import longest_packed
