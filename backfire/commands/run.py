@@ -58,7 +58,7 @@ def start(
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
-    return _finish(out, ended, work, console)
+    return finish(out, ended, work, console)
 
 
 def default_workers(num_cells: int) -> int:
@@ -72,7 +72,7 @@ def default_workers(num_cells: int) -> int:
     return max(1, min(num_cells, os.cpu_count() or 1))
 
 
-def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
+def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
     from backfire.results import terminal
 
