@@ -12,20 +12,32 @@ import typer
 from backfire.commands import tools
 from backfire.commands.failure import fail, fail_or_raise
 from backfire.commands.options import (
+    Account,
+    Cpus,
     Device,
     Devices,
     DryRun,
     Edits,
     EvalBatch,
+    Gpus,
+    Jobs,
+    Mem,
     Memory,
     MicroBatch,
     Minutes,
+    On,
+    OpenCluster,
     Out,
+    Partition,
     Plugins,
     Profile,
+    Qos,
+    RayAddress,
     Recipe,
     Recompute,
     Run,
+    Sbatch,
+    Time,
     Workers,
     WorkersDevice,
     echo,
@@ -112,25 +124,41 @@ def run(
     recompute: Recompute = False,
     plugin: Plugins = None,
     dry_run: DryRun = False,
+    on: On = "local",
+    jobs: Jobs = None,
+    cpus_per_task: Cpus = None,
+    gpus: Gpus = None,
+    mem: Mem = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    sbatch: Sbatch = None,
+    ray_address: RayAddress = None,
+    open_cluster: OpenCluster = False,
 ) -> None:
     """Run a recipe. Running the same command again does only what is missing."""
-    from backfire.commands import validate
+    from backfire.commands import cluster, validate
     from backfire.commands.run import start
     from backfire.train import team
 
     if team.serves():
         return
+    sizes = (jobs, cpus_per_task, gpus, mem, time)
+    places = (partition, account, qos, tuple(sbatch or ()), ray_address, open_cluster)
+    asked = cluster.Asked(on, *sizes, *places)
+    asked.refuse_strays()
     loaded = _load(recipe, profile, edits)
     if dry_run:
         validate.show_plan(loaded)
         return
-    failed = start(
-        loaded,
-        out or folder_of(loaded.name, profile),
-        machine_of(workers, device, devices, micro_batch, eval_batch, recompute),
-        profile=profile,
-        edits=edits or (),
-    )
+    place = out or folder_of(loaded.name, profile)
+    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    again = {"profile": profile, "edits": edits or ()}
+    if on == "local":
+        failed = start(loaded, place, machine, **again)
+    else:
+        failed = cluster.start(loaded, place, asked, machine, **again)
     if failed:
         raise typer.Exit(1)
 

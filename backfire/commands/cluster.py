@@ -20,7 +20,7 @@ from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.remote import probe
 from backfire.launch.resolve import pin_models, resolve_auto
-from backfire.launch.watch import View, follow
+from backfire.launch.watch import Launcher, View, follow
 from backfire.launch.work import Stop
 from backfire.plan import Job
 from backfire.recipe import Recipe
@@ -67,16 +67,16 @@ class Asked:
         if self.on == "local" and (given := [n for n in shared if getattr(self, n) is not None]):
             raise UserError(f"--{given[0].replace('_', '-')} is for --on slurm and --on ray.")
 
-    def others(self) -> dict[str, str]:
-        """The other options of sbatch, without dashes.
+    def others(self) -> dict[str, str | bool]:
+        """The other options of sbatch, without dashes; True for one without a value.
 
         Raises:
-            UserError: one has no value.
+            UserError: one has no name.
         """
         pairs = [item.lstrip("-").partition("=") for item in self.sbatch]
-        if bad := next((name for name, _, value in pairs if not name or not value), None):
-            raise UserError(f"--sbatch {bad} has no value; write it as constraint=a100.")
-        return {name: value for name, _, value in pairs}
+        if not all(name for name, _, _ in pairs):
+            raise UserError("--sbatch takes an option of sbatch, such as constraint=a100.")
+        return {name: value if sign else True for name, sign, value in pairs}
 
 
 def start(
@@ -95,9 +95,8 @@ def start(
         UserError, CellError: the recipe or its data are invalid, or the cluster refuses; nothing
             was started.
     """
-    launcher_of = _slurm if asked.on == "slurm" else _ray
-    if asked.on == "slurm":
-        slurm.available()
+    module, launcher_of = (slurm, _slurm) if asked.on == "slurm" else (ray, _ray)
+    module.available()
     device = "cuda" if asked.gpus and machine["device"] == "auto" else str(machine["device"])
     store, console, types = Store(), Console(stderr=True), types_for(device)
     recipe = resolve_auto(pin_models(recipe), types)
@@ -122,7 +121,7 @@ def start(
 
 
 def _follow(
-    launcher: slurm.Slurm | ray.Ray,
+    launcher: Launcher,
     place: RunFolder,
     jobs: Sequence[Job],
     store: Store,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -57,6 +57,49 @@ Memory = Annotated[
 ]
 WorkersDevice = Annotated[
     str, typer.Option(help="Device of the workers: auto (as on this machine), cpu or cuda.")
+]
+_CLUSTER = "Workers on a cluster"
+
+
+def _cluster(help: str, name: str | None = None, **more: Any) -> Any:
+    """An option of `--on slurm` and `--on ray`."""
+    names = [name] if name else []
+    return typer.Option(*names, help=help, rich_help_panel=_CLUSTER, show_default=False, **more)
+
+
+On = Annotated[
+    Literal["local", "slurm", "ray"],
+    typer.Option(
+        help="Where the workers run; on a cluster they share the folders of this machine."
+    ),
+]
+Jobs = Annotated[int | None, _cluster("Most workers; by default one per cell, up to 8.", min=1)]
+Partition = Annotated[str | None, _cluster("Slurm's partition.")]
+Account = Annotated[str | None, _cluster("Slurm's account.")]
+Qos = Annotated[str | None, _cluster("Slurm's quality of service.")]
+Time = Annotated[
+    str | None,
+    _cluster("Time limit of a Slurm job, such as 4:00:00; it continues in the next one."),
+]
+Mem = Annotated[
+    str | None, _cluster("Memory of each worker, such as 16G; by default as estimated.")
+]
+Gpus = Annotated[int | None, _cluster("GPUs of each worker; none by default.", min=0)]
+Cpus = Annotated[
+    int | None, _cluster("CPUs of each worker; 1 by default.", "--cpus-per-task", min=1)
+]
+Sbatch = Annotated[
+    list[str] | None,
+    _cluster(
+        "Another option of sbatch, such as constraint=a100; repeatable.", metavar="NAME[=VALUE]"
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    _cluster("HOST:PORT of a Ray cluster; without it, Ray starts on this machine alone."),
+]
+OpenCluster = Annotated[
+    bool, _cluster("Use a Ray cluster that asks nobody for a token.", "--open-cluster")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan without running it.")]
 Port = Annotated[

@@ -60,7 +60,7 @@ def start(
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
-    return _finish(out, ended, work, console)
+    return finish(out, ended, work, console)
 
 
 def settings_of(machine: Mapping[str, Any], num_cells: int) -> Machine:
@@ -83,7 +83,7 @@ def default_workers(num_cells: int, devices: int = 1) -> int:
     return max(1, min(num_cells, (os.cpu_count() or 1) // devices))
 
 
-def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
+def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
     from backfire.results import terminal
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ class Ray:
         """What its workers will do."""
         self.worker = Worker(self.run, options, probe)
 
-    def start(self, count: int) -> None:
+    def start(self, count: int) -> list[str]:
         """Submit tasks; Ray starts each where there is room."""
         ray, wanted = _import_ray(), self.request
         task = ray.remote(_task).options(
@@ -99,9 +100,10 @@ class Ray:
             memory=wanted.memory,
             max_retries=_RETRIES,
         )
-        for _ in range(count):
-            worker = secrets.token_hex(4)
+        workers = [secrets.token_hex(4) for _ in range(count)]
+        for worker in workers:
             self._tasks[worker] = task.remote(self.worker, self.log_of(worker))
+        return workers
 
     def alive(self) -> dict[str, str]:
         """The tasks that have not ended."""
@@ -138,7 +140,7 @@ class Ray:
 
 
 def _task(worker: Worker, log: str) -> int:
-    return worker(log)
+    return worker.work(log)
 
 
 def _refuse_open(address: str, may_be_open: bool) -> None:
@@ -173,9 +175,18 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def available() -> None:
+    """Refuse a machine without Ray.
+
+    Raises:
+        UserError: it is missing.
+    """
+    if find_spec("ray") is None:
+        raise UserError("--on ray needs Ray: pip install 'backfire[ray]'")
+
+
 def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError:
-        raise UserError("--on ray needs Ray: pip install 'backfire[ray]'") from None
+    """Ray reads the variables of its authentication when it is imported: not before `check`."""
+    import ray
+
     return ray

@@ -39,9 +39,9 @@ class Probe:
     path: Path
     content: str
 
-    def is_here(self, seconds: float = _SECONDS) -> bool:
-        """Whether this machine reads the same within so many seconds."""
-        return _within(seconds, lambda: self.path.read_text(encoding="utf-8") == self.content)
+    def is_here(self) -> bool:
+        """Whether this machine reads the same."""
+        return _soon(lambda: self.path.read_text(encoding="utf-8") == self.content)
 
 
 def probe() -> Probe:
@@ -63,8 +63,8 @@ def probe() -> Probe:
 
 @dataclass
 class Worker:
-    """Called on a machine of the cluster, it works on a run until nothing is left to do there, or
-    until it is stopped."""
+    """On a machine of the cluster, it works on a run until nothing is left to do there, or until it
+    is stopped."""
 
     run: Path
     options: tuple[str, ...]
@@ -73,18 +73,19 @@ class Worker:
     environment: dict[str, str] = field(default_factory=lambda: _carried())
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
 
-    def __call__(self, name: str) -> int:
+    def work(self, name: str) -> int:
         """Work, with a log of this name; returns the exit code of `backfire work`."""
         log = self.run / FOLDER / name
         if problem := self._not_shared():
-            with suppress(OSError):
-                write_atomic(self.run / FOLDER / "refused.txt", problem)
             sys.stderr.write(f"backfire: {problem}\n")
+            self._refuse(problem)
             return REFUSED
         cache = {"BACKFIRE_CACHE": str(self.probe.path.parent)}
+        log.parent.mkdir(exist_ok=True)
+        words = ["work", str(self.run), *self.options]
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*_dies_with_parent(), sys.executable, "-m", "backfire.cli", *self._work()],
+                [*_dies_with_parent(), sys.executable, "-m", "backfire.cli", *words],
                 env={**os.environ, **self.environment, **cache},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -96,7 +97,7 @@ class Worker:
             self.stop()
             raise
         if (code := self._process.wait()) == REFUSED:
-            write_atomic(self.run / FOLDER / "refused.txt", last_line(log))
+            self._refuse(last_line(log))
         return code
 
     def stop(self) -> None:
@@ -106,8 +107,12 @@ class Worker:
                 os.kill(self._process.pid, signal.SIGTERM)
             self._wait()
 
-    def _work(self) -> list[str]:
-        return ["work", str(self.run), *self.options]
+    def _refuse(self, sentence: str) -> None:
+        """Leave word for the command that watches."""
+        file = self.run / FOLDER / "refused.txt"
+        with suppress(OSError):
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, sentence)
 
     def _wait(self) -> None:
         """Wait until the process has ended. (`Popen.wait` holds a lock: a signal handler that waits
@@ -121,7 +126,7 @@ class Worker:
     def _not_shared(self) -> str:
         """Why this machine cannot work on the run; empty if it can."""
         host = os.uname().nodename
-        if not _within(_SECONDS, (self.run / "jobs.json").is_file):
+        if not _soon((self.run / "jobs.json").is_file):
             return f"The run folder {self.run} is not shared with {host}; choose another --out."
         if not self.probe.is_here():
             return (
@@ -149,8 +154,9 @@ def _dies_with_parent() -> list[str]:
     return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
 
 
-def _within(seconds: float, true: Callable[[], bool]) -> bool:
-    end = time.monotonic() + seconds
+def _soon(true: Callable[[], bool]) -> bool:
+    """Whether something is true, or becomes so while a shared disk may lag behind."""
+    end = time.monotonic() + _SECONDS
     while True:
         with suppress(OSError):
             if true():

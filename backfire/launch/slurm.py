@@ -25,7 +25,14 @@ _SIGNAL, _LEAD = "USR1", 120
 """Signal before the end of a job's time, and how many seconds before: time for a checkpoint."""
 _ENDED = ("CANCELLED", "COMPLETED", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "TIMEOUT")
 _HELD = ("JobHeldAdmin", "launch failed requeued held")
-"""Why a waiting job will never start by itself."""
+"""Why a waiting job does not start by itself; another one may."""
+_NEVER = (
+    "BadConstraints",
+    "PartitionNodeLimit",
+    "PartitionTimeLimit",
+    "QOSMaxWallDurationPerJobLimit",
+)
+"""Why no job with the same options will ever start."""
 _TIMEOUTS = 10_000  # how often a job whose time is over is queued again
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)B?", re.IGNORECASE)
@@ -73,8 +80,8 @@ class Request:
     partition: str | None = None
     account: str | None = None
     qos: str | None = None
-    others: Mapping[str, str] = field(default_factory=dict)
-    """Other options of sbatch, without dashes."""
+    others: Mapping[str, str | bool] = field(default_factory=dict)
+    """Other options of sbatch, without dashes; True for one without a value."""
 
     def _named(self) -> dict[str, Any]:
         named = {"partition": self.partition, "account": self.account, "qos": self.qos}
@@ -89,10 +96,11 @@ class Request:
         more = {"signal_delay_s": lead, "stderr_to_stdout": True, "additional_parameters": others}
         return self._named() | more
 
-    def flags(self) -> dict[str, str]:
-        """The request as options of sbatch, without dashes."""
-        flags = {key.replace("_", "-"): str(value) for key, value in self._named().items()}
-        return {**flags, **self.others}
+    def flags(self) -> list[str]:
+        """The request as options of sbatch."""
+        named = {key.replace("_", "-"): value for key, value in self._named().items()}
+        flags = {**named, **self.others}.items()
+        return [f"--{name}" if value is True else f"--{name}={value}" for name, value in flags]
 
 
 class Slurm:
@@ -113,8 +121,7 @@ class Slurm:
         """
         if "%" in str(self.run):
             raise UserError(f"Slurm reads the % in {self.run} as its own; choose another --out.")
-        flags = [f"--{name}={value}" for name, value in self.request.flags().items()]
-        done = _ask("sbatch", "--test-only", *flags, "--wrap", "true")
+        done = _ask("sbatch", "--test-only", *self.request.flags(), "--wrap", "true")
         if done.returncode:
             raise UserError(f"Slurm does not take the job: {_reason(done.stderr)}.")
 
@@ -122,7 +129,7 @@ class Slurm:
         """What its workers will do."""
         self.worker = _Requeued(self.run, options, probe)
 
-    def start(self, count: int) -> None:
+    def start(self, count: int) -> list[str]:
         """Submit workers, as one array."""
         submitit = _import_submitit()
         with _outside_of_jobs():
@@ -130,18 +137,24 @@ class Slurm:
             executor.update_parameters(job_name=self.job_name, **self.request.parameters())
             try:
                 with executor.batch():
-                    for _ in range(count):
-                        executor.submit(self.worker)
+                    jobs = [executor.submit(self.worker) for _ in range(count)]
             except submitit.core.utils.FailedJobError as error:
                 raise UserError(f"Slurm does not take the job: {_reason(str(error))}.") from None
+        return [job.job_id for job in jobs]
 
     def alive(self) -> dict[str, str]:
-        """The workers in the queue: id -> state and, if it waits, why."""
+        """The workers in the queue: id -> state and, if it waits, why.
+
+        Raises:
+            UserError: one waits for ever.
+        """
         mine = [f"--user={os.getuid()}", f"--name={self.job_name}"]
         done = _ask("squeue", "--noheader", "--array", *mine, "--format=%i %T %r")
         if done.returncode:
             raise ConnectionError(_reason(done.stderr))
         rows = [line.split(maxsplit=2) for line in done.stdout.splitlines() if line.strip()]
+        if never := next((why for _, _, why in rows if why.strip("()") in _NEVER), None):
+            raise UserError(f"Slurm will never start a worker with these options: {never}.")
         return {
             number: state.lower() if why == "None" else f"{state.lower()} ({why})"
             for number, state, why in rows
@@ -176,10 +189,10 @@ class Slurm:
 class _Requeued(Worker):
     """A worker that Slurm queues again before its time is over, or when others take precedence."""
 
-    def __call__(self) -> int:  # type: ignore[override]
+    def __call__(self) -> int:
         array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
         number = f"{array}_{task}" if array else os.environ.get("SLURM_JOB_ID", str(os.getpid()))
-        if code := super().__call__(f"slurm-{number}.log"):
+        if code := self.work(f"slurm-{number}.log"):
             sys.exit(code % 256)  # Slurm then counts the job as failed
         return 0
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from backfire.errors import UserError
 from backfire.launch.claims import MOST_KILLS
-from backfire.launch.remote import FOLDER, last_line
+from backfire.launch.remote import FOLDER, Probe, last_line
 from backfire.launch.work import Board, Stop
 
 POLL = 1.0
@@ -28,8 +28,18 @@ class Launcher(Protocol):
 
     name: str
 
-    def start(self, count: int) -> None:
-        """Start so many workers.
+    def check(self) -> None:
+        """Ask the scheduler whether it would start such workers; nothing is started or written.
+
+        Raises:
+            UserError: it refuses, or does not answer.
+        """
+
+    def begin(self, options: tuple[str, ...], probe: Probe) -> None:
+        """Say what its workers will do: options of `backfire work`, and how they know the cache."""
+
+    def start(self, count: int) -> list[str]:
+        """Start so many workers; returns their ids.
 
         Raises:
             UserError: the scheduler refuses.
@@ -51,6 +61,9 @@ class Launcher(Protocol):
 
     def cancel(self) -> None:
         """End all workers."""
+
+    def goes_on(self) -> str:
+        """What to tell after Ctrl-C: whether the workers go on."""
 
 
 class View(Board):
@@ -113,6 +126,8 @@ class _Crew:
     ) -> None:
         self.view, self.launcher, self.count, self.say = view, launcher, count, say
         self.alive: dict[str, str] = {}
+        self.last = "", ""
+        """The last worker that ended, and how."""
         self.restarts = -count
         """Number of workers that were started, beyond the first ones, since a job ended."""
         self._answered, self._is_silent = time.monotonic(), False
@@ -130,21 +145,20 @@ class _Crew:
             self.say(f"{_workers(len(alive))} of this run {_are(alive)} in {self.launcher.name}.")
             self.restarts = 0
         self._first = False
-        gone = [worker for worker in self.alive if worker not in alive]
-        for worker in gone:
-            self.say(f"Worker {worker} ended: {self.launcher.end_of(worker)}.")
+        for worker in self.alive:
+            if worker not in alive:
+                self.last = worker, self.launcher.end_of(worker)
+                self.say("Worker {} ended: {}.".format(*self.last))
         self._say_why_they_wait(alive)
         self.alive = alive
         missing = min(self.count - len(alive), self.view.num_free())
         if missing <= 0:
             return
         if self.restarts >= MOST_KILLS * self.count:
-            raise UserError(self._in_vain(gone))
+            raise UserError(self._in_vain())
         self.restarts += missing
-        self.launcher.start(missing)
+        self.alive = {**alive, **dict.fromkeys(self.launcher.start(missing), "new")}
         self.say(f"{_workers(missing)} started in {self.launcher.name}.")
-        with suppress(ConnectionError):
-            self.alive = self.launcher.alive()
 
     def _silent(self, reason: str) -> None:
         silent = time.monotonic() - self._answered
@@ -166,15 +180,14 @@ class _Crew:
             listed = ", ".join(f"{number} {state}" for state, number in counts.items())
             self.say(f"{self.launcher.name}: {listed or 'no worker'}.")
 
-    def _in_vain(self, gone: list[str]) -> str:
-        last = gone[-1] if gone else ""
-        how = f"; the last one: {self.launcher.end_of(last)}" if last else ""
-        log = self.view.folder.path / FOLDER / self.launcher.log_of(last)
-        if last and not log.is_file():
-            why = f"there is no {log}; is the run folder on a disk that all machines share?"
+    def _in_vain(self) -> str:
+        worker, how = self.last
+        log = self.view.folder.path / FOLDER / self.launcher.log_of(worker)
+        if log.is_file():
+            why = f"its log {log} ends with: {last_line(log) or 'nothing'}"
         else:
-            why = f"the log {log} ends with: {last_line(log) or 'nothing'}"
-        return f"One worker after the other ended before a job did{how}. {why}"
+            why = f"there is no {log}; is the run folder on a disk that all machines share?"
+        return f"One worker after the other ended before a job did; the last one: {how}; {why}"
 
 
 def _workers(number: int) -> str:

@@ -32,12 +32,14 @@ class Scheduler:
     cancelled: bool = False
     _numbers: itertools.count[int] = field(default_factory=itertools.count)
 
-    def start(self, count: int) -> None:
+    def start(self, count: int) -> list[str]:
         self.started.append(count)
-        for number in itertools.islice(self._numbers, count):
+        numbers = list(itertools.islice(self._numbers, count))
+        for number in numbers:
             thread = threading.Thread(target=self.do, args=(number,), daemon=True)
             self.workers[str(number)] = thread
             thread.start()
+        return list(map(str, numbers))
 
     def alive(self) -> dict[str, str]:
         if not self.answers:
@@ -56,10 +58,11 @@ class Scheduler:
 
 def watch(run: Path, scheduler: Scheduler, count: int, stop: Stop | None = None) -> list[str]:
     """Follow a planned run; returns the lines that are said."""
-    plan, said = read_plan(run), list[str]()
+    plan, said, whole = read_plan(run), list[str](), stop is None
+    stop = Stop(0.5) if stop is None else stop
     view = View(plan.jobs, RunFolder(run, plan.recipe), Claims(run), lambda *_: None)
-    follow(view, scheduler, count, said.append, stop or Stop(0.5), ask=0.01)
-    assert stop or not view.waiting
+    follow(view, scheduler, count, said.append, stop, ask=0.01)
+    assert not view.waiting or not whole
     return said
 
 

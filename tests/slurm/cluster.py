@@ -49,6 +49,7 @@ KillWait=5
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={first} CPUs=4 RealMemory=8000
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={second} CPUs=4 RealMemory=8000
 PartitionName=debug Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=short Nodes=n1,n2 MaxTime=10 State=UP
 """
 
 
@@ -137,7 +138,11 @@ class Slurm:
     def wait_for_nodes(self) -> None:
         """Wait until both nodes can take jobs."""
         ready = {"idle", "mix", "alloc"}
-        wait_until(lambda: set(self.command("sinfo", "-h", "-N", "-o", "%t").split()) <= ready)
+        wait_until(
+            lambda: (
+                set(self.command("sinfo", "-h", "-N", "-p", "debug", "-o", "%t").split()) <= ready
+            )
+        )
 
     def stop(self) -> None:
         """Kill everything that belongs to it."""

@@ -92,24 +92,23 @@ def _script(twelve: Twelve) -> str:
     return str(twelve.root / "work.sh")
 
 
-def test_ctrl_c_leaves_the_workers_and_the_same_command_starts_no_others(
+def test_ctrl_c_leaves_the_worker_and_the_same_command_starts_no_other(
     twelve: Twelve, local: Twelve, slurm: Slurm
 ) -> None:
-    first = twelve.start(*RUN, *SIZE, "--jobs", "2")
+    first = twelve.start(*RUN, *SIZE, "--jobs", "1")
     wait_until(lambda: len(twelve.claims()) > 0)
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=30) == 2
     assert "Interrupted. The workers go on." in twelve.log()
-    number = slurm.command("squeue", "--noheader", "--array", "--format=%i").split()
-    assert len(number) == 2
+    (number,) = slurm.command("squeue", "--noheader", "--format=%i").split()
+    second = twelve.start(*RUN, *SIZE, "--jobs", "1")
+    wait_until(lambda: "1 worker of this run is in Slurm." in twelve.log())
     # Its time is over: it saves a checkpoint, and is queued again.
-    slurm.command("scancel", "--signal=USR1", number[0])
-    wait_until(lambda: "PENDING" in slurm.command("squeue", "-h", "-j", number[0], "-o", "%T"))
-    twelve.run(*RUN[4:], *SIZE, "--jobs", "2")
-    assert "2 workers of this run are in Slurm." in twelve.log()
-    assert {file.stem for file in twelve.out.glob("workers/slurm-*.log")} == {
-        f"slurm-{one}" for one in number
-    }
+    slurm.command("scancel", "--signal=USR1", number)
+    wait_until(lambda: "PENDING" in slurm.command("squeue", "-h", "-j", number, "-o", "%T"))
+    assert twelve.claims() == []
+    assert second.wait(timeout=300) == 0, twelve.log()
+    assert {file.name for file in twelve.out.glob("workers/slurm-*.log")} == {f"slurm-{number}.log"}
     assert twelve.values() == local.values()
     wait_until(lambda: slurm.command("squeue", "--noheader") == "")
 
@@ -134,6 +133,13 @@ def test_what_cannot_be_submitted_is_refused_before_anything_is_written(
     assert process.wait(timeout=60) == 2
     assert re.search(sentence, twelve.log()), twelve.log()
     assert not twelve.out.exists()
+
+
+def test_workers_that_would_wait_for_ever_are_refused(twelve: Twelve, slurm: Slurm) -> None:
+    process = twelve.start(*RUN[:-1], "short", "--mem", "1500M", "--time", "60")
+    assert process.wait(timeout=60) == 2
+    assert "PartitionTimeLimit" in twelve.log() or "time limit" in twelve.log()
+    wait_until(lambda: slurm.command("squeue", "--noheader") == "")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="Only root can hide a folder from a node.")
