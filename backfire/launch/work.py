@@ -9,12 +9,13 @@ another process builds is put back.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -36,6 +37,8 @@ Run = Callable[[Job, RunFolder, Store, Machine, Progress, Resident], str]
 
 _SHORTEST, _LONGEST = 0.05, 5.0
 """Seconds between two looks for a job, when none is ready: a fifth of the time waited so far."""
+_FRESH = 1.0
+"""Seconds for which a worker that finds jobs does not look what others do."""
 _SLICE = 0.1  # seconds; a signal is noticed after this time
 
 
@@ -181,16 +184,37 @@ class Board:
         distinct: list[Any] = []
         self.bases = {job.id: _number(job.base, distinct) for job in left}
         """Equal numbers for jobs that can use the same base in memory."""
+        self._needs = {job.id: {n for n in job.after if n not in self.ended} for job in left}
+        """What each job still waits for."""
+        self._after: dict[str, list[str]] = {}
+        for name, needs in self._needs.items():
+            for other in needs:
+                self._after.setdefault(other, []).append(name)
+        self._ready: dict[int, dict[str, Job]] = {base: {} for base in self.bases.values()}
+        """Base -> the jobs that wait for nothing, by id."""
+        self._add(name for name, needs in self._needs.items() if not needs)
         self._held: set[str] = set()
+        self._looked = -math.inf
 
     def take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
         """Claim the next job: one that uses this base, if there is any; a stale claim last. None if
         no job can be had now."""
-        self._look()
-        ready = [job for job in self.waiting.values() if self._is_ready(job) and fits(job)]
-        ready = [job for job in ready if job.id not in self.put_back]
-        ready.sort(key=lambda job: (job.id in self._held, self.bases[job.id] != base))
-        for job in ready:
+        is_old = time.monotonic() - self._looked > _FRESH
+        if is_old:
+            self._look()
+        taken = self._take(base, fits)
+        if taken is None and not is_old:
+            self._look()
+            taken = self._take(base, fits)
+        return taken
+
+    def _take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
+        groups = [jobs for _, jobs in sorted(self._ready.items(), key=lambda one: one[0] != base)]
+        ready = (job for jobs in groups for job in list(jobs.values()) if job.id not in self._held)
+        stale = (self.waiting[name] for name in self._held if name in self.waiting)
+        for job in itertools.chain(ready, stale):
+            if self._needs[job.id] or job.id in self.put_back or not fits(job):
+                continue
             if job.id not in self._held and self._has_ended(job):
                 continue
             claim = self.claims.take(job.id, f"{job.kind} {job.title}", self.since)
@@ -202,10 +226,19 @@ class Board:
 
     def end(self, job: Job, kind: str) -> None:
         """Note that a job has ended."""
-        self.waiting.pop(job.id, None)
-        self.put_back.pop(job.id, None)
+        if self.waiting.pop(job.id, None):
+            self._ready[self.bases[job.id]].pop(job.id, None)
+            self.put_back.pop(job.id, None)
+            for name in self._after.get(job.id, ()):
+                self._needs[name].discard(job.id)
+            self._add(name for name in self._after.get(job.id, ()) if not self._needs[name])
         self.ended[job.id] = kind
         self.watch(job, kind, 1, 1)
+
+    def _add(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self.waiting:
+                self._ready[self.bases[name]][name] = self.waiting[name]
 
     def blocked(self, job: Job) -> tuple[str, str, str | None] | None:
         """How a stage that this job needs has failed: exit class, message, traceback."""
@@ -252,9 +285,6 @@ class Board:
                 text = f"{holder.activity or 'running'} on {holder.host}"
                 self.watch(self.waiting[name], text, holder.done, holder.total)
 
-    def _is_ready(self, job: Job) -> bool:
-        return all(name in self.ended for name in job.after)
-
     def _has_ended(self, job: Job) -> bool:
         outcome = self.folder.ended(job, self.since)
         if outcome:
@@ -268,6 +298,7 @@ class Board:
                 if job := self.waiting.get(file.removesuffix(".json")):
                     self._has_ended(job)
         self._held = self.claims.names()
+        self._looked = time.monotonic()
 
 
 class _Idle:
