@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ from rich.console import Console
 from backfire import plan, stages
 from backfire.commands import validate
 from backfire.commands.estimate import high_rates, too_large
+from backfire.commands.workers import default_workers, largest
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, open_folder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
-from backfire.model.types import gpu_bytes, ram_bytes
+from backfire.model.types import gpu_bytes
 from backfire.plan import Job
 from backfire.recipe import Recipe
+from backfire.resources import ram_bytes
 from backfire.result import CellResult
 from backfire.results.load import load, summary
 from backfire.store import Store
@@ -39,7 +40,7 @@ def start(
         UserError, CellError: the recipe or its data are invalid; nothing was started.
     """
     store, console = Store(), Console(stderr=True)
-    settings = Machine.make({"workers": default_workers(len(recipe.cells)), **machine}, "option")
+    settings = Machine.make(machine, "option")
     # A missing device is reported once here, and not by every cell.
     recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
     work = plan.jobs(recipe.cells, recipe.axes)
@@ -52,6 +53,11 @@ def start(
             validate.preflight_all(recipe, store)
         for line in high_rates(recipe):
             say(line, console)
+        if "workers" not in machine:
+            need, title = largest(recipe, types, settings)
+            device = "cpu" if types.device == "cpu" else settings.device
+            workers = default_workers(len(recipe.cells), device, need=need, title=title)
+            settings = settings.model_copy(update={"workers": workers})
         folder = open_folder(out, recipe, profile, edits)
         from backfire.launch.local import run
 
@@ -62,17 +68,6 @@ def start(
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
     return _finish(out, ended, work, console)
-
-
-def default_workers(num_cells: int) -> int:
-    """One single-threaded worker per core on a CPU, one on a GPU."""
-    from importlib.util import find_spec
-
-    from backfire.model.types import has_gpu
-
-    if find_spec("torch") and has_gpu():
-        return 1
-    return max(1, min(num_cells, os.cpu_count() or 1))
 
 
 def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:

@@ -19,11 +19,11 @@ from typing import Any, Literal, cast
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, report, run_job
 from backfire.model.resident import Resident
-from backfire.model.types import has_gpu
 from backfire.plan import Job
 from backfire.plugins import Plugin
 from backfire.progress import Progress
 from backfire.registry import loaded, use
+from backfire.resources import cores, has_gpu
 from backfire.store import Store
 
 Watch = Callable[[Job, str, int, int], None]
@@ -56,7 +56,7 @@ def set_threads(machine: Machine) -> None:
 
     variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may list several levels
     threads = machine.threads or (int(variable) if variable.strip().isdigit() else 0)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // machine.workers))
+    torch.set_num_threads(threads or max(1, cores() // machine.workers))
 
 
 def _in_turn(
