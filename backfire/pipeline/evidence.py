@@ -215,13 +215,14 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
             max_new_tokens=limit,
             batch_size=context.machine.eval_batch,
             progress=context.progress,
+            folder=folder,
         )
         context.seconds[" ".join(ask.name)] = time.perf_counter() - begin
         write_json(folder / "left_out.json", sorted({row.id for row in left}))
         write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     stage = stages.evaluation(run, questions.key(run), ask.needs, ask.form)
-    measured, gone = _kept(context.store.once(stage, make))
+    measured, gone = _kept(context.store.once(stage, make, resumable=True))
     if gone:
         context.left_out["test" if ask.rows == "clean" else ask.rows] = len(gone)
 
