@@ -128,7 +128,7 @@ def lines(recipe: Recipe) -> list[str]:
     from backfire.model.load import device_of
 
     here, device = Forecast(recipe, types_of("auto")), device_of("auto")
-    workers = workers_by_device(len(recipe.cells))
+    workers = workers_by_device(len(recipe.cells), Machine())
     has = gpu_bytes("auto") if here.device == "cuda" else ram_bytes()
     out = [f"\nRecipe {recipe.name}, {len(recipe.cells)} cells; all figures are estimates"]
     for experiment, need in here.largest():

@@ -9,21 +9,20 @@ from typing import Any
 from rich.console import Console
 
 from backfire import plan, stages
-from backfire.commands import validate
-from backfire.commands.estimate import high_rates, too_large
+from backfire.commands.plan import check, memory_of
 from backfire.commands.workers import default_workers, largest
 from backfire.experiment import Machine
-from backfire.launch.job import RunFolder, open_folder
+from backfire.launch.folder import write_plan
+from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
-from backfire.model.types import gpu_bytes
 from backfire.plan import Job
 from backfire.recipe import Recipe
-from backfire.resources import ram_bytes
 from backfire.result import CellResult
 from backfire.results.load import load, summary
 from backfire.store import Store
 from backfire.terminal import say
+from backfire.train import team
 
 
 def start(
@@ -40,37 +39,41 @@ def start(
         UserError, CellError: the recipe or its data are invalid; nothing was started.
     """
     store, console = Store(), Console(stderr=True)
-    settings = Machine.make(machine, "option")
+    settings = settings_of(machine)
     # A missing device is reported once here, and not by every cell.
+    team.check(settings)
     recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
-        has = gpu_bytes(settings.device) if types.device == "cuda" else ram_bytes()
-        for line in too_large(recipe, has, store):  # before the model is downloaded
-            say(line, console)
-        with console.status("Checking the data"):
-            validate.preflight_all(recipe, store)
-        for line in high_rates(recipe):
-            say(line, console)
-        if "workers" not in machine:
+        check(recipe, store, console, memory_of(settings.device, types))
+        if "workers" not in machine and not team.launched():
             need, title = largest(recipe, types, settings)
-            device = "cpu" if types.device == "cpu" else settings.device
-            workers = default_workers(len(recipe.cells), device, need=need, title=title)
+            workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
-        folder = open_folder(out, recipe, profile, edits)
-        from backfire.launch.local import run
+        write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
+        from backfire.launch import local
+        from backfire.launch.work import Stop
 
-        with ProgressDisplay(console, work) as display:
-            ended = run(work, folder, store, settings, display.watch)
+        stop = Stop()
+        with ProgressDisplay(console, work) as display, stop.on_signals():
+            ended = local.run(work, place, store, settings, display.watch, stop=stop)
+        if stop:
+            raise KeyboardInterrupt
     else:
-        open_folder(out, recipe, profile, edits)
+        write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
-    return _finish(out, ended, work, console)
+    return finish(out, ended, work, console)
 
 
-def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
+def settings_of(machine: Mapping[str, Any]) -> Machine:
+    """The settings of the machine: these, and the number of devices that a launcher gives."""
+    outside = team.launched()
+    return Machine.make({"devices": outside[1] if outside else 1, **machine}, "option")
+
+
+def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
     from backfire.results import terminal
 

@@ -17,15 +17,15 @@ SMALL = 0.53e9
 
 
 def default_workers(
-    num_cells: int, device: str = "auto", *, need: float = SMALL, title: str = ""
+    num_cells: int, machine: Machine, *, need: float = SMALL, title: str = ""
 ) -> int:
     """The number of workers for so many cells, each of which needs up to `need` bytes.
 
     Raises:
         UserError: not even one fits into the memory that this process may use.
     """
-    most = workers_by_device(num_cells, device)
-    if _on_gpu(device):
+    most, need = workers_by_device(num_cells, machine), need * machine.devices
+    if _on_gpu(machine.device):
         return most
     if need > resources.ram_bytes():
         what = f"The cell {title}" if title else "The largest cell"
@@ -37,12 +37,13 @@ def default_workers(
     return max(1, min(most, int(TIGHT * resources.free_bytes() / need)))
 
 
-def workers_by_device(num_cells: int, device: str = "auto") -> int:
-    """One worker per visible GPU, or one single-threaded worker per core."""
+def workers_by_device(num_cells: int, machine: Machine) -> int:
+    """One worker per visible GPU, or one single-threaded worker per core; fewer if each trains on
+    several."""
     most = resources.cores()
-    if _on_gpu(device):
-        most = len(resources.gpus()) if device in ("auto", "cuda") else 1
-    return max(1, min(num_cells, most))
+    if _on_gpu(machine.device):
+        most = len(resources.gpus()) if machine.device in ("auto", "cuda") else 1
+    return max(1, min(num_cells, most // machine.devices))
 
 
 def _on_gpu(device: str) -> bool:

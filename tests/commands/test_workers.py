@@ -15,7 +15,7 @@ from backfire.experiment import Machine
 from backfire.model.types import Types, types_here
 from backfire.recipe import load
 
-CPU = Types("cpu", "float32", "float32")
+CPU, TYPES = Machine(device="cpu"), Types("cpu", "float32", "float32")
 
 
 @pytest.fixture
@@ -30,24 +30,26 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 
 def test_one_worker_per_core_as_long_as_they_fit(machine: SimpleNamespace) -> None:
-    assert default_workers(20, "cpu") == 8
-    assert default_workers(5, "cpu") == 5
-    assert default_workers(20, "cpu", need=2e9) == 4, "the prediction has an error"
+    assert default_workers(20, CPU) == 8
+    assert default_workers(5, CPU) == 5
+    assert default_workers(20, CPU, need=2e9) == 4, "the prediction has an error"
     machine.free_bytes = 0.1e9
-    assert default_workers(20, "cpu") == 1, "the system may free more"
+    assert default_workers(20, CPU) == 1, "the system may free more"
 
 
 def test_one_worker_per_visible_gpu(machine: SimpleNamespace) -> None:
     for device in ("auto", "cuda"):
-        assert default_workers(20, device, need=1e12) == 2, "of the machine's own memory"
-    assert default_workers(20, "cuda:1") == 1
+        assert default_workers(20, Machine(device=device), need=1e12) == 2, (
+            "of the machine's own memory"
+        )
+    assert default_workers(20, Machine(device="cuda:1")) == 1
     machine.gpus = []  # of another maker
-    assert default_workers(20, "cuda") == 1
+    assert default_workers(20, Machine(device="cuda")) == 1
 
 
 def test_not_even_one_fits(machine: SimpleNamespace) -> None:
     with pytest.raises(UserError, match=r"The cell x needs about 12\.0 GB.* may use 10\.0 GB\. `b"):
-        default_workers(20, "cpu", need=12e9, title="x")
+        default_workers(20, CPU, need=12e9, title="x")
 
 
 def test_the_largest_cell_decides(
@@ -61,8 +63,8 @@ def test_the_largest_cell_decides(
 
     monkeypatch.setattr(forecast.Forecast, "__init__", lambda *args: None)
     monkeypatch.setattr(forecast.Forecast, "largest", found)
-    assert largest(recipe, CPU, Machine()) == (3e9, recipe.cells[2].slug)
-    assert largest(recipe, CPU, Machine(recompute=True)) == (1.5e9, recipe.cells[2].slug)
+    assert largest(recipe, TYPES, Machine()) == (3e9, recipe.cells[2].slug)
+    assert largest(recipe, TYPES, Machine(recompute=True)) == (1.5e9, recipe.cells[2].slug)
     needs[:] = [None]
-    assert largest(recipe, CPU, Machine()) == (SMALL, recipe.cells[0].slug)
-    assert largest(load("tour"), CPU, Machine()) == (SMALL, load("tour").cells[0].slug)
+    assert largest(recipe, TYPES, Machine()) == (SMALL, recipe.cells[0].slug)
+    assert largest(load("tour"), TYPES, Machine()) == (SMALL, load("tour").cells[0].slug)
