@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo check test test-slurm test-ray style lint bench bench-gpu notebooks clean
+.PHONY: demo check test test-slurm test-ray torture style lint bench bench-gpu notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/backfire run tour
@@ -42,6 +42,10 @@ bench: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu --shape 135m --methods lora qlora --compare
 	$(BIN)/python -m benchmarks.gpu --shape 7b --methods lora qlora --compare
+
+# Every row of docs/reliability.md at its full count.
+torture: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.torture
 
 notebooks: $(VENV)/.installed-workshop
 	$(BIN)/jupytext --quiet --to ipynb examples/*.py

@@ -15,6 +15,7 @@ from backfire.commands.options import (
     Account,
     Cpus,
     Device,
+    Devices,
     DryRun,
     Edits,
     EvalBatch,
@@ -117,6 +118,7 @@ def run(
     out: Out = None,
     workers: Workers = None,
     device: Device = "auto",
+    devices: Devices = None,
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
@@ -138,7 +140,10 @@ def run(
     """Run a recipe. Running the same command again does only what is missing."""
     from backfire.commands import cluster, validate
     from backfire.commands.run import start
+    from backfire.train import team
 
+    if team.serves():
+        return
     sizes = (jobs, cpus_per_task, gpus, mem, time)
     places = (partition, account, qos, tuple(sbatch or ()), ray_address, open_cluster)
     asked = cluster.Asked(on, *sizes, *places)
@@ -148,7 +153,7 @@ def run(
         validate.show_plan(loaded)
         return
     place = out or folder_of(loaded.name, profile)
-    machine = machine_of(workers, device, micro_batch, eval_batch, recompute)
+    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
     again = {"profile": profile, "edits": edits or ()}
     if on == "local":
         failed = start(loaded, place, machine, **again)
@@ -182,6 +187,7 @@ def work(
     memory: Memory = None,
     workers: Workers = None,
     device: Device = "auto",
+    devices: Devices = None,
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
@@ -190,8 +196,11 @@ def work(
     """Work on a planned run, beside any number of other workers; again to go on."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported
     from backfire.commands.work import start
+    from backfire.train import team
 
-    settings = machine_of(workers, device, micro_batch, eval_batch, recompute)
+    if team.serves():
+        return
+    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
     start(run, settings, minutes=minutes, memory=memory and memory * 1e9)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+
+from backfire.store import slug
 
 Recipe = Annotated[
     str,
@@ -25,6 +28,10 @@ Out = Annotated[
     typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(min=1, help="Devices that train each cell together; 1 if not given."),
+]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Cells run in parallel; by default one per core, or one on a GPU."),
@@ -129,20 +136,25 @@ Plugins = Annotated[
 
 
 def folder_of(recipe: str, profile: str | None) -> Path:
-    """The folder of a run that is given none."""
-    return Path("runs") / (f"{recipe}-{profile}" if profile else recipe)
+    """The folder of a run that is given none. A name that would be another path is made safe: a
+    recipe of somebody else chooses it."""
+    name = f"{recipe}-{profile}" if profile else recipe
+    safe = name if re.fullmatch(r"(?!\.+$)[\w .,+=@()-]{1,80}", name) else slug(name)
+    return Path("runs") / safe
 
 
 def machine_of(
     workers: int | None,
     device: str,
+    devices: int | None,
     micro_batch: int | None,
     eval_batch: int | None,
     recompute: bool,
 ) -> dict[str, Any]:
     """The settings of the machine that were given."""
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
-    machine = {"device": device, "workers": workers, "recompute": recompute, **batches}
+    places = {"device": device, "devices": devices, "workers": workers}
+    machine = {**places, "recompute": recompute, **batches}
     return {key: value for key, value in machine.items() if value is not None}
 
 

@@ -8,6 +8,7 @@ the present round began; what failed before is tried again.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from backfire.store import read_json, write_atomic, write_json
 
 JOBS = "jobs.json"
 _FORMAT = 1
+_ID = re.compile(r"(base|train|cell)-[0-9a-f]+")
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def _as_json(job: Job) -> dict[str, Any]:
 def _from_json(content: dict[str, Any], where: str) -> Job:
     experiment = Experiment.make(content["experiment"], where)
     after = tuple(map(str, content.get("after", ())))
+    if not all(map(_ID.fullmatch, (content["id"], *after))):  # they are names of files
+        raise ValueError
     return Job(**{"axes": {}, **content, "experiment": experiment, "after": after})
 
 
