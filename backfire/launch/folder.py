@@ -27,7 +27,7 @@ from backfire.store import read_json, write_atomic, write_json
 
 JOBS = "jobs.json"
 _FORMAT = 1
-_ID = re.compile(r"(base|train|cell)-[0-9a-f]+")
+_ID = re.compile(r"(base|train|cell)-[0-9a-f]{1,64}")
 
 
 @dataclass(frozen=True)
