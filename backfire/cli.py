@@ -12,19 +12,32 @@ import typer
 from backfire.commands import tools
 from backfire.commands.failure import fail, fail_or_raise
 from backfire.commands.options import (
+    Account,
+    Cpus,
     Device,
+    Devices,
     DryRun,
     Edits,
     EvalBatch,
+    Gpus,
+    Jobs,
+    Mem,
     Memory,
     MicroBatch,
     Minutes,
+    On,
+    OpenCluster,
     Out,
+    Partition,
     Plugins,
     Profile,
+    Qos,
+    RayAddress,
     Recipe,
     Recompute,
     Run,
+    Sbatch,
+    Time,
     Workers,
     WorkersDevice,
     echo,
@@ -105,27 +118,47 @@ def run(
     out: Out = None,
     workers: Workers = None,
     device: Device = "auto",
+    devices: Devices = None,
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
     plugin: Plugins = None,
     dry_run: DryRun = False,
+    on: On = "local",
+    jobs: Jobs = None,
+    cpus_per_task: Cpus = None,
+    gpus: Gpus = None,
+    mem: Mem = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    sbatch: Sbatch = None,
+    ray_address: RayAddress = None,
+    open_cluster: OpenCluster = False,
 ) -> None:
     """Run a recipe. Running the same command again does only what is missing."""
-    from backfire.commands import validate
+    from backfire.commands import cluster, validate
     from backfire.commands.run import start
+    from backfire.train import team
 
+    if team.serves():
+        return
+    sizes = (jobs, cpus_per_task, gpus, mem, time)
+    places = (partition, account, qos, tuple(sbatch or ()), ray_address, open_cluster)
+    asked = cluster.Asked(on, *sizes, *places)
+    asked.refuse_strays()
     loaded = _load(recipe, profile, edits)
     if dry_run:
         validate.show_plan(loaded)
         return
-    failed = start(
-        loaded,
-        out or folder_of(loaded.name, profile),
-        machine_of(workers, device, micro_batch, eval_batch, recompute),
-        profile=profile,
-        edits=edits or (),
-    )
+    place = out or folder_of(loaded.name, profile)
+    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    again = {"profile": profile, "edits": edits or ()}
+    if on == "local":
+        failed = start(loaded, place, machine, **again)
+    else:
+        failed = cluster.start(loaded, place, asked, machine, **again)
     if failed:
         raise typer.Exit(1)
 
@@ -154,6 +187,7 @@ def work(
     memory: Memory = None,
     workers: Workers = None,
     device: Device = "auto",
+    devices: Devices = None,
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
@@ -162,8 +196,11 @@ def work(
     """Work on a planned run, beside any number of other workers; again to go on."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported
     from backfire.commands.work import start
+    from backfire.train import team
 
-    settings = machine_of(workers, device, micro_batch, eval_batch, recompute)
+    if team.serves():
+        return
+    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
     start(run, settings, minutes=minutes, memory=memory and memory * 1e9)
 
 

@@ -90,9 +90,8 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def plan(count: int, run: Path) -> dict[str, Any]:
     """Write the plan as `backfire plan` does; returns how long its parts took, and its size."""
-    from backfire.launch.folder import JOBS, write_plan
-
     from backfire import plan as graph
+    from backfire.launch.folder import JOBS, write_plan
     from backfire.launch.resolve import resolve_auto, types_of
     from backfire.recipe import parse
 

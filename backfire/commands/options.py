@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +28,10 @@ Out = Annotated[
     typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(min=1, help="Devices that train each cell together; 1 if not given."),
+]
 Workers = Annotated[
     int | None,
     typer.Option(min=1, help="Cells run in parallel; by default one per core, or one on a GPU."),
@@ -53,6 +57,49 @@ Memory = Annotated[
 ]
 WorkersDevice = Annotated[
     str, typer.Option(help="Device of the workers: auto (as on this machine), cpu or cuda.")
+]
+_CLUSTER = "Workers on a cluster"
+
+
+def _cluster(help: str, name: str | None = None, **more: Any) -> Any:
+    """An option of `--on slurm` and `--on ray`."""
+    names = [name] if name else []
+    return typer.Option(*names, help=help, rich_help_panel=_CLUSTER, show_default=False, **more)
+
+
+On = Annotated[
+    Literal["local", "slurm", "ray"],
+    typer.Option(
+        help="Where the workers run; on a cluster they share the folders of this machine."
+    ),
+]
+Jobs = Annotated[int | None, _cluster("Most workers; by default one per cell, up to 8.", min=1)]
+Partition = Annotated[str | None, _cluster("Slurm's partition.")]
+Account = Annotated[str | None, _cluster("Slurm's account.")]
+Qos = Annotated[str | None, _cluster("Slurm's quality of service.")]
+Time = Annotated[
+    str | None,
+    _cluster("Time limit of a Slurm job, such as 4:00:00; it continues in the next one."),
+]
+Mem = Annotated[
+    str | None, _cluster("Memory of each worker, such as 16G; by default as estimated.")
+]
+Gpus = Annotated[int | None, _cluster("GPUs of each worker; none by default.", min=0)]
+Cpus = Annotated[
+    int | None, _cluster("CPUs of each worker; 1 by default.", "--cpus-per-task", min=1)
+]
+Sbatch = Annotated[
+    list[str] | None,
+    _cluster(
+        "Another option of sbatch, such as constraint=a100; repeatable.", metavar="NAME[=VALUE]"
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    _cluster("HOST:PORT of a Ray cluster; without it, Ray starts on this machine alone."),
+]
+OpenCluster = Annotated[
+    bool, _cluster("Use a Ray cluster that asks nobody for a token.", "--open-cluster")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan without running it.")]
 Port = Annotated[
@@ -99,13 +146,15 @@ def folder_of(recipe: str, profile: str | None) -> Path:
 def machine_of(
     workers: int | None,
     device: str,
+    devices: int | None,
     micro_batch: int | None,
     eval_batch: int | None,
     recompute: bool,
 ) -> dict[str, Any]:
     """The settings of the machine that were given."""
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
-    machine = {"device": device, "workers": workers, "recompute": recompute, **batches}
+    places = {"device": device, "devices": devices, "workers": workers}
+    machine = {**places, "recompute": recompute, **batches}
     return {key: value for key, value in machine.items() if value is not None}
 
 

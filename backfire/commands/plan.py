@@ -43,7 +43,7 @@ def write(
     Raises:
         UserError, CellError: the recipe or its data are invalid; nothing was written.
     """
-    console, store, types = Console(stderr=True), Store(), _types(device)
+    console, store, types = Console(stderr=True), Store(), types_for(device)
     recipe = resolve_auto(pin_models(recipe), types)
     check(recipe, store, console)
     with console.status("Fetching the data"):
@@ -112,7 +112,7 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
     ]
 
 
-def _types(device: str) -> Types:
+def types_for(device: str) -> Types:
     """The types for the workers' device, which need not be on this machine: any GPU is then assumed
     to support bfloat16."""
     if device.startswith("cuda") and not has_gpu():

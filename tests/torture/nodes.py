@@ -30,11 +30,10 @@ class Host:
 def work_as(say: Say, root: Path, host: Host) -> dict[str, str]:
     """Work on the run in `root / "out"` until nothing is left, as a worker of this host. Says
     (job, activity) whenever a worker reports progress; returns exit classes by job."""
-    from backfire.launch.folder import read_plan
-    from backfire.launch.work import work
-
     from backfire.experiment import Machine
+    from backfire.launch.folder import read_plan
     from backfire.launch.job import RunFolder
+    from backfire.launch.work import work
 
     become(host)
     count_makes(root / "made")
@@ -92,7 +91,6 @@ def repeats(file: Path) -> int:
 def plan(root: Path, recipe: Any) -> Sequence[Job]:
     """Write the plan of a run into `root / "out"`."""
     from backfire.launch.folder import write_plan
-
     from backfire.plan import jobs
 
     found = jobs(recipe.cells, recipe.axes)
