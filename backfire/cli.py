@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from backfire.commands.failure import fail, fail_or_raise
-from backfire.commands.options import Device, Edits, Out, Plugins, Profile, Recipe, Run
+from backfire.commands.options import Device, Edits, LogFormat, Out, Plugins, Profile, Recipe, Run
 from backfire.errors import CellError, UserError
 
 app = typer.Typer(
@@ -107,6 +107,7 @@ def run(
             help="Train in less memory by recomputing layers (activation checkpointing).",
         ),
     ] = False,
+    log_format: LogFormat = "text",
     plugin: Plugins = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan without running it.")

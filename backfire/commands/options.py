@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -46,3 +46,23 @@ Plugins = Annotated[
     ),
 ]
 """The files are loaded before the command starts."""
+
+
+def _log_as(form: str) -> str:
+    if form == "json":
+        from backfire.launch.log import use_json
+
+        use_json()
+    return form
+
+
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option(
+        "--log-format",
+        help="json: everything on stderr is one JSON object a line.",
+        callback=_log_as,
+        is_eager=True,
+    ),
+]
+"""It applies before the command starts."""

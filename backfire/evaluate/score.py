@@ -9,7 +9,7 @@ from backfire.base import Need, Place, Rendered, Row, Sample
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
-from backfire.progress import Progress
+from backfire.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,13 +32,13 @@ def score_rows(
     """
     items = renderer.render(rows)
     measured: list[dict[str, Any]] = [{} for _ in items]
-    done, reads = 0, bool({"scores", "replies"} & {*kinds})
+    done, pace, reads = 0, Pace(), bool({"scores", "replies"} & {*kinds})
     total = len(items) * (("answers" in kinds) + reads)
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, total, "evaluation")
+        progress(done, total, pace.text("evaluation", done))
 
     if reads:
         _check_prompts(items)

@@ -22,7 +22,7 @@ from backfire.base import Rendered, TrainDefense, TrainHook
 from backfire.errors import CellError
 from backfire.experiment import Train
 from backfire.model.load import weights_of
-from backfire.progress import Progress, silent
+from backfire.progress import Pace, Progress, silent
 from backfire.rng import derive, stream
 from backfire.store import write_atomic
 from backfire.train import checkpoint
@@ -44,7 +44,7 @@ from backfire.train.microbatch import (
     refuse_hooks,
     tokens_that_fit,
 )
-from backfire.train.optimizer import make_optimizer, take_step
+from backfire.train.optimizer import first_step_bytes, make_optimizer, take_step
 from backfire.train.precision import Precision
 
 _LOG_EVERY = 10
@@ -95,7 +95,8 @@ class TrainingRun:
         self.layout = Layout.of(model, self.hooks, recompute=recompute)
         if recompute:
             recompute_layers(model)
-        tokens, self.layout.answer_size = tokens_that_fit(model)
+        reserved = first_step_bytes(self.trainable, train.optimizer)
+        tokens, self.layout.answer_size = tokens_that_fit(model, reserved)
         self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size)
         self.recompute, self.recomputing = recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
@@ -256,10 +257,11 @@ def train(
         checkpoint.restore(run, lambda text: progress(0, 1, text))
         run.begun = time.perf_counter() - run.seconds
     saved, wait = time.monotonic(), checkpoint_seconds
+    pace = Pace(sum(run.counts["rows"] for run in runs))
     while active := [run for run in runs if run.step < run.num_steps]:
         for run in active:
-            _step(run)
-            progress(run.step, run.num_steps, f"loss {run.log[-1]['loss']:.3f}" if run.log else "")
+            loss, rows = _step(run), sum(one.counts["rows"] for one in runs)
+            progress(run.step, run.num_steps, pace.text("training", rows, loss))
         if (begun := time.monotonic()) - saved >= wait:
             for run in active:
                 run.seconds = time.perf_counter() - run.begun
@@ -292,8 +294,8 @@ def _begin(run: TrainingRun, precision: Precision) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _step(run: TrainingRun) -> None:
-    """One optimizer step."""
+def _step(run: TrainingRun) -> torch.Tensor:
+    """One optimizer step; returns its loss."""
     rows = run.rows()
     loss, counts = finite(run, lambda: _gradients(run, rows))
     rate = run.optimizer.param_groups[0]["lr"]
@@ -318,6 +320,7 @@ def _step(run: TrainingRun) -> None:
                 f"Loss or gradient is not finite at step {run.step}; lower the learning rate.",
             )
         run.log.append(line)
+    return loss
 
 
 def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
