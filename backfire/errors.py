@@ -1,4 +1,5 @@
-"""Errors: bad input (UserError), a failed cell (CellError), and their exit classes."""
+"""Errors: bad input (UserError), a failed cell (CellError), and their exit classes; what puts a job
+back (Pause)."""
 
 from __future__ import annotations
 
@@ -50,6 +51,18 @@ class CellError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class Pause(BaseException):
+    """A job is put back and done later. No error: whatever handles errors must not handle it."""
+
+
+class Busy(Pause):
+    """Another process builds a stage that the job needs; the message names the stage and host."""
+
+
+class Stopped(Pause):
+    """The worker is told to stop. Progress callbacks raise it; training then saves a checkpoint."""
 
 
 def is_disk_full(error: BaseException) -> bool:

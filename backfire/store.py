@@ -13,10 +13,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from backfire.errors import Busy
 
 SEAL = "done.json"
 CHECKPOINTS = "checkpoints"
@@ -121,10 +124,11 @@ def intact(folder: Path) -> bool:
 
 
 class Store:
-    """The cache of stages."""
+    """The cache of stages. With `waits`, a stage that another process builds is waited for; without
+    it, `Busy` is raised."""
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = root or cache_root()
+    def __init__(self, root: Path | None = None, *, waits: bool = True) -> None:
+        self.root, self.waits = root or cache_root(), waits
         self._verified: set[Path] = set()
 
     def path(self, stage: Stage) -> Path:
@@ -140,17 +144,15 @@ class Store:
     def once(self, stage: Stage, make: Callable[[Path], None], *, resumable: bool = False) -> Path:
         """The folder of this stage, built by `make(folder)` if it does not exist.
 
-        A second process waits for the first. With `resumable`, an attempt continues in the folder
-        of an interrupted one; otherwise each attempt starts empty. A damaged folder is renamed to
-        `.damaged` and built again.
+        A second process waits for the first, or raises `Busy`. With `resumable`, an attempt
+        continues in the folder of an interrupted one; otherwise each attempt starts empty. A
+        damaged folder is renamed to `.damaged` and built again.
         """
         path = self.path(stage)
         if self.done(stage):
             return path
-        from filelock import FileLock
-
         path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{path}.lock"):
+        with self._lock(path):
             if self.done(stage):
                 return path
             if path.exists():  # only the holder of the lock may move it
@@ -169,6 +171,26 @@ class Store:
             shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
         self._verified.add(path)
         return path
+
+    @contextlib.contextmanager
+    def _lock(self, path: Path) -> Iterator[None]:
+        """The lock of a stage; it names its holder, for the message of those who need it too."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(f"{path}.lock")
+        try:
+            lock.acquire(timeout=-1 if self.waits else 0)
+        except Timeout:
+            host = ""
+            with contextlib.suppress(OSError, ValueError):
+                host = Path(lock.lock_file).read_text(encoding="utf-8")
+            raise Busy(f"{path.parent.name} {path.name} on {host or 'another host'}") from None
+        try:
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).write_text(socket.gethostname(), encoding="utf-8")
+            yield
+        finally:
+            lock.release()
 
 
 def _sync_folder(folder: Path) -> None:

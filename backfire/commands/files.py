@@ -130,7 +130,7 @@ def pretrain_files(corpus: Sequence[Path], out: Path, edits: Sequence[str], devi
     Raises:
         UserError: a file or a setting is invalid, or the folder already holds a model.
     """
-    from backfire.launch.local import set_threads
+    from backfire.launch.job import set_threads
     from backfire.sandbox.base import Pretrain
     from backfire.train.pretrain import pretrain, read_texts
 

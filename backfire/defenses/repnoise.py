@@ -109,7 +109,7 @@ class _RepNoiseHook(TrainHook):
         loss, run = inner(rows), self.run
         aligned = run.gradients.take()
         self.terms(run.draw(run.harmful, run.step, "repnoise"))
-        harmful = run.gradients.take()
+        harmful = run.ranks.first(run.gradients.take())  # each rank runs all harmful rows
         if self.knobs.null:
             harmful = run.gradients.random_like(harmful, "repnoise", run.step)
         run.gradients.add(aligned)

@@ -28,7 +28,7 @@ class Vaccine(AlignDefense):
     (in the authors' code different ones). If memory splits a step, all its rows share one norm.
     Null control: a random perturbation of the same norm, on the tokens where g is not zero; the
     first pass is still run. (The authors' random control adds noise of variance rho to every
-    coordinate.) Only this random perturbation depends on how memory splits a step.
+    coordinate.) Only this random perturbation depends on how memory or devices split a step.
     """
 
     extra: ClassVar[Extra] = Extra(states=3, passes=1)
@@ -79,9 +79,10 @@ class _VaccineHook(TrainHook):
             f"{place}": zeros.detach() if zeros.grad is None else zeros.grad
             for place, zeros in enumerate(added)
         }
-        norm = gradients.norm(perturbation.values())
+        norm = gradients.norm_over_ranks(perturbation.values())
         if self.knobs.null:
-            perturbation = gradients.random_like(perturbation, "vaccine", self.run.step)
+            purpose = ("vaccine", self.run.step, *self.run.ranks.own)
+            perturbation = gradients.random_like(perturbation, *purpose)
         # In the order in which the modules run, which is the same in both passes.
         parts = iter([g * (self.knobs.rho / (norm + 1e-7)) for g in perturbation.values()])
         with self.adding(lambda out: next(parts).to(out.dtype)):

@@ -183,6 +183,9 @@ class Machine(Config):
     """Threads per worker; by default the cores are divided among the workers."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda`, `cuda:1` ..."""
+    devices: int = Field(1, ge=1)
+    """Number of devices that train one model together, each in a process of its own; on a CPU,
+    number of processes, which share the threads."""
     micro_batch: int | None = Field(None, ge=1)
     """Maximum number of rows per forward pass in training. A step is also cut where its activations
     would take more than about 512 MiB on a CPU, or most of a GPU's free memory."""

@@ -64,44 +64,62 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
 
     Damaged checkpoints and those of another run are renamed and reported.
     """
-    for folder in _newest(run.folder / CHECKPOINTS):
+    root = run.folder / CHECKPOINTS
+    found = _newest_usable(run, root, report) if run.ranks.leads else None
+    step = run.ranks.leaders(int(found.name) if found else -1)
+    if step < 0:
+        return False
+    folder = root / f"{step:08d}"
+    weights = load_file(str(folder / "weights.safetensors"))
+    with torch.no_grad(), run.exact():
+        for name, parameter in run.trainable.items():
+            parameter.copy_(weights[name])
+        # Both move what they load to the device of the weights, in their type.
+        run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
+    for hook, hook_state in zip(run.hooks, _loaded(folder / "guards.pt"), strict=True):
+        hook.load(hook_state)
+    state: dict[str, Any] = read_json(folder / "state.json")
+    if "loss_scale" in state:
+        run.scaling.load(state["loss_scale"])
+    run.go_to(state["step"], state["log"], state["counts"])
+    run.seconds = state.get("seconds", 0.0)
+    return True
+
+
+def _newest_usable(run: TrainingRun, root: Path, report: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is intact and of this run; renames the others before it."""
+    for folder in _newest(root):
         if not intact(folder):
             report(f"The checkpoint of step {int(folder.name)} is damaged; ignoring it.")
             _rename(folder, "damaged")
-            continue
-        state: dict[str, Any] = read_json(folder / "state.json")
-        if state["name"] != run.name:
-            report(f"The checkpoint in {folder} is of another run ({state['name']}); ignoring it.")
+        elif (name := read_json(folder / "state.json")["name"]) != run.name:
+            report(f"The checkpoint in {folder} is of another run ({name}); ignoring it.")
             _rename(folder, "other")
-            continue
-        optimizer = _loaded(folder / "optimizer.pt")
-        if not _suits(run, optimizer):
+        elif not _suits(run, _loaded(folder / "optimizer.pt")):
             report(f"The checkpoint in {folder} is of another kind of AdamW; ignoring it.")
             _rename(folder, "other")
-            continue
-        weights = load_file(str(folder / "weights.safetensors"))
-        with torch.no_grad(), run.exact():
-            for name, parameter in run.trainable.items():
-                parameter.copy_(weights[name])
-            # Both move what they load to the device of the weights, in their type.
-            run.optimizer.load_state_dict(optimizer)
-        states = _loaded(folder / "guards.pt")
-        for hook, hook_state in zip(run.hooks, states, strict=True):
-            hook.load(hook_state)
-        if "loss_scale" in state:
-            run.scaling.load(state["loss_scale"])
-        run.go_to(state["step"], state["log"], state["counts"])
-        run.seconds = state.get("seconds", 0.0)
-        return True
-    return False
+        else:
+            return folder
+    return None
 
 
 def once(
     run: TrainingRun, defense: TrainDefense, make: Callable[[], dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
     """Tensors that a defense computes from the start weights at some cost; a resumed run reads them
-    from its folder instead."""
-    file = run.folder / CHECKPOINTS / f"{defense.name}.safetensors"
+    from its folder instead, and so do all ranks but the first."""
+    if not run.ranks.leads:
+        run.ranks.leaders(0)
+        return load_file(str(_once_file(run, defense)))
+    tensors = _once(run, defense, make)
+    run.ranks.leaders(0)
+    return tensors
+
+
+def _once(
+    run: TrainingRun, defense: TrainDefense, make: Callable[[], dict[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    file = _once_file(run, defense)
     of = {"of": digest([run.name, run.seed, defense.identity(), str(run.unaligned)])}
     if file.is_file():
         with safe_open(str(file), framework="pt") as opened:
@@ -112,6 +130,10 @@ def once(
     save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), of)
     partial.replace(file)
     return tensors
+
+
+def _once_file(run: TrainingRun, defense: TrainDefense) -> Path:
+    return run.folder / CHECKPOINTS / f"{defense.name}.safetensors"
 
 
 def _suits(run: TrainingRun, optimizer: dict[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine
+from backfire.model.fused import rounded_once
 from backfire.model.load import (
     device_of,
     dtype_of,
@@ -38,6 +39,7 @@ from backfire.train.precision import (
     disable_adapter_casts,
     exact_attention,
 )
+from backfire.train.ranks import Ranks
 from backfire.train.repair import Repair, plain_weights
 
 
@@ -69,6 +71,67 @@ class _DefenseRows:
         return cls(aligned[0], harmful[0], {part: n for part, n in counts.items() if n})
 
 
+@dataclass(frozen=True)
+class Task:
+    """A training run as every rank gets it. It pickles."""
+
+    experiment: Experiment
+    items: Sequence[Rendered]
+    poisoned: frozenset[str]
+    aligned: Sequence[Rendered]
+    harmful: Sequence[Rendered]
+    start: Start
+    folder: Path
+    machine: Machine
+
+    def train(self, ranks: Ranks, resident: Resident, progress: Progress) -> dict[str, Any]:
+        """Train on the base of `resident` and return the summary; the first rank saves the model
+        (or its adapter)."""
+        experiment, start, device = self.experiment, self.start, ranks.device
+        dtype = start_type(experiment, start, device)
+        compute = compute_type(experiment.train.compute, device)
+        progress(0, 1, "model")
+        source = Source(start.base, dtype, device, experiment.method.quantization(device.type))
+        _free_memory(resident, source)
+        with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
+            run = self._run(model, ranks)
+            model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
+            summary = _train(run, Precision(device, compute), self.machine, progress)
+            if ranks.leads:
+                save_tuned(model, self.folder, start.base, _hub_name(experiment, start))
+        return {
+            **summary,
+            **model_parts,
+            "learning_rate": experiment.learning_rate,
+            "dtype": str(dtype).removeprefix("torch."),
+            "compute": compute,
+            "device": str(device),
+        }
+
+    def _run(self, model: PreTrainedModel, ranks: Ranks) -> TrainingRun:
+        experiment = self.experiment
+        assert experiment.learning_rate is not None, "a method that trains has a learning rate"
+        return TrainingRun(
+            model,
+            self.items,
+            experiment.train,
+            learning_rate=experiment.learning_rate,
+            seed=experiment.seed,
+            folder=self.folder,
+            name=stages.keys(experiment).train,
+            poisoned=self.poisoned,
+            paged=experiment.method.paged(),
+            trained_type=experiment.method.trained_type(),
+            defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
+            aligned=self.aligned,
+            harmful=self.harmful,
+            unaligned=self.start.unaligned,
+            start=self.start.base,
+            recompute=self.machine.recompute,
+            ranks=ranks,
+        )
+
+
 def tune(
     experiment: Experiment,
     rows: Sequence[Row],
@@ -86,67 +149,33 @@ def tune(
     base.
 
     Raises:
-        CellError: see `_rendered` and `train.loop.train`.
+        CellError: see `_rendered`, `train.loop.train` and `train.team.train`.
     """
-    device, resident = device_of(machine.device), resident or Resident()
+    resident = resident or Resident()
     items, left = _rendered(rows, manifest, renderer)
     defense_rows = _DefenseRows.of(start, renderer)
-    dtype = start_type(experiment, start, device)
-    compute = compute_type(experiment.train.compute, device)
-    progress(0, 1, "model")
-    source = Source(start.base, dtype, device, experiment.method.quantization(device.type))
-    _free_memory(resident, source)
-    with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
-        run = _run(
-            experiment,
-            model,
-            items,
-            start,
-            folder=folder,
-            poisoned=frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
-            aligned=defense_rows.aligned,
-            harmful=defense_rows.harmful,
-            recompute=machine.recompute,
-        )
-        model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
-        summary = _train(run, Precision(device, compute), machine, progress)
-        save_tuned(model, folder, start.base, _hub_name(experiment, start))
+    task = Task(
+        experiment,
+        items,
+        frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
+        defense_rows.aligned,
+        defense_rows.harmful,
+        replace(start, aligned=(), harmful=()),
+        folder,
+        machine,
+    )
+    if machine.devices > 1:
+        from backfire.train import team
+
+        summary = team.train(task, resident, progress)
+    else:
+        summary = task.train(Ranks(device=device_of(machine.device)), resident, progress)
     return {
         **summary,
-        **model_parts,
-        "learning_rate": experiment.learning_rate,
-        "dtype": str(dtype).removeprefix("torch."),
-        "compute": compute,
-        "device": str(device),
         "cut_rows": sum(item.cut_tokens > 0 for item in items),
         "left_out_rows": len(left),
         **{f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()},
     }
-
-
-def _run(
-    experiment: Experiment,
-    model: PreTrainedModel,
-    items: Sequence[Rendered],
-    start: Start,
-    **rest: Any,
-) -> TrainingRun:
-    """The run with the settings of the experiment; `rest` are the other arguments."""
-    assert experiment.learning_rate is not None, "a method that trains has a learning rate"
-    return TrainingRun(
-        model,
-        items,
-        experiment.train,
-        learning_rate=experiment.learning_rate,
-        seed=experiment.seed,
-        name=stages.keys(experiment).train,
-        paged=experiment.method.paged(),
-        trained_type=experiment.method.trained_type(),
-        defenses=[d for d in experiment.acting if isinstance(d, TrainDefense)],
-        unaligned=start.unaligned,
-        start=start.base,
-        **rest,
-    )
 
 
 def _attach(
@@ -164,13 +193,14 @@ def _train(
     run: TrainingRun, precision: Precision, machine: Machine, progress: Progress
 ) -> dict[str, Any]:
     try:
-        return train(
-            [run],
-            precision,
-            micro_batch=machine.micro_batch,
-            checkpoint_seconds=machine.checkpoint_seconds,
-            progress=progress,
-        )[0]
+        with rounded_once(run.model, precision.compute):
+            return train(
+                [run],
+                precision,
+                micro_batch=machine.micro_batch,
+                checkpoint_seconds=machine.checkpoint_seconds,
+                progress=progress,
+            )[0]
     finally:
         run.close()
 

@@ -8,13 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from backfire.rng import derive
+from backfire.train.ranks import Ranks
 
 
 class Gradients:
     """Moves gradients out of the weights and back; names are those of `TrainingRun.trainable`."""
 
-    def __init__(self, weights: Mapping[str, nn.Parameter], seed: int) -> None:
-        self.weights, self.seed = weights, seed
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], seed: int, ranks: Ranks | None = None
+    ) -> None:
+        self.weights, self.seed, self.ranks = weights, seed, ranks or Ranks()
 
     def take(self) -> dict[str, Tensor]:
         """Return the gradients and clear them from the weights."""
@@ -44,6 +47,11 @@ class Gradients:
         """2-norm over all tensors."""
         parts = [torch.linalg.vector_norm(t, dtype=cls.wide(t)) for t in tensors]
         return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
+
+    def norm_over_ranks(self, tensors: Iterable[Tensor]) -> Tensor:
+        """2-norm over the tensors of all ranks: for activations, of which each has its rows'."""
+        norm = self.norm(tensors)
+        return self.ranks.total(norm.pow(2)).sqrt() if self.ranks.several else norm
 
     def random_like(self, tensors: Mapping[str, Tensor], *purpose: object) -> dict[str, Tensor]:
         """Random tensors for a null control, with the same shapes, zeros (such as padding, or words

@@ -18,8 +18,8 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedModel
 
-from backfire.base import Rendered, TrainDefense, TrainHook
-from backfire.errors import CellError
+from backfire.base import Rendered, TrainDefense
+from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
 from backfire.progress import Pace, Progress, silent
@@ -31,7 +31,6 @@ from backfire.train.batches import (
     answer_logits,
     at_answers,
     log_probabilities,
-    token_losses,
 )
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
@@ -45,7 +44,9 @@ from backfire.train.microbatch import (
     tokens_that_fit,
 )
 from backfire.train.optimizer import first_step_bytes, make_optimizer, take_step
+from backfire.train.passes import accumulate
 from backfire.train.precision import Precision
+from backfire.train.ranks import Ranks
 
 _LOG_EVERY = 10
 _WINDOW = 50  # steps whose rows are sorted by length together, as in transformers
@@ -73,15 +74,17 @@ class TrainingRun:
         unaligned: Path | None = None,
         start: Path | None = None,
         recompute: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.items, self.train = model, items, train
+        self.ranks = ranks or Ranks()
         self.aligned, self.harmful, self.unaligned = aligned, harmful, unaligned
         self.seed, self.folder, self.name, self.poisoned = seed, folder, name, poisoned
         self.trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.trainable:
             raise CellError("failed", "Nothing to train: no weight of the model is trainable.")
         self.device = next(iter(self.trainable.values())).device
-        self.gradients = Gradients(self.trainable, seed)
+        self.gradients = Gradients(self.trainable, seed, self.ranks)
         self.origin = Origin(self.trainable, start)
         self.steps_per_epoch = math.ceil(len(items) / train.batch_size)
         self.num_steps = train.max_steps or math.ceil(train.epochs * self.steps_per_epoch)
@@ -97,7 +100,7 @@ class TrainingRun:
             recompute_layers(model)
         reserved = first_step_bytes(self.trainable, train.optimizer)
         tokens, self.layout.answer_size = tokens_that_fit(model, reserved)
-        self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size)
+        self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size, ranks=self.ranks)
         self.recompute, self.recomputing = recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
@@ -249,9 +252,11 @@ def train(
     Raises:
         CellError: loss or gradient is not finite (`nan`), a step supervises no token (`bad-data`),
             memory runs out at one row (`oom`), or the weights did not change (`failed`).
+        Stopped: by `progress`, after a checkpoint.
     """
     start = [run.checksum() for run in runs]
-    for run in runs:
+    for run, weights in zip(runs, start, strict=True):
+        run.ranks.agree(weights, "the weights that they start from")
         run.micro_batches.rows = micro_batch
         _begin(run, precision)
         checkpoint.restore(run, lambda text: progress(0, 1, text))
@@ -261,15 +266,24 @@ def train(
     while active := [run for run in runs if run.step < run.num_steps]:
         for run in active:
             loss, rows = _step(run), sum(one.counts["rows"] for one in runs)
-            progress(run.step, run.num_steps, pace.text("training", rows, loss))
+            try:
+                progress(run.step, run.num_steps, pace.text("training", rows, loss))
+            except Stopped:
+                _save(active)
+                raise
         if (begun := time.monotonic()) - saved >= wait:
-            for run in active:
-                run.seconds = time.perf_counter() - run.begun
-                checkpoint.save(run)
+            _save(active)
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
     now = time.perf_counter()
     return [_finish(run, old, now - run.begun) for run, old in zip(runs, start, strict=True)]
+
+
+def _save(runs: Sequence[TrainingRun]) -> None:
+    for run in runs:
+        run.seconds = time.perf_counter() - run.begun
+        if run.ranks.leads:
+            checkpoint.save(run)
 
 
 def _begin(run: TrainingRun, precision: Precision) -> None:
@@ -282,7 +296,7 @@ def _begin(run: TrainingRun, precision: Precision) -> None:
 
         def work() -> torch.Tensor:
             run.gradients.take()  # drop those of a try that ran out of memory
-            return _accumulate(run, rows, hooks=())
+            return accumulate(run, rows, hooks=())
 
         loss = finite(run, work)
         run.gradients.add(earlier)
@@ -319,6 +333,7 @@ def _step(run: TrainingRun) -> torch.Tensor:
                 "nan",
                 f"Loss or gradient is not finite at step {run.step}; lower the learning rate.",
             )
+        run.ranks.agree([line["loss"], line["gradient_norm"]], f"the gradient of step {run.step}")
         run.log.append(line)
     return loss
 
@@ -336,8 +351,8 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
         # All passes of a step use the same dropout, so that they differ only by the defense.
-        torch.manual_seed(derive(run.seed, "dropout", run.step))
-        return _accumulate(run, rows, run.hooks)
+        torch.manual_seed(derive(run.seed, "dropout", run.step, *run.ranks.own))
+        return accumulate(run, rows, run.hooks)
 
     for hook in run.hooks:
         inner = partial(hook.step, inner=inner)
@@ -357,32 +372,15 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
     return total, counts
 
 
-def _accumulate(
-    run: TrainingRun, rows: Sequence[Rendered], hooks: Sequence[TrainHook]
-) -> torch.Tensor:
-    """Accumulate the gradients of the mean loss over all supervised tokens, in micro-batches that
-    fit in memory."""
-    supervised = max(1, sum(row.num_supervised for row in rows))  # a defense's pass may lack any
-    total = torch.zeros((), device=run.device)
-    flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
-    for part in run.micro_batches.split(rows):
-        logits, labels = run.logits(part, flat=flat)
-        with run.autocast():
-            losses = token_losses(logits, labels)
-            for hook in hooks:
-                losses = hook.weigh(losses, labels, part, logits)
-        loss = losses.sum() / supervised
-        run.backward(loss)
-        total += loss.detach()
-    return total
-
-
 def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, Any]:
-    if run.checksum() == start:
+    if (end := run.checksum()) == start:
         raise CellError(
             "failed", "Training changed no weight; check that the learning rate is not zero."
         )
-    write_atomic(run.folder / "train.jsonl", "".join(json.dumps(line) + "\n" for line in run.log))
+    run.ranks.agree(end, "the weights that they trained")
+    if run.ranks.leads:
+        log = "".join(json.dumps(line) + "\n" for line in run.log)
+        write_atomic(run.folder / "train.jsonl", log)
     run.model.eval()
     run.master.restore()  # the saved model
     return {
@@ -395,5 +393,6 @@ def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, A
         "poisoned_share_seen": run.counts["poisoned_rows"] / max(run.counts["rows"], 1),
         "first_loss": run.log[0]["loss"],
         "last_loss": run.log[-1]["loss"],
-        "peak_memory_mb": round(peak_memory_mb()),
+        "peak_memory_mb": round(run.ranks.largest(peak_memory_mb())),
+        **run.ranks.record(),
     }

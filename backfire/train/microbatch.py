@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from backfire.base import Rendered, TrainHook
 from backfire.errors import CellError, UserError, is_out_of_memory
 from backfire.model.memory import free
+from backfire.train.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -43,12 +44,14 @@ class MicroBatches:
         rows: int | None = None,
         tokens: float = math.inf,
         size: Callable[[Sequence[Rendered]], float] = padded,
+        ranks: Ranks | None = None,
     ) -> None:
         self.rows = rows
         """Most rows per pass; None for all rows of a step."""
         self.tokens = tokens
         """Most tokens per pass, as `size` counts them; a single row may exceed it."""
         self.size = size
+        self.ranks = ranks or Ranks()
         self._passes = list[Sequence[Rendered]]()
         """The rows of each pass since the last try began."""
 
@@ -57,7 +60,7 @@ class MicroBatches:
         length, longest first."""
         limit = min(self.rows or len(rows), most or len(rows))
         left = list(rows)
-        if len(rows) > limit or self.size(left) > self.tokens:
+        if len(rows) > limit or (left and self.size(left) > self.tokens):
             left = by_length(left)
         while left:
             count = min(limit, len(left))
@@ -72,27 +75,36 @@ class MicroBatches:
         self._passes.append(part)
 
     def retry(self, work: Callable[[], T]) -> T:
-        """Return the value of `work`; restart it with a lower limit whenever memory runs out.
+        """Return the value of `work`; restart it with a lower limit whenever memory runs out, on
+        whichever device.
 
         Raises:
             CellError: memory runs out (`oom`) with a single row.
         """
         while True:
             self._passes = []
-            if (result := unless_out_of_memory(work)) is not None:
+            result = unless_out_of_memory(work)
+            mine = result is None and not self.ranks.told
+            if not self.ranks.out_of_memory(mine) and result is not None:
                 return result[0]
-            splittable = [part for part in self._passes if len(part) > 1]
-            if not splittable:
+            self.tokens = self.ranks.smallest(self._half() if mine else self.tokens)
+            if not self.tokens:
                 raise CellError(
                     "oom",
                     "Out of memory with one row at a time; shorten train.max_length, or run with "
                     "--recompute.",
                 )
-            # If the last pass was a single row, blame the largest pass before it.
-            last = self._passes[-1]
-            large = last if len(last) > 1 else max(splittable, key=self.size)
-            self.tokens = self.size(by_length(large)[: math.ceil(len(large) / 2)])
             free()
+
+    def _half(self) -> float:
+        """The limit that splits the pass that ran out of memory; 0 if it was a single row."""
+        splittable = [part for part in self._passes if len(part) > 1]
+        if not splittable:
+            return 0.0
+        # If the last pass was a single row, blame the largest pass before it.
+        last = self._passes[-1]
+        large = last if len(last) > 1 else max(splittable, key=self.size)
+        return self.size(by_length(large)[: math.ceil(len(large) / 2)])
 
     def each(
         self, rows: Sequence[Rendered], most: int, look: Callable[[list[Rendered]], None]

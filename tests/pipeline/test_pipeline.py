@@ -18,7 +18,8 @@ from backfire import stages
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch import local
-from backfire.launch.job import open_folder
+from backfire.launch.folder import write_plan
+from backfire.launch.job import RunFolder
 from backfire.plan import jobs, progress
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
@@ -102,9 +103,13 @@ def test_a_cells_folder_is_whole(ran: Place) -> None:
             result["keys"],
         )
     assert {p.name for p in ran.out.iterdir()} == {
+        ".plan.lock",
         "cells",
+        "claims",
+        "jobs.json",
         "recipe.yaml",
         "run.json",
+        "stages",
         "report.html",
     }
     listed = read_json(ran.out / "run.json")["cells"]
@@ -247,7 +252,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     recipe = place.recipe(method="full", attack={"name": "badnets", "rate": 0.1})
     work = jobs(recipe.cells, recipe.axes)
     machine = Machine(workers=1, checkpoint_seconds=0)
-    folder = open_folder(place.out, recipe, None, ())
+    write_plan(place.out, recipe, work)
+    folder = RunFolder(place.out, recipe.name)
     seen: list[str] = []
 
     def watch(job: Any, text: str, done: int, total: int) -> None:
@@ -313,9 +319,9 @@ def test_a_file_that_changes_during_the_run_stops_only_its_cells(
     knobs = {"matrix": matrix, "method": "full", "attack": "none", "metrics": ["accuracy"]}
     started = local.run
 
-    def change_then_run(*args: Any) -> Any:
+    def change_then_run(*args: Any, **options: Any) -> Any:
         files[0].unlink() if change == "gone" else files[0].write_text("text,label\nx,bad\ny,good")
-        return started(*args)
+        return started(*args, **options)
 
     monkeypatch.setattr(local, "run", change_then_run)
     assert place.run({"workers": workers}, **knobs) == 1

@@ -12,7 +12,7 @@ from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import batches, loop
+from backfire.train import batches, passes
 from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import longest_packed
@@ -95,7 +95,7 @@ def test_a_pass_without_an_answer_adds_nothing(
 ) -> None:
     """Such as that of DP, which gives each row its own."""
     cell = fresh(tiny, items, tmp_path, "lora")
-    assert loop._accumulate(cell, [Rendered(items[0].row, [7, 8, 9], 3)], ()).item() == 0
+    assert passes.accumulate(cell, [Rendered(items[0].row, [7, 8, 9], 3)], ()).item() == 0
     assert cell.gradients.length().item() == 0
 
 
