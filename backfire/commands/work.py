@@ -12,6 +12,7 @@ from backfire import text
 from backfire.commands.estimate import amount
 from backfire.commands.plan import memory_of
 from backfire.commands.run import settings_of
+from backfire.commands.workers import SMALL, default_workers
 from backfire.errors import UserError
 from backfire.launch import local
 from backfire.launch.claims import Claims
@@ -45,7 +46,7 @@ def start(
     """
     plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
     cells = sum(job.kind == "cell" for job in plan.jobs)
-    settings = settings_of(machine, cells)
+    settings = settings_of(machine)
     team.check(settings)
     types = types_of(settings.device)
     if types.device != plan.device:
@@ -55,6 +56,12 @@ def start(
             f"{types.device}."
         )
     has = memory_of(settings.device, types)
+    if (
+        "workers" not in machine and not team.launched()
+    ):  # so many that each has memory for any job that fits at all
+        need = min(has, max((job.memory or 0.0 for job in plan.jobs), default=0.0) or SMALL)
+        workers = default_workers(cells, settings, need=need)
+        settings = settings.model_copy(update={"workers": workers})
     most = memory or has / (settings.workers if types.device == "cpu" else 1)
     folder = RunFolder(run, plan.recipe)
     _check_memory(needed(plan.jobs, folder), most)
