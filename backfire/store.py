@@ -29,7 +29,7 @@ from backfire.patience import patiently
 SEAL = "done.json"
 CHECKPOINTS = "checkpoints"
 """Subfolder of a stage in progress; deleted when the stage is done."""
-_DAY = 86400.0
+_HOUR, _DAY = 3600.0, 86400.0
 _HASHED_ON_READ = 64 * 2**20  # larger folders are checked by size alone
 
 
@@ -302,10 +302,15 @@ def _rename(folder: Path, path: Path) -> None:
 
 
 def _mark_used(path: Path) -> None:
-    """Let the seal's date tell when the stage was last used, to a day."""
+    """Let the seal's date tell when the stage was last used, to an hour."""
+    mark_recent(path / SEAL)
+
+
+def mark_recent(file: Path) -> None:
+    """Set a file's date to now, if it is more than an hour old."""
     with contextlib.suppress(OSError):  # of another user, or on a read-only disk
-        if time.time() - (path / SEAL).stat().st_mtime > _DAY:
-            os.utime(path / SEAL)
+        if time.time() - file.stat().st_mtime > _HOUR:
+            os.utime(file)
 
 
 def _sync_folder(folder: Path) -> None:
