@@ -18,10 +18,12 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from backfire.errors import Busy, is_away
 from backfire.patience import patiently
@@ -69,6 +71,9 @@ def scratch_root() -> Path | None:
 def unique() -> str:
     """A name that no other process has, on any host or in any container: host.pid.random."""
     return f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+
+
+_UNIQUE = re.compile(r"([^.]+)\.(\d+)\.[0-9a-f]{8}")
 
 
 def _host() -> str:
@@ -210,8 +215,16 @@ class Store:
         self._verified.add(path)
         return path
 
+    def temporary(self, stage: Stage) -> AbstractContextManager[Path]:
+        """A folder for the content of a stage that is not worth keeping; removed at the end."""
+        return _attempt(self._place(self.path(stage)), locked=False)
+
+    def _place(self, path: Path) -> Path:
+        """Where a stage is built."""
+        return self.scratch / path.parent.name / f"{path.name}.partial"
+
     def _build(self, path: Path, make: Callable[[Path], None], *, resumable: bool) -> None:
-        place = self.scratch / path.parent.name / f"{path.name}.partial"
+        place = self._place(path)
         with nullcontext(place) if resumable else _attempt(place) as partial:
             partial.mkdir(parents=True, exist_ok=True)
             make(partial)
@@ -248,9 +261,9 @@ class Store:
 
 
 @contextlib.contextmanager
-def _attempt(place: Path) -> Iterator[Path]:
+def _attempt(place: Path, *, locked: bool = True) -> Iterator[Path]:
     """A folder in `place` that no other attempt uses; removed at the end unless it was renamed."""
-    _remove_dead(place)
+    _remove_dead(place, locked=locked)
     folder = place / unique()
     folder.mkdir(parents=True)
     try:
@@ -261,12 +274,15 @@ def _attempt(place: Path) -> Iterator[Path]:
             place.rmdir()
 
 
-def _remove_dead(place: Path) -> None:
-    """Remove what killed attempts have left, as the holder of the stage's lock. Other hosts may not
-    see the lock, so their attempts count as dead once they are unchanged for a day."""
+def _remove_dead(place: Path, *, locked: bool) -> None:
+    """Remove what killed attempts have left: those of this host at once if this process holds the
+    stage's lock, else if their process is gone; those of other hosts, which may not see the lock,
+    once they are unchanged for a day."""
     for folder in place.glob("*.*.*"):
-        here = folder.name.startswith(f"{_host()}.")
-        if folder.is_dir() and (here or time.time() - last_change(folder) > _DAY):
+        if not (name := _UNIQUE.fullmatch(folder.name)):
+            continue
+        dead = locked or not psutil.pid_exists(int(name[2]))
+        if dead if name[1] == _host() else time.time() - last_change(folder) > _DAY:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import filelock
+import psutil
 import pytest
 
 from backfire import patience, store
@@ -248,13 +248,25 @@ def test_what_killed_attempts_leave_is_removed(root: Path, monkeypatch: pytest.M
     assert intact(folder) and left(place) == ["other.2.00000000", "other.2.00000000/half.bin"]
 
 
+def test_a_temporary_folder_is_of_one_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, place = Stage("merge", "slug", "key"), root / "merge/slug-key.partial"
+    with Store(root).temporary(stage) as one, Store(root).temporary(stage) as other:
+        assert one != other and one.parent == other.parent == place
+        assert not Store(root).done(stage)
+    assert left(root) == ["merge"]
+    (place / f"{store.unique()}").mkdir(parents=True)
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
+    with Store(root).temporary(stage) as one:
+        assert list(place.iterdir()) == [one], "what a killed process left is removed"
+
+
 def test_the_faster_of_two_hosts_wins(root: Path) -> None:
     """Where neither sees the other's lock."""
 
     def slow(folder: Path) -> None:
         (folder / "a.txt").write_text("slow")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(filelock, "FileLock", lambda path: contextlib.nullcontext())
+            patch.setattr(Store, "_lock", lambda *_: contextlib.nullcontext())
             patch.setattr(socket, "gethostname", lambda: "other")
             once(root, Maker())
 

@@ -66,14 +66,17 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
     sets: dict[SetName, list[Sample]] = {}
     secrets: dict[str, list[Leak]] = {}
     questions: dict[Any, Questions] = {}
-    for ask in asks:
-        run, rows = _run(experiment, ask), ask.name[1:]
-        if ask.rows == "secrets":
-            secrets[ask.of] = leaks(run, experiment, context)
-        elif ask.rows != "training":
-            if rows not in questions:
-                questions[rows] = _questions(ask, experiment, test, context)
-            sets[ask.name] = _samples(run, ask, questions[rows], context)
+    try:
+        for ask in asks:
+            run, rows = _run(experiment, ask), ask.name[1:]
+            if ask.rows == "secrets":
+                secrets[ask.of] = leaks(run, experiment, context)
+            elif ask.rows != "training":
+                if rows not in questions:
+                    questions[rows] = _questions(ask, experiment, test, context)
+                sets[ask.name] = _samples(run, ask, questions[rows], context)
+    finally:
+        context.drop_merged()
     has_replies = any("replies" in ask.needs for ask in asks if ask.rows == "clean")
     return Evidence.of_sets(
         sets,
