@@ -7,6 +7,7 @@ import difflib
 import errno
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 EXIT_CLASSES = {
     "nan": "Lower method.learning_rate or raise train.warmup_share.",
@@ -151,6 +152,12 @@ def shortened(value: object, limit: int = 120) -> str:
         return text
     half = (limit - 5) // 2
     return f"{text[:half]} ... {text[-half:]}"
+
+
+def no_file(path: object) -> UserError:
+    """A missing file; of a relative path also the folder that it is relative to."""
+    where = "" if str(path).startswith(("/", "~")) else f" in {Path.cwd()}"
+    return UserError(f"No such file: {path}{where}.")
 
 
 def kind_of(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from backfire.commands.plan import check, types_for, with_estimates
 from backfire.commands.run import finish
 from backfire.errors import UserError
 from backfire.launch import ray, slurm
+from backfire.launch.claims import Claims
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
@@ -50,6 +52,10 @@ class Asked:
     sbatch: Sequence[str] = ()
     ray_address: str | None = None
     open_cluster: bool = False
+
+    @property
+    def cluster_address(self) -> str | None:
+        return self.ray_address or os.environ.get("RAY_ADDRESS") or None
 
     def refuse_strays(self) -> None:
         """Refuse options of another place.
@@ -95,8 +101,11 @@ def start(
         UserError, CellError: the recipe or its data are invalid, or the cluster refuses; nothing
             was started.
     """
-    module, launcher_of = (slurm, _slurm) if asked.on == "slurm" else (ray, _ray)
-    module.available()
+    if asked.on == "slurm":
+        slurm.available()
+    else:
+        ray.available(asked.cluster_address, asked.open_cluster)
+    launcher_of = _slurm if asked.on == "slurm" else _ray
     device = "cuda" if asked.gpus and machine["device"] == "auto" else str(machine["device"])
     store, console, types = Store(), Console(stderr=True), types_for(device)
     recipe = resolve_auto(pin_models(recipe), types)
@@ -117,20 +126,17 @@ def start(
     each = memory / processes if types.device == "cpu" else None
     launcher.begin(_options(machine, types.device, processes, each), shared)
     count = asked.jobs or min(_JOBS, len(cells))
-    return finish(out, _follow(launcher, place, jobs, store, count, console), jobs, console)
+    return finish(out, _follow(launcher, place, jobs, count, console), jobs, console)
 
 
 def _follow(
     launcher: Launcher,
     place: RunFolder,
     jobs: Sequence[Job],
-    store: Store,
     count: int,
     console: Console,
 ) -> dict[str, str]:
     """Keep workers on the cluster until all jobs have ended; returns how they ended."""
-    from backfire.launch.claims import Claims
-
     stop = Stop()
     with ProgressDisplay(console, jobs) as display, stop.on_signals():
         view = View(jobs, place, Claims(place.path), display.watch)
@@ -138,7 +144,7 @@ def _follow(
             follow(view, launcher, count, lambda line: say(line, console), stop)
         except KeyboardInterrupt:
             stop.signaled = True
-        except BaseException:
+        except UserError:
             launcher.cancel()
             raise
     if stop:
@@ -168,8 +174,7 @@ def _ray(out: Path, asked: Asked, jobs: Sequence[Job], memory: float) -> ray.Ray
         memory=round(memory),
         cpus=asked.cpus_per_task or 1,
         gpus=asked.gpus or 0,
-        address=asked.ray_address,
-        may_be_open=asked.open_cluster,
+        address=asked.cluster_address,
     )
     return ray.Ray(out, request)
 

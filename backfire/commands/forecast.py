@@ -19,6 +19,7 @@ from backfire.commands.estimate import (
 )
 from backfire.commands.memory import Device, Memory, Size, memory, size
 from backfire.commands.workers import TIGHT, workers_by_device
+from backfire.data.weights import is_bare
 from backfire.experiment import Experiment, Machine
 from backfire.launch.resolve import resolve_auto, types_of
 from backfire.model.count import num_weights
@@ -27,7 +28,7 @@ from backfire.recipe import Recipe
 from backfire.registry import build
 from backfire.resources import ram_bytes
 from backfire.store import Store
-from backfire.text import listing
+from backfire.text import count, listing
 
 if TYPE_CHECKING:
     import torch
@@ -130,7 +131,8 @@ def lines(recipe: Recipe) -> list[str]:
     here, device = Forecast(recipe, types_of("auto")), device_of("auto")
     workers = workers_by_device(len(recipe.cells), Machine())
     has = gpu_bytes("auto") if here.device == "cuda" else ram_bytes()
-    out = [f"\nRecipe {recipe.name}, {len(recipe.cells)} cells; all figures are estimates"]
+    cells = count(len(recipe.cells), "cell")
+    out = [f"\nRecipe {recipe.name}, {cells}; all figures are estimates"]
     for experiment, need in here.largest():
         counts = here.size(experiment)
         if counts is None or need is None:
@@ -144,6 +146,8 @@ def lines(recipe: Recipe) -> list[str]:
         mark, verdict = _verdict(need, has, workers)
         if mark != "ok   ":
             verdict += here.remedy(experiment, has)
+        if experiment.model.is_local and is_bare(experiment.model.path):
+            verdict += "; by its config.json, since its folder has no weights"
         out.append(f"{mark} {_title(experiment)}: {_parts(counts, need)} of {verdict}")
     if here.device == "cpu":
         out += _cards(recipe)
@@ -188,11 +192,11 @@ def _title(experiment: Experiment) -> str:
 
 
 def _parts(size: Size, need: Memory) -> str:
-    count = f"{size.parameters / 1e6:,.2f} M weights"
+    weights = f"{size.parameters / 1e6:,.2f} M weights"
     if not size.trainable:
-        return f"{count}, none trained: {amount(need.total)} with the libraries"
+        return f"{weights}, none trained: {amount(need.total)} with the libraries"
     whole = (
-        f"{count}, {size.trainable / 1e6:,.2f} M trained: {amount(need.weights)} weights + "
+        f"{weights}, {size.trainable / 1e6:,.2f} M trained: {amount(need.weights)} weights + "
         f"{amount(need.state)} gradients and optimizer + {amount(need.passes)} activations of "
         f"{need.num_rows} rows + libraries = {amount(need.libraries + need.mapped + need.training)}"
     )

@@ -11,7 +11,7 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
 from backfire.evaluate.portions import Finished, portions
-from backfire.progress import Progress
+from backfire.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,12 +40,12 @@ def score_rows(
     if reads:
         _check_prompts(items)
     options = _candidates(renderer, items) if "scores" in kinds else [[]] * len(items)
-    passes, done = reads + ("answers" in kinds), 0
+    passes, done, pace = reads + ("answers" in kinds), 0, Pace()
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, passes * len(items), "evaluation")
+        progress(done, passes * len(items), pace.text("evaluation", done))
 
     extra = max_new_tokens * replies
     costs = [passes * (len(item.ids) + extra) for item in items]
@@ -55,6 +55,7 @@ def score_rows(
     for part in parts:
         if all(names[i] in finished.rows for i in part):
             done += passes * len(part)
+            pace.rows = done  # those of the interrupted call
             continue
         chosen = [items[i] for i in part]
         answers = [options[i] for i in part]

@@ -13,7 +13,7 @@ from pathlib import Path
 from backfire import stages
 from backfire.base import Exchange, Judge, Verdict
 from backfire.evaluate import journal
-from backfire.progress import Progress, silent
+from backfire.progress import Pace, Progress, silent
 from backfire.store import digest
 
 
@@ -36,10 +36,10 @@ def judged(
     missing = {
         key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in verdicts
     }
-    todo = list(missing.items())
+    todo, pace = list(missing.items()), Pace()
     for start in range(0, len(todo), batch_size):
         batch = todo[start : start + batch_size]
-        progress(start, len(todo), f"judge {judge.name}")
+        progress(start, len(todo), pace.text(f"judge {judge.name}", start))
         judgments = judge.judge([exchange for _, exchange in batch])
         fresh = {key: verdict for (key, _), verdict in zip(batch, judgments, strict=True)}
         _append(file, fresh)

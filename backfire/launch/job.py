@@ -28,6 +28,7 @@ from backfire.results.load import cell as record
 from backfire.results.load import outcome as outcome_of
 from backfire.results.plugins import lacking
 from backfire.store import Store, read_json, write_atomic, write_json
+from backfire.text import without_secrets
 
 
 class Ended(NamedTuple):
@@ -147,7 +148,8 @@ def set_threads(machine: Machine) -> None:
 def report(job: Job, folder: RunFolder, kind: str, sentence: str, trace: str | None = None) -> str:
     """Write how a job ended: `error.json` in a cell's folder, or a file for the stage, so that no
     worker repeats it in this round."""
-    file = folder._outcome(job)
+    file, sentence = folder._outcome(job), without_secrets(sentence)
+    trace = without_secrets(trace) if trace else None
     content: dict[str, Any] = {"status": kind, "error": sentence, "traceback": trace}
     if job.kind == "cell":
         failed = replace(

@@ -90,7 +90,8 @@ class _Team:
         """Keep the workers running until all of them have ended by themselves."""
         left = needed(self.jobs, self.folder)
         self.names = {job.id: job for job in self.jobs}
-        self.ended |= {job.id: "ok" for job in self.jobs if job not in left}
+        waiting = {job.id for job in left}  # by id: to compare jobs is slow, and there may be many
+        self.ended |= {job.id: "ok" for job in self.jobs if job.id not in waiting}
         count = min(self.machine.workers, len(left))
         for number in range(count):
             self.workers.append(self._start(stop, self.stays and number == 0))

@@ -37,6 +37,7 @@ from backfire.pipeline.context import Context
 from backfire.pipeline.models import filtered, model_of, summary_of, trained
 from backfire.pipeline.prepare import data, renderer
 from backfire.pipeline.secrets import leaks
+from backfire.progress import within
 from backfire.registry import build
 from backfire.store import read_json, write_atomic, write_json
 
@@ -66,15 +67,18 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
     sets: dict[SetName, list[Sample]] = {}
     secrets: dict[str, list[Leak]] = {}
     questions: dict[Any, Questions] = {}
+    measured = [ask for ask in asks if ask.rows != "training"]
     try:
-        for ask in asks:
+        for number, ask in enumerate(measured, start=1):
             run, rows = _run(experiment, ask), ask.name[1:]
+            part = f"part {number} of {len(measured)} ({ask.of}, {ask.rows})"
+            here = replace(context, progress=within(part, context.progress))
             if ask.rows == "secrets":
-                secrets[ask.of] = leaks(run, experiment, context)
-            elif ask.rows != "training":
-                if rows not in questions:
-                    questions[rows] = _questions(ask, experiment, test, context)
-                sets[ask.name] = _samples(run, ask, questions[rows], context)
+                secrets[ask.of] = leaks(run, experiment, here)
+                continue
+            if rows not in questions:
+                questions[rows] = _questions(ask, experiment, test, here)
+            sets[ask.name] = _samples(run, ask, questions[rows], here)
     finally:
         context.drop_merged()
     has_replies = any("replies" in ask.needs for ask in asks if ask.rows == "clean")

@@ -151,3 +151,25 @@ def test_an_answer_is_awaited_while_somebody_works(
         time.sleep(0.01)
     scheduler.answers = False
     watch(tmp_path, scheduler, 1)
+
+
+def test_a_run_folder_that_is_away_for_a_while_is_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(tmp_path)
+    refresh, times = View.refresh, iter(range(99))
+
+    def away(view: View) -> int:
+        if next(times) in (1, 2):
+            raise OSError("stale file handle")
+        return refresh(view)
+
+    monkeypatch.setattr(View, "refresh", away)
+    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.01)))
+    watch(tmp_path, scheduler, 1)
+    assert next(times) > 3
+    monkeypatch.setattr("backfire.launch.watch._SILENCE", 0.0)
+    planned(tmp_path / "other")
+    times = iter([1] * 99)
+    with pytest.raises(OSError, match="stale file handle"):
+        watch(tmp_path / "other", scheduler, 1)

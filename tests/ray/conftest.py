@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ class Cluster:
 
     process: subprocess.Popen[str]
     address: str
+    environment: dict[str, str]
+    """Variables of those who may use it."""
 
     def command(self, word: str) -> str:
         """Let the process that holds the cluster do something; returns its answer."""
@@ -27,6 +30,7 @@ class Cluster:
         return self.process.stdout.readline().strip()
 
 
+_PATIENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
 _HOLDER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -52,15 +56,16 @@ def ray() -> Iterator[Cluster]:
     if os.environ.get("BACKFIRE_TEST") != "ray":
         pytest.skip("Starts a Ray cluster; run by `make test-ray`.")
     pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     process: Any = subprocess.Popen(
         [sys.executable, "-c", _HOLDER],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, **_PATIENT, **token},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
-        yield Cluster(process, process.stdout.readline().strip())
+        yield Cluster(process, process.stdout.readline().strip(), {**_PATIENT, **token})
     finally:
         process.stdin.close()
         process.wait(timeout=60)
