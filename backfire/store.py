@@ -217,7 +217,7 @@ class Store:
 
     def temporary(self, stage: Stage) -> AbstractContextManager[Path]:
         """A folder for the content of a stage that is not worth keeping; removed at the end."""
-        return _attempt(self._place(self.path(stage)), locked=False)
+        return _attempt(self._place(self.path(stage)))
 
     def _place(self, path: Path) -> Path:
         """Where a stage is built."""
@@ -261,9 +261,9 @@ class Store:
 
 
 @contextlib.contextmanager
-def _attempt(place: Path, *, locked: bool = True) -> Iterator[Path]:
+def _attempt(place: Path) -> Iterator[Path]:
     """A folder in `place` that no other attempt uses; removed at the end unless it was renamed."""
-    _remove_dead(place, locked=locked)
+    _remove_dead(place)
     folder = place / unique()
     folder.mkdir(parents=True)
     try:
@@ -274,15 +274,14 @@ def _attempt(place: Path, *, locked: bool = True) -> Iterator[Path]:
             place.rmdir()
 
 
-def _remove_dead(place: Path, *, locked: bool) -> None:
-    """Remove what killed attempts have left: those of this host at once if this process holds the
-    stage's lock, else if their process is gone; those of other hosts, which may not see the lock,
-    once they are unchanged for a day."""
+def _remove_dead(place: Path) -> None:
+    """Remove what killed attempts have left: those whose process on this host is gone, and those of
+    other hosts that are unchanged for a day."""
     for folder in place.glob("*.*.*"):
         if not (name := _UNIQUE.fullmatch(folder.name)):
             continue
-        dead = locked or not psutil.pid_exists(int(name[2]))
-        if dead if name[1] == _host() else time.time() - last_change(folder) > _DAY:
+        dead = name[1] == _host() and not psutil.pid_exists(int(name[2]))
+        if dead or time.time() - last_change(folder) > _DAY:
             shutil.rmtree(folder, ignore_errors=True)
 
 

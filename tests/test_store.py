@@ -239,6 +239,7 @@ def test_an_attempt_that_fails_leaves_nothing(root: Path) -> None:
 
 def test_what_killed_attempts_leave_is_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, here = root / "train/slug-key.partial", store.unique()
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
     for name in (here, "other.1.00000000", "other.2.00000000"):
         (place / name).mkdir(parents=True)
         (place / name / "half.bin").write_bytes(b"half")

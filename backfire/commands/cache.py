@@ -18,9 +18,6 @@ from backfire.store import SEAL, Store, last_change
 from backfire.terminal import say
 
 _DAY = 86400.0
-_BUILDING = 3600.0
-"""Seconds since its last change for which an unfinished stage counts as being built, in case the
-lock of another host is not visible here."""
 _KINDS = {
     "tokenizer": "tokenizers",
     "base": "base models",
@@ -153,8 +150,10 @@ def prune(older: float, keep: Sequence[Path], *, remove: bool) -> None:
 
 
 def _can_go(one: Entry, older: float, kept: Sequence[User]) -> bool:
+    """Whether a stage may be removed. An unfinished one counts as being built for a day after its
+    last change: the lock of another host may not be visible here."""
     age = time.time() - one.used
-    if age < older * _DAY or (not one.is_done and age < _BUILDING):
+    if age < older * _DAY or (not one.is_done and age < _DAY):
         return False
     return one.path.suffix == ".damaged" or not any(
         user.needs_stage(one.kind, one.name) for user in kept

@@ -87,7 +87,8 @@ def needs_of(jobs: Iterable[Job]) -> set[str]:
     for job in jobs:
         if job.kind == "train":
             needs.add(f"train/*-{job.key}")
-        needs |= {f"{kind}/{slug}-*" for kind, slug in stages.slugs(job.experiment)}
+        elif job.kind == "cell":
+            needs |= {f"{kind}/{slug}-*" for kind, slug in stages.slugs(job.experiment)}
     return needs
 
 

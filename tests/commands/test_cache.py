@@ -147,9 +147,9 @@ def test_parts_of_a_run_add_up(run: Path, cache: Path) -> None:
     every = planned(run)
     [user] = users.users(cache)
     stamp = user.file.stat().st_mtime_ns
-    users.register(run, read(run), every[:3])
+    users.register(run, read(run), every[-3:])
     assert users.users(cache) == [user] and user.file.stat().st_mtime_ns == stamp
-    users.register(run, "another recipe", every[:3])
+    users.register(run, "another recipe", every[-3:])
     assert users.users(cache)[0].needs < user.needs
 
 
