@@ -21,6 +21,7 @@ from backfire.commands.options import (
     EvalBatch,
     Gpus,
     Jobs,
+    LogFormat,
     Mem,
     Memory,
     MicroBatch,
@@ -122,6 +123,7 @@ def run(
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
+    log_format: LogFormat = "text",
     plugin: Plugins = None,
     dry_run: DryRun = False,
     on: On = "local",
@@ -191,6 +193,7 @@ def work(
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
+    log_format: LogFormat = "text",
     plugin: Plugins = None,
 ) -> None:
     """Work on a planned run, beside any number of other workers; again to go on."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from backfire.data.weights import first_line
 from backfire.launch.environment import version_of
-from backfire.model.types import ram_bytes
 from backfire.recipe import Recipe
+from backfire.resources import cores, free_bytes, ram_bytes
 from backfire.store import cache_root
 from backfire.terminal import say
 
@@ -80,7 +80,8 @@ def _quantized() -> list[str]:
 def _machine() -> list[str]:
     import torch
 
-    out = [f"ok    {os.cpu_count()} cores, {ram_bytes() / 2**30:.0f} GB of memory"]
+    memory, free = (f"{size / 2**30:.0f} GB" for size in (ram_bytes(), free_bytes()))
+    out = [f"ok    {cores()} cores, {memory} of memory, {free} of it free"]
     out += map(_gpu, range(torch.cuda.device_count()))
     if not torch.cuda.is_available():
         out.append(

@@ -135,6 +135,26 @@ Plugins = Annotated[
 """The files are loaded before the command starts."""
 
 
+def _log_as(form: str) -> str:
+    if form == "json":
+        from backfire.launch.log import use_json
+
+        use_json()
+    return form
+
+
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option(
+        "--log-format",
+        help="json: everything on stderr is one JSON object a line.",
+        callback=_log_as,
+        is_eager=True,
+    ),
+]
+"""It applies before the command starts."""
+
+
 def folder_of(recipe: str, profile: str | None) -> Path:
     """The folder of a run that is given none. A name that would be another path is made safe: a
     recipe of somebody else chooses it."""

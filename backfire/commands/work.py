@@ -11,7 +11,7 @@ from rich.console import Console
 from backfire import text
 from backfire.commands.estimate import amount
 from backfire.commands.plan import memory_of
-from backfire.commands.run import default_workers
+from backfire.commands.workers import SMALL, default_workers
 from backfire.errors import UserError
 from backfire.experiment import Machine
 from backfire.launch import local
@@ -45,7 +45,7 @@ def start(
     """
     plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
     cells = sum(job.kind == "cell" for job in plan.jobs)
-    settings = Machine.make({"workers": default_workers(cells), **machine}, "option")
+    settings = Machine.make(machine, "option")
     types = types_of(settings.device)
     if types.device != plan.device:
         raise UserError(
@@ -54,6 +54,10 @@ def start(
             f"{types.device}."
         )
     has = memory_of(settings.device, types)
+    if "workers" not in machine:  # so many that each has memory for any job that fits at all
+        need = min(has, max((job.memory or 0.0 for job in plan.jobs), default=0.0) or SMALL)
+        workers = default_workers(cells, settings, need=need)
+        settings = settings.model_copy(update={"workers": workers})
     most = memory or has / (settings.workers if types.device == "cpu" else 1)
     with ProgressDisplay(console, plan.jobs) as display, stop.on_signals():
         ended = local.run(

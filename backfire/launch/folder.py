@@ -24,10 +24,11 @@ from backfire.recipe import Recipe
 from backfire.registry import loaded
 from backfire.results.plugins import missing
 from backfire.store import read_json, write_atomic, write_json
+from backfire.text import without_tokens
 
 JOBS = "jobs.json"
 _FORMAT = 1
-_ID = re.compile(r"(base|train|cell)-[0-9a-f]+")
+_ID = re.compile(r"(base|train|cell)-[0-9a-f]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,11 @@ def write_plan(
     up, so that several launchers may each plan a part."""
     path.mkdir(parents=True, exist_ok=True)
     with FileLock(path / ".plan.lock"):
-        same = _text(path / "recipe.yaml") == recipe.text
+        kept = without_tokens(recipe.text)
+        same = _text(path / "recipe.yaml") == kept
         former, known = (_former(path / "run.json"), _former(path / JOBS)) if same else ({}, {})
         if not same:
-            write_atomic(path / "recipe.yaml", recipe.text)
+            write_atomic(path / "recipe.yaml", kept)
         cells = [f"{job.title}-{job.key}" for job in jobs if job.kind == "cell"]
         listed = {"cells": list(dict.fromkeys([*_list(former, "cells"), *cells]))}
         run = {"recipe": recipe.name, "profile": profile, "edits": list(edits), **listed}

@@ -20,10 +20,10 @@ from backfire.experiment import Machine
 from backfire.launch.claims import MOST_KILLS
 from backfire.launch.job import RunFolder, run_job
 from backfire.launch.work import Stop, Watch, needed, work
-from backfire.model.types import has_gpu
 from backfire.plan import Job
 from backfire.plugins import Plugin
 from backfire.registry import loaded, use
+from backfire.resources import gpus, has_gpu
 from backfire.store import Store
 
 _ENDS = {"ok", *EXIT_CLASSES}
@@ -65,6 +65,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     stays: bool
+    gpu: str | None
     job: Job | None = None
     """The job that it has."""
 
@@ -89,9 +90,11 @@ class _Team:
         """Keep the workers running until all of them have ended by themselves."""
         left = needed(self.jobs, self.folder)
         self.names = {job.id: job for job in self.jobs}
-        self.ended |= {job.id: "ok" for job in self.jobs if job not in left}
+        waiting = {job.id for job in left}  # by id: to compare jobs is slow, and there may be many
+        self.ended |= {job.id: "ok" for job in self.jobs if job.id not in waiting}
         count = min(self.machine.workers, len(left))
-        self.workers += [self._start(stop, self.stays and n == 0) for n in range(count)]
+        for number in range(count):
+            self.workers.append(self._start(stop, self.stays and number == 0))
         while self.workers and not stop:
             pipes = [item for w in self.workers for item in (w.pipe, w.process.sentinel)]
             wait(pipes, timeout=0.5)
@@ -127,13 +130,25 @@ class _Team:
         pipe, far = context.Pipe()
         # Plug-ins come first: the other arguments may hold objects of their classes.
         arguments = (self.jobs, self.folder, self.store, self.machine)
+        gpu = self._free_gpu()
         options = {"memory": self.memory, "stays": stays, "stop": stop}
         process = context.Process(
-            target=_work, args=(loaded(), far, arguments, options), daemon=True
+            target=_work, args=(loaded(), far, gpu, arguments, options), daemon=True
         )
         process.start()
         far.close()
-        return _Worker(process, pipe, stays)
+        return _Worker(process, pipe, stays, gpu)
+
+    def _free_gpu(self) -> str | None:
+        """The GPU that the fewest workers have, if there are several to choose from."""
+        names = gpus()
+        if (
+            len(names) < 2
+            or self.machine.device not in ("auto", "cuda")
+            or self.machine.devices > 1
+        ):
+            return None
+        return min(names, key=[worker.gpu for worker in self.workers].count)
 
     def _listen(self, worker: _Worker) -> None:
         """Forward the worker's messages."""
@@ -163,9 +178,15 @@ class _Team:
 
 
 def _work(
-    plugins: Sequence[Plugin], pipe: Connection, arguments: tuple[Any, ...], options: dict[str, Any]
+    plugins: Sequence[Plugin],
+    pipe: Connection,
+    gpu: str | None,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> None:
     """What a worker process does."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it is first used
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     # The run has read the data, and said what it leaves out.
     logging.getLogger("backfire.datasets").setLevel(logging.ERROR)

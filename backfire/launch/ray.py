@@ -19,6 +19,7 @@ from typing import Any
 
 from backfire.errors import UserError, shortened
 from backfire.launch.remote import Probe, Worker
+from backfire.resources import cores
 
 _RETRIES = 3
 """How often Ray itself repeats the task of a worker that died; then `launch.watch` does."""
@@ -59,6 +60,7 @@ class Ray:
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
             where = {"address": "local", "include_dashboard": False}
             where["_node_ip_address"] = "127.0.0.1"
+            where["num_cpus"] = self.request.cpus * max(1, cores() // self.request.cpus)
         ray = _import_ray()
         try:
             ray.init(**where, log_to_driver=False, logging_level="ERROR")

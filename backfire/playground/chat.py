@@ -37,7 +37,7 @@ def talk(
     Raises:
         UserError: a folder holds no finished cell.
     """
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     machine = Machine.make({"device": device})
     first = read_cell(cell)
     other = read_cell(against) if against else first.untuned()

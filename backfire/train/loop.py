@@ -22,7 +22,7 @@ from backfire.base import Rendered, TrainDefense
 from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
-from backfire.progress import Progress, silent
+from backfire.progress import Pace, Progress, silent
 from backfire.rng import derive, stream
 from backfire.store import write_atomic
 from backfire.train import checkpoint
@@ -43,7 +43,7 @@ from backfire.train.microbatch import (
     refuse_hooks,
     tokens_that_fit,
 )
-from backfire.train.optimizer import make_optimizer, take_step
+from backfire.train.optimizer import first_step_bytes, make_optimizer, take_step
 from backfire.train.passes import accumulate
 from backfire.train.precision import Precision
 from backfire.train.ranks import Ranks
@@ -98,7 +98,8 @@ class TrainingRun:
         self.layout = Layout.of(model, self.hooks, recompute=recompute)
         if recompute:
             recompute_layers(model)
-        tokens, self.layout.answer_size = tokens_that_fit(model)
+        reserved = first_step_bytes(self.trainable, train.optimizer)
+        tokens, self.layout.answer_size = tokens_that_fit(model, reserved)
         self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size, ranks=self.ranks)
         self.recompute, self.recomputing = recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
@@ -261,12 +262,12 @@ def train(
         checkpoint.restore(run, lambda text: progress(0, 1, text))
         run.begun = time.perf_counter() - run.seconds
     saved, wait = time.monotonic(), checkpoint_seconds
+    pace = Pace(sum(run.counts["rows"] for run in runs))
     while active := [run for run in runs if run.step < run.num_steps]:
         for run in active:
-            _step(run)
-            text = f"loss {run.log[-1]['loss']:.3f}" if run.log else ""
+            loss, rows = _step(run), sum(one.counts["rows"] for one in runs)
             try:
-                progress(run.step, run.num_steps, text)
+                progress(run.step, run.num_steps, pace.text("training", rows, loss))
             except Stopped:
                 _save(active)
                 raise
@@ -307,8 +308,8 @@ def _begin(run: TrainingRun, precision: Precision) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _step(run: TrainingRun) -> None:
-    """One optimizer step."""
+def _step(run: TrainingRun) -> torch.Tensor:
+    """One optimizer step; returns its loss."""
     rows = run.rows()
     loss, counts = finite(run, lambda: _gradients(run, rows))
     rate = run.optimizer.param_groups[0]["lr"]
@@ -334,6 +335,7 @@ def _step(run: TrainingRun) -> None:
             )
         run.ranks.agree([line["loss"], line["gradient_norm"]], f"the gradient of step {run.step}")
         run.log.append(line)
+    return loss
 
 
 def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:

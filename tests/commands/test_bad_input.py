@@ -47,7 +47,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", "model=nobody/none"], "not on this machine and HF_HUB_OFFLINE is set", {}),
     (["run", "r.yaml", "model=a b c"], "'a b c'", {}),
     (["run", "r.yaml", "model.trust_remote_code=true"], "trust_remote_code", {}),
-    (["run", "r.yaml", FILES], "No such file: rows.csv", {}),
+    (["run", "r.yaml", FILES], "No such file: rows.csv in /", {}),
     (["run", "r.yaml", FILES], "rows.csv, line 2: ", {"rows.csv": 'text,label\n"open,bad\n'}),
     (["poison", "rows.csv", LABELS], "rows.csv, line 3: ", {"rows.csv": "text,label\na,bad\nb\n"}),
     (["validate", "gone.yaml"], "No such recipe file", {}),

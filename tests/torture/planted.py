@@ -248,8 +248,8 @@ VARIABLES = (
 
 @row(
     "A run that succeeds, one whose cell fails and one whose judge rejects its key are made with "
-    "secrets in environment variables and in a comment of the recipe, then reported and exported; "
-    "every file, packed ones too, and all output is searched.",
+    "secrets in environment variables, and those of known forms in the recipe, then reported and "
+    "exported; every file, packed ones too, and all output is searched.",
     full=200,
     small=20,
     zero=("found_in_files", "found_in_output"),
@@ -306,7 +306,8 @@ def _with_secrets(say: Say, folder: Path, tiny: Path, secrets: dict[str, str]) -
         broken = {"method": {"name": "lora", "rank": 2, "learning_rate": 1e30}}
         for name, extra in (("good", {}), ("broken", broken), ("judged", judged)):
             file = recipe(folder, "mine.yaml", model=str(tiny), **extra)
-            comment = "".join(f"# my {key} is {secret}\n" for key, secret in secrets.items())
+            known = [s for s in secrets.values() if s.startswith(("hf_", "sk-", "ghp_"))]
+            comment = "".join(f"# my key is {secret}\n" for secret in known)
             (folder / file).write_text(
                 comment.replace("#", "# Does it?", 1) + (folder / file).read_text()
             )
