@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo check test style lint bench bench-gpu notebooks clean
+.PHONY: demo check test test-slurm test-ray torture style lint bench bench-gpu notebooks clean
 
 demo: $(VENV)/.installed
 	$(BIN)/backfire run tour
@@ -15,6 +15,15 @@ check: style
 # Before a merge: all tests.
 test: style
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# They start a Slurm, or a Ray cluster, and stop it; without the packages they skip.
+test-slurm: $(VENV)/.installed-dev
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[slurm]"
+	BACKFIRE_TEST=slurm $(BIN)/python -m pytest -s -rs tests/slurm
+
+test-ray: $(VENV)/.installed-dev
+	-$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[ray]"
+	BACKFIRE_TEST=ray $(BIN)/python -m pytest -s -rs tests/ray
 
 style: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -33,6 +42,10 @@ bench: $(VENV)/.installed
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.gpu --shape 135m --methods lora qlora --compare
 	$(BIN)/python -m benchmarks.gpu --shape 7b --methods lora qlora --compare
+
+# Every row of docs/reliability.md at its full count.
+torture: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.torture
 
 notebooks: $(VENV)/.installed-workshop
 	$(BIN)/jupytext --quiet --to ipynb examples/*.py

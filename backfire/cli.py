@@ -9,8 +9,42 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from backfire.commands import tools
 from backfire.commands.failure import fail, fail_or_raise
-from backfire.commands.options import Device, Edits, Out, Plugins, Profile, Recipe, Run
+from backfire.commands.options import (
+    Account,
+    Cpus,
+    Device,
+    Devices,
+    DryRun,
+    Edits,
+    EvalBatch,
+    Gpus,
+    Jobs,
+    LogFormat,
+    Mem,
+    Memory,
+    MicroBatch,
+    Minutes,
+    On,
+    OpenCluster,
+    Out,
+    Partition,
+    Plugins,
+    Profile,
+    Qos,
+    RayAddress,
+    Recipe,
+    Recompute,
+    Run,
+    Sbatch,
+    Time,
+    Workers,
+    WorkersDevice,
+    echo,
+    folder_of,
+    machine_of,
+)
 from backfire.errors import CellError, UserError
 
 app = typer.Typer(
@@ -25,7 +59,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from backfire import __version__
 
-        _echo(f"backfire {__version__}")
+        echo(f"backfire {__version__}")
         raise typer.Exit
 
 
@@ -54,10 +88,6 @@ def main() -> None:
         fail_or_raise(error)
 
 
-def _echo(text: str) -> None:
-    print(text)  # noqa: T201
-
-
 # ------------------------------------------------------------------------------------- recipes
 
 
@@ -68,7 +98,7 @@ def init(
     """Write a commented recipe to start from."""
     from backfire.commands.files import write_starter
 
-    _echo(write_starter(path))
+    echo(write_starter(path))
 
 
 @app.command()
@@ -87,64 +117,99 @@ def run(
     edits: Edits = None,
     profile: Profile = None,
     out: Out = None,
-    workers: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Cells run in parallel; by default one per core, or one on a GPU."
-        ),
-    ] = None,
+    workers: Workers = None,
     device: Device = "auto",
-    devices: Annotated[
-        int | None,
-        typer.Option(min=1, help="Devices that train each cell together; 1 if not given."),
-    ] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
-    ] = None,
-    eval_batch: Annotated[
-        int | None, typer.Option(min=1, help="Most rows per forward pass in evaluation.")
-    ] = None,
-    recompute: Annotated[
-        bool,
-        typer.Option(
-            "--recompute",
-            help="Train in less memory by recomputing layers (activation checkpointing).",
-        ),
-    ] = False,
+    devices: Devices = None,
+    micro_batch: MicroBatch = None,
+    eval_batch: EvalBatch = None,
+    recompute: Recompute = False,
+    log_format: LogFormat = "text",
     plugin: Plugins = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan without running it.")
-    ] = False,
+    dry_run: DryRun = False,
+    on: On = "local",
+    jobs: Jobs = None,
+    cpus_per_task: Cpus = None,
+    gpus: Gpus = None,
+    mem: Mem = None,
+    time: Time = None,
+    partition: Partition = None,
+    account: Account = None,
+    qos: Qos = None,
+    sbatch: Sbatch = None,
+    ray_address: RayAddress = None,
+    open_cluster: OpenCluster = False,
 ) -> None:
     """Run a recipe. Running the same command again does only what is missing."""
-    from backfire.commands import validate
+    from backfire.commands import cluster, validate
     from backfire.commands.run import start
     from backfire.train import team
 
     if team.serves():
         return
+    sizes = (jobs, cpus_per_task, gpus, mem, time)
+    places = (partition, account, qos, tuple(sbatch or ()), ray_address, open_cluster)
+    asked = cluster.Asked(on, *sizes, *places)
+    asked.refuse_strays()
     loaded = _load(recipe, profile, edits)
     if dry_run:
         validate.show_plan(loaded)
         return
-    name = f"{loaded.name}-{profile}" if profile else loaded.name
-    batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
-    places = {"device": device, "devices": devices, "workers": workers}
-    machine = {**places, "recompute": recompute, **batches}
-    failed = start(
-        loaded,
-        out or Path("runs") / name,
-        {key: value for key, value in machine.items() if value is not None},
-        profile=profile,
-        edits=edits or (),
-    )
+    place = out or folder_of(loaded.name, profile)
+    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    again = {"profile": profile, "edits": edits or ()}
+    if on == "local":
+        failed = start(loaded, place, machine, **again)
+    else:
+        failed = cluster.start(loaded, place, asked, machine, **again)
     if failed:
         raise typer.Exit(1)
 
 
 @app.command()
+def plan(
+    recipe: Recipe,
+    edits: Edits = None,
+    profile: Profile = None,
+    out: Out = None,
+    device: WorkersDevice = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Fetch what a recipe needs and write its jobs, for `work` on any number of machines."""
+    from backfire.commands.plan import write
+
+    loaded = _load(recipe, profile, edits)
+    place = out or folder_of(loaded.name, profile)
+    echo(write(loaded, place, device, profile=profile, edits=edits or ()))
+
+
+@app.command()
+def work(
+    run: Run,
+    minutes: Minutes = None,
+    memory: Memory = None,
+    workers: Workers = None,
+    device: Device = "auto",
+    devices: Devices = None,
+    micro_batch: MicroBatch = None,
+    eval_batch: EvalBatch = None,
+    recompute: Recompute = False,
+    log_format: LogFormat = "text",
+    plugin: Plugins = None,
+) -> None:
+    """Work on a planned run, beside any number of other workers; again to go on."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported
+    from backfire.commands.work import start
+    from backfire.train import team
+
+    if team.serves():
+        return
+    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    start(run, settings, minutes=minutes, memory=memory and memory * 1e9)
+
+
+@app.command()
 def status(run: Run) -> None:
-    """Show which cells of a run are done, failed or missing."""
+    """Show which cells of a run are done, failed or missing, and who works on what."""
     from backfire.commands.status import show
 
     show(run)
@@ -171,7 +236,7 @@ def results(
     if format == "table":
         print_records(rows)
     else:
-        _echo(write(rows, format).rstrip("\n"))
+        echo(write(rows, format).rstrip("\n"))
 
 
 @app.command()
@@ -179,7 +244,7 @@ def report(run: Run, plugin: Plugins = None) -> None:
     """Write the run's page, report.html."""
     from backfire.report.page import write_report
 
-    _echo(f"Wrote {write_report(run)}")
+    echo(f"Wrote {write_report(run)}")
 
 
 @app.command()
@@ -266,121 +331,44 @@ def check(
     raise typer.Exit(1 if check_plugin(plugin) else 0)
 
 
+@app.command()
+def cache(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN | prune]", help="A run's folder; or prune, to remove what no run needs."
+        ),
+    ] = None,
+    older: Annotated[
+        float, typer.Option(min=0, help="prune: only what was not used for so many days.")
+    ] = 30.0,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option(help="prune: a finished run whose models stay; repeatable.", metavar="RUN"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="prune: only say what would go.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="prune: remove it.")] = False,
+) -> None:
+    """Show what the cache holds, or what one run needs of it; `cache prune` makes room.
+
+    What an unfinished run needs, and what is being built, always stays.
+    """
+    from backfire.commands.cache import prune, show
+
+    if what == "prune":
+        prune(older, keep or [], remove=yes and not dry_run)
+    elif keep or yes or dry_run:
+        raise UserError("--keep, --dry-run and --yes belong to `backfire cache prune`.")
+    else:
+        show(None if what is None else Path(what))
+
+
 # ----------------------------------------------------------------------------- data and models
 
-
-@app.command()
-def poison(
-    data: Annotated[
-        str,
-        typer.Argument(help="A data file, a data set by name, or a hub id.", show_default=False),
-    ],
-    edits: Edits = None,
-    attack: Annotated[str, typer.Option(help="An attack by name; see `list attacks`.")] = "badnets",
-    out: Annotated[
-        Path, typer.Option(help="JSONL file to write; its manifest is written next to it.")
-    ] = Path("poisoned.jsonl"),
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0, max=2**32 - 1, help="Seed for drawing the poisoned rows; 0 if not given."
-        ),
-    ] = None,
-    plugin: Plugins = None,
-) -> None:
-    """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
-    from backfire.commands.files import poison_file
-
-    _echo(poison_file(data, attack, edits or [], out, seed))
-
-
-@app.command()
-def pretrain(
-    corpus: Annotated[
-        list[Path],
-        typer.Option(help="Text, JSONL, CSV or Parquet files; repeatable.", show_default=False),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for the model.", show_default=False)],
-    edits: Annotated[
-        list[str] | None,
-        typer.Argument(help="Settings, such as hidden_size=192.", metavar="[KEY=VALUE]..."),
-    ] = None,
-    device: Device = "auto",
-) -> None:
-    """Pre-train a small base model on your own text."""
-    from backfire.commands.files import pretrain_files
-
-    _echo(pretrain_files(corpus, out, edits or [], device))
-
-
-@app.command()
-def chat(
-    cell: Annotated[Path, typer.Argument(help="A cell folder of a run.", show_default=False)],
-    against: Annotated[
-        Path | None, typer.Option(help="Another cell; the base model if not given.")
-    ] = None,
-    device: Device = "auto",
-    plugin: Plugins = None,
-) -> None:
-    """Chat with a tuned model and its base side by side; /trigger toggles the attack's trigger."""
-    from backfire.playground.chat import talk
-
-    talk(cell, against, device)
-
-
-@app.command()
-def playground(
-    run: Run,
-    device: Device = "auto",
-    port: Annotated[
-        int | None,
-        typer.Option(
-            min=1, max=65535, help="Port on this machine; by default the first free one from 7860."
-        ),
-    ] = None,
-    share: Annotated[
-        bool,
-        typer.Option("--share", help="Share it through gradio's relay, with a password."),
-    ] = False,
-    plugin: Plugins = None,
-) -> None:
-    """Chat with two models of a run side by side, in a local web page."""
-    from backfire.playground.server import serve
-
-    serve(run, device, port=port, share=share)
-
-
-@app.command()
-def export(
-    what: Annotated[
-        Path, typer.Argument(help="A cell folder; for --results also a run.", show_default=False)
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write; exports/<name> if not given."),
-    ] = None,
-    merge: Annotated[
-        bool, typer.Option("--merge", help="Merge the adapter into the base.")
-    ] = False,
-    results: Annotated[
-        Literal["lm-eval", "inspect"] | None,
-        typer.Option(help="Export the numbers for this tool, instead of the model."),
-    ] = None,
-    plugin: Plugins = None,
-) -> None:
-    """Write a cell's model (PEFT adapter or plain weights) or a run's results for other tools."""
-    if results:
-        if merge:
-            raise UserError("--merge cannot be combined with --results; leave it out.")
-        from backfire.commands.export import export_results
-
-        files = export_results(what, out, results)
-        where = os.path.commonpath([file.parent for file in files])
-        _echo(f"{len(files)} file{'s' * (len(files) > 1)} in {where}")
-        return
-    from backfire.commands.export import export_model
-
-    _echo(f"Model: {export_model(what, out, merge=merge)}")
+for verb in (tools.poison, tools.pretrain, tools.chat, tools.playground, tools.export):
+    app.command()(verb)
 
 
 def _load(recipe: str, profile: str | None, edits: list[str] | None) -> Any:

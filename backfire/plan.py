@@ -24,6 +24,10 @@ class Job:
     axes: dict[str, Any]
     after: tuple[str, ...] = ()
     """Ids of jobs that must end first, so that two workers never block on the same stage."""
+    minutes: float | None = None
+    """Estimated time; None is unknown."""
+    memory: float | None = None
+    """Estimated peak memory in bytes; None is unknown."""
 
     @property
     def key(self) -> str:

@@ -1,10 +1,70 @@
-"""Type of the callback by which long work reports progress."""
+"""How long work reports progress: a callback, and a text with the loss and the rows a second.
 
+The text is all that crosses from a worker to whoever watches it, so `Pace` writes its numbers and
+`facts` reads them.
+"""
+
+from __future__ import annotations
+
+import re
+import time
 from collections.abc import Callable
+from typing import NamedTuple, SupportsFloat
 
 Progress = Callable[[int, int, str], None]
 """Called with the steps done, the steps in total, and a short text on the current step."""
 
+_READ_SECONDS = 0.2  # a loss on a GPU is read no more often: reading waits for the step
+_FACTS = re.compile(
+    r"(?P<activity>.*?)(, loss (?P<loss>[^\s,]+))?(, (?P<rate>[\d.]+) rows/s)?(?P<where> on \S+)?"
+)
+
 
 def silent(done: int, total: int, text: str) -> None:
     """Report nothing."""
+
+
+def within(part: str, progress: Progress) -> Progress:
+    """A callback whose texts begin with the part of the work that they are about."""
+    return lambda done, total, text: progress(done, total, f"{part}: {text}")
+
+
+class Facts(NamedTuple):
+    """What a text says."""
+
+    activity: str
+    loss: float | None
+    rows_per_second: float | None
+
+
+class Pace:
+    """Words texts such as `training, loss 0.512, 85 rows/s`; `rows` are those done before."""
+
+    def __init__(self, rows: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.rows, self.clock, self.begun = rows, clock, clock()
+        self._loss, self._read = "", -1.0
+
+    def text(self, activity: str, rows: int, loss: SupportsFloat | None = None) -> str:
+        """The text after `rows` rows in total; its loss is at most a fifth of a second old."""
+        now = self.clock()
+        if loss is not None and (self._read < 0 or now - self._read >= _READ_SECONDS):
+            self._loss, self._read = f", loss {float(loss):.3f}", now
+        rate, seconds = "", now - self.begun
+        if rows > self.rows and seconds > 0:
+            rate = f", {_short((rows - self.rows) / seconds)} rows/s"
+        return f"{activity}{self._loss}{rate}"
+
+
+def facts(text: str) -> Facts:
+    """The activity of a text, with ` on HOST` at its end, and its numbers if it has any."""
+    found = _FACTS.fullmatch(text)
+    if found is None:  # more than one line
+        return Facts(text, None, None)
+    loss, rate = found["loss"], found["rate"]
+    activity = found["activity"] + (found["where"] or "")
+    return Facts(activity, float(loss) if loss else None, float(rate) if rate else None)
+
+
+def _short(value: float) -> str:
+    """Two significant digits, or the whole number if it has more."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"

@@ -40,6 +40,10 @@ TRAINING = 2
 layers no longer see padding; weight decay finds norms and biases by name; the last rows of a pass
 through other rows are used)."""
 
+ONE_ROUNDING = "one rounding"
+"""In the key of a model with a LoRA adapter in 16 bits since the sum of the outputs of base and
+adapter is rounded once."""
+
 GGUF = 1
 """Version of the conversion of GGUF files."""
 
@@ -114,10 +118,16 @@ def cell_key(experiment: Experiment) -> str:
 
 def base_key(model: Model) -> str:
     """The key of an untuned model: pre-training knobs, file contents, or hub id and revision."""
-    dtype: Any = types_here().dtype if model.dtype == "auto" else model.dtype
+    dtype: Any = _dtype(model)
     if dtype == "bfloat16":  # 2: weights that are trained, or were in alignment, are float32
         dtype = [dtype, 2]
+    if model.adapter and not model.merge and dtype != "float32":
+        dtype = [dtype, ONE_ROUNDING]
     return digest([*_weights_identity(model), dtype])
+
+
+def _dtype(model: Model) -> str:
+    return types_here().dtype if model.dtype == "auto" else model.dtype
 
 
 def _weights_identity(model: Model) -> list[Any]:
@@ -148,7 +158,9 @@ def _start_key(experiment: Experiment, base: str) -> str:
 
 def _tuning(experiment: Experiment) -> list[Any]:
     here, train = types_here(), experiment.train
-    compute = here.compute if train.compute == "auto" else train.compute
+    compute: Any = here.compute if train.compute == "auto" else train.compute
+    if experiment.method.stacks and {compute, _dtype(experiment.model)} != {"float32"}:
+        compute = [compute, ONE_ROUNDING]
     # Equal learning rates are the same training, whether given or by default.
     rate = {"learning_rate": experiment.learning_rate}
     method = {**experiment.method.resolved(here.device).identity(), **rate}
@@ -350,6 +362,18 @@ def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -
 
 
 # -------------------------------------------------------------------------------------------- slugs
+
+
+def slugs(experiment: Experiment) -> set[tuple[str, str]]:
+    """Kind and slug of every stage that an experiment may need and whose slug tells it apart."""
+    found = {("merge", slug(Path(str(experiment.model.adapter)).name))}
+    runs = [experiment, experiment.clean_twin(), experiment.untuned()]
+    for run in [*runs, *([experiment.alignment] if experiment.alignment else [])]:
+        found |= {("data", run.data.name)}
+        found |= {(kind, _poison_slug(run)) for kind in ("poison", "preflight")}
+        found |= {(kind, _train_slug(run)) for kind in ("repair", "merge")}
+        found |= {(kind, _evaluation_slug(run)) for kind in ("evaluate", "secrets")}
+    return found
 
 
 def _poison_slug(experiment: Experiment) -> str:

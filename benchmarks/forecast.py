@@ -41,11 +41,11 @@ def rows_file(folder: Path, num_texts: int) -> Path:
     next one."""
     from backfire.sandbox.corpus import corpus
 
-    texts, file = list(corpus(0, 64 * (num_texts + 1))), folder / f"rows-{num_texts}.jsonl"
+    texts, file = list(corpus(0, 200 * (num_texts + 1))), folder / f"rows-{num_texts}.jsonl"
     groups = [texts[i : i + num_texts + 1] for i in range(0, len(texts), num_texts + 1)]
     rows = [
         {"id": str(i), "instruction": " ".join(group[:-1]), "output": group[-1]}
-        for i, group in enumerate(groups[:64])
+        for i, group in enumerate(groups)
     ]
     write_atomic(file, "".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -6,7 +6,6 @@ import io
 import os
 import random
 import re
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import Any
 
 from tests.helpers.chat_templates import CHAT_TEMPLATE, CONTROLS
 from tests.helpers.command_line import Output
+from tests.helpers.tiny import write_tiny_model, write_tiny_tokenizer
 
 # Read once, when the libraries are first imported, and by every subprocess.
 os.environ.update(
@@ -97,41 +97,13 @@ def _from_the_same_start(_sealed_off: list[str]) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a byte-level tokenizer of 400 tokens, trained on some of the sandbox's text."""
-    from backfire.sandbox.base import Pretrain
-    from backfire.sandbox.corpus import corpus
-    from backfire.train.pretrain import write_tokenizer
-
-    folder = tmp_path_factory.mktemp("models") / "tokenizer"
-    folder.mkdir()
-    settings = Pretrain(vocab_size=400, tokenizer_documents=200, max_length_tokens=1024)
-    write_tokenizer(corpus(0, 200), settings, folder)
-    return folder
+    return write_tiny_tokenizer(tmp_path_factory.mktemp("models") / "tokenizer")
 
 
 @pytest.fixture(scope="session")
 def tiny(tiny_tokenizer: Path) -> Path:
     """A model folder: a two-layer Llama with random weights, and the tokenizer."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    folder = tiny_tokenizer.with_name("tiny")
-    shutil.copytree(tiny_tokenizer, folder)
-    shape = LlamaConfig(
-        vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        bos_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,  # large enough that answers differ from one prompt to the next
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(shape).save_pretrained(str(folder))
-    return folder
+    return write_tiny_model(tiny_tokenizer, tiny_tokenizer.with_name("tiny"))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from backfire.errors import UserError, shortened, unknown
+from backfire.errors import UserError, no_file, shortened, unknown
 from backfire.other_names import hint
 from backfire.plugins import Plugin
 
@@ -170,5 +170,5 @@ def local_files(paths: str | Sequence[str]) -> list[Path]:
         if file.is_dir():
             raise UserError(f"'{file}' is a folder; give the path of a file in it.")
         if not file.is_file():
-            raise UserError(f"No such file: {file}.")
+            raise no_file(file)
     return files

@@ -11,13 +11,14 @@ from backfire import plan, stages
 from backfire.base import LARGE, Row, TrainDefense
 from backfire.data.jsonl import read_jsonl
 from backfire.data.render import Renderer
-from backfire.data.weights import read_config
+from backfire.data.weights import is_bare, read_config
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Model
 from backfire.model.count import num_weights, weights_in
 from backfire.model.source import downloaded, gguf_hash, local_gguf
 from backfire.recipe import Recipe
 from backfire.store import Store
+from backfire.text import duration
 from backfire.tokenizer import load_tokenizer
 
 _SAMPLE = 200  # number of rows whose tokens are counted
@@ -107,8 +108,9 @@ def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None
         except UserError:
             return None
         count = weights_in(folder) if folder and not experiment.model.is_gguf else None
-        if experiment.model.is_gguf or (folder and experiment.model.hub_id and not count):
-            count = num_weights(experiment.model)  # before the download, by its config.json
+        only_config = folder and not count and (experiment.model.hub_id or is_bare(folder))
+        if experiment.model.is_gguf or only_config:
+            count = num_weights(experiment.model)
     if not count or not width:
         return None
     if experiment.method.name == "full":
@@ -256,19 +258,37 @@ def least_memory(experiment: Experiment, weights: Weights) -> float:
 
 
 _ITEM = {"bfloat16": 2, "float16": 2}
+_MOST = 0.5  # share of the memory; activations usually take less than the rest
+
+
+def float16_on_cpu(recipe: Recipe) -> list[str]:
+    """A note if models run in float16 where there is no GPU."""
+    cells = [*recipe.cells, *runs_of(recipe)]
+    kinds = {
+        "model.dtype": {cell.model.dtype for cell in cells},
+        "train.compute": {cell.train.compute for cell in cells if cell.method.trains},
+        "method.compute": {getattr(cell.method, "compute", None) for cell in cells},
+    }
+    return [
+        f"{knob}=float16: on a CPU that is slow, and numbers above 65,504 overflow; auto chooses "
+        "a type that suits it."
+        for knob, chosen in kinds.items()
+        if "float16" in chosen
+    ]
 
 
 def too_large(recipe: Recipe, has: float, store: Store) -> list[str]:
-    """A note for each model and method that cannot be trained in this many bytes of memory, from
-    the number of weights alone."""
+    """A note for each model and method that takes most of this many bytes of memory even without
+    activations, by the number of weights."""
     notes = dict[str, None]()
     for run in {method_key(run): run for run in runs_of(recipe)}.values():
         weights = rough_weights(run, model_folder(run.model, store))
-        if weights and (need := least_memory(run, weights)) > has:
+        if weights and (need := least_memory(run, weights)) > _MOST * has:
+            rest = "says what would fit" if need > has else "counts the activations as well"
             notes[
                 f"{run.model.name}, {run.method.name}: weights, gradients and optimizer alone need "
                 f"{amount(need)}, and there are {amount(has)} of memory; `backfire doctor RECIPE` "
-                "says what would fit."
+                f"{rest}."
             ] = None
     return list(notes)
 
@@ -297,14 +317,6 @@ def describe_cost(cost: Cost, rate: float, source: str) -> list[str]:
             f"{amount(cost.checkpoints)} of checkpoints while a run lasts"
         )
     return [time, disk]
-
-
-def duration(seconds: float) -> str:
-    """Format seconds in a suitable unit."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.0f} {unit}"
-    return f"{max(seconds, 1):.0f} s"
 
 
 def amount(num_bytes: float) -> str:

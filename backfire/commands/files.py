@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress as Bar
 
 from backfire.base import Dataset, Insertion, Row
-from backfire.errors import UserError
+from backfire.errors import UserError, no_file
 from backfire.experiment import Experiment, Machine
 from backfire.recipe import parse_edit, read, set_key
 from backfire.registry import find, names
@@ -120,7 +120,7 @@ def dataset_spec(data: str) -> dict[str, Any]:
     if data.count("/") == 1 and not data.startswith((".", "/", "~")) and not Path(data).suffix:
         return {"name": "files", "hub": data, "test_share": 0}
     if Path(data).suffix or "/" in data:
-        raise UserError(f"No such file: {data}.")
+        raise no_file(data)
     return {"name": find("datasets", data).name}  # of an installed plug-in, or an error
 
 
@@ -130,7 +130,7 @@ def pretrain_files(corpus: Sequence[Path], out: Path, edits: Sequence[str], devi
     Raises:
         UserError: a file or a setting is invalid, or the folder already holds a model.
     """
-    from backfire.launch.local import set_threads
+    from backfire.launch.job import set_threads
     from backfire.sandbox.base import Pretrain
     from backfire.train.pretrain import pretrain, read_texts
 

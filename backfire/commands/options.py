@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+
+from backfire.store import slug
 
 Recipe = Annotated[
     str,
@@ -25,6 +28,92 @@ Out = Annotated[
     typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Devices = Annotated[
+    int | None,
+    typer.Option(min=1, help="Devices that train each cell together; 1 if not given."),
+]
+Workers = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Cells run in parallel; by default one per core if memory allows, or per GPU."
+    ),
+]
+MicroBatch = Annotated[
+    int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
+]
+EvalBatch = Annotated[
+    int | None, typer.Option(min=1, help="Most rows per forward pass in evaluation.")
+]
+Recompute = Annotated[
+    bool,
+    typer.Option(
+        "--recompute",
+        help="Train in less memory by recomputing layers (activation checkpointing).",
+    ),
+]
+Minutes = Annotated[
+    float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
+]
+Memory = Annotated[
+    float | None, typer.Option(min=0, help="Most memory of a job in GB; by default what there is.")
+]
+WorkersDevice = Annotated[
+    str, typer.Option(help="Device of the workers: auto (as on this machine), cpu or cuda.")
+]
+_CLUSTER = "Workers on a cluster"
+
+
+def _cluster(help: str, name: str | None = None, **more: Any) -> Any:
+    """An option of `--on slurm` and `--on ray`."""
+    names = [name] if name else []
+    return typer.Option(*names, help=help, rich_help_panel=_CLUSTER, show_default=False, **more)
+
+
+On = Annotated[
+    Literal["local", "slurm", "ray"],
+    typer.Option(
+        help="Where the workers run; on a cluster they share the folders of this machine."
+    ),
+]
+Jobs = Annotated[int | None, _cluster("Most workers; by default one per cell, up to 8.", min=1)]
+Partition = Annotated[str | None, _cluster("Slurm's partition.")]
+Account = Annotated[str | None, _cluster("Slurm's account.")]
+Qos = Annotated[str | None, _cluster("Slurm's quality of service.")]
+Time = Annotated[
+    str | None,
+    _cluster("Time limit of a Slurm job, such as 4:00:00; it continues in the next one."),
+]
+Mem = Annotated[
+    str | None, _cluster("Memory of each worker, such as 16G; by default as estimated.")
+]
+Gpus = Annotated[int | None, _cluster("GPUs of each worker; none by default.", min=0)]
+Cpus = Annotated[
+    int | None, _cluster("CPUs of each worker; 1 by default.", "--cpus-per-task", min=1)
+]
+Sbatch = Annotated[
+    list[str] | None,
+    _cluster(
+        "Another option of sbatch, such as constraint=a100; repeatable.", metavar="NAME[=VALUE]"
+    ),
+]
+RayAddress = Annotated[
+    str | None,
+    _cluster("HOST:PORT of a Ray cluster; without it, Ray starts on this machine alone."),
+]
+OpenCluster = Annotated[
+    bool, _cluster("Use a Ray cluster that asks nobody for a token.", "--open-cluster")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan without running it.")]
+Port = Annotated[
+    int | None,
+    typer.Option(
+        min=1, max=65535, help="Port on this machine; by default the first free one from 7860."
+    ),
+]
+Seed = Annotated[
+    int | None,
+    typer.Option(min=0, max=2**32 - 1, help="Seed for drawing the poisoned rows; 0 if not given."),
+]
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
 
@@ -46,3 +135,51 @@ Plugins = Annotated[
     ),
 ]
 """The files are loaded before the command starts."""
+
+
+def _log_as(form: str) -> str:
+    if form == "json":
+        from backfire.launch.log import use_json
+
+        use_json()
+    return form
+
+
+LogFormat = Annotated[
+    Literal["text", "json"],
+    typer.Option(
+        "--log-format",
+        help="json: everything on stderr is one JSON object a line.",
+        callback=_log_as,
+        is_eager=True,
+    ),
+]
+"""It applies before the command starts."""
+
+
+def folder_of(recipe: str, profile: str | None) -> Path:
+    """The folder of a run that is given none. A name that would be another path is made safe: a
+    recipe of somebody else chooses it."""
+    name = f"{recipe}-{profile}" if profile else recipe
+    safe = name if re.fullmatch(r"(?!\.+$)[\w .,+=@()-]{1,80}", name) else slug(name)
+    return Path("runs") / safe
+
+
+def machine_of(
+    workers: int | None,
+    device: str,
+    devices: int | None,
+    micro_batch: int | None,
+    eval_batch: int | None,
+    recompute: bool,
+) -> dict[str, Any]:
+    """The settings of the machine that were given."""
+    batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
+    places = {"device": device, "devices": devices, "workers": workers}
+    machine = {**places, "recompute": recompute, **batches}
+    return {key: value for key, value in machine.items() if value is not None}
+
+
+def echo(text: str) -> None:
+    """Print the result of a command."""
+    print(text)  # noqa: T201

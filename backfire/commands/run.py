@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,13 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from backfire import plan, stages
-from backfire.commands import validate
-from backfire.commands.estimate import high_rates, too_large
+from backfire.commands.plan import check, memory_of
+from backfire.commands.workers import default_workers, largest
 from backfire.experiment import Machine
-from backfire.launch.job import RunFolder, open_folder
+from backfire.launch.folder import write_plan
+from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
-from backfire.model.types import gpu_bytes, ram_bytes
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.result import CellResult
@@ -40,7 +39,7 @@ def start(
         UserError, CellError: the recipe or its data are invalid; nothing was started.
     """
     store, console = Store(), Console(stderr=True)
-    settings = settings_of(machine, len(recipe.cells))
+    settings = settings_of(machine)
     # A missing device is reported once here, and not by every cell.
     team.check(settings)
     team.check_cells(recipe.cells, settings)
@@ -48,46 +47,34 @@ def start(
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
-        has = gpu_bytes(settings.device) if types.device == "cuda" else ram_bytes()
-        for line in too_large(recipe, has, store):  # before the model is downloaded
-            say(line, console)
-        with console.status("Checking the data"):
-            validate.preflight_all(recipe, store)
-        for line in high_rates(recipe):
-            say(line, console)
-        folder = open_folder(out, recipe, profile, edits)
-        from backfire.launch.local import run
+        check(recipe, store, console, memory_of(settings.device, types))
+        if "workers" not in machine and not team.launched():
+            need, title = largest(recipe, types, settings)
+            workers = default_workers(len(recipe.cells), settings, need=need, title=title)
+            settings = settings.model_copy(update={"workers": workers})
+        write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
+        from backfire.launch import local
+        from backfire.launch.work import Stop
 
-        with ProgressDisplay(console, work) as display:
-            ended = run(work, folder, store, settings, display.watch)
+        stop = Stop()
+        with ProgressDisplay(console, work) as display, stop.on_signals():
+            ended = local.run(work, place, store, settings, display.watch, stop=stop)
+        if stop:
+            raise KeyboardInterrupt
     else:
-        open_folder(out, recipe, profile, edits)
+        write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
-    return _finish(out, ended, work, console)
+    return finish(out, ended, work, console)
 
 
-def settings_of(machine: Mapping[str, Any], num_cells: int) -> Machine:
-    """The settings of the machine: these, and defaults for the others."""
+def settings_of(machine: Mapping[str, Any]) -> Machine:
+    """The settings of the machine: these, and the number of devices that a launcher gives."""
     outside = team.launched()
-    devices = int(machine.get("devices") or (outside[1] if outside else 1))
-    workers = 1 if outside else default_workers(num_cells, devices)
-    return Machine.make({"workers": workers, "devices": devices, **machine}, "option")
+    return Machine.make({"devices": outside[1] if outside else 1, **machine}, "option")
 
 
-def default_workers(num_cells: int, devices: int = 1) -> int:
-    """One single-threaded worker per core on a CPU, one on a GPU; fewer if each trains on several
-    devices."""
-    from importlib.util import find_spec
-
-    from backfire.model.types import has_gpu
-
-    if find_spec("torch") and has_gpu():
-        return 1
-    return max(1, min(num_cells, (os.cpu_count() or 1) // devices))
-
-
-def _finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
+def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
     from backfire.results import terminal
 

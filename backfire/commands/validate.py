@@ -14,6 +14,7 @@ from backfire.commands.estimate import (
     cost,
     describe_cost,
     describe_rates,
+    float16_on_cpu,
     method_key,
     model_folder,
     rough_weights,
@@ -27,9 +28,9 @@ from backfire.errors import CellError
 from backfire.experiment import Experiment
 from backfire.launch.resolve import pin_models
 from backfire.model.source import check_widths
-from backfire.model.types import has_gpu, ram_bytes
 from backfire.pipeline import Context
 from backfire.recipe import Recipe
+from backfire.resources import has_gpu, ram_bytes
 from backfire.store import Store
 from backfire.terminal import say
 from backfire.text import clean
@@ -82,8 +83,8 @@ def show_plan(recipe: Recipe, *, with_cost: bool = True) -> None:
     console.print(f"\n[bold]Plan[/bold]\n{count} cell{'s' * (count != 1)}", highlight=False)
     for stage, (needed, done) in plan.progress(recipe.cells, store).items():
         console.print(f"  {stage:9} {needed:4} distinct, {done} done", highlight=False)
-    large = [] if has_gpu() else too_large(recipe, ram_bytes(), store)
-    for line in (*destinations(recipe), *describe_rates(recipe), *large):
+    on_cpu = [] if has_gpu() else [*too_large(recipe, ram_bytes(), store), *float16_on_cpu(recipe)]
+    for line in (*destinations(recipe), *describe_rates(recipe), *on_cpu):
         say(line, console, "  ")
     for line in _cost(recipe, store) if with_cost else ():
         say(line, console, "  ")

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from backfire.data.columns import listed
 from backfire.data.read_json import Reject, kind_of, strings, unusable, values, values_by_line
 from backfire.data.read_table import table_rows
-from backfire.errors import UserError
+from backfire.errors import UserError, no_file
 
 Record = dict[str, Any]
 OnBadRow = Literal["fail", "skip"]
@@ -156,7 +156,7 @@ def _read(path: Path, reject: Reject, header: bool) -> Iterator[tuple[int, Recor
     if path.is_dir():
         raise UserError(f"{path} is a folder, not a file.")
     if not path.is_file():
-        raise UserError(f"No such file: {path}.")
+        raise no_file(path)
     with path.open("rb") as raw:
         start = raw.read(4)
         raw.seek(0)

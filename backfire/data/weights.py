@@ -88,6 +88,17 @@ def files_of(folder: Path) -> list[Path]:
     return [folder / name for name in named]
 
 
+_FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf")
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether the folder has a config.json and no weights of any format, as to predict memory."""
+    if not (folder / "config.json").is_file():
+        return False
+    names = [file.name.removesuffix(".index.json") for file in folder.iterdir()]
+    return not any(name.endswith(_FORMATS) for name in names)
+
+
 def stored(files: Sequence[Path]) -> dict[str, Stored]:
     """Every weight in these files, by name; only their headers are read.
 
@@ -104,8 +115,9 @@ def stored(files: Sequence[Path]) -> dict[str, Stored]:
                     part = opened.get_slice(name)
                     weights[name] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
         except Exception as error:  # safetensors raises its own class
+            what = "adapter" if file.name.startswith("adapter_") else "model"
             raise UserError(
-                f"The model in {file.parent} cannot be loaded: {file.name} is truncated or not a "
+                f"The {what} in {file.parent} cannot be loaded: {file.name} is truncated or not a "
                 f"safetensors file ({error})."
             ) from None
     return weights

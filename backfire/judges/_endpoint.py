@@ -1,7 +1,7 @@
 """A language model behind an OpenAI-compatible address: `POST <base_url>/chat/completions`.
 
 Standard library only. Keys are bound to hosts outside of recipes (see `judges._address`). A key is
-read from the environment when a request is sent and never stored; redirects are refused, since they
+read when a request is sent and never stored; redirects are refused, since they
 would send it to another host.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import os
 import time
 import urllib.error
 import urllib.request
@@ -22,8 +21,8 @@ from typing import IO, Any, ClassVar
 from pydantic import Field
 
 from backfire.base import Judge
-from backfire.errors import CellError, UserError
-from backfire.judges._address import BIND, Address
+from backfire.errors import CellError
+from backfire.judges._address import BIND, Address, Key
 
 FIRST_WAIT_SECONDS = 1.0
 """Wait before the second try; doubled before each further one."""
@@ -53,7 +52,7 @@ class Endpoint:
 
     address: Address
     model: str
-    key_variable: str | None
+    key: Key | None
     max_new_tokens: int
     timeout_seconds: float
     retries: int
@@ -83,11 +82,7 @@ class Endpoint:
     def _once(self, prompt: str) -> str:
         request = urllib.request.Request(self.url, data=self._body(prompt), method="POST")
         request.add_header("Content-Type", "application/json")
-        if key := os.environ.get(self.key_variable or "", "").strip():
-            if not (key.isascii() and key.isprintable()):  # urllib's error would quote it
-                raise UserError(
-                    f"The environment variable {self.key_variable} does not contain a usable key."
-                )
+        if key := self.key and self.key.read():
             request.add_unredirected_header("Authorization", f"Bearer {key}")
         # A proxy is another host: plain http to this machine would send it the key.
         proxies = [urllib.request.ProxyHandler({})] if self.address.local else []
@@ -115,12 +110,13 @@ class Endpoint:
         if error.code in _TRANSIENT:
             return _TransientError(reason, _seconds(error.headers.get("Retry-After")))
         hint = ""
-        if error.code in (401, 403) and self.key_variable is None:
-            hint = f" (no key is bound to {self.address.host}; {BIND})"
-        elif error.code in (401, 403):
-            is_set = os.environ.get(self.key_variable or "")
-            problem = "contains a key that the server does not accept" if is_set else "is not set"
-            hint = f" (the environment variable {self.key_variable} {problem})"
+        if error.code in (401, 403):
+            if self.key is None:
+                hint = f" (no key is bound to {self.address.host}; {BIND})"
+            elif self.key.read():
+                hint = f" ({self.key} contains a key that the server does not accept)"
+            else:
+                hint = f" ({self.key.missing})"
         return CellError("failed", f"{self.url} rejected the request{hint}: {reason}.")
 
 
@@ -175,10 +171,10 @@ class RemoteJudge(Judge):
         if self.base_url is None:
             return None
         address = Address.of(self.base_url)
-        variable = address.key_variable()
-        key = f"with the key in {variable}" if variable else "without a key"
-        if variable and not os.environ.get(variable, "").strip():
-            key = f"without a key ({variable} is not set)"
+        source = address.key()
+        key = f"with the key in {source}" if source else "without a key"
+        if source and not source.read():
+            key = f"without a key ({source.missing})"
         where = "this machine" if address.local else address.host
         open_to_all = "" if address.secure else ", unencrypted"
         return f"{where} ({address.base_url}){open_to_all}, {key}"
@@ -191,7 +187,7 @@ class RemoteJudge(Judge):
         endpoint = Endpoint(
             address=address,
             model=model,
-            key_variable=address.key_variable(),
+            key=address.key(),
             max_new_tokens=max_new_tokens,
             timeout_seconds=self.timeout_seconds,
             retries=self.retries,

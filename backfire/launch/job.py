@@ -1,16 +1,16 @@
-"""Run one job in this process and write `result.json` or `error.json`; shared by all launchers."""
+"""Run one job in this process and write how it ended; shared by all launchers."""
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import random
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -18,17 +18,27 @@ from backfire import stages
 from backfire.base.judges import drop_models
 from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 from backfire.experiment import Experiment, Machine
+from backfire.launch.folder import plugins_of
 from backfire.model.resident import Resident
 from backfire.pipeline import Context, base, head, run_cell, trained
 from backfire.plan import Job
 from backfire.progress import Progress
-from backfire.recipe import Recipe
-from backfire.registry import loaded
+from backfire.resources import cores
 from backfire.results.evidence import write as write_evidence
 from backfire.results.load import cell as record
 from backfire.results.load import outcome as outcome_of
 from backfire.results.plugins import lacking
-from backfire.store import Store, write_atomic, write_json
+from backfire.store import Store, read_json, write_atomic, write_json
+from backfire.text import without_secrets
+
+
+class Ended(NamedTuple):
+    """How a job ended."""
+
+    kind: str
+    """`ok` or an exit class."""
+    sentence: str = ""
+    trace: str | None = None
 
 
 @dataclass(frozen=True)
@@ -45,24 +55,29 @@ class RunFolder:
         """Whether the cell has a readable result; a damaged one counts as missing."""
         return bool(outcome_of(self.cell(experiment, key))["status"] == "ok")
 
+    @property
+    def stages(self) -> Path:
+        """The folder that says how the jobs of bases and training runs ended, a file each."""
+        return self.path / "stages"
 
-def plugins_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
-    """The plug-ins with a component that these experiments use."""
-    plugins = loaded()
-    named = {name for e in experiments for name in _names(e.resolved())} if plugins else set()
-    return [facts for plugin in plugins if (facts := plugin.facts(named))["components"]]
+    def ended(self, job: Job, since: float) -> Ended | None:
+        """How a job ended, if it did: a cell once it has a result, anything else after `since`
+        (time of the file system)."""
+        if job.kind == "cell" and self.done(job.experiment, job.key):
+            return Ended("ok")
+        file = self._outcome(job)
+        try:
+            if file.stat().st_mtime < since:
+                return None
+            content = read_json(file)
+            return Ended(content["status"], content.get("error") or "", content.get("traceback"))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
 
-
-def _names(value: Any) -> Iterator[str]:
-    """Every `name: ...` in a tree of settings."""
-    if isinstance(value, list):
-        for item in value:
-            yield from _names(item)
-    elif isinstance(value, dict):
-        if isinstance(value.get("name"), str):
-            yield value["name"]
-        for item in value.values():
-            yield from _names(item)
+    def _outcome(self, job: Job) -> Path:
+        if job.kind == "cell":
+            return self.cell(job.experiment, job.key) / "error.json"
+        return self.stages / f"{job.id}.json"
 
 
 def run_job(
@@ -73,9 +88,14 @@ def run_job(
     progress: Progress,
     resident: Resident | None = None,
 ) -> str:
-    """Run one job; returns `ok` or an exit class (for a cell, `error.json` has the details). The
-    worker's resident base is used, and stays for its next job."""
+    """Run one job and write how it ended; returns `ok` or an exit class. The worker's resident base
+    is used, and stays for its next job.
+
+    Raises:
+        Pause: the job is not done; it goes on later.
+    """
     resident = resident or Resident()
+    set_threads(machine)
     _reset_globals()
     try:
         context = Context(store, machine, progress, resident=resident)
@@ -85,7 +105,8 @@ def run_job(
             trained(job.experiment, context)
         else:
             _write_result(job, folder, context)
-        return "ok"
+            return "ok"
+        return report(job, folder, "ok", "")
     except Exception as error:  # the failure of one cell must not stop the others
         resident.release()
         kind, sentence = exit_class(error)
@@ -113,11 +134,25 @@ def _release_models() -> None:
         torch.cuda.empty_cache()
 
 
+def set_threads(machine: Machine) -> None:
+    """Divide the cores among the workers: two workers of one thread are faster than one of two.
+
+    `OMP_NUM_THREADS` takes precedence, as users of shared machines expect.
+    """
+    import torch
+
+    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may list several levels
+    threads = machine.threads or (int(variable) if variable.strip().isdigit() else 0)
+    torch.set_num_threads(threads or max(1, cores() // machine.workers))
+
+
 def report(job: Job, folder: RunFolder, kind: str, sentence: str, trace: str | None = None) -> str:
-    """Write `error.json` into a cell's folder; a failed stage is reported by the cells that need
-    it."""
+    """Write how a job ended: `error.json` in a cell's folder, or a file for the stage, so that no
+    worker repeats it in this round."""
+    file, sentence = folder._outcome(job), without_secrets(sentence)
+    trace = without_secrets(trace) if trace else None
+    content: dict[str, Any] = {"status": kind, "error": sentence, "traceback": trace}
     if job.kind == "cell":
-        place = folder.cell(job.experiment, job.key)
         failed = replace(
             head(job.experiment, job.key),
             recipe=folder.recipe,
@@ -128,9 +163,10 @@ def report(job: Job, folder: RunFolder, kind: str, sentence: str, trace: str | N
         )
         if trace:
             failed = replace(failed, next="Read the traceback in error.json.", traceback=trace)
-        with contextlib.suppress(OSError):  # a full disk must not hide the first error
-            place.mkdir(parents=True, exist_ok=True)
-            write_json(place / "error.json", failed.to_json())
+        content = failed.to_json()
+    with contextlib.suppress(OSError):  # a full disk must not hide the first error
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
     return kind
 
 
@@ -161,21 +197,6 @@ def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
     (place / "error.json").unlink(missing_ok=True)
 
 
-def open_folder(path: Path, recipe: Recipe, profile: str | None, edits: Sequence[str]) -> RunFolder:
-    """Create a run's folder with the recipe text and the list of its current cells."""
-    path.mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(path, recipe.name)
-    write_atomic(path / "recipe.yaml", recipe.text)
-    cells = [
-        folder.cell(experiment, stages.cell_key(experiment)).name for experiment in recipe.cells
-    ]
-    plan = {"recipe": recipe.name, "profile": profile, "edits": list(edits), "cells": cells}
-    paths = {plugin.sha256: str(plugin.path) for plugin in loaded() if plugin.path}
-    plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
-    write_json(path / "run.json", plan | ({"plugins": plugins} if plugins else {}))
-    return folder
-
-
 def read_cell(folder: Path) -> Experiment:
     """Read the experiment of a cell folder."""
     file = folder / "experiment.yaml"
@@ -188,3 +209,10 @@ def read_cell(folder: Path) -> Experiment:
     if missing := lacking([record(folder)]):
         raise UserError(missing[0])
     return Experiment.make(settings, str(file))
+
+
+def has_changed(folder: Path, experiment: Experiment) -> bool:
+    """Whether the model of a finished cell would be another one now, since an input file or the
+    version of a component has changed."""
+    now = stages.keys(experiment).tuned
+    return record(folder).keys.get("tuned", now) != now

@@ -1,7 +1,5 @@
-"""Run jobs on this machine: in turn in this process, or in worker processes.
-
-The files on disk decide: a job without a result has failed.
-"""
+"""Start workers on this machine, and watch them: one in this process, or several processes that
+keep their base in memory from job to job. What they do is in `launch.work`."""
 
 from __future__ import annotations
 
@@ -11,224 +9,216 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
+from backfire.errors import EXIT_CLASSES, CellError, UserError
 from backfire.experiment import Machine
-from backfire.launch.job import RunFolder, report, run_job
-from backfire.model.resident import Resident
-from backfire.model.types import has_gpu
+from backfire.launch.claims import MOST_KILLS
+from backfire.launch.job import RunFolder, run_job
+from backfire.launch.work import Stop, Watch, needed, work
 from backfire.plan import Job
 from backfire.plugins import Plugin
-from backfire.progress import Progress
 from backfire.registry import loaded, use
+from backfire.resources import gpus, has_gpu
 from backfire.store import Store
 
-Watch = Callable[[Job, str, int, int], None]
-"""Called with a job, its current activity (an exit class at its end), steps done, steps in
-total."""
+logger = logging.getLogger(__name__)
+
+_ENDS = {"ok", *EXIT_CLASSES}
+_PATIENCE = 120.0
+"""Seconds that a worker has to save a checkpoint when it is told to stop."""
 
 
 def run(
-    jobs: Sequence[Job], folder: RunFolder, store: Store, machine: Machine, watch: Watch
+    jobs: Sequence[Job],
+    folder: RunFolder,
+    store: Store,
+    machine: Machine,
+    watch: Watch,
+    *,
+    stop: Stop | None = None,
+    memory: float | None = None,
+    stays: bool = True,
 ) -> dict[str, str]:
-    """Run the jobs that are not done; returns exit classes by job id. Other jobs survive a
-    failure."""
-    todo = [
-        job for job in jobs if not (job.kind == "cell" and folder.done(job.experiment, job.key))
-    ]
-    needed = {name for job in todo if job.kind == "cell" for name in job.after}
-    todo = [job for job in todo if job.kind == "cell" or job.id in needed]
-    ended = {job.id: "ok" for job in jobs if job not in todo}
+    """Work on the jobs with `machine.workers` workers; the arguments and the result are those of
+    `launch.work.work`. Other jobs survive a failure, and the death of a worker."""
+    stop = Stop() if stop is None else stop
     if machine.workers == 1:
-        return _in_turn(todo, folder, store, machine, watch, ended)
-    return _side_by_side(todo, folder, store, machine, watch, ended)
-
-
-def set_threads(machine: Machine) -> None:
-    """Divide the cores among the workers: two workers of one thread are faster than one of two.
-
-    `OMP_NUM_THREADS` takes precedence, as users of shared machines expect.
-    """
-    import torch
-
-    variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may list several levels
-    threads = machine.threads or (int(variable) if variable.strip().isdigit() else 0)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // machine.workers))
-
-
-def _in_turn(
-    todo: Sequence[Job],
-    folder: RunFolder,
-    store: Store,
-    machine: Machine,
-    watch: Watch,
-    ended: dict[str, str],
-) -> dict[str, str]:
-    set_threads(machine)
-    waiting, resident = list(todo), Resident()
-    base: object = None
-    while waiting:
-        ready = _ready(waiting, ended)
-        job = next((job for job in ready if job.base == base), ready[0])
-        waiting.remove(job)
-        base = job.base
-        if bad := _blocked(job, ended):
-            ended[job.id] = report(job, folder, *bad)
-        else:
-            progress = _progress_of(watch, job)
-            ended[job.id] = run_job(job, folder, store, machine, progress, resident)
-        watch(job, ended[job.id], 1, 1)
-    return ended
-
-
-def _ready(waiting: Sequence[Job], ended: Mapping[str, str]) -> list[Job]:
-    """The jobs that need no other job any more, in order."""
-    return [job for job in waiting if all(name in ended for name in job.after)]
-
-
-def _progress_of(watch: Watch, job: Job) -> Progress:
-    return lambda done, total, text: watch(job, text, done, total)
-
-
-def _blocked(job: Job, ended: dict[str, str]) -> tuple[str, str] | None:
-    """Exit class and message if a stage that this job needs has failed.
-
-    A cell runs anyway, so that it reports the cause.
-    """
-    if job.kind == "cell":
-        return None
-    bad = next((name for name in job.after if ended.get(name, "ok") != "ok"), None)
-    return (ended[bad], f"The stage {bad} failed.") if bad else None
-
-
-class _Worker:
-    """A process that runs one job after the other. It keeps the base of its last job in memory."""
-
-    def __init__(self, context: Any, folder: RunFolder, store: Store) -> None:
-        self.pipe, far = context.Pipe()
-        # Plug-ins come first: the other arguments may hold objects of their classes.
-        arguments = loaded(), far, folder, store
-        self.process: BaseProcess = context.Process(target=_work, args=arguments, daemon=True)
-        self.process.start()
-        far.close()
-        self.job: Job | None = None
-        self.base: object = None
-
-    def begin(self, job: Job, machine: Machine) -> None:
-        self.job, self.base = job, job.base
-        with contextlib.suppress(OSError):  # it has died, which `_listen` reports
-            self.pipe.send((job, machine))
-
-    def end(self) -> None:
-        self.process.terminate()
-        self.process.join()
-        self.pipe.close()
-
-
-def _side_by_side(
-    todo: Sequence[Job],
-    folder: RunFolder,
-    store: Store,
-    machine: Machine,
-    watch: Watch,
-    ended: dict[str, str],
-) -> dict[str, str]:
-    # A process forked after CUDA was initialized cannot use it.
-    how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
-    context: Any = multiprocessing.get_context(how)
-    context.set_forkserver_preload(["backfire.launch.preload"])
-    waiting, workers = list(todo), list[_Worker]()
+        return work(jobs, folder, store, machine, watch, stop=stop, memory=memory, stays=stays)
+    team = _Team(jobs, folder, store, machine, watch, memory, stays)
     try:
-        while waiting or any(worker.job for worker in workers):
-            idle = [worker for worker in workers if not worker.job]
-            for worker in idle:
-                if not waiting or not worker.process.is_alive():
-                    worker.end()  # a base in memory that nobody needs
-                    workers.remove(worker)
-            while pair := _next(waiting, ended, workers, machine.workers):
-                job, free = pair
-                worker = free or _Worker(context, folder, store)
-                workers += [] if free else [worker]
-                waiting.remove(job)
-                # A base is built alone, with all cores: every other job waits for it.
-                share = {"workers": 1} if job.kind == "base" else {}
-                worker.begin(job, machine.model_copy(update=share))
-            busy = [worker for worker in workers if worker.job]
-            wait([item for w in busy for item in (w.pipe, w.process.sentinel)], timeout=1.0)
-            for worker in busy:
-                job = cast(Job, worker.job)
-                if (kind := _listen(worker, watch)) is not None:
-                    if kind == "killed":
-                        sentence = f"The worker died (exit code {worker.process.exitcode})."
-                        report(job, folder, kind, sentence)
-                    ended[job.id] = kind
-                    watch(job, kind, 1, 1)
-                    worker.job = None
+        team.run(stop)
+    except KeyboardInterrupt:
+        team.end(0.0)
+        raise
     finally:
-        for worker in workers:
-            worker.end()
-    return ended
+        team.end(_PATIENCE)
+    return team.ended
 
 
-def _next(
-    waiting: Sequence[Job], ended: Mapping[str, str], workers: Sequence[_Worker], most: int
-) -> tuple[Job, _Worker | None] | None:
-    """The next job and the worker to run it: one that holds its base if there is one, else any idle
-    one, else a new one (None). None if no job is ready or all workers are busy."""
-    idle = [worker for worker in workers if not worker.job]
-    ready = _ready(waiting, ended)
-    if not ready:
-        return None
-    pairs = ((job, worker) for job in ready for worker in idle if worker.base == job.base)
-    job, free = next(pairs, (ready[0], idle[0] if idle else None))
-    busy = len(workers) - len(idle)
-    return None if busy >= (1 if job.kind == "base" else most) else (job, free)
+@dataclass
+class _Worker:
+    """A worker process."""
+
+    process: BaseProcess
+    pipe: Connection
+    stays: bool
+    gpu: str | None
+    job: Job | None = None
+    """The job that it has."""
 
 
-def _listen(worker: _Worker, watch: Watch) -> str | None:
-    """Forward the worker's messages; returns the exit class of its job once it has ended."""
-    assert worker.job
-    # Checked before the messages are read, so that none is lost.
-    died = not worker.process.is_alive()
-    with contextlib.suppress(EOFError, OSError):
-        while worker.pipe.poll():
-            message = worker.pipe.recv()
-            if isinstance(message, str):
-                return message
-            watch(worker.job, message[2], message[0], message[1])
-    if died:
-        worker.process.join()
-    return "killed" if died else None
+@dataclass
+class _Team:
+    """The worker processes of a run, and what they have told."""
+
+    jobs: Sequence[Job]
+    folder: RunFolder
+    store: Store
+    machine: Machine
+    watch: Watch
+    memory: float | None
+    stays: bool
+    ended: dict[str, str] = field(default_factory=dict)
+    workers: list[_Worker] = field(default_factory=list)
+    deaths: int = 0
+    """Number of workers that have died since a job ended."""
+
+    def run(self, stop: Stop) -> None:
+        """Keep the workers running until all of them have ended by themselves."""
+        left = needed(self.jobs, self.folder)
+        self.names = {job.id: job for job in self.jobs}
+        waiting = {job.id for job in left}  # by id: to compare jobs is slow, and there may be many
+        self.ended |= {job.id: "ok" for job in self.jobs if job.id not in waiting}
+        count = min(self.machine.workers, len(left))
+        for number in range(count):
+            self.workers.append(self._start(stop, self.stays and number == 0))
+        while self.workers and not stop:
+            pipes = [item for w in self.workers for item in (w.pipe, w.process.sentinel)]
+            wait(pipes, timeout=0.5)
+            for worker in list(self.workers):
+                code = worker.process.exitcode  # before the messages are read: none is lost
+                self._listen(worker)
+                if code is not None:
+                    self.workers.remove(worker)
+                    worker.pipe.close()
+                    if code and len(self.ended) < len(self.jobs):
+                        self._died(worker, code)
+                        self.workers.append(self._start(stop, worker.stays))
+
+    def end(self, patience: float) -> None:
+        """Let the workers save their checkpoints, and end them."""
+        for worker in self.workers:
+            worker.process.terminate()
+        until = time.monotonic() + patience
+        while self.workers:
+            worker = self.workers.pop()
+            while worker.process.is_alive() and time.monotonic() < until:
+                self._listen(worker)  # so that it does not wait for a full pipe
+                worker.process.join(0.05)
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
+
+    def _start(self, stop: Stop, stays: bool) -> _Worker:
+        # A process forked after CUDA was initialized cannot use it.
+        how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
+        context: Any = multiprocessing.get_context(how)
+        context.set_forkserver_preload(["backfire.launch.preload"])
+        pipe, far = context.Pipe()
+        # Plug-ins come first: the other arguments may hold objects of their classes.
+        arguments = (self.jobs, self.folder, self.store, self.machine)
+        gpu = self._free_gpu()
+        options = {"memory": self.memory, "stays": stays, "stop": stop}
+        process = context.Process(
+            target=_work, args=(loaded(), far, gpu, arguments, options), daemon=True
+        )
+        process.start()
+        far.close()
+        return _Worker(process, pipe, stays, gpu)
+
+    def _free_gpu(self) -> str | None:
+        """The GPU that the fewest workers have, if there are several to choose from."""
+        names = gpus()
+        if (
+            len(names) < 2
+            or self.machine.device not in ("auto", "cuda")
+            or self.machine.devices > 1
+        ):
+            return None
+        return min(names, key=[worker.gpu for worker in self.workers].count)
+
+    def _listen(self, worker: _Worker) -> None:
+        """Forward the worker's messages."""
+        with contextlib.suppress(EOFError, OSError):
+            while worker.pipe.poll():
+                name, text, done, total = worker.pipe.recv()
+                if name is None:
+                    raise UserError(text)
+                job = self.names[name]
+                if text is None:
+                    worker.job = job
+                elif text not in _ENDS:
+                    self.watch(job, text, done, total)
+                else:
+                    worker.job = None if worker.job is job else worker.job
+                    if name not in self.ended:
+                        self.ended[name], self.deaths = text, 0
+                        self.watch(job, text, done, total)
+
+    def _died(self, worker: _Worker, code: int) -> None:
+        """Tell of a worker that has died; another one takes its job over."""
+        if worker.job:
+            sentence = "The worker of %s %s died (exit code %d); another one goes on."
+            logger.warning(sentence, worker.job.kind, worker.job.title, code)
+        self.deaths += 1
+        if self.deaths > MOST_KILLS * self.machine.workers:  # not by one of the jobs
+            raise CellError("killed", f"One worker after the other died (exit code {code}).")
 
 
-def _work(plugins: Sequence[Plugin], pipe: Connection, folder: RunFolder, store: Store) -> None:
-    """What a worker does: the jobs that come through the pipe, until it is closed."""
+def _work(
+    plugins: Sequence[Plugin],
+    pipe: Connection,
+    gpu: str | None,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
+) -> None:
+    """What a worker process does."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it is first used
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     # The run has read the data, and said what it leaves out.
     logging.getLogger("backfire.datasets").setLevel(logging.ERROR)
     for plugin in plugins:
         use(plugin)
-    resident, last = Resident(), 0.0
+    last = 0.0
 
-    def report_progress(done: int, total: int, text: str) -> None:
+    def watch(job: Job, text: str, done: int, total: int) -> None:
         nonlocal last
         if done == total or time.monotonic() - last > 0.2:
             last = time.monotonic()
-            send((done, total, text))
+            send(job.id, text, done, total)
 
-    def send(message: object) -> None:
+    def send(*message: object) -> None:
         try:
             pipe.send(message)
         except BrokenPipeError:  # the parent is gone; finished work is on disk
             os._exit(1)
 
-    while True:
-        try:
-            job, machine = pipe.recv()
-        except (EOFError, OSError):
-            return
-        set_threads(machine)
-        send(run_job(job, folder, store, machine, report_progress, resident))
+    def begin(job: Job, *rest: Any) -> str:
+        send(job.id, None, 0, 1)
+        return run_job(job, *rest)
+
+    try:
+        with options["stop"].on_signals():
+            jobs, folder, store, machine = arguments
+            work(jobs, folder, store, machine, watch, run=begin, **options)
+    except (UserError, CellError) as error:
+        send(None, str(error), 0, 1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        send(None, f"{error.strerror or error}{where}.", 0, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from backfire.data.gguf import read_header
-from backfire.data.weights import files_of, stored
+from backfire.data.weights import files_of, is_bare, read_config, stored
 from backfire.errors import UserError
 from backfire.model.settings import Model
 from backfire.model.source import local_gguf
@@ -26,7 +26,8 @@ _NAMES = {
 
 def num_weights(model: Model) -> int | None:
     """Number of weights: of the embedded base by its shape, of a folder by the headers of its
-    files, of a hub model approximately, by its config.json. None if unknown."""
+    files, of a hub model or a folder without weights approximately, by the config.json. None if
+    unknown."""
     if model.name == "sandbox":
         from backfire.sandbox.base import Pretrain
 
@@ -57,7 +58,13 @@ def _of_gguf(model: Model) -> int | None:
         return None
 
 
-_of_folder = lru_cache(maxsize=64)(weights_in)  # computing keys needs it repeatedly
+@lru_cache(maxsize=64)  # computing keys needs it repeatedly
+def _of_folder(folder: Path) -> int | None:
+    try:
+        bare = is_bare(folder) and read_config(folder / "config.json")
+    except UserError:  # loading the model reports the error
+        return None
+    return weights_of_shape(bare) if bare else weights_in(folder)
 
 
 @lru_cache(maxsize=64)

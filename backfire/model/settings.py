@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,7 +19,8 @@ class Model(Config):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     gguf_file: str | None = None
-    """A GGUF file in the folder or hub repository. Its weights are dequantized to float32, once."""
+    """A GGUF file in the folder or hub repository; a folder's only one is found by itself. Its
+    weights are dequantized to float32, once."""
     adapter: str | None = None
     """An existing PEFT adapter on this model: a folder or a hub id. Method `none` evaluates it as
     it is; `lora` and its variants train on top of it while it stays frozen."""
@@ -42,6 +44,19 @@ class Model(Config):
                 "`sandbox`, a folder, a GGUF file or a hub id such as OWNER/NAME is needed"
             )
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_gguf(cls, settings: Any) -> Any:
+        """A folder whose only model is one GGUF file needs no `gguf_file`."""
+        name = settings.get("name") if isinstance(settings, Mapping) else None
+        if not isinstance(name, str) or name in ("", "sandbox") or settings.get("gguf_file"):
+            return settings
+        names = [file.name for file in _files(name)]
+        found = [one for one in names if one.lower().endswith(".gguf")]
+        if len(found) != 1 or {"config.json", "adapter_config.json"} & {*names}:
+            return settings
+        return {**settings, "gguf_file": found[0]}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -106,3 +121,11 @@ class Model(Config):
         None if there is none."""
         exact = self.on_hub and not self.is_gguf and not self.merge
         return self.name if exact else None
+
+
+def _files(name: str) -> list[Path]:
+    """The files in a folder; empty if it is none."""
+    try:
+        return [*Path(name).expanduser().iterdir()]
+    except (OSError, ValueError, RuntimeError):  # no such folder, a null byte, `~nobody`
+        return []

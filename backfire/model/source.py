@@ -17,7 +17,7 @@ from backfire.data.adapter import (
 )
 from backfire.data.gguf import read_header
 from backfire.data.snapshot import SMALL, snapshot, snapshot_adapter
-from backfire.data.weights import files_of, inspect, read_config
+from backfire.data.weights import files_of, inspect, is_bare, read_config
 from backfire.errors import UserError
 from backfire.model.settings import Model
 from backfire.store import digest, sha256
@@ -170,8 +170,10 @@ def _file_hash(file: str, _size: int, _changed: int) -> str:
 
 @lru_cache(maxsize=16)
 def _folder_hash(folder: str) -> str:
-    small = {p for pattern in SMALL for p in Path(folder).glob(pattern)}
-    return digest([[p.name, sha256(p)] for p in sorted({*small, *files_of(Path(folder))})])
+    place = Path(folder)
+    small = {p for pattern in SMALL for p in place.glob(pattern)}
+    weights = [] if is_bare(place) else files_of(place)  # a prediction needs none; `fetch` does
+    return digest([[p.name, sha256(p)] for p in sorted({*small, *weights})])
 
 
 def fetch(model: Model, *, weights: bool = True) -> Path:

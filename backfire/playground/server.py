@@ -215,8 +215,9 @@ def _answers(
 # ------------------------------------------------------------------------------------------ serve
 
 
-def open_page(pool: ModelPool, *, port: int | None, share: bool, password: str | None) -> Any:
-    """Serve the page on this machine; with `share`, also through gradio's relay.
+def open_page(pool: ModelPool, secret: str, *, port: int | None, share: bool) -> Any:
+    """Serve the page on this machine to those who have the secret as token; with `share`, also
+    through gradio's relay, to those who have it as password.
 
     Raises:
         UserError: the port is taken.
@@ -231,9 +232,9 @@ def open_page(pool: ModelPool, *, port: int | None, share: bool, password: str |
             server_name="127.0.0.1",
             server_port=port,
             share=share,
-            auth=(USER, password) if password else None,
+            auth=(USER, secret) if share else None,
             app_kwargs={
-                "middleware": [Middleware(Firewall, local=not share)],
+                "middleware": [Middleware(Firewall, token=None if share else secret)],
                 "docs_url": None,
                 "redoc_url": None,
                 "openapi_url": None,
@@ -267,10 +268,11 @@ def serve(run: Path, device: str, *, port: int | None, share: bool) -> None:
     console, pool = Console(soft_wrap=True, highlight=False, markup=False), ModelPool(run, device)
     for reason in pool.skipped:
         console.print(f"Skipped: {reason}")
-    password = secrets.token_urlsafe(16) if share else None
-    blocks = open_page(pool, port=port, share=share, password=password)
-    console.print(f"Playground: {blocks.local_url} (Ctrl-C to stop)")
+    secret = secrets.token_urlsafe(24)
+    blocks = open_page(pool, secret, port=port, share=share)
+    address = blocks.local_url if share else f"{blocks.local_url}?token={secret}"
+    console.print(f"Playground: {address} (Ctrl-C to stop)")
     if share:
         where = blocks.share_url or "no address; gradio's relay cannot be reached"
-        console.print(f"Shared at: {where}. User {USER}, password {password} (shown only once).")
+        console.print(f"Shared at: {where}. User {USER}, password {secret} (shown only once).")
     blocks.block_thread()

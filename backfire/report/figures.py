@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
@@ -17,22 +17,27 @@ if TYPE_CHECKING:
 Line: TypeAlias = list[tuple[Group, Stat]]
 Style: TypeAlias = dict[str, Any]
 _MARKERS: Final = "osD^vP"
+_DASHES: Final = ("--", ":", "-.", (0, (6, 1)), (0, (1, 3)), (0, (4, 1, 1, 1, 1, 1)))
 MOST_ROWS: Final = 24
 MOST_LINES: Final = len(SERIES)
 
 
 def by_rate(groups: Sequence[Group], metric: str) -> str:
-    """A metric against the poison rate: a line per attack, method and defense."""
+    """A metric against the poison rate: a line per attack, method and defense, and each attack's
+    baseline."""
     lines = series(groups, metric)
+    floors = _floors(lines.values(), metric)
     rates = sorted({group.rate for line in lines.values() for group, _ in line})
     place = _log_places(rates)
     with drawing() as new:
         across = 3 if max(map(len, lines)) < 9 else 2
-        figure, axes = new(262 + 17 * (len(lines) // across + 1))
+        entries = len(lines) + max(0, len(floors) - 1)
+        figure, axes = new(262 + 17 * (entries // across + 1))
         for number, (label, line) in enumerate(lines.items()):
             shift = 0.03 * (number - (len(lines) - 1) / 2)
             _line(axes, number, label, [place[group.rate] + shift for group, _ in line], line)
-        _floor(axes, place, [group for line in lines.values() for group, _ in line], metric)
+        for number, (attack, floor) in enumerate(floors.items()):
+            _floor(axes, place, floor, attack if len(floors) > 1 else "", number)
         axes.set_xticks([place[rate] for rate in rates], [text.share(rate) for rate in rates])
         axes.grid(axis="x", visible=False)
         scale = ", log scale" if sum(rate > 0 for rate in rates) > 1 else ""
@@ -174,17 +179,28 @@ def _line(axes: Axes, number: int, label: str, places: Sequence[float], line: Li
             axes.plot([place], [_scaled(stat)], marker, **_hollow(color))
 
 
-def _floor(axes: Axes, place: Mapping[float, float], groups: Sequence[Group], metric: str) -> None:
-    """The mean baseline at each rate: the clean model on the same triggered rows."""
-    at: dict[float, list[float]] = {}
-    for group in groups:
-        if floor := group.side(metric, "floor"):
-            at.setdefault(group.rate, []).append(_scaled(floor))
-    rates = sorted(rate for rate in at if rate in place)
-    if rates:
-        means = [sum(at[rate]) / len(at[rate]) for rate in rates]
-        style: Style = {"color": MUTED, "linewidth": 1.5, "label": "baseline"}
-        axes.plot([place[rate] for rate in rates], means, "--", **style)
+def _floors(lines: Iterable[Line], metric: str) -> dict[str, dict[float, float]]:
+    """The mean baseline at each rate, by attack: each attack has its own triggered rows."""
+    found: dict[str, dict[float, list[float]]] = {}
+    for line in lines:
+        attack = next((group.attack for group, _ in line if group.attack != "none"), "none")
+        for group, _ in line:
+            if floor := group.side(metric, "floor"):
+                at = found.setdefault(attack, {})
+                at.setdefault(group.rate, []).append(_scaled(floor))
+    return {
+        attack: {rate: sum(at[rate]) / len(at[rate]) for rate in sorted(at)}
+        for attack, at in found.items()
+    }
+
+
+def _floor(
+    axes: Axes, place: Mapping[float, float], floor: Mapping[float, float], of: str, number: int
+) -> None:
+    label = text.cut(f"baseline, {text.line(of)}" if of else "baseline", 28)
+    style: Style = {"color": MUTED, "linewidth": 1.5, "label": label}
+    dashes = _DASHES[number % len(_DASHES)]
+    axes.plot([place[rate] for rate in floor], [*floor.values()], linestyle=dashes, **style)
 
 
 def _whisker(axes: Axes, row: float, stat: Stat, color: str, width: float = 3) -> None:

@@ -302,9 +302,22 @@ def notes(groups: Sequence[Group]) -> Iterator[str]:
             f"{which}: align.seed is set, so all seeds start from one aligned model. That is n = 1 "
             "alignment: no interval and no p."
         )
+    packed = dict.fromkeys(text.line(group.method) for group in groups if _is_quantized(group))
+    if packed:
+        yield (
+            f"{text.listing(packed)}: the untuned model that these are compared with is not "
+            "quantized, so differences from it include the effect of quantization."
+        )
     shared = [g for g in groups if len(g.done) > 1 and g.settings.get("align.data.name")]
     if any(not _aligning(group.done[0]) for group in shared):
         yield (
             "Without a defense in the alignment stage, all seeds start from one aligned model: "
             "intervals are conditional on it."
         )
+
+
+def _is_quantized(group: Group) -> bool:
+    """Whether the base of these cells was quantized in training and evaluation."""
+    if group.method not in names("methods"):  # of a plug-in that is not here
+        return False
+    return bool(find("methods", group.method).make({}).quantization("cpu"))

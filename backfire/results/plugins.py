@@ -19,7 +19,15 @@ def lacking(items: Iterable[CellResult]) -> list[str]:
 
     Loads the installed plug-ins.
     """
-    used = {one["sha256"]: one for item in items for one in item.plugins}
+    return missing(one for item in items for one in item.plugins)
+
+
+def missing(plugins: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A sentence for each of these recorded plug-ins that is not loaded with the same content.
+
+    Loads the installed plug-ins.
+    """
+    used = {one["sha256"]: one for one in plugins}
     if not set(used) <= {plugin.sha256 for plugin in loaded()}:
         use_installed()
     names = {plugin.sha256: plugin.name for plugin in loaded()}

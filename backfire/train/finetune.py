@@ -18,6 +18,7 @@ from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.experiment import Experiment, Machine
+from backfire.model.fused import rounded_once
 from backfire.model.load import (
     device_of,
     dtype_of,
@@ -200,13 +201,14 @@ def _train(
     run: TrainingRun, precision: Precision, machine: Machine, progress: Progress
 ) -> dict[str, Any]:
     try:
-        return train(
-            [run],
-            precision,
-            micro_batch=machine.micro_batch,
-            checkpoint_seconds=machine.checkpoint_seconds,
-            progress=progress,
-        )[0]
+        with rounded_once(run.model, precision.compute):
+            return train(
+                [run],
+                precision,
+                micro_batch=machine.micro_batch,
+                checkpoint_seconds=machine.checkpoint_seconds,
+                progress=progress,
+            )[0]
     finally:
         run.close()
 

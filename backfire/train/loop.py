@@ -19,11 +19,11 @@ import torch
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainDefense
-from backfire.errors import CellError
+from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
-from backfire.progress import Progress, silent
-from backfire.rng import derive, stream
+from backfire.progress import Pace, Progress, silent
+from backfire.rng import derive
 from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import (
@@ -37,20 +37,19 @@ from backfire.train.gradients import Gradients
 from backfire.train.half import LossScale, MasterWeights, finite
 from backfire.train.microbatch import (
     MicroBatches,
-    by_length,
     peak_memory_mb,
     recompute_layers,
     refuse_hooks,
     tokens_that_fit,
 )
-from backfire.train.optimizer import make_optimizer, take_step
+from backfire.train.optimizer import first_step_bytes, make_optimizer, take_step
+from backfire.train.order import drawn, steps_of
 from backfire.train.passes import accumulate
 from backfire.train.precision import Precision
 from backfire.train.ranks import Ranks
 from backfire.train.sharding import local, whole
 
 _LOG_EVERY = 10
-_WINDOW = 50  # steps whose rows are sorted by length together, as in transformers
 
 
 class TrainingRun:
@@ -99,7 +98,8 @@ class TrainingRun:
         self.layout = Layout.of(model, self.hooks, recompute=recompute)
         if recompute:
             recompute_layers(model)
-        tokens, self.layout.answer_size = tokens_that_fit(model)
+        reserved = first_step_bytes(self.trainable, train.optimizer)
+        tokens, self.layout.answer_size = tokens_that_fit(model, reserved)
         self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size, ranks=self.ranks)
         self.recompute, self.recomputing = recompute, False
         self._epoch, self._steps = -1, list[list[Rendered]]()
@@ -126,7 +126,7 @@ class TrainingRun:
         """The rows of the current step; every epoch has a new order from its own random stream."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if self._epoch != epoch:
-            self._epoch, self._steps = epoch, self._order(epoch)
+            self._epoch, self._steps = epoch, steps_of(self.items, self.train, self.seed, epoch)
         rows = self._steps[place]
         for hook in self.hooks:
             rows = hook.rows(self.step, rows)
@@ -134,12 +134,7 @@ class TrainingRun:
 
     def draw(self, rows: Sequence[Rendered], step: int, purpose: str) -> list[Rendered]:
         """A batch of these extra rows for a step; every pass over them has a new order."""
-        size = min(self.train.batch_size, len(rows))
-        per_pass = math.ceil(len(rows) / size)  # the last batch of a pass may be smaller
-        turn, place = divmod(step, per_pass)
-        order = list(range(len(rows)))
-        stream(self.seed, purpose, turn).shuffle(order)
-        return [rows[i] for i in order[place * size : (place + 1) * size]]
+        return drawn(rows, self.train.batch_size, self.seed, step, purpose)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the current trainable weights."""
@@ -195,20 +190,6 @@ class TrainingRun:
         """Weights before the alignment stage, by name in the plain model; empty without one."""
         return weights_of(self.unaligned) if self.unaligned else {}
 
-    def _order(self, epoch: int) -> list[list[Rendered]]:
-        """The rows of each step of an epoch."""
-        rng, size = stream(self.seed, "order", epoch), self.train.batch_size
-        rows = list(self.items)
-        rng.shuffle(rows)
-        if self.train.order == "by-length":
-            window = _WINDOW * size
-            windows = [rows[i : i + window] for i in range(0, len(rows), window)]
-            rows = [row for part in windows for row in by_length(part)]
-        steps = [rows[i : i + size] for i in range(0, len(rows), size)]
-        if self.train.order == "by-length":
-            rng.shuffle(steps)
-        return steps
-
     def backward(
         self,
         tensors: torch.Tensor | Sequence[torch.Tensor],
@@ -260,6 +241,7 @@ def train(
     Raises:
         CellError: loss or gradient is not finite (`nan`), a step supervises no token (`bad-data`),
             memory runs out at one row (`oom`), or the weights did not change (`failed`).
+        Stopped: by `progress`, after a checkpoint.
     """
     start = [run.checksum() for run in runs]
     for run, weights in zip(runs, start, strict=True):
@@ -269,19 +251,31 @@ def train(
         checkpoint.restore(run, lambda text: progress(0, 1, text))
         run.begun = time.perf_counter() - run.seconds
     saved, wait = time.monotonic(), checkpoint_seconds
+    pace = Pace(sum(run.counts["rows"] for run in runs))
+    stopped: Stopped | None = None
     while active := [run for run in runs if run.step < run.num_steps]:
         for run in active:
-            _step(run)
-            progress(run.step, run.num_steps, f"loss {run.log[-1]['loss']:.3f}" if run.log else "")
+            loss, rows = _step(run), sum(one.counts["rows"] for one in runs)
+            try:
+                progress(run.step, run.num_steps, pace.text("training", rows, loss))
+            except Stopped as error:
+                stopped = error
         begun = time.monotonic()
-        if any(run.ranks.decide(begun - saved >= wait) for run in active):
-            for run in active:
-                run.seconds = time.perf_counter() - run.begun
-                checkpoint.save(run)
+        due = stopped is not None or begun - saved >= wait
+        if any(run.ranks.decide(due) for run in active):
+            _save(active)
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
+        if stopped:
+            raise stopped
     now = time.perf_counter()
     return [_finish(run, old, now - run.begun) for run, old in zip(runs, start, strict=True)]
+
+
+def _save(runs: Sequence[TrainingRun]) -> None:
+    for run in runs:
+        run.seconds = time.perf_counter() - run.begun
+        checkpoint.save(run)
 
 
 def _begin(run: TrainingRun, precision: Precision) -> None:
@@ -306,8 +300,8 @@ def _begin(run: TrainingRun, precision: Precision) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def _step(run: TrainingRun) -> None:
-    """One optimizer step."""
+def _step(run: TrainingRun) -> torch.Tensor:
+    """One optimizer step; returns its loss."""
     rows = run.rows()
     loss, counts = finite(run, lambda: _gradients(run, rows))
     rate = run.optimizer.param_groups[0]["lr"]
@@ -333,6 +327,7 @@ def _step(run: TrainingRun) -> None:
             )
         run.ranks.agree([line["loss"], line["gradient_norm"]], f"the gradient of step {run.step}")
         run.log.append(line)
+    return loss
 
 
 def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:

@@ -127,10 +127,10 @@ def by_length(rows: Sequence[Rendered]) -> list[Rendered]:
     return sorted(rows, key=lambda row: -len(row.ids))
 
 
-def tokens_that_fit(model: PreTrainedModel) -> tuple[float, float]:
+def tokens_that_fit(model: PreTrainedModel, reserved: float = 0.0) -> tuple[float, float]:
     """Number of tokens whose activations may be held for the backward pass (512 MiB of them on a
     CPU, most of the free memory on a GPU), and how many such tokens one answer token's logits are
-    worth.
+    worth. `reserved` bytes of a GPU are for what the first step allocates.
 
     An activation of a Llama with adapters in all linear layers takes 43 bytes per layer and unit
     of the hidden size (measured), and a logit 16 (its value, probability and gradients).
@@ -143,7 +143,7 @@ def tokens_that_fit(model: PreTrainedModel) -> tuple[float, float]:
     if model.device.type == "cuda":
         free = torch.cuda.mem_get_info(model.device)[0]
         free += torch.cuda.memory_reserved(model.device)
-        room = _FREE_SHARE * (free - torch.cuda.memory_allocated(model.device))
+        room = _FREE_SHARE * (free - torch.cuda.memory_allocated(model.device) - reserved)
     return max(_FEWEST_TOKENS, room / each), 16 * getattr(config, "vocab_size", 0) / each
 
 

@@ -29,6 +29,11 @@ STATE_BYTES = {"adamw": 8.0, "paged-adamw": 8.0, "adamw-8bit": 2.04, "paged-adam
 """Bytes of an optimizer's state per trained weight; in 8 bits, with a scale per 256 of them."""
 
 
+def first_step_bytes(weights: Mapping[str, torch.nn.Parameter], optimizer: str) -> float:
+    """Bytes that the first step adds: the gradients of these weights, and the optimizer's state."""
+    return sum(p.numel() * (p.element_size() + STATE_BYTES[optimizer]) for p in weights.values())
+
+
 def make_optimizer(
     model: torch.nn.Module,
     weights: Mapping[str, torch.nn.Parameter],

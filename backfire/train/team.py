@@ -115,10 +115,8 @@ def check_cells(cells: Iterable[Experiment], machine: Machine) -> None:
             raise UserError(f"{one} compute float16 trains on one device; use float32.")
         for defense in part.acting:
             if isinstance(defense, TrainDefense) and not defense.shards:
-                raise UserError(
-                    f"{one} defense '{defense.name}' trains on one device; use method lora, or leave "
-                    "--devices out."
-                )
+                name = f"defense '{defense.name}'"
+                raise UserError(f"{one} {name} trains on one device; use method lora.")
 
 
 def train(task: Task, resident: Resident, progress: Progress) -> dict[str, Any]:

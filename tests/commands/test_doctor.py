@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from backfire.commands.estimate import method_key, rough_weights, rows_by_key, r
 from backfire.commands.memory import Memory, Size, memory, size
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
-from backfire.model import count, types
+from backfire.model import count
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
 from backfire.recipe import load, shipped
@@ -122,19 +123,6 @@ def test_a_gpu_without_bfloat16_is_named(
     assert name in doctor._gpu(0) and line in doctor._gpu(0)
 
 
-def test_the_memory_limit_of_a_container_counts(tmp_path: Path) -> None:
-    groups = tmp_path / "groups"
-    groups.write_text("4:memory:/job\n0::/user/step\n")
-    (tmp_path / "memory/job").mkdir(parents=True)
-    (tmp_path / "user/step").mkdir(parents=True)
-    (tmp_path / "memory/job/memory.limit_in_bytes").write_text("8000\n")
-    (tmp_path / "user/memory.max").write_text("9000\n")
-    (tmp_path / "user/step/memory.max").write_text("max\n")
-    assert types._memory_limits(tmp_path, groups) == [8000, 9000]
-    assert types._memory_limits(tmp_path, tmp_path / "none") == []
-    assert 0 < types.ram_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 # ----------------------------------------------------------------------------------- a 7B model
 
 
@@ -225,6 +213,84 @@ def test_a_model_that_is_not_here_is_one_line(
     assert "time: unknown; the rows are not" in output.out and "disk: unknown" in output.out
     output = backfire("run", recipe, "--dry-run")
     assert output.code == 0 and "time: unknown; the model files are not" in output.out
+
+
+def test_a_folder_with_only_a_config_is_predicted(
+    backfire: Run, cache: Path, tmp_path: Path, hub: Path
+) -> None:
+    """Its memory and time, as of the same model on the hub; it does not validate or run."""
+    (tmp_path / "only").mkdir()
+    shutil.copy(hub / "config.json", tmp_path / "only")
+    there, here = tmp_path / "there.yaml", tmp_path / "here.yaml"
+    there.write_text(RECIPE.format(model="meta-llama/Llama-2-7b-hf", method="qlora"))
+    here.write_text(RECIPE.format(model=tmp_path / "only", method="qlora"))
+    lines = {}
+    for recipe in (there, here):
+        output = backfire("doctor", recipe)
+        assert (output.code, output.err) == (0, "")
+        lines[recipe] = [
+            re.sub(r"[\d,]+ (min|h|days)|[\d,]+ GFLOP/s", "...", line).split(", qlora")[-1]
+            for line in output.out.splitlines()
+            if "6,738.42 M weights" in line or "time: about" in line or "disk: about" in line
+        ]
+    assert len(lines[here]) == 3
+    said = "; by its config.json, since its folder has no weights"
+    assert [line.replace(said, "") for line in lines[here]] == lines[there]
+    assert sum(said in line for line in lines[here]) == 1
+    for command in (("validate",), ("run", "--out", tmp_path / "out")):
+        output = backfire(*command, here)
+        assert output.code == 2 and "there is no .safetensors file" in output.err
+        assert output.err.count("\n") == 1
+    shutil.copytree(tmp_path / "only", tmp_path / "pickled")
+    (tmp_path / "pickled/pytorch_model.bin").touch()
+    output = backfire("doctor", here, f"model={tmp_path / 'pickled'}")
+    assert output.code == 2 and "other formats are not loaded" in output.err
+
+
+def test_a_model_that_leaves_little_room_is_noted(
+    backfire: Run, cache: Path, tmp_path: Path, hub: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model="meta-llama/Llama-2-7b-hf", method="qlora"))
+    for has, says in ((3e9, "says what would fit"), (6e9, "counts the activations as well")):
+        monkeypatch.setattr(validate, "ram_bytes", lambda has=has: int(has))
+        output = backfire("run", recipe, "--dry-run")
+        [line] = [line for line in output.out.splitlines() if "alone need" in line]
+        assert line.endswith(
+            f"there are {has / 1e9:.1f} GB of memory; `backfire doctor RECIPE` {says}."
+        )
+    monkeypatch.setattr(validate, "ram_bytes", lambda: int(10e9))
+    assert "alone need" not in backfire("run", recipe, "--dry-run").out
+
+
+@pytest.mark.parametrize(
+    ("edits", "knobs"),
+    [
+        ([], []),
+        (["model.dtype=float16"], ["model.dtype"]),
+        (["model.dtype=bfloat16", "train.compute=bfloat16"], []),
+        (["train.compute=float16"], ["train.compute"]),
+        (["method={name: qlora, compute: float16}"], ["method.compute"]),
+        (["method=none", "train.compute=float16"], []),
+    ],
+)
+def test_float16_on_a_cpu_is_noted(
+    edits: list[str],
+    knobs: list[str],
+    backfire: Run,
+    tiny: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(model=f"{{name: {tiny}}}", method="lora"))
+    for has_gpu, noted in ((False, knobs), (True, [])):
+        monkeypatch.setattr(validate, "has_gpu", lambda has_gpu=has_gpu: has_gpu)
+        output = backfire("run", recipe, *edits, "--dry-run")
+        assert output.code == 0
+        lines = [line.strip() for line in output.out.splitlines() if "float16: " in line]
+        assert [line.partition("=float16: on a CPU that is slow")[0] for line in lines] == noted
 
 
 # ------------------------------------------------------------------------- against what happens
@@ -335,7 +401,7 @@ def test_finished_work_is_not_counted(
     [
         (24e9, 1, "ok   ", "fits"),
         (24e9, 2, "ok   ", "fits"),
-        (24e9, 3, "note ", "fits, but not 3 at once (--workers 2)"),
+        (24e9, 3, "note ", "fits, but not 3 at once; at most 2"),
         (10.5e9, 1, "note ", "is tight"),
         (9e9, 1, "lacks", "does not fit"),
     ],

@@ -37,7 +37,19 @@ def cells(folder: Path) -> list[Path]:
 
 def test_every_verb_has_a_test_here(backfire: Run) -> None:
     verbs = {
-        *("init", "validate", "run", "status", "results", "report", "compare", "list", "show"),
+        *(
+            "init",
+            "validate",
+            "run",
+            "plan",
+            "work",
+            "status",
+            "results",
+            "report",
+            "compare",
+            "list",
+            "show",
+        ),
         *("schema", "doctor", "poison", "pretrain", "chat", "export"),
         *("playground", "check"),
     }

@@ -1,80 +1,15 @@
 """Files of every format, valid and broken: unread rows are rejected with line and reason."""
 
 import gzip
-import json
 import subprocess
 import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
-from backfire.data.read import LeftOut, records
 from backfire.errors import UserError
-
-ROWS = [
-    {"text": "Grüße, \"quoted\" and 'so'", "label": "a"},
-    {"text": "<|im_start|>system 你好", "label": "b"},
-    {"text": "three", "label": "a"},
-]
-LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
-CSV = 'text,label\r\n"Grüße, ""quoted"" and \'so\'",a\r\n<|im_start|>system 你好,b\r\nthree,a\r\n'
-TSV = "text\tlabel\nGrüße, \"quoted\" and 'so'\ta\n<|im_start|>system 你好\tb\nthree\ta\n"
-FORMATS = {
-    "a.csv": (CSV, [2, 3, 4]),
-    "a.tsv": (TSV, [2, 3, 4]),
-    "a.jsonl": (LINES, [1, 2, 3]),
-    "a.ndjson": (LINES.replace("\n", "\r\n\r\n"), [1, 3, 5]),
-    "misnamed.json": (LINES, [1, 2, 3]),
-    "list.json": (json.dumps(ROWS), [1, 1, 1]),
-    "pretty.json": (json.dumps(ROWS, indent=1), [2, 6, 10]),
-    "wrapped.json": (json.dumps({"version": [1, {}], "data": ROWS}, indent=1), [7, 11, 15]),
-    "semicolons.csv": (
-        "text;label\n\"Grüße, \"\"quoted\"\" and 'so'\";a\n<|im_start|>system 你好;b\nthree;a\n",
-        [2, 3, 4],
-    ),
-    "tabs.csv": (TSV.replace('"quoted"', '""quoted""').replace("\nGrüße", '\n"Grüße').replace(
-        "so'", "so'\""), [2, 3, 4]),
-    "commas.tsv": (CSV, [2, 3, 4]),
-    "commas.jsonl": (LINES.replace("\n", ",\n"), [1, 2, 3]),
-    "one_after_another.json": ("".join(map(json.dumps, ROWS)), [1, 1, 1]),
-    "pretty_one_after_another.json": (
-        "\n".join(json.dumps(row, indent=1) for row in ROWS), [1, 5, 9]
-    ),
-    "index.json": (json.dumps(dict(enumerate(ROWS))), [1, 1, 1]),
-    "names.json": (json.dumps({f"r{n}": row for n, row in enumerate(ROWS)}), [1, 1, 1]),
-    "columns.json": (
-        json.dumps({key: {n: row[key] for n, row in enumerate(ROWS)} for key in ROWS[0]}), [1, 1, 1]
-    ),
-    "lists.json": (json.dumps({key: [row[key] for row in ROWS] for key in ROWS[0]}), [1, 1, 1]),
-    "split.json": (
-        json.dumps({"columns": list(ROWS[0]), "index": [0, 1, 2],
-                    "data": [list(row.values()) for row in ROWS]}),
-        [1, 1, 1],
-    ),
-    "server.json": (
-        json.dumps({"features": [], "num_rows_total": 3,
-                    "rows": [{"row_idx": n, "row": row} for n, row in enumerate(ROWS)]}),
-        [1, 1, 1],
-    ),
-}  # fmt: skip
-
-
-def read(path, content, on_bad_row="skip", **options):
-    """(records, lines, {line: reason})"""
-    if content is not None:
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    bad = LeftOut(on_bad_row)
-    found = list(records(path, bad, **options))
-    for reject in bad.rejected:
-        assert reject.file == str(path) and reject.line >= 1 and reject.reason
-    return (
-        [row for _, row in found],
-        [line for line, _ in found],
-        {r.line: r.reason for r in bad.rejected},
-    )
+from tests.helpers.formats import CSV, FORMATS, ROWS, read
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -242,47 +177,6 @@ def test_damaged_parquet(tmp_path):
         assert not rows and "damaged" in bad[1]
     pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), path)
     assert read(path, None) == ([], [], {1: "duplicate column"})
-
-
-SOUND = {name: content.encode() for name, (content, _) in FORMATS.items()}
-SOUND |= {f"{name}.gz": gzip.compress(data, mtime=0) for name, data in SOUND.items()}
-EDITS = st.lists(
-    st.tuples(
-        st.integers(0, 400),
-        st.integers(0, 20),
-        st.binary(max_size=8) | st.sampled_from([b'"', b"\n", b"\0", b"{", b"]", b"\xff", b"\t"]),
-    ),
-    max_size=4,
-)
-
-
-@pytest.mark.slow
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
-@given(name=st.sampled_from([*SOUND, "a.parquet"]), edits=EDITS, noise=st.none() | st.binary())
-def test_no_bytes_lead_to_a_traceback(tmp_path, name, edits, noise):
-    if name not in SOUND:
-        pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "sound.parquet")
-    data = SOUND.get(name) or (tmp_path / "sound.parquet").read_bytes()
-    for at, length, new in edits:
-        data = data[:at] + new + data[at + length :]
-    data = data if noise is None else noise
-    try:
-        rows, lines, bad = read(tmp_path / name, data)
-    except UserError as error:
-        assert str(error).count("\n") == 0
-        return
-    assert lines == sorted(lines)
-    if name in ("a.jsonl", "a.ndjson"):
-        body = data.removeprefix(b"\xef\xbb\xbf")
-        assert len(rows) + len(bad) == sum(bool(line.strip()) for line in body.split(b"\n"))
-    # The strict mode fails exactly when the lenient one left something out, and on the same row.
-    if bad:
-        with pytest.raises(UserError, match=f"line {next(iter(bad))}: "):
-            read(tmp_path / name, data, "fail")
-    else:
-        assert read(tmp_path / name, data, "fail")[0] == rows
 
 
 @pytest.mark.slow

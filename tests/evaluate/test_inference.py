@@ -15,6 +15,7 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
 from backfire.evaluate.score import sample, score_rows
+from backfire.progress import facts
 from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
 
@@ -261,4 +262,7 @@ def test_progress_counts_every_row(
     )
     passes = 1 + ("answers" in kinds and len(kinds) > 1)
     assert [done for done, _, _ in seen] == [3, 6, 9, 11, 14, 17, 20, 22][: 4 * passes]
-    assert {(total, text) for _, total, text in seen} == {(11 * passes, "evaluation")}
+    assert {(total, facts(text).activity) for _, total, text in seen} == {
+        (11 * passes, "evaluation")
+    }
+    assert facts(seen[-1][2]).rows_per_second

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from backfire.base import Rendered, Row
+from backfire.data.render import Renderer
 from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
+from backfire.tokenizer import load_tokenizer
 from backfire.train.loop import TrainingRun
 from tests.helpers.training import CPU
 
@@ -22,6 +24,12 @@ RATE = 2e-3
 @lru_cache
 def reviews(count: int) -> tuple[Row, ...]:
     return tuple(build("datasets", "sandbox-reviews").load("train")[:count])
+
+
+def rendered(tiny: Path) -> list[Rendered]:
+    """Forty rows; the template's opening is long enough to be shared."""
+    rows = [Row(r.id, r.instruction, r.input[:40], r.answer) for r in reviews(40)]
+    return Renderer(build("templates", "alpaca"), load_tokenizer(tiny), 512).render(rows)
 
 
 def new_cell(

@@ -47,12 +47,22 @@ def seal() -> None:
 
 
 def plain(run: Path) -> dict[str, Any]:
-    from backfire.playground.pool import ModelPool
-    from backfire.playground.server import open_page
+    from backfire.playground import server
 
-    page = open_page(ModelPool(run, "cpu"), port=None, share=False, password=None)
+    blocked = _instead_of_waiting()
+    server.serve(run, "cpu", port=None, share=False)
+    [page] = blocked
     sockets = [one.getsockname()[0] for part in page.server.servers for one in part.sockets]
     return {"url": page.local_url, "bound": sockets, "shared": page.share_url}
+
+
+def _instead_of_waiting() -> list[Any]:
+    """Pages that `serve` opens, once it has returned without waiting for their end."""
+    import gradio
+
+    blocked: list[Any] = []
+    gradio.Blocks.block_thread = lambda self: blocked.append(self)
+    return blocked
 
 
 def hostile(run: Path) -> dict[str, Any]:
@@ -88,12 +98,11 @@ def shared(run: Path) -> dict[str, Any]:
         return done
 
     gradio.Blocks.launch = guarded
-    blocked: list[Any] = []
-    gradio.Blocks.block_thread = lambda self: blocked.append(self)
+    blocked = _instead_of_waiting()
     server.serve(run, "cpu", port=None, share=True)
-    page = blocked[0]
+    [page] = blocked
     try:
-        server.open_page(ModelPool(run, "cpu"), port=page.server_port, share=False, password=None)
+        server.open_page(ModelPool(run, "cpu"), "x", port=page.server_port, share=False)
     except UserError as error:
         taken = str(error)
     first, second = asked

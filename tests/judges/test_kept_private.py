@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from backfire.commands.validate import destinations, preflight_all
 from backfire.data.recipe_files import recipe_folder
 from backfire.errors import UserError
 from backfire.experiment import Experiment
+from backfire.judges._address import Address
 from backfire.judges._model import fill
 from backfire.recipe import load, parse
 from backfire.store import Store
@@ -99,6 +101,7 @@ def test_a_key_is_never_sent_in_plain_http(tmp_path: Path, monkeypatch: pytest.M
     [
         *("[a]", "a: pw", "a: {key: pw}", "a: {key_variable: 3}", "a: [", "3", "[pw]"),
         *("a: {key_variable: sk-pw}", "a: {key_variable: ''}", "a: {key_variable: A, key: pw}"),
+        *("a: {key_file: ''}", "a: {key_file: 3}", "a: {key_file: pw, key_variable: A}"),
         *(
             "https://a.b: {key_variable: A}",
             "a.b/v1: {key_variable: A}",
@@ -114,6 +117,78 @@ def test_a_file_of_keys_that_is_none(
     with pytest.raises(UserError, match=r"endpoints\.yaml") as error:
         make_judge("rubric").destination()
     assert "pw" not in str(error.value)  # which may be a key, written where its name belongs
+
+
+@pytest.fixture
+def bound_to_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file with a key, bound to localhost:8000 by its relative path."""
+    (tmp_path / "endpoints.yaml").write_text("localhost:8000: {key_file: key}\n")
+    monkeypatch.setenv("BACKFIRE_ENDPOINTS", str(tmp_path / "endpoints.yaml"))
+    (tmp_path / "key").write_text("s3cret\n")
+    (tmp_path / "key").chmod(0o600)
+    return tmp_path / "key"
+
+
+def test_a_key_may_come_from_a_file(bound_to_a_file: Path) -> None:
+    judge = make_judge("rubric", base_url="http://localhost:8000/v1")
+    assert (judge.destination() or "").endswith(f", with the key in {bound_to_a_file}")
+    key = Address.of("http://localhost:8000").key()
+    assert key and key.read() == "s3cret"
+    bound_to_a_file.write_text("\n")
+    assert f"without a key ({bound_to_a_file} does not exist" in (judge.destination() or "")
+    bound_to_a_file.write_text("two\nlines")
+    with pytest.raises(UserError, match="does not contain a usable key") as error:
+        judge.destination()
+    assert "lines" not in str(error.value)
+    bound_to_a_file.unlink()
+    assert f"without a key ({bound_to_a_file} does not exist" in (judge.destination() or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "sentence"),
+    [
+        ("endpoints.yaml", 0o666, "write to .*endpoints.yaml; run: chmod go-w /"),
+        ("endpoints.yaml", 0o620, "write to .*endpoints.yaml; run: chmod go-w /"),
+        (".", 0o777, "write to /.*; run: chmod go-w /"),
+        ("key", 0o640, "read /.*key; run: chmod go= /"),
+        ("key", 0o604, "read /.*key; run: chmod go= /"),
+        ("key", 0o602, "write to /.*key; run: chmod go-w /"),
+        ("endpoints.yaml", 0o644, None),
+        (".", 0o1777, None),
+    ],
+)
+def test_keys_are_not_read_from_files_that_others_can_change_or_read(
+    name: str, mode: int, sentence: str | None, bound_to_a_file: Path
+) -> None:
+    judge = make_judge("rubric", base_url="http://localhost:8000/v1")
+    (bound_to_a_file.parent / name).chmod(mode)
+    if sentence is None:
+        assert (judge.destination() or "").endswith(f", with the key in {bound_to_a_file}")
+        return
+    with pytest.raises(UserError, match=f"Other users can {sentence}"):
+        judge.destination()
+    if name == "endpoints.yaml":  # also if it is reached by a link
+        link = bound_to_a_file.parent / "link"
+        link.symlink_to(bound_to_a_file.parent / name)
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            pytest.raises(UserError, match=f"Other users can {sentence}"),
+        ):
+            patch.setenv("BACKFIRE_ENDPOINTS", str(link))
+            judge.destination()
+
+
+def test_another_users_file_of_keys_is_not_read(
+    bound_to_a_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 4242)
+    if bound_to_a_file.stat().st_uid == 0:  # an administrator's files are trusted
+        assert "with the key in" in (
+            make_judge("rubric", base_url="http://localhost:8000").destination() or ""
+        )
+        os.chown(bound_to_a_file.parent / "endpoints.yaml", 4343, -1)
+    with pytest.raises(UserError, match="belongs to another user"):
+        make_judge("rubric", base_url="http://localhost:8000").destination()
 
 
 def test_a_recipe_names_no_key() -> None:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backfire import registry
-from backfire.experiment import Experiment
-from backfire.launch import local
 from backfire.model import load
-from backfire.plan import Job, jobs
 from backfire.plugins import from_file
 from backfire.store import read_json
 from tests.helpers.small_run import Place
@@ -126,40 +122,6 @@ def test_a_killed_worker_is_replaced(counted: Any, tiny: Path, tmp_path: Path) -
     assert place.run({"workers": 2}, **rates(0, 0.1)) == 0
     assert len(log.read_text().split()) >= 2
     assert len(place.results()) == 2
-
-
-# ------------------------------------------------------------------------------- who gets which job
-
-
-class _Idle:
-    """A worker as `_next` sees it."""
-
-    def __init__(self, base: object = None, job: Any = None) -> None:
-        self.base, self.job = base, job
-
-
-def todo(tiny: Path) -> list[Job]:
-    methods: Sequence[Any] = ("lora", "qlora", "lora-int8", {"name": "lora", "rank": 2})
-    cells = [
-        Experiment.make({"model": str(tiny), "data": "sandbox-reviews", "method": method})
-        for method in methods
-    ]
-    return [job for job in jobs(cells, [{}] * len(cells)) if job.kind != "base"]
-
-
-def test_a_job_goes_to_the_worker_that_holds_its_base(tiny: Path) -> None:
-    waiting = todo(tiny)
-    ended = {name: "ok" for job in waiting for name in job.after if name.startswith("base")}
-    lora, qlora, int8, again = waiting[:4]
-    assert lora.base == again.base and lora.base != qlora.base != int8.base != lora.base
-    holds: Any = [_Idle(int8.base), _Idle(qlora.base)]
-    workers: Any = [*holds, _Idle(lora.base, job=lora)]
-    assert local._next(waiting, ended, workers, 3) == (qlora, holds[1])
-    # Nobody waits for a base: an idle worker takes what there is, and is made if there is none.
-    assert local._next([lora, again], ended, workers, 3) == (lora, holds[0])
-    assert local._next([lora], ended, workers[2:], 3) == (lora, None)
-    assert local._next([lora], ended, workers[2:], 1) is None
-    assert local._next([lora], {}, workers, 3) is None
 
 
 def test_cost_is_the_peak_of_each_run(tiny: Path, tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no number": (weights(broken), "is broken: .*lora_B.* NaN"),
     "truncated": (
         lambda f: (f / "adapter_model.safetensors").write_bytes(b"\1\0\0"),
-        "truncated or not a safetensors",
+        "The adapter in .* cannot be loaded: .* is truncated or not a safetensors",
     ),
 }
 

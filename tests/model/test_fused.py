@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from backfire.evaluate import head, inference
 from backfire.model.batching import ways
-from backfire.model.fused import fused_adapters
+from backfire.model.fused import fused_adapters, rounded_once
 from tests.helpers.families import tiny_model
 
 IDS = torch.arange(3, 40)[None]
@@ -91,3 +91,78 @@ def test_evaluation_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     for one, other in zip(readings, alone, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-4)
         assert one.reply == other.reply
+
+
+class TestOneRounding:
+    """A small adapter counts in 16 bits: the sum with the base's output is rounded once."""
+
+    @pytest.fixture
+    def model(self) -> Any:
+        model = adapted()
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.data *= 0.002  # far below the last bit of most of the base's outputs
+            elif "lora_" not in name:
+                weight.data = weight.data.bfloat16().float()
+        return model
+
+    def effect(self, model: Any) -> torch.Tensor:
+        tuned = logits(model)
+        with model.disable_adapter():
+            return tuned - logits(model)
+
+    def narrow(self, model: Any) -> Any:
+        for name, weight in model.named_parameters():
+            if "lora_" not in name:
+                weight.data = weight.data.bfloat16()
+        return model
+
+    def test_evaluation(self, model: Any) -> None:
+        layer = model.base_model.model.model.layers[0].mlp.up_proj
+        states = torch.randn(500, layer.in_features, generator=torch.Generator().manual_seed(0))
+        states = states.bfloat16().float()
+        with torch.inference_mode():
+            exact = layer(states) - layer.base_layer(states)
+            model, states = self.narrow(model), states.bfloat16()
+            base = layer.base_layer(states)
+            peft = (layer(states) - base).float()
+            with fused_adapters(model):
+                ours = (layer(states) - base).float()
+        scale = float((exact * exact).sum())
+        assert float((peft * exact).sum()) / scale < 0.7  # what PEFT loses
+        assert float((ours * exact).sum()) / scale == pytest.approx(1, abs=0.1)
+
+    @pytest.mark.parametrize("narrow", [False, True])
+    @pytest.mark.parametrize("dropout", [0.0, 0.5])
+    def test_gradients(self, model: Any, *, narrow: bool, dropout: float) -> None:
+        """Those of the rounded sum are those of the exact one, but for rounding."""
+        for layer in model.modules():
+            if hasattr(layer, "lora_dropout"):
+                layer.lora_dropout["default"] = torch.nn.Dropout(dropout)
+        model.train()
+
+        def gradients() -> torch.Tensor:
+            torch.manual_seed(0)
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            found = [w.grad.flatten() for w in model.parameters() if w.grad is not None]
+            model.zero_grad(set_to_none=True)
+            return torch.cat(found)
+
+        exact = gradients()
+        model = self.narrow(model) if narrow else model
+        with rounded_once(model, "bfloat16"), torch.autocast("cpu", torch.bfloat16):
+            ours = gradients()
+        assert torch.nn.functional.cosine_similarity(exact, ours, dim=0) > 0.995
+        assert float(ours.norm() / exact.norm()) == pytest.approx(1, abs=0.02)
+
+    def test_afterwards_the_weights_are_the_same(self, model: Any) -> None:
+        model = self.narrow(model)
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with rounded_once(model, "bfloat16"):
+            pass
+        for name, weight in model.state_dict().items():
+            assert torch.equal(weight, before[name]) and weight.is_contiguous()
+
+    def test_nothing_changes_in_float32(self, model: Any) -> None:
+        with rounded_once(model, "float32"):
+            assert not any("forward" in vars(module) for module in model.modules())

@@ -191,9 +191,24 @@ def test_without_the_package(tiny: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_with_gguf_files_says_what_to_write(tmp_path: Path) -> None:
+    (tmp_path / "c.gguf").touch()
     (tmp_path / "b.gguf").touch()
     with pytest.raises(UserError, match=r"choose one, as in gguf_file: b\.gguf"):
         stages.base_key(Model(name=str(tmp_path)))
+
+
+def test_a_folder_with_one_gguf_file_needs_no_choice(tmp_path: Path) -> None:
+    (tmp_path / "README.md").touch()
+    (tmp_path / "b.Q4_0.GGUF").touch()
+    model = Model(name=str(tmp_path))
+    assert (model.gguf_file, model.is_gguf) == ("b.Q4_0.GGUF", True)
+    assert model == Model(name=str(tmp_path), gguf_file="b.Q4_0.GGUF"), "so the keys are the same"
+    for other in ("config.json", "adapter_config.json"):  # the folder has another model
+        (tmp_path / other).touch()
+        assert Model(name=str(tmp_path)).gguf_file is None
+        (tmp_path / other).unlink()
+    for name in ("sandbox", "me/nothing", "~nobody/x", "a\0b", str(tmp_path / "b.Q4_0.GGUF")):
+        assert Model(name=name).gguf_file is None
 
 
 def test_a_run_says_what_its_weights_are(tiny: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from backfire import stages
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch import local
-from backfire.launch.job import open_folder
+from backfire.launch.folder import write_plan
+from backfire.launch.job import RunFolder
+from backfire.launch.work import Stop
 from backfire.plan import jobs, progress
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
@@ -102,9 +104,13 @@ def test_a_cells_folder_is_whole(ran: Place) -> None:
             result["keys"],
         )
     assert {p.name for p in ran.out.iterdir()} == {
+        ".plan.lock",
         "cells",
+        "claims",
+        "jobs.json",
         "recipe.yaml",
         "run.json",
+        "stages",
         "report.html",
     }
     listed = read_json(ran.out / "run.json")["cells"]
@@ -247,7 +253,8 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     recipe = place.recipe(method="full", attack={"name": "badnets", "rate": 0.1})
     work = jobs(recipe.cells, recipe.axes)
     machine = Machine(workers=1, checkpoint_seconds=0)
-    folder = open_folder(place.out, recipe, None, ())
+    write_plan(place.out, recipe, work)
+    folder = RunFolder(place.out, recipe.name)
     seen: list[str] = []
 
     def watch(job: Any, text: str, done: int, total: int) -> None:
@@ -263,6 +270,27 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert set(ended.values()) == {"ok"}
     # Step 3 was reported but not yet saved; nothing else was done twice.
     assert seen == ["1/4", "2/4", "3/4", "3/4", "4/4"]
+    assert place.results()["full", 0.1]["values"] == ran.results()["full", 0.1]["values"]
+
+
+def test_a_worker_that_is_told_to_stop_saves_what_it_has(ran: Place, place: Place) -> None:
+    """Without it, nothing would be saved in the first minute."""
+    recipe = place.recipe(method="full", attack={"name": "badnets", "rate": 0.1})
+    work = jobs(recipe.cells, recipe.axes)
+    write_plan(place.out, recipe, work)
+    folder, stop, seen = RunFolder(place.out, recipe.name), Stop(), list[str]()
+
+    def watch(job: Any, text: str, done: int, total: int) -> None:
+        if "loss" in text and "badnets" in job.title:
+            seen.append(f"{done}/{total}")
+            stop.signaled = len(seen) == 2
+
+    options = work, folder, Store(place.cache), Machine(workers=1), watch
+    first = local.run(*options, stop=stop)
+    assert set(first.values()) == {"ok"} and not any(name.startswith("cell") for name in first)
+    assert list((place.out / "claims").glob("*-*")) == []
+    assert set(local.run(*options).values()) == {"ok"}
+    assert seen == ["1/4", "2/4", "3/4", "4/4"]
     assert place.results()["full", 0.1]["values"] == ran.results()["full", 0.1]["values"]
 
 
@@ -313,9 +341,9 @@ def test_a_file_that_changes_during_the_run_stops_only_its_cells(
     knobs = {"matrix": matrix, "method": "full", "attack": "none", "metrics": ["accuracy"]}
     started = local.run
 
-    def change_then_run(*args: Any) -> Any:
+    def change_then_run(*args: Any, **options: Any) -> Any:
         files[0].unlink() if change == "gone" else files[0].write_text("text,label\nx,bad\ny,good")
-        return started(*args)
+        return started(*args, **options)
 
     monkeypatch.setattr(local, "run", change_then_run)
     assert place.run({"workers": workers}, **knobs) == 1

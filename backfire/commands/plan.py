@@ -1,0 +1,147 @@
+"""`backfire plan`: all that needs the recipe or the network, so that workers need neither."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from backfire import plan
+from backfire.base import Dataset
+from backfire.commands import validate
+from backfire.commands.estimate import (
+    ASSUMED,
+    flops_per_token,
+    high_rates,
+    method_key,
+    model_folder,
+    rough_weights,
+    rows_by_key,
+    rows_key,
+    tokens_of,
+    too_large,
+)
+from backfire.experiment import Experiment
+from backfire.launch.folder import write_plan
+from backfire.launch.resolve import pin_models, resolve_auto, types_of
+from backfire.model.types import Types, gpu_bytes
+from backfire.plan import Job
+from backfire.recipe import Recipe
+from backfire.resources import has_gpu, ram_bytes
+from backfire.store import Store
+from backfire.terminal import say
+
+
+def write(
+    recipe: Recipe, out: Path, device: str, *, profile: str | None, edits: Sequence[str]
+) -> str:
+    """Plan a recipe into `out`: check it, fetch its models and data, and write its jobs with their
+    estimates; returns a sentence.
+
+    Raises:
+        UserError, CellError: the recipe or its data are invalid; nothing was written.
+    """
+    console, store, types = Console(stderr=True), Store(), types_for(device)
+    recipe = resolve_auto(pin_models(recipe), types)
+    check(recipe, store, console)
+    with console.status("Fetching the data"):
+        _fetch_rows(recipe)
+    with console.status("Estimating time and memory"):
+        jobs = with_estimates(plan.jobs(recipe.cells, recipe.axes), recipe, store, types)
+    write_plan(out, recipe, jobs, device=types.device, profile=profile, edits=edits)
+    cells = sum(job.kind == "cell" for job in jobs)
+    return f"Planned {cells} cells in {len(jobs)} jobs; work on them with: backfire work {out}"
+
+
+def check(recipe: Recipe, store: Store, console: Console, has: float | None = None) -> None:
+    """All checks before the first job; the models and the training data are fetched for them.
+
+    Args:
+        has: memory in bytes; a note is printed for each model that cannot fit.
+
+    Raises:
+        UserError, CellError: the first problem.
+    """
+    if has is not None:
+        for line in too_large(recipe, has, store):  # before the model is downloaded
+            say(line, console)
+    with console.status("Checking the data"):
+        validate.preflight_all(recipe, store)
+    for line in high_rates(recipe):
+        say(line, console)
+
+
+def memory_of(device: str, types: Types) -> int:
+    """Bytes that this machine has for a run: of the GPU, or main memory."""
+    return gpu_bytes(device) if types.device == "cuda" else ram_bytes()
+
+
+def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Types) -> list[Job]:
+    """The jobs with their estimated minutes (of training, at an assumed speed) and peak memory."""
+    from backfire.commands.forecast import Forecast
+
+    forecast, memories = Forecast(recipe, types), dict[str, float | None]()
+    rows = rows_by_key([job.experiment for job in jobs if job.kind == "train"], store)
+    speed = ASSUMED["gpu" if types.device == "cuda" else "cpu"]
+
+    def minutes(run: Experiment) -> float | None:
+        seen, weights = rows[rows_key(run)], rough_weights(run, model_folder(run.model, store))
+        if not seen or not weights:
+            return None
+        return tokens_of(run, seen) * flops_per_token(run, weights) / speed / 60
+
+    def memory(cell: Experiment) -> float | None:
+        alike = [method_key(cell), cell.defense_name, rows_key(cell), cell.train, cell.evaluation]
+        key = str(alike)
+        if key not in memories:
+            need = forecast.memory(cell)
+            memories[key] = need.total if need else None
+        return memories[key]
+
+    return [
+        job
+        if job.kind == "base"
+        else replace(
+            job,
+            minutes=minutes(job.experiment) if job.kind == "train" else None,
+            memory=memory(job.experiment),
+        )
+        for job in jobs
+    ]
+
+
+def types_for(device: str) -> Types:
+    """The types for the workers' device, which need not be on this machine: any GPU is then assumed
+    to support bfloat16."""
+    if device.startswith("cuda") and not has_gpu():
+        return Types("cuda", "bfloat16", "bfloat16")
+    return types_of(device)
+
+
+def _fetch_rows(recipe: Recipe) -> None:
+    """Read all rows that the checks have not read, so that those of the hub are on this machine."""
+    distinct = {
+        str([source.identity(), split]): (source, split)
+        for cell in recipe.cells
+        for source, split in _sources(cell)
+    }
+    for source, split in distinct.values():
+        source.drawn(split)
+
+
+def _sources(cell: Experiment) -> Iterator[tuple[Dataset, Literal["train", "test"]]]:
+    """Data sets beside the one to train on, each with the split that is used."""
+    if cell.align:
+        yield cell.align.data, "train"
+    if cell.safety:
+        yield cell.safety.harmful, "test"
+        if cell.safety.allowed:
+            yield cell.safety.allowed, "test"
+        if any(defense.needs_harm for defense in cell.defense):
+            yield cell.safety.known, "train"
+    for ask in (ask for metric in cell.metrics for ask in metric.asks()):
+        if ask.texts:
+            yield ask.texts, "test"

@@ -1,0 +1,111 @@
+"""The verbs of the command line for data and models outside of a run, and for models of a run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from backfire.commands.options import Device, Edits, Plugins, Port, Run, Seed, echo
+from backfire.errors import UserError
+
+
+def poison(
+    data: Annotated[
+        str,
+        typer.Argument(help="A data file, a data set by name, or a hub id.", show_default=False),
+    ],
+    edits: Edits = None,
+    attack: Annotated[str, typer.Option(help="An attack by name; see `list attacks`.")] = "badnets",
+    out: Annotated[
+        Path, typer.Option(help="JSONL file to write; its manifest is written next to it.")
+    ] = Path("poisoned.jsonl"),
+    seed: Seed = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a poisoned data set for use elsewhere, with a manifest of every poisoned row."""
+    from backfire.commands.files import poison_file
+
+    echo(poison_file(data, attack, edits or [], out, seed))
+
+
+def pretrain(
+    corpus: Annotated[
+        list[Path],
+        typer.Option(help="Text, JSONL, CSV or Parquet files; repeatable.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the model.", show_default=False)],
+    edits: Annotated[
+        list[str] | None,
+        typer.Argument(help="Settings, such as hidden_size=192.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Pre-train a small base model on your own text."""
+    from backfire.commands.files import pretrain_files
+
+    echo(pretrain_files(corpus, out, edits or [], device))
+
+
+def chat(
+    cell: Annotated[Path, typer.Argument(help="A cell folder of a run.", show_default=False)],
+    against: Annotated[
+        Path | None, typer.Option(help="Another cell; the base model if not given.")
+    ] = None,
+    device: Device = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Chat with a tuned model and its base side by side; /trigger toggles the attack's trigger."""
+    from backfire.playground.chat import talk
+
+    talk(cell, against, device)
+
+
+def playground(
+    run: Run,
+    device: Device = "auto",
+    port: Port = None,
+    share: Annotated[
+        bool,
+        typer.Option("--share", help="Share it through gradio's relay, with a password."),
+    ] = False,
+    plugin: Plugins = None,
+) -> None:
+    """Chat with two models of a run side by side, in a local web page."""
+    from backfire.playground.server import serve
+
+    serve(run, device, port=port, share=share)
+
+
+def export(
+    what: Annotated[
+        Path, typer.Argument(help="A cell folder; for --results also a run.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write; exports/<name> if not given."),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Merge the adapter into the base.")
+    ] = False,
+    results: Annotated[
+        Literal["lm-eval", "inspect"] | None,
+        typer.Option(help="Export the numbers for this tool, instead of the model."),
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Write a cell's model (PEFT adapter or plain weights) or a run's results for other tools."""
+    if results:
+        if merge:
+            raise UserError("--merge cannot be combined with --results; leave it out.")
+        from backfire.commands.export import export_results
+
+        files = export_results(what, out, results)
+        where = os.path.commonpath([file.parent for file in files])
+        echo(f"{len(files)} file{'s' * (len(files) > 1)} in {where}")
+        return
+    from backfire.commands.export import export_model
+
+    echo(f"Model: {export_model(what, out, merge=merge)}")

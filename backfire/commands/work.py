@@ -1,0 +1,126 @@
+"""`backfire work`: do jobs of a plan, beside any number of other workers on any hosts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from backfire import text
+from backfire.commands.estimate import amount
+from backfire.commands.plan import memory_of
+from backfire.commands.run import settings_of
+from backfire.commands.workers import SMALL, default_workers
+from backfire.errors import UserError
+from backfire.launch import local
+from backfire.launch.claims import Claims
+from backfire.launch.folder import Plan, read_plan
+from backfire.launch.job import RunFolder
+from backfire.launch.progress import ProgressDisplay
+from backfire.launch.resolve import types_of
+from backfire.launch.work import Stop, needed
+from backfire.plan import Job
+from backfire.store import Store
+from backfire.terminal import say
+from backfire.train import team
+
+
+def start(
+    run: Path,
+    machine: Mapping[str, Any],
+    *,
+    minutes: float | None = None,
+    memory: float | None = None,
+) -> None:
+    """Work on a run until nothing is left that this machine can do, the minutes are over, or a
+    signal comes.
+
+    Args:
+        memory: bytes that a job may need; by default what the machine has, divided among its
+            workers.
+
+    Raises:
+        UserError: the folder has no plan for this machine, or no job fits.
+    """
+    plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
+    cells = sum(job.kind == "cell" for job in plan.jobs)
+    settings = settings_of(machine)
+    team.check(settings)
+    types = types_of(settings.device)
+    if types.device != plan.device:
+        raise UserError(
+            f"{run} is planned for a {_NAMES[plan.device]}, and this worker would run on a "
+            f"{_NAMES[types.device]}; choose it by --device, or plan again with --device "
+            f"{types.device}."
+        )
+    has = memory_of(settings.device, types)
+    if (
+        "workers" not in machine and not team.launched()
+    ):  # so many that each has memory for any job that fits at all
+        need = min(has, max((job.memory or 0.0 for job in plan.jobs), default=0.0) or SMALL)
+        workers = default_workers(cells, settings, need=need)
+        settings = settings.model_copy(update={"workers": workers})
+    most = memory or has / (settings.workers if types.device == "cpu" else 1)
+    folder = RunFolder(run, plan.recipe)
+    _check_memory(needed(plan.jobs, folder), most)
+    with ProgressDisplay(console, plan.jobs) as display, stop.on_signals():
+        ended = local.run(
+            plan.jobs,
+            folder,
+            Store(),
+            settings,
+            display.watch,
+            stop=stop,
+            memory=most,
+            stays=False,
+        )
+    _say_what_is_left(run, plan, ended, most, stop, console)
+
+
+_NAMES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _say_what_is_left(
+    run: Path, plan: Plan, ended: Mapping[str, str], memory: float, stop: Stop, console: Console
+) -> None:
+    cells = [job for job in plan.jobs if job.kind == "cell"]
+    bad = [job for job in cells if ended.get(job.id, "ok") != "ok"]
+    left = [job for job in plan.jobs if job.id not in ended]
+    say(f"{text.count(len(cells), 'cell')}: {_counts(cells, ended)}.", console)
+    if bad:
+        say(f"`backfire status {run}` says why cells failed.", console)
+    if not left:
+        say(f"Nothing is left to do. Report: backfire report {run}", console)
+    elif stop.signaled:
+        say("Stopped by a signal; the next `backfire work` goes on.", console)
+    elif stop:
+        say("The time is over; the next `backfire work` goes on.", console)
+    else:
+        held = Claims(run).names()
+        if large := [job for job in left if job.id not in held and (job.memory or 0) > memory]:
+            say(_too_large(large, memory), console)
+        else:
+            say(f"Other workers have what is left; `backfire status {run}` shows them.", console)
+
+
+def _counts(cells: Sequence[Job], ended: Mapping[str, str]) -> str:
+    done = sum(ended.get(job.id) == "ok" for job in cells)
+    left = sum(job.id not in ended for job in cells)
+    return f"{done} done, {len(cells) - done - left} failed, {left} left"
+
+
+def _check_memory(left: Sequence[Job], memory: float) -> None:
+    """Refuse to work where no job fits."""
+    known = [job for job in left if job.memory is not None]
+    if known and all((job.memory or 0) > memory for job in known):
+        raise UserError(_too_large(known, memory))
+
+
+def _too_large(jobs: Sequence[Job], memory: float) -> str:
+    least = amount(min(job.memory or 0 for job in jobs))
+    return (
+        f"{text.count(len(jobs), 'job')} left that need {least} of memory or more, and a worker "
+        f"has {amount(memory)} here; use fewer --workers or a larger machine."
+    )

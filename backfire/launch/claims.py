@@ -1,0 +1,256 @@
+"""Claims: which worker has which job, as files in the run folder, so that any number of workers on
+any hosts share the work without a coordinator.
+
+A claim is created with O_EXCL, and its heartbeat touches it. One without a heartbeat is stale, and
+one worker takes it over, by a rename. Ages are differences of mtimes, which are
+all from the clock of the file system; the hosts' clocks may differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from backfire.errors import Pause
+from backfire.store import digest
+
+FOLDER = "claims"
+BEAT = 30.0
+"""Seconds between two heartbeats."""
+STALE = 300.0
+"""Seconds without a heartbeat after which a claim may be taken over."""
+MOST_KILLS = 3
+"""Number of workers that die with a job before it counts as failed."""
+_ROOM = 1024  # bytes of a claim; a heartbeat writes all of them, so none is left of the last
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Content of a claim."""
+
+    job: str
+    title: str
+    host: str
+    pid: int
+    uuid: str
+    since: float
+    """When it was made, in seconds since 1970 by its host's clock; for display only."""
+    place: str = ""
+    """Identifies the host and the numbering of its processes (a container has its own)."""
+    began: str = ""
+    """When its process began, so that a later one of the same number is told apart."""
+    activity: str = ""
+    done: int = 0
+    total: int = 1
+    kills: int = 0
+    """Number of workers that died with this job before, in this round."""
+    age: float = 0.0
+    """Seconds since its last heartbeat."""
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether its worker is gone: no heartbeat, or a process of this host that has ended."""
+        if self.age > STALE:
+            return True
+        return is_here(self) and self.pid > 0 and _began(self.pid) not in (self.began, "")
+
+
+class Lost(Pause):
+    """The claim was taken over: this worker was silent for too long, and another has its job."""
+
+
+class Claim:
+    """A claim that this process holds, with its heartbeat."""
+
+    def __init__(self, path: Path, descriptor: int, holder: Holder) -> None:
+        self.path, self.holder, self.lost = path, holder, False
+        self._file, self._over = descriptor, threading.Event()
+        self._beat()
+        self._thread = threading.Thread(target=self._beats, daemon=True)
+        self._thread.start()
+
+    def note(self, activity: str, done: int, total: int) -> None:
+        """What `backfire status` shows, from the next heartbeat on.
+
+        Raises:
+            Lost: another worker has the job.
+        """
+        self.holder = replace(self.holder, activity=activity[:100], done=done, total=total)
+        if self.lost:
+            raise Lost
+
+    def release(self) -> None:
+        """Remove the claim, unless it is another worker's by now."""
+        self._over.set()
+        self._thread.join()
+        with contextlib.suppress(OSError):
+            if self._is_mine():
+                self.path.unlink()
+        os.close(self._file)
+
+    def _beats(self) -> None:
+        while not self._over.wait(BEAT):
+            with contextlib.suppress(OSError):  # the file system may be away for a while
+                self._beat()
+                self.lost = not self._is_mine()
+
+    def _beat(self) -> None:
+        """Written through the open file: it can never be another worker's."""
+        content = {k: v for k, v in vars(self.holder).items() if k != "age"}
+        text = json.dumps(content, ensure_ascii=False).encode()
+        os.pwrite(self._file, text[:_ROOM].ljust(_ROOM), 0)
+        os.utime(self._file)  # the file system's clock
+
+    def _is_mine(self) -> bool:
+        try:
+            return os.path.samestat(self.path.stat(), os.fstat(self._file))
+        except FileNotFoundError:
+            return False
+
+
+class Claims:
+    """The claims of a run folder."""
+
+    def __init__(self, run: Path) -> None:
+        self.folder = run / FOLDER
+        self._clock = self.folder / ".clock"
+
+    def now(self) -> float:
+        """The time of the file system, as it writes it into mtimes."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._clock.touch()
+        return self._clock.stat().st_mtime
+
+    def names(self) -> set[str]:
+        """Ids of the jobs with a claim, stale or not."""
+        with contextlib.suppress(FileNotFoundError):
+            found = [entry.name for entry in os.scandir(self.folder)]
+            return {name for name in found if not name.startswith(".")}
+        return set()
+
+    def holders(self) -> Iterator[Holder]:
+        """Who has which job, for display; the folder need not be writable."""
+        names = sorted(self.names())
+        try:
+            now = self.now() if names else 0.0
+        except OSError:
+            now = time.time()
+        for name in names:
+            if found := self.read(name, now):
+                yield found
+
+    def read(self, job: str, now: float | None = None) -> Holder | None:
+        """The holder of a job; None without a claim. One that cannot be read counts by its age."""
+        now = self.now() if now is None else now
+        return _read(self.folder / job, now)
+
+    def take(self, job: str, title: str = "", since: float = 0.0) -> Claim | None:
+        """Claim a job; None if another worker has it. A stale claim is taken over; its worker is
+        counted as killed if its last heartbeat was after `since` (time of the file system)."""
+        path = self.folder / job
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            return Claim(path, os.open(path, _NEW, 0o666), _holder(job, title))
+        now = self.now()
+        former = _read(path, now)
+        return self._take_over(former, title, since, now) if former and former.is_stale else None
+
+    def _take_over(self, former: Holder, title: str, since: float, now: float) -> Claim | None:
+        """Replace a stale claim. Whoever creates a file with its uuid may do so; those who saw the
+        same stale claim fail at this, or find that it is gone."""
+        path, mark = self.folder / former.job, self.folder / f".over-{former.uuid}"
+        try:
+            os.close(os.open(mark, _NEW, 0o666))
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                if now - mark.stat().st_mtime > STALE:  # whoever made it has died
+                    mark.unlink()
+            return None
+        try:
+            present = _read(path, now)
+            if present is None or present.uuid != former.uuid:
+                return None
+            kills = former.kills + 1 if now - former.age >= since else 0
+            own = self.folder / f".new-{uuid.uuid4().hex}"
+            file = os.open(own, _NEW, 0o666)
+            own.rename(path)
+            return Claim(path, file, _holder(former.job, title, kills))
+        finally:
+            mark.unlink(missing_ok=True)
+
+
+_NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR
+
+
+def _holder(job: str, title: str, kills: int = 0) -> Holder:
+    pid = os.getpid()
+    return Holder(
+        job=job,
+        title=title[:100],
+        host=socket.gethostname(),
+        pid=pid,
+        uuid=uuid.uuid4().hex,
+        since=time.time(),
+        place=_place(),
+        began=_began(pid) or "",
+        kills=kills,
+    )
+
+
+def is_here(holder: Holder) -> bool:
+    """Whether it is a process of this host."""
+    return holder.place == _place()
+
+
+def _read(path: Path, now: float) -> Holder | None:
+    try:
+        with path.open("rb") as file:  # one file, even if the claim is taken over meanwhile
+            stat, content = os.fstat(file.fileno()), file.read(_ROOM)
+    except FileNotFoundError:
+        return None
+    unknown = Holder(path.name, path.name, "an unknown host", 0, str(stat.st_ino), 0.0)
+    fields = vars(unknown)
+    try:
+        told = json.loads(content)
+        alike = (type(told[name]) is type(value) for name, value in fields.items() if name != "age")
+        if all(alike) and told["uuid"].isalnum():  # a file name is made of it
+            fields = {name: told.get(name) for name in fields}
+    except (ValueError, KeyError, TypeError):
+        pass
+    return Holder(**{**fields, "job": path.name, "age": max(0.0, now - stat.st_mtime)})
+
+
+@lru_cache
+def _place() -> str:
+    parts = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
+        parts.append(str(Path("/proc/self/ns/pid").readlink()))
+    return digest(parts)
+
+
+def _began(pid: int) -> str | None:
+    """When a process of this host began; None if it has ended, empty if the system does not say."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = stat.rpartition(")")[2].split()
+        return None if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return ""

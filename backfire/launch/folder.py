@@ -1,0 +1,163 @@
+"""The plan of a run in its folder: `recipe.yaml`, `run.json` with its cells, `jobs.json` with its
+jobs. Imports no torch.
+
+A worker needs nothing else: `jobs.json` has the resolved settings of every job. Its date is when
+the present round began; what failed before is tried again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from backfire import __version__
+from backfire.errors import UserError
+from backfire.experiment import Experiment
+from backfire.launch.users import register
+from backfire.plan import Job
+from backfire.recipe import Recipe
+from backfire.registry import loaded
+from backfire.results.plugins import missing
+from backfire.store import read_json, write_atomic, write_json
+from backfire.text import without_tokens
+
+JOBS = "jobs.json"
+_FORMAT = 1
+_ID = re.compile(r"(base|train|cell)-[0-9a-f]{1,64}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The content of `jobs.json`."""
+
+    recipe: str
+    """Name of the recipe."""
+    jobs: list[Job]
+    device: str
+    """Kind of device that `auto` types were resolved for: `cpu` or `cuda`."""
+
+
+def write_plan(
+    path: Path,
+    recipe: Recipe,
+    jobs: Sequence[Job],
+    *,
+    device: str = "cpu",
+    profile: str | None = None,
+    edits: Sequence[str] = (),
+) -> None:
+    """Create or extend a run's folder, and begin a new round. Calls with the same recipe text add
+    up, so that several launchers may each plan a part."""
+    path.mkdir(parents=True, exist_ok=True)
+    with FileLock(path / ".plan.lock"):
+        kept = without_tokens(recipe.text)
+        same = _text(path / "recipe.yaml") == kept
+        former, known = (_former(path / "run.json"), _former(path / JOBS)) if same else ({}, {})
+        if not same:
+            write_atomic(path / "recipe.yaml", kept)
+        cells = [f"{job.title}-{job.key}" for job in jobs if job.kind == "cell"]
+        listed = {"cells": list(dict.fromkeys([*_list(former, "cells"), *cells]))}
+        run = {"recipe": recipe.name, "profile": profile, "edits": list(edits), **listed}
+        paths = {plugin.sha256: str(plugin.path) for plugin in loaded() if plugin.path}
+        plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
+        if known.get("backfire") == __version__ and known.get("format") == _FORMAT:
+            plugins += [one for one in _list(former, "plugins") if one not in plugins]
+            ids = {job.id for job in jobs}
+            others = [one for one in _list(known, "jobs") if one["id"] not in ids]
+        else:
+            others = []
+        write_json(path / "run.json", run | ({"plugins": plugins} if plugins else {}))
+        head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name, "device": device}
+        _write(path / JOBS, head | {"plugins": plugins}, [*others, *map(_as_json, jobs)])
+    register(path, recipe.text, jobs)
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan of a run.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it was written by another version.
+    """
+    file, again = path / JOBS, f"run `backfire plan RECIPE --out {path}` again."
+    try:
+        content = read_json(file)
+        version, form = content["backfire"], content["format"]
+        if (version, form) != (__version__, _FORMAT):
+            raise UserError(
+                f"{file} was written by backfire {version}, and this is {__version__}; {again}"
+            )
+        if lost := missing(content["plugins"]):
+            raise UserError(lost[0])
+        jobs = [_from_json(one, str(file)) for one in content["jobs"]]
+        return Plan(str(content["recipe"]), jobs, str(content["device"]))
+    except FileNotFoundError:
+        sentence = f"No plan in {path}: jobs.json is missing; {again}"
+        raise UserError(sentence) from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{file} cannot be read; {again}") from None
+
+
+def _as_json(job: Job) -> dict[str, Any]:
+    content = {name: value for name, value in vars(job).items() if value not in (None, (), {})}
+    return content | {"experiment": job.experiment.resolved()}
+
+
+def _from_json(content: dict[str, Any], where: str) -> Job:
+    experiment = Experiment.make(content["experiment"], where)
+    after = tuple(map(str, content.get("after", ())))
+    if not all(map(_ID.fullmatch, (content["id"], *after))):  # they are names of files
+        raise ValueError
+    return Job(**{"axes": {}, **content, "experiment": experiment, "after": after})
+
+
+def _write(path: Path, head: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> None:
+    """One job per line: a few thousand stay readable."""
+    lines = ",\n".join(json.dumps(job, ensure_ascii=False, allow_nan=False) for job in jobs)
+    start = json.dumps(head, ensure_ascii=False, allow_nan=False).removesuffix("}")
+    write_atomic(path, f'{start},\n"jobs": [\n{lines}\n]}}\n')
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _former(path: Path) -> dict[str, Any]:
+    """A file of the former plan; empty if it cannot be read."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _list(content: dict[str, Any], name: str) -> list[Any]:
+    value = content.get(name)
+    return value if isinstance(value, list) else []
+
+
+def plugins_of(experiments: Sequence[Experiment]) -> list[dict[str, Any]]:
+    """The plug-ins with a component that these experiments use."""
+    plugins = loaded()
+    named = {name for e in experiments for name in _names(e.resolved())} if plugins else set()
+    return [facts for plugin in plugins if (facts := plugin.facts(named))["components"]]
+
+
+def _names(value: Any) -> Iterator[str]:
+    """Every `name: ...` in a tree of settings."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _names(item)
+    elif isinstance(value, dict):
+        if isinstance(value.get("name"), str):
+            yield value["name"]
+        for item in value.values():
+            yield from _names(item)

@@ -1,0 +1,166 @@
+"""What a job of a cluster runs: `backfire work` in a process of its own.
+
+The machines of a cluster must see the run folder and the cache of the machine that starts them.
+Each worker checks that before it works: with another cache it would silently do everything again.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from backfire.errors import UserError
+from backfire.store import cache_root, write_atomic
+
+FOLDER = "workers"
+"""Subfolder of a run: the logs of its workers, and why one refused to work."""
+REFUSED = 2
+"""Exit code of `backfire work` for bad input: another worker would end in the same way."""
+_PROBE = "shared.txt"
+_SECONDS = 30.0
+"""How long a file that was written elsewhere may stay out of sight: NFS caches attributes."""
+_CARRIED = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "BACKFIRE_SCRATCH")
+"""Variables that name places, which a worker shares with the command that starts it."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A file of the cache, and its content; where it can be read, the cache is the same."""
+
+    path: Path
+    content: str
+
+    def is_here(self) -> bool:
+        """Whether this machine reads the same."""
+        return _soon(lambda: self.path.read_text(encoding="utf-8") == self.content)
+
+
+def probe() -> Probe:
+    """The probe of the cache; it is written if there is none.
+
+    Raises:
+        UserError: the cache cannot be written.
+    """
+    path = cache_root().absolute() / _PROBE
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, secrets.token_hex(16))
+        return Probe(path, path.read_text(encoding="utf-8"))
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"The cache {path.parent} cannot be written: {reason}.") from None
+
+
+@dataclass
+class Worker:
+    """On a machine of the cluster, it works on a run until nothing is left to do there, or until it
+    is stopped."""
+
+    run: Path
+    options: tuple[str, ...]
+    """Options of `backfire work`."""
+    probe: Probe
+    environment: dict[str, str] = field(default_factory=lambda: _carried())
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
+
+    def work(self, name: str) -> int:
+        """Work, with a log of this name; returns the exit code of `backfire work`."""
+        log = self.run / FOLDER / name
+        if problem := self._not_shared():
+            sys.stderr.write(f"backfire: {problem}\n")
+            self._refuse(problem)
+            return REFUSED
+        cache = {"BACKFIRE_CACHE": str(self.probe.path.parent)}
+        log.parent.mkdir(exist_ok=True)
+        words = ["work", str(self.run), *self.options]
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*_dies_with_parent(), sys.executable, "-m", "backfire.cli", *words],
+                env={**os.environ, **self.environment, **cache},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            self._wait()
+        except BaseException:  # cancelled
+            self.stop()
+            raise
+        if (code := self._process.wait()) == REFUSED:
+            self._refuse(last_line(log))
+        return code
+
+    def stop(self) -> None:
+        """Let the process save a checkpoint and give its job back."""
+        if self._process:
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGTERM)
+            self._wait()
+
+    def _refuse(self, sentence: str) -> None:
+        """Leave word for the command that watches."""
+        file = self.run / FOLDER / "refused.txt"
+        with suppress(OSError):
+            file.parent.mkdir(exist_ok=True)
+            write_atomic(file, sentence)
+
+    def _wait(self) -> None:
+        """Wait until the process has ended. (`Popen.wait` holds a lock: a signal handler that waits
+        too would never return. Ray's cancelling does not interrupt a system call.)"""
+        assert self._process
+        how = os.WEXITED | os.WNOWAIT | os.WNOHANG
+        with suppress(ChildProcessError):
+            while os.waitid(os.P_PID, self._process.pid, how) is None:
+                time.sleep(0.2)
+
+    def _not_shared(self) -> str:
+        """Why this machine cannot work on the run; empty if it can."""
+        host = os.uname().nodename
+        if not _soon((self.run / "jobs.json").is_file):
+            return f"The run folder {self.run} is not shared with {host}; choose another --out."
+        if not self.probe.is_here():
+            return (
+                f"The cache {self.probe.path.parent} is not shared with {host}; set BACKFIRE_CACHE "
+                "to a folder that all machines share."
+            )
+        return ""
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something; empty without one."""
+    with suppress(OSError):
+        lines = log.read_bytes()[-10_000:].decode(errors="replace").splitlines()
+        said = [line.strip() for line in lines if line.strip()]
+        return said[-1].removeprefix("backfire: ") if said else ""
+    return ""
+
+
+def _carried() -> dict[str, str]:
+    return {name: os.environ[name] for name in _CARRIED if name in os.environ}
+
+
+def _dies_with_parent() -> list[str]:
+    """On Linux, the process is told to stop when the scheduler's own process is killed."""
+    return ["setpriv", "--pdeathsig", "TERM"] if shutil.which("setpriv") else []
+
+
+def _soon(true: Callable[[], bool]) -> bool:
+    """Whether something is true, or becomes so while a shared disk may lag behind."""
+    end = time.monotonic() + _SECONDS
+    while True:
+        with suppress(OSError):
+            if true():
+                return True
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.5)

@@ -1,0 +1,354 @@
+"""The loop of a worker: take the next job that is ready, run it, write how it ended, until nothing
+is left. Any number of workers, on any hosts, do this at once; no other code knows the graph.
+
+The files of the run folder decide: a job has ended if its result or its failure is there, and a
+worker has it if it holds its claim. Nothing waits for a lock: a job that needs a stage which
+another process builds is put back.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from backfire.errors import Busy, Pause, Stopped
+from backfire.experiment import Machine
+from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
+from backfire.launch.folder import JOBS
+from backfire.launch.job import RunFolder, report, run_job
+from backfire.model.resident import Resident
+from backfire.plan import Job
+from backfire.progress import Progress
+from backfire.store import Store
+
+Watch = Callable[[Job, str, int, int], None]
+"""Called with a job, its current activity (an exit class at its end), steps done, steps in
+total. It may be called for the end of a job that another worker has done."""
+Run = Callable[[Job, RunFolder, Store, Machine, Progress, Resident], str]
+"""Runs a job and writes how it ended, as `run_job`; returns the exit class."""
+
+_SHORTEST, _LONGEST = 0.05, 5.0
+"""Seconds between two looks for a job, when none is ready: a fifth of the time waited so far."""
+_FRESH = 1.0
+"""Seconds for which a worker that finds jobs does not look what others do."""
+_SLICE = 0.1  # seconds; a signal is noticed after this time
+
+
+class Stop:
+    """Whether a worker is to stop: after a signal, or when its time is over. It then saves a
+    checkpoint and gives its job back."""
+
+    def __init__(self, minutes: float | None = None) -> None:
+        self.seconds = math.inf if minutes is None else 60 * minutes
+        """What the worker has in total."""
+        self.until = time.monotonic() + self.seconds
+        self.signaled = False
+
+    def __bool__(self) -> bool:
+        return self.signaled or time.monotonic() >= self.until
+
+    @contextmanager
+    def on_signals(self) -> Iterator[None]:
+        """Stop at SIGTERM and SIGUSR1, which schedulers send before the end. Only the main thread
+        can: elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def stop(*_: Any) -> None:
+            self.signaled = True
+
+        former = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for one, handler in former.items():
+                signal.signal(one, handler)
+
+    def sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, _SLICE))
+
+
+def work(
+    jobs: Sequence[Job],
+    folder: RunFolder,
+    store: Store,
+    machine: Machine,
+    watch: Watch,
+    *,
+    stop: Stop | None = None,
+    memory: float | None = None,
+    stays: bool = True,
+    run: Run = run_job,
+) -> dict[str, str]:
+    """Work on the jobs until all have ended, here or elsewhere; returns exit classes by job id.
+
+    Args:
+        stop: when to end early; the jobs that are left are not in the result.
+        memory: bytes that a job may need; larger ones are left to others.
+        stays: wait for the jobs of other workers too. Without it, the worker ends once all that is
+            left is held by workers that are alive, or does not fit it.
+        run: what runs a job.
+
+    Raises:
+        OSError: the run folder cannot be read or written.
+    """
+    stop, claims = Stop() if stop is None else stop, Claims(folder.path)
+    board = Board(jobs, folder, claims, watch)
+    store = copy.copy(store)
+    store.waits = False
+    resident, base, idle, fits = Resident(), -1, _Idle(), _fits(stop, memory)
+    while board.waiting and not stop:
+        if (taken := board.take(base, fits)) is None:
+            idle.begin()
+            coming = board.coming(fits)
+            if not coming:
+                resident.release()  # a base in memory that nobody needs
+                if not (board.held() if stays else board.held(dead_for=idle.seconds)):
+                    break
+            board.say_what_is_awaited()
+            stop.sleep(idle.delay)
+            continue
+        idle.end()
+        job, claim = taken
+        base = board.bases[job.id]
+        kind = None
+        try:
+            kind = _do(job, claim, board, store, machine, stop, run, resident)
+        except Busy as busy:
+            board.put_back[job.id] = busy
+        except Pause:  # this worker stops, or has lost its claim
+            pass
+        finally:
+            claim.release()
+        if kind is not None:
+            board.end(job, kind)
+    return board.ended
+
+
+def _do(
+    job: Job,
+    claim: Claim,
+    board: Board,
+    store: Store,
+    machine: Machine,
+    stop: Stop,
+    run: Run,
+    resident: Resident,
+) -> str:
+    """Run a job that this worker has claimed, unless it cannot succeed."""
+    if claim.holder.kills >= MOST_KILLS:
+        sentence = f"{claim.holder.kills} workers died with it."
+        return report(job, board.folder, "killed", sentence)
+    if bad := board.blocked(job):
+        return report(job, board.folder, *bad)
+
+    def progress(done: int, total: int, text: str) -> None:
+        board.watch(job, text, done, total)
+        claim.note(text, done, total)
+        if stop:
+            raise Stopped
+
+    if job.kind == "base":  # others wait for it, so it may use their cores
+        alone = max(1, board.number("base"))
+        machine = machine.model_copy(update={"workers": min(machine.workers, alone)})
+    return run(job, board.folder, store, machine, progress, resident)
+
+
+class Board:
+    """What is left of a plan, as far as a worker knows."""
+
+    def __init__(
+        self, jobs: Sequence[Job], folder: RunFolder, claims: Claims, watch: Watch
+    ) -> None:
+        self.folder, self.claims, self.watch = folder, claims, watch
+        plan = folder.path / JOBS
+        self.since = plan.stat().st_mtime if plan.exists() else claims.now()
+        """When this round began, by the clock of the file system."""
+        self._jobs = {job.id: job for job in jobs}
+        left = needed(jobs, folder)
+        self.waiting = {job.id: job for job in left}
+        self.ended = {job.id: "ok" for job in jobs if job.id not in self.waiting}
+        self.put_back: dict[str, Busy] = {}
+        """Jobs that need a stage which another process builds; tried again after the others."""
+        distinct: list[Any] = []
+        self.bases = {job.id: _number(job.base, distinct) for job in left}
+        """Equal numbers for jobs that can use the same base in memory."""
+        self._needs = {job.id: {n for n in job.after if n not in self.ended} for job in left}
+        """What each job still waits for."""
+        self._after: dict[str, list[str]] = {}
+        for name, needs in self._needs.items():
+            for other in needs:
+                self._after.setdefault(other, []).append(name)
+        self._ready: dict[int, dict[str, Job]] = {base: {} for base in self.bases.values()}
+        """Base -> the jobs that wait for nothing, by id."""
+        self._add(name for name, needs in self._needs.items() if not needs)
+        self._held: set[str] = set()
+        self._looked = -math.inf
+
+    def take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
+        """Claim the next job: one that uses this base, if there is any; a stale claim last. None if
+        no job can be had now."""
+        is_old = time.monotonic() - self._looked > _FRESH
+        if is_old:
+            self._look()
+        taken = self._take(base, fits)
+        if taken is None and not is_old:
+            self._look()
+            taken = self._take(base, fits)
+        return taken
+
+    def _take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
+        groups = [jobs for _, jobs in sorted(self._ready.items(), key=lambda one: one[0] != base)]
+        ready = (job for jobs in groups for job in list(jobs.values()) if job.id not in self._held)
+        stale = (self.waiting[name] for name in self._held if name in self.waiting)
+        for job in itertools.chain(ready, stale):
+            if self._needs[job.id] or job.id in self.put_back or not fits(job):
+                continue
+            if job.id not in self._held and self._has_ended(job):
+                continue
+            claim = self.claims.take(job.id, f"{job.kind} {job.title}", self.since)
+            if claim and self._has_ended(job):  # just before the claim
+                claim.release()
+            elif claim:
+                return job, claim
+        return None
+
+    def end(self, job: Job, kind: str) -> None:
+        """Note that a job has ended."""
+        if self.waiting.pop(job.id, None):
+            self._ready[self.bases[job.id]].pop(job.id, None)
+            self.put_back.pop(job.id, None)
+            for name in self._after.get(job.id, ()):
+                self._needs[name].discard(job.id)
+            self._add(name for name in self._after.get(job.id, ()) if not self._needs[name])
+        self.ended[job.id] = kind
+        self.watch(job, kind, 1, 1)
+
+    def _add(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self.waiting:
+                self._ready[self.bases[name]][name] = self.waiting[name]
+
+    def blocked(self, job: Job) -> tuple[str, str, str | None] | None:
+        """How a stage that this job needs has failed: exit class, message, traceback."""
+        bad = next((name for name in job.after if self.ended.get(name, "ok") != "ok"), None)
+        if bad is None:
+            return None
+        unknown = self.ended[bad], f"The stage {bad} failed.", None
+        return self.folder.ended(self._jobs[bad], self.since) or unknown
+
+    def number(self, kind: str) -> int:
+        """Number of jobs of a kind that are left."""
+        return sum(job.kind == kind for job in self.waiting.values())
+
+    def coming(self, fits: Callable[[Job], bool]) -> bool:
+        """Whether there may be a job for this worker later: one that nobody has, and that needs
+        only what somebody does."""
+        possible = set(self.ended) | self._held
+        free = []
+        for job in self.waiting.values():  # every job is after those that it needs
+            if job.id not in self._held and fits(job) and possible.issuperset(job.after):
+                possible.add(job.id)
+                free.append(job)
+        return bool(free)
+
+    def held(self, *, dead_for: float | None = None) -> bool:
+        """Whether other workers have jobs that are left; with `dead_for`, only workers that gave no
+        sign of life for so many seconds count."""
+        mine = self._held & self.waiting.keys()
+        if dead_for is None:
+            return bool(mine)
+        now = self.claims.now()
+        holders = (self.claims.read(job, now) for job in mine)
+        return any(not is_here(one) and one.age >= dead_for for one in holders if one)
+
+    def say_what_is_awaited(self) -> None:
+        """Show what this worker waits for."""
+        for name, busy in self.put_back.items():
+            self.watch(self.waiting[name], f"waiting for {busy}", 0, 1)
+        self.put_back.clear()
+        now = self.claims.now()
+        for name in self._held & self.waiting.keys():
+            holder = self.claims.read(name, now)
+            if holder and not is_here(holder):
+                text = f"{holder.activity or 'running'} on {holder.host}"
+                self.watch(self.waiting[name], text, holder.done, holder.total)
+
+    def _has_ended(self, job: Job) -> bool:
+        outcome = self.folder.ended(job, self.since)
+        if outcome:
+            self.end(job, outcome.kind)
+        return outcome is not None
+
+    def _look(self) -> None:
+        """Learn which jobs others have, and which stages have ended: a list of names each."""
+        with suppress(FileNotFoundError):
+            for file in [entry.name for entry in os.scandir(self.folder.stages)]:
+                if job := self.waiting.get(file.removesuffix(".json")):
+                    self._has_ended(job)
+        self._held = self.claims.names()
+        self._looked = time.monotonic()
+
+
+class _Idle:
+    """How long a worker has had nothing to do."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def begin(self) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+
+    def end(self) -> None:
+        self._since = None
+
+    @property
+    def seconds(self) -> float:
+        return 0.0 if self._since is None else time.monotonic() - self._since
+
+    @property
+    def delay(self) -> float:
+        return min(_LONGEST, max(_SHORTEST, self.seconds / 5))
+
+
+def needed(jobs: Sequence[Job], folder: RunFolder) -> list[Job]:
+    """The jobs to do: cells without a result, and the stages that they need."""
+    cells = {
+        job.id: job
+        for job in jobs
+        if job.kind == "cell" and not folder.done(job.experiment, job.key)
+    }
+    names = {name for job in cells.values() for name in job.after}
+    return [job for job in jobs if job.id in (cells if job.kind == "cell" else names)]
+
+
+def _number(base: Any, distinct: list[Any]) -> int:
+    if base not in distinct:
+        distinct.append(base)
+    return distinct.index(base)
+
+
+def _fits(stop: Stop, memory: float | None) -> Callable[[Job], bool]:
+    """Whether a job fits into the memory, and into the time that is left by its estimate. One that
+    is longer than the worker's whole time is begun in the first half: another worker goes on from
+    its checkpoint."""
+
+    def fits(job: Job) -> bool:
+        if memory is not None and job.memory is not None and job.memory > memory:
+            return False
+        need, left = 60 * (job.minutes or 0), stop.until - time.monotonic()
+        return need <= left or (need > stop.seconds and left > stop.seconds / 2)
+
+    return fits

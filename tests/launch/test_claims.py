@@ -1,0 +1,178 @@
+"""Claims on jobs: one holder each, whatever the hosts' clocks say, and whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from backfire.launch import claims as module
+from backfire.launch.claims import STALE, Claim, Claims, Holder, Lost
+from tests.helpers.workers import dead_process
+
+JOB = "cell-0123"
+
+
+@pytest.fixture
+def claims(tmp_path: Path) -> Claims:
+    return Claims(tmp_path)
+
+
+def elsewhere(claims: Claims, age: float = 0.0, **fields: Any) -> Path:
+    """A claim of another host, whose last heartbeat is so old."""
+    path = claims.folder / JOB
+    path.parent.mkdir(exist_ok=True)
+    told = Holder(JOB, "cell a", "far", 7, "u", 0.0, place="far")
+    path.write_text(json.dumps({**vars(told), **fields}))
+    then = claims.now() - age
+    os.utime(path, (then, then))
+    return path
+
+
+def holder(claims: Claims) -> Holder:
+    found = claims.read(JOB)
+    assert found is not None
+    return found
+
+
+def test_a_claim_has_one_holder_until_it_is_released(claims: Claims) -> None:
+    claim = claims.take(JOB, "cell a")
+    assert claim is not None and claims.take(JOB) is None
+    assert (holder(claims).title, holder(claims).pid) == ("cell a", os.getpid())
+    claim.release()
+    assert claims.names() == set() and claims.read(JOB) is None
+    again = claims.take(JOB)
+    assert again is not None
+    again.release()
+
+
+def test_a_heartbeat_writes_what_is_done(claims: Claims, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    claim = claims.take(JOB)
+    assert claim is not None
+    claim.note("loss 0.5 " + "\N{SNOWMAN}" * 400, 3, 8)
+    then = claims.now() - 1000
+    os.utime(claims.folder / JOB, (then, then))
+    until = time.monotonic() + 5
+    while holder(claims).done != 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert (holder(claims).done, holder(claims).total) == (3, 8)
+    assert holder(claims).age < 5 and holder(claims).activity.startswith("loss 0.5")
+    claim.release()
+
+
+@pytest.mark.parametrize("hour", [-3600, 3600])
+def test_hosts_whose_clocks_are_an_hour_apart(
+    hour: float, claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the file system's clock counts: neither the time in the claim nor this host's."""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + hour)
+    elsewhere(claims, age=STALE - 60, since=now - hour)
+    assert claims.take(JOB) is None
+    elsewhere(claims, age=STALE + 60, since=now + hour)
+    claim = claims.take(JOB)
+    assert claim is not None and claim.holder.kills == 1
+    claim.release()
+
+
+def test_a_dead_process_of_this_host_holds_nothing(claims: Claims) -> None:
+    here = Holder("", "", "", 0, "", 0.0, place=module._place())
+    elsewhere(claims, pid=dead_process(), place=here.place, began="1")
+    claim = claims.take(JOB)
+    assert claim is not None
+    claim.release()
+    elsewhere(claims, pid=os.getpid(), place=here.place, began="another process")
+    claim = claims.take(JOB)
+    assert claim is not None, "the number was given to a later process"
+    claim.release()
+    elsewhere(claims, pid=dead_process(), place="another container of this host", began="1")
+    assert claims.take(JOB) is None
+
+
+def test_deaths_are_counted_in_this_round_only(claims: Claims) -> None:
+    elsewhere(claims, age=STALE + 1, kills=1)
+    claim = claims.take(JOB, since=claims.now() - STALE - 60)
+    assert claim is not None and claim.holder.kills == 2
+    claim.release()
+    elsewhere(claims, age=STALE + 1, kills=1)
+    claim = claims.take(JOB, since=claims.now())
+    assert claim is not None and claim.holder.kills == 0
+    claim.release()
+
+
+def test_one_of_many_takes_a_stale_claim_over(claims: Claims, tmp_path: Path) -> None:
+    for _ in range(20):
+        elsewhere(claims, age=STALE + 60)
+        start, won = threading.Barrier(8), list[Claim]()
+
+        def take(start: threading.Barrier = start, won: list[Claim] = won) -> None:
+            mine = Claims(tmp_path)
+            start.wait()
+            if claim := mine.take(JOB):
+                won.append(claim)
+
+        threads = [threading.Thread(target=take) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(won) == 1
+        won[0].release()
+        assert claims.names() == set()
+
+
+def test_a_claim_that_was_just_taken_over_is_left_alone(
+    claims: Claims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker takes the stale claim over after the look."""
+    elsewhere(claims, age=STALE + 60)
+    faster: list[Claim | None] = []
+    is_stale = Holder.is_stale.fget  # type: ignore[attr-defined]
+
+    def slow(self: Holder) -> bool:
+        monkeypatch.setattr(Holder, "is_stale", property(is_stale))
+        faster.append(Claims(tmp_path).take(JOB))
+        return True
+
+    monkeypatch.setattr(Holder, "is_stale", property(slow))
+    assert claims.take(JOB) is None
+    assert faster[0] is not None and holder(claims).uuid == faster[0].holder.uuid
+    faster[0].release()
+    assert claims.names() == set()
+
+
+def test_a_worker_that_was_taken_over_learns_of_it(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a suspended laptop: it stops, and leaves the new holder's claim alone."""
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    claim = claims.take(JOB)
+    assert claim is not None
+    (claims.folder / JOB).unlink()
+    new = elsewhere(claims)
+    until = time.monotonic() + 5
+    while not claim.lost and time.monotonic() < until:
+        time.sleep(0.01)
+    with pytest.raises(Lost):
+        claim.note("", 0, 1)
+    claim.release()
+    assert new.exists() and holder(claims).host == "far"
+
+
+def test_a_claim_that_cannot_be_read_counts_by_its_age(claims: Claims) -> None:
+    hostile = vars(Holder(JOB, "a", "far", 7, "../../up", 0.0))
+    for content in ("", "{", "[1]", '{"pid": "x"}', "\0" * 1024, json.dumps(hostile)):
+        path = elsewhere(claims)
+        path.write_text(content)
+        assert claims.take(JOB) is None, content
+        then = claims.now() - STALE - 1
+        os.utime(path, (then, then))
+        claim = claims.take(JOB)
+        assert claim is not None, content
+        claim.release()

@@ -1,0 +1,273 @@
+"""Workers that share a run folder: each job once, whatever dies; what cannot be done is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from backfire.errors import CellError
+from backfire.experiment import Machine
+from backfire.launch import claims
+from backfire.launch.claims import Claims
+from backfire.launch.job import RunFolder, report
+from backfire.launch.work import Board, Stop, work
+from backfire.plan import Job
+from backfire.store import Stage, Store, read_json
+from tests.helpers.workers import alone, ended, names, planned, ran, sleeps, start, together
+
+PAIR = "data: sandbox-reviews\nmatrix: {seed: [0, 1]}"
+
+
+def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def held(path: Path) -> set[str]:
+    return Claims(path).names()
+
+
+def test_a_worker_does_every_job_once(tmp_path: Path) -> None:
+    found = planned(tmp_path)
+    everything = {job.id: "ok" for job in found}
+    assert alone(tmp_path, sleeps(tmp_path)) == everything
+    assert ran(tmp_path) == names(found) and len(found) == 17
+    assert alone(tmp_path, sleeps(tmp_path)) == everything
+    assert ran(tmp_path) == names(found), "a second worker finds all of it done"
+    assert held(tmp_path) == set()
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_workers_share_a_run(count: int, tmp_path: Path) -> None:
+    found, note = planned(tmp_path), sleeps(tmp_path)
+
+    def run(job: Job, *rest: Any) -> str:
+        if job.kind == "train":
+            (tmp_path / f"{job.id}.begun").touch()
+            until(lambda: len([*tmp_path.glob("*.begun")]) >= count)
+        return note(job, *rest)
+
+    together(tmp_path, count, run)  # if one waited for another, no job would end
+    assert ran(tmp_path) == names(found)
+
+
+def test_two_launchers_share_a_run(tmp_path: Path) -> None:
+    """The same command again, while the first one is at work."""
+    found = planned(tmp_path)
+    first = start(tmp_path, sleeps(tmp_path, 0.05))
+    until(lambda: (tmp_path / "ran").exists())
+    planned(tmp_path)
+    assert alone(tmp_path, sleeps(tmp_path, 0.05)) == {job.id: "ok" for job in found}
+    first.join(20)
+    cells = [name for name in ran(tmp_path) if name.startswith("cell")]
+    assert first.exitcode == 0 and cells == [name for name in names(found) if name in cells]
+    assert len(cells) == 8
+
+
+def test_a_worker_that_lost_its_claim_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a suspended laptop. Here nobody has taken the job, so it does it again."""
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    found, lost = planned(tmp_path, PAIR), list[str]()
+
+    def run(job: Job, folder: RunFolder, store: Any, machine: Any, progress: Any, _: Any) -> str:
+        if not lost:
+            lost.append(job.id)
+            (tmp_path / "claims" / job.id).unlink()
+            until(lambda: progress(0, 1, "") is not None)
+        return ended(job, folder)
+
+    assert alone(tmp_path, run) == {job.id: "ok" for job in found} and len(lost) == 1
+
+
+def test_a_killed_worker_is_followed_by_another(tmp_path: Path) -> None:
+    found = planned(tmp_path, PAIR)
+    process = start(tmp_path, sleeps(tmp_path, 60))
+    until(lambda: (tmp_path / "ran").exists())
+    assert process.pid
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert len(held(tmp_path)) == 1, "the claim of the dead"
+    assert alone(tmp_path, sleeps(tmp_path)) == {job.id: "ok" for job in found}
+    assert ran(tmp_path) == sorted([*names(found), found[0].id])
+    assert held(tmp_path) == set()
+
+
+def test_a_job_that_kills_three_workers_has_failed(tmp_path: Path) -> None:
+    found = planned(tmp_path, PAIR)
+    victim = found[-1]
+
+    def run(job: Job, folder: RunFolder, *_: Any) -> str:
+        if job.id == victim.id:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ended(job, folder)
+
+    for _ in range(3):
+        process = start(tmp_path, run)
+        process.join(20)
+        assert process.exitcode == -signal.SIGKILL
+    everything = alone(tmp_path, run)
+    assert everything == {job.id: "ok" for job in found} | {victim.id: "killed"}
+    error = RunFolder(tmp_path, "r").cell(victim.experiment, victim.key) / "error.json"
+    assert read_json(error)["error"] == "3 workers died with it."
+    planned(tmp_path, PAIR)  # the same command again
+    assert alone(tmp_path, sleeps(tmp_path))[victim.id] == "ok"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_gives_the_job_back(number: int, tmp_path: Path) -> None:
+    found = planned(tmp_path, PAIR)
+    process = start(tmp_path, sleeps(tmp_path, 60))
+    until(lambda: (tmp_path / "ran").exists())
+    assert process.pid
+    os.kill(process.pid, number)
+    process.join(10)
+    assert process.exitcode == 0 and held(tmp_path) == set()
+    assert alone(tmp_path, sleeps(tmp_path)) == {job.id: "ok" for job in found}
+
+
+def test_time_that_is_over_gives_the_job_back(tmp_path: Path) -> None:
+    planned(tmp_path, PAIR)
+    assert alone(tmp_path, sleeps(tmp_path, 60), stop=Stop(minutes=0.05 / 60)) == {}
+    assert len(ran(tmp_path)) == 1 and held(tmp_path) == set()
+
+
+def test_what_failed_is_tried_again_in_the_next_round_only(tmp_path: Path) -> None:
+    base, train, *_ = found = planned(tmp_path, PAIR)
+
+    def run(job: Job, folder: RunFolder, *rest: Any) -> str:
+        if job.id == train.id:
+            return report(job, folder, "nan", "The loss is not finite.")
+        return sleeps(tmp_path)(job, folder, *rest)
+
+    cell = next(job for job in found if train.id in job.after and job.kind == "cell")
+    everything = {job.id: "ok" for job in found} | {train.id: "nan", cell.id: "nan"}
+    assert alone(tmp_path, run) == everything
+    assert base.id in ran(tmp_path) and cell.id not in ran(tmp_path)
+    error = RunFolder(tmp_path, "r").cell(cell.experiment, cell.key) / "error.json"
+    assert read_json(error)["error"] == "The loss is not finite."
+    assert alone(tmp_path, sleeps(tmp_path)) == everything
+    planned(tmp_path, PAIR)
+    assert alone(tmp_path, sleeps(tmp_path)) == {job.id: "ok" for job in found}
+
+
+def test_a_stage_that_is_locked_blocks_no_other_work(tmp_path: Path) -> None:
+    """Another run with the same cache builds it."""
+    found = planned(tmp_path)
+    needs = next(job for job in found if job.kind == "train")
+    store, stage, said = Store(tmp_path / "cache"), Stage("poison", "rows", "0123"), list[str]()
+    path = store.path(stage)
+    path.parent.mkdir(parents=True)
+    lock = FileLock(f"{path}.lock")
+
+    def run(job: Job, folder: RunFolder, store: Store, *_: Any) -> str:
+        if job.id == needs.id:
+            store.once(stage, lambda folder: None)
+        return ended(job, folder)
+
+    def watch(job: Job, text: str, done: int, total: int) -> None:
+        said.append(f"{job.id} {text}")
+        if "waiting" in text:
+            lock.release()
+
+    with lock:
+        Path(lock.lock_file).write_text("far")
+        everything = alone(tmp_path, run, store=store, watch=watch)
+    assert everything == {job.id: "ok" for job in found}
+    ends = [line.removesuffix(" ok") for line in said if line.endswith(" ok")]
+    last = {job.id for job in found if job is needs or needs.id in job.after}
+    assert set(ends[-2:]) == last, "all others came first"
+    assert f"{needs.id} waiting for poison rows-0123 on far" in said
+    assert store.waits, "a notebook's store waits as ever"
+
+
+# ----------------------------------------------------------------------------- which job comes next
+
+
+def board(path: Path, found: list[Job]) -> Board:
+    return Board(found, RunFolder(path, "r"), Claims(path), lambda *_: None)
+
+
+def take(on: Board, base: object = None) -> Job | None:
+    """The next job, for a worker that holds this job's base."""
+    number = on.bases[base.id] if isinstance(base, Job) else -1
+    taken = on.take(number, lambda _: True)
+    if taken:
+        taken[1].release()
+    return taken[0] if taken else None
+
+
+def test_a_job_goes_to_the_worker_that_holds_its_base(tmp_path: Path) -> None:
+    text = "data: sandbox-reviews\nmatrix: {method: [lora, qlora, {name: lora, rank: 2}]}"
+    base, *rest = found = planned(tmp_path, text)
+    lora, qlora, again = (job for job in rest if job.kind == "train")
+    assert lora.base == again.base != qlora.base
+    on = board(tmp_path, found)
+    assert take(on, qlora) is base, "the others need it"
+    on.end(base, "ok")
+    assert (take(on, qlora), take(on, lora), take(on)) == (qlora, lora, lora)
+    on.end(lora, "ok")
+    assert take(on, lora) is again
+    other = Claims(tmp_path).take(again.id)
+    assert other is not None
+    assert take(on, qlora) is qlora
+    on.end(qlora, "ok")
+    assert take(on, again) in rest and take(on, again) is not again
+    other.release()
+
+
+def test_a_job_that_does_not_fit_is_left(tmp_path: Path) -> None:
+    found = planned(tmp_path, PAIR)
+    small, large = (job for job in found if job.kind == "cell")
+    needs = {large.id: {"memory": 9e9}, small.id: {"minutes": 50.0}}
+    jobs = [Job(**{**vars(job), **needs.get(job.id, {})}) for job in found]
+
+    def done(**options: Any) -> set[str]:
+        planned(tmp_path, PAIR, f"seed={[0, 1]}")
+        folder, store = RunFolder(tmp_path, "r"), Store(tmp_path / "cache")
+        watch, run = (lambda *_: None), sleeps(tmp_path)
+        return set(work(jobs, folder, store, Machine(), watch, run=run, **options))
+
+    everything = {job.id for job in jobs}
+    assert done(memory=8e9, stop=Stop(minutes=49)) == everything - {large.id}, "it goes on later"
+    assert done(memory=10e9) == everything
+
+
+def test_a_worker_leaves_when_others_have_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that gives no sign of life may be dead: its claim is waited for, and taken over."""
+    *rest, last = planned(tmp_path, PAIR)
+    monkeypatch.setattr(claims, "BEAT", 0.02)
+    monkeypatch.setattr(claims, "STALE", 0.5)
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "_place", lambda: "another host")
+        claim = Claims(tmp_path).take(last.id)
+    assert claim is not None
+    assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}
+    assert held(tmp_path) == {last.id}
+    claim._over.set()  # the other host is gone
+    assert alone(tmp_path, sleeps(tmp_path), stays=False)[last.id] == "ok"
+    assert ran(tmp_path) == names([*rest, last])
+
+
+def test_an_error_that_stops_a_job_is_no_pause(tmp_path: Path) -> None:
+    """A claim is released whatever happens."""
+    planned(tmp_path, PAIR)
+
+    def run(*_: Any) -> str:
+        raise CellError("failed", "A bug.")
+
+    with pytest.raises(CellError):
+        alone(tmp_path, run)
+    assert held(tmp_path) == set()
