@@ -48,6 +48,7 @@ def start(
     cells = sum(job.kind == "cell" for job in plan.jobs)
     settings = settings_of(machine)
     team.check(settings)
+    team.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
     if types.device != plan.device:
         raise UserError(
