@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from backfire.errors import Busy, Pause, Stopped
@@ -117,7 +118,7 @@ def work(
         return run(job, folder, store, share, progress, resident)
 
     while board.waiting and not stop:
-        taken = patiently(lambda: board.take(base, fits))
+        taken = patiently(partial(board.take, base, fits))
         if taken:
             idle.end()
             base = board.bases[taken[0].id]
