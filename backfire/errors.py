@@ -15,8 +15,8 @@ EXIT_CLASSES = {
     "method lora or qlora, or choose a smaller model.",
     "bad-data": "Correct the row or the setting that the message names.",
     "disk-full": "Free some space and run the same command again; finished stages are kept.",
-    "io": "Check that the disk is there and can be written (BACKFIRE_CACHE sets the cache's), and "
-    "run the same command again; finished stages are kept.",
+    "io": "Check that the disk is there and may be read and written (BACKFIRE_CACHE is where the "
+    "cache is), and run the same command again; finished stages are kept.",
     "killed": "Run the same command again; if it is killed again, memory is the likely reason.",
     "failed": "Correct what the message names and run the same command again.",
 }

@@ -18,10 +18,12 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from backfire.errors import Busy, is_away
 from backfire.patience import patiently
@@ -29,7 +31,7 @@ from backfire.patience import patiently
 SEAL = "done.json"
 CHECKPOINTS = "checkpoints"
 """Subfolder of a stage in progress; deleted when the stage is done."""
-_DAY = 86400.0
+_HOUR, _DAY = 3600.0, 86400.0
 _HASHED_ON_READ = 64 * 2**20  # larger folders are checked by size alone
 
 
@@ -69,6 +71,9 @@ def scratch_root() -> Path | None:
 def unique() -> str:
     """A name that no other process has, on any host or in any container: host.pid.random."""
     return f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+
+
+_UNIQUE = re.compile(r"([^.]+)\.(\d+)\.[0-9a-f]{8}")
 
 
 def _host() -> str:
@@ -210,8 +215,16 @@ class Store:
         self._verified.add(path)
         return path
 
+    def temporary(self, stage: Stage) -> AbstractContextManager[Path]:
+        """A folder for the content of a stage that is not worth keeping; removed at the end."""
+        return _attempt(self._place(self.path(stage)))
+
+    def _place(self, path: Path) -> Path:
+        """Where a stage is built."""
+        return self.scratch / path.parent.name / f"{path.name}.partial"
+
     def _build(self, path: Path, make: Callable[[Path], None], *, resumable: bool) -> None:
-        place = self.scratch / path.parent.name / f"{path.name}.partial"
+        place = self._place(path)
         with nullcontext(place) if resumable else _attempt(place) as partial:
             partial.mkdir(parents=True, exist_ok=True)
             make(partial)
@@ -262,11 +275,13 @@ def _attempt(place: Path) -> Iterator[Path]:
 
 
 def _remove_dead(place: Path) -> None:
-    """Remove what killed attempts have left, as the holder of the stage's lock. Other hosts may not
-    see the lock, so their attempts count as dead once they are unchanged for a day."""
+    """Remove what killed attempts have left: those whose process on this host is gone, and those of
+    other hosts that are unchanged for a day."""
     for folder in place.glob("*.*.*"):
-        here = folder.name.startswith(f"{_host()}.")
-        if folder.is_dir() and (here or time.time() - last_change(folder) > _DAY):
+        if not (name := _UNIQUE.fullmatch(folder.name)):
+            continue
+        dead = name[1] == _host() and not psutil.pid_exists(int(name[2]))
+        if dead or time.time() - last_change(folder) > _DAY:
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -302,10 +317,15 @@ def _rename(folder: Path, path: Path) -> None:
 
 
 def _mark_used(path: Path) -> None:
-    """Let the seal's date tell when the stage was last used, to a day."""
+    """Let the seal's date tell when the stage was last used, to an hour."""
+    mark_recent(path / SEAL)
+
+
+def mark_recent(file: Path) -> None:
+    """Set a file's date to now, if it is more than an hour old."""
     with contextlib.suppress(OSError):  # of another user, or on a read-only disk
-        if time.time() - (path / SEAL).stat().st_mtime > _DAY:
-            os.utime(path / SEAL)
+        if time.time() - file.stat().st_mtime > _HOUR:
+            os.utime(file)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import filelock
+import psutil
 import pytest
 
 from backfire import patience, store
@@ -239,6 +239,7 @@ def test_an_attempt_that_fails_leaves_nothing(root: Path) -> None:
 
 def test_what_killed_attempts_leave_is_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place, here = root / "train/slug-key.partial", store.unique()
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
     for name in (here, "other.1.00000000", "other.2.00000000"):
         (place / name).mkdir(parents=True)
         (place / name / "half.bin").write_bytes(b"half")
@@ -248,13 +249,25 @@ def test_what_killed_attempts_leave_is_removed(root: Path, monkeypatch: pytest.M
     assert intact(folder) and left(place) == ["other.2.00000000", "other.2.00000000/half.bin"]
 
 
+def test_a_temporary_folder_is_of_one_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, place = Stage("merge", "slug", "key"), root / "merge/slug-key.partial"
+    with Store(root).temporary(stage) as one, Store(root).temporary(stage) as other:
+        assert one != other and one.parent == other.parent == place
+        assert not Store(root).done(stage)
+    assert left(root) == ["merge"]
+    (place / f"{store.unique()}").mkdir(parents=True)
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
+    with Store(root).temporary(stage) as one:
+        assert list(place.iterdir()) == [one], "what a killed process left is removed"
+
+
 def test_the_faster_of_two_hosts_wins(root: Path) -> None:
     """Where neither sees the other's lock."""
 
     def slow(folder: Path) -> None:
         (folder / "a.txt").write_text("slow")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(filelock, "FileLock", lambda path: contextlib.nullcontext())
+            patch.setattr(Store, "_lock", lambda *_: contextlib.nullcontext())
             patch.setattr(socket, "gethostname", lambda: "other")
             once(root, Maker())
 
@@ -321,7 +334,7 @@ def test_the_date_of_a_seal_is_that_of_its_last_use(root: Path) -> None:
     seal_file = once(root, Maker()) / "done.json"
     recent = seal_file.stat().st_mtime_ns
     assert Store(root).done(Stage("train", "slug", "key"))
-    assert seal_file.stat().st_mtime_ns == recent, "one write a day is enough"
+    assert seal_file.stat().st_mtime_ns == recent, "one write an hour is enough"
     os.utime(seal_file, (0, 0))
     assert Store(root).done(Stage("train", "slug", "key")) and seal_file.stat().st_mtime > 1e9
 

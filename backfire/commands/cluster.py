@@ -118,7 +118,7 @@ def start(
         return finish(out, {}, jobs, console)
     check(recipe, store, console)
     jobs = with_estimates(jobs, recipe, store, types)
-    processes = machine.get("workers") or max(1, asked.gpus or 0)
+    processes = machine.get("workers") or max(1, (asked.gpus or 0) // machine.get("devices", 1))
     launcher = launcher_of(out, asked, jobs, memory := _memory(asked, jobs, processes))
     launcher.check()
     shared = probe()
@@ -207,7 +207,7 @@ def _options(
 ) -> tuple[str, ...]:
     """Options of `backfire work`."""
     named = {"device": device, "workers": processes if device == "cpu" else machine.get("workers")}
-    named |= {key: machine.get(key) for key in ("micro_batch", "eval_batch")}
+    named |= {key: machine.get(key) for key in ("devices", "micro_batch", "eval_batch")}
     named["memory"] = memory and f"{memory / 1e9:.3f}"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in named.items() if v is not None]
     options += ["--recompute"] * bool(machine.get("recompute"))

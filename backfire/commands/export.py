@@ -11,7 +11,7 @@ from typing import Any
 from backfire import pipeline, stages
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
-from backfire.launch.job import read_cell
+from backfire.launch.job import has_changed, read_cell
 from backfire.pipeline import Context
 from backfire.result import CellResult
 from backfire.results.load import cell as record
@@ -26,7 +26,7 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
             already exists.
     """
     experiment, result = read_cell(cell), record(cell)
-    method, keys = experiment.method, stages.keys(experiment)
+    method = experiment.method
     if not result.is_done:
         raise UserError(f"{cell} is not a finished cell: {result.status}.")
     if not method.trains:
@@ -54,7 +54,7 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
             "The adapter requires the aligned model, and on the base alone it gives another model; "
             "export it with --merge."
         )
-    if result.keys.get("tuned", keys.tuned) != keys.tuned:
+    if has_changed(cell, experiment):
         raise UserError(
             f"An input file or a component version of {cell} has changed since it ran, so its "
             "model cannot be rebuilt; run its recipe again."

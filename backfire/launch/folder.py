@@ -19,6 +19,7 @@ from filelock import FileLock
 from backfire import __version__
 from backfire.errors import UserError
 from backfire.experiment import Experiment
+from backfire.launch.users import register
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.registry import loaded
@@ -74,6 +75,7 @@ def write_plan(
         write_json(path / "run.json", run | ({"plugins": plugins} if plugins else {}))
         head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name, "device": device}
         _write(path / JOBS, head | {"plugins": plugins}, [*others, *map(_as_json, jobs)])
+    register(path, recipe.text, jobs)
 
 
 def read_plan(path: Path) -> Plan:

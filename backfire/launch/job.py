@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from backfire import stages
 from backfire.base.judges import drop_models
 from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 from backfire.experiment import Experiment, Machine
@@ -208,3 +209,10 @@ def read_cell(folder: Path) -> Experiment:
     if missing := lacking([record(folder)]):
         raise UserError(missing[0])
     return Experiment.make(settings, str(file))
+
+
+def has_changed(folder: Path, experiment: Experiment) -> bool:
+    """Whether the model of a finished cell would be another one now, since an input file or the
+    version of a component has changed."""
+    now = stages.keys(experiment).tuned
+    return record(folder).keys.get("tuned", now) != now

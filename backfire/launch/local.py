@@ -26,6 +26,8 @@ from backfire.registry import loaded, use
 from backfire.resources import gpus, has_gpu
 from backfire.store import Store
 
+logger = logging.getLogger(__name__)
+
 _ENDS = {"ok", *EXIT_CLASSES}
 _PATIENCE = 120.0
 """Seconds that a worker has to save a checkpoint when it is told to stop."""
@@ -171,7 +173,8 @@ class _Team:
     def _died(self, worker: _Worker, code: int) -> None:
         """Tell of a worker that has died; another one takes its job over."""
         if worker.job:
-            self.watch(worker.job, f"its worker died (exit code {code}); it is tried again", 0, 1)
+            sentence = "The worker of %s %s died (exit code %d); another one goes on."
+            logger.warning(sentence, worker.job.kind, worker.job.title, code)
         self.deaths += 1
         if self.deaths > MOST_KILLS * self.machine.workers:  # not by one of the jobs
             raise CellError("killed", f"One worker after the other died (exit code {code}).")

@@ -79,6 +79,11 @@ class View(Board):
             for job in list(self.waiting.values()):
                 if job.kind == "cell" and self.folder.cell(job.experiment, job.key).name in there:
                     self._has_ended(job)
+        # Workers of a former command know of stages that ended before this round began.
+        cells = [job for job in self.waiting.values() if job.kind == "cell"]
+        needed = {name for job in cells for name in (job.id, *job.after)}
+        for job in [job for job in self.waiting.values() if job.id not in needed]:
+            self.end(job, "ok")
         self.say_what_is_awaited()
         return len(self.ended) - before
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from backfire.experiment import Experiment, Machine
-from backfire.launch.job import read_cell
+from backfire.launch.job import has_changed, read_cell
 from backfire.playground.models import (
     ChatModel,
     NotCachedError,
@@ -41,6 +41,12 @@ def talk(
     machine = Machine.make({"device": device})
     first = read_cell(cell)
     other = read_cell(against) if against else first.untuned()
+    for folder, experiment in ((cell, first), (against, other)):
+        if folder and has_changed(folder, experiment):
+            console.print(
+                f"Note: an input file or the version of a component has changed since {folder} "
+                "ran, so this is not the model that it measured."
+            )
     models = [
         _load(first, first.slug, machine, console),
         _load(other, other.slug if against else "base", machine, console),

@@ -119,6 +119,9 @@ def test_workers_of_a_former_command_are_not_started_again(tmp_path: Path) -> No
     planned(tmp_path)
     scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.02), stays=False))
     scheduler.start(2)
+    while len(list(tmp_path.glob("stages/*"))) < 3:
+        time.sleep(0.01)
+    planned(tmp_path)  # as the same command does; it begins a new round
     said = watch(tmp_path, scheduler, 2)
     assert said[0] == "2 workers of this run are in the scheduler."
     assert scheduler.started[:2] in ([2], [2, 1])  # one may be started for the last job

@@ -204,6 +204,20 @@ def test_chat_announces_that_it_makes_a_model_again(
     assert len([path for path in (cache / "train").iterdir() if path.is_dir()]) == 1
 
 
+def test_chat_says_that_the_model_is_another_one(
+    pool: ModelPool, tmp_path: Path, ran: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = tmp_path / "cell"
+    shutil.copytree(pool.choices[LEFT].folder, cell)
+    chat.talk(cell, None, "cpu", ask=lambda: "/quit")
+    assert "Note" not in capsys.readouterr().out
+    found = read_json(cell / "result.json")
+    write_json(cell / "result.json", {**found, "keys": {**found["keys"], "tuned": "0" * 12}})
+    chat.talk(cell, None, "cpu", ask=lambda: "/quit")
+    printed = capsys.readouterr().out
+    assert f"has changed since {cell} ran, so this is not the model that it measured" in printed
+
+
 # -------------------------------------------------------------------------------------- content
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -55,7 +56,8 @@ def ray() -> Iterator[Cluster]:
     """A Ray cluster of two nodes. Another process holds it: these tests seal their own off."""
     if os.environ.get("BACKFIRE_TEST") != "ray":
         pytest.skip("Starts a Ray cluster; run by `make test-ray`.")
-    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
+    if not find_spec("ray"):
+        pytest.skip("Ray is not installed: pip install -e '.[ray]'")
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     process: Any = subprocess.Popen(
         [sys.executable, "-c", _HOLDER],
@@ -65,7 +67,9 @@ def ray() -> Iterator[Cluster]:
         text=True,
     )
     try:
-        yield Cluster(process, process.stdout.readline().strip(), {**_PATIENT, **token})
+        address = process.stdout.readline().strip()
+        assert address, "the cluster did not start; its output says why"
+        yield Cluster(process, address, {**_PATIENT, **token})
     finally:
         process.stdin.close()
         process.wait(timeout=60)
