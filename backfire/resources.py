@@ -106,7 +106,7 @@ def _cached(file: Path) -> int:
     sum with the groups inside as `total_...`.)"""
     found = dict(re.findall(r"^(\w+) (\d+)$", _text(file), re.MULTILINE))
     kinds = ("active_file", "inactive_file")
-    return sum(int(found.get(f"total_{kind}", found.get(kind, 0))) for kind in kinds)
+    return sum(int(found.get(f"total_{kind}") or found.get(kind) or 0) for kind in kinds)
 
 
 def _numbers(file: Path) -> list[int]:

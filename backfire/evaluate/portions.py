@@ -43,7 +43,8 @@ class Finished:
         self._file = folder and folder / CHECKPOINTS / "rows.jsonl"
         self.rows: dict[str, dict[str, Any]] = {}
         for entry in journal.entries(self._file) if self._file else ():
-            if _sum(row := entry.get("row"), measured := entry.get("measured")) == entry.get("sum"):
+            row, measured = str(entry.get("row")), entry.get("measured") or {}
+            if _sum(row, measured) == entry.get("sum"):
                 self.rows[row] = measured
 
     def add(self, measured: Mapping[str, dict[str, Any]], *, last: bool) -> None:
