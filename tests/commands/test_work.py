@@ -103,7 +103,7 @@ def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
 
     assert "No plan in run: jobs.json is missing; run `backfire plan RECIPE --out run`" in refused()
     assert backfire("plan", "r.yaml", "method=lora", "--out", "run").code == 0
-    assert "2 jobs left that need" in refused("--memory", "0.001")
+    assert "3 jobs left that need" in refused("--memory", "0.001")
     assert "--workers" in refused("--workers", "0") and "Unknown device" in refused("--device", "x")
     plan = Path("run/jobs.json")
     content = plan.read_text()
