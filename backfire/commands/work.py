@@ -49,6 +49,7 @@ def start(
     cells = sum(job.kind == "cell" for job in plan.jobs)
     settings = settings_of(machine)
     team.check(settings)
+    team.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
     _check_device(run, plan, types)
     has = memory_of(settings.device, types)

@@ -16,7 +16,7 @@ from backfire.base import Rendered, RepairDefense, Row, TrainDefense
 from backfire.base.judges import drop_models
 from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
-from backfire.errors import CellError
+from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.model.fused import rounded_once
 from backfire.model.load import (
@@ -28,6 +28,7 @@ from backfire.model.load import (
     with_adapters,
 )
 from backfire.model.memory import free, trim
+from backfire.model.placement import places
 from backfire.model.quantize import parts
 from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
@@ -97,7 +98,13 @@ class Task:
         with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
             if ranks.several and not experiment.method.adapts:
                 shard(model, ranks)
+            spread = places(model)
             run = self._run(model, ranks)
+            if len(spread) > 1 and run.hooks:
+                raise UserError(
+                    f"The base takes {len(spread)} GPUs, where no defense acts in training; use method "
+                    "qlora, or a smaller base."
+                )
             model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
             summary = _train(run, Precision(device, compute), self.machine, progress)
             self._save(model, ranks)
@@ -108,6 +115,7 @@ class Task:
             "dtype": str(dtype).removeprefix("torch."),
             "compute": compute,
             "device": str(device),
+            **({"spread": spread} if len(spread) > 1 else {}),
         }
 
     def _save(self, model: PreTrainedModel, ranks: Ranks) -> None:

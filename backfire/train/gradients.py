@@ -59,6 +59,7 @@ class Gradients:
     def _norm(self, tensors: list[Tensor], *, over_ranks: bool) -> Tensor:
         own = map(local, tensors)
         parts = [torch.linalg.vector_norm(t, dtype=self.wide(t)) for t in own]
+        parts = [part.to(parts[0].device) for part in parts]  # a base may be on several GPUs
         norm = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
         return self.ranks.total(norm.pow(2)).sqrt() if over_ranks else norm
 

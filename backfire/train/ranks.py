@@ -175,8 +175,9 @@ class Ranks:
             return {}
         import torch.distributed as dist
 
+        assert dist.get_world_size() == len(self.places) == self.size
         return {
-            "devices": self.size,
+            "devices": dist.get_world_size(),
             "places": list(self.places),
             "backend": dist.get_backend(),
             "sharded": self.sharded,
