@@ -84,6 +84,7 @@ def dead(folder: Path) -> None:
         server = os.open("/dev/fuse", os.O_RDWR)
     except OSError:
         raise NotHere("this system has no FUSE") from None
+    folder.mkdir(parents=True, exist_ok=True)
     options = f"fd={server},rootmode=40000,user_id=0,group_id=0"
     try:
         _mount(b"dead", folder, b"fuse", 0, options.encode())
