@@ -147,8 +147,8 @@ def run(
     if team.serves():
         return
     sizes = (jobs, cpus_per_task, gpus, mem, time)
-    places = (partition, account, qos, tuple(sbatch or ()), ray_address, open_cluster)
-    asked = cluster.Asked(on, *sizes, *places)
+    slurm = (partition, account, qos, tuple(sbatch or ()))
+    asked = cluster.Asked(on, *sizes, *slurm, ray_address, open_cluster)
     asked.refuse_strays()
     loaded = _load(recipe, profile, edits)
     if dry_run:
@@ -156,11 +156,11 @@ def run(
         return
     place = out or folder_of(loaded.name, profile)
     machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
-    again = {"profile": profile, "edits": edits or ()}
+    edits = edits or []
     if on == "local":
-        failed = start(loaded, place, machine, **again)
+        failed = start(loaded, place, machine, profile=profile, edits=edits)
     else:
-        failed = cluster.start(loaded, place, asked, machine, **again)
+        failed = cluster.start(loaded, place, asked, machine, profile=profile, edits=edits)
     if failed:
         raise typer.Exit(1)
 
@@ -329,6 +329,40 @@ def check(
     from backfire.commands.check import check as check_plugin
 
     raise typer.Exit(1 if check_plugin(plugin) else 0)
+
+
+@app.command()
+def cache(
+    what: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RUN | prune]", help="A run's folder; or prune, to remove what no run needs."
+        ),
+    ] = None,
+    older: Annotated[
+        float, typer.Option(min=0, help="prune: only what was not used for so many days.")
+    ] = 30.0,
+    keep: Annotated[
+        list[Path] | None,
+        typer.Option(help="prune: a finished run whose models stay; repeatable.", metavar="RUN"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="prune: only say what would go.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="prune: remove it.")] = False,
+) -> None:
+    """Show what the cache holds, or what one run needs of it; `cache prune` makes room.
+
+    What an unfinished run needs, and what is being built, always stays.
+    """
+    from backfire.commands.cache import prune, show
+
+    if what == "prune":
+        prune(older, keep or [], remove=yes and not dry_run)
+    elif keep or yes or dry_run:
+        raise UserError("--keep, --dry-run and --yes belong to `backfire cache prune`.")
+    else:
+        show(None if what is None else Path(what))
 
 
 # ----------------------------------------------------------------------------- data and models

@@ -15,12 +15,27 @@ EXIT_CLASSES = {
     "method lora or qlora, or choose a smaller model.",
     "bad-data": "Correct the row or the setting that the message names.",
     "disk-full": "Free some space and run the same command again; finished stages are kept.",
+    "io": "Check that the disk is there and may be read and written (BACKFIRE_CACHE is where the "
+    "cache is), and run the same command again; finished stages are kept.",
     "killed": "Run the same command again; if it is killed again, memory is the likely reason.",
     "failed": "Correct what the message names and run the same command again.",
 }
 """Exit class of a cell that is not `ok`, as in `error.json` -> what to do next."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_AWAY = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+    errno.ENOTCONN,  # FUSE, when its server is gone
+    errno.ESHUTDOWN,  # Lustre, when the client was evicted
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+)
+"""Errors of files on a server that does not answer."""
+_OF_DISKS = (errno.EIO, errno.ESTALE, errno.EROFS)  # the others may be of a connection
+_DENIED = (errno.EACCES, errno.EPERM)
+_OF_DISKS_TEXT = re.compile(r"\bos error (?:5|30|116)\b")  # the same, as Rust writes them
 _DISK_FULL_TEXT = re.compile(
     r"no space left on device|disk quota exceeded|\b(?:os error|errno) (?:28|122)\b"
     r"|file write failed|pytorchstreamwriter failed writing"
@@ -75,6 +90,24 @@ def is_disk_full(error: BaseException) -> bool:
     )
 
 
+def is_away(error: BaseException) -> bool:
+    """Whether this error of a file may pass by itself, as when its server restarts."""
+    return isinstance(error, OSError) and error.errno in _AWAY
+
+
+def _of_disk(error: BaseException) -> str | None:
+    """The error behind this one that says that a disk does not answer or cannot be written."""
+    for one in _chain(error):
+        if isinstance(one, OSError) and (
+            one.errno in _OF_DISKS or (one.filename and one.errno in (*_AWAY, *_DENIED))
+        ):
+            where = f" ({shortened(one.filename, 1000)})" if one.filename else ""
+            return f"{one.strerror}{where}."
+        if not isinstance(one, UserError | CellError) and _OF_DISKS_TEXT.search(str(one)):
+            return f"{shortened(one, 1000).rstrip('.')}."
+    return None
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this error reports that memory ran out, so that a smaller batch may succeed."""
     if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
@@ -93,6 +126,8 @@ def exit_class(error: BaseException) -> tuple[str, str]:
         return error.kind, shortened(error, 2000)
     if isinstance(error, UserError):
         return "bad-data", shortened(error, 2000)
+    if disk := _of_disk(error):
+        return "io", disk
     if is_out_of_memory(error):
         on_host = not isinstance(error, RuntimeError) or "CPUAllocator" in str(error)
         return "oom", f"The {'machine' if on_host else 'GPU'} ran out of memory."

@@ -364,6 +364,18 @@ def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -
 # -------------------------------------------------------------------------------------------- slugs
 
 
+def slugs(experiment: Experiment) -> set[tuple[str, str]]:
+    """Kind and slug of every stage that an experiment may need and whose slug tells it apart."""
+    found = {("merge", slug(Path(str(experiment.model.adapter)).name))}
+    runs = [experiment, experiment.clean_twin(), experiment.untuned()]
+    for run in [*runs, *([experiment.alignment] if experiment.alignment else [])]:
+        found |= {("data", run.data.name)}
+        found |= {(kind, _poison_slug(run)) for kind in ("poison", "preflight")}
+        found |= {(kind, _train_slug(run)) for kind in ("repair", "merge")}
+        found |= {(kind, _evaluation_slug(run)) for kind in ("evaluate", "secrets")}
+    return found
+
+
 def _poison_slug(experiment: Experiment) -> str:
     attack = experiment.attack.tag if experiment.attack else "clean"
     return f"{experiment.data.name}-{attack}-s{experiment.seed}"

@@ -1,7 +1,8 @@
 """The cache of stages: folders that are either complete or absent.
 
 A stage is built in `<cache>/<stage>/<slug>-<key>.partial`, sealed by a `done.json` with the size
-and SHA-256 of every file, and renamed into place. If the folder exists, the stage is done.
+and SHA-256 of every file, and renamed into place. If the folder exists, the stage is done. With
+`$BACKFIRE_SCRATCH`, a fast disk of this machine, it is built there and copied when it is whole.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backfire.errors import Busy
+import psutil
+
+from backfire.errors import Busy, is_away
+from backfire.patience import patiently
 
 SEAL = "done.json"
 CHECKPOINTS = "checkpoints"
 """Subfolder of a stage in progress; deleted when the stage is done."""
+_HOUR, _DAY = 3600.0, 86400.0
 _HASHED_ON_READ = 64 * 2**20  # larger folders are checked by size alone
 
 
@@ -54,11 +62,34 @@ def cache_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "backfire"
 
 
+def scratch_root() -> Path | None:
+    """`$BACKFIRE_SCRATCH`, where stages are built if it is set."""
+    path = os.environ.get("BACKFIRE_SCRATCH")
+    return Path(path).expanduser() if path else None
+
+
+def unique() -> str:
+    """A name that no other process has, on any host or in any container: host.pid.random."""
+    return f"{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+
+
+_UNIQUE = re.compile(r"([^.]+)\.(\d+)\.[0-9a-f]{8}")
+
+
+def _host() -> str:
+    return slug(socket.gethostname().replace(".", "-"))[:40]
+
+
 def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write a file so that it is the old or the new one, never a part, even across a power cut."""
+    """Write a file so that it is the old or the new one, never a part, even across a power cut. A
+    file system that does not answer is waited for."""
     if not path.name:  # as in "" or "."
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    patiently(lambda: _write(path, data))
+
+
+def _write(path: Path, data: str | bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{unique()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -78,7 +109,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(patiently(lambda: path.read_text(encoding="utf-8")))
 
 
 def sha256(path: Path) -> str:
@@ -93,6 +124,8 @@ def seal(folder: Path, *, hash_large: bool = True) -> None:
     it would be the slowest part of writing them.
     """
     excluded = folder / CHECKPOINTS
+    for file in folder.rglob(".*.tmp"):  # of a process that was killed in `write_atomic`
+        file.unlink()
     files = sorted(
         p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and excluded not in p.parents
     )
@@ -110,17 +143,30 @@ def _are_hashed(sizes: dict[str, Any]) -> bool:
 
 
 def intact(folder: Path) -> bool:
-    """Whether a sealed folder is unchanged, by sizes and, unless it is large, by hashes."""
+    """Whether a sealed folder is unchanged, by sizes and, unless it is large, by hashes.
+
+    Raises:
+        OSError: it cannot be read, which says nothing about it.
+    """
     try:
-        sizes = read_json(folder / SEAL)
-        hashed = _are_hashed(sizes)
-        return all(
-            (folder / name).stat().st_size == entry["bytes"]
-            and (not hashed or sha256(folder / name) == entry["sha256"])
-            for name, entry in sizes.items()
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return patiently(lambda: _matches(folder))
+    except (ValueError, KeyError, TypeError, AttributeError):
         return False
+    except OSError as error:
+        if is_away(error) or isinstance(error, PermissionError):
+            raise
+        return False
+
+
+def _matches(folder: Path) -> bool:
+    """Whether the files are as in the seal."""
+    sizes = read_json(folder / SEAL)
+    hashed = _are_hashed(sizes)
+    return all(
+        (folder / name).stat().st_size == entry["bytes"]
+        and (not hashed or sha256(folder / name) == entry["sha256"])
+        for name, entry in sizes.items()
+    )
 
 
 class Store:
@@ -129,6 +175,11 @@ class Store:
 
     def __init__(self, root: Path | None = None, *, waits: bool = True) -> None:
         self.root, self.waits = root or cache_root(), waits
+        scratch = scratch_root()
+        # Of this cache and this user: others may use the same scratch folder.
+        name = f"backfire-{digest([str(self.root.absolute()), os.getuid()])}"
+        self.scratch = scratch / name if scratch else self.root
+        """Where stages are built."""
         self._verified: set[Path] = set()
 
     def path(self, stage: Stage) -> Path:
@@ -139,6 +190,7 @@ class Store:
         path = self.path(stage)
         if path not in self._verified and intact(path):
             self._verified.add(path)
+            _mark_used(path)
         return path in self._verified
 
     def once(self, stage: Stage, make: Callable[[Path], None], *, resumable: bool = False) -> Path:
@@ -151,7 +203,7 @@ class Store:
         path = self.path(stage)
         if self.done(stage):
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        patiently(lambda: path.parent.mkdir(parents=True, exist_ok=True))
         with self._lock(path):
             if self.done(stage):
                 return path
@@ -159,18 +211,33 @@ class Store:
                 damaged = path.with_name(f"{path.name}.damaged")
                 shutil.rmtree(damaged, ignore_errors=True)
                 path.replace(damaged)
-            partial = path.with_name(f"{path.name}.partial")
-            if not resumable:
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(exist_ok=True)
-            make(partial)
-            seal(partial)
-            partial.replace(path)
-            _sync_folder(path.parent)
-            # Only now: an attempt killed before this point resumes from them.
-            shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
+            self._build(path, make, resumable=resumable)
         self._verified.add(path)
         return path
+
+    def temporary(self, stage: Stage) -> AbstractContextManager[Path]:
+        """A folder for the content of a stage that is not worth keeping; removed at the end."""
+        return _attempt(self._place(self.path(stage)))
+
+    def _place(self, path: Path) -> Path:
+        """Where a stage is built."""
+        return self.scratch / path.parent.name / f"{path.name}.partial"
+
+    def _build(self, path: Path, make: Callable[[Path], None], *, resumable: bool) -> None:
+        place = self._place(path)
+        with nullcontext(place) if resumable else _attempt(place) as partial:
+            partial.mkdir(parents=True, exist_ok=True)
+            make(partial)
+            seal(partial)
+            if self.scratch == self.root:
+                _rename(partial, path)
+            else:
+                with _attempt(path.with_name(place.name)) as copied:
+                    _copy(partial, copied)
+                    _rename(copied, path)
+                shutil.rmtree(partial, ignore_errors=True)
+        # Only now: an attempt killed before this point resumes from them.
+        shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
 
     @contextlib.contextmanager
     def _lock(self, path: Path) -> Iterator[None]:
@@ -191,6 +258,74 @@ class Store:
             yield
         finally:
             lock.release()
+
+
+@contextlib.contextmanager
+def _attempt(place: Path) -> Iterator[Path]:
+    """A folder in `place` that no other attempt uses; removed at the end unless it was renamed."""
+    _remove_dead(place)
+    folder = place / unique()
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it may hold the attempt of another host
+            place.rmdir()
+
+
+def _remove_dead(place: Path) -> None:
+    """Remove what killed attempts have left: those whose process on this host is gone, and those of
+    other hosts that are unchanged for a day."""
+    for folder in place.glob("*.*.*"):
+        if not (name := _UNIQUE.fullmatch(folder.name)):
+            continue
+        dead = name[1] == _host() and not psutil.pid_exists(int(name[2]))
+        if dead or time.time() - last_change(folder) > _DAY:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def last_change(folder: Path) -> float:
+    """When a file in the folder, or the folder, last changed: the latest mtime."""
+    times = [0.0]
+    for path in (folder, *folder.rglob("*")):
+        with contextlib.suppress(OSError):  # it is being built
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def _copy(source: Path, out: Path) -> None:
+    """Copy a sealed stage, without its checkpoints."""
+    top = str(source)
+    shutil.copytree(
+        source, out, ignore=lambda at, _: [CHECKPOINTS] if at == top else [], dirs_exist_ok=True
+    )
+
+
+def _rename(folder: Path, path: Path) -> None:
+    """Rename a sealed folder into place, or leave it if another host was faster."""
+
+    def rename() -> None:
+        try:
+            folder.replace(path)
+        except OSError:
+            if not (path.exists() and intact(path)):
+                raise
+
+    patiently(rename)
+    _sync_folder(path.parent)
+
+
+def _mark_used(path: Path) -> None:
+    """Let the seal's date tell when the stage was last used, to an hour."""
+    mark_recent(path / SEAL)
+
+
+def mark_recent(file: Path) -> None:
+    """Set a file's date to now, if it is more than an hour old."""
+    with contextlib.suppress(OSError):  # of another user, or on a read-only disk
+        if time.time() - file.stat().st_mtime > _HOUR:
+            os.utime(file)
 
 
 def _sync_folder(folder: Path) -> None:

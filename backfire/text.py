@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
@@ -18,13 +19,28 @@ _CONTROLS: Final = re.compile(
     r"\ufeff\ufff9-\ufffb\ufffe\uffff\U000e0000-\U000e007f]"
 )
 _SURROGATES: Final = re.compile(r"[\ud800-\udfff]")
+_HOLDS_A_KEY: Final = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS)S?$", re.IGNORECASE)
 _SECRETS: Final = re.compile(r"\b(hf_|sk-|ghp_|xox[a-z]-)[A-Za-z0-9_-]{16,}")
 
 
 def clean(text: object) -> str:
     """The text without ANSI escapes, control characters, bidi overrides, broken Unicode, tokens."""
     plain = _CONTROLS.sub("", _ESCAPES.sub("", str(text).replace("\r\n", "\n")))
-    return _SECRETS.sub(r"\1…", _SURROGATES.sub("\ufffd", plain))
+    return without_tokens(_SURROGATES.sub("\ufffd", plain))
+
+
+def without_tokens(text: str) -> str:
+    """The text without what looks like an access token, such as `hf_...`."""
+    return _SECRETS.sub(r"\1…", text)
+
+
+def without_secrets(text: str) -> str:
+    """The text without access tokens and without the values of environment variables that hold
+    keys, by their names."""
+    values = [v for name, v in os.environ.items() if _HOLDS_A_KEY.search(name) and len(v) >= 8]
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, "…")
+    return without_tokens(text)
 
 
 def line(text: object) -> str:

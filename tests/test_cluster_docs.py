@@ -17,13 +17,13 @@ from tests.helpers.snippets import snippet
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs a script with stubs: `backfire` notes its arguments and the GPU, `ssh HOST COMMAND` runs
-    the command here."""
+    the command here, until nothing holds its output open."""
     programs = tmp_path / "programs"
     programs.mkdir()
     noted = tmp_path / "noted"
     stubs = {
         "backfire": f'echo "$@" gpu=$CUDA_VISIBLE_DEVICES >> {noted}',
-        "ssh": f'echo "on $1" >> {noted}; bash -c "$2"; wait',
+        "ssh": f'until_all_is_closed=$(bash -c "$2"); echo "left $1" >> {noted}',
         "scontrol": f'echo scontrol "$@" >> {noted}',
         "nohup": '"$@"',
     }
@@ -47,10 +47,12 @@ def test_each_gpu_gets_a_worker(shell: Any) -> None:
     assert noted[5:] == ["report runs/study gpu="]
 
 
-def test_each_host_gets_a_worker(shell: Any, tmp_path: Path) -> None:
-    noted = shell(snippet("cluster.md", "ssh "))
-    assert noted.count("work runs/study gpu=") == 2
-    assert {"on first", "on second"} < set(noted)
+def test_each_host_gets_a_worker_that_outlives_the_connection(shell: Any, tmp_path: Path) -> None:
+    stub = tmp_path / "programs/backfire"
+    stub.write_text(stub.read_text().replace("echo", "sleep 0.3; echo"))
+    noted = shell(f"{snippet('cluster.md', 'ssh ')}sleep 0.6")
+    assert noted[1:3] == ["left first", "left second"]
+    assert noted[3:] == ["work runs/study gpu="] * 2
     assert (tmp_path / "first.log").is_file()
 
 
@@ -58,7 +60,7 @@ def test_the_array_script_requeues_at_the_signal(
     shell: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    waiting = 'trap "echo stopped >> noted; exit" USR1; kill -USR1 $PPID; sleep 9 & wait'
+    waiting = 'trap "echo stopped >> noted; exit" USR1; sleep 0.3; kill -USR1 $PPID; sleep 9 & wait'
     (tmp_path / "programs/backfire").write_text(f"#!/bin/bash\n{waiting}\n")
     assert shell(snippet("cluster.md", "#SBATCH --array")) == ["stopped", "scontrol requeue 7"]
 

@@ -18,6 +18,7 @@ ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("errors", "other_names", "yaml12", "result", "text", "terminal", "rng", "progress"),
+    *("patience", "resources"),
     *("tokenizer", "store", "plugins", "registry", "base", "sandbox", "data", "contract", "model"),
     *("experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline", "results"),
     *("report", "exports", "launch", "playground", "commands", "cli"),
@@ -78,6 +79,7 @@ def test_the_report_reads_results_and_runs_nothing() -> None:
         "base",
         "errors",
         "evaluate",
+        "patience",
         "registry",
         "report",
         "result",

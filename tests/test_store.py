@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shutil
+import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import psutil
 import pytest
 
-from backfire import store
+from backfire import patience, store
 from backfire.data.jsonl import read_jsonl
 from backfire.store import (
     Stage,
@@ -205,6 +212,194 @@ def test_many_callers_make_it_once(root: Path) -> None:
     for thread in threads:
         thread.join(10)
     assert make.calls == 1
+
+
+# -------------------------------------------------------------------------- other hosts, scratch
+
+
+def left(folder: Path) -> list[str]:
+    """Everything below a folder but locks."""
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix != ".lock")
+
+
+def test_names_differ_between_hosts_and_containers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # of every container
+    names = {store.unique() for _ in range(100)}
+    monkeypatch.setattr(socket, "gethostname", lambda: "node 7.cluster/x" + 300 * "y")
+    there = store.unique()
+    assert len(names) == 100 and there not in names and len(there) < 60
+    assert there.startswith("node-7-cluster-x") and there.count(".") == 2
+
+
+def test_an_attempt_that_fails_leaves_nothing(root: Path) -> None:
+    with pytest.raises(RuntimeError):
+        once(root, Maker(fail=1))
+    assert left(root) == ["train"]
+
+
+def test_what_killed_attempts_leave_is_removed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, here = root / "train/slug-key.partial", store.unique()
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
+    for name in (here, "other.1.00000000", "other.2.00000000"):
+        (place / name).mkdir(parents=True)
+        (place / name / "half.bin").write_bytes(b"half")
+    for path in (place / "other.1.00000000", place / "other.1.00000000/half.bin"):
+        os.utime(path, (0, 0))
+    folder = once(root, Maker())
+    assert intact(folder) and left(place) == ["other.2.00000000", "other.2.00000000/half.bin"]
+
+
+def test_a_temporary_folder_is_of_one_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage, place = Stage("merge", "slug", "key"), root / "merge/slug-key.partial"
+    with Store(root).temporary(stage) as one, Store(root).temporary(stage) as other:
+        assert one != other and one.parent == other.parent == place
+        assert not Store(root).done(stage)
+    assert left(root) == ["merge"]
+    (place / f"{store.unique()}").mkdir(parents=True)
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
+    with Store(root).temporary(stage) as one:
+        assert list(place.iterdir()) == [one], "what a killed process left is removed"
+
+
+def test_the_faster_of_two_hosts_wins(root: Path) -> None:
+    """Where neither sees the other's lock."""
+
+    def slow(folder: Path) -> None:
+        (folder / "a.txt").write_text("slow")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Store, "_lock", lambda *_: contextlib.nullcontext())
+            patch.setattr(socket, "gethostname", lambda: "other")
+            once(root, Maker())
+
+    assert (once(root, slow) / "a.txt").read_text() == "whole"
+    assert left(root) == ["train", *(f"train/slug-key{part}" for part in INSIDE)]
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BACKFIRE_SCRATCH", str(tmp_path / "scratch"))
+    return tmp_path / "scratch"
+
+
+INSIDE = ("", "/a.txt", "/deep", "/deep/b.bin", "/done.json")
+
+
+@pytest.mark.parametrize("resumable", [True, False])
+def test_a_stage_is_built_on_the_scratch_disk(resumable: bool, root: Path, scratch: Path) -> None:
+    make = Maker()
+
+    def build(folder: Path) -> None:
+        assert folder.is_relative_to(scratch)
+        (folder / "checkpoints/1").mkdir(parents=True)
+        (folder / "checkpoints/1/big.bin").write_bytes(b"big")
+        make(folder)
+
+    assert intact(once(root, build, resumable=resumable))
+    assert left(root) == ["train", *(f"train/slug-key{part}" for part in INSIDE)]
+    assert not [path for path in scratch.rglob("*") if path.is_file()]
+    assert once(root, build) and make.calls == 1
+
+
+def test_a_lost_scratch_disk_costs_progress_only(root: Path, scratch: Path) -> None:
+    make = Maker(fail=2)
+    for _ in range(2):
+        with pytest.raises(RuntimeError):
+            once(root, make, resumable=True)
+    assert left(root) == ["train"], "nothing half made is in the shared cache"
+    shutil.rmtree(scratch)
+    assert intact(once(root, make, resumable=True))
+    assert make.found == [[], ["a.txt"], []]
+    other = Store(root.with_name("other"))
+    assert other.scratch != Store(root).scratch, "of another cache"
+
+
+def test_a_full_cache_loses_nothing_on_the_scratch_disk(root: Path, scratch: Path) -> None:
+    make = Maker()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(shutil, "copytree", full)
+        once(root, make, resumable=True)
+    assert left(root) == ["train"]
+    once(root, make, resumable=True)
+    assert make.found == [[], [*INSIDE_OF_WHOLE]]
+
+
+INSIDE_OF_WHOLE = ("a.txt", "deep", "done.json")
+
+
+def test_the_date_of_a_seal_is_that_of_its_last_use(root: Path) -> None:
+    seal_file = once(root, Maker()) / "done.json"
+    recent = seal_file.stat().st_mtime_ns
+    assert Store(root).done(Stage("train", "slug", "key"))
+    assert seal_file.stat().st_mtime_ns == recent, "one write an hour is enough"
+    os.utime(seal_file, (0, 0))
+    assert Store(root).done(Stage("train", "slug", "key")) and seal_file.stat().st_mtime > 1e9
+
+
+# ------------------------------------------------------------- a file system that does not answer
+
+
+def away(function: Callable[..., Any], code: int, times: int = 10**9) -> Callable[..., Any]:
+    """A function of the system that fails so often before it works."""
+    left = [times]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(code, os.strerror(code), str(args[0]))
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, which passes by sleeping only."""
+    now = [0.0]
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds)
+    )
+    monkeypatch.setattr(patience, "time", clock)
+    return now
+
+
+@pytest.mark.parametrize("code", [errno.ESTALE, errno.EIO, errno.ESHUTDOWN])
+def test_a_server_that_restarts_is_waited_for(
+    code: int, tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "x.json"
+    monkeypatch.setattr(os, "fsync", away(os.fsync, code, 12))
+    write_json(file, {"n": 1})
+    assert 20 < clock[0] < patience.LONGEST
+    monkeypatch.setattr(Path, "read_text", away(Path.read_text, code, 12))
+    assert read_json(file) == {"n": 1} and left(tmp_path) == ["x.json"]
+
+
+def test_a_server_that_stays_away_is_given_up(
+    tmp_path: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", away(os.fsync, errno.EIO))
+    with pytest.raises(OSError, match=r"x\.json"):
+        write_json(tmp_path / "x.json", {})
+    assert 50 < clock[0] <= patience.LONGEST and left(tmp_path) == []
+
+
+def test_a_stage_that_cannot_be_read_is_not_damaged(
+    root: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, stage = Maker(), Stage("train", "slug", "key")
+    folder = once(root, make)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", away(Path.open, errno.ESTALE, 3))
+        assert Store(root).done(stage)
+    for code in (errno.EIO, errno.EACCES):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"done\.json"):
+            patch.setattr(Path, "open", away(Path.open, code))
+            once(root, make)
+    assert once(root, make) == folder and make.calls == 1
 
 
 # ------------------------------------------------------------------------------------ single files

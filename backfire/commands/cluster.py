@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from backfire.commands.plan import check, types_for, with_estimates
 from backfire.commands.run import finish
 from backfire.errors import UserError
 from backfire.launch import ray, slurm
+from backfire.launch.claims import Claims
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
@@ -51,6 +53,10 @@ class Asked:
     ray_address: str | None = None
     open_cluster: bool = False
 
+    @property
+    def cluster_address(self) -> str | None:
+        return self.ray_address or os.environ.get("RAY_ADDRESS") or None
+
     def refuse_strays(self) -> None:
         """Refuse options of another place.
 
@@ -58,8 +64,10 @@ class Asked:
             UserError: there is one.
         """
         shared = ("jobs", "cpus_per_task", "gpus", "mem")
-        own = {"slurm": ("time", "partition", "account", "qos", "sbatch")}
-        own["ray"] = ("ray_address", "open_cluster")
+        own: dict[str, tuple[str, ...]] = {
+            "slurm": ("time", "partition", "account", "qos", "sbatch"),
+            "ray": ("ray_address", "open_cluster"),
+        }
         for place, names in own.items():
             for name in names:
                 if getattr(self, name) and self.on != place:
@@ -95,21 +103,24 @@ def start(
         UserError, CellError: the recipe or its data are invalid, or the cluster refuses; nothing
             was started.
     """
-    module, launcher_of = (slurm, _slurm) if asked.on == "slurm" else (ray, _ray)
-    module.available()
+    if asked.on == "slurm":
+        slurm.available()
+    else:
+        ray.available(asked.cluster_address, asked.open_cluster)
+    launcher_of = _slurm if asked.on == "slurm" else _ray
     device = "cuda" if asked.gpus and machine["device"] == "auto" else str(machine["device"])
     store, console, types = Store(), Console(stderr=True), types_for(device)
     recipe = resolve_auto(pin_models(recipe), types)
     place, cells = RunFolder(out, recipe.name), recipe.cells
     jobs = plan.jobs(cells, recipe.axes)
-    again = {"device": types.device, "profile": profile, "edits": edits}
+    again: dict[str, Any] = {"device": types.device, "profile": profile, "edits": edits}
     if all(place.done(cell, stages.cell_key(cell)) for cell in cells):
         write_plan(out, recipe, jobs, **again)
         console.print(f"All {len(cells)} cells are already done.")
         return finish(out, {}, jobs, console)
     check(recipe, store, console)
     jobs = with_estimates(jobs, recipe, store, types)
-    processes = machine.get("workers") or max(1, asked.gpus or 0)
+    processes = machine.get("workers") or max(1, (asked.gpus or 0) // machine.get("devices", 1))
     launcher = launcher_of(out, asked, jobs, memory := _memory(asked, jobs, processes))
     launcher.check()
     shared = probe()
@@ -117,20 +128,17 @@ def start(
     each = memory / processes if types.device == "cpu" else None
     launcher.begin(_options(machine, types.device, processes, each), shared)
     count = asked.jobs or min(_JOBS, len(cells))
-    return finish(out, _follow(launcher, place, jobs, store, count, console), jobs, console)
+    return finish(out, _follow(launcher, place, jobs, count, console), jobs, console)
 
 
 def _follow(
     launcher: Launcher,
     place: RunFolder,
     jobs: Sequence[Job],
-    store: Store,
     count: int,
     console: Console,
 ) -> dict[str, str]:
     """Keep workers on the cluster until all jobs have ended; returns how they ended."""
-    from backfire.launch.claims import Claims
-
     stop = Stop()
     with ProgressDisplay(console, jobs) as display, stop.on_signals():
         view = View(jobs, place, Claims(place.path), display.watch)
@@ -138,7 +146,7 @@ def _follow(
             follow(view, launcher, count, lambda line: say(line, console), stop)
         except KeyboardInterrupt:
             stop.signaled = True
-        except BaseException:
+        except UserError:
             launcher.cancel()
             raise
     if stop:
@@ -168,8 +176,7 @@ def _ray(out: Path, asked: Asked, jobs: Sequence[Job], memory: float) -> ray.Ray
         memory=round(memory),
         cpus=asked.cpus_per_task or 1,
         gpus=asked.gpus or 0,
-        address=asked.ray_address,
-        may_be_open=asked.open_cluster,
+        address=asked.cluster_address,
     )
     return ray.Ray(out, request)
 
@@ -202,7 +209,7 @@ def _options(
 ) -> tuple[str, ...]:
     """Options of `backfire work`."""
     named = {"device": device, "workers": processes if device == "cpu" else machine.get("workers")}
-    named |= {key: machine.get(key) for key in ("micro_batch", "eval_batch")}
+    named |= {key: machine.get(key) for key in ("devices", "micro_batch", "eval_batch")}
     named["memory"] = memory and f"{memory / 1e9:.3f}"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in named.items() if v is not None]
     options += ["--recompute"] * bool(machine.get("recompute"))

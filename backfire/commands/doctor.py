@@ -9,9 +9,9 @@ from pathlib import Path
 
 from backfire.data.weights import first_line
 from backfire.launch.environment import version_of
-from backfire.model.types import ram_bytes
 from backfire.recipe import Recipe
-from backfire.store import cache_root
+from backfire.resources import cores, free_bytes, ram_bytes
+from backfire.store import cache_root, scratch_root
 from backfire.terminal import say
 
 _NEEDED = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
@@ -80,7 +80,8 @@ def _quantized() -> list[str]:
 def _machine() -> list[str]:
     import torch
 
-    out = [f"ok    {os.cpu_count()} cores, {ram_bytes() / 2**30:.0f} GB of memory"]
+    memory, free = (f"{size / 2**30:.0f} GB" for size in (ram_bytes(), free_bytes()))
+    out = [f"ok    {cores()} cores, {memory} of memory, {free} of it free"]
     out += map(_gpu, range(torch.cuda.device_count()))
     if not torch.cuda.is_available():
         out.append(
@@ -109,12 +110,20 @@ def _gpu(number: int) -> str:
     return f"note  {line}, without bfloat16 ({version}; it needs 8.0): {instead}"
 
 
+def _place(name: str, root: Path) -> str:
+    """Whether a folder, or the nearest one above it that exists, can be written."""
+    near = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    free = f"{shutil.disk_usage(near).free / 2**30:.0f} GB free"
+    return (
+        f"ok    {name} {root}, {free}"
+        if os.access(near, os.W_OK)
+        else (f"lacks {name} {root}: it cannot be written")
+    )
+
+
 def _places() -> list[str]:
-    root = cache_root()
-    near = next(path for path in (root, *root.parents) if path.exists())
-    free = shutil.disk_usage(near).free / 2**30
-    mark = "ok   " if os.access(near, os.W_OK) else "lacks"
-    out = [f"{mark} cache {root}, {free:.0f} GB free"]
+    places = {"cache": cache_root(), "scratch": scratch_root()}
+    out = [_place(name, path) for name, path in places.items() if path]
     token = (
         bool(os.environ.get("HF_TOKEN"))
         or Path("~/.cache/huggingface/token").expanduser().is_file()

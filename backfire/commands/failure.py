@@ -12,7 +12,7 @@ from backfire.text import clean
 def fail_or_raise(error: Exception) -> None:
     """End with one sentence for an error of the system or the user; re-raise a bug."""
     kind, sentence = exit_class(error)
-    if kind in ("disk-full", "oom"):
+    if kind in ("disk-full", "oom", "io"):
         fail(f"{sentence} {EXIT_CLASSES[kind]}")
     if isinstance(error, OSError):
         where = f" ({shortened(error.filename)})" if error.filename else ""

@@ -18,13 +18,15 @@ from backfire.commands.estimate import (
     runs_of,
 )
 from backfire.commands.memory import Device, Memory, Size, memory, size
+from backfire.commands.workers import TIGHT, workers_by_device
 from backfire.data.weights import is_bare
 from backfire.experiment import Experiment, Machine
 from backfire.launch.resolve import resolve_auto, types_of
 from backfire.model.count import num_weights
-from backfire.model.types import Types, gpu_bytes, ram_bytes
+from backfire.model.types import Types, gpu_bytes
 from backfire.recipe import Recipe
 from backfire.registry import build
+from backfire.resources import ram_bytes
 from backfire.store import Store
 from backfire.text import count, listing
 
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
 SHARE = 0.45
 """Speed of training all weights relative to large matrix products: 0.25 to 0.55 was measured on
 CPUs, 0.49 at 135M weights."""
-TIGHT = 0.85  # share of the memory above which the error of the prediction matters
 CARDS = (24e9, 40e9, 80e9)
 """Memory of common GPUs: RTX 3090 and 4090, A100, A100 and H100."""
 _LARGE = 1e9  # weights from which a model is meant for a GPU
@@ -70,14 +71,14 @@ class Forecast:
         rows = [self.rows.get(rows_key(part)) for part in parts]
         return memory(experiment, counts, rows, self.device, machine) if counts else None
 
-    def largest(self) -> Iterator[tuple[Experiment, Memory | None]]:
+    def largest(self, machine: Machine | None = None) -> Iterator[tuple[Experiment, Memory | None]]:
         """The cell that needs most memory, for each model, method and defense."""
         kinds: dict[str, dict[str, Experiment]] = {}
         for cell in self.cells:
             alike = kinds.setdefault(str([method_key(cell), cell.defense_name]), {})
             alike.setdefault(str([rows_key(cell), cell.train, cell.evaluation]), cell)
         for alike in kinds.values():
-            needs = [(cell, self.memory(cell)) for cell in alike.values()]
+            needs = [(cell, self.memory(cell, machine)) for cell in alike.values()]
             yield max(needs, key=lambda one: one[1].total if one[1] else 0)
 
     def remedy(self, experiment: Experiment, has: float) -> str:
@@ -125,11 +126,10 @@ def lines(recipe: Recipe) -> list[str]:
     Raises:
         UserError: the data cannot be read, or a method does not fit its model.
     """
-    from backfire.commands.run import default_workers
     from backfire.model.load import device_of
 
     here, device = Forecast(recipe, types_of("auto")), device_of("auto")
-    workers = default_workers(len(recipe.cells))
+    workers = workers_by_device(len(recipe.cells), Machine())
     has = gpu_bytes("auto") if here.device == "cuda" else ram_bytes()
     cells = count(len(recipe.cells), "cell")
     out = [f"\nRecipe {recipe.name}, {cells}; all figures are estimates"]
@@ -210,7 +210,7 @@ def _verdict(need: Memory, has: float, workers: int) -> tuple[str, str]:
     if workers * need.total <= TIGHT * has:
         return "ok   ", f"{amount(has)}: fits"
     if (most := int(TIGHT * has / need.total)) >= 1:
-        return "note ", f"{amount(has)}: fits, but not {workers} at once (--workers {most})"
+        return "note ", f"{amount(has)}: fits, but not {workers} at once; at most {most}"
     if need.total <= has:
         return "note ", f"{amount(has)}: is tight"
     return "lacks", f"{amount(has)}: does not fit"

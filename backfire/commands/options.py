@@ -34,7 +34,9 @@ Devices = Annotated[
 ]
 Workers = Annotated[
     int | None,
-    typer.Option(min=1, help="Cells run in parallel; by default one per core, or one on a GPU."),
+    typer.Option(
+        min=1, help="Cells run in parallel; by default one per core if memory allows, or per GPU."
+    ),
 ]
 MicroBatch = Annotated[
     int | None, typer.Option(min=1, help="Most rows per forward pass in training.")

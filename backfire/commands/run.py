@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from rich.console import Console
 
 from backfire import plan, stages
 from backfire.commands.plan import check, memory_of
+from backfire.commands.workers import default_workers, largest
 from backfire.experiment import Machine
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
@@ -39,14 +39,19 @@ def start(
         UserError, CellError: the recipe or its data are invalid; nothing was started.
     """
     store, console = Store(), Console(stderr=True)
-    settings = settings_of(machine, len(recipe.cells))
+    settings = settings_of(machine)
     # A missing device is reported once here, and not by every cell.
     team.check(settings)
+    team.check_cells(recipe.cells, settings)
     recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
         check(recipe, store, console, memory_of(settings.device, types))
+        if "workers" not in machine and not team.launched():
+            need, title = largest(recipe, types, settings)
+            workers = default_workers(len(recipe.cells), settings, need=need, title=title)
+            settings = settings.model_copy(update={"workers": workers})
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         from backfire.launch import local
         from backfire.launch.work import Stop
@@ -63,24 +68,10 @@ def start(
     return finish(out, ended, work, console)
 
 
-def settings_of(machine: Mapping[str, Any], num_cells: int) -> Machine:
-    """The settings of the machine: these, and defaults for the others."""
+def settings_of(machine: Mapping[str, Any]) -> Machine:
+    """The settings of the machine: these, and the number of devices that a launcher gives."""
     outside = team.launched()
-    devices = int(machine.get("devices") or (outside[1] if outside else 1))
-    workers = 1 if outside else default_workers(num_cells, devices)
-    return Machine.make({"workers": workers, "devices": devices, **machine}, "option")
-
-
-def default_workers(num_cells: int, devices: int = 1) -> int:
-    """One single-threaded worker per core on a CPU, one on a GPU; fewer if each trains on several
-    devices."""
-    from importlib.util import find_spec
-
-    from backfire.model.types import has_gpu
-
-    if find_spec("torch") and has_gpu():
-        return 1
-    return max(1, min(num_cells, (os.cpu_count() or 1) // devices))
+    return Machine.make({"devices": outside[1] if outside else 1, **machine}, "option")
 
 
 def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:

@@ -28,9 +28,9 @@ from backfire.errors import CellError
 from backfire.experiment import Experiment
 from backfire.launch.resolve import pin_models
 from backfire.model.source import check_widths
-from backfire.model.types import has_gpu, ram_bytes
 from backfire.pipeline import Context
 from backfire.recipe import Recipe
+from backfire.resources import has_gpu, ram_bytes
 from backfire.store import Store
 from backfire.terminal import say
 from backfire.text import clean

@@ -11,19 +11,21 @@ from rich.console import Console
 from backfire import text
 from backfire.commands.estimate import amount
 from backfire.commands.plan import memory_of
-from backfire.commands.run import default_workers
+from backfire.commands.run import settings_of
+from backfire.commands.workers import SMALL, default_workers
 from backfire.errors import UserError
-from backfire.experiment import Machine
 from backfire.launch import local
 from backfire.launch.claims import Claims
 from backfire.launch.folder import Plan, read_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import types_of
-from backfire.launch.work import Stop
+from backfire.launch.work import Stop, needed
+from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.store import Store
 from backfire.terminal import say
+from backfire.train import team
 
 
 def start(
@@ -45,20 +47,24 @@ def start(
     """
     plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
     cells = sum(job.kind == "cell" for job in plan.jobs)
-    settings = Machine.make({"workers": default_workers(cells), **machine}, "option")
+    settings = settings_of(machine)
+    team.check(settings)
     types = types_of(settings.device)
-    if types.device != plan.device:
-        raise UserError(
-            f"{run} is planned for a {_NAMES[plan.device]}, and this worker would run on a "
-            f"{_NAMES[types.device]}; choose it by --device, or plan again with --device "
-            f"{types.device}."
-        )
+    _check_device(run, plan, types)
     has = memory_of(settings.device, types)
+    if (
+        "workers" not in machine and not team.launched()
+    ):  # so many that each has memory for any job that fits at all
+        need = min(has, max((job.memory or 0.0 for job in plan.jobs), default=0.0) or SMALL)
+        workers = default_workers(cells, settings, need=need)
+        settings = settings.model_copy(update={"workers": workers})
     most = memory or has / (settings.workers if types.device == "cpu" else 1)
+    folder = RunFolder(run, plan.recipe)
+    _check_memory(needed(plan.jobs, folder), most)
     with ProgressDisplay(console, plan.jobs) as display, stop.on_signals():
         ended = local.run(
             plan.jobs,
-            RunFolder(run, plan.recipe),
+            folder,
             Store(),
             settings,
             display.watch,
@@ -70,6 +76,22 @@ def start(
 
 
 _NAMES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _check_device(run: Path, plan: Plan, types: Types) -> None:
+    """Refuse a device on which the jobs would give other results than planned."""
+    if types.device != plan.device:
+        raise UserError(
+            f"{run} is planned for a {_NAMES[plan.device]}, and this worker would run on a "
+            f"{_NAMES[types.device]}; choose it by --device, or plan again with --device "
+            f"{types.device}."
+        )
+    embedded = any(job.experiment.model.name == "sandbox" for job in plan.jobs)
+    if embedded and plan.compute != types_here().compute:
+        raise UserError(
+            f"{run} is planned for machines on which the embedded base computes in {plan.compute}, "
+            f"and this one computes in {types_here().compute}; plan again on a machine like this."
+        )
 
 
 def _say_what_is_left(
@@ -89,10 +111,10 @@ def _say_what_is_left(
         say("The time is over; the next `backfire work` goes on.", console)
     else:
         held = Claims(run).names()
-        large = [job for job in left if job.id not in held and (job.memory or 0) > memory]
-        if large:
-            _refuse(large, memory)
-        say(f"Other workers have what is left; `backfire status {run}` shows them.", console)
+        if large := [job for job in left if job.id not in held and (job.memory or 0) > memory]:
+            say(_too_large(large, memory), console)
+        else:
+            say(f"Other workers have what is left; `backfire status {run}` shows them.", console)
 
 
 def _counts(cells: Sequence[Job], ended: Mapping[str, str]) -> str:
@@ -101,10 +123,16 @@ def _counts(cells: Sequence[Job], ended: Mapping[str, str]) -> str:
     return f"{done} done, {len(cells) - done - left} failed, {left} left"
 
 
-def _refuse(jobs: Sequence[Job], memory: float) -> None:
-    least = min(job.memory or 0 for job in jobs)
-    raise UserError(
-        f"{text.count(len(jobs), 'job')} left, and each needs more than the {amount(memory)} of "
-        f"memory that a worker has here: at least {amount(least)}. Use fewer --workers, or a "
-        "larger machine."
+def _check_memory(left: Sequence[Job], memory: float) -> None:
+    """Refuse to work where no job fits."""
+    known = [job for job in left if job.memory is not None]
+    if known and all((job.memory or 0) > memory for job in known):
+        raise UserError(_too_large(known, memory))
+
+
+def _too_large(jobs: Sequence[Job], memory: float) -> str:
+    least = amount(min(job.memory or 0 for job in jobs))
+    return (
+        f"{text.count(len(jobs), 'job')} left that need {least} of memory or more, and a worker "
+        f"has {amount(memory)} here; use fewer --workers or a larger machine."
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from backfire.base import Need, Place, Rendered, Row, Sample
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
+from backfire.evaluate.portions import Finished, portions
 from backfire.progress import Pace, Progress
 
 if TYPE_CHECKING:
@@ -24,39 +26,72 @@ def score_rows(
     max_new_tokens: int,
     batch_size: int | None,
     progress: Progress,
+    folder: Path | None = None,
 ) -> list[dict[str, Any]]:
     """One dict per row with what `kinds` ask for: `logprobs`, `reply`, `answer_logprob` and others.
+
+    Rows that were finished in the `folder` of the stage by an interrupted call are read from it.
 
     Raises:
         CellError: a row has an empty prompt, or an answer that does not fit (`bad-data`).
     """
     items = renderer.render(rows)
-    measured: list[dict[str, Any]] = [{} for _ in items]
-    done, pace, reads = 0, Pace(), bool({"scores", "replies"} & {*kinds})
-    total = len(items) * (("answers" in kinds) + reads)
+    reads, replies = bool({"scores", "replies"} & {*kinds}), "replies" in kinds
+    if reads:
+        _check_prompts(items)
+    options = _candidates(renderer, items) if "scores" in kinds else [[]] * len(items)
+    passes, done, pace = reads + ("answers" in kinds), 0, Pace()
 
     def tick(count: int) -> None:
         nonlocal done
         done += count
-        progress(done, total, pace.text("evaluation", done))
+        progress(done, passes * len(items), pace.text("evaluation", done))
 
-    if reads:
-        _check_prompts(items)
-        options = _candidates(renderer, items) if "scores" in kinds else None
+    extra = max_new_tokens * replies
+    costs = [passes * (len(item.ids) + extra) for item in items]
+    parts = portions(costs, model) if folder else [[*range(len(items))]]
+    finished = Finished(folder)
+    names = [f"{number} {item.row.id}" for number, item in enumerate(items)]
+    for part in parts:
+        if all(names[i] in finished.rows for i in part):
+            done += passes * len(part)
+            pace.rows = done  # those of the interrupted call
+            continue
+        chosen = [items[i] for i in part]
+        answers = [options[i] for i in part]
+        lines = _measured(kinds, model, renderer, chosen, answers, extra, batch_size, tick)
+        by_name = {names[i]: line for i, line in zip(part, lines, strict=True)}
+        finished.add(by_name, last=part is parts[-1])
+    return [finished.rows[name] for name in names]
+
+
+def _measured(
+    kinds: Collection[Need],
+    model: PreTrainedModel,
+    renderer: Renderer,
+    items: Sequence[Rendered],
+    options: Sequence[Sequence[list[int]]],
+    max_new_tokens: int,
+    batch_size: int | None,
+    tick: inference.Tick,
+) -> list[dict[str, Any]]:
+    """What `kinds` ask for, for each item with its candidates' token ids."""
+    measured: list[dict[str, Any]] = [{} for _ in items]
+    if {"scores", "replies"} & {*kinds}:
         readings = inference.read(
             model,
             [item.prompt_ids for item in items],
             candidates=options,
-            max_new_tokens=max_new_tokens if "replies" in kinds else 0,
+            max_new_tokens=max_new_tokens,
             stop_ids=renderer.stop_ids,
             batch_size=batch_size,
             tick=tick,
         )
-        for i, (entry, reading) in enumerate(zip(measured, readings, strict=True)):
-            if options:
-                entry["logprobs"] = reading.scores or None
-                if _ranked(items[i].row):
-                    entry["candidate_tokens"] = list(map(len, options[i]))
+        for entry, item, choice, reading in zip(measured, items, options, readings, strict=True):
+            if "scores" in kinds:
+                entry["logprobs"] = list(reading.scores) or None
+                if _ranked(item.row):
+                    entry["candidate_tokens"] = list(map(len, choice))
             if "replies" in kinds:
                 entry["reply"] = renderer.reply_text(reading.reply)
                 entry["ended"] = len(reading.reply) < max_new_tokens

@@ -6,14 +6,13 @@ cache. Its key covers the judge's identity and every field that the judge reads.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from backfire import stages
 from backfire.base import Exchange, Judge, Verdict
+from backfire.evaluate import journal
 from backfire.progress import Pace, Progress, silent
 from backfire.store import digest
 
@@ -54,35 +53,21 @@ def _key(judge: Judge, exchange: Exchange) -> str:
 
 
 def _append(file: Path, verdicts: Mapping[str, Verdict]) -> None:
-    """Append verdicts and flush them to disk; other processes may append at the same time."""
+    """Append verdicts; other processes may append at the same time."""
     from filelock import FileLock
 
-    lines = [json.dumps({"key": key, **asdict(verdict)}) for key, verdict in verdicts.items()]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"), file.open("a+b") as stream:
-        # A partial last line, left by a killed run, must not swallow the next one.
-        torn = stream.seek(0, os.SEEK_END) and not _ends_in_newline(file)
-        stream.write(("\n" * torn + "\n".join(lines) + "\n").encode())
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _ends_in_newline(file: Path) -> bool:
-    with file.open("rb") as stream:
-        stream.seek(-1, os.SEEK_END)
-        return stream.read(1) == b"\n"
+    with FileLock(f"{file}.lock"):
+        journal.append(file, ({"key": key, **asdict(one)} for key, one in verdicts.items()))
 
 
 def _read(file: Path) -> dict[str, Verdict]:
-    """Read a cache file; incomplete lines are skipped."""
+    """The verdicts in a cache file."""
     verdicts: dict[str, Verdict] = {}
-    if not file.is_file():
-        return verdicts
-    for line in file.read_bytes().split(b"\n"):
+    for entry in journal.entries(file):
         try:
-            entry = json.loads(line)
             key = entry.pop("key")
             verdicts[key] = Verdict(**entry)
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (LookupError, TypeError):
             continue
     return verdicts

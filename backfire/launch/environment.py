@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from functools import lru_cache
@@ -12,6 +11,7 @@ from typing import Any
 
 from backfire import __version__
 from backfire.model.types import cpu_info
+from backfire.resources import cores
 
 _PACKAGES = (
     "torch",
@@ -40,7 +40,7 @@ def environment(device_setting: str = "auto") -> dict[str, Any]:
         **{name: version_of(name) for name in _PACKAGES},
         "platform": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_info("model name") or platform.processor(),
-        "cores": os.cpu_count(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": gpu or "cpu",
         **_commit(),

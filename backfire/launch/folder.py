@@ -19,15 +19,18 @@ from filelock import FileLock
 from backfire import __version__
 from backfire.errors import UserError
 from backfire.experiment import Experiment
+from backfire.launch.users import register
+from backfire.model.types import types_here
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.registry import loaded
 from backfire.results.plugins import missing
 from backfire.store import read_json, write_atomic, write_json
+from backfire.text import without_tokens
 
 JOBS = "jobs.json"
 _FORMAT = 1
-_ID = re.compile(r"(base|train|cell)-[0-9a-f]+")
+_ID = re.compile(r"(base|train|cell)-[0-9a-f]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Plan:
     jobs: list[Job]
     device: str
     """Kind of device that `auto` types were resolved for: `cpu` or `cuda`."""
+    compute: str
+    """Type of matrix products for which the key of the embedded base was computed."""
 
 
 def write_plan(
@@ -54,10 +59,11 @@ def write_plan(
     up, so that several launchers may each plan a part."""
     path.mkdir(parents=True, exist_ok=True)
     with FileLock(path / ".plan.lock"):
-        same = _text(path / "recipe.yaml") == recipe.text
+        kept = without_tokens(recipe.text)
+        same = _text(path / "recipe.yaml") == kept
         former, known = (_former(path / "run.json"), _former(path / JOBS)) if same else ({}, {})
         if not same:
-            write_atomic(path / "recipe.yaml", recipe.text)
+            write_atomic(path / "recipe.yaml", kept)
         cells = [f"{job.title}-{job.key}" for job in jobs if job.kind == "cell"]
         listed = {"cells": list(dict.fromkeys([*_list(former, "cells"), *cells]))}
         run = {"recipe": recipe.name, "profile": profile, "edits": list(edits), **listed}
@@ -70,8 +76,10 @@ def write_plan(
         else:
             others = []
         write_json(path / "run.json", run | ({"plugins": plugins} if plugins else {}))
-        head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name, "device": device}
-        _write(path / JOBS, head | {"plugins": plugins}, [*others, *map(_as_json, jobs)])
+        head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name}
+        head |= {"device": device, "compute": types_here().compute, "plugins": plugins}
+        _write(path / JOBS, head, [*others, *map(_as_json, jobs)])
+    register(path, recipe.text, jobs)
 
 
 def read_plan(path: Path) -> Plan:
@@ -91,7 +99,8 @@ def read_plan(path: Path) -> Plan:
         if lost := missing(content["plugins"]):
             raise UserError(lost[0])
         jobs = [_from_json(one, str(file)) for one in content["jobs"]]
-        return Plan(str(content["recipe"]), jobs, str(content["device"]))
+        words = (str(content[name]) for name in ("device", "compute"))
+        return Plan(str(content["recipe"]), jobs, *words)
     except FileNotFoundError:
         sentence = f"No plan in {path}: jobs.json is missing; {again}"
         raise UserError(sentence) from None

@@ -23,11 +23,13 @@ from backfire.model.resident import Resident
 from backfire.pipeline import Context, base, head, run_cell, trained
 from backfire.plan import Job
 from backfire.progress import Progress
+from backfire.resources import cores
 from backfire.results.evidence import write as write_evidence
 from backfire.results.load import cell as record
 from backfire.results.load import outcome as outcome_of
 from backfire.results.plugins import lacking
 from backfire.store import Store, read_json, write_atomic, write_json
+from backfire.text import without_secrets
 
 
 class Ended(NamedTuple):
@@ -142,13 +144,14 @@ def set_threads(machine: Machine) -> None:
 
     variable = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]  # may list several levels
     threads = machine.threads or (int(variable) if variable.strip().isdigit() else 0)
-    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // machine.workers))
+    torch.set_num_threads(threads or max(1, cores() // machine.workers))
 
 
 def report(job: Job, folder: RunFolder, kind: str, sentence: str, trace: str | None = None) -> str:
     """Write how a job ended: `error.json` in a cell's folder, or a file for the stage, so that no
     worker repeats it in this round."""
-    file = folder._outcome(job)
+    file, sentence = folder._outcome(job), without_secrets(sentence)
+    trace = without_secrets(trace) if trace else None
     content: dict[str, Any] = {"status": kind, "error": sentence, "traceback": trace}
     if job.kind == "cell":
         failed = replace(

@@ -15,16 +15,18 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
-from backfire.errors import EXIT_CLASSES, CellError, UserError
+from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 from backfire.experiment import Machine
 from backfire.launch.claims import MOST_KILLS
 from backfire.launch.job import RunFolder, run_job
 from backfire.launch.work import Stop, Watch, needed, work
-from backfire.model.types import has_gpu
 from backfire.plan import Job
 from backfire.plugins import Plugin
 from backfire.registry import loaded, use
+from backfire.resources import gpus, has_gpu
 from backfire.store import Store
+
+logger = logging.getLogger(__name__)
 
 _ENDS = {"ok", *EXIT_CLASSES}
 _PATIENCE = 120.0
@@ -65,6 +67,7 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     stays: bool
+    gpu: str | None
     job: Job | None = None
     """The job that it has."""
 
@@ -89,9 +92,11 @@ class _Team:
         """Keep the workers running until all of them have ended by themselves."""
         left = needed(self.jobs, self.folder)
         self.names = {job.id: job for job in self.jobs}
-        self.ended |= {job.id: "ok" for job in self.jobs if job not in left}
+        waiting = {job.id for job in left}  # by id: to compare jobs is slow, and there may be many
+        self.ended |= {job.id: "ok" for job in self.jobs if job.id not in waiting}
         count = min(self.machine.workers, len(left))
-        self.workers += [self._start(stop, self.stays and n == 0) for n in range(count)]
+        for number in range(count):
+            self.workers.append(self._start(stop, self.stays and number == 0))
         while self.workers and not stop:
             pipes = [item for w in self.workers for item in (w.pipe, w.process.sentinel)]
             wait(pipes, timeout=0.5)
@@ -110,11 +115,13 @@ class _Team:
         for worker in self.workers:
             worker.process.terminate()
         until = time.monotonic() + patience
+        while any(w.process.is_alive() for w in self.workers) and time.monotonic() < until:
+            for worker in self.workers:  # none may wait for a full pipe
+                with contextlib.suppress(UserError):
+                    self._listen(worker)
+            time.sleep(0.05)
         while self.workers:
             worker = self.workers.pop()
-            while worker.process.is_alive() and time.monotonic() < until:
-                self._listen(worker)  # so that it does not wait for a full pipe
-                worker.process.join(0.05)
             worker.process.kill()
             worker.process.join()
             worker.pipe.close()
@@ -127,13 +134,25 @@ class _Team:
         pipe, far = context.Pipe()
         # Plug-ins come first: the other arguments may hold objects of their classes.
         arguments = (self.jobs, self.folder, self.store, self.machine)
+        gpu = self._free_gpu()
         options = {"memory": self.memory, "stays": stays, "stop": stop}
         process = context.Process(
-            target=_work, args=(loaded(), far, arguments, options), daemon=True
+            target=_work, args=(loaded(), far, gpu, arguments, options), daemon=True
         )
         process.start()
         far.close()
-        return _Worker(process, pipe, stays)
+        return _Worker(process, pipe, stays, gpu)
+
+    def _free_gpu(self) -> str | None:
+        """The GPU that the fewest workers have, if there are several to choose from."""
+        names = gpus()
+        if (
+            len(names) < 2
+            or self.machine.device not in ("auto", "cuda")
+            or self.machine.devices > 1
+        ):
+            return None
+        return min(names, key=[worker.gpu for worker in self.workers].count)
 
     def _listen(self, worker: _Worker) -> None:
         """Forward the worker's messages."""
@@ -156,16 +175,23 @@ class _Team:
     def _died(self, worker: _Worker, code: int) -> None:
         """Tell of a worker that has died; another one takes its job over."""
         if worker.job:
-            self.watch(worker.job, f"its worker died (exit code {code}); it is tried again", 0, 1)
+            sentence = "The worker of %s %s died (exit code %d); another one goes on."
+            logger.warning(sentence, worker.job.kind, worker.job.title, code)
         self.deaths += 1
         if self.deaths > MOST_KILLS * self.machine.workers:  # not by one of the jobs
             raise CellError("killed", f"One worker after the other died (exit code {code}).")
 
 
 def _work(
-    plugins: Sequence[Plugin], pipe: Connection, arguments: tuple[Any, ...], options: dict[str, Any]
+    plugins: Sequence[Plugin],
+    pipe: Connection,
+    gpu: str | None,
+    arguments: tuple[Any, ...],
+    options: dict[str, Any],
 ) -> None:
     """What a worker process does."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it is first used
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
     # The run has read the data, and said what it leaves out.
     logging.getLogger("backfire.datasets").setLevel(logging.ERROR)
@@ -193,8 +219,8 @@ def _work(
         with options["stop"].on_signals():
             jobs, folder, store, machine = arguments
             work(jobs, folder, store, machine, watch, run=begin, **options)
-    except (UserError, CellError) as error:
-        send(None, str(error), 0, 1)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        send(None, f"{error.strerror or error}{where}.", 0, 1)
+    except (UserError, CellError, OSError) as error:
+        kind, sentence = exit_class(error)
+        if isinstance(error, OSError) and kind == "failed":
+            sentence = f"{error.strerror or error} ({error.filename})."
+        send(None, sentence, 0, 1)

@@ -19,6 +19,7 @@ from typing import Any
 
 from backfire.errors import UserError, shortened
 from backfire.launch.remote import Probe, Worker
+from backfire.resources import cores
 
 _RETRIES = 3
 """How often Ray itself repeats the task of a worker that died; then `launch.watch` does."""
@@ -36,8 +37,6 @@ class Request:
     gpus: int = 0
     address: str | None = None
     """HOST:PORT of a cluster's control service (GCS); None starts Ray on this machine."""
-    may_be_open: bool = False
-    """Whether to use a cluster on other hosts that asks nobody for a token."""
 
 
 class Ray:
@@ -54,21 +53,17 @@ class Ray:
         """Connect; nothing is started or written.
 
         Raises:
-            UserError: Ray is missing, the cluster is open or out of reach, or has no node that is
-                large enough.
+            UserError: the cluster is out of reach, or has no node that is large enough.
         """
-        address = self.request.address or os.environ.get("RAY_ADDRESS")
-        here = {"num_cpus": self.request.cpus * max(1, (os.cpu_count() or 1) // self.request.cpus)}
-        if address:
-            _refuse_open(address, self.request.may_be_open)
-        else:  # nobody knows the token, so only this process and its workers have access
+        where: dict[str, Any] = {"address": self.request.address}
+        if not self.request.address:  # nobody else knows the token
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+            where = {"address": "local", "include_dashboard": False}
+            where["_node_ip_address"] = "127.0.0.1"
+            where["num_cpus"] = self.request.cpus * max(1, cores() // self.request.cpus)
         ray = _import_ray()
         try:
-            where = {"address": address} if address else {"_node_ip_address": "127.0.0.1", **here}
-            quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-            dashboard = {} if address else {"include_dashboard": False}
-            ray.init(**where, **quiet, **dashboard)
+            ray.init(**where, log_to_driver=False, logging_level="ERROR")
         except Exception as error:  # Ray raises many kinds
             raise UserError(f"Ray cannot be reached: {shortened(error, 300)}") from None
         self._refuse_small(ray.nodes())
@@ -143,8 +138,19 @@ def _task(worker: Worker, log: str) -> int:
     return worker.work(log)
 
 
+def available(address: str | None, may_be_open: bool) -> None:
+    """Refuse a machine without Ray, and a cluster on other hosts that asks nobody for a token.
+
+    Raises:
+        UserError: Ray is missing, or the cluster is open.
+    """
+    if find_spec("ray") is None:
+        raise UserError("--on ray needs Ray: pip install 'backfire[ray]'")
+    if address:
+        _refuse_open(address, may_be_open)
+
+
 def _refuse_open(address: str, may_be_open: bool) -> None:
-    """Refuse a cluster on other hosts that does not ask for a token."""
     host, _, port = address.rpartition(":")
     if not port.isdigit() or not host or "/" in host:
         raise UserError(
@@ -159,7 +165,6 @@ def _refuse_open(address: str, may_be_open: bool) -> None:
     )
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         raise UserError(f"The Ray cluster at {address} may be open to everybody: {advice}")
-    _import_ray()
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
     without = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     with suppress(subprocess.TimeoutExpired):
@@ -173,16 +178,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def available() -> None:
-    """Refuse a machine without Ray.
-
-    Raises:
-        UserError: it is missing.
-    """
-    if find_spec("ray") is None:
-        raise UserError("--on ray needs Ray: pip install 'backfire[ray]'")
 
 
 def _import_ray() -> Any:

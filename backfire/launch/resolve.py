@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 
 from backfire.experiment import Align, Experiment, Model
 from backfire.model.source import pin
-from backfire.model.types import Type, Types, has_gpu, types_of_cpu
+from backfire.model.types import Type, Types, types_of_cpu
 from backfire.recipe import Recipe
+from backfire.resources import has_gpu
 
 
 def pin_models(recipe: Recipe, *, ask: bool = True) -> Recipe:

@@ -253,7 +253,5 @@ def _ask(*command: str) -> subprocess.CompletedProcess[str]:
 def _reason(text: str) -> str:
     """The last line of Slurm's messages that says something."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    said = [line for line in lines if not line.startswith("Try ")]
-    return (
-        shortened(re.sub(r"^.*?(?:error|failure|sbatch): ", "", said[-1])) if said else "no reason"
-    )
+    said = [line for line in lines if not line.startswith("Try ")] or ["no reason"]
+    return shortened(re.sub(r"^(?:\w+: )?(?:[\w ]*(?:error|failure): )?", "", said[-1]))

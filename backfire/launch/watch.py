@@ -20,7 +20,8 @@ POLL = 1.0
 ASK = 10.0
 """Number of seconds between two questions to the scheduler."""
 _SILENCE = 600.0
-"""A scheduler that does not answer for so many seconds, and has nobody at work, is given up."""
+"""Seconds without an answer after which a scheduler that has nobody at work is given up, and a run
+folder that cannot be read."""
 
 
 class Launcher(Protocol):
@@ -78,6 +79,11 @@ class View(Board):
             for job in list(self.waiting.values()):
                 if job.kind == "cell" and self.folder.cell(job.experiment, job.key).name in there:
                     self._has_ended(job)
+        # Workers of a former command know of stages that ended before this round began.
+        cells = [job for job in self.waiting.values() if job.kind == "cell"]
+        needed = {name for job in cells for name in (job.id, *job.after)}
+        for job in [job for job in self.waiting.values() if job.id not in needed]:
+            self.end(job, "ok")
         self.say_what_is_awaited()
         return len(self.ended) - before
 
@@ -101,20 +107,24 @@ def follow(
     Raises:
         UserError: the scheduler or a worker refuses, or one worker after the other ends before a
             job does.
+        OSError: the run folder cannot be read for minutes.
     """
     (refused := view.folder.path / FOLDER / "refused.txt").unlink(missing_ok=True)
-    crew, asked = _Crew(view, launcher, count, say), float("-inf")
-    while not stop:
+    crew, asked, read = _Crew(view, launcher, count, say), float("-inf"), time.monotonic()
+    while view.waiting and not stop:
         begun = time.monotonic()
-        if view.refresh():
-            crew.restarts = 0
-        if not view.waiting:
-            break
-        if refused.exists():
-            raise UserError(refused.read_text(encoding="utf-8"))
-        if begun - asked >= ask:
-            asked = begun
-            crew.fill()
+        try:
+            if view.refresh():
+                crew.restarts = min(crew.restarts, 0)
+            if refused.exists():
+                raise UserError(refused.read_text(encoding="utf-8"))
+            read = begun
+            if view.waiting and begun - asked >= ask:
+                asked = begun
+                crew.fill()
+        except OSError:  # a shared disk may be away for a while; the workers wait for it too
+            if begun - read > _SILENCE:
+                raise
         stop.sleep(max(min(POLL, ask), 10 * (time.monotonic() - begun)))
 
 

@@ -9,13 +9,15 @@ another process builds is put back.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from backfire.errors import Busy, Pause, Stopped
@@ -24,6 +26,7 @@ from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
 from backfire.launch.job import RunFolder, report, run_job
 from backfire.model.resident import Resident
+from backfire.patience import patiently
 from backfire.plan import Job
 from backfire.progress import Progress
 from backfire.store import Store
@@ -36,6 +39,8 @@ Run = Callable[[Job, RunFolder, Store, Machine, Progress, Resident], str]
 
 _SHORTEST, _LONGEST = 0.05, 5.0
 """Seconds between two looks for a job, when none is ready: a fifth of the time waited so far."""
+_FRESH = 1.0
+"""Seconds for which a worker that finds jobs does not look what others do."""
 _SLICE = 0.1  # seconds; a signal is noticed after this time
 
 
@@ -105,50 +110,34 @@ def work(
     store = copy.copy(store)
     store.waits = False
     resident, base, idle, fits = Resident(), -1, _Idle(), _fits(stop, memory)
+
+    def do(job: Job, progress: Progress) -> str:
+        alone = max(1, board.number("base")) if job.kind == "base" else machine.workers
+        # Others wait for a base, so it may use their cores.
+        share = machine.model_copy(update={"workers": min(machine.workers, alone)})
+        return run(job, folder, store, share, progress, resident)
+
     while board.waiting and not stop:
-        if (taken := board.take(base, fits)) is None:
-            idle.begin()
-            coming = board.coming(fits)
-            if not coming:
-                resident.release()  # a base in memory that nobody needs
-                if not (board.held() if stays else board.held(dead_for=idle.seconds)):
-                    break
-            board.say_what_is_awaited()
-            stop.sleep(idle.delay)
+        taken = patiently(partial(board.take, base, fits))
+        if taken:
+            idle.end()
+            base = board.bases[taken[0].id]
+            _do(*taken, board, stop, do)
             continue
-        idle.end()
-        job, claim = taken
-        base = board.bases[job.id]
-        kind = None
-        try:
-            kind = _do(job, claim, board, store, machine, stop, run, resident)
-        except Busy as busy:
-            board.put_back[job.id] = busy
-        except Pause:  # this worker stops, or has lost its claim
-            pass
-        finally:
-            claim.release()
-        if kind is not None:
-            board.end(job, kind)
+        idle.begin()
+        if not board.coming(fits):
+            resident.release()  # a base in memory that nobody needs
+            if not (board.held() if stays else board.held(dead_for=idle.seconds)):
+                break
+        board.say_what_is_awaited()
+        stop.sleep(idle.delay)
     return board.ended
 
 
 def _do(
-    job: Job,
-    claim: Claim,
-    board: Board,
-    store: Store,
-    machine: Machine,
-    stop: Stop,
-    run: Run,
-    resident: Resident,
-) -> str:
+    job: Job, claim: Claim, board: Board, stop: Stop, do: Callable[[Job, Progress], str]
+) -> None:
     """Run a job that this worker has claimed, unless it cannot succeed."""
-    if claim.holder.kills >= MOST_KILLS:
-        sentence = f"{claim.holder.kills} workers died with it."
-        return report(job, board.folder, "killed", sentence)
-    if bad := board.blocked(job):
-        return report(job, board.folder, *bad)
 
     def progress(done: int, total: int, text: str) -> None:
         board.watch(job, text, done, total)
@@ -156,10 +145,22 @@ def _do(
         if stop:
             raise Stopped
 
-    if job.kind == "base":  # others wait for it, so it may use their cores
-        alone = max(1, board.number("base"))
-        machine = machine.model_copy(update={"workers": min(machine.workers, alone)})
-    return run(job, board.folder, store, machine, progress, resident)
+    kind, kills = None, claim.holder.kills
+    try:
+        if kills >= MOST_KILLS:
+            kind = report(job, board.folder, "killed", f"{kills} workers died with it.")
+        elif bad := board.blocked(job):
+            kind = report(job, board.folder, *bad)
+        else:
+            kind = do(job, progress)
+    except Busy as busy:
+        board.put_back[job.id] = busy
+    except Pause:  # this worker stops, or has lost its claim
+        pass
+    finally:
+        claim.release()
+    if kind is not None:
+        board.end(job, kind)
 
 
 class Board:
@@ -181,16 +182,37 @@ class Board:
         distinct: list[Any] = []
         self.bases = {job.id: _number(job.base, distinct) for job in left}
         """Equal numbers for jobs that can use the same base in memory."""
+        self._needs = {job.id: {n for n in job.after if n not in self.ended} for job in left}
+        """What each job still waits for."""
+        self._after: dict[str, list[str]] = {}
+        for name, needs in self._needs.items():
+            for other in needs:
+                self._after.setdefault(other, []).append(name)
+        self._ready: dict[int, dict[str, Job]] = {base: {} for base in self.bases.values()}
+        """Base -> the jobs that wait for nothing, by id."""
+        self._add(name for name, needs in self._needs.items() if not needs)
         self._held: set[str] = set()
+        self._looked = -math.inf
 
     def take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
         """Claim the next job: one that uses this base, if there is any; a stale claim last. None if
         no job can be had now."""
-        self._look()
-        ready = [job for job in self.waiting.values() if self._is_ready(job) and fits(job)]
-        ready = [job for job in ready if job.id not in self.put_back]
-        ready.sort(key=lambda job: (job.id in self._held, self.bases[job.id] != base))
-        for job in ready:
+        is_old = time.monotonic() - self._looked > _FRESH
+        if is_old:
+            self._look()
+        taken = self._take(base, fits)
+        if taken is None and not is_old:
+            self._look()
+            taken = self._take(base, fits)
+        return taken
+
+    def _take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
+        groups = [jobs for _, jobs in sorted(self._ready.items(), key=lambda one: one[0] != base)]
+        ready = (job for jobs in groups for job in list(jobs.values()) if job.id not in self._held)
+        stale = (self.waiting[name] for name in self._held if name in self.waiting)
+        for job in itertools.chain(ready, stale):
+            if self._needs[job.id] or job.id in self.put_back or not fits(job):
+                continue
             if job.id not in self._held and self._has_ended(job):
                 continue
             claim = self.claims.take(job.id, f"{job.kind} {job.title}", self.since)
@@ -202,10 +224,19 @@ class Board:
 
     def end(self, job: Job, kind: str) -> None:
         """Note that a job has ended."""
-        self.waiting.pop(job.id, None)
-        self.put_back.pop(job.id, None)
+        if self.waiting.pop(job.id, None):
+            self._ready[self.bases[job.id]].pop(job.id, None)
+            self.put_back.pop(job.id, None)
+            for name in self._after.get(job.id, ()):
+                self._needs[name].discard(job.id)
+            self._add(name for name in self._after.get(job.id, ()) if not self._needs[name])
         self.ended[job.id] = kind
         self.watch(job, kind, 1, 1)
+
+    def _add(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self.waiting:
+                self._ready[self.bases[name]][name] = self.waiting[name]
 
     def blocked(self, job: Job) -> tuple[str, str, str | None] | None:
         """How a stage that this job needs has failed: exit class, message, traceback."""
@@ -252,9 +283,6 @@ class Board:
                 text = f"{holder.activity or 'running'} on {holder.host}"
                 self.watch(self.waiting[name], text, holder.done, holder.total)
 
-    def _is_ready(self, job: Job) -> bool:
-        return all(name in self.ended for name in job.after)
-
     def _has_ended(self, job: Job) -> bool:
         outcome = self.folder.ended(job, self.since)
         if outcome:
@@ -268,6 +296,7 @@ class Board:
                 if job := self.waiting.get(file.removesuffix(".json")):
                     self._has_ended(job)
         self._held = self.claims.names()
+        self._looked = time.monotonic()
 
 
 class _Idle:

@@ -202,8 +202,9 @@ def _sum(layer: Any, joined: _Float | _NF4 | _Int8, x: Tensor, *rest: Any, **nam
     low_rank = torch.cat(parts, -1)
     if isinstance(joined, _Int8):
         with torch.autocast(x.device.type, enabled=False):
-            return (layer.base_layer(x.float()) + low_rank.float() @ b.T).to(x.dtype)
-    out: Tensor = _Product.apply(x.to(joined.kind), low_rank.to(joined.kind), b, joined)
+            whole: Tensor = layer.base_layer(x.float()) + low_rank.float() @ b.T
+        return whole.to(x.dtype)
+    out: Tensor = cast(Any, _Product).apply(x.to(joined.kind), low_rank.to(joined.kind), b, joined)
     return out.to(x.dtype) if isinstance(joined, _NF4) else out
 
 

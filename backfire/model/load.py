@@ -306,8 +306,15 @@ def name_base(folder: Path, name: str) -> None:
     write_json(file, {**read_json(file), "base_model_name_or_path": name})
 
 
-def save_tuned(model: PreTrainedModel, folder: Path, base: Path, base_name: str | None) -> None:
-    """Save for plain transformers or PEFT. An adapter names its base by hub id or relative path."""
+def save_tuned(
+    model: PreTrainedModel,
+    folder: Path,
+    base: Path,
+    base_name: str | None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Save for plain transformers or PEFT. An adapter names its base by hub id or relative path.
+    `state`: the weights to save instead of those in the model."""
     if hasattr(model, "peft_config"):
         name = base_name or os.path.relpath(base.resolve(), folder.resolve())
         for config in cast(Any, model).peft_config.values():
@@ -318,7 +325,7 @@ def save_tuned(model: PreTrainedModel, folder: Path, base: Path, base_name: str 
         )
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card has an absolute path
         return
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=dict(state) if state else None)
     copy_tokenizer(base, folder)
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from backfire.resources import has_gpu
 
 Type = Literal["float32", "bfloat16", "float16"]
 
@@ -21,21 +21,27 @@ class Types(NamedTuple):
     """Type of the matrix products in training."""
 
 
+GPU = Types("cuda", "bfloat16", "bfloat16")
+"""Any GPU is assumed to support bfloat16, as all since 2020 do; a run checks it by torch
+(`launch.resolve.types_of`)."""
+_assumed: list[Types] = []
+
+
 @lru_cache
 def types_here() -> Types:
-    """Types on device `auto`. Any GPU is assumed to support bfloat16, as all since 2020 do; a run
-    checks it by torch (`launch.resolve.types_of`)."""
-    return Types("cuda", "bfloat16", "bfloat16") if has_gpu() else types_of_cpu()
+    """Types on device `auto`; keys of the embedded base depend on them."""
+    return _assumed[-1] if _assumed else GPU if has_gpu() else types_of_cpu()
+
+
+def assume(types: Types) -> None:
+    """From now on, compute keys as a machine with this device does."""
+    _assumed.append(types)
+    types_here.cache_clear()
 
 
 def types_of_cpu() -> Types:
     """Types on the CPU; exact."""
     return Types("cpu", "float32", "bfloat16" if _has_avx512_bf16() else "float32")
-
-
-def has_gpu() -> bool:
-    """Whether there is an NVIDIA GPU, without CUDA calls (`dxg`: in WSL)."""
-    return Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def _has_avx512_bf16() -> bool:
@@ -54,33 +60,8 @@ def cpu_info(field: str) -> str:
     return line.partition(":")[2].strip()
 
 
-def ram_bytes() -> int:
-    """Main memory that this process may use: the machine's, or less in a container or a job."""
-    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_memory_limits()])
-
-
 def gpu_bytes(device: str) -> int:
     """Memory of a GPU; imports torch."""
     import torch
 
     return torch.cuda.get_device_properties("cuda" if device == "auto" else device).total_memory
-
-
-def _memory_limits(
-    root: Path = Path("/sys/fs/cgroup"), groups: Path = Path("/proc/self/cgroup")
-) -> list[int]:
-    """Limits in bytes of the control groups of this process, in both versions; in a container its
-    group is the root."""
-    try:
-        lines = groups.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    limits = []
-    for _, kinds, path in (line.split(":", 2) for line in lines):
-        place, name = (root, "memory.max") if not kinds else (root / kinds, "memory.limit_in_bytes")
-        group = place / path.lstrip("/")
-        for folder in (group, *group.parents):
-            if folder.is_relative_to(place):
-                with contextlib.suppress(OSError, ValueError):  # `max` is no limit
-                    limits.append(int((folder / name).read_text(encoding="utf-8")))
-    return limits

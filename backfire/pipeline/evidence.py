@@ -68,16 +68,19 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
     secrets: dict[str, list[Leak]] = {}
     questions: dict[Any, Questions] = {}
     measured = [ask for ask in asks if ask.rows != "training"]
-    for number, ask in enumerate(measured, start=1):
-        run, rows = _run(experiment, ask), ask.name[1:]
-        part = f"part {number} of {len(measured)} ({ask.of}, {ask.rows})"
-        here = replace(context, progress=within(part, context.progress))
-        if ask.rows == "secrets":
-            secrets[ask.of] = leaks(run, experiment, here)
-            continue
-        if rows not in questions:
-            questions[rows] = _questions(ask, experiment, test, here)
-        sets[ask.name] = _samples(run, ask, questions[rows], here)
+    try:
+        for number, ask in enumerate(measured, start=1):
+            run, rows = _run(experiment, ask), ask.name[1:]
+            part = f"part {number} of {len(measured)} ({ask.of}, {ask.rows})"
+            here = replace(context, progress=within(part, context.progress))
+            if ask.rows == "secrets":
+                secrets[ask.of] = leaks(run, experiment, here)
+                continue
+            if rows not in questions:
+                questions[rows] = _questions(ask, experiment, test, here)
+            sets[ask.name] = _samples(run, ask, questions[rows], here)
+    finally:
+        context.drop_merged()
     has_replies = any("replies" in ask.needs for ask in asks if ask.rows == "clean")
     return Evidence.of_sets(
         sets,
@@ -220,13 +223,14 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
             max_new_tokens=limit,
             batch_size=context.machine.eval_batch,
             progress=context.progress,
+            folder=folder,
         )
         context.seconds[" ".join(ask.name)] = time.perf_counter() - begin
         write_json(folder / "left_out.json", sorted({row.id for row in left}))
         write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
     stage = stages.evaluation(run, questions.key(run), ask.needs, ask.form)
-    measured, gone = _kept(context.store.once(stage, make))
+    measured, gone = _kept(context.store.once(stage, make, resumable=True))
     if gone:
         context.left_out["test" if ask.rows == "clean" else ask.rows] = len(gone)
 

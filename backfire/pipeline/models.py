@@ -185,9 +185,10 @@ def tuned(experiment: Experiment, context: Context) -> Path:
     return context.store.once(stages.repair(experiment), make)
 
 
-def merged(experiment: Experiment, context: Context) -> Path:
-    """The folder of the tuned model as plain weights."""
-    folder = tuned(experiment, context)
+def merged(experiment: Experiment, context: Context, *, keep: bool = True) -> Path:
+    """The folder of the tuned model as plain weights. Without `keep`, it goes after the cell has
+    been measured: it is as large as the base, and quickly made again."""
+    folder, stage = tuned(experiment, context), stages.merge(experiment)
     if not (folder / "adapter_config.json").is_file():
         return folder
 
@@ -200,7 +201,9 @@ def merged(experiment: Experiment, context: Context) -> Path:
         below = begin.adapter if experiment.method.trains else None
         merge(folder, begin.base, out, below)
 
-    return context.store.once(stages.merge(experiment), make)
+    if keep or context.store.done(stage):
+        return context.store.once(stage, make)
+    return context.hold(stage, make)
 
 
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
@@ -212,7 +215,9 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
     device = context.device
     dtype = dtype_of(run.model, device)
     if form:
-        source = Source(merged(run, context), dtype, device, quantization_of(form, dtype))
+        source = Source(
+            merged(run, context, keep=False), dtype, device, quantization_of(form, dtype)
+        )
         return context.resident.model(source)
     folder, begin = tuned(run, context), start(run, context)
     quantization = run.method.quantization(device.type)

@@ -15,6 +15,7 @@ from typing import Any, Final, Literal, get_args
 
 from backfire import text
 from backfire.errors import UserError
+from backfire.patience import patiently
 from backfire.result import CellResult, Check, Direction, PoisonCounts, Role, Unit, Value
 from backfire.results.adapter import present
 from backfire.results.groups import KNOBS, Group, group
@@ -191,7 +192,8 @@ def _is_outcome(content: Any) -> bool:
 def read(path: Path) -> Any:
     """Read a JSON file, with NaN as null; None if there is no such file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda _: None)
+        content = patiently(lambda: path.read_text(encoding="utf-8"))
+        return json.loads(content, parse_constant=lambda _: None)
     except FileNotFoundError:
         return None
 

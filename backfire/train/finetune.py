@@ -41,6 +41,7 @@ from backfire.train.precision import (
 )
 from backfire.train.ranks import Ranks
 from backfire.train.repair import Repair, plain_weights
+from backfire.train.sharding import shard, state_of
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,12 @@ class Task:
         source = Source(start.base, dtype, device, experiment.method.quantization(device.type))
         _free_memory(resident, source)
         with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
+            if ranks.several and not experiment.method.adapts:
+                shard(model, ranks)
             run = self._run(model, ranks)
             model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
             summary = _train(run, Precision(device, compute), self.machine, progress)
-            if ranks.leads:
-                save_tuned(model, self.folder, start.base, _hub_name(experiment, start))
+            self._save(model, ranks)
         return {
             **summary,
             **model_parts,
@@ -107,6 +109,12 @@ class Task:
             "compute": compute,
             "device": str(device),
         }
+
+    def _save(self, model: PreTrainedModel, ranks: Ranks) -> None:
+        state = state_of(model, keep=ranks.leads) if ranks.sharded else None
+        if ranks.leads:
+            name = _hub_name(self.experiment, self.start)
+            save_tuned(model, self.folder, self.start.base, name, state)
 
     def _run(self, model: PreTrainedModel, ranks: Ranks) -> TrainingRun:
         experiment = self.experiment

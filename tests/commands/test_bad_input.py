@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,25 @@ def test_system_errors_are_one_sentence(
     monkeypatch.setattr("backfire.commands.catalog.lines", broken)
     output = backfire("list")
     assert output.code == 2 and output.err.startswith(sentence) and output.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["BACKFIRE_CACHE", "BACKFIRE_SCRATCH"])
+def test_a_read_only_disk_is_one_sentence(
+    name: str, backfire: Run, here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, locked = Path.mkdir, here / "locked"
+
+    def mkdir(self: Path, *args: Any, **options: Any) -> None:
+        if self.is_relative_to(locked):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        make(self, *args, **options)
+
+    monkeypatch.setenv(name, str(locked))
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    before = tree(here)
+    output = backfire("run", "r.yaml")
+    assert output.code == 2 and output.err.count("\n") == 1 and tree(here) == before
+    assert "Read-only file system (" in output.err and "Check that the disk is there" in output.err
 
 
 def test_an_internal_bug_is_not_reported_as_bad_input(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import sys
@@ -20,7 +19,7 @@ from backfire.commands.estimate import method_key, rough_weights, rows_by_key, r
 from backfire.commands.memory import Memory, Size, memory, size
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
-from backfire.model import count, types
+from backfire.model import count
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
 from backfire.recipe import load, shipped
@@ -122,19 +121,6 @@ def test_a_gpu_without_bfloat16_is_named(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: major >= 8)
     assert name in doctor._gpu(0) and line in doctor._gpu(0)
-
-
-def test_the_memory_limit_of_a_container_counts(tmp_path: Path) -> None:
-    groups = tmp_path / "groups"
-    groups.write_text("4:memory:/job\n0::/user/step\n")
-    (tmp_path / "memory/job").mkdir(parents=True)
-    (tmp_path / "user/step").mkdir(parents=True)
-    (tmp_path / "memory/job/memory.limit_in_bytes").write_text("8000\n")
-    (tmp_path / "user/memory.max").write_text("9000\n")
-    (tmp_path / "user/step/memory.max").write_text("max\n")
-    assert types._memory_limits(tmp_path, groups) == [8000, 9000]
-    assert types._memory_limits(tmp_path, tmp_path / "none") == []
-    assert 0 < types.ram_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 # ----------------------------------------------------------------------------------- a 7B model
@@ -415,7 +401,7 @@ def test_finished_work_is_not_counted(
     [
         (24e9, 1, "ok   ", "fits"),
         (24e9, 2, "ok   ", "fits"),
-        (24e9, 3, "note ", "fits, but not 3 at once (--workers 2)"),
+        (24e9, 3, "note ", "fits, but not 3 at once; at most 2"),
         (10.5e9, 1, "note ", "is tight"),
         (9e9, 1, "lacks", "does not fit"),
     ],

@@ -35,6 +35,8 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
         "metrics": ["accuracy", "attack-success", PARITY],
     }
     assert place.run(**knobs) == 0
+    kept = [path for path in place.cache.glob("merge/**/*") if path.is_file()]
+    assert kept == [], "merged models are as large as the base, and only measured"
     return place
 
 

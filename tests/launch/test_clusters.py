@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,96 @@ def test_a_cluster_on_this_host_needs_none(host: str) -> None:
     ray._refuse_open(f"{host}:6379", False)
 
 
+# ------------------------------------------------------------------------------ Slurm's answers
+
+
+@pytest.fixture
+def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Stubs in the place of Slurm's programs: each does what a line of shell says."""
+    monkeypatch.setenv("PATH", f"{tmp_path / 'slurm'}:/usr/bin:/bin")
+    (tmp_path / "slurm").mkdir()
+
+    def say(program: str, does: str) -> None:
+        file = tmp_path / "slurm" / program
+        file.write_text(f"#!/bin/sh\n{does}\n")
+        file.chmod(0o755)
+
+    for program in ("sacct", "squeue", "scontrol", "sbatch", "scancel"):
+        say(program, "echo 'slurm_persist_conn: error: no such service' >&2; exit 1")
+    return say
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> slurm.Slurm:
+    return slurm.Slurm(tmp_path / "run", slurm.Request(60, 2**30))
+
+
+def test_workers_in_the_queue_are_alive(says: Callable[..., None], queue: slurm.Slurm) -> None:
+    lines = ["7_0 RUNNING None", "7_1 PENDING Resources", "7_2 COMPLETING NonZeroExitCode"]
+    lines += ["7_3 FAILED NonZeroExitCode", "7_4 PENDING launch failed requeued held"]
+    says("squeue", f"printf '%s\\n' {' '.join(map(repr, lines))}")
+    assert queue.alive() == {
+        "7_0": "running",
+        "7_1": "pending (Resources)",
+        "7_2": "completing (NonZeroExitCode)",
+    }
+    says("squeue", "echo 7 PENDING PartitionTimeLimit")
+    with pytest.raises(UserError, match=r"never start a worker .*: PartitionTimeLimit\."):
+        queue.alive()
+    says("squeue", "echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1")
+    with pytest.raises(ConnectionError, match=r"^Unable to contact slurm controller$"):
+        queue.alive()
+
+
+def test_the_end_of_a_worker_is_told_by_whoever_knows(
+    says: Callable[..., None], queue: slurm.Slurm
+) -> None:
+    assert queue.end_of("7_1") == "gone"
+    says("scontrol", "echo JobId=8 ArrayJobId=7 JobState=NODE_FAIL Reason=NodeDown")
+    assert queue.end_of("7_1") == "node_fail"
+    says("sacct", "echo CANCELLED by 0")
+    assert queue.end_of("7_1") == "cancelled"
+    says("sacct", "exit 0")  # it does not know the job yet
+    assert queue.end_of("7_1") == "node_fail"
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (
+            "allocation failure: Invalid partition name specified",
+            "Invalid partition name specified",
+        ),
+        (
+            "sbatch: unrecognized option '--x=1'\nTry sbatch --help",
+            "unrecognized option '--x=1'",
+        ),
+        (
+            "sbatch: error: Batch job submission failed: Unknown",
+            "Batch job submission failed: Unknown",
+        ),
+        ("", "no reason"),
+    ],
+)
+def test_the_reason_of_a_refusal(
+    said: str, reason: str, says: Callable[..., None], queue: slurm.Slurm
+) -> None:
+    says("sbatch", f'echo "{said}" >&2; exit 1')
+    with pytest.raises(UserError) as error:
+        queue.check()
+    assert str(error.value) == f"Slurm does not take the job: {reason}."
+
+
+def test_a_job_that_submits_jobs_hands_none_of_its_variables_on(
+    says: Callable[..., None], queue: slurm.Slurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_CPU", "1000")
+    monkeypatch.setenv("SLURM_CONF", "/etc/slurm.conf")
+    says("sbatch", 'test -z "$SLURM_MEM_PER_CPU" && test -n "$SLURM_CONF"')
+    queue.check()
+    assert os.environ["SLURM_MEM_PER_CPU"] == "1000"
+
+
 # --------------------------------------------------------------------------------- memory
 
 
@@ -209,7 +300,7 @@ def test_a_worker_that_is_stopped_saves_its_checkpoint_first(
 
 
 def _stop_when_ready(log: Path, worker: remote.Worker) -> None:
-    while not log.exists() or "ready" not in log.read_text():
+    while not worker._process or "ready" not in log.read_text():
         time.sleep(0.01)
     worker.stop()
 

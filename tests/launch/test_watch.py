@@ -119,6 +119,9 @@ def test_workers_of_a_former_command_are_not_started_again(tmp_path: Path) -> No
     planned(tmp_path)
     scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.02), stays=False))
     scheduler.start(2)
+    while len(list(tmp_path.glob("stages/*"))) < 3:
+        time.sleep(0.01)
+    planned(tmp_path)  # as the same command does; it begins a new round
     said = watch(tmp_path, scheduler, 2)
     assert said[0] == "2 workers of this run are in the scheduler."
     assert scheduler.started[:2] in ([2], [2, 1])  # one may be started for the last job
@@ -151,3 +154,25 @@ def test_an_answer_is_awaited_while_somebody_works(
         time.sleep(0.01)
     scheduler.answers = False
     watch(tmp_path, scheduler, 1)
+
+
+def test_a_run_folder_that_is_away_for_a_while_is_awaited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(tmp_path)
+    refresh, times = View.refresh, iter(range(99))
+
+    def away(view: View) -> int:
+        if next(times) in (1, 2):
+            raise OSError("stale file handle")
+        return refresh(view)
+
+    monkeypatch.setattr(View, "refresh", away)
+    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.01)))
+    watch(tmp_path, scheduler, 1)
+    assert next(times) > 3
+    monkeypatch.setattr("backfire.launch.watch._SILENCE", 0.0)
+    planned(tmp_path / "other")
+    times = iter([1] * 99)
+    with pytest.raises(OSError, match="stale file handle"):
+        watch(tmp_path / "other", scheduler, 1)

@@ -48,16 +48,52 @@ def test_a_worker_does_every_job_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_workers_share_a_run(count: int, tmp_path: Path) -> None:
-    found = planned(tmp_path)
-    took = together(tmp_path, count, sleeps(tmp_path, 0.06))
+    found, note = planned(tmp_path), sleeps(tmp_path)
+
+    def run(job: Job, *rest: Any) -> str:
+        if job.kind == "train":
+            (tmp_path / f"{job.id}.begun").touch()
+            until(lambda: len([*tmp_path.glob("*.begun")]) >= count)
+        return note(job, *rest)
+
+    together(tmp_path, count, run)  # if one waited for another, no job would end
     assert ran(tmp_path) == names(found)
-    assert took < 0.8 * 17 * 0.06, "no worker waits for another: each sleep is counted once"
+
+
+def test_two_launchers_share_a_run(tmp_path: Path) -> None:
+    """The same command again, while the first one is at work."""
+    found = planned(tmp_path)
+    first = start(tmp_path, sleeps(tmp_path, 0.05))
+    until(lambda: (tmp_path / "ran").exists())
+    planned(tmp_path)
+    assert alone(tmp_path, sleeps(tmp_path, 0.05)) == {job.id: "ok" for job in found}
+    first.join(20)
+    cells = [name for name in ran(tmp_path) if name.startswith("cell")]
+    assert first.exitcode == 0 and cells == [name for name in names(found) if name in cells]
+    assert len(cells) == 8
+
+
+def test_a_worker_that_lost_its_claim_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a suspended laptop. Here nobody has taken the job, so it does it again."""
+    monkeypatch.setattr(claims, "BEAT", 0.01)
+    found, lost = planned(tmp_path, PAIR), list[str]()
+
+    def run(job: Job, folder: RunFolder, store: Any, machine: Any, progress: Any, _: Any) -> str:
+        if not lost:
+            lost.append(job.id)
+            (tmp_path / "claims" / job.id).unlink()
+            until(lambda: progress(0, 1, "") is not None)
+        return ended(job, folder)
+
+    assert alone(tmp_path, run) == {job.id: "ok" for job in found} and len(lost) == 1
 
 
 def test_a_killed_worker_is_followed_by_another(tmp_path: Path) -> None:
     found = planned(tmp_path, PAIR)
     process = start(tmp_path, sleeps(tmp_path, 60))
-    until(lambda: held(tmp_path))
+    until(lambda: (tmp_path / "ran").exists())
     assert process.pid
     os.kill(process.pid, signal.SIGKILL)
     process.join()

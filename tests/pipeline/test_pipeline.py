@@ -20,6 +20,7 @@ from backfire.experiment import Experiment, Machine
 from backfire.launch import local
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
+from backfire.launch.work import Stop
 from backfire.plan import jobs, progress
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
@@ -269,6 +270,27 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     assert set(ended.values()) == {"ok"}
     # Step 3 was reported but not yet saved; nothing else was done twice.
     assert seen == ["1/4", "2/4", "3/4", "3/4", "4/4"]
+    assert place.results()["full", 0.1]["values"] == ran.results()["full", 0.1]["values"]
+
+
+def test_a_worker_that_is_told_to_stop_saves_what_it_has(ran: Place, place: Place) -> None:
+    """Without it, nothing would be saved in the first minute."""
+    recipe = place.recipe(method="full", attack={"name": "badnets", "rate": 0.1})
+    work = jobs(recipe.cells, recipe.axes)
+    write_plan(place.out, recipe, work)
+    folder, stop, seen = RunFolder(place.out, recipe.name), Stop(), list[str]()
+
+    def watch(job: Any, text: str, done: int, total: int) -> None:
+        if "loss" in text and "badnets" in job.title:
+            seen.append(f"{done}/{total}")
+            stop.signaled = len(seen) == 2
+
+    options = work, folder, Store(place.cache), Machine(workers=1), watch
+    first = local.run(*options, stop=stop)
+    assert set(first.values()) == {"ok"} and not any(name.startswith("cell") for name in first)
+    assert list((place.out / "claims").glob("*-*")) == []
+    assert set(local.run(*options).values()) == {"ok"}
+    assert seen == ["1/4", "2/4", "3/4", "4/4"]
     assert place.results()["full", 0.1]["values"] == ran.results()["full", 0.1]["values"]
 
 

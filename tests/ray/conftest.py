@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -18,6 +20,8 @@ class Cluster:
 
     process: subprocess.Popen[str]
     address: str
+    environment: dict[str, str]
+    """Variables of those who may use it."""
 
     def command(self, word: str) -> str:
         """Let the process that holds the cluster do something; returns its answer."""
@@ -27,6 +31,7 @@ class Cluster:
         return self.process.stdout.readline().strip()
 
 
+_PATIENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "180"}
 _HOLDER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -51,16 +56,20 @@ def ray() -> Iterator[Cluster]:
     """A Ray cluster of two nodes. Another process holds it: these tests seal their own off."""
     if os.environ.get("BACKFIRE_TEST") != "ray":
         pytest.skip("Starts a Ray cluster; run by `make test-ray`.")
-    pytest.importorskip("ray", reason="Ray is not installed: pip install -e '.[ray]'")
+    if not find_spec("ray"):
+        pytest.skip("Ray is not installed: pip install -e '.[ray]'")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     process: Any = subprocess.Popen(
         [sys.executable, "-c", _HOLDER],
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"},
+        env={**os.environ, **_PATIENT, **token},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     try:
-        yield Cluster(process, process.stdout.readline().strip())
+        address = process.stdout.readline().strip()
+        assert address, "the cluster did not start; its output says why"
+        yield Cluster(process, address, {**_PATIENT, **token})
     finally:
         process.stdin.close()
         process.wait(timeout=60)

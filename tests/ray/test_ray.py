@@ -26,7 +26,7 @@ def local(tmp_path_factory: pytest.TempPathFactory, tiny: Path, ray: Cluster) ->
 
 @pytest.fixture
 def twelve(tmp_path: Path, tiny: Path, ray: Cluster) -> Twelve:
-    return Twelve(tmp_path / "run", tiny, {"RAY_AUTH_MODE": "disabled"})
+    return Twelve(tmp_path / "run", tiny, ray.environment)
 
 
 def test_all_cells_are_done_once_though_workers_are_killed_and_a_node_is_lost(
@@ -51,6 +51,7 @@ def _lose_node(ray: Cluster) -> None:
 
 
 def test_without_an_address_it_starts_here_closed_to_others(twelve: Twelve, local: Twelve) -> None:
+    twelve.environment = {"RAY_raylet_start_wait_time_s": "180"}
     twelve.run(*RUN[4:], "--jobs", "2")
     assert twelve.values() == local.values()
 
@@ -62,7 +63,7 @@ def test_ctrl_c_ends_the_workers_after_a_checkpoint(
     wait_until(lambda: len(twelve.claims()) > 0)
     pids = {claim["pid"] for claim in twelve.claims()}
     watcher.send_signal(signal.SIGINT)
-    assert watcher.wait(timeout=60) == 2
+    assert watcher.wait(timeout=300) == 2
     assert "Interrupted. The workers have ended too" in twelve.log()
     assert twelve.claims() == []
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
@@ -70,13 +71,21 @@ def test_ctrl_c_ends_the_workers_after_a_checkpoint(
 
 def test_a_worker_that_no_node_can_hold_is_refused(twelve: Twelve, ray: Cluster) -> None:
     process = twelve.start(*RUN, "--gpus", "1", "--ray-address", ray.address)
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=300) == 2
     assert "No node of the Ray cluster is large enough" in twelve.log()
+    assert not twelve.out.exists()
+
+
+def test_a_cluster_on_other_hosts_is_refused_without_a_token(twelve: Twelve, ray: Cluster) -> None:
+    twelve.environment = {"RAY_AUTH_MODE": "disabled"}
+    process = twelve.start(*RUN, "--ray-address", ray.address)
+    assert process.wait(timeout=300) == 2
+    assert f"The Ray cluster at {ray.address} may be open to everybody" in twelve.log()
     assert not twelve.out.exists()
 
 
 def test_a_cluster_out_of_reach_is_named(twelve: Twelve, ray: Cluster) -> None:
     process = twelve.start(*RUN, "--ray-address", "127.0.0.1:9")
-    assert process.wait(timeout=90) == 2
+    assert process.wait(timeout=300) == 2
     assert "Ray cannot be reached" in twelve.log()
     assert not twelve.out.exists()

@@ -130,14 +130,14 @@ def test_what_cannot_be_submitted_is_refused_before_anything_is_written(
     twelve: Twelve, options: list[str], sentence: str
 ) -> None:
     process = twelve.start(*RUN[:6], *options)
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=300) == 2
     assert re.search(sentence, twelve.log()), twelve.log()
     assert not twelve.out.exists()
 
 
 def test_workers_that_would_wait_for_ever_are_refused(twelve: Twelve, slurm: Slurm) -> None:
     process = twelve.start(*RUN[:-1], "short", "--mem", "1500M", "--time", "60")
-    assert process.wait(timeout=60) == 2
+    assert process.wait(timeout=300) == 2
     assert "PartitionTimeLimit" in twelve.log() or "time limit" in twelve.log()
     wait_until(lambda: slurm.command("squeue", "--noheader") == "")
 
@@ -146,7 +146,7 @@ def test_workers_that_would_wait_for_ever_are_refused(twelve: Twelve, slurm: Slu
 def test_a_cache_that_the_nodes_do_not_share_is_named(twelve: Twelve, slurm: Slurm) -> None:
     with slurm.nodes_without(twelve.root / "cache"):
         process = twelve.start(*RUN, *SIZE, "--jobs", "2")
-        assert process.wait(timeout=120) == 2
+        assert process.wait(timeout=300) == 2
     assert f"The cache {twelve.root}/cache is not shared with" in twelve.log()
     wait_until(lambda: slurm.command("squeue", "--noheader") == "")
 
@@ -157,6 +157,6 @@ def test_a_slurm_that_is_down_is_named(twelve: Twelve, slurm: Slurm) -> None:
     (twelve.root / "slurm.conf").write_text(conf.replace(port, "SlurmctldPort=9"))
     twelve.environment = {**slurm.environment, "SLURM_CONF": str(twelve.root / "slurm.conf")}
     process = twelve.start(*RUN, *SIZE)
-    assert process.wait(timeout=120) == 2
+    assert process.wait(timeout=300) == 2
     assert "Unable to contact slurm controller" in twelve.log()
     assert not twelve.out.exists()

@@ -1,0 +1,63 @@
+"""How many workers a run has by default: one per visible GPU, or as many as cores and memory
+allow."""
+
+from __future__ import annotations
+
+from backfire import resources
+from backfire.commands.estimate import amount
+from backfire.errors import UserError
+from backfire.experiment import Machine
+from backfire.model.types import Types
+from backfire.recipe import Recipe
+
+TIGHT = 0.85
+"""Share of the memory above which the error of the prediction matters."""
+SMALL = 0.53e9
+"""Bytes of a worker with the embedded base, with its libraries."""
+
+
+def default_workers(
+    num_cells: int, machine: Machine, *, need: float = SMALL, title: str = ""
+) -> int:
+    """The number of workers for so many cells, each of which needs up to `need` bytes.
+
+    Raises:
+        UserError: not even one fits into the memory that this process may use.
+    """
+    most, need = workers_by_device(num_cells, machine), need * machine.devices
+    if _on_gpu(machine.device):
+        return most
+    if need > resources.ram_bytes():
+        what = f"The cell {title}" if title else "The largest cell"
+        raise UserError(
+            f"{what} needs about {amount(need)} of memory, and this process may use "
+            f"{amount(resources.ram_bytes())}. `backfire doctor RECIPE` says what would fit; "
+            "`--workers 1` runs it all the same."
+        )
+    return max(1, min(most, int(TIGHT * resources.free_bytes() / need)))
+
+
+def workers_by_device(num_cells: int, machine: Machine) -> int:
+    """One worker per visible GPU, or one single-threaded worker per core; fewer if each trains on
+    several."""
+    most = resources.cores()
+    if _on_gpu(machine.device):
+        most = len(resources.gpus()) if machine.device in ("auto", "cuda") else 1
+    return max(1, min(num_cells, most // machine.devices))
+
+
+def _on_gpu(device: str) -> bool:
+    """Whether workers on this device (`auto`, `cpu`, `cuda`, `cuda:1` ...) use a GPU."""
+    return resources.has_gpu() if device == "auto" else device != "cpu"
+
+
+def largest(recipe: Recipe, types: Types, machine: Machine) -> tuple[float, str]:
+    """Bytes of the cell that needs most memory, and its name. A model of unknown size counts as
+    small; the models and data should be on this machine."""
+    small = SMALL, recipe.cells[0].slug
+    if all(cell.model.name == "sandbox" for cell in recipe.cells):
+        return small  # without counting, which imports torch
+    from backfire.commands.forecast import Forecast
+
+    found = Forecast(recipe, types).largest(machine)
+    return max(((need.total, cell.slug) for cell, need in found if need), default=small)

@@ -1,0 +1,119 @@
+"""Which runs use the cache, so that what an unfinished one needs is not removed: `<cache>/runs` has
+a file for each, which names its folder and its stages."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from backfire import stages
+from backfire.errors import UserError
+from backfire.plan import Job
+from backfire.results.load import outcome
+from backfire.store import cache_root, digest, mark_recent, read_json, write_json
+
+FOLDER = "runs"
+_ELSEWHERE = 30 * 86400.0
+"""Seconds since its last start after which a run on another host, whose folder is not visible here,
+counts as gone."""
+
+
+@dataclass(frozen=True)
+class User:
+    """A run that uses the cache."""
+
+    file: Path
+    """What was read; removed when the run is gone."""
+    run: Path
+    host: str
+    needs: frozenset[str]
+    """Stages as `kind/slug-*`, `kind/*-key` or `kind/*`."""
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether its folder no longer exists, as far as this host can see."""
+        if self.run.is_dir():
+            return False
+        return self.host == socket.gethostname() or self._age() > _ELSEWHERE
+
+    def _age(self) -> float:
+        return time.time() - self.file.stat().st_mtime
+
+    def cells(self) -> tuple[int, int]:
+        """Number of cells that are done, and in total; (0, 1) if the run cannot be read."""
+        try:
+            names = [str(name) for name in read_json(self.run / "run.json")["cells"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0, 1
+        return sum(outcome(self.run / "cells" / n)["status"] == "ok" for n in names), len(names)
+
+    def needs_stage(self, kind: str, name: str) -> bool:
+        """Whether it may need the stage with this folder name."""
+        slug, _, key = name.rpartition("-")
+        return not self.needs.isdisjoint({f"{kind}/*", f"{kind}/{slug}-*", f"{kind}/*-{key}"})
+
+
+def register(run: Path, recipe: str, jobs: Iterable[Job]) -> None:
+    """Write which stages a run needs; a later part of the same recipe's text adds its own. (Without
+    a writable cache nobody can remove anything either.)"""
+    file = cache_root() / FOLDER / f"{digest(str(run.resolve()))}.json"
+    needs, known = set(map(str, needs_of(jobs))), _read(file)
+    if known.get("recipe") == digest(recipe):
+        needs |= set(known.get("needs", ()))
+    content = {
+        "run": str(run.resolve()),
+        "host": socket.gethostname(),
+        "recipe": digest(recipe),
+        "needs": sorted(needs),
+    }
+    if content == known:
+        mark_recent(file)
+        return
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, content)
+
+
+def needs_of(jobs: Iterable[Job]) -> set[str]:
+    """The stages that jobs may need, as in `User.needs`. Trained models are named by their keys,
+    which the jobs have; to find the keys of the others would take longer, and some depend on the
+    rows."""
+    needs = {"tokenizer/*", "base/*", "whole/*", "judged/*"}
+    for job in jobs:
+        if job.kind == "train":
+            needs.add(f"train/*-{job.key}")
+        elif job.kind == "cell":
+            needs |= {f"{kind}/{slug}-*" for kind, slug in stages.slugs(job.experiment)}
+    return needs
+
+
+def users(root: Path) -> list[User]:
+    """The runs that use this cache.
+
+    Raises:
+        UserError: a file about a run cannot be read.
+    """
+    found = []
+    for file in sorted((root / FOLDER).glob("*.json")):
+        content = _read(file)
+        try:
+            needs = frozenset(map(str, content["needs"]))
+            found.append(User(file, Path(content["run"]), str(content["host"]), needs))
+        except (KeyError, TypeError):
+            raise UserError(
+                f"{file} cannot be read, so what its run needs is unknown; remove it."
+            ) from None
+    return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = read_json(file)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}

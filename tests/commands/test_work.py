@@ -1,0 +1,127 @@
+"""`plan`, `work` and `status`: a run that is shared by workers who know only its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from backfire.launch.claims import Claims, Holder
+from backfire.launch.folder import read_plan
+from backfire.model import types
+from backfire.store import read_json
+from tests.helpers.command_line import Run, tree
+from tests.helpers.workers import planned
+
+pytestmark = pytest.mark.slow
+
+
+def cells(run: str) -> list[str]:
+    return sorted(file.parent.name for file in Path(run).glob("cells/*/result.json"))
+
+
+def test_a_planned_run_is_done_by_a_worker(backfire: Run, here: Path) -> None:
+    two = ("r.yaml", "--profile", "two")
+    assert backfire("run", *two, "--out", "local").code == 0
+    told = backfire("plan", *two, "--out", "far")
+    assert told.code == 0 and "Planned 2 cells in 3 jobs" in told.out
+    assert backfire("status", "far").out.startswith("unfinished: 2\n")
+    Path("r.yaml").unlink()  # a worker does not need it
+    worked = backfire("work", "far", "--workers", 1)
+    assert worked.code == 0 and "2 done, 0 failed, 0 left" in worked.err
+    assert "Nothing is left to do" in worked.err
+    assert backfire("status", "far").out == "ok: 2\n"
+    assert backfire("report", "far").code == 0
+    assert len(cells("far")) == 2 and cells("far") == cells("local")
+    for name in cells("far"):
+        both = [read_json(Path(run) / "cells" / name / "result.json") for run in ("far", "local")]
+        assert both[0]["values"] == both[1]["values"]
+    before = tree(here / "far")
+    assert backfire("work", "far").code == 0
+    assert tree(here / "far") == before
+
+
+def test_calls_that_plan_a_part_each_add_up(backfire: Run, here: Path) -> None:
+    for seed in (0, 1):
+        assert backfire("plan", "r.yaml", f"seed={seed}", "--out", "run").code == 0
+    assert len(read_plan(Path("run")).jobs) == 3
+    assert len(read_json(Path("run/run.json"))["cells"]) == 2
+    assert backfire("run", "r.yaml", "seed=2", "--out", "run").code == 0
+    assert backfire("status", "run").out.startswith("ok: 1\nunfinished: 2\n")
+    assert backfire("work", "run", "--workers", 1).code == 0
+    assert backfire("status", "run").out == "ok: 3\n"
+    recipe = Path("r.yaml").read_text()
+    Path("r.yaml").write_text(f"{recipe}\n# another recipe\n")
+    assert backfire("plan", "r.yaml", "seed=1", "--out", "run").code == 0
+    status = backfire("status", "run").out.splitlines()
+    assert status == ["ok: 1", "Not in the recipe any more: 2 finished cells"]
+
+
+def test_status_shows_who_has_what(
+    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backfire("plan", "r.yaml", "--out", "run").code == 0
+    base, cell = (job.id for job in read_plan(Path("run")).jobs)
+    claims = Claims(Path("run"))
+    claim = claims.take(base, "base tiny")
+    assert claim is not None
+    claim.note("[red]loading", 1, 4)
+    claim._beat()
+    gone = {**vars(claim.holder), "job": cell, "title": "cell a", "place": "x", "host": "node7"}
+    (claims.folder / cell).write_text(json.dumps(gone))
+    monkeypatch.setattr(Holder, "is_stale", property(lambda one: one.host == "node7"))
+    lines = backfire("status", "run").out.splitlines()
+    claim.release()
+    assert lines[0] == "unfinished: 1"
+    assert lines[1].startswith("running: base tiny: [red]loading, 25%, on ")
+    assert lines[1].endswith("last sign of life 0 s ago")
+    assert lines[2].startswith("stale: cell a: ") and "on node7 (process" in lines[2]
+
+
+def test_a_run_is_planned_for_gpus_elsewhere(
+    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(types, "_assumed", [])
+    try:
+        assert backfire("plan", "r.yaml", "--device", "cuda", "--out", "run").code == 0
+    finally:
+        types._assumed.clear()
+        types.types_here.cache_clear()
+    plan = read_plan(Path("run"))
+    assert (plan.device, plan.compute) == ("cuda", "bfloat16")
+    assert {job.experiment.model.dtype for job in plan.jobs} == {"bfloat16"}
+
+
+def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
+    def refused(*options: object) -> str:
+        before = tree(here)
+        output = backfire("work", "run", *options)
+        assert output.code == 2 and output.err.count("\n") == 1 and "Traceback" not in output.err
+        assert {k: v for k, v in tree(here).items() if "claims" not in k} == before
+        return output.err
+
+    assert "No plan in run: jobs.json is missing; run `backfire plan RECIPE --out run`" in refused()
+    assert backfire("plan", "r.yaml", "method=lora", "--out", "run").code == 0
+    assert "2 jobs left that need" in refused("--memory", "0.001")
+    assert "--workers" in refused("--workers", "0") and "Unknown device" in refused("--device", "x")
+    plan = Path("run/jobs.json")
+    content = plan.read_text()
+    device = '"device": "cpu"'
+    assert device in content
+    plan.write_text(content.replace(device, '"device": "cuda"'))
+    assert "planned for a GPU, and this worker would run on a CPU" in refused()
+    plan.write_text(content.replace('"backfire": "', '"backfire": "9.'))
+    assert "was written by backfire 9." in refused() and "`backfire plan" in refused()
+    for bad in ("", "{", "[]", '{"format": 1}', content.replace('"cell-', '"../cell-'), "\0"):
+        plan.write_text(bad)
+        assert "jobs.json cannot be read" in refused(), bad[:20]
+    plan.write_text(content.replace("lora", "lara"))
+    assert "did you mean 'lora'?" in refused()
+    plan.write_text(content)
+    planned(Path("base"))
+    plan = Path("base/jobs.json")
+    plan.write_text(plan.read_text().replace('"compute": "', '"compute": "b'))
+    assert "embedded base computes in b" in backfire("work", "base").err
+    Path("run/claims").write_text("a file")
+    assert "claims" in backfire("work", "run").err

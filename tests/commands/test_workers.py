@@ -1,0 +1,70 @@
+"""The default number of workers: by GPUs, cores and memory."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from backfire import resources
+from backfire.commands import forecast
+from backfire.commands.workers import SMALL, default_workers, largest
+from backfire.errors import UserError
+from backfire.experiment import Machine
+from backfire.model.types import Types, types_here
+from backfire.recipe import load
+
+CPU, TYPES = Machine(device="cpu"), Types("cpu", "float32", "float32")
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Eight cores, 10 GB of memory, two GPUs."""
+    types_here()  # kept for later tests, so it must not see these GPUs
+    here = SimpleNamespace(cores=8, ram_bytes=10e9, free_bytes=10e9, gpus=["0", "1"])
+    monkeypatch.setattr(resources, "has_gpu", lambda: bool(here.gpus))
+    for name in vars(here):
+        monkeypatch.setattr(resources, name, lambda name=name: getattr(here, name))
+    return here
+
+
+def test_one_worker_per_core_as_long_as_they_fit(machine: SimpleNamespace) -> None:
+    assert default_workers(20, CPU) == 8
+    assert default_workers(5, CPU) == 5
+    assert default_workers(20, CPU, need=2e9) == 4, "the prediction has an error"
+    machine.free_bytes = 0.1e9
+    assert default_workers(20, CPU) == 1, "the system may free more"
+
+
+def test_one_worker_per_visible_gpu(machine: SimpleNamespace) -> None:
+    for device in ("auto", "cuda"):
+        assert default_workers(20, Machine(device=device), need=1e12) == 2, (
+            "of the machine's own memory"
+        )
+    assert default_workers(20, Machine(device="cuda:1")) == 1
+    machine.gpus = []  # of another maker
+    assert default_workers(20, Machine(device="cuda")) == 1
+
+
+def test_not_even_one_fits(machine: SimpleNamespace) -> None:
+    with pytest.raises(UserError, match=r"The cell x needs about 12\.0 GB.* may use 10\.0 GB\. `b"):
+        default_workers(20, CPU, need=12e9, title="x")
+
+
+def test_the_largest_cell_decides(
+    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, needs = load("tour", edits=["model.name=nobody/none"]), [1e9, None, 3e9]
+
+    def found(self: Any, settings: Machine) -> Any:
+        for cell, need in zip(recipe.cells, needs, strict=False):
+            yield cell, need and SimpleNamespace(total=need * (0.5 if settings.recompute else 1))
+
+    monkeypatch.setattr(forecast.Forecast, "__init__", lambda *args: None)
+    monkeypatch.setattr(forecast.Forecast, "largest", found)
+    assert largest(recipe, TYPES, Machine()) == (3e9, recipe.cells[2].slug)
+    assert largest(recipe, TYPES, Machine(recompute=True)) == (1.5e9, recipe.cells[2].slug)
+    needs[:] = [None]
+    assert largest(recipe, TYPES, Machine()) == (SMALL, recipe.cells[0].slug)
+    assert largest(load("tour"), TYPES, Machine()) == (SMALL, load("tour").cells[0].slug)
