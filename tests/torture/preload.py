@@ -2,4 +2,8 @@
 
 import backfire.commands.run
 import backfire.launch.environment
-import backfire.launch.job  # noqa: F401
+import backfire.launch.job
+import backfire.launch.work
+import tests.torture.command
+import tests.torture.mounts
+import tests.torture.nodes  # noqa: F401
