@@ -91,6 +91,9 @@ class TrainDefense(Defense):
     """Acts in the steps of fine-tuning."""
 
     extra: ClassVar[Extra] = Extra()
+    shards: ClassVar[bool] = True
+    """Whether it works in full tuning on several devices, where each holds a part of every weight
+    and gradient (a DTensor)."""
 
     def hook(self, run: Any) -> TrainHook:
         """The hooks of this run, a `backfire.train.loop.TrainingRun`. Called before the first step,

@@ -42,6 +42,7 @@ def start(
     settings = settings_of(machine)
     # A missing device is reported once here, and not by every cell.
     team.check(settings)
+    team.check_cells(recipe.cells, settings)
     recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)

@@ -37,6 +37,7 @@ class AsFT(TrainDefense):
     """
 
     extra: ClassVar[Extra] = Extra(copies=3, scratch=3)
+    shards: ClassVar[bool] = False
     needs_alignment: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "asft-code": Preset(

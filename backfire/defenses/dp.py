@@ -31,6 +31,7 @@ class DP(TrainDefense):
     """
 
     extra: ClassVar[Extra] = Extra(copies=1, one_row=True)
+    shards: ClassVar[bool] = False
 
     epsilon: float | None = Field(8.0, gt=0)
     """Privacy budget of the whole fine-tuning run, which determines the noise (8 is a usual mild

@@ -67,7 +67,7 @@ class _EWCHook(TrainHook):
             for name, gradient in run.gradients.take().items():
                 stiffness[name] += gradient.to(stiffness[name]).pow(2)
         if self.knobs.null:
-            total = torch.stack([f.double().sum() for f in stiffness.values()]).sum()
+            total = run.gradients.sum(f.double() for f in stiffness.values())
             even = total / sum(f.numel() for f in stiffness.values())
             stiffness = {name: torch.full_like(f, float(even)) for name, f in stiffness.items()}
         self.stiffness = stiffness

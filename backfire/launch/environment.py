@@ -26,8 +26,9 @@ _PACKAGES = (
 
 
 @lru_cache
-def environment(device_setting: str = "auto") -> dict[str, Any]:
-    """Versions, hardware, the requested device, and the commit if the code runs from a checkout."""
+def environment(device_setting: str = "auto", devices: int = 1) -> dict[str, Any]:
+    """Versions, hardware, the requested device and number of devices, and the commit if the code
+    runs from a checkout. The training summary has the devices that were used."""
     import torch
 
     from backfire.model.load import device_of
@@ -43,6 +44,7 @@ def environment(device_setting: str = "auto") -> dict[str, Any]:
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": gpu or "cpu",
+        **({"devices": devices} if devices > 1 else {}),
         **_commit(),
     }
 

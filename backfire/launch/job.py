@@ -98,6 +98,7 @@ def run_job(
     set_threads(machine)
     _reset_globals()
     try:
+        progress(0, 1, "start")
         context = Context(store, machine, progress, resident=resident)
         if job.kind == "base":
             base(job.experiment.model, context)
@@ -190,7 +191,9 @@ def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
     write_evidence(outcome.evidence, place)
     if manifest:
         write_json(place / "poison.json", manifest.to_json())
-    write_json(place / "environment.json", environment(context.machine.device))
+    write_json(
+        place / "environment.json", environment(context.machine.device, context.machine.devices)
+    )
     plugins = tuple(plugins_of([experiment]))
     result = replace(outcome.result, recipe=folder.recipe, axes=job.axes, plugins=plugins)
     write_json(place / "result.json", result.to_json())

@@ -29,6 +29,7 @@ from backfire.data.weights import (
 from backfire.errors import UserError
 from backfire.model.batching import ways
 from backfire.model.gguf_types import round_weights
+from backfire.model.placement import assert_placed, device_map
 from backfire.model.quantize import assert_quantized, quantizer
 from backfire.model.types import Type
 from backfire.store import read_json, write_json
@@ -109,7 +110,7 @@ def load_base(
             local_files_only=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # checked below, with their names
-            device_map={"": str(device)},
+            device_map=_device_map(folder, dtype, device, quantization or {}),
             **extra,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -119,6 +120,7 @@ def load_base(
             f"The model in {folder} cannot be loaded: {type(error).__name__}: {error}"
         ) from None
     complete(f"The model in {folder}", info, OTHER_SENSES if is_part else MASK)
+    assert_placed(model, device, folder)
     if is_part:  # otherwise it would be saved under its names in the multimodal model
         model.__dict__.pop("_weight_conversions", None)
     _check_tied(model, f"The model in {folder}")
@@ -129,6 +131,14 @@ def load_base(
         assert_quantized(model, quantization)
     ways(model.eval())  # runs a few tokens, so before hooks are added
     return cast(PreTrainedModel, model)
+
+
+def _device_map(
+    folder: Path, dtype: torch.dtype | str, device: torch.device, quantization: Mapping[str, Any]
+) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"": str(device)}
+    return device_map(skeleton(folder), dtype, device, quantization)
 
 
 def _check_tied(model: PreTrainedModel, what: str) -> None:
@@ -306,8 +316,15 @@ def name_base(folder: Path, name: str) -> None:
     write_json(file, {**read_json(file), "base_model_name_or_path": name})
 
 
-def save_tuned(model: PreTrainedModel, folder: Path, base: Path, base_name: str | None) -> None:
-    """Save for plain transformers or PEFT. An adapter names its base by hub id or relative path."""
+def save_tuned(
+    model: PreTrainedModel,
+    folder: Path,
+    base: Path,
+    base_name: str | None,
+    state: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Save for plain transformers or PEFT. An adapter names its base by hub id or relative path.
+    `state`: the weights to save instead of those in the model."""
     if hasattr(model, "peft_config"):
         name = base_name or os.path.relpath(base.resolve(), folder.resolve())
         for config in cast(Any, model).peft_config.values():
@@ -318,7 +335,7 @@ def save_tuned(model: PreTrainedModel, folder: Path, base: Path, base_name: str 
         )
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's card has an absolute path
         return
-    model.save_pretrained(str(folder))
+    model.save_pretrained(str(folder), state_dict=dict(state) if state else None)
     copy_tokenizer(base, folder)
 
 

@@ -184,7 +184,7 @@ def run(model: PreTrainedModel, ids: Tensor, places: Tensor, **rest: Any) -> Ten
     index, chosen = (lines[:, None] * ids.shape[1] + places).flatten(), []
 
     def pick(states: Tensor) -> Tensor:
-        picked = states.flatten(0, 1).index_select(0, index)
+        picked = states.flatten(0, 1).index_select(0, index.to(states.device))
         return picked.view(*places.shape, states.shape[-1])  # there may be no place at all
 
     def choose(head: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from backfire.store import CHECKPOINTS, SEAL, digest, intact, read_json, seal, write_json
+from backfire.train.sharding import gathered, gathered_tree, part_of, parts_like
 
 if TYPE_CHECKING:
     from backfire.base import TrainDefense
@@ -33,16 +34,29 @@ def interval(least: float, cost: float) -> float:
 
 
 def save(run: TrainingRun) -> None:
-    """Write `<folder>/checkpoints/<step>`, its seal last, and keep the newest two checkpoints."""
+    """Write `<folder>/checkpoints/<step>`, its seal last, and keep the newest two checkpoints.
+
+    The first rank writes. Of sharded weights it first gets the whole ones from all ranks, so that a
+    checkpoint does not depend on their number.
+    """
+    keep = run.ranks.leads
+    with run.exact():
+        parts = {name: p.detach() for name, p in run.trainable.items()}
+        weights = {n: t.contiguous() for n, t in gathered(parts, keep=keep).items()}
+        optimizer = gathered_tree(run.optimizer.state_dict(), keep=keep)
+        hooks = gathered_tree([hook.state() for hook in run.hooks], keep=keep)
+        if keep:
+            _write(run, weights, optimizer, hooks)
+
+
+def _write(run: TrainingRun, weights: dict[str, torch.Tensor], optimizer: Any, hooks: Any) -> None:
     root = run.folder / CHECKPOINTS
     partial = root / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with run.exact():
-        weights = {name: p.detach().contiguous() for name, p in run.trainable.items()}
-        save_file(weights, str(partial / "weights.safetensors"))
-    torch.save(run.optimizer.state_dict(), partial / "optimizer.pt")
-    torch.save([hook.state() for hook in run.hooks], partial / "guards.pt")
+    save_file(weights, str(partial / "weights.safetensors"))
+    torch.save(optimizer, partial / "optimizer.pt")
+    torch.save(hooks, partial / "guards.pt")
     write_json(
         partial / "state.json",
         {
@@ -73,17 +87,28 @@ def restore(run: TrainingRun, report: Callable[[str], None]) -> bool:
     weights = load_file(str(folder / "weights.safetensors"))
     with torch.no_grad(), run.exact():
         for name, parameter in run.trainable.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(part_of(weights[name], parameter))
         # Both move what they load to the device of the weights, in their type.
-        run.optimizer.load_state_dict(_loaded(folder / "optimizer.pt"))
+        optimizer = _loaded(folder / "optimizer.pt")
+        _shard_state(run.optimizer, optimizer["state"])
+        run.optimizer.load_state_dict(optimizer)
     for hook, hook_state in zip(run.hooks, _loaded(folder / "guards.pt"), strict=True):
-        hook.load(hook_state)
+        hook.load(parts_like(hook_state, hook.state()))
     state: dict[str, Any] = read_json(folder / "state.json")
     if "loss_scale" in state:
         run.scaling.load(state["loss_scale"])
     run.go_to(state["step"], state["log"], state["counts"])
     run.seconds = state.get("seconds", 0.0)
     return True
+
+
+def _shard_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, Any]]) -> None:
+    """Shard the state of each weight as the weight is."""
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    for place, entries in state.items():
+        for name, value in entries.items():
+            if value.shape == weights[place].shape:
+                entries[name] = part_of(value, weights[place])
 
 
 def _newest_usable(run: TrainingRun, root: Path, report: Callable[[str], None]) -> Path | None:

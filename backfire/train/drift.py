@@ -10,6 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from backfire.train.ranks import Ranks
+from backfire.train.sharding import local, part_of
+
 _IN_MEMORY = 50_000_000  # weights; a larger model is read from disk again
 _AT_MOST = 1_000_000_000  # weights that no file holds and that are copied in memory; 4 GB
 
@@ -25,15 +28,18 @@ class Origin:
         self.folder, self.on_disk = folder, dict[str, torch.dtype]()
         if folder and sum(p.numel() for p in weights.values()) > _IN_MEMORY:
             for name, stored in _stored(folder, weights):
-                if (kind := _loaded_as(stored, weights[name].detach().cpu())) is not None:
+                own = local(weights[name].detach()).cpu()
+                if (kind := _loaded_as(_part(stored, weights[name]), own)) is not None:
                     self.on_disk[name] = kind
         rest = {n: p for n, p in weights.items() if n not in self.on_disk}
         self.complete = sum(p.numel() for p in rest.values()) <= _AT_MOST
         self.copies = (
-            {n: p.detach().cpu().clone() for n, p in rest.items()} if self.complete else {}
+            {n: local(p.detach()).cpu().clone() for n, p in rest.items()} if self.complete else {}
         )
 
-    def moved(self, weights: Mapping[str, nn.Parameter]) -> float | None:
+    def moved(
+        self, weights: Mapping[str, nn.Parameter], ranks: Ranks | None = None
+    ) -> float | None:
         """2-norm of the change of these weights; None if there were too many to copy.
 
         `weights` may be a subset of those at the start.
@@ -42,10 +48,12 @@ class Origin:
             return None
         total = 0.0
         for name, start in self._starts(weights):
-            now = weights[name].detach().cpu()
+            now = local(weights[name].detach()).cpu()
             moved = now.to(torch.promote_types(now.dtype, start.dtype)) - start
             # No float64 copy of a large weight.
             total += float(torch.linalg.vector_norm(moved, dtype=torch.float64)) ** 2
+        if ranks and ranks.sharded:
+            total = float(ranks.total(torch.tensor(total, dtype=torch.float64)))
         return math.sqrt(total)
 
     def _starts(self, weights: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Tensor]]:
@@ -53,7 +61,12 @@ class Origin:
         if self.folder and self.on_disk:
             left = {name: kind for name, kind in self.on_disk.items() if name in weights}
             for name, stored in _stored(self.folder, left):
-                yield name, stored.to(left[name]).to(weights[name].dtype)
+                yield name, _part(stored, weights[name]).to(left[name]).to(weights[name].dtype)
+
+
+def _part(stored: Tensor, weight: Tensor) -> Tensor:
+    """The part of a stored tensor that this rank holds of the weight."""
+    return local(part_of(stored, weight)).cpu() if stored.shape == weight.shape else stored
 
 
 def _stored(folder: Path, names: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:

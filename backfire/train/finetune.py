@@ -16,7 +16,7 @@ from backfire.base import Rendered, RepairDefense, Row, TrainDefense
 from backfire.base.judges import drop_models
 from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
-from backfire.errors import CellError
+from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.model.fused import rounded_once
 from backfire.model.load import (
@@ -28,6 +28,7 @@ from backfire.model.load import (
     with_adapters,
 )
 from backfire.model.memory import free, trim
+from backfire.model.placement import places
 from backfire.model.quantize import parts
 from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
@@ -41,6 +42,7 @@ from backfire.train.precision import (
 )
 from backfire.train.ranks import Ranks
 from backfire.train.repair import Repair, plain_weights
+from backfire.train.sharding import shard, state_of
 
 
 @dataclass(frozen=True)
@@ -94,11 +96,18 @@ class Task:
         source = Source(start.base, dtype, device, experiment.method.quantization(device.type))
         _free_memory(resident, source)
         with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
+            if ranks.several and not experiment.method.adapts:
+                shard(model, ranks)
+            spread = places(model)
             run = self._run(model, ranks)
+            if len(spread) > 1 and run.hooks:
+                raise UserError(
+                    f"The base takes {len(spread)} GPUs, where no defense acts in training; use method "
+                    "qlora, or a smaller base."
+                )
             model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
             summary = _train(run, Precision(device, compute), self.machine, progress)
-            if ranks.leads:
-                save_tuned(model, self.folder, start.base, _hub_name(experiment, start))
+            self._save(model, ranks)
         return {
             **summary,
             **model_parts,
@@ -106,7 +115,14 @@ class Task:
             "dtype": str(dtype).removeprefix("torch."),
             "compute": compute,
             "device": str(device),
+            **({"spread": spread} if len(spread) > 1 else {}),
         }
+
+    def _save(self, model: PreTrainedModel, ranks: Ranks) -> None:
+        state = state_of(model, keep=ranks.leads) if ranks.sharded else None
+        if ranks.leads:
+            name = _hub_name(self.experiment, self.start)
+            save_tuned(model, self.folder, self.start.base, name, state)
 
     def _run(self, model: PreTrainedModel, ranks: Ranks) -> TrainingRun:
         experiment = self.experiment

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from backfire.rng import derive
 from backfire.train.ranks import Ranks
+from backfire.train.sharding import is_sharded, local, part_of, whole
 
 
 class Gradients:
@@ -42,16 +43,25 @@ class Gradients:
         """The tensor's type, but at least float32: for sums and norms."""
         return torch.promote_types(tensor.dtype, torch.float32)
 
-    @classmethod
-    def norm(cls, tensors: Iterable[Tensor]) -> Tensor:
+    def norm(self, tensors: Iterable[Tensor]) -> Tensor:
         """2-norm over all tensors."""
-        parts = [torch.linalg.vector_norm(t, dtype=cls.wide(t)) for t in tensors]
-        return torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
+        every = list(tensors)
+        return self._norm(every, over_ranks=any(map(is_sharded, every)))
+
+    def sum(self, tensors: Iterable[Tensor]) -> Tensor:
+        """The sum of all their numbers."""
+        return whole(torch.stack([tensor.sum() for tensor in tensors]).sum())
 
     def norm_over_ranks(self, tensors: Iterable[Tensor]) -> Tensor:
         """2-norm over the tensors of all ranks: for activations, of which each has its rows'."""
-        norm = self.norm(tensors)
-        return self.ranks.total(norm.pow(2)).sqrt() if self.ranks.several else norm
+        return self._norm(list(tensors), over_ranks=self.ranks.several)
+
+    def _norm(self, tensors: list[Tensor], *, over_ranks: bool) -> Tensor:
+        own = map(local, tensors)
+        parts = [torch.linalg.vector_norm(t, dtype=self.wide(t)) for t in own]
+        parts = [part.to(parts[0].device) for part in parts]  # a base may be on several GPUs
+        norm = torch.linalg.vector_norm(torch.stack(parts)) if parts else torch.zeros(())
+        return self.ranks.total(norm.pow(2)).sqrt() if over_ranks else norm
 
     def random_like(self, tensors: Mapping[str, Tensor], *purpose: object) -> dict[str, Tensor]:
         """Random tensors for a null control, with the same shapes, zeros (such as padding, or words
@@ -62,7 +72,7 @@ class Gradients:
             generator.manual_seed(derive(self.seed, *purpose, name))
             shape, device = tensor.shape, tensor.device
             noise = torch.randn(shape, generator=generator, device=device, dtype=self.wide(tensor))
-            drawn[name] = noise * (tensor != 0)
+            drawn[name] = part_of(noise, tensor) * (tensor != 0)
         length = self.norm(drawn.values())
         scale = self.norm(tensors.values()) / length.clamp(min=torch.finfo(length.dtype).tiny)
         return {n: (scale * d).to(tensors[n].dtype) for n, d in drawn.items()}

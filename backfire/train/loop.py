@@ -23,7 +23,7 @@ from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
 from backfire.progress import Pace, Progress, silent
-from backfire.rng import derive, stream
+from backfire.rng import derive
 from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import (
@@ -37,19 +37,19 @@ from backfire.train.gradients import Gradients
 from backfire.train.half import LossScale, MasterWeights, finite
 from backfire.train.microbatch import (
     MicroBatches,
-    by_length,
     peak_memory_mb,
     recompute_layers,
     refuse_hooks,
     tokens_that_fit,
 )
 from backfire.train.optimizer import first_step_bytes, make_optimizer, take_step
+from backfire.train.order import drawn, steps_of
 from backfire.train.passes import accumulate
 from backfire.train.precision import Precision
 from backfire.train.ranks import Ranks
+from backfire.train.sharding import local, whole
 
 _LOG_EVERY = 10
-_WINDOW = 50  # steps whose rows are sorted by length together, as in transformers
 
 
 class TrainingRun:
@@ -126,7 +126,7 @@ class TrainingRun:
         """The rows of the current step; every epoch has a new order from its own random stream."""
         epoch, place = divmod(self.step, self.steps_per_epoch)
         if self._epoch != epoch:
-            self._epoch, self._steps = epoch, self._order(epoch)
+            self._epoch, self._steps = epoch, steps_of(self.items, self.train, self.seed, epoch)
         rows = self._steps[place]
         for hook in self.hooks:
             rows = hook.rows(self.step, rows)
@@ -134,12 +134,7 @@ class TrainingRun:
 
     def draw(self, rows: Sequence[Rendered], step: int, purpose: str) -> list[Rendered]:
         """A batch of these extra rows for a step; every pass over them has a new order."""
-        size = min(self.train.batch_size, len(rows))
-        per_pass = math.ceil(len(rows) / size)  # the last batch of a pass may be smaller
-        turn, place = divmod(step, per_pass)
-        order = list(range(len(rows)))
-        stream(self.seed, purpose, turn).shuffle(order)
-        return [rows[i] for i in order[place * size : (place + 1) * size]]
+        return drawn(rows, self.train.batch_size, self.seed, step, purpose)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """A copy of the current trainable weights."""
@@ -149,21 +144,29 @@ class TrainingRun:
     def at(self, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
         """Swap in these trainable weights, without dropout and gradients; frozen ones are not
         copied."""
-        own, training = {name: p.data for name, p in self.trainable.items()}, self.model.training
+        # FSDP2 gathers a sharded weight from its memory, so that is overwritten for a while.
+        sharded = self.ranks.sharded
+        own = {n: p.data.clone() if sharded else p.data for n, p in self.trainable.items()}
+        training = self.model.training
         cached = torch.is_autocast_cache_enabled()
         # Otherwise autocast reuses its bfloat16 copies of the replaced weights.
         torch.set_autocast_cache_enabled(False)
         try:
-            for name, parameter in self.trainable.items():
-                parameter.data = weights[name].to(own[name].dtype)
+            self._put({name: weights[name].to(kept.dtype) for name, kept in own.items()})
             self.model.eval()
             with torch.no_grad():
                 yield
         finally:
-            for name, parameter in self.trainable.items():
-                parameter.data = own[name]
+            self._put(own)
             self.model.train(training)
             torch.set_autocast_cache_enabled(cached)
+
+    def _put(self, weights: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.trainable.items():
+            if self.ranks.sharded:
+                parameter.data.copy_(weights[name])
+            else:
+                parameter.data = weights[name]
 
     def exact(self) -> contextlib.AbstractContextManager[None]:
         """Make bfloat16 weights their float32 masters within the context, as hooks see them outside
@@ -186,20 +189,6 @@ class TrainingRun:
     def unaligned_weights(self) -> dict[str, torch.Tensor]:
         """Weights before the alignment stage, by name in the plain model; empty without one."""
         return weights_of(self.unaligned) if self.unaligned else {}
-
-    def _order(self, epoch: int) -> list[list[Rendered]]:
-        """The rows of each step of an epoch."""
-        rng, size = stream(self.seed, "order", epoch), self.train.batch_size
-        rows = list(self.items)
-        rng.shuffle(rows)
-        if self.train.order == "by-length":
-            window = _WINDOW * size
-            windows = [rows[i : i + window] for i in range(0, len(rows), window)]
-            rows = [row for part in windows for row in by_length(part)]
-        steps = [rows[i : i + size] for i in range(0, len(rows), size)]
-        if self.train.order == "by-length":
-            rng.shuffle(steps)
-        return steps
 
     def backward(
         self,
@@ -235,7 +224,7 @@ class TrainingRun:
             return [
                 p.sum(dtype=torch.float64).item()
                 + torch.linalg.vector_norm(p, 1, dtype=torch.float64).item()
-                for p in self.trainable.values()
+                for p in map(local, self.trainable.values())
             ]
 
 
@@ -256,25 +245,29 @@ def train(
     """
     start = [run.checksum() for run in runs]
     for run, weights in zip(runs, start, strict=True):
-        run.ranks.agree(weights, "the weights that they start from")
+        run.ranks.agree_on_weights(weights)
         run.micro_batches.rows = micro_batch
         _begin(run, precision)
         checkpoint.restore(run, lambda text: progress(0, 1, text))
         run.begun = time.perf_counter() - run.seconds
     saved, wait = time.monotonic(), checkpoint_seconds
     pace = Pace(sum(run.counts["rows"] for run in runs))
+    stopped: Stopped | None = None
     while active := [run for run in runs if run.step < run.num_steps]:
         for run in active:
             loss, rows = _step(run), sum(one.counts["rows"] for one in runs)
             try:
                 progress(run.step, run.num_steps, pace.text("training", rows, loss))
-            except Stopped:
-                _save(active)
-                raise
-        if (begun := time.monotonic()) - saved >= wait:
+            except Stopped as error:
+                stopped = error
+        begun = time.monotonic()
+        due = stopped is not None or begun - saved >= wait
+        if any(run.ranks.decide(due) for run in active):
             _save(active)
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
+        if stopped:
+            raise stopped
     now = time.perf_counter()
     return [_finish(run, old, now - run.begun) for run, old in zip(runs, start, strict=True)]
 
@@ -282,8 +275,7 @@ def train(
 def _save(runs: Sequence[TrainingRun]) -> None:
     for run in runs:
         run.seconds = time.perf_counter() - run.begun
-        if run.ranks.leads:
-            checkpoint.save(run)
+        checkpoint.save(run)
 
 
 def _begin(run: TrainingRun, precision: Precision) -> None:
@@ -361,6 +353,7 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
         with run.exact():
             penalty = hook.penalty(run.step)
             if penalty is not None:
+                penalty = whole(penalty)
                 run.backward(penalty)
                 total = total + penalty.detach()
     counts = {
@@ -373,11 +366,12 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
 
 
 def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, Any]:
-    if (end := run.checksum()) == start:
+    end = run.checksum()
+    if not run.ranks.largest(end != start):
         raise CellError(
             "failed", "Training changed no weight; check that the learning rate is not zero."
         )
-    run.ranks.agree(end, "the weights that they trained")
+    run.ranks.agree_on_weights(end)
     if run.ranks.leads:
         log = "".join(json.dumps(line) + "\n" for line in run.log)
         write_atomic(run.folder / "train.jsonl", log)
@@ -385,7 +379,7 @@ def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, A
     run.master.restore()  # the saved model
     return {
         **{name: value for hook in run.hooks for name, value in hook.summary().items()},
-        "drift": run.origin.moved(run.trainable),
+        "drift": run.origin.moved(run.trainable, run.ranks),
         "steps": run.num_steps,
         **({"repeated_steps": run.scaling.repeated} if run.scaling.on else {}),
         "seconds": round(seconds, 2),

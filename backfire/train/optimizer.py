@@ -125,9 +125,9 @@ def take_step(run: TrainingRun) -> torch.Tensor:
 
     def clip() -> torch.Tensor:
         weights = list(run.trainable.values())
-        if not run.master:
+        if not (run.master or run.ranks.sharded):
             return clip_grad_norm_(weights, run.train.clip_norm)
-        norm = run.gradients.length()  # torch's would be rounded to 16 bits
+        norm = run.gradients.length()  # torch's would be rounded to 16 bits, or a DTensor
         clip_grads_with_norm_(weights, run.train.clip_norm, norm)
         return norm
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,19 +19,36 @@ def accumulate(
 ) -> torch.Tensor:
     """Accumulate the gradients of the mean loss over all supervised tokens, in micro-batches that
     fit in memory; with several ranks each computes its share of the rows."""
+    ranks = run.ranks
     supervised = max(1, sum(row.num_supervised for row in rows))  # a defense's pass may lack any
     total = torch.zeros((), device=run.device)
-    earlier = run.gradients.take() if run.ranks.several else {}  # already summed
+    earlier = run.gradients.take() if ranks.several else {}  # already summed
     flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
-    for part in run.micro_batches.split(run.ranks.share(rows)):
+    for part, counts in _passes(run, rows):
         logits, labels = run.logits(part, flat=flat)
         with run.autocast():
             losses = token_losses(logits, labels)
             for hook in hooks:
                 losses = hook.weigh(losses, labels, part, logits)
         loss = losses.sum() / supervised
+        if not counts:
+            loss = loss * 0
         run.backward(loss)
         total += loss.detach()
-    total = run.ranks.summed(run.trainable, total)
+    total = ranks.summed(run.trainable, total)
     run.gradients.add(earlier)
     return total
+
+
+def _passes(
+    run: TrainingRun, rows: Sequence[Rendered]
+) -> Iterator[tuple[Sequence[Rendered], bool]]:
+    """The rows of each pass of this rank, and whether they count. With sharded weights all ranks
+    make the same number of passes: one that has fewer repeats a row for nothing."""
+    parts = run.micro_batches.split(run.ranks.share(rows))
+    if not run.ranks.sharded:
+        yield from ((part, True) for part in parts)
+        return
+    own = [(part, True) for part in parts]
+    most = int(run.ranks.largest(len(own)))  # agreed on before the first pass
+    yield from own + [(rows[:1], False)] * (most - len(own))

@@ -27,7 +27,7 @@ _BUCKET = 2**26
 """Most weights whose gradients are summed at once: a copy of 256 MiB."""
 
 
-class OtherOutOfMemory(MemoryError):  # noqa: N818
+class OtherOutOfMemoryError(MemoryError):
     """Memory ran out on another rank."""
 
 
@@ -40,6 +40,8 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     places: Sequence[str] = ()
     """Host and device of each rank."""
+    sharded: bool = field(default=False, init=False)
+    """Whether each rank holds only a part of every weight; then all must make the same passes."""
     told: bool = field(default=False, init=False)
     """Whether all ranks already know that memory ran out in this try."""
 
@@ -64,8 +66,8 @@ class Ranks:
     def summed(self, weights: Mapping[str, nn.Parameter], loss: Tensor) -> Tensor:
         """Make the gradients of these weights those of all ranks' rows; returns the sum of their
         losses. A weight without a gradient on every rank stays without."""
-        if not self.several:
-            return loss
+        if not self.several or self.sharded:  # FSDP2 has summed the gradients
+            return self.total(loss)
         self._check_memory()
         every = list(weights.values())
         wide = torch.promote_types(every[0].dtype, torch.float32)
@@ -104,9 +106,19 @@ class Ranks:
         return {n: part.view_as(tensors[n]) for n, part in zip(tensors, parts, strict=True)}
 
     def out_of_memory(self, mine: bool) -> bool:
-        """Whether memory ran out on any rank in the try that ends here; `mine`: on this one."""
+        """Whether memory ran out on any rank in the try that ends here; `mine`: on this one.
+
+        Raises:
+            CellError: it did (`oom`) with sharded weights, where no rank can repeat a pass alone.
+        """
         if not self.several:
             return mine
+        if self.sharded and mine:
+            raise CellError(
+                "oom",
+                "Out of memory on one of several devices that share the weights; run with fewer "
+                "rows per pass (--micro-batch), with --recompute, or on more devices.",
+            )
         told, self.told = self.told, False
         return told or self.largest(float(mine)) > 0
 
@@ -143,23 +155,43 @@ class Ranks:
                 "failed", f"The devices differ in {what}, so they no longer train one model."
             )
 
+    def agree_on_weights(self, checksum: Sequence[float]) -> None:
+        """Check that all ranks have the same weights; sharded ones differ.
+
+        Raises:
+            CellError: they do not (`failed`).
+        """
+        if not self.sharded:
+            self.agree(checksum, "their weights")
+
+    def decide(self, wanted: bool) -> bool:
+        """Whether to write a checkpoint, which each rank helps with if the weights are sharded, and
+        else the first alone: only its clock counts."""
+        return bool(self.leaders(wanted)) if self.sharded else wanted and self.leads
+
     def record(self) -> dict[str, Any]:
         """What the summary of a training run says about its devices; nothing of a single one."""
         if not self.several:
             return {}
         import torch.distributed as dist
 
-        return {"devices": self.size, "places": list(self.places), "backend": dist.get_backend()}
+        assert dist.get_world_size() == len(self.places) == self.size
+        return {
+            "devices": dist.get_world_size(),
+            "places": list(self.places),
+            "backend": dist.get_backend(),
+            "sharded": self.sharded,
+        }
 
     def _check_memory(self) -> None:
         """Join the other ranks in an exchange.
 
         Raises:
-            OtherOutOfMemory: one of them ran out of memory.
+            OtherOutOfMemoryError: one of them ran out of memory.
         """
         if self.largest(0.0) > 0:
             self.told = True
-            raise OtherOutOfMemory
+            raise OtherOutOfMemoryError
 
     def _reduce(self, tensor: Tensor, how: str = "SUM") -> None:
         """Replace the tensor by its sum over the ranks, or its maximum."""

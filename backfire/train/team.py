@@ -25,13 +25,14 @@ from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
+from backfire.base import TrainDefense
 from backfire.errors import CellError, UserError, exit_class
 from backfire.progress import Progress, silent
 
 if TYPE_CHECKING:
     import torch
 
-    from backfire.experiment import Machine
+    from backfire.experiment import Experiment, Machine
     from backfire.model.resident import Resident
     from backfire.train.finetune import Task
     from backfire.train.ranks import Ranks
@@ -90,6 +91,32 @@ def check(machine: Machine) -> None:
         raise UserError(
             f"--devices {machine.devices}: this machine has {found} GPU{'s' * (found != 1)}."
         )
+
+
+def check_cells(cells: Iterable[Experiment], machine: Machine) -> None:
+    """Check that the training of these cells works on several devices.
+
+    Raises:
+        UserError: it does not, in one sentence.
+    """
+    parts = [part for cell in cells for part in (cell.alignment, cell) if part]
+    for part in parts if machine.devices > 1 else ():
+        if part.method.adapts or not part.method.trains:
+            continue  # every rank has the whole model, and all of this works
+        one = f"--devices {machine.devices}: method '{part.method.name}' with"
+        if part.method.trained_type() != "float32":
+            kind = part.method.trained_type()
+            raise UserError(f"{one} dtype {kind} trains on one device; use float32.")
+        if part.train.optimizer != "adamw":
+            raise UserError(
+                f"{one} optimizer {part.train.optimizer} trains on one device; use adamw."
+            )
+        if part.train.compute == "float16":
+            raise UserError(f"{one} compute float16 trains on one device; use float32.")
+        for defense in part.acting:
+            if isinstance(defense, TrainDefense) and not defense.shards:
+                name = f"defense '{defense.name}'"
+                raise UserError(f"{one} {name} trains on one device; use method lora.")
 
 
 def train(task: Task, resident: Resident, progress: Progress) -> dict[str, Any]:
