@@ -292,7 +292,7 @@ def file_system_gone(count: int, ground: Ground) -> Figures:
         found["lost_cells"] += ended["lost"]
         how = "ended_when_it_was_missing" if empty else "ended_when_it_did_not_answer"
         found[how] += bool(ended["error"]) or set(ended["jobs"].values()) != {"ok"}
-        print(ended["error"], ended["traceback"])
+        print(ended["traceback"], end="")
         again = Child(work_as, root, Host("again")).result()
         found["unfinished"] += set(again.values()) != {"ok"}
         compared(found, expected, root)
