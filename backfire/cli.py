@@ -147,8 +147,8 @@ def run(
     if team.serves():
         return
     sizes = (jobs, cpus_per_task, gpus, mem, time)
-    places = (partition, account, qos, tuple(sbatch or ()), ray_address, open_cluster)
-    asked = cluster.Asked(on, *sizes, *places)
+    slurm = (partition, account, qos, tuple(sbatch or ()))
+    asked = cluster.Asked(on, *sizes, *slurm, ray_address, open_cluster)
     asked.refuse_strays()
     loaded = _load(recipe, profile, edits)
     if dry_run:
@@ -156,11 +156,11 @@ def run(
         return
     place = out or folder_of(loaded.name, profile)
     machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
-    again = {"profile": profile, "edits": edits or ()}
+    edits = edits or []
     if on == "local":
-        failed = start(loaded, place, machine, **again)
+        failed = start(loaded, place, machine, profile=profile, edits=edits)
     else:
-        failed = cluster.start(loaded, place, asked, machine, **again)
+        failed = cluster.start(loaded, place, asked, machine, profile=profile, edits=edits)
     if failed:
         raise typer.Exit(1)
 

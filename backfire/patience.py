@@ -8,14 +8,15 @@ from typing import TypeVar
 
 from backfire.errors import is_away
 
-LONGEST = 60.0
-"""Seconds until an operation is given up. A server that restarts is back by then."""
+LONGEST = 180.0
+"""Seconds until an operation is given up. A server that restarts is back by then, and the worker's
+claims are not stale yet."""
 _FIRST, _MOST = 0.1, 5.0  # seconds between two attempts; each is twice the last
 Result = TypeVar("Result")
 
 
 def patiently(operation: Callable[[], Result]) -> Result:
-    """The operation's result; it is repeated for about a minute on errors such as ESTALE or EIO.
+    """The operation's result; it is repeated for three minutes on errors such as ESTALE or EIO.
 
     Raises:
         OSError: its last error, or at once any other.

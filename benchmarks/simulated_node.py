@@ -7,7 +7,7 @@ import json
 import os
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,14 @@ class Log:
         self.file.write(json.dumps(line) + "\n")
 
 
-def run_node(number: int, run: Path, cache: Path, pace: Pace) -> None:
-    """Read the plan and work on it until nothing is left."""
-    from backfire.launch import claims, folder, job, work
+def run_node(number: int, run: Path, cache: Path, pace: Pace, plan: Any) -> None:
+    """Work on a plan until nothing is left."""
+    from backfire.launch import claims, job, work
 
     log = Log(run.parent / "log", number)
     _be_a_host(claims, number, pace)
     _sleep_instead(job, log, pace)
-    begun = time.monotonic()
-    plan = folder.read_plan(run)
-    log.add("plan", seconds=time.monotonic() - begun, jobs=len(plan.jobs))
+    log.add("start")
     place, store = job.RunFolder(run, plan.recipe), Store(cache)
     machine = Machine(device="cpu", workers=1, threads=1)
 
@@ -106,16 +104,10 @@ def _sleep_instead(job: Any, log: Log, pace: Pace) -> None:
         samples = [Sample(id=str(n), subset="clean", prompt="p", answer="a") for n in range(8)]
         number = int(key, 16) % 1000 / 1000  # a function of the cell, so that repeats would agree
         value = Value(metric="accuracy", value=number, n=8)
-        result = replace_status(experiment, key, value)
+        result = replace(head(experiment, key), status="ok", values=(value,))
         return Outcome(result, Evidence(clean=samples), None)
 
     job.base, job.trained, job.run_cell = base, trained, run_cell
-
-
-def replace_status(experiment: Experiment, key: str, value: Value) -> Any:
-    from dataclasses import replace
-
-    return replace(head(experiment, key), status="ok", values=(value,))
 
 
 def _sleep(seconds: float, context: Context) -> None:

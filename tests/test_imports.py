@@ -79,6 +79,7 @@ def test_the_report_reads_results_and_runs_nothing() -> None:
         "base",
         "errors",
         "evaluate",
+        "patience",
         "registry",
         "report",
         "result",

@@ -64,8 +64,10 @@ class Asked:
             UserError: there is one.
         """
         shared = ("jobs", "cpus_per_task", "gpus", "mem")
-        own = {"slurm": ("time", "partition", "account", "qos", "sbatch")}
-        own["ray"] = ("ray_address", "open_cluster")
+        own: dict[str, tuple[str, ...]] = {
+            "slurm": ("time", "partition", "account", "qos", "sbatch"),
+            "ray": ("ray_address", "open_cluster"),
+        }
         for place, names in own.items():
             for name in names:
                 if getattr(self, name) and self.on != place:
@@ -111,7 +113,7 @@ def start(
     recipe = resolve_auto(pin_models(recipe), types)
     place, cells = RunFolder(out, recipe.name), recipe.cells
     jobs = plan.jobs(cells, recipe.axes)
-    again = {"device": types.device, "profile": profile, "edits": edits}
+    again: dict[str, Any] = {"device": types.device, "profile": profile, "edits": edits}
     if all(place.done(cell, stages.cell_key(cell)) for cell in cells):
         write_plan(out, recipe, jobs, **again)
         console.print(f"All {len(cells)} cells are already done.")

@@ -264,7 +264,7 @@ _MOST = 0.5  # share of the memory; activations usually take less than the rest
 def float16_on_cpu(recipe: Recipe) -> list[str]:
     """A note if models run in float16 where there is no GPU."""
     cells = [*recipe.cells, *runs_of(recipe)]
-    kinds = {
+    kinds: dict[str, set[str | None]] = {
         "model.dtype": {cell.model.dtype for cell in cells},
         "train.compute": {cell.train.compute for cell in cells if cell.method.trains},
         "method.compute": {getattr(cell.method, "compute", None) for cell in cells},

@@ -92,17 +92,21 @@ def _write(
         )
     part = out.with_name(out.name + ".partial")
     shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    copy_model(source, base, part)
-    shutil.copyfile(cell / "experiment.yaml", part / "experiment.yaml")
-    if adapter:
-        name_base(part, experiment.model.hub_id or os.path.relpath(base.resolve(), out.resolve()))
-    tuned = "adapter (PEFT)" if adapter else "plain weights"
-    write_card(part, {**_facts(experiment, result), "adapter": adapter, "form": tuned})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.is_dir():
-        out.rmdir()
-    part.rename(out)
+    try:
+        part.mkdir(parents=True)
+        copy_model(source, base, part)
+        shutil.copyfile(cell / "experiment.yaml", part / "experiment.yaml")
+        if adapter:
+            local = os.path.relpath(base.resolve(), out.resolve())
+            name_base(part, experiment.model.hub_id or local)
+        tuned = "adapter (PEFT)" if adapter else "plain weights"
+        write_card(part, {**_facts(experiment, result), "adapter": adapter, "form": tuned})
+        if out.is_dir():
+            out.rmdir()
+        part.rename(out)
+    except BaseException:  # of a full disk it would take the rest
+        shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def _facts(experiment: Experiment, result: CellResult) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from backfire.commands.estimate import (
 from backfire.experiment import Experiment
 from backfire.launch.folder import write_plan
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
-from backfire.model.types import Types, gpu_bytes
+from backfire.model.types import GPU, Types, assume, gpu_bytes
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.resources import has_gpu, ram_bytes
@@ -117,7 +117,8 @@ def types_for(device: str) -> Types:
     """The types for the workers' device, which need not be on this machine: any GPU is then assumed
     to support bfloat16."""
     if device.startswith("cuda") and not has_gpu():
-        return Types("cuda", "bfloat16", "bfloat16")
+        assume(GPU)
+        return GPU
     return types_of(device)
 
 

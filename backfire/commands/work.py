@@ -21,6 +21,7 @@ from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import types_of
 from backfire.launch.work import Stop, needed
+from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.store import Store
 from backfire.terminal import say
@@ -50,12 +51,7 @@ def start(
     team.check(settings)
     team.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
-    if types.device != plan.device:
-        raise UserError(
-            f"{run} is planned for a {_NAMES[plan.device]}, and this worker would run on a "
-            f"{_NAMES[types.device]}; choose it by --device, or plan again with --device "
-            f"{types.device}."
-        )
+    _check_device(run, plan, types)
     has = memory_of(settings.device, types)
     if (
         "workers" not in machine and not team.launched()
@@ -81,6 +77,22 @@ def start(
 
 
 _NAMES = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def _check_device(run: Path, plan: Plan, types: Types) -> None:
+    """Refuse a device on which the jobs would give other results than planned."""
+    if types.device != plan.device:
+        raise UserError(
+            f"{run} is planned for a {_NAMES[plan.device]}, and this worker would run on a "
+            f"{_NAMES[types.device]}; choose it by --device, or plan again with --device "
+            f"{types.device}."
+        )
+    embedded = any(job.experiment.model.name == "sandbox" for job in plan.jobs)
+    if embedded and plan.compute != types_here().compute:
+        raise UserError(
+            f"{run} is planned for machines on which the embedded base computes in {plan.compute}, "
+            f"and this one computes in {types_here().compute}; plan again on a machine like this."
+        )
 
 
 def _say_what_is_left(

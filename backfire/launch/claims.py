@@ -74,7 +74,8 @@ class Claim:
     def __init__(self, path: Path, descriptor: int, holder: Holder) -> None:
         self.path, self.holder, self.lost = path, holder, False
         self._file, self._over = descriptor, threading.Event()
-        self._beat()
+        with contextlib.suppress(OSError):  # a full disk: an empty claim counts as well
+            self._beat()
         self._thread = threading.Thread(target=self._beats, daemon=True)
         self._thread.start()
 

@@ -20,6 +20,7 @@ from backfire import __version__
 from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.launch.users import register
+from backfire.model.types import types_here
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.registry import loaded
@@ -41,6 +42,8 @@ class Plan:
     jobs: list[Job]
     device: str
     """Kind of device that `auto` types were resolved for: `cpu` or `cuda`."""
+    compute: str
+    """Type of matrix products for which the key of the embedded base was computed."""
 
 
 def write_plan(
@@ -73,8 +76,9 @@ def write_plan(
         else:
             others = []
         write_json(path / "run.json", run | ({"plugins": plugins} if plugins else {}))
-        head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name, "device": device}
-        _write(path / JOBS, head | {"plugins": plugins}, [*others, *map(_as_json, jobs)])
+        head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name}
+        head |= {"device": device, "compute": types_here().compute, "plugins": plugins}
+        _write(path / JOBS, head, [*others, *map(_as_json, jobs)])
     register(path, recipe.text, jobs)
 
 
@@ -95,7 +99,8 @@ def read_plan(path: Path) -> Plan:
         if lost := missing(content["plugins"]):
             raise UserError(lost[0])
         jobs = [_from_json(one, str(file)) for one in content["jobs"]]
-        return Plan(str(content["recipe"]), jobs, str(content["device"]))
+        words = (str(content[name]) for name in ("device", "compute"))
+        return Plan(str(content["recipe"]), jobs, *words)
     except FileNotFoundError:
         sentence = f"No plan in {path}: jobs.json is missing; {again}"
         raise UserError(sentence) from None

@@ -98,6 +98,7 @@ def run_job(
     set_threads(machine)
     _reset_globals()
     try:
+        progress(0, 1, "start")
         context = Context(store, machine, progress, resident=resident)
         if job.kind == "base":
             base(job.experiment.model, context)

@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
-from backfire.errors import EXIT_CLASSES, CellError, UserError
+from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 from backfire.experiment import Machine
 from backfire.launch.claims import MOST_KILLS
 from backfire.launch.job import RunFolder, run_job
@@ -115,11 +115,13 @@ class _Team:
         for worker in self.workers:
             worker.process.terminate()
         until = time.monotonic() + patience
+        while any(w.process.is_alive() for w in self.workers) and time.monotonic() < until:
+            for worker in self.workers:  # none may wait for a full pipe
+                with contextlib.suppress(UserError):
+                    self._listen(worker)
+            time.sleep(0.05)
         while self.workers:
             worker = self.workers.pop()
-            while worker.process.is_alive() and time.monotonic() < until:
-                self._listen(worker)  # so that it does not wait for a full pipe
-                worker.process.join(0.05)
             worker.process.kill()
             worker.process.join()
             worker.pipe.close()
@@ -217,8 +219,8 @@ def _work(
         with options["stop"].on_signals():
             jobs, folder, store, machine = arguments
             work(jobs, folder, store, machine, watch, run=begin, **options)
-    except (UserError, CellError) as error:
-        send(None, str(error), 0, 1)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        send(None, f"{error.strerror or error}{where}.", 0, 1)
+    except (UserError, CellError, OSError) as error:
+        kind, sentence = exit_class(error)
+        if isinstance(error, OSError) and kind == "failed":
+            sentence = f"{error.strerror or error} ({error.filename})."
+        send(None, sentence, 0, 1)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from backfire.errors import Busy, Pause, Stopped
@@ -25,6 +26,7 @@ from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
 from backfire.launch.job import RunFolder, report, run_job
 from backfire.model.resident import Resident
+from backfire.patience import patiently
 from backfire.plan import Job
 from backfire.progress import Progress
 from backfire.store import Store
@@ -108,50 +110,34 @@ def work(
     store = copy.copy(store)
     store.waits = False
     resident, base, idle, fits = Resident(), -1, _Idle(), _fits(stop, memory)
+
+    def do(job: Job, progress: Progress) -> str:
+        alone = max(1, board.number("base")) if job.kind == "base" else machine.workers
+        # Others wait for a base, so it may use their cores.
+        share = machine.model_copy(update={"workers": min(machine.workers, alone)})
+        return run(job, folder, store, share, progress, resident)
+
     while board.waiting and not stop:
-        if (taken := board.take(base, fits)) is None:
-            idle.begin()
-            coming = board.coming(fits)
-            if not coming:
-                resident.release()  # a base in memory that nobody needs
-                if not (board.held() if stays else board.held(dead_for=idle.seconds)):
-                    break
-            board.say_what_is_awaited()
-            stop.sleep(idle.delay)
+        taken = patiently(partial(board.take, base, fits))
+        if taken:
+            idle.end()
+            base = board.bases[taken[0].id]
+            _do(*taken, board, stop, do)
             continue
-        idle.end()
-        job, claim = taken
-        base = board.bases[job.id]
-        kind = None
-        try:
-            kind = _do(job, claim, board, store, machine, stop, run, resident)
-        except Busy as busy:
-            board.put_back[job.id] = busy
-        except Pause:  # this worker stops, or has lost its claim
-            pass
-        finally:
-            claim.release()
-        if kind is not None:
-            board.end(job, kind)
+        idle.begin()
+        if not board.coming(fits):
+            resident.release()  # a base in memory that nobody needs
+            if not (board.held() if stays else board.held(dead_for=idle.seconds)):
+                break
+        board.say_what_is_awaited()
+        stop.sleep(idle.delay)
     return board.ended
 
 
 def _do(
-    job: Job,
-    claim: Claim,
-    board: Board,
-    store: Store,
-    machine: Machine,
-    stop: Stop,
-    run: Run,
-    resident: Resident,
-) -> str:
+    job: Job, claim: Claim, board: Board, stop: Stop, do: Callable[[Job, Progress], str]
+) -> None:
     """Run a job that this worker has claimed, unless it cannot succeed."""
-    if claim.holder.kills >= MOST_KILLS:
-        sentence = f"{claim.holder.kills} workers died with it."
-        return report(job, board.folder, "killed", sentence)
-    if bad := board.blocked(job):
-        return report(job, board.folder, *bad)
 
     def progress(done: int, total: int, text: str) -> None:
         board.watch(job, text, done, total)
@@ -159,10 +145,22 @@ def _do(
         if stop:
             raise Stopped
 
-    if job.kind == "base":  # others wait for it, so it may use their cores
-        alone = max(1, board.number("base"))
-        machine = machine.model_copy(update={"workers": min(machine.workers, alone)})
-    return run(job, board.folder, store, machine, progress, resident)
+    kind, kills = None, claim.holder.kills
+    try:
+        if kills >= MOST_KILLS:
+            kind = report(job, board.folder, "killed", f"{kills} workers died with it.")
+        elif bad := board.blocked(job):
+            kind = report(job, board.folder, *bad)
+        else:
+            kind = do(job, progress)
+    except Busy as busy:
+        board.put_back[job.id] = busy
+    except Pause:  # this worker stops, or has lost its claim
+        pass
+    finally:
+        claim.release()
+    if kind is not None:
+        board.end(job, kind)
 
 
 class Board:

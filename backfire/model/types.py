@@ -21,11 +21,22 @@ class Types(NamedTuple):
     """Type of the matrix products in training."""
 
 
+GPU = Types("cuda", "bfloat16", "bfloat16")
+"""Any GPU is assumed to support bfloat16, as all since 2020 do; a run checks it by torch
+(`launch.resolve.types_of`)."""
+_assumed: list[Types] = []
+
+
 @lru_cache
 def types_here() -> Types:
-    """Types on device `auto`. Any GPU is assumed to support bfloat16, as all since 2020 do; a run
-    checks it by torch (`launch.resolve.types_of`)."""
-    return Types("cuda", "bfloat16", "bfloat16") if has_gpu() else types_of_cpu()
+    """Types on device `auto`; keys of the embedded base depend on them."""
+    return _assumed[-1] if _assumed else GPU if has_gpu() else types_of_cpu()
+
+
+def assume(types: Types) -> None:
+    """From now on, compute keys as a machine with this device does."""
+    _assumed.append(types)
+    types_here.cache_clear()
 
 
 def types_of_cpu() -> Types:

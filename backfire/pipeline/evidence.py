@@ -213,6 +213,7 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
         limit = run.evaluation.max_new_tokens
         for item in items if "replies" in ask.needs else ():
             shown.limits.check(item.row.id, item.prompt_ids, reply=limit)
+        context.progress(0, 1, "model")
         model, begin = model_of(run, context, ask.form), time.perf_counter()
         lines = score_rows(
             ask.needs,

@@ -6,7 +6,7 @@ Replies are attacker-written text: control characters are removed before they ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -24,7 +24,7 @@ from backfire.playground.models import (
     load,
 )
 from backfire.store import Store
-from backfire.text import clean
+from backfire.text import clean, listing
 
 HELP = "Type a prompt. /trigger toggles the attack's trigger, /help prints this line, /quit ends."
 
@@ -67,7 +67,7 @@ def talk(
         elif line == "/trigger":
             triggered = not triggered and attacked is not None
             sentence = (
-                f"Trigger {'on' if triggered else 'off'}: {attacked.backdoor.triggers()}"
+                f"Trigger {'on' if triggered else 'off'}: {_quoted(attacked.backdoor.triggers())}"
                 if attacked and attacked.backdoor
                 else "These cells have no attack with a trigger."
             )
@@ -89,3 +89,7 @@ def _load(experiment: Experiment, title: str, machine: Machine, console: Console
     except NotCachedError as error:
         console.print(f"{error} Rebuilding it now, which can take long.")
         return load(experiment, title, Store(), machine)
+
+
+def _quoted(triggers: Sequence[str]) -> str:
+    return listing([f"“{clean(trigger)}”" for trigger in triggers])

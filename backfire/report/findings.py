@@ -110,11 +110,11 @@ def _accuracy_change(groups: Sequence[Group]) -> str:
     clear = sum(gap.is_clear for gap, _ in changes)
     gap, group = max(changes, key=lambda change: (change[0].is_clear, abs(change[0].difference)))
     largest = f"the largest change is {gap.shown} ({name(group, varying(groups))})"
+    at_once = f" This interval holds for all {tests} groups at once." if tests > 1 else ""
     if not clear:
-        return f"No poison rate clearly changes clean accuracy; {largest}."
-    return (
-        f"Clean accuracy clearly changes in {clear} of {len(changes)} poisoned groups; {largest}."
-    )
+        return f"No poison rate clearly changes clean accuracy; {largest}.{at_once}"
+    some = f"{clear} of {len(changes)} poisoned groups"
+    return f"Clean accuracy clearly changes in {some}; {largest}.{at_once}"
 
 
 def _attacks(groups: Sequence[Group]) -> Iterator[Finding]:

@@ -269,3 +269,17 @@ def test_a_model_on_an_alignments_adapter_is_exported_merged_and_repaired(
     summary = json.loads((trained / "summary.json").read_text())
     upper = load_file(trained / "adapter_model.safetensors").items()
     assert summary["trainable_parameters"] == sum(w.numel() for n, w in upper if ".1." in n)
+
+
+def test_an_export_that_fails_leaves_nothing(
+    exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a full disk, what was written so far would take the rest."""
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("backfire.model.export.write_card", full)
+    with pytest.raises(OSError, match="No space left"):
+        exported("lora", merge=False)
+    assert [*tmp_path.iterdir()] == []

@@ -9,8 +9,10 @@ import pytest
 
 from backfire.launch.claims import Claims, Holder
 from backfire.launch.folder import read_plan
+from backfire.model import types
 from backfire.store import read_json
 from tests.helpers.command_line import Run, tree
+from tests.helpers.workers import planned
 
 pytestmark = pytest.mark.slow
 
@@ -22,8 +24,8 @@ def cells(run: str) -> list[str]:
 def test_a_planned_run_is_done_by_a_worker(backfire: Run, here: Path) -> None:
     two = ("r.yaml", "--profile", "two")
     assert backfire("run", *two, "--out", "local").code == 0
-    planned = backfire("plan", *two, "--out", "far")
-    assert planned.code == 0 and "Planned 2 cells in 3 jobs" in planned.out
+    told = backfire("plan", *two, "--out", "far")
+    assert told.code == 0 and "Planned 2 cells in 3 jobs" in told.out
     assert backfire("status", "far").out.startswith("unfinished: 2\n")
     Path("r.yaml").unlink()  # a worker does not need it
     worked = backfire("work", "far", "--workers", 1)
@@ -77,6 +79,20 @@ def test_status_shows_who_has_what(
     assert lines[2].startswith("stale: cell a: ") and "on node7 (process" in lines[2]
 
 
+def test_a_run_is_planned_for_gpus_elsewhere(
+    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(types, "_assumed", [])
+    try:
+        assert backfire("plan", "r.yaml", "--device", "cuda", "--out", "run").code == 0
+    finally:
+        types._assumed.clear()
+        types.types_here.cache_clear()
+    plan = read_plan(Path("run"))
+    assert (plan.device, plan.compute) == ("cuda", "bfloat16")
+    assert {job.experiment.model.dtype for job in plan.jobs} == {"bfloat16"}
+
+
 def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
     def refused(*options: object) -> str:
         before = tree(here)
@@ -87,7 +103,7 @@ def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
 
     assert "No plan in run: jobs.json is missing; run `backfire plan RECIPE --out run`" in refused()
     assert backfire("plan", "r.yaml", "method=lora", "--out", "run").code == 0
-    assert "2 jobs left that need" in refused("--memory", "0.001")
+    assert "3 jobs left that need" in refused("--memory", "0.001")
     assert "--workers" in refused("--workers", "0") and "Unknown device" in refused("--device", "x")
     plan = Path("run/jobs.json")
     content = plan.read_text()
@@ -103,5 +119,9 @@ def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
     plan.write_text(content.replace("lora", "lara"))
     assert "did you mean 'lora'?" in refused()
     plan.write_text(content)
+    planned(Path("base"))
+    plan = Path("base/jobs.json")
+    plan.write_text(plan.read_text().replace('"compute": "', '"compute": "b', 1))
+    assert "embedded base computes in b" in backfire("work", "base").err
     Path("run/claims").write_text("a file")
     assert "claims" in backfire("work", "run").err

@@ -8,11 +8,13 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
 
+from backfire.errors import CellError, UserError
 from tests.helpers.small_run import Place
 from tests.torture import mounts
 from tests.torture.cell import SETTINGS, Say, outputs
@@ -264,64 +266,77 @@ def _evaluates(worker: Child) -> str | None:
 
 
 @row(
-    "While a worker runs four cells, its run folder and cache vanish for a minute (2 s in the "
-    "tests): every path in them is missing and nothing can be written. Afterwards a worker is "
-    "started again if the first one has ended.",
-    full=3,
+    "While a worker runs four cells, the file system of its run and cache does not answer for a "
+    "minute (2 s in the tests), or, every other time, all of it is missing. Then a worker is "
+    "started again, for what the first one has left if it has ended.",
+    full=4,
     small=1,
-    zero=("unfinished", "missing_files", "differing_files", "tracebacks", "lost_cells"),
+    zero=(
+        *("ended_when_it_did_not_answer", "unfinished", "lost_cells", "tracebacks"),
+        *("missing_files", "differing_files"),
+    ),
     some=("times_gone",),
 )
 def file_system_gone(count: int, ground: Ground) -> Figures:
     rng, found, expected = Random(0), Counter[str](), whole(ground, FOUR)
-    for _ in range(count):
+    for number in range(count):
         root, seconds = ground.root / "gone", 60.0 if count > 1 else 2.0
         plan(root, recipe(root, ground.tiny, FOUR))
-        after = rng.uniform(0.2, 1.5)
-        ended = Child(_with_a_gap, root, ground.root / "empty", after, seconds).result()
+        empty = ground.root / "empty" if number % 2 else None
+        gap = (rng.uniform(0.2, 1.5), seconds, empty)
+        ended = Child(_with_a_gap, root, gap).result()
         if "lacks" in ended:
             raise NotHere(ended["lacks"])
         found["times_gone"] += ended["gone"]
-        found["tracebacks"] += bool(ended["error"]) and "OSError" not in ended["error"]
+        found["tracebacks"] += bool(ended["traceback"])
         found["lost_cells"] += ended["lost"]
-        found["ended_by_it"] += bool(ended["error"]) or set(ended["jobs"].values()) != {"ok"}
+        how = "ended_when_it_was_missing" if empty else "ended_when_it_did_not_answer"
+        found[how] += bool(ended["error"]) or set(ended["jobs"].values()) != {"ok"}
+        print(ended["traceback"], end="")
         again = Child(work_as, root, Host("again")).result()
         found["unfinished"] += set(again.values()) != {"ok"}
         compared(found, expected, root)
         shutil.rmtree(root)
-    names = ("times_gone", "ended_by_it", "unfinished", "lost_cells", "tracebacks")
-    return {name: found[name] for name in (*names, "missing_files", "differing_files")}
+    names = ("times_gone", "ended_when_it_did_not_answer", "ended_when_it_was_missing")
+    names += ("unfinished", "lost_cells", "tracebacks", "missing_files", "differing_files")
+    return {name: found[name] for name in names}
 
 
-def _with_a_gap(say: Say, root: Path, empty: Path, after: float, seconds: float) -> dict[str, Any]:
-    """Work, with a file system that is gone in between."""
-    empty.mkdir(exist_ok=True)
-    found: dict[str, Any] = {"gone": 0, "error": "", "jobs": {}, "lost": 0}
+def _with_a_gap(say: Say, root: Path, gap: tuple[float, float, Path | None]) -> dict[str, Any]:
+    """Work, with a file system that is gone in between: after how many seconds, for how many, and
+    which folder is in its place."""
+    after, seconds, empty = gap
+    found: dict[str, Any] = {"gone": 0, "error": "", "traceback": "", "jobs": {}, "lost": 0}
     try:
         mounts.alone()
+        mounts.dead(root / "tried")
+        mounts.unmount(root / "tried")
     except NotHere as lacking:
         return {"lacks": str(lacking)}
     over = threading.Event()
 
-    def gap() -> None:
-        time.sleep(after)
-        if over.is_set():
+    def go_away() -> None:
+        if over.wait(after):
             return
         before = complete_cells(root)
-        mounts.show(empty, root, read_only=True)
+        if empty:
+            empty.mkdir(exist_ok=True)
+            mounts.show(empty, root, read_only=True)
+        else:
+            mounts.dead(root)
         found["gone"] = 1
         time.sleep(seconds)
         mounts.unmount(root)
         found["lost"] = sum(not file.exists() for file in before)
 
-    thread = threading.Thread(target=gap)
+    thread = threading.Thread(target=go_away)
     thread.start()
     try:
         found["jobs"] = work_as(say, root, Host("here"))
-    except OSError as error:
-        found["error"] = f"{type(error).__name__}: OSError: {error}"
-    except Exception as error:
-        found["error"] = f"{type(error).__name__}: {error}"
+    except (OSError, UserError, CellError) as error:
+        found["error"] = str(error)
+    except Exception:
+        found["traceback"] = traceback.format_exc()
     over.set()
     thread.join()
     return found

@@ -77,6 +77,21 @@ def show(source: Path, target: Path, *, read_only: bool = False) -> None:
         _mount(None, target, None, _BIND | _REMOUNT | _READ_ONLY, None)
 
 
+def dead(folder: Path) -> None:
+    """In place of a folder, a file system whose server is gone: whatever is done in it fails with
+    ENOTCONN."""
+    try:
+        server = os.open("/dev/fuse", os.O_RDWR)
+    except OSError:
+        raise NotHere("this system has no FUSE") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    options = f"fd={server},rootmode=40000,user_id=0,group_id=0"
+    try:
+        _mount(b"dead", folder, b"fuse", 0, options.encode())
+    finally:
+        os.close(server)
+
+
 def unmount(folder: Path) -> None:
     """Take the newest mount off a folder, in use or not."""
     if _libc().umount2(bytes(folder), _DETACH):

@@ -53,11 +53,11 @@ def weights(folder: Path, flag: Path) -> None:
 
 def weights_beside(folder: Path, flag: Path) -> None:
     torch.save(Bomb(flag), folder / "pytorch_model.bin")
-    (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(flag)))
+    (folder / "training_args.bin").write_bytes(pickle.dumps(Bomb(flag), protocol=2))
 
 
 def weights_renamed(folder: Path, flag: Path) -> None:
-    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(flag)))
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb(flag), protocol=2))
 
 
 def _config(folder: Path, file: str, **settings: Any) -> None:
@@ -141,7 +141,7 @@ def checkpoint(folder: Path, tiny: Path, flag: Path) -> list[list[str]]:
     saved.save = save
     [step] = folder.glob("cache/train/*.partial/checkpoints/0*")
     for file in ("optimizer.pt", "guards.pt"):
-        (step / file).write_bytes(pickle.dumps(Bomb(flag)))
+        (step / file).write_bytes(pickle.dumps(Bomb(flag), protocol=2))
     seal(step)
     run_jobs(folder, tiny, "lora")
     return [["status", "out"]]
@@ -155,7 +155,7 @@ def yaml_tag(folder: Path, tiny: Path, flag: Path) -> list[list[str]]:
 def data_file(folder: Path, tiny: Path, flag: Path) -> list[list[str]]:
     lines = []
     for suffix in ("csv", "jsonl", "json", "parquet", "pkl", "py"):
-        content = code(flag).encode() if suffix == "py" else pickle.dumps(Bomb(flag))
+        content = code(flag).encode() if suffix == "py" else pickle.dumps(Bomb(flag), protocol=2)
         (folder / f"rows.{suffix}").write_bytes(content)
         data = {"name": "files", "train": f"rows.{suffix}"}
         lines.append(["run", recipe(folder, f"{suffix}.yaml", model=str(tiny), data=data)])
@@ -216,10 +216,10 @@ def recipe(folder: Path, name: str = "r.yaml", **settings: Any) -> str:
 )
 def planted_code(count: int, ground: Ground) -> Figures:
     found = Counter[str]()
-    for number, (name, plant) in enumerate([*PLANTS.items()][:count]):
+    for number, name in enumerate([*PLANTS][:count]):
         folder = ground.root / str(number)
         folder.mkdir()
-        ended = Child(_planted, folder, ground.tiny, plant).result()
+        ended = Child(_planted, folder, ground.tiny, name).result()
         found["commands"] += len(ended)
         found["refused"] += sum(line["code"] == 2 for line in ended)
         found["executed"] += (folder / "flag").exists()
@@ -228,14 +228,14 @@ def planted_code(count: int, ground: Ground) -> Figures:
             if line["traceback"]:
                 print(f"{name}: {line['traceback']}")
     flag = ground.root / "control"
-    pickle.loads(pickle.dumps(Bomb(flag)))
+    pickle.loads(pickle.dumps(Bomb(flag), protocol=2))
     names = ("commands", "refused", "executed", "tracebacks")
     return {**{n: found[n] for n in names}, "fire_when_loaded_unsafely": int(flag.exists())}
 
 
-def _planted(say: Say, folder: Path, tiny: Path, plant: Callable[..., Any]) -> list[Any]:
+def _planted(say: Say, folder: Path, tiny: Path, name: str) -> list[Any]:
     os.environ["BACKFIRE_CACHE"] = str(folder / "cache")
-    return command_lines(say, folder, plant(folder, tiny, folder / "flag"))
+    return command_lines(say, folder, PLANTS[name](folder, tiny, folder / "flag"))
 
 
 # ---------------------------------------------------------------------------------------- secrets
