@@ -107,7 +107,8 @@ def _shard_state(optimizer: torch.optim.Optimizer, state: dict[int, dict[str, An
     weights = [p for group in optimizer.param_groups for p in group["params"]]
     for place, entries in state.items():
         for name, value in entries.items():
-            if value.shape == weights[place].shape:
+            # bitsandbytes counts steps in a plain number.
+            if isinstance(value, torch.Tensor) and value.shape == weights[place].shape:
                 entries[name] = part_of(value, weights[place])
 
 
