@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Plan, start the nodes, kill some, wait for the others; returns the figures."""
+    import backfire.launch.preload  # noqa: F401  (once, and not by every node)
     from backfire.launch.folder import read_plan
     from benchmarks.simulated_node import Pace, run_node
 

@@ -103,7 +103,7 @@ def _sleep_instead(job: Any, log: Log, pace: Pace) -> None:
         _sleep(pace.cell_seconds, context)
         samples = [Sample(id=str(n), subset="clean", prompt="p", answer="a") for n in range(8)]
         number = int(key, 16) % 1000 / 1000  # a function of the cell, so that repeats would agree
-        value = Value(metric="accuracy", value=number, n=8)
+        value = Value("accuracy", number, number, number, 8, "higher")
         result = replace(head(experiment, key), status="ok", values=(value,))
         return Outcome(result, Evidence(clean=samples), None)
 

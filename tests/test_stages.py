@@ -110,8 +110,8 @@ def test_a_run_uses_these_keys_and_names(name: str, tiny: Path, tmp_path: Path) 
     members = [sample.id for sample in evidence.members.tuned] if evidence.members else []
     keys, names = every_key(cell, members), slugs(with_metrics(cell))
     assert [used for used in store.used if used.key not in keys or used.slug not in names] == []
-    more = {"a backdoor, merged": "merge", "secrets": "secrets"}.get(name, "repair")
-    wanted = {"data", "poison", "preflight", "train", "evaluate", more}
+    more = {"a backdoor, merged": set[str](), "secrets": {"secrets"}}.get(name, {"repair"})
+    wanted = {"data", "poison", "preflight", "train", "evaluate", *more}
     assert wanted <= {stage.kind for stage in store.used}
 
 

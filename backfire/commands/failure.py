@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from backfire.errors import EXIT_CLASSES, exit_class, shortened
 from backfire.text import clean
@@ -20,8 +20,9 @@ def fail_or_raise(error: Exception) -> None:
     if isinstance(error, RuntimeError) and "home directory" in str(error):  # pathlib's
         fail("A path begins with ~ and the name of an unknown user.")
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
+        if setting := _as_edit(error):
+            cast(Any, error).possibilities = []  # options that only look alike
         if message := error.format_message():
-            setting = _as_edit(error)
             fail(f"{message.rstrip('.')}. {setting}" if setting else message)
         sys.exit(2)  # no command was given: the help was printed
     raise error

@@ -102,8 +102,8 @@ class Task:
             run = self._run(model, ranks)
             if len(spread) > 1 and run.hooks:
                 raise UserError(
-                    f"The base takes {len(spread)} GPUs, where no defense acts in training; use method "
-                    "qlora, or a smaller base."
+                    f"The base takes {len(spread)} GPUs, where no defense acts in training; use "
+                    "method qlora, or a smaller base."
                 )
             model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
             summary = _train(run, Precision(device, compute), self.machine, progress)

@@ -80,7 +80,7 @@ class Ranks:
             if number == 0:
                 head, flat = flat[: len(head)], flat[len(head) :]
                 has_any = dict(zip(every, (head[1:] > 0).tolist(), strict=True))
-            for p, piece in zip(part, flat.split([p.numel() for p in part]), strict=True):
+            for p, piece in zip(part, torch.split(flat, [p.numel() for p in part]), strict=True):
                 p.grad = piece.view_as(p).to(p.dtype) if has_any[p] else None
         return head[0].to(loss.dtype)
 
@@ -100,9 +100,8 @@ class Ranks:
             return dict(tensors)
         every = list(tensors.values())
         flat = torch.cat([t.flatten() for t in every])
-        parts = self.total(flat if self.leads else torch.zeros_like(flat)).split(
-            [t.numel() for t in every]
-        )
+        joined = self.total(flat if self.leads else torch.zeros_like(flat))
+        parts = torch.split(joined, [t.numel() for t in every])
         return {n: part.view_as(tensors[n]) for n, part in zip(tensors, parts, strict=True)}
 
     def out_of_memory(self, mine: bool) -> bool:

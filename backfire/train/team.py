@@ -240,7 +240,7 @@ def _disband() -> None:
 
 def _started(size: int) -> _Team:
     """Start the other ranks on this machine."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
     command = [sys.executable, "-m", __name__, str(store.port), str(size)]
@@ -285,7 +285,7 @@ def _joined(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.PrefixStore(f"group {number}", store),
+        store=dist.PrefixStore(f"group {number}", store),  # type: ignore[attr-defined]
         rank=rank,
         world_size=size,
         timeout=_TIMEOUT,
@@ -360,7 +360,7 @@ def serves() -> bool:
 
 def _meet() -> tuple[Any, int, int]:
     """The store that the ranks of a launcher share, the own rank, and their number."""
-    from torch.distributed import rendezvous
+    from torch.distributed.rendezvous import rendezvous
 
     # We shard models ourselves; transformers would load empty weights on most ranks.
     os.environ.pop("ACCELERATE_USE_FSDP", None)
@@ -411,7 +411,7 @@ def _main(port: int, size: int, rank: int) -> None:
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(_HOST, port, is_master=False, timeout=_TIMEOUT)
     _serve(store, rank, size, iter(blobs.get, None))

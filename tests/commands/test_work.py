@@ -121,7 +121,7 @@ def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
     plan.write_text(content)
     planned(Path("base"))
     plan = Path("base/jobs.json")
-    plan.write_text(plan.read_text().replace('"compute": "', '"compute": "b'))
+    plan.write_text(plan.read_text().replace('"compute": "', '"compute": "b', 1))
     assert "embedded base computes in b" in backfire("work", "base").err
     Path("run/claims").write_text("a file")
     assert "claims" in backfire("work", "run").err

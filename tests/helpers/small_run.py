@@ -57,8 +57,9 @@ class Place:
         return sorted(p.name for p in self.cache.glob("train/*") if p.is_dir())
 
     def stamps(self) -> dict[str, int]:
-        """When each cached file and each result was last written."""
-        files = [*self.cache.rglob("*"), *self.out.glob("cells/*/*")]
+        """When each file of a stage and each result was last written."""
+        stages = (p for p in self.cache.rglob("*") if p.parent.name != "runs")
+        files = [*stages, *self.out.glob("cells/*/*")]
         return {str(p): p.stat().st_mtime_ns for p in files if p.is_file() and p.suffix != ".lock"}
 
 

@@ -111,7 +111,7 @@ def test_two_workers_load_twice_at_most(counted: Any, tiny: Path, tmp_path: Path
 
 @pytest.mark.slow
 def test_a_killed_worker_is_replaced(counted: Any, tiny: Path, tmp_path: Path) -> None:
-    """Only its job is lost, and the stages that depend on it are made again by the cells."""
+    """Another worker does its job."""
     flag = tmp_path / "killed"
     kill = f"""
         if not os.path.exists({str(flag)!r}):

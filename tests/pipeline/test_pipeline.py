@@ -258,7 +258,7 @@ def test_an_interrupted_run_goes_on_to_the_same_numbers(
     seen: list[str] = []
 
     def watch(job: Any, text: str, done: int, total: int) -> None:
-        if text.startswith("loss") and "badnets" in job.title:
+        if "loss" in text and "badnets" in job.title:
             seen.append(f"{done}/{total}")
             if len(seen) == 3:
                 raise KeyboardInterrupt

@@ -32,7 +32,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "ewc": {"method": {"name": "lora", "rank": 4}, "defense": "ewc", "align": ALIGN},
     "lisa": {
         "method": {"name": "lora", "rank": 4},
-        "defense": {"name": "lisa", "align_steps": 2, "finetune_steps": 3},
+        "defense": {"name": "lisa", "align_steps": 2, "tune_steps": 3},
         "align": ALIGN,
     },
 }

@@ -38,7 +38,8 @@ def cell_kills(count: int, ground: Ground) -> Figures:
         root = ground.root / "killed"
         for number in range(min(PER_CELL, count - found["kills"])):
             child = Child(run_cell, root, ground.tiny, kind)
-            if number % 2 and _reaches_a_save(child, rng):
+            saving = number % 2 == 1 and _reaches_a_save(child, rng)
+            if saving:
                 time.sleep(rng.uniform(0, save_seconds))
             else:
                 child.wait(rng.uniform(0, seconds))
@@ -47,7 +48,7 @@ def cell_kills(count: int, ground: Ground) -> Figures:
                 break
             child.kill()
             found["kills"] += 1
-            found["in_saves"] += _last_word(child) == "save"
+            found["in_saves"] += _last_word(child, "save" if saving else None) == "save"
         found["cells"] += 1
         ended = Child(run_cell, root, ground.tiny, kind).result()
         found["not_resumed"] += ended is None or set(ended["ended"]) != {"ok"}
@@ -77,9 +78,8 @@ def _reaches_a_save(child: Child, rng: Random) -> bool:
     return False
 
 
-def _last_word(child: Child) -> Any:
-    """The last that a killed child said."""
-    last = word = None
+def _last_word(child: Child, last: Any) -> Any:
+    """The last that a killed child said; `last` is what was read of it before."""
     try:
         while (word := child.said(1)) is not None:
             last = word

@@ -13,6 +13,7 @@ from tests.torture.rows import ROWS
 pytestmark = pytest.mark.slow
 
 
+@pytest.mark.timeout(1200)  # a row of many runs, on a busy machine
 @pytest.mark.parametrize("name", [row.name for row in ROWS.values() if row.small])
 def test_a_row_reaches_its_target(name: str, tiny: Path, tmp_path: Path) -> None:
     try:
