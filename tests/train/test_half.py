@@ -18,7 +18,7 @@ from backfire.evaluate.inference import score_tokens
 from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import checkpoint, loop
+from backfire.train import batches, checkpoint, loop
 from backfire.train.half import LossScale, _join, _split
 from backfire.train.loop import TrainingRun, train
 from backfire.train.optimizer import STATE_BYTES
@@ -260,12 +260,12 @@ def test_small_gradients_survive_in_float16(new: New) -> None:
         cell.scaling.value = scale
         rows = cell.rows()
         logits, labels = cell.logits(rows)
-        cell.backward(1e-6 * loop.token_losses(logits, labels).sum())
+        cell.backward(1e-6 * batches.token_losses(logits, labels).sum())
         return cell.gradients.take()
 
     cell = new("full", folder="exact")
     logits, labels = cell.logits(cell.rows())
-    cell.backward(1e-6 * loop.token_losses(logits, labels).sum())
+    cell.backward(1e-6 * batches.token_losses(logits, labels).sum())
     exact = cell.gradients.take()
     assert close(gradient(LossScale.LARGEST), exact, 2e-2)
     assert not close(gradient(1.0), exact, 0.1)

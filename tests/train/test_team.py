@@ -27,7 +27,7 @@ SETTINGS: dict[str, Any] = {
     "data": {"name": "sandbox-reviews", "rows": 60, "test_rows": 8},
     "attack": "none",
     "method": LORA,
-    "train": {"max_steps": 6, "batch_size": 8},
+    "train": {"max_steps": 6, "batch_size": 8, "compute": "float32"},
     "metrics": ["accuracy"],
 }
 MURDER = """
