@@ -76,6 +76,10 @@ class Busy(Pause):
     """Another process builds a stage that the job needs; the message names the stage and host."""
 
 
+class Away(Busy):
+    """A file system did not answer while the job ran; the message is the error's sentence."""
+
+
 class Stopped(Pause):
     """The worker is told to stop. Progress callbacks raise it; training then saves a checkpoint."""
 
@@ -93,6 +97,11 @@ def is_disk_full(error: BaseException) -> bool:
 def is_away(error: BaseException) -> bool:
     """Whether this error of a file may pass by itself, as when its server restarts."""
     return isinstance(error, OSError) and error.errno in _AWAY
+
+
+def was_away(error: BaseException) -> bool:
+    """Whether such an error is this one, or caused it."""
+    return any(map(is_away, _chain(error)))
 
 
 def _of_disk(error: BaseException) -> str | None:

@@ -159,8 +159,11 @@ def intact(folder: Path) -> bool:
 
 
 def _matches(folder: Path) -> bool:
-    """Whether the files are as in the seal."""
-    sizes = read_json(folder / SEAL)
+    """Whether the files are as in the seal, which ends with a line break: it is complete."""
+    text = (folder / SEAL).read_text(encoding="utf-8")
+    if not text.endswith("\n"):
+        return False
+    sizes = json.loads(text)
     hashed = _are_hashed(sizes)
     return all(
         (folder / name).stat().st_size == entry["bytes"]

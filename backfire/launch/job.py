@@ -16,7 +16,7 @@ import yaml
 
 from backfire import stages
 from backfire.base.judges import drop_models
-from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
+from backfire.errors import EXIT_CLASSES, Away, CellError, UserError, exit_class, was_away
 from backfire.experiment import Experiment, Machine
 from backfire.launch.folder import plugins_of
 from backfire.model.resident import Resident
@@ -111,6 +111,8 @@ def run_job(
     except Exception as error:  # the failure of one cell must not stop the others
         resident.release()
         kind, sentence = exit_class(error)
+        if was_away(error):
+            raise Away(sentence) from error
         expected = isinstance(error, CellError)
         trace = traceback.format_exc() if kind == "failed" and not expected else None
         return report(job, folder, kind, sentence, trace)

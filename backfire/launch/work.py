@@ -15,12 +15,13 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from backfire.errors import Busy, Pause, Stopped
+from backfire.errors import Away, Busy, Pause, Stopped
 from backfire.experiment import Machine
 from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
@@ -41,6 +42,8 @@ _SHORTEST, _LONGEST = 0.05, 5.0
 """Seconds between two looks for a job, when none is ready: a fifth of the time waited so far."""
 _FRESH = 1.0
 """Seconds for which a worker that finds jobs does not look what others do."""
+MOST_TRIES = 3
+"""Number of times that a file system does not answer to a job before it counts as failed."""
 _SLICE = 0.1  # seconds; a signal is noticed after this time
 
 
@@ -153,6 +156,11 @@ def _do(
             kind = report(job, board.folder, *bad)
         else:
             kind = do(job, progress)
+    except Away as away:  # it passes, or it does not
+        board.put_back[job.id] = away
+        board.tries[job.id] += 1
+        if board.tries[job.id] == MOST_TRIES:
+            kind = report(job, board.folder, "io", str(away))
     except Busy as busy:
         board.put_back[job.id] = busy
     except Pause:  # this worker stops, or has lost its claim
@@ -177,6 +185,8 @@ class Board:
         left = needed(jobs, folder)
         self.waiting = {job.id: job for job in left}
         self.ended = {job.id: "ok" for job in jobs if job.id not in self.waiting}
+        self.tries = Counter[str]()
+        """How often a file system did not answer while this worker had a job."""
         self.put_back: dict[str, Busy] = {}
         """Jobs that need a stage which another process builds; tried again after the others."""
         distinct: list[Any] = []
