@@ -22,7 +22,7 @@ from backfire.result import CellResult
 from backfire.results.load import load, summary
 from backfire.store import Store
 from backfire.terminal import say
-from backfire.train import team
+from backfire.train import devices
 
 
 def start(
@@ -41,14 +41,14 @@ def start(
     store, console = Store(), Console(stderr=True)
     settings = settings_of(machine)
     # A missing device is reported once here, and not by every cell.
-    team.check(settings)
-    team.check_cells(recipe.cells, settings)
+    devices.check(settings)
+    devices.check_cells(recipe.cells, settings)
     recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
         check(recipe, store, console, memory_of(settings.device, types))
-        if "workers" not in machine and not team.launched():
+        if "workers" not in machine and not devices.launched():
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
@@ -70,7 +70,7 @@ def start(
 
 def settings_of(machine: Mapping[str, Any]) -> Machine:
     """The settings of the machine: these, and the number of devices that a launcher gives."""
-    outside = team.launched()
+    outside = devices.launched()
     return Machine.make({"devices": outside[1] if outside else 1, **machine}, "option")
 
 

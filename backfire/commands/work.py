@@ -25,7 +25,7 @@ from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.store import Store
 from backfire.terminal import say
-from backfire.train import team
+from backfire.train import devices
 
 
 def start(
@@ -48,13 +48,13 @@ def start(
     plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
     cells = sum(job.kind == "cell" for job in plan.jobs)
     settings = settings_of(machine)
-    team.check(settings)
-    team.check_cells((job.experiment for job in plan.jobs), settings)
+    devices.check(settings)
+    devices.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
     _check_device(run, plan, types)
     has = memory_of(settings.device, types)
     if (
-        "workers" not in machine and not team.launched()
+        "workers" not in machine and not devices.launched()
     ):  # so many that each has memory for any job that fits at all
         need = min(has, max((job.memory or 0.0 for job in plan.jobs), default=0.0) or SMALL)
         workers = default_workers(cells, settings, need=need)

@@ -18,7 +18,7 @@ from backfire.errors import UserError
 from backfire.experiment import Machine
 from backfire.plugins import from_file
 from backfire.store import read_json
-from backfire.train import team
+from backfire.train import devices, team
 from tests.helpers.command_line import Output
 from tests.helpers.small_run import Place
 
@@ -122,15 +122,15 @@ def test_ranks_that_torchrun_started_serve_the_first(
 
 @pytest.mark.parametrize("stray", ["WORLD_SIZE", "RANK", "MASTER_ADDR"])
 def test_a_stray_variable_is_no_rendezvous(stray: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in team._RENDEZVOUS:
+    for name in devices._RENDEZVOUS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(stray, "4")
-    assert team.launched() is None and not team.serves()
+    assert devices.launched() is None and not team.serves()
 
 
 def refused(machine: dict[str, Any]) -> str:
     with pytest.raises(UserError) as error:
-        team.check(Machine.make(machine))
+        devices.check(Machine.make(machine))
     return str(error.value)
 
 
@@ -146,8 +146,8 @@ def test_devices_that_do_not_exist_are_refused(monkeypatch: pytest.MonkeyPatch) 
     assert refused({**machine, "device": "cuda:1"}) == (
         "--device cuda:1 is one device; with --devices 4 use cuda."
     )
-    team.check(Machine.make({"device": "cuda", "devices": 2}))
-    team.check(Machine.make({"device": "cpu", "devices": 4}))
+    devices.check(Machine.make({"device": "cuda", "devices": 2}))
+    devices.check(Machine.make({"device": "cpu", "devices": 4}))
     names = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
     for name, value in names.items():
         monkeypatch.setenv(name, value)
