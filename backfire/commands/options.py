@@ -55,7 +55,8 @@ Minutes = Annotated[
     float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
 ]
 Memory = Annotated[
-    float | None, typer.Option(min=0, help="Most memory of a job in GB; by default what there is.")
+    float | None,
+    typer.Option(min=0, help="Memory limit of a job in GB; by default all memory of this machine."),
 ]
 WorkersDevice = Annotated[
     str, typer.Option(help="Device of the workers: auto (as on this machine), cpu or cuda.")
