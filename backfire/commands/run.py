@@ -10,7 +10,7 @@ from rich.console import Console
 
 from backfire import plan, stages
 from backfire.commands.plan import check, memory_of
-from backfire.commands.workers import default_workers, largest
+from backfire.commands.workers import default_workers, largest, workers_by_device
 from backfire.experiment import Experiment, Machine
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
@@ -47,13 +47,17 @@ def start(
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
+        from backfire.launch import local
+
+        is_set = "workers" in machine or bool(devices.launched())
+        if (settings.workers if is_set else workers_by_device(len(recipe.cells), settings)) > 1:
+            local.warm_up()
         check(recipe, store, console, memory_of(settings.device, types))
-        if "workers" not in machine and not devices.launched():
+        if not is_set:
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
-        from backfire.launch import local
         from backfire.launch.work import Stop
 
         stop = Stop()

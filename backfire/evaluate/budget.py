@@ -25,6 +25,8 @@ _TOKENS_ON_CPU = 2**15
 _PASS_ON_CPU = 2**10
 """Most tokens of several rows in one pass. Larger passes are slower there, as their activations
 leave the processor's cache, and take more memory."""
+_PACK_ON_CPU = 3 * 2**9
+"""The same of a pack, whose rows need no copies of the prefix they share."""
 _LOGITS_ON_CPU = 1 / 8
 """Share of `MOST_LOGITS` that several rows may hold there."""
 Result = TypeVar("Result")
@@ -46,6 +48,8 @@ class Budget:
         on_cpu = model.device.type == "cpu"
         self.run = _PASS_ON_CPU if on_cpu else self.tokens
         """Most tokens of several rows in one pass."""
+        self.pack = _PACK_ON_CPU if on_cpu else self.tokens
+        """The same for rows end to end."""
         self.together = max(1, int(self.logits * _LOGITS_ON_CPU)) if on_cpu else self.logits
         """Most positions of several rows whose logits are held at once."""
 
@@ -58,12 +62,14 @@ class Budget:
         extra: int = 0,
         kept: Sequence[int] | None = None,
         level: bool = False,
+        packed: int | None = None,
     ) -> Iterator[tuple[list[int], Result]]:
         """Yield the rows of each batch and the result of `work` on them, in `order`.
 
         `order` is longest first. `lengths` are the tokens of each row, `extra` the tokens that will
         be added to each, `kept` the positions of each that reach the head; with `level`, a batch
-        holds only rows of one length.
+        holds only rows of one length. `packed` rows run end to end behind a prefix of so many
+        tokens.
 
         Raises:
             CellError: memory runs out at one row.
@@ -76,7 +82,8 @@ class Budget:
             for row in order[place + 1 :]:
                 most = max(kept[i] for i in (*part, row)) if kept else 1
                 full = len(part) >= self.rows or (len(part) + 1) * most > self.together
-                full |= (len(part) + 1) * cost > min(self.tokens, self.run)
+                full |= (len(part) + 1) * cost > self.tokens
+                full |= len(part) + 1 > self.at_once(cost, packed)
                 if full or (level and lengths[row] != lengths[first]):
                     break
                 part.append(row)
@@ -86,6 +93,12 @@ class Budget:
                 continue
             place += len(part)
             yield part, result[0]
+
+    def at_once(self, tokens: int, packed: int | None = None) -> int:
+        """Most rows of this many tokens each in one pass, padded, or `packed` behind a prefix of so
+        many of them; at least 1."""
+        most = self.run // tokens if packed is None else self.pack // (tokens - packed)
+        return max(1, most)
 
     def fitting(self, tokens: int) -> int:
         """Most rows of this many tokens each that are cached together; at least 1."""

@@ -11,9 +11,10 @@ import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
 from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
 from backfire.experiment import Machine
@@ -58,6 +59,19 @@ def run(
     finally:
         team.end(_PATIENCE)
     return team.ended
+
+
+def warm_up() -> None:
+    """Begin what workers are forked from, whose imports take seconds, in the background."""
+    if not has_gpu():
+        _forkserver()
+        forkserver.ensure_running()
+
+
+def _forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["backfire.launch.preload"])
+    return context
 
 
 @dataclass
@@ -128,9 +142,7 @@ class _Team:
 
     def _start(self, stop: Stop, stays: bool) -> _Worker:
         # A process forked after CUDA was initialized cannot use it.
-        how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
-        context: Any = multiprocessing.get_context(how)
-        context.set_forkserver_preload(["backfire.launch.preload"])
+        context: Any = multiprocessing.get_context("spawn") if has_gpu() else _forkserver()
         pipe, far = context.Pipe()
         # Plug-ins come first: the other arguments may hold objects of their classes.
         arguments = (self.jobs, self.folder, self.store, self.machine)
