@@ -16,6 +16,7 @@ from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
+from backfire.model.types import Types
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.result import CellResult
@@ -44,6 +45,7 @@ def start(
     devices.check(settings)
     devices.check_cells(recipe.cells, settings)
     recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
+    settings = on_device(settings, types)
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
@@ -72,6 +74,13 @@ def settings_of(machine: Mapping[str, Any]) -> Machine:
     """The settings of the machine: these, and the number of devices that a launcher gives."""
     outside = devices.launched()
     return Machine.make({"devices": outside[1] if outside else 1, **machine}, "option")
+
+
+def on_device(settings: Machine, types: Types) -> Machine:
+    """The settings with the GPU that `auto` has found: should it be lost later, no job may go on
+    silently on the CPU."""
+    found = settings.device == "auto" and types.device == "cuda"
+    return settings.model_copy(update={"device": "cuda"}) if found else settings
 
 
 def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:

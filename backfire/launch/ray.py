@@ -11,6 +11,7 @@ import os
 import secrets
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -18,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from backfire.errors import UserError, shortened
-from backfire.launch.remote import Probe, Worker
+from backfire.launch.remote import Probe, Worker, unread
 from backfire.resources import cores
 
 _RETRIES = 3
 """How often Ray itself repeats the task of a worker that died; then `launch.watch` does."""
 _PATIENCE = 120.0  # seconds that cancelled workers have to save a checkpoint
+_LOOK = 60.0  # seconds that a node has to say whether it sees the folders
 _ASK = 30.0  # seconds for the question whether a cluster is open
 
 
@@ -81,6 +83,32 @@ class Ray:
                 f"No node of the Ray cluster is large enough for a worker with {wanted}; the most "
                 f"that nodes have: {found}."
             )
+
+    def unread(self, probes: Sequence[Probe]) -> tuple[str, Probe] | None:
+        """Asked of every node."""
+        if not self.request.address:  # this machine alone
+            return None
+        ray = _import_ray()
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
+
+        look = ray.remote(unread).options(num_cpus=0, max_retries=0)
+        asked = {
+            look.options(scheduling_strategy=On(node["NodeID"], soft=False)).remote(probes): node
+            for node in ray.nodes()
+            if node["Alive"]
+        }
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK)
+        for task in answered:
+            host = asked[task]["NodeManagerHostname"]
+            try:
+                if found := ray.get(task):
+                    return host, probes[found[0]]
+            except ray.exceptions.RayTaskError as error:
+                reason = shortened(str(error).strip().splitlines()[-1], 300)
+                raise UserError(f"Ray's node {host} cannot run backfire: {reason}") from None
+            except ray.exceptions.RayError:  # it is lost: no worker will start there
+                continue
+        return None
 
     def begin(self, options: tuple[str, ...], probe: Probe) -> None:
         """What its workers will do."""

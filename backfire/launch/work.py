@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from backfire.errors import Away, Busy, Pause, Stopped
+from backfire.errors import Away, Busy, GpuError, Pause, Stopped
 from backfire.experiment import Machine
 from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
@@ -148,7 +148,7 @@ def _do(
         if stop:
             raise Stopped
 
-    kind, kills = None, claim.holder.kills
+    kind, kills, dies = None, claim.holder.kills, False
     try:
         if kills >= MOST_KILLS:
             kind = report(job, board.folder, "killed", f"{kills} workers died with it.")
@@ -165,8 +165,11 @@ def _do(
         board.put_back[job.id] = busy
     except Pause:  # this worker stops, or has lost its claim
         pass
+    except GpuError:  # by this job, it may be: after a few such workers it counts as failed
+        dies = True
+        raise
     finally:
-        claim.release()
+        claim.release(dies=dies)
     if kind is not None:
         board.end(job, kind)
 

@@ -50,6 +50,30 @@ def _lose_node(ray: Cluster) -> None:
     assert ray.command("lose") == "done"
 
 
+def test_ray_and_workers_of_this_machine_share_one_run_folder(
+    twelve: Twelve, local: Twelve, ray: Cluster
+) -> None:
+    begun, trouble = time.monotonic(), Trouble(twelve, kills=0)
+    far = twelve.start(*RUN, "--jobs", "1", "--ray-address", ray.address)
+    wait_until(lambda: len(twelve.claims()) > 0)
+    near = twelve.start("work", "out", "--workers", "1")
+    trouble.until(lambda: far.poll() is not None and near.poll() is not None)
+    assert (far.returncode, near.returncode) == (0, 0), twelve.log()
+    assert twelve.values() == local.values() and trouble.num_workers() == 2
+    print(f"\nRay and work: {time.monotonic() - begun:.0f} s, {trouble.says()}")
+
+
+def test_a_cache_that_a_node_does_not_share_is_named(twelve: Twelve, ray: Cluster) -> None:
+    """Of another machine, as the nodes are: they have another folder in its place."""
+    shared = twelve.root / "cache/shared.txt"
+    shared.parent.mkdir()
+    shared.symlink_to("/proc/self/environ")  # differs between processes
+    process = twelve.start(*RUN, "--ray-address", ray.address)
+    assert process.wait(timeout=300) == 2
+    assert f"The cache {twelve.root}/cache is not shared with" in twelve.log()
+    assert not twelve.out.exists()
+
+
 def test_without_an_address_it_starts_here_closed_to_others(twelve: Twelve, local: Twelve) -> None:
     twelve.environment = {"RAY_raylet_start_wait_time_s": "180"}
     twelve.run(*RUN[4:], "--jobs", "2")
