@@ -98,6 +98,7 @@ def run_job(
     """
     resident = resident or Resident()
     set_threads(machine)
+    _keep_imports()
     _reset_globals()
     try:
         progress(0, 1, "start")
@@ -140,6 +141,16 @@ def refuse_broken_gpu(error: Exception) -> None:
             f"The GPU of {os.uname().nodename} does not answer any more: {first_line(reason)}. "
             "Finished work is kept; run the same command again, or on another machine."
         ) from error
+
+
+def _keep_imports() -> None:
+    """Leave what is imported out of garbage collection until the worker ends. A full collection,
+    which frees a model, would look at half a million objects of torch and transformers."""
+    import backfire.launch.preload  # noqa: F401  (what a job imports)
+
+    if not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
 
 
 def _reset_globals() -> None:

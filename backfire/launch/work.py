@@ -9,6 +9,7 @@ another process builds is put back.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import os
@@ -134,6 +135,7 @@ def work(
                 break
         board.say_what_is_awaited()
         stop.sleep(idle.delay)
+    gc.unfreeze()  # a job has frozen what it imported
     return board.ended
 
 
