@@ -11,7 +11,7 @@ from rich.console import Console
 from backfire import plan, stages
 from backfire.commands.plan import check, memory_of
 from backfire.commands.workers import default_workers, largest
-from backfire.experiment import Machine
+from backfire.experiment import Experiment, Machine
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
@@ -97,11 +97,23 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     if bad:
         terminal.print_problems(cells, console)
         say(f"Each has an error.json under {out}/cells.", console)
+    if line := _shared([job.experiment for job in work if job.kind == "cell"]):
+        say(line, console)
     if silent := _unmeasured(cells, work):
         say(f"No cell has a number for: {', '.join(silent)}.", console)
     say(f"All numbers: backfire results {out} --format csv", console)
     console.print(f"Report: {page}", soft_wrap=True)
     return len(bad)
+
+
+def _shared(cells: Sequence[Experiment]) -> str:
+    """What the cells shared; empty if nothing."""
+    parts = [
+        f"{needed - distinct} of {needed} {what}"
+        for what, (needed, distinct) in plan.sharing(cells).items()
+        if distinct < needed
+    ]
+    return f"Shared by cells, and so not repeated: {' and '.join(parts)}." if parts else ""
 
 
 def _unmeasured(cells: Sequence[CellResult], work: Sequence[Job]) -> list[str]:

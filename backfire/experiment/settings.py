@@ -167,10 +167,14 @@ class Safety(Config):
 
 
 class Evaluation(Config):
-    """How replies are generated."""
+    """How models are evaluated."""
 
     max_new_tokens: int = Field(32, ge=1)
     """Maximum number of tokens in a reply."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the base's weights in evaluation; `auto` is their type in training (`model.dtype`).
+    bfloat16 is much faster on many CPUs, but gives other log-likelihoods, and sometimes other
+    answers: compare only numbers of one type."""
 
 
 class Machine(Config):
