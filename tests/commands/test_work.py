@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -126,6 +128,28 @@ def test_a_gpu_that_breaks_is_no_bad_input(
     assert backfire("plan", "r.yaml", "--out", "run").code == 0
     found = backfire("work", "run", "--workers", 1)
     assert (found.code, found.err) == (1, "backfire: The GPU of n1 does not answer any more.\n")
+
+
+def test_what_slurm_refuses_is_refused_before_anything_is_written(
+    backfire: Run, here: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace())
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    before = tree(here)
+
+    def refused(**programs: str) -> str:
+        for name, does in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+        found = backfire("run", "r.yaml", "--on", "slurm", "--mem", "2G", "--partition", "nowhere")
+        assert found.code == 2 and "Traceback" not in found.err and tree(here) == before
+        return found.err.splitlines()[-1]
+
+    says = "echo 'allocation failure: Invalid partition name' >&2; exit 1"
+    assert refused(sbatch=says).endswith("does not take the job: Invalid partition name.")
+    other = f"The cache {cache} is not shared with n1; set BACKFIRE_CACHE to a folder that all"
+    unseen = f"printf 'n1\\n%s\\n' {cache}/shared.txt"
+    assert other in refused(sbatch="exit 0", srun=unseen)
 
 
 def test_status_shows_who_has_what(

@@ -41,6 +41,7 @@ class Twelve:
     root: Path
     tiny: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    _started: list[subprocess.Popen[str]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ class Twelve:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command line, with its output in `<root>/log`."""
         with (self.root / "log").open("a") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(*words),
                 env=self.variables(),
                 cwd=self.root,
@@ -65,6 +66,14 @@ class Twelve:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what was started and has not ended, as after a test that failed."""
+        for process in self._started:
+            process.kill()
+            process.wait()
 
     def variables(self) -> dict[str, str]:
         top = str(Path(__file__).parents[2])

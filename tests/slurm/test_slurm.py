@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ def local(tmp_path_factory: pytest.TempPathFactory, tiny: Path, slurm: Slurm) ->
 
 
 @pytest.fixture
-def twelve(tmp_path: Path, tiny: Path, slurm: Slurm) -> Twelve:
-    return Twelve(tmp_path / "run", tiny, slurm.environment)
+def twelve(tmp_path: Path, tiny: Path, slurm: Slurm) -> Iterator[Twelve]:
+    run = Twelve(tmp_path / "run", tiny, slurm.environment)
+    yield run
+    run.end()
 
 
 def test_all_cells_are_done_once_though_workers_are_killed_and_a_node_is_lost(
