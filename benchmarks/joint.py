@@ -46,7 +46,7 @@ LENGTHS = (12, 48)
 class Fan(nn.Module):
     """A frozen linear layer with the LoRA adapters of K cells."""
 
-    def __init__(self, base: nn.Linear, cells: int, kind: str) -> None:
+    def __init__(self, base: nn.Linear, cells: int, most: int, kind: str) -> None:
         super().__init__()
         self.size = base.in_features
         first = torch.randn(RANK, self.size) / math.sqrt(self.size)
@@ -54,14 +54,10 @@ class Fan(nn.Module):
         self.b = nn.Parameter(torch.zeros(base.out_features, cells * RANK))
         self.compute = torch.float32 if kind == "float32" else torch.bfloat16
         self.own: Tensor  # [token, K x rank], set before a step
-        weight = base.weight.detach().to(self.compute)
-        self.packed: Any = None
-        if kind == "nf4":
-            from bitsandbytes.functional import quantize_4bit
-
-            self.packed = quantize_4bit(weight, quant_type="nf4")
-        else:
-            self.all = torch.cat([weight, self.b.detach().to(weight.dtype)], 1)
+        if not hasattr(base, "shared"):
+            base.shared = _frozen(base.weight.detach().to(self.compute), most, kind)
+            base.weight = None
+        self.all, self.packed = base.shared
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.where(self.own, x.float() @ self.a.T, 0.0)
@@ -79,8 +75,17 @@ class Fan(nn.Module):
         b = (SCALE * self.b.detach()).to(self.compute)
         if self.packed is not None:
             return torch.cat([self.weight(), b], 1)
-        self.all[:, self.size :] = b
-        return self.all
+        self.all[:, self.size : self.size + b.shape[1]] = b
+        return self.all[:, : self.size + b.shape[1]]
+
+
+def _frozen(weight: Tensor, most: int, kind: str) -> tuple[Tensor | None, Any]:
+    """The weights of a layer, with room for the B of `most` cells; or its codes in 4 bits."""
+    if kind == "nf4":
+        from bitsandbytes.functional import quantize_4bit
+
+        return None, quantize_4bit(weight, quant_type="nf4")
+    return torch.cat([weight, weight.new_zeros(len(weight), most * RANK)], 1), None
 
 
 class _Product(torch.autograd.Function):
@@ -99,30 +104,41 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.layer.weight(), h_grad, b_grad, None
 
 
+def frozen_base(shape: str, kind: str) -> Any:
+    """A Llama of random weights that reads packs; on processors its attention stays in float32,
+    which is faster there."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    settings = dict(SHAPES[shape])
+    settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
+    model: Any = LlamaForCausalLM(LlamaConfig(**settings, tie_word_embeddings=True)).eval()
+    model.requires_grad_(False)
+    if not longest_packed(model):
+        raise SystemExit("This attention does not read packs.")
+    if kind != "float32":
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().bfloat16(), False)
+    return model
+
+
 class Side:
     """K cells of one base, stepped together."""
 
-    def __init__(self, shape: str, cells: int, kind: str, rows: int) -> None:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        torch.manual_seed(0)
-        settings = dict(SHAPES[shape])
-        settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
-        model = LlamaForCausalLM(LlamaConfig(**settings, tie_word_embeddings=True)).eval()
-        model.requires_grad_(False)
-        if not longest_packed(model):
-            raise SystemExit("This attention does not read packs.")
-        if kind != "float32":  # attention stays in float32, which is faster on processors
-            cast(Any, model.lm_head).weight.data = model.lm_head.weight.detach().bfloat16()
-            model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.detach().float()
-        self.model, self.cells, self.rows, self.kind = model, cells, rows, kind
-        self.fans: list[Fan] = []
-        for block in model.model.layers:
-            for part in (block.self_attn, block.mlp):
-                for name, layer in list(part.named_children()):
-                    if isinstance(layer, nn.Linear):
-                        self.fans.append(Fan(layer, cells, kind))
-                        setattr(part, name, self.fans[-1])
+    def __init__(self, model: Any, cells: int, most: int, kind: str, rows: int) -> None:
+        self.model, self.cells, self.rows = model, cells, rows
+        self.places = [
+            (part, name)
+            for block in model.model.layers
+            for part in (block.self_attn, block.mlp)
+            for name in vars(part)["_modules"]
+            if name.endswith("_proj")
+        ]
+        layers = [part.inner[name] if hasattr(part, "inner") else getattr(part, name)
+                  for part, name in self.places]  # fmt: skip
+        for (part, name), layer in zip(self.places, layers, strict=True):
+            vars(part).setdefault("inner", {})[name] = layer
+        torch.manual_seed(1)  # the first weights of every side are equal
+        self.fans = [Fan(layer, cells, most, kind) for layer in layers]
         parts = [p for fan in self.fans for p in (fan.a, fan.b)]
         self.optimizer = torch.optim.AdamW(parts, 1e-4)
         self.losses: list[float] = []
@@ -138,7 +154,8 @@ class Side:
         tokens = ids.shape[1]
         owner = torch.arange(tokens) * self.cells // tokens  # every cell has the same rows
         own = owner[:, None] == torch.arange(self.cells * RANK) // RANK
-        for fan in self.fans:
+        for (part, name), fan in zip(self.places, self.fans, strict=True):
+            setattr(part, name, fan)
             fan.own = own
         states = self.model.model(
             input_ids=ids, position_ids=positions, attention_mask=as_mask(table, 0),
@@ -160,7 +177,8 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Median milliseconds of processor time per cell and step, by number of cells; the sides take
     turns."""
-    sides = [Side(shape, cells, kind, rows) for cells in counts]
+    model = frozen_base(shape, kind)
+    sides = [Side(model, cells, max(counts), kind, rows) for cells in counts]
     times: list[list[float]] = [[] for _ in sides]
     for number in range(steps + 1):
         for side, found in zip(sides, times, strict=True):
