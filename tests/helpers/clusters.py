@@ -65,6 +65,7 @@ class Twelve:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
+                preexec_fn=_minds_ctrl_c,
             )
         self._started.append(process)
         return process
@@ -78,7 +79,7 @@ class Twelve:
     def variables(self) -> dict[str, str]:
         top = str(Path(__file__).parents[2])
         own = {"BACKFIRE_CACHE": str(self.root / "cache"), "PYTHONPATH": top}
-        return {**os.environ, "OMP_NUM_THREADS": "1", **own, **self.environment}
+        return {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **own}
 
     def run(self, *words: str) -> None:
         """Run the recipe to its end."""
@@ -110,6 +111,11 @@ class Twelve:
         written again."""
         files = [*self.out.glob("cells/*/result.json"), *self.root.glob("cache/*/*/done.json")]
         return {str(file): stamp for file in files if (stamp := _stamp(file))}
+
+
+def _minds_ctrl_c() -> None:
+    """Whatever started the tests may ignore it, as a shell does for what it runs in the back."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
