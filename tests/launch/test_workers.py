@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from backfire import registry
+from backfire.launch import job
 from backfire.model import load
 from backfire.plugins import from_file
 from backfire.store import read_json
@@ -69,6 +71,18 @@ def test_a_worker_loads_the_base_once(tiny: Path, tmp_path: Path) -> None:
     assert load.loads == {tiny: 1}
     one, both = files(alone), files(together)
     assert len(one) == 3 and one.items() <= both.items()
+
+
+def test_imports_are_left_out_of_garbage_collection(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a collection after each model takes longer than a small cell trains."""
+    place, looked_at = Place(tmp_path, tiny), list[int]()
+    monkeypatch.setattr(job, "base", lambda *_: looked_at.append(len(gc.get_objects())))
+    before = len(gc.get_objects())
+    place.run(**{**CELLS, "method": "none", "metrics": ["accuracy"]})
+    assert looked_at and max(looked_at) < before / 10
+    assert gc.get_freeze_count() == 0, "only while the worker works"
 
 
 @pytest.mark.slow
