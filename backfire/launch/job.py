@@ -9,6 +9,7 @@ import random
 import sys
 import traceback
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -143,14 +144,20 @@ def refuse_broken_gpu(error: Exception) -> None:
         ) from error
 
 
+@cache
 def _keep_imports() -> None:
     """Leave what is imported out of garbage collection until the worker ends. A full collection,
     which frees a model, would look at half a million objects of torch and transformers."""
     import backfire.launch.preload  # noqa: F401  (what a job imports)
 
-    if not gc.get_freeze_count():
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()
+
+
+def release_imports() -> None:
+    """Let garbage collection look at everything again."""
+    gc.unfreeze()
+    _keep_imports.cache_clear()
 
 
 def _reset_globals() -> None:

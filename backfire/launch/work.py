@@ -9,7 +9,6 @@ another process builds is put back.
 from __future__ import annotations
 
 import copy
-import gc
 import itertools
 import math
 import os
@@ -26,7 +25,7 @@ from backfire.errors import Away, Busy, GpuError, Pause, Stopped
 from backfire.experiment import Machine
 from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
-from backfire.launch.job import RunFolder, report, run_job
+from backfire.launch.job import RunFolder, release_imports, report, run_job
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
@@ -134,7 +133,7 @@ def work(
                 break
         board.say_what_is_awaited()
         stop.sleep(idle.delay)
-    gc.unfreeze()  # a job has frozen what it imported
+    release_imports()
     return board.ended
 
 
