@@ -27,15 +27,17 @@ Result = TypeVar("Result")
 class Budget:
     """Limits on rows, tokens and logits of one pass."""
 
-    def __init__(self, model: PreTrainedModel, rows: int | None = None) -> None:
-        self.model = model
-        self.rows = rows or (32 if model.device.type == "cpu" else 64)
+    def __init__(
+        self, model: PreTrainedModel, rows: int | None = None, *, on_cpu: bool | None = None
+    ) -> None:
+        """`rows`: most rows of a pass. `on_cpu`: for a model that is not where it will run."""
+        on_cpu = model.device.type == "cpu" if on_cpu is None else on_cpu
+        self.rows = rows or (32 if on_cpu else 64)
         self.tokens = _tokens_that_fit(model)
         """Most tokens held at once."""
         vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2**17)
         self.logits = max(1, MOST_LOGITS // vocab)
         """Most positions of a row whose logits are held at once."""
-        on_cpu = model.device.type == "cpu"
         self.run = _PASS_ON_CPU if on_cpu else self.tokens
         """Most tokens of several rows in one pass."""
         self.together = max(1, int(self.logits * _LOGITS_ON_CPU)) if on_cpu else self.logits
