@@ -60,6 +60,10 @@ class UserError(Exception):
     """Bad input. The command line prints the message and exits with code 2."""
 
 
+class GpuError(UserError):
+    """The GPU does not answer this process any more; another process may go on."""
+
+
 class CellError(Exception):
     """One cell failed; the others go on. `kind` is one of `EXIT_CLASSES`."""
 

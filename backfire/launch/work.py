@@ -9,6 +9,7 @@ another process builds is put back.
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import os
@@ -21,7 +22,7 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from backfire.errors import Away, Busy, Pause, Stopped
+from backfire.errors import Away, Busy, GpuError, Pause, Stopped
 from backfire.experiment import Machine
 from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
@@ -115,9 +116,8 @@ def work(
     resident, base, idle, fits = Resident(), -1, _Idle(), _fits(stop, memory)
 
     def do(job: Job, progress: Progress) -> str:
-        alone = max(1, board.number("base")) if job.kind == "base" else machine.workers
-        # Others wait for a base, so it may use their cores.
-        share = machine.model_copy(update={"workers": min(machine.workers, alone)})
+        # A job that all others wait for may use their cores.
+        share = machine.model_copy(update={"workers": board.beside(job, machine.workers)})
         return run(job, folder, store, share, progress, resident)
 
     while board.waiting and not stop:
@@ -134,6 +134,7 @@ def work(
                 break
         board.say_what_is_awaited()
         stop.sleep(idle.delay)
+    gc.unfreeze()  # a job has frozen what it imported
     return board.ended
 
 
@@ -148,7 +149,7 @@ def _do(
         if stop:
             raise Stopped
 
-    kind, kills = None, claim.holder.kills
+    kind, kills, dies = None, claim.holder.kills, False
     try:
         if kills >= MOST_KILLS:
             kind = report(job, board.folder, "killed", f"{kills} workers died with it.")
@@ -165,8 +166,11 @@ def _do(
         board.put_back[job.id] = busy
     except Pause:  # this worker stops, or has lost its claim
         pass
+    except GpuError:  # by this job, it may be: after a few such workers it counts as failed
+        dies = True
+        raise
     finally:
-        claim.release()
+        claim.release(dies=dies)
     if kind is not None:
         board.end(job, kind)
 
@@ -182,7 +186,7 @@ class Board:
         self.since = plan.stat().st_mtime if plan.exists() else claims.now()
         """When this round began, by the clock of the file system."""
         self._jobs = {job.id: job for job in jobs}
-        left = needed(jobs, folder)
+        left = by_urgency(needed(jobs, folder))
         self.waiting = {job.id: job for job in left}
         self.ended = {job.id: "ok" for job in jobs if job.id not in self.waiting}
         self.tries = Counter[str]()
@@ -256,9 +260,15 @@ class Board:
         unknown = self.ended[bad], f"The stage {bad} failed.", None
         return self.folder.ended(self._jobs[bad], self.since) or unknown
 
-    def number(self, kind: str) -> int:
-        """Number of jobs of a kind that are left."""
-        return sum(job.kind == kind for job in self.waiting.values())
+    def beside(self, job: Job, most: int) -> int:
+        """Number of jobs of the plan that can run at once while this one does, itself included; at
+        most `most`. The same whenever it runs, since threads change sums by rounding."""
+        others = (
+            other
+            for other in self._jobs.values()
+            if other is not job and other.id not in job.after and job.id not in other.after
+        )
+        return 1 + sum(1 for _ in itertools.islice(others, most - 1))
 
     def coming(self, fits: Callable[[Job], bool]) -> bool:
         """Whether there may be a job for this worker later: one that nobody has, and that needs
@@ -340,6 +350,20 @@ def needed(jobs: Sequence[Job], folder: RunFolder) -> list[Job]:
     }
     names = {name for job in cells.values() for name in job.after}
     return [job for job in jobs if job.id in (cells if job.kind == "cell" else names)]
+
+
+def by_urgency(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, those first after which the longest chain of jobs comes, by estimated minutes; so
+    every job is after those that it needs."""
+    known = [job.minutes for job in jobs if job.minutes]
+    unknown = sum(known) / len(known) if known else 1.0
+    chain = dict[str, float]()  # job -> minutes from its start to the end of the last after it
+    behind = dict[str, float]()  # job -> those without its own
+    for job in reversed(jobs):
+        chain[job.id] = (job.minutes or unknown) + behind.get(job.id, 0.0)
+        for name in job.after:
+            behind[name] = max(behind.get(name, 0.0), chain[job.id])
+    return sorted(jobs, key=lambda job: -chain[job.id])
 
 
 def _number(base: Any, distinct: list[Any]) -> int:
