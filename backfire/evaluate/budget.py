@@ -33,17 +33,19 @@ Result = TypeVar("Result")
 class Budget:
     """Limits on rows, tokens and logits of one pass."""
 
-    def __init__(self, model: PreTrainedModel, rows: int | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, rows: int | None = None, *, on_cpu: bool | None = None
+    ) -> None:
+        """`rows`: most rows of a pass. `on_cpu`: for a model that is not where it will run."""
+        on_cpu = model.device.type == "cpu" if on_cpu is None else on_cpu
         self.rows = rows or _ROWS
-        few = rows is None and model.device.type == "cpu"
+        few = rows is None and on_cpu
         self._most_cached = _CACHE_ON_CPU // _cached_bytes(model) if few else None
         self.tokens = _tokens_that_fit(model)
         """Most tokens held at once."""
         vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2**17)
         self.logits = max(1, MOST_LOGITS // vocab)
         """Most positions of a row whose logits are held at once."""
-        on_cpu = model.device.type == "cpu"
         self.run = _PASS_ON_CPU if on_cpu else self.tokens
         """Most tokens of several rows in one pass."""
         self.together = max(1, int(self.logits * _LOGITS_ON_CPU)) if on_cpu else self.logits
