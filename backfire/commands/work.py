@@ -9,17 +9,18 @@ from typing import Any
 from rich.console import Console
 
 from backfire import text
+from backfire.claims import Claims
 from backfire.commands.estimate import amount
 from backfire.commands.plan import memory_of
-from backfire.commands.run import settings_of
+from backfire.commands.run import settings_of, stopping
 from backfire.commands.workers import SMALL, default_workers
 from backfire.errors import UserError
 from backfire.launch import local
-from backfire.launch.claims import Claims
 from backfire.launch.folder import Plan, read_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import types_of
+from backfire.launch.users import has_finished, still_uses
 from backfire.launch.work import Stop, needed
 from backfire.model.types import Types, types_here
 from backfire.plan import Job
@@ -52,6 +53,7 @@ def start(
     devices.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
     _check_device(run, plan, types)
+    still_uses(run, plan.text, plan.jobs)
     has = memory_of(settings.device, types)
     if (
         "workers" not in machine and not devices.launched()
@@ -62,7 +64,7 @@ def start(
     most = memory or has / (settings.workers if types.device == "cpu" else 1)
     folder = RunFolder(run, plan.recipe)
     _check_memory(needed(plan.jobs, folder), most)
-    with ProgressDisplay(console, plan.jobs) as display, stop.on_signals():
+    with ProgressDisplay(console, plan.jobs) as display, stop.on_signals(stopping(console)):
         ended = local.run(
             plan.jobs,
             folder,
@@ -73,6 +75,8 @@ def start(
             memory=most,
             stays=False,
         )
+    if stop.interrupted and len(ended) < len(plan.jobs):
+        raise KeyboardInterrupt
     _say_what_is_left(run, plan, ended, most, stop, console)
 
 
@@ -105,6 +109,8 @@ def _say_what_is_left(
     if bad:
         say(f"`backfire status {run}` says why cells failed.", console)
     if not left:
+        if not bad:
+            has_finished(run)
         say(f"Nothing is left to do. Report: backfire report {run}", console)
     elif stop.signaled:
         say("Stopped by a signal; the next `backfire work` goes on.", console)

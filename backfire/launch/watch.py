@@ -10,8 +10,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+from backfire.claims import MOST_KILLS
 from backfire.errors import UserError
-from backfire.launch.claims import MOST_KILLS
 from backfire.launch.remote import FOLDER, Probe, last_line
 from backfire.launch.work import Board, Stop
 

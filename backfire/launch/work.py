@@ -12,6 +12,7 @@ import copy
 import itertools
 import math
 import os
+import shutil
 import signal
 import threading
 import time
@@ -19,18 +20,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from backfire.errors import Away, Busy, Pause, Stopped
+from backfire.claims import MOST_KILLS, Claim, Claims, is_here
+from backfire.errors import EXIT_CLASSES, Away, Busy, Pause, Stopped, UserError
 from backfire.experiment import Machine
-from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
 from backfire.launch.job import RunFolder, report, run_job
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
 from backfire.progress import Progress
-from backfire.store import Store
+from backfire.store import Store, cache_root, scratch_root
 
 Watch = Callable[[Job, str, int, int], None]
 """Called with a job, its current activity (an exit class at its end), steps done, steps in
@@ -56,14 +58,17 @@ class Stop:
         """What the worker has in total."""
         self.until = time.monotonic() + self.seconds
         self.signaled = False
+        self.interrupted = False
+        """By Ctrl-C."""
 
     def __bool__(self) -> bool:
         return self.signaled or time.monotonic() >= self.until
 
     @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Stop at SIGTERM and SIGUSR1, which schedulers send before the end. Only the main thread
-        can: elsewhere nothing changes."""
+    def on_signals(self, at_ctrl_c: Callable[[], None] | None = None) -> Iterator[None]:
+        """Stop at SIGTERM and SIGUSR1, which schedulers send before the end, and with `at_ctrl_c`
+        at Ctrl-C: it is called then, and a second Ctrl-C ends at once. Only the main thread can:
+        elsewhere nothing changes."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -71,7 +76,18 @@ class Stop:
         def stop(*_: Any) -> None:
             self.signaled = True
 
-        former = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGUSR1)}
+        def interrupt(*_: Any) -> None:
+            if self.interrupted:
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                raise KeyboardInterrupt
+            self.signaled = self.interrupted = True
+            # This thread may be in the middle of a line.
+            threading.Thread(target=at_ctrl_c, daemon=True).start()
+
+        handlers: dict[int, Any] = {signal.SIGTERM: stop, signal.SIGUSR1: stop}
+        if at_ctrl_c:
+            handlers[signal.SIGINT] = interrupt
+        former = {one: signal.signal(one, handler) for one, handler in handlers.items()}
         try:
             yield
         finally:
@@ -107,6 +123,7 @@ def work(
 
     Raises:
         OSError: the run folder cannot be read or written.
+        UserError: a disk is full.
     """
     stop, claims = Stop() if stop is None else stop, Claims(folder.path)
     board = Board(jobs, folder, claims, watch)
@@ -167,8 +184,22 @@ def _do(
         pass
     finally:
         claim.release()
+    if kind == "disk-full":  # the next job would end like this one
+        raise UserError(f"{_space(board.folder.path)} {EXIT_CLASSES[kind]}")
     if kind is not None:
         board.end(job, kind)
+
+
+def _space(run: Path) -> str:
+    """A sentence on a full disk; a quota may be full before it."""
+    places = {"the run": run, "the cache": cache_root()}
+    if scratch := scratch_root():
+        places["BACKFIRE_SCRATCH"] = scratch
+    free = []
+    for what, place in places.items():
+        with suppress(OSError):
+            free.append(f"{shutil.disk_usage(place).free / 1e6:,.0f} MB for {what} ({place})")
+    return f"The disk is full, or a quota: there are {', '.join(free)}."
 
 
 class Board:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from backfire.claims import Claims
 from backfire.errors import UserError
-from backfire.launch.claims import Claims
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.watch import View, follow

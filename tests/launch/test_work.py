@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from backfire import claims
+from backfire.claims import Claims
 from backfire.errors import CellError
 from backfire.experiment import Machine
-from backfire.launch import claims
-from backfire.launch.claims import Claims
 from backfire.launch.job import RunFolder, report
 from backfire.launch.work import Board, Stop, work
 from backfire.plan import Job
