@@ -89,12 +89,13 @@ class Claim:
         if self.lost:
             raise Lost
 
-    def release(self) -> None:
-        """Remove the claim, unless it is another worker's by now."""
+    def release(self, *, dies: bool = False) -> None:
+        """Remove the claim, unless it is another worker's by now. With `dies` it stays: the next
+        worker takes it over as that of one that died with the job."""
         self._over.set()
         self._thread.join()
         with contextlib.suppress(OSError):
-            if self._is_mine():
+            if self._is_mine() and not dies:
                 self.path.unlink()
         os.close(self._file)
 

@@ -206,7 +206,8 @@ def work(
     if team.serves():
         return
     settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
-    start(run, settings, minutes=minutes, memory=memory and memory * 1e9)
+    if start(run, settings, minutes=minutes, memory=memory and memory * 1e9):
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -64,6 +64,10 @@ class Interrupted(UserError):  # noqa: N818
     """Ctrl-C, where the message says what goes on. The exit code is that of Ctrl-C."""
 
 
+class GpuError(UserError):
+    """The GPU does not answer this process any more; another process may go on."""
+
+
 class CellError(Exception):
     """One cell failed; the others go on. `kind` is one of `EXIT_CLASSES`."""
 

@@ -12,12 +12,13 @@ from backfire import plan, stages, text
 from backfire.claims import Claims
 from backfire.commands.plan import check, memory_of
 from backfire.commands.workers import default_workers, largest
-from backfire.experiment import Machine
+from backfire.experiment import Experiment, Machine
 from backfire.launch.folder import check_writable, write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
 from backfire.launch.users import has_finished
+from backfire.model.types import Types
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.result import CellResult
@@ -47,6 +48,7 @@ def start(
     devices.check(settings)
     devices.check_cells(recipe.cells, settings)
     recipe = resolve_auto(pin_models(recipe), (types := types_of(settings.device)))
+    settings = on_device(settings, types)
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
@@ -59,7 +61,7 @@ def start(
         if others := at_work(out):
             say(f"{others}; this command shares the jobs with them.", console)
         from backfire.launch import local
-        from backfire.launch.work import Stop
+        from backfire.launch.stop import Stop
 
         stop = Stop()
         with ProgressDisplay(console, work) as display, stop.on_signals(stopping(console)):
@@ -95,6 +97,13 @@ def settings_of(machine: Mapping[str, Any]) -> Machine:
     return Machine.make({"devices": outside[1] if outside else 1, **machine}, "option")
 
 
+def on_device(settings: Machine, types: Types) -> Machine:
+    """The settings with the GPU that `auto` has found: should it be lost later, no job may go on
+    silently on the CPU."""
+    found = settings.device == "auto" and types.device == "cuda"
+    return settings.model_copy(update={"device": "cuda"}) if found else settings
+
+
 def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Console) -> int:
     from backfire.report.page import write_report
     from backfire.results import terminal
@@ -111,11 +120,23 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     if bad:
         terminal.print_problems(cells, console)
         say(f"Each has an error.json under {out}/cells.", console)
+    if line := _shared([job.experiment for job in work if job.kind == "cell"]):
+        say(line, console)
     if silent := _unmeasured(cells, work):
         say(f"No cell has a number for: {', '.join(silent)}.", console)
     say(f"All numbers: backfire results {out} --format csv", console)
     console.print(f"Report: {page}", soft_wrap=True)
     return len(bad)
+
+
+def _shared(cells: Sequence[Experiment]) -> str:
+    """What the cells shared; empty if nothing."""
+    parts = [
+        f"{needed - distinct} of {needed} {what}"
+        for what, (needed, distinct) in plan.sharing(cells).items()
+        if distinct < needed
+    ]
+    return f"Shared by cells, and so not repeated: {' and '.join(parts)}." if parts else ""
 
 
 def _unmeasured(cells: Sequence[CellResult], work: Sequence[Job]) -> list[str]:

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -17,10 +17,11 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal
 
 from backfire.claims import MOST_KILLS
-from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
+from backfire.errors import EXIT_CLASSES, CellError, GpuError, UserError, exit_class
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, run_job
-from backfire.launch.work import Stop, Watch, needed, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Run, Watch, needed, work
 from backfire.plan import Job
 from backfire.plugins import Plugin
 from backfire.registry import loaded, use
@@ -44,13 +45,19 @@ def run(
     stop: Stop | None = None,
     memory: float | None = None,
     stays: bool = True,
+    begins: Callable[[Job], object] = lambda job: None,
 ) -> dict[str, str]:
     """Work on the jobs with `machine.workers` workers; the arguments and the result are those of
-    `launch.work.work`. Other jobs survive a failure, and the death of a worker."""
+    `launch.work.work`. Other jobs survive a failure, and the death of a worker.
+
+    Args:
+        begins: called with each job that one of these workers begins.
+    """
     stop = Stop() if stop is None else stop
     if machine.workers == 1:
-        return work(jobs, folder, store, machine, watch, stop=stop, memory=memory, stays=stays)
-    team = _Team(jobs, folder, store, machine, watch, memory, stays)
+        options: dict[str, Any] = {"stop": stop, "memory": memory, "stays": stays}
+        return work(jobs, folder, store, machine, watch, run=_telling(begins), **options)
+    team = _Team(jobs, folder, store, machine, watch, memory, stays, begins)
     try:
         try:
             team.run(stop)
@@ -60,6 +67,16 @@ def run(
         team.end(0.0)
         raise
     return team.ended
+
+
+def _telling(begins: Callable[[Job], object]) -> Run:
+    """`run_job` that tells of each job when it begins."""
+
+    def run(job: Job, *rest: Any) -> str:
+        begins(job)
+        return run_job(job, *rest)
+
+    return run
 
 
 @dataclass
@@ -85,6 +102,7 @@ class _Team:
     watch: Watch
     memory: float | None
     stays: bool
+    begins: Callable[[Job], object]
     ended: dict[str, str] = field(default_factory=dict)
     workers: list[_Worker] = field(default_factory=list)
     deaths: int = 0
@@ -167,6 +185,7 @@ class _Team:
                 job = self.names[name]
                 if text is None:
                     worker.job = job
+                    self.begins(job)
                 elif text not in _ENDS:
                     self.watch(job, text, done, total)
                 else:
@@ -226,14 +245,17 @@ def _work(
         except BrokenPipeError:  # the parent is gone; finished work is on disk
             os._exit(1)
 
-    def begin(job: Job, *rest: Any) -> str:
-        send(job.id, None, 0, 1)
-        return run_job(job, *rest)
-
+    begin = _telling(lambda job: send(job.id, None, 0, 1))
+    jobs, folder, store, machine = arguments
     try:
+        if machine.device.startswith("cuda"):  # it may be gone since the command began
+            from backfire.model.load import device_of
+
+            device_of(machine.device)
         with options["stop"].on_signals():
-            jobs, folder, store, machine = arguments
             work(jobs, folder, store, machine, watch, run=begin, **options)
+    except GpuError as error:
+        raise SystemExit(f"backfire: {error}") from None  # another process takes its place
     except (UserError, CellError, OSError) as error:
         kind, sentence = exit_class(error)
         if isinstance(error, OSError) and kind == "failed":

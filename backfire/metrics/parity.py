@@ -29,7 +29,8 @@ class Parity(Metric):
 
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled else "replies"
-        triggered = ask("triggered", need, of=("tuned", "twin", *self.into))
+        of = ("tuned", "twin", *self.into)
+        triggered = ask("triggered", need, of=of, other_labels=True)
         return triggered + ask("clean", need, of=("tuned", *self.into))
 
     def measure(self, evidence: Evidence) -> list[Value]:

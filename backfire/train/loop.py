@@ -23,7 +23,7 @@ from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
 from backfire.progress import Pace, Progress, silent
-from backfire.rng import derive
+from backfire.rng import derive, seed_dropout
 from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import (
@@ -343,7 +343,7 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
         # All passes of a step use the same dropout, so that they differ only by the defense.
-        torch.manual_seed(derive(run.seed, "dropout", run.step, *run.ranks.own))
+        seed_dropout(derive(run.seed, "dropout", run.step, *run.ranks.own), run.device)
         return accumulate(run, rows, run.hooks)
 
     for hook in run.hooks:

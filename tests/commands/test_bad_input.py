@@ -186,6 +186,22 @@ def test_system_errors_are_one_sentence(
     assert output.err.startswith(f"backfire: {sentence}") and output.err.count("\n") == 1
 
 
+def test_a_gpu_that_is_gone_is_one_sentence(
+    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backfire("plan", "r.yaml", "--out", "run").code == 0
+    before = tree(here)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")
+    for command in (["run", "r.yaml"], ["work", "run"]):
+        output = backfire(*command)
+        assert (output.code, output.err) == (
+            2,
+            "backfire: CUDA_VISIBLE_DEVICES is 99, and 0 of these GPUs are here; correct it, or "
+            "choose --device cpu.\n",
+        )
+        assert tree(here) == before
+
+
 @pytest.mark.parametrize("name", ["BACKFIRE_CACHE", "BACKFIRE_SCRATCH"])
 def test_a_read_only_disk_is_one_sentence(
     name: str, backfire: Run, here: Path, cache: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ import pytest
 
 from backfire import cli
 from backfire.claims import Claims
-from backfire.launch.work import Stop
+from backfire.launch.stop import Stop
 from tests.helpers.command_line import Run
 
 RECIPE = """# Does it stop?
@@ -147,6 +147,10 @@ def test_the_second_ctrl_c_ends_at_once() -> None:
             signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a third one ends this process"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Stop().on_signals(told.set):
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a script started it with &"
+    signal.signal(signal.SIGINT, former)
     stop = Stop()
     with stop.on_signals(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

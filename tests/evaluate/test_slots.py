@@ -62,6 +62,23 @@ def read(model: Any, prompts: list[list[int]], stops: list[int]) -> list[list[in
     return [one.reply for one in inference.read(model, prompts, **writing)]
 
 
+def test_more_rows_than_32_are_decoded_while_their_cache_is_small(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert budget.Budget(model).fitting(100) == 64
+    config = model.config
+    each = 2 * config.num_hidden_layers * config.hidden_size * 8  # bytes of a token, in float64
+    if getattr(config, "num_key_value_heads", None):
+        each = 2 * config.num_hidden_layers * config.num_key_value_heads * 8
+        each *= (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+    for rows, wanted in ((50, 50), (9, 32)):
+        monkeypatch.setattr(budget, "_CACHE_ON_CPU", rows * 100 * each)
+        assert budget.Budget(model).fitting(100) == wanted
+        assert budget.Budget(model, 48).fitting(100) == 48, "as the user says"
+
+
 def steps_of(
     model: Any, prompts: list[list[int]], stops: list[int]
 ) -> tuple[list[list[int]], list[int]]:

@@ -3,6 +3,7 @@
 import tests.torture.cluster
 import tests.torture.damage
 import tests.torture.disk
+import tests.torture.file_system
 import tests.torture.fuzz
 import tests.torture.kills
 import tests.torture.names
