@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from backfire import plan, stages
+from backfire import plan, stages, text
+from backfire.claims import Claims
 from backfire.commands.plan import check, memory_of
 from backfire.commands.workers import default_workers, largest
 from backfire.experiment import Experiment, Machine
-from backfire.launch.folder import write_plan
+from backfire.launch.folder import check_writable, write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
+from backfire.launch.users import has_finished
 from backfire.model.types import Types
 from backfire.plan import Job
 from backfire.recipe import Recipe
@@ -39,6 +41,7 @@ def start(
     Raises:
         UserError, CellError: the recipe or its data are invalid; nothing was started.
     """
+    check_writable(out)
     store, console = Store(), Console(stderr=True)
     settings = settings_of(machine)
     # A missing device is reported once here, and not by every cell.
@@ -55,19 +58,37 @@ def start(
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
+        if others := at_work(out):
+            say(f"{others}; this command shares the jobs with them.", console)
         from backfire.launch import local
-        from backfire.launch.work import Stop
+        from backfire.launch.stop import Stop
 
         stop = Stop()
-        with ProgressDisplay(console, work) as display, stop.on_signals():
+        with ProgressDisplay(console, work) as display, stop.on_signals(stopping(console)):
             ended = local.run(work, place, store, settings, display.watch, stop=stop)
-        if stop:
+        if stop and len(ended) < len(work):
             raise KeyboardInterrupt
     else:
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
     return finish(out, ended, work, console)
+
+
+def at_work(run: Path) -> str:
+    """Who works on a run now; empty if nobody does."""
+    alive = [one for one in Claims(run).holders() if not one.is_stale]
+    hosts = [f"{one.host} (process {one.pid})" for one in alive]
+    if not hosts:
+        return ""
+    some = text.listing([*hosts[:3], *([f"{len(hosts) - 3} more"] * (len(hosts) > 3))])
+    return text.line(f"{text.count(len(hosts), 'worker')} at work on {run}: {some}")
+
+
+def stopping(console: Console) -> Callable[[], None]:
+    """Tells what Ctrl-C does."""
+    sentence = "Stopping, with a checkpoint of what is at work; Ctrl-C again ends it at once."
+    return lambda: say(sentence, console)
 
 
 def settings_of(machine: Mapping[str, Any]) -> Machine:
@@ -88,6 +109,8 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     from backfire.results import terminal
 
     page, cells, groups = write_report(out), load(out), summary(out)
+    if all(cell.is_done for cell in cells):
+        has_finished(out)
     terminal.print_summary(groups)
     terminal.print_ranking(groups)
     terminal.print_against(groups)

@@ -64,7 +64,7 @@ class RunFolder:
 
     def ended(self, job: Job, since: float) -> Ended | None:
         """How a job ended, if it did: a cell once it has a result, anything else after `since`
-        (time of the file system)."""
+        (time of the file system). What a full disk has stopped goes on once there is space."""
         if job.kind == "cell" and self.done(job.experiment, job.key):
             return Ended("ok")
         file = self._outcome(job)
@@ -72,7 +72,9 @@ class RunFolder:
             if file.stat().st_mtime < since:
                 return None
             content = read_json(file)
-            return Ended(content["status"], content.get("error") or "", content.get("traceback"))
+            if (kind := content["status"]) == "disk-full":
+                return None
+            return Ended(kind, content.get("error") or "", content.get("traceback"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from backfire.claims import Claims
+from backfire.commands.run import at_work
 from backfire.commands.work import _failed
 from backfire.errors import CellError, GpuError
 from backfire.experiment import Experiment
-from backfire.launch.claims import Claims, Holder
 from backfire.launch.folder import read_plan
-from backfire.launch.work import Stop
+from backfire.launch.stop import Stop
 from backfire.model import types
 from backfire.pipeline import Context, run_cell
 from backfire.plan import Job
@@ -152,9 +154,7 @@ def test_what_slurm_refuses_is_refused_before_anything_is_written(
     assert other in refused(sbatch="exit 0", srun=unseen)
 
 
-def test_status_shows_who_has_what(
-    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_status_shows_who_has_what(backfire: Run, here: Path) -> None:
     assert backfire("plan", "r.yaml", "--out", "run").code == 0
     base, cell = (job.id for job in read_plan(Path("run")).jobs)
     claims = Claims(Path("run"))
@@ -164,13 +164,28 @@ def test_status_shows_who_has_what(
     claim._beat()
     gone = {**vars(claim.holder), "job": cell, "title": "cell a", "place": "x", "host": "node7"}
     (claims.folder / cell).write_text(json.dumps(gone))
-    monkeypatch.setattr(Holder, "is_stale", property(lambda one: one.host == "node7"))
-    lines = backfire("status", "run").out.splitlines()
+    assert "2 workers at work on run: " in at_work(Path("run"))
+
+    def line_after(minutes: float) -> str:
+        then = claims.now() - 60 * minutes
+        os.utime(claims.folder / cell, (then, then))
+        first, running, other = backfire("status", "run").out.splitlines()
+        assert first == "unfinished: 1"
+        assert running.startswith("running: base tiny: [red]loading, 25%, on ")
+        assert running.endswith("last sign of life 0 s ago")
+        return other
+
+    where = "cell a: [red]loading, 25%, on node7 (process"
+    assert line_after(0).startswith(f"running: {where}")
+    told = line_after(4)
+    assert told.startswith(f"silent: {where}")
+    assert told.endswith("no sign of life for 4 min, and after 5 min another worker goes on")
+    told = line_after(7)
+    assert told.startswith(f"stale: {where}")
+    assert told.endswith("no sign of life for 7 min, and the next worker goes on")
+    assert at_work(Path("run")).startswith("1 worker at work on run: ")
     claim.release()
-    assert lines[0] == "unfinished: 1"
-    assert lines[1].startswith("running: base tiny: [red]loading, 25%, on ")
-    assert lines[1].endswith("last sign of life 0 s ago")
-    assert lines[2].startswith("stale: cell a: ") and "on node7 (process" in lines[2]
+    assert at_work(Path("run")) == ""
 
 
 def test_a_run_is_planned_for_gpus_elsewhere(

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from backfire.launch.claims import MOST_KILLS
+from backfire.claims import MOST_KILLS
 from backfire.store import read_json
 
 MATRIX = {

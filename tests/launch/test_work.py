@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from backfire import claims
+from backfire.claims import Claims
 from backfire.errors import CellError, GpuError
 from backfire.experiment import Machine
-from backfire.launch import claims
-from backfire.launch.claims import Claims
 from backfire.launch.job import RunFolder, report
-from backfire.launch.work import Board, Stop, by_urgency, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Board, by_urgency, work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
 from tests.helpers.workers import alone, ended, names, planned, ran, sleeps, start, together

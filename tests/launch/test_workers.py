@@ -16,7 +16,7 @@ from backfire.errors import GpuError
 from backfire.experiment import Machine
 from backfire.launch import job, local
 from backfire.launch.job import RunFolder, run_job
-from backfire.launch.work import Stop
+from backfire.launch.stop import Stop
 from backfire.model import load
 from backfire.plugins import from_file
 from backfire.store import Store, read_json
