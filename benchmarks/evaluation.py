@@ -75,9 +75,8 @@ def _with(
     """Evaluation of the cell's test rows with these limits."""
 
     def run() -> None:
-        kept = budget._PASS_ON_CPU, budget._PACK_ON_CPU, prompts.longest_packed
-        if tokens:
-            budget._PASS_ON_CPU = budget._PACK_ON_CPU = tokens
+        kept = budget._PASS_ON_CPU, prompts.longest_packed
+        budget._PASS_ON_CPU = tokens or kept[0]
         if not packed:
             prompts.longest_packed = lambda model: 0
         try:
@@ -91,7 +90,7 @@ def _with(
                 progress=lambda *at: None,
             )
         finally:
-            budget._PASS_ON_CPU, budget._PACK_ON_CPU, prompts.longest_packed = kept
+            budget._PASS_ON_CPU, prompts.longest_packed = kept
 
     return run
 

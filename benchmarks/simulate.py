@@ -84,7 +84,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     for node in nodes:
         node.start()
-    killed_at = _kill_in_the_middle(nodes[: options.lost], run, options.cells)
+    killed_at = _kill_in_the_middle(nodes, options.lost, run, options.cells)
     figures |= {f"{k}_while_running": v for k, v in status(run, cache).items()}
     for node in nodes:
         node.join()
@@ -118,13 +118,13 @@ def plan(count: int, run: Path) -> dict[str, Any]:
     }
 
 
-def _kill_in_the_middle(nodes: list[Any], run: Path, cells: int) -> float:
-    """Kill the nodes once half of the cells are done; returns when."""
+def _kill_in_the_middle(nodes: list[Any], lost: int, run: Path, cells: int) -> float:
+    """Kill the first `lost` nodes once half of the cells are done; returns when."""
     while sum(1 for _ in run.glob("cells/*/result.json")) < cells / 2:
         if not any(node.is_alive() for node in nodes):
             raise RuntimeError("the nodes ended before half of the cells were done")
         time.sleep(2)
-    for node in nodes:
+    for node in nodes[:lost]:
         node.kill()
     return time.time()
 

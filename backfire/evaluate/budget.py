@@ -25,8 +25,6 @@ _TOKENS_ON_CPU = 2**15
 _PASS_ON_CPU = 2**10
 """Most tokens of several rows in one pass. Larger passes are slower there, as their activations
 leave the processor's cache, and take more memory."""
-_PACK_ON_CPU = 3 * 2**9
-"""The same of a pack, whose rows need no copies of the prefix they share."""
 _LOGITS_ON_CPU = 1 / 8
 """Share of `MOST_LOGITS` that several rows may hold there."""
 Result = TypeVar("Result")
@@ -35,21 +33,21 @@ Result = TypeVar("Result")
 class Budget:
     """Limits on rows, tokens and logits of one pass."""
 
-    def __init__(self, model: PreTrainedModel, rows: int | None = None) -> None:
-        self.model = model
+    def __init__(
+        self, model: PreTrainedModel, rows: int | None = None, *, on_cpu: bool | None = None
+    ) -> None:
+        """`rows`: most rows of a pass. `on_cpu`: for a model that is not where it will run."""
+        on_cpu = model.device.type == "cpu" if on_cpu is None else on_cpu
         self.rows = rows or _ROWS
-        few = rows is None and model.device.type == "cpu"
+        few = rows is None and on_cpu
         self._most_cached = _CACHE_ON_CPU // _cached_bytes(model) if few else None
         self.tokens = _tokens_that_fit(model)
         """Most tokens held at once."""
         vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2**17)
         self.logits = max(1, MOST_LOGITS // vocab)
         """Most positions of a row whose logits are held at once."""
-        on_cpu = model.device.type == "cpu"
         self.run = _PASS_ON_CPU if on_cpu else self.tokens
         """Most tokens of several rows in one pass."""
-        self.pack = _PACK_ON_CPU if on_cpu else self.tokens
-        """The same for rows end to end."""
         self.together = max(1, int(self.logits * _LOGITS_ON_CPU)) if on_cpu else self.logits
         """Most positions of several rows whose logits are held at once."""
 
@@ -95,10 +93,9 @@ class Budget:
             yield part, result[0]
 
     def at_once(self, tokens: int, packed: int | None = None) -> int:
-        """Most rows of this many tokens each in one pass, padded, or `packed` behind a prefix of so
-        many of them; at least 1."""
-        most = self.run // tokens if packed is None else self.pack // (tokens - packed)
-        return max(1, most)
+        """Most rows of this many tokens each in one pass, `packed` behind a prefix of so many of
+        them or padded; at least 1."""
+        return max(1, self.run // (tokens - (packed or 0)))
 
     def fitting(self, tokens: int) -> int:
         """Most rows of this many tokens each that are cached together; at least 1."""

@@ -12,25 +12,26 @@ import copy
 import itertools
 import math
 import os
-import signal
-import threading
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from backfire.errors import Away, Busy, Pause, Stopped
+from backfire.claims import MOST_KILLS, Claim, Claims, is_here
+from backfire.errors import EXIT_CLASSES, Away, Busy, GpuError, Pause, Stopped, UserError
 from backfire.experiment import Machine
-from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
-from backfire.launch.job import RunFolder, report, run_job
+from backfire.launch.job import RunFolder, release_imports, report, run_job
+from backfire.launch.stop import Stop
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
 from backfire.progress import Progress
-from backfire.store import Store
+from backfire.store import Store, cache_root, scratch_root
 
 Watch = Callable[[Job, str, int, int], None]
 """Called with a job, its current activity (an exit class at its end), steps done, steps in
@@ -44,44 +45,6 @@ _FRESH = 1.0
 """Seconds for which a worker that finds jobs does not look what others do."""
 MOST_TRIES = 3
 """Number of times that a file system does not answer to a job before it counts as failed."""
-_SLICE = 0.1  # seconds; a signal is noticed after this time
-
-
-class Stop:
-    """Whether a worker is to stop: after a signal, or when its time is over. It then saves a
-    checkpoint and gives its job back."""
-
-    def __init__(self, minutes: float | None = None) -> None:
-        self.seconds = math.inf if minutes is None else 60 * minutes
-        """What the worker has in total."""
-        self.until = time.monotonic() + self.seconds
-        self.signaled = False
-
-    def __bool__(self) -> bool:
-        return self.signaled or time.monotonic() >= self.until
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Stop at SIGTERM and SIGUSR1, which schedulers send before the end. Only the main thread
-        can: elsewhere nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(*_: Any) -> None:
-            self.signaled = True
-
-        former = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for one, handler in former.items():
-                signal.signal(one, handler)
-
-    def sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, _SLICE))
 
 
 def work(
@@ -107,6 +70,7 @@ def work(
 
     Raises:
         OSError: the run folder cannot be read or written.
+        UserError: a disk is full.
     """
     stop, claims = Stop() if stop is None else stop, Claims(folder.path)
     board = Board(jobs, folder, claims, watch)
@@ -133,6 +97,7 @@ def work(
                 break
         board.say_what_is_awaited()
         stop.sleep(idle.delay)
+    release_imports()
     return board.ended
 
 
@@ -147,7 +112,7 @@ def _do(
         if stop:
             raise Stopped
 
-    kind, kills = None, claim.holder.kills
+    kind, kills, dies = None, claim.holder.kills, False
     try:
         if kills >= MOST_KILLS:
             kind = report(job, board.folder, "killed", f"{kills} workers died with it.")
@@ -164,10 +129,27 @@ def _do(
         board.put_back[job.id] = busy
     except Pause:  # this worker stops, or has lost its claim
         pass
+    except GpuError:  # by this job, it may be: after a few such workers it counts as failed
+        dies = True
+        raise
     finally:
-        claim.release()
+        claim.release(dies=dies)
+    if kind == "disk-full":  # the next job would end like this one
+        raise UserError(f"{_space(board.folder.path)} {EXIT_CLASSES[kind]}")
     if kind is not None:
         board.end(job, kind)
+
+
+def _space(run: Path) -> str:
+    """A sentence on a full disk; a quota may be full before it."""
+    places = {"the run": run, "the cache": cache_root()}
+    if scratch := scratch_root():
+        places["BACKFIRE_SCRATCH"] = scratch
+    free = []
+    for what, place in places.items():
+        with suppress(OSError):
+            free.append(f"{shutil.disk_usage(place).free / 1e6:,.0f} MB for {what} ({place})")
+    return f"The disk is full, or a quota: there are {', '.join(free)}."
 
 
 class Board:

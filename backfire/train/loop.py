@@ -22,6 +22,7 @@ from backfire.base import Rendered, TrainDefense
 from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
+from backfire.model.memory import Heap
 from backfire.progress import Pace, Progress, silent
 from backfire.rng import derive, seed_dropout
 from backfire.store import write_atomic
@@ -102,6 +103,7 @@ class TrainingRun:
         tokens, self.layout.answer_size = tokens_that_fit(model, reserved)
         self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size, ranks=self.ranks)
         self.recompute, self.recomputing = recompute, False
+        self.heap = Heap(self.device)
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         # Seconds before the last checkpoint; clock time minus these.

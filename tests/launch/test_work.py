@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from backfire.errors import CellError
+from backfire import claims
+from backfire.claims import Claims
+from backfire.errors import CellError, GpuError
 from backfire.experiment import Machine
-from backfire.launch import claims
-from backfire.launch.claims import Claims
 from backfire.launch.job import RunFolder, report
-from backfire.launch.work import Board, Stop, by_urgency, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Board, by_urgency, work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
 from tests.helpers.workers import alone, ended, names, planned, ran, sleeps, start, together
@@ -302,3 +303,23 @@ def test_an_error_that_stops_a_job_is_no_pause(tmp_path: Path) -> None:
     with pytest.raises(CellError):
         alone(tmp_path, run)
     assert held(tmp_path) == set()
+
+
+def test_a_job_that_breaks_the_gpu_is_left_as_by_a_worker_that_died(tmp_path: Path) -> None:
+    """Nobody knows whether the job or the GPU is at fault: another process tries it, three times in
+    all."""
+    base, *rest = planned(tmp_path, PAIR)
+
+    def breaks(*_: Any) -> str:
+        raise GpuError("The GPU does not answer any more.")
+
+    for number in range(claims.MOST_KILLS):
+        worker = start(tmp_path, breaks)
+        worker.join(20)
+        [left] = Claims(tmp_path).holders()
+        assert (worker.exitcode, left.job, left.is_stale, left.kills) == (1, base.id, True, number)
+    assert set(alone(tmp_path, sleeps(tmp_path)).values()) == {"killed"}
+    assert held(tmp_path) == set() and not (tmp_path / "ran").exists()
+    planned(tmp_path, PAIR)
+    assert set(alone(tmp_path, sleeps(tmp_path)).values()) == {"ok"}, "the next round tries again"
+    assert ran(tmp_path) == names([base, *rest])

@@ -21,9 +21,9 @@ from backfire.experiment import Experiment, Machine
 from backfire.launch import local
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
-from backfire.launch.work import Stop
+from backfire.launch.stop import Stop
 from backfire.metrics.attack_success import AttackSuccess
-from backfire.plan import jobs, progress, sharing
+from backfire.plan import Job, jobs, progress, sharing
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
 
@@ -395,11 +395,11 @@ def test_a_file_that_changes_during_the_run_stops_only_its_cells(
     known = {"name": "files", "labels": ["bad", "good"]}
     matrix = {"data": [{**known, "train": str(file)} for file in files]}
     knobs = {"matrix": matrix, "method": "full", "attack": "none", "metrics": ["accuracy"]}
-    started = local.run
+    started, begun = local.run, list[Job]()
 
     def change_then_run(*args: Any, **options: Any) -> Any:
         files[0].unlink() if change == "gone" else files[0].write_text("text,label\nx,bad\ny,good")
-        return started(*args, **options)
+        return started(*args, **options, begins=begun.append)
 
     monkeypatch.setattr(local, "run", change_then_run)
     assert place.run({"workers": workers}, **knobs) == 1
@@ -407,6 +407,8 @@ def test_a_file_that_changes_during_the_run_stops_only_its_cells(
     assert error["status"] == "bad-data"
     [result] = [read_json(file) for file in place.out.glob("cells/*/result.json")]
     assert result["key"] != error["key"] and result["rows"]["train"] > 40
+    assert sorted(job.kind for job in begun) == ["base", "cell", "train", "train"]
+    assert result["key"] in {job.key for job in begun}  # the other one lacks its model
 
 
 def test_a_repaired_cell_loses_its_error(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +443,11 @@ def test_failures_have_a_class_and_a_next_step(
         raise raised
 
     monkeypatch.setattr("backfire.launch.job.run_cell", broken)
-    assert place.run(method="none") == 1
+    if kind == "disk-full":  # the run ends: no other cell would fit
+        with pytest.raises(UserError, match=r"The disk is full.* MB for the cache .* run the same"):
+            place.run(method="none")
+    else:
+        assert place.run(method="none") == 1
     (error,) = (read_json(file) for file in place.out.glob("cells/*/error.json"))
     assert error["status"] == kind and error["error"] and error["next"]
 
