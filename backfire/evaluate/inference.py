@@ -271,7 +271,7 @@ def _token_scores(
         batch = batch.to(model.device)
         scores = -token_losses(answer_logits(model, batch), batch.labels).double().cpu()
         if pack:
-            return list(scores[0].split([kept[i] for i in part]))
+            return list(torch.split(scores[0], [kept[i] for i in part]))
         scored = batch.labels.cpu() != IGNORE
         return [line[mask] for line, mask in zip(scores, scored, strict=True)]
 
