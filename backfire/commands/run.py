@@ -13,6 +13,7 @@ from backfire.commands.plan import check, memory_of
 from backfire.commands.workers import default_workers, largest
 from backfire.experiment import Machine
 from backfire.launch.folder import write_plan
+from backfire.launch.imports import uncollected
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
@@ -47,7 +48,8 @@ def start(
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
-        check(recipe, store, console, memory_of(settings.device, types))
+        with uncollected():  # the checks import torch
+            check(recipe, store, console, memory_of(settings.device, types))
         if "workers" not in machine and not devices.launched():
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)

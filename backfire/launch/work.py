@@ -23,9 +23,10 @@ from typing import Any
 
 from backfire.errors import Away, Busy, Pause, Stopped
 from backfire.experiment import Machine
+from backfire.launch import imports
 from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.launch.folder import JOBS
-from backfire.launch.job import RunFolder, release_imports, report, run_job
+from backfire.launch.job import RunFolder, report, run_job
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
@@ -134,7 +135,7 @@ def work(
                 break
         board.say_what_is_awaited()
         stop.sleep(idle.delay)
-    release_imports()
+    imports.release()
     return board.ended
 
 
