@@ -16,7 +16,7 @@ from tests.helpers.places import ROOT
 from tests.torture.row import Figures, Ground, row
 
 TESTED = {
-    "backfire/launch/claims.py": "tests/launch/test_claims.py",
+    "backfire/claims.py": "tests/test_claims.py",
     "backfire/launch/work.py": "tests/launch/test_work.py",
     "backfire/store.py": "tests/test_store.py",
     "backfire/errors.py": "tests/test_errors.py",
