@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.evaluate.budget import Budget
-from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.prompts import (
     CachedPrompts,
     SharedPrefix,
@@ -33,6 +32,7 @@ from backfire.evaluate.prompts import (
 )
 from backfire.evaluate.slots import Task, write
 from backfire.model.batching import ways
+from backfire.model.head import for_evaluation
 from backfire.train.batches import (
     IGNORE,
     Span,
@@ -271,7 +271,7 @@ def _token_scores(
         batch = batch.to(model.device)
         scores = -token_losses(answer_logits(model, batch), batch.labels).double().cpu()
         if pack:
-            return list(scores[0].split([kept[i] for i in part]))
+            return list(torch.split(scores[0], [kept[i] for i in part]))
         scored = batch.labels.cpu() != IGNORE
         return [line[mask] for line, mask in zip(scores, scored, strict=True)]
 
