@@ -14,6 +14,7 @@ from backfire.commands.plan import check, memory_of
 from backfire.commands.workers import default_workers, largest, workers_by_device
 from backfire.experiment import Experiment, Machine
 from backfire.launch.folder import check_writable, write_plan
+from backfire.launch.imports import uncollected
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
@@ -57,7 +58,8 @@ def start(
         is_set = "workers" in machine or bool(devices.launched())
         if (settings.workers if is_set else workers_by_device(len(recipe.cells), settings)) > 1:
             local.warm_up()
-        check(recipe, store, console, memory_of(settings.device, types))
+        with uncollected():  # the checks import torch
+            check(recipe, store, console, memory_of(settings.device, types))
         if not is_set:
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)

@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.evaluate.budget import Budget
-from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.prompts import (
     CachedPrompts,
     SharedPrefix,
@@ -33,6 +32,7 @@ from backfire.evaluate.prompts import (
 )
 from backfire.evaluate.slots import Task, write
 from backfire.model.batching import ways
+from backfire.model.head import for_evaluation
 from backfire.train.batches import (
     IGNORE,
     Span,

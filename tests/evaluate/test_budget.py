@@ -15,8 +15,8 @@ from backfire.base import Rendered, Row
 from backfire.errors import CellError, is_out_of_memory
 from backfire.evaluate import budget, exposure, inference
 from backfire.evaluate.code_search import likelihoods
-from backfire.evaluate.head import exact_head
 from backfire.model.batching import ways
+from backfire.model.head import exact_head
 from tests.helpers.families import KINDS, VOCAB, tiny_model
 
 pytestmark = pytest.mark.slow

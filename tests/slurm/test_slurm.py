@@ -112,7 +112,7 @@ def test_ctrl_c_leaves_the_worker_and_the_same_command_starts_no_other(
     first = twelve.start(*RUN, *SIZE, "--jobs", "1")
     wait_until(lambda: len(twelve.claims()) > 0)
     first.send_signal(signal.SIGINT)
-    assert first.wait(timeout=30) == 2
+    assert first.wait(timeout=30) == 130
     assert "Interrupted. The workers go on." in twelve.log()
     (number,) = slurm.command("squeue", "--noheader", "--format=%i").split()
     second = twelve.start(*RUN, *SIZE, "--jobs", "1")
