@@ -42,8 +42,7 @@ layers no longer see padding; weight decay finds norms and biases by name; the l
 through other rows are used)."""
 
 ONE_ROUNDING = "one rounding"
-"""In the key of a model with a LoRA adapter in 16 bits since the sum of the outputs of base and
-adapter is rounded once."""
+"""In the keys of 16-bit LoRA models since the outputs of base and adapter are rounded together."""
 
 GGUF = 1
 """Version of the conversion of GGUF files."""

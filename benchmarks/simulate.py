@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Plan, start the nodes, kill some, wait for the others; returns the figures."""
-    import backfire.launch.preload  # noqa: F401  (once, and not by every node)
+    from backfire.launch import imports
     from backfire.launch.folder import read_plan
     from benchmarks.simulated_node import Pace, run_node
 
@@ -75,6 +75,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     begun_cpu = time.process_time()
     found = read_plan(run)  # once for all nodes: they share two cores here
     figures["cpu_seconds_to_read_the_plan"] = round(time.process_time() - begun_cpu, 1)
+    imports.keep()  # once, and not by every node, which would copy all of its memory
     pace = Pace(options.train_seconds, options.cell_seconds, options.speed)
     context = multiprocessing.get_context("fork")
     begun = time.time()

@@ -11,9 +11,11 @@ from rich.console import Console
 from backfire import plan, stages, text
 from backfire.claims import Claims
 from backfire.commands.plan import check, memory_of
-from backfire.commands.workers import default_workers, largest
+from backfire.commands.workers import default_workers, largest, workers_by_device
+from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch.folder import check_writable, write_plan
+from backfire.launch.imports import uncollected
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
@@ -52,15 +54,20 @@ def start(
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
-        check(recipe, store, console, memory_of(settings.device, types))
-        if "workers" not in machine and not devices.launched():
+        from backfire.launch import local
+
+        is_set = "workers" in machine or bool(devices.launched())
+        if (settings.workers if is_set else workers_by_device(len(recipe.cells), settings)) > 1:
+            local.warm_up()
+        with uncollected():  # the checks import torch
+            check(recipe, store, console, memory_of(settings.device, types))
+        if not is_set:
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         if others := at_work(out):
             say(f"{others}; this command shares the jobs with them.", console)
-        from backfire.launch import local
         from backfire.launch.stop import Stop
 
         stop = Stop()
@@ -131,9 +138,13 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
 
 def _shared(cells: Sequence[Experiment]) -> str:
     """What the cells shared; empty if nothing."""
+    try:
+        counts = plan.sharing(cells)
+    except UserError:  # an input file is gone by now
+        return ""
     parts = [
         f"{needed - distinct} of {needed} {what}"
-        for what, (needed, distinct) in plan.sharing(cells).items()
+        for what, (needed, distinct) in counts.items()
         if distinct < needed
     ]
     return f"Shared by cells, and so not repeated: {' and '.join(parts)}." if parts else ""

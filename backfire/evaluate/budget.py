@@ -60,12 +60,14 @@ class Budget:
         extra: int = 0,
         kept: Sequence[int] | None = None,
         level: bool = False,
+        packed: int | None = None,
     ) -> Iterator[tuple[list[int], Result]]:
         """Yield the rows of each batch and the result of `work` on them, in `order`.
 
         `order` is longest first. `lengths` are the tokens of each row, `extra` the tokens that will
         be added to each, `kept` the positions of each that reach the head; with `level`, a batch
-        holds only rows of one length.
+        holds only rows of one length. `packed` rows run end to end behind a prefix of so many
+        tokens.
 
         Raises:
             CellError: memory runs out at one row.
@@ -78,7 +80,8 @@ class Budget:
             for row in order[place + 1 :]:
                 most = max(kept[i] for i in (*part, row)) if kept else 1
                 full = len(part) >= self.rows or (len(part) + 1) * most > self.together
-                full |= (len(part) + 1) * cost > min(self.tokens, self.run)
+                full |= (len(part) + 1) * cost > self.tokens
+                full |= len(part) + 1 > self.at_once(cost, packed)
                 if full or (level and lengths[row] != lengths[first]):
                     break
                 part.append(row)
@@ -88,6 +91,11 @@ class Budget:
                 continue
             place += len(part)
             yield part, result[0]
+
+    def at_once(self, tokens: int, packed: int | None = None) -> int:
+        """Most rows of this many tokens each in one pass, `packed` behind a prefix of so many of
+        them or padded; at least 1."""
+        return max(1, self.run // (tokens - (packed or 0)))
 
     def fitting(self, tokens: int) -> int:
         """Most rows of this many tokens each that are cached together; at least 1."""

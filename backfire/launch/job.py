@@ -9,7 +9,6 @@ import random
 import sys
 import traceback
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ from backfire.base.judges import drop_models
 from backfire.data.weights import first_line
 from backfire.errors import EXIT_CLASSES, Away, CellError, GpuError, UserError, exit_class, was_away
 from backfire.experiment import Experiment, Machine
+from backfire.launch import imports
 from backfire.launch.folder import plugins_of
 from backfire.model.resident import Resident
 from backfire.pipeline import Context, base, head, run_cell, trained
@@ -101,7 +101,7 @@ def run_job(
     """
     resident = resident or Resident()
     set_threads(machine)
-    _keep_imports()
+    imports.keep()
     _reset_globals()
     try:
         progress(0, 1, "start")
@@ -144,22 +144,6 @@ def refuse_broken_gpu(error: Exception) -> None:
             f"The GPU of {os.uname().nodename} does not answer any more: {first_line(reason)}. "
             "Finished work is kept; run the same command again, or on another machine."
         ) from error
-
-
-@cache
-def _keep_imports() -> None:
-    """Leave what is imported out of garbage collection until the worker ends. A full collection,
-    which frees a model, would look at half a million objects of torch and transformers."""
-    import backfire.launch.preload  # noqa: F401  (what a job imports)
-
-    gc.collect()
-    gc.freeze()
-
-
-def release_imports() -> None:
-    """Let garbage collection look at everything again."""
-    gc.unfreeze()
-    _keep_imports.cache_clear()
 
 
 def _reset_globals() -> None:

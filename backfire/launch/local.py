@@ -11,10 +11,10 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import resource_tracker
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
 from backfire.claims import MOST_KILLS
 from backfire.errors import EXIT_CLASSES, CellError, GpuError, UserError, exit_class
@@ -67,6 +67,20 @@ def run(
         team.end(0.0)
         raise
     return team.ended
+
+
+def warm_up() -> None:
+    """Begin what workers are forked from, whose imports take seconds, in the background."""
+    if not has_gpu():
+        _forkserver()
+        with _without_ctrl_c():
+            forkserver.ensure_running()
+
+
+def _forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["backfire.launch.preload"])
+    return context
 
 
 def _telling(begins: Callable[[Job], object]) -> Run:
@@ -148,9 +162,7 @@ class _Team:
 
     def _start(self, stop: Stop, stays: bool) -> _Worker:
         # A process forked after CUDA was initialized cannot use it.
-        how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
-        context: Any = multiprocessing.get_context(how)
-        context.set_forkserver_preload(["backfire.launch.preload"])
+        context: Any = multiprocessing.get_context("spawn") if has_gpu() else _forkserver()
         pipe, far = context.Pipe()
         # Plug-ins come first: the other arguments may hold objects of their classes.
         arguments = (self.jobs, self.folder, self.store, self.machine)

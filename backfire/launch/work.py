@@ -24,8 +24,9 @@ from typing import Any
 from backfire.claims import MOST_KILLS, Claim, Claims, is_here
 from backfire.errors import EXIT_CLASSES, Away, Busy, GpuError, Pause, Stopped, UserError
 from backfire.experiment import Machine
+from backfire.launch import imports
 from backfire.launch.folder import JOBS
-from backfire.launch.job import RunFolder, release_imports, report, run_job
+from backfire.launch.job import RunFolder, report, run_job
 from backfire.launch.stop import Stop
 from backfire.model.resident import Resident
 from backfire.patience import patiently
@@ -97,7 +98,7 @@ def work(
                 break
         board.say_what_is_awaited()
         stop.sleep(idle.delay)
-    release_imports()
+    imports.release()
     return board.ended
 
 

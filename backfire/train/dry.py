@@ -109,7 +109,7 @@ class DryRun:
         Raises:
             UserError: this model cannot be run without data.
         """
-        from backfire.evaluate.head import for_evaluation
+        from backfire.model.head import for_evaluation
 
         def look(model: PreTrainedModel, mode: FakeTensorMode) -> list[int]:
             with torch.no_grad(), for_evaluation(model.eval()):
