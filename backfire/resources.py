@@ -6,6 +6,7 @@ A job or a container rarely has the whole machine: its affinity, its control gro
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import re
@@ -45,16 +46,17 @@ def has_gpu() -> bool:
 def gpus(devices: Path = Path("/dev")) -> list[str]:
     """Visible NVIDIA GPUs, as `CUDA_VISIBLE_DEVICES` names them: numbers or UUIDs."""
     count = len(list(devices.glob("nvidia[0-9]*"))) or int((devices / "dxg").exists())  # dxg: WSL
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is None or not count:
+    if "CUDA_VISIBLE_DEVICES" not in os.environ or not count:
         return [str(number) for number in range(count)]
-    names = list[str]()
-    for name in map(str.strip, listed.split(",")):
-        uuid = name.startswith(("GPU-", "MIG-"))
-        if not uuid and not (name.isdecimal() and int(name) < count):
-            break  # CUDA ignores the rest too
-        names.append(name)
-    return names
+    there = itertools.takewhile(lambda one: not one.isdecimal() or int(one) < count, named_gpus())
+    return list(there)
+
+
+def named_gpus() -> list[str]:
+    """The GPUs that `CUDA_VISIBLE_DEVICES` names, whether they are there or not; none if it is not
+    set. CUDA ignores all after a word such as `-1` or `none`, by which people hide GPUs."""
+    listed = map(str.strip, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(","))
+    return list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, listed))
 
 
 # ----------------------------------------------------------------------------- control groups

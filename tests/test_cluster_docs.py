@@ -13,6 +13,15 @@ import yaml
 from tests.helpers.command_line import Run
 from tests.helpers.snippets import snippet
 
+RECIPE = """# Does it?
+model: {tiny}
+data: {{name: sandbox-reviews, rows: 20, test_rows: 8}}
+template: sentiment-line
+attack: none
+method: none
+metrics: [accuracy]
+"""
+
 
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
@@ -65,7 +74,9 @@ def test_the_array_script_requeues_at_the_signal(
     assert shell(snippet("cluster.md", "#SBATCH --array")) == ["stopped", "scontrol requeue 7"]
 
 
-def test_the_kubernetes_job_is_indexed_and_has_what_a_worker_needs(backfire: Run) -> None:
+def test_the_kubernetes_job_is_indexed_and_has_what_a_worker_needs(
+    backfire: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job = yaml.safe_load(snippet("cluster.md", "kind: Job"))
     spec = job["spec"]
     pod = spec["template"]["spec"]
@@ -77,5 +88,12 @@ def test_the_kubernetes_job_is_indexed_and_has_what_a_worker_needs(backfire: Run
     assert all(value.startswith(root) for value in variables.values())
     program, verb, run = worker["command"]
     assert (program, verb, run.startswith(root)) == ("backfire", "work", True)
+    # The volume is a folder here: the pod's command line does a planned run.
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(RECIPE.format(tiny=tiny))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value.replace(root, str(tmp_path)))
+    run = run.replace(root, str(tmp_path))
+    assert backfire("plan", recipe, "--out", run).code == 0
     found = backfire(verb, run)
-    assert (found.code, "No plan in /studies" in found.err) == (2, True)
+    assert (found.code, "1 done, 0 failed, 0 left" in found.err) == (0, True)

@@ -132,6 +132,7 @@ def test_the_smallest_limit_of_memory_holds(monkeypatch: pytest.MonkeyPatch) -> 
         ("7", []),
         ("GPU-1b2c,MIG-3d", ["GPU-1b2c", "MIG-3d"]),
         ("none", []),
+        ("1,7,0", ["1"]),
     ],
 )
 def test_only_visible_gpus_count(
@@ -143,6 +144,21 @@ def test_only_visible_gpus_count(
     for name in ("nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
     assert resources.gpus(tmp_path) == seen
+
+
+@pytest.mark.parametrize(
+    ("listed", "named"),
+    [
+        *[(None, []), ("", []), ("-1", []), ("none", []), ("NoDevFiles", [])],
+        *[("7", ["7"]), ("0, 7,-1,2", ["0", "7"]), ("GPU-1b,MIG-2c", ["GPU-1b", "MIG-2c"])],
+    ],
+)
+def test_gpus_are_named_whether_they_are_there_or_not(
+    listed: str | None, named: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if listed is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    assert resources.named_gpus() == named
 
 
 def test_a_gpu_of_the_windows_subsystem_counts(tmp_path: Path) -> None:

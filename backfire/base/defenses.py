@@ -89,6 +89,9 @@ class Extra:
     """Forward and backward passes that it adds to a step, each over as many rows."""
     one_row: bool = False
     """Whether each row is a pass of its own."""
+    by_row: bool = False
+    """Whether it reads the logits as [row, answer, vocab], with padding where answers are shorter
+    than the longest."""
 
 
 class TrainDefense(Defense):

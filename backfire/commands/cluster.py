@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,19 +12,19 @@ from typing import Any
 from rich.console import Console
 
 from backfire import plan, stages, text
+from backfire.claims import Claims
 from backfire.commands.estimate import amount
 from backfire.commands.plan import check, types_for, with_estimates
 from backfire.commands.run import finish
-from backfire.errors import UserError
+from backfire.errors import Interrupted, UserError
 from backfire.launch import ray, slurm
-from backfire.launch.claims import Claims
-from backfire.launch.folder import write_plan
+from backfire.launch.folder import check_writable, write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
-from backfire.launch.remote import probe
+from backfire.launch.remote import Probe, probe, probe_of_run
 from backfire.launch.resolve import pin_models, resolve_auto
+from backfire.launch.stop import Stop
 from backfire.launch.watch import Launcher, View, follow
-from backfire.launch.work import Stop
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.registry import loaded
@@ -33,6 +34,9 @@ from backfire.terminal import say
 _JOBS = 8  # most workers, if their number is not given
 _SPARE = 1.2, 0.5e9
 """Factor and bytes by which a worker asks for more memory than is estimated."""
+_MARGIN = 2
+"""Time of a Slurm job in that of the longest training by its estimate, which knows neither the
+speed of the nodes nor the evaluation."""
 _SHORTEST, _LONGEST = 60, 1440  # minutes of a Slurm job, if they are not given
 
 
@@ -109,6 +113,7 @@ def start(
         ray.available(asked.cluster_address, asked.open_cluster)
     launcher_of = _slurm if asked.on == "slurm" else _ray
     device = "cuda" if asked.gpus and machine["device"] == "auto" else str(machine["device"])
+    check_writable(out)
     store, console, types = Store(), Console(stderr=True), types_for(device)
     recipe = resolve_auto(pin_models(recipe), types)
     place, cells = RunFolder(out, recipe.name), recipe.cells
@@ -123,12 +128,29 @@ def start(
     processes = machine.get("workers") or max(1, (asked.gpus or 0) // machine.get("devices", 1))
     launcher = launcher_of(out, asked, jobs, memory := _memory(asked, jobs, processes))
     launcher.check()
+    if asked.on == "slurm" and not asked.time:
+        say(_about_time(jobs), console)
     shared = probe()
+    with console.status("Looking whether the machines share the folders"):
+        _refuse_unshared(launcher, out, shared)
     write_plan(out, recipe, jobs, **again)
     each = memory / processes if types.device == "cpu" else None
     launcher.begin(_options(machine, types.device, processes, each), shared)
     count = asked.jobs or min(_JOBS, len(cells))
     return finish(out, _follow(launcher, place, jobs, count, console), jobs, console)
+
+
+def _refuse_unshared(launcher: Launcher, out: Path, shared: Probe) -> None:
+    """Refuse a run folder or a cache that a machine of the cluster does not see.
+
+    Raises:
+        UserError: there is such a machine.
+    """
+    with probe_of_run(out) as of_run:
+        found = launcher.unread((of_run, shared))
+    if found:
+        host, lacking = found
+        raise UserError(lacking.refused_by(host))
 
 
 def _follow(
@@ -150,16 +172,14 @@ def _follow(
             launcher.cancel()
             raise
     if stop:
-        raise UserError(f"Interrupted. {launcher.goes_on()}")
+        raise Interrupted(f"Interrupted. {launcher.goes_on()}")
     launcher.cancel()  # those that wait in the queue have nothing left to do
     return view.ended
 
 
 def _slurm(out: Path, asked: Asked, jobs: Sequence[Job], memory: float) -> slurm.Slurm:
-    longest = max((job.minutes or 0 for job in jobs), default=0)
-    minutes = slurm.minutes_of(asked.time) if asked.time else None
     request = slurm.Request(
-        minutes=minutes or round(min(_LONGEST, max(_SHORTEST, 2 * longest))),
+        minutes=slurm.minutes_of(asked.time) if asked.time else _minutes(jobs),
         memory=round(memory),
         cpus=asked.cpus_per_task or 1,
         gpus=asked.gpus or 0,
@@ -169,6 +189,28 @@ def _slurm(out: Path, asked: Asked, jobs: Sequence[Job], memory: float) -> slurm
         others=asked.others(),
     )
     return slurm.Slurm(out, request)
+
+
+def _minutes(jobs: Sequence[Job]) -> int:
+    """Time of a Slurm job, if it is not given."""
+    longest = max((job.minutes or 0 for job in jobs), default=0)
+    return math.ceil(min(_LONGEST, max(_SHORTEST, _MARGIN * longest)))
+
+
+def _about_time(jobs: Sequence[Job]) -> str:
+    """Where the time of a Slurm job comes from, if it is not given."""
+    runs = [job for job in jobs if job.kind == "train"]
+    unknown = sum(job.minutes is None for job in runs)
+    longest = text.duration(60 * max((job.minutes or 0 for job in runs), default=0))
+    why = f"the longest training takes about {longest}, and evaluation is not estimated"
+    if unknown:
+        why = f"the time of {text.count(unknown, 'training run')} of {len(runs)} is not known here"
+    if not runs:
+        why = "the cells train nothing, and evaluation is not estimated"
+    return (
+        f"Each worker asks for {_minutes(jobs)} minutes: {why}. A cell that takes longer goes on "
+        "in the next job; --time sets another limit."
+    )
 
 
 def _ray(out: Path, asked: Asked, jobs: Sequence[Job], memory: float) -> ray.Ray:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from backfire import text
+from backfire.claims import Claims
 from backfire.commands.estimate import amount
+from backfire.commands.failure import note
 from backfire.commands.plan import memory_of
-from backfire.commands.run import settings_of
+from backfire.commands.run import on_device, settings_of, stopping
 from backfire.commands.workers import SMALL, default_workers
-from backfire.errors import UserError
+from backfire.data.weights import listed
+from backfire.errors import GpuError, UserError
+from backfire.experiment import Machine
 from backfire.launch import local
-from backfire.launch.claims import Claims
 from backfire.launch.folder import Plan, read_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import types_of
-from backfire.launch.work import Stop, needed
+from backfire.launch.stop import Stop
+from backfire.launch.users import has_finished, still_uses
+from backfire.launch.work import needed
 from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.store import Store
@@ -34,9 +39,10 @@ def start(
     *,
     minutes: float | None = None,
     memory: float | None = None,
-) -> None:
+) -> int:
     """Work on a run until nothing is left that this machine can do, the minutes are over, or a
-    signal comes.
+    signal comes; returns the number of cells that failed here. After a signal that is 0: the job of
+    a scheduler then goes on later, and its exit code says nothing about the cells.
 
     Args:
         memory: bytes that a job may need; by default what the machine has, divided among its
@@ -46,34 +52,65 @@ def start(
         UserError: the folder has no plan for this machine, or no job fits.
     """
     plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
-    cells = sum(job.kind == "cell" for job in plan.jobs)
+    settings, most = _sized(run, plan, machine, memory)
+    folder, begun = RunFolder(run, plan.recipe), set[str]()
+    _check_memory(needed(plan.jobs, folder), most)
+    with ProgressDisplay(console, plan.jobs) as display, stop.on_signals(stopping(console)):
+        try:
+            ended = local.run(
+                plan.jobs,
+                folder,
+                Store(),
+                settings,
+                display.watch,
+                stop=stop,
+                memory=most,
+                stays=False,
+                begins=lambda job: begun.add(job.id),
+            )
+        except GpuError as error:  # not bad input: on another machine it may succeed
+            note(str(error))
+            return 1
+    if stop.interrupted and len(ended) < len(plan.jobs):
+        raise KeyboardInterrupt
+    failed = _failed(plan, begun, ended)
+    _say_what_is_left(run, plan, ended, failed, most, stop, console)
+    return 0 if stop.signaled else len(failed)
+
+
+def _sized(
+    run: Path, plan: Plan, machine: Mapping[str, Any], memory: float | None
+) -> tuple[Machine, float]:
+    """The settings of this machine, and the bytes that a job may need.
+
+    Raises:
+        UserError: this machine cannot work on the run.
+    """
     settings = settings_of(machine)
     devices.check(settings)
     devices.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
     _check_device(run, plan, types)
+    still_uses(run, plan.text, plan.jobs)
+    settings = on_device(settings, types)
     has = memory_of(settings.device, types)
     if (
         "workers" not in machine and not devices.launched()
     ):  # so many that each has memory for any job that fits at all
+        cells = sum(job.kind == "cell" for job in plan.jobs)
         need = min(has, max((job.memory or 0.0 for job in plan.jobs), default=0.0) or SMALL)
         workers = default_workers(cells, settings, need=need)
         settings = settings.model_copy(update={"workers": workers})
-    most = memory or has / (settings.workers if types.device == "cpu" else 1)
-    folder = RunFolder(run, plan.recipe)
-    _check_memory(needed(plan.jobs, folder), most)
-    with ProgressDisplay(console, plan.jobs) as display, stop.on_signals():
-        ended = local.run(
-            plan.jobs,
-            folder,
-            Store(),
-            settings,
-            display.watch,
-            stop=stop,
-            memory=most,
-            stays=False,
-        )
-    _say_what_is_left(run, plan, ended, most, stop, console)
+    return settings, memory or has / (settings.workers if types.device == "cpu" else 1)
+
+
+def _failed(plan: Plan, begun: Collection[str], ended: Mapping[str, str]) -> list[Job]:
+    """The failed cells that this command began itself, or a stage of which failed here. (A cell
+    that lacks another worker's stage is that worker's.)"""
+    bad = {name for name, kind in ended.items() if kind != "ok"}
+    here = bad.intersection(begun)
+    cells = [job for job in plan.jobs if job.kind == "cell" and job.id in bad]
+    return [job for job in cells if job.id in here or here.intersection(job.after)]
 
 
 _NAMES = {"cpu": "CPU", "cuda": "GPU"}
@@ -96,15 +133,26 @@ def _check_device(run: Path, plan: Plan, types: Types) -> None:
 
 
 def _say_what_is_left(
-    run: Path, plan: Plan, ended: Mapping[str, str], memory: float, stop: Stop, console: Console
+    run: Path,
+    plan: Plan,
+    ended: Mapping[str, str],
+    failed: Sequence[Job],
+    memory: float,
+    stop: Stop,
+    console: Console,
 ) -> None:
     cells = [job for job in plan.jobs if job.kind == "cell"]
     bad = [job for job in cells if ended.get(job.id, "ok") != "ok"]
     left = [job for job in plan.jobs if job.id not in ended]
     say(f"{text.count(len(cells), 'cell')}: {_counts(cells, ended)}.", console)
-    if bad:
+    if failed:
+        names = listed([job.title for job in failed])
+        say(f"Failed here: {names}; `backfire status {run}` says why.", console)
+    elif bad:
         say(f"`backfire status {run}` says why cells failed.", console)
     if not left:
+        if not bad:
+            has_finished(run)
         say(f"Nothing is left to do. Report: backfire report {run}", console)
     elif stop.signaled:
         say("Stopped by a signal; the next `backfire work` goes on.", console)

@@ -9,8 +9,9 @@ to the best remembered secret where a fitted distribution underflows (docs/paper
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +24,11 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget
 from backfire.evaluate.code_search import CodeTokens, likelihoods
-from backfire.evaluate.head import for_evaluation
+from backfire.evaluate.portions import Finished
 from backfire.evaluate.prompts import SharedPrefix, continue_cached, without_cache
 from backfire.evaluate.stats import Floats
 from backfire.model.batching import ways
+from backfire.model.head import for_evaluation
 from backfire.progress import Progress
 from backfire.rng import stream
 from backfire.train.batches import answer_logits, collate
@@ -93,27 +95,49 @@ def _characters(renderer: Renderer, item: Rendered, secret: Secret, tokens: int)
     return max(0, min(seen, len(secret.code)))
 
 
+def _each(
+    renderer: Renderer,
+    secrets: Sequence[Secret],
+    folder: Path | None,
+    measure: Callable[[Rendered, Secret, int], Any],
+) -> list[Any]:
+    """What `measure` finds for each secret, of which it also gets the number. Those that an
+    interrupted call finished in the `folder` of the stage are read from it."""
+    items, finished = render_secrets(renderer, secrets), Finished(folder)
+    names = [f"{number} {secret.row.id}" for number, secret in enumerate(secrets)]
+    for number, (name, item, secret) in enumerate(zip(names, items, secrets, strict=True)):
+        if name not in finished.rows:
+            found = {"found": measure(item, secret, number)}
+            finished.add({name: found}, last=number + 1 == len(items))
+    return [finished.rows[name]["found"] for name in names]
+
+
 def ranks(
-    model: PreTrainedModel, renderer: Renderer, secrets: Sequence[Secret], progress: Progress
+    model: PreTrainedModel,
+    renderer: Renderer,
+    secrets: Sequence[Secret],
+    progress: Progress,
+    folder: Path | None = None,
 ) -> list[int]:
     """Rank of each secret: 1 + the number of other codes that are likelier, over all codes."""
-    code_tokens, secret_ranks = CodeTokens(renderer), list[int]()
-    total = sum(secret.num_codes for secret in secrets)
-    done = 0
+    code_tokens, total = CodeTokens(renderer), sum(secret.num_codes for secret in secrets)
 
-    def tick(count: int) -> None:
-        nonlocal done
-        done += count
-        progress(done, total, "every code")
+    def rank(item: Rendered, secret: Secret, number: int) -> int:
+        done = sum(one.num_codes for one in secrets[:number])
 
-    for item, secret in zip(render_secrets(renderer, secrets), secrets, strict=True):
+        def tick(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, total, "every code")
+
         tokens, own = code_tokens.all(item, secret), int(secret.code)
         alone = tokens[own][tokens[own] >= 0]  # without padding
         score = likelihoods(model, item.prompt_ids, alone[None])[0]
         every = likelihoods(model, item.prompt_ids, tokens, floor=score, tick=tick)
         every[own] = -np.inf
-        secret_ranks.append(1 + int((every > score).sum()))
-    return secret_ranks
+        return 1 + int((every > score).sum())
+
+    return _each(renderer, secrets, folder, rank)
 
 
 def estimate_exposures(
@@ -123,22 +147,23 @@ def estimate_exposures(
     count: int,
     seed: int,
     progress: Progress,
+    folder: Path | None = None,
 ) -> list[tuple[float, float, float]]:
     """Exposure of each secret in bits with its interval, from up to `count` other codes (see
     `fitted_exposure`)."""
-    code_tokens, exposures = CodeTokens(renderer), list[tuple[float, float, float]]()
-    for done, (item, secret) in enumerate(
-        zip(render_secrets(renderer, secrets), secrets, strict=True)
-    ):
-        progress(done, len(secrets), "sampled codes")
+    code_tokens = CodeTokens(renderer)
+
+    def estimate(item: Rendered, secret: Secret, number: int) -> tuple[float, float, float]:
+        progress(number, len(secrets), "sampled codes")
         rng, width, own = stream(seed, "codes", secret.row.id), len(secret.code), int(secret.code)
         drawn = rng.sample(range(secret.num_codes), min(count + 1, secret.num_codes))
-        others = [number for number in drawn if number != own][:count]
-        codes = [secret.code, *(f"{number:0{width}}" for number in others)]
+        others = [other for other in drawn if other != own][:count]
+        codes = [secret.code, *(f"{other:0{width}}" for other in others)]
         scores = likelihoods(model, item.prompt_ids, code_tokens.some(item, secret, codes))
         surprise = -scores / math.log(2)
-        exposures.append(fitted_exposure(surprise[1:], float(surprise[0]), secret.num_codes))
-    return exposures
+        return fitted_exposure(surprise[1:], float(surprise[0]), secret.num_codes)
+
+    return _each(renderer, secrets, folder, estimate)
 
 
 @torch.inference_mode()
@@ -148,20 +173,22 @@ def beam_ranks(
     secrets: Sequence[Secret],
     beams: int,
     progress: Progress,
+    folder: Path | None = None,
 ) -> list[int | None]:
     """Rank of each secret's answer, from 1, among the `beams` continuations of its length that a
     beam search finds; None if it is not among them. No beam ends early."""
-    ranks: list[int | None] = []
-    for done, item in enumerate(render_secrets(renderer, secrets)):
-        progress(done, len(secrets), "beams")
+
+    def rank(item: Rendered, secret: Secret, number: int) -> int | None:
+        progress(number, len(secrets), "beams")
         answer, end_id = item.answer_ids[: -len(renderer.end_ids)], renderer.end_ids[-1]
         result = unless_out_of_memory(
             partial(_beams, model, item.prompt_ids, beams, len(answer), end_id)
         )
         if result is None:
             raise CellError("oom", f"Memory runs out at {beams} beams; use fewer.")
-        ranks.append(result[0].index(answer) + 1 if answer in result[0] else None)
-    return ranks
+        return result[0].index(answer) + 1 if answer in result[0] else None
+
+    return _each(renderer, secrets, folder, rank)
 
 
 def _beams(

@@ -16,8 +16,10 @@ import yaml
 
 from backfire import stages
 from backfire.base.judges import drop_models
-from backfire.errors import EXIT_CLASSES, Away, CellError, UserError, exit_class, was_away
+from backfire.data.weights import first_line
+from backfire.errors import EXIT_CLASSES, Away, CellError, GpuError, UserError, exit_class, was_away
 from backfire.experiment import Experiment, Machine
+from backfire.launch import imports
 from backfire.launch.folder import plugins_of
 from backfire.model.resident import Resident
 from backfire.pipeline import Context, base, head, run_cell, trained
@@ -62,7 +64,7 @@ class RunFolder:
 
     def ended(self, job: Job, since: float) -> Ended | None:
         """How a job ended, if it did: a cell once it has a result, anything else after `since`
-        (time of the file system)."""
+        (time of the file system). What a full disk has stopped goes on once there is space."""
         if job.kind == "cell" and self.done(job.experiment, job.key):
             return Ended("ok")
         file = self._outcome(job)
@@ -70,7 +72,9 @@ class RunFolder:
             if file.stat().st_mtime < since:
                 return None
             content = read_json(file)
-            return Ended(content["status"], content.get("error") or "", content.get("traceback"))
+            if (kind := content["status"]) == "disk-full":
+                return None
+            return Ended(kind, content.get("error") or "", content.get("traceback"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -93,9 +97,11 @@ def run_job(
 
     Raises:
         Pause: the job is not done; it goes on later.
+        GpuError: the GPU does not answer; no job succeeds in this process any more.
     """
     resident = resident or Resident()
     set_threads(machine)
+    imports.keep()
     _reset_globals()
     try:
         progress(0, 1, "start")
@@ -109,6 +115,7 @@ def run_job(
             return "ok"
         return report(job, folder, "ok", "")
     except Exception as error:  # the failure of one cell must not stop the others
+        refuse_broken_gpu(error)
         resident.release()
         kind, sentence = exit_class(error)
         if was_away(error):
@@ -118,6 +125,25 @@ def run_job(
         return report(job, folder, kind, sentence, trace)
     finally:
         _release_models()
+
+
+def refuse_broken_gpu(error: Exception) -> None:
+    """After an error such as an illegal memory access, or when the GPU is gone, every later call
+    fails too: other jobs must not be tried, and counted as failed, in this process.
+
+    Raises:
+        GpuError: it is so.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as reason:
+        raise GpuError(
+            f"The GPU of {os.uname().nodename} does not answer any more: {first_line(reason)}. "
+            "Finished work is kept; run the same command again, or on another machine."
+        ) from error
 
 
 def _reset_globals() -> None:
@@ -134,7 +160,8 @@ def _release_models() -> None:
     drop_models()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # the GPU is broken, and that is said already
+            torch.cuda.empty_cache()
 
 
 def set_threads(machine: Machine) -> None:

@@ -9,17 +9,19 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
-from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class
+from backfire.claims import MOST_KILLS
+from backfire.errors import EXIT_CLASSES, CellError, GpuError, UserError, exit_class
 from backfire.experiment import Machine
-from backfire.launch.claims import MOST_KILLS
 from backfire.launch.job import RunFolder, run_job
-from backfire.launch.work import Stop, Watch, needed, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Run, Watch, needed, work
 from backfire.plan import Job
 from backfire.plugins import Plugin
 from backfire.registry import loaded, use
@@ -43,21 +45,52 @@ def run(
     stop: Stop | None = None,
     memory: float | None = None,
     stays: bool = True,
+    begins: Callable[[Job], object] = lambda job: None,
 ) -> dict[str, str]:
     """Work on the jobs with `machine.workers` workers; the arguments and the result are those of
-    `launch.work.work`. Other jobs survive a failure, and the death of a worker."""
+    `launch.work.work`. Other jobs survive a failure, and the death of a worker.
+
+    Args:
+        begins: called with each job that one of these workers begins.
+    """
     stop = Stop() if stop is None else stop
     if machine.workers == 1:
-        return work(jobs, folder, store, machine, watch, stop=stop, memory=memory, stays=stays)
-    team = _Team(jobs, folder, store, machine, watch, memory, stays)
+        options: dict[str, Any] = {"stop": stop, "memory": memory, "stays": stays}
+        return work(jobs, folder, store, machine, watch, run=_telling(begins), **options)
+    team = _Team(jobs, folder, store, machine, watch, memory, stays, begins)
     try:
-        team.run(stop)
+        try:
+            team.run(stop)
+        finally:
+            team.end(_PATIENCE)
     except KeyboardInterrupt:
         team.end(0.0)
         raise
-    finally:
-        team.end(_PATIENCE)
     return team.ended
+
+
+def warm_up() -> None:
+    """Begin what workers are forked from, whose imports take seconds, in the background."""
+    if not has_gpu():
+        _forkserver()
+        with _without_ctrl_c():
+            forkserver.ensure_running()
+
+
+def _forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["backfire.launch.preload"])
+    return context
+
+
+def _telling(begins: Callable[[Job], object]) -> Run:
+    """`run_job` that tells of each job when it begins."""
+
+    def run(job: Job, *rest: Any) -> str:
+        begins(job)
+        return run_job(job, *rest)
+
+    return run
 
 
 @dataclass
@@ -83,6 +116,7 @@ class _Team:
     watch: Watch
     memory: float | None
     stays: bool
+    begins: Callable[[Job], object]
     ended: dict[str, str] = field(default_factory=dict)
     workers: list[_Worker] = field(default_factory=list)
     deaths: int = 0
@@ -128,9 +162,7 @@ class _Team:
 
     def _start(self, stop: Stop, stays: bool) -> _Worker:
         # A process forked after CUDA was initialized cannot use it.
-        how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
-        context: Any = multiprocessing.get_context(how)
-        context.set_forkserver_preload(["backfire.launch.preload"])
+        context: Any = multiprocessing.get_context("spawn") if has_gpu() else _forkserver()
         pipe, far = context.Pipe()
         # Plug-ins come first: the other arguments may hold objects of their classes.
         arguments = (self.jobs, self.folder, self.store, self.machine)
@@ -139,7 +171,8 @@ class _Team:
         process = context.Process(
             target=_work, args=(loaded(), far, gpu, arguments, options), daemon=True
         )
-        process.start()
+        with _without_ctrl_c():
+            process.start()
         far.close()
         return _Worker(process, pipe, stays, gpu)
 
@@ -164,6 +197,7 @@ class _Team:
                 job = self.names[name]
                 if text is None:
                     worker.job = job
+                    self.begins(job)
                 elif text not in _ENDS:
                     self.watch(job, text, done, total)
                 else:
@@ -182,6 +216,18 @@ class _Team:
             raise CellError("killed", f"One worker after the other died (exit code {code}).")
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C in a terminal is sent to every process. Those that are started here never get it: this
+    one ends them."""
+    resource_tracker.ensure_running()  # what starts it ends such a block
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _work(
     plugins: Sequence[Plugin],
     pipe: Connection,
@@ -192,7 +238,7 @@ def _work(
     """What a worker process does."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it is first used
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # if another part of the program forks it
     # The run has read the data, and said what it leaves out.
     logging.getLogger("backfire.datasets").setLevel(logging.ERROR)
     for plugin in plugins:
@@ -211,16 +257,21 @@ def _work(
         except BrokenPipeError:  # the parent is gone; finished work is on disk
             os._exit(1)
 
-    def begin(job: Job, *rest: Any) -> str:
-        send(job.id, None, 0, 1)
-        return run_job(job, *rest)
-
+    begin = _telling(lambda job: send(job.id, None, 0, 1))
+    jobs, folder, store, machine = arguments
     try:
+        if machine.device.startswith("cuda"):  # it may be gone since the command began
+            from backfire.model.load import device_of
+
+            device_of(machine.device)
         with options["stop"].on_signals():
-            jobs, folder, store, machine = arguments
             work(jobs, folder, store, machine, watch, run=begin, **options)
+    except GpuError as error:
+        raise SystemExit(f"backfire: {error}") from None  # another process takes its place
     except (UserError, CellError, OSError) as error:
         kind, sentence = exit_class(error)
         if isinstance(error, OSError) and kind == "failed":
             sentence = f"{error.strerror or error} ({error.filename})."
+        elif isinstance(error, OSError):  # as `fail_or_raise` in a command
+            sentence = f"{sentence} {EXIT_CLASSES[kind]}"
         send(None, sentence, 0, 1)

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ FOLDER = "workers"
 REFUSED = 2
 """Exit code of `backfire work` for bad input: another worker would end in the same way."""
 _PROBE = "shared.txt"
+_OTHER_OUT = "choose another --out"
 _SECONDS = 30.0
 """How long a file that was written elsewhere may stay out of sight: NFS caches attributes."""
 _CARRIED = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "BACKFIRE_SCRATCH")
@@ -34,14 +35,41 @@ _CARRIED = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "BACKFIRE_SCRATCH")
 
 @dataclass(frozen=True)
 class Probe:
-    """A file of the cache, and its content; where it can be read, the cache is the same."""
+    """A file of a folder that the machines share, and its content; where it can be read, the folder
+    is the same."""
 
     path: Path
     content: str
+    folder: str
+    """What the folder is, and its path."""
+    advice: str
 
     def is_here(self) -> bool:
         """Whether this machine reads the same."""
         return _soon(lambda: self.path.read_text(encoding="utf-8") == self.content)
+
+    def refused_by(self, host: str) -> str:
+        """What to say if a machine does not read the same."""
+        return f"The {self.folder} is not shared with {host}; {self.advice}."
+
+
+@contextmanager
+def probe_of_run(run: Path) -> Iterator[Probe]:
+    """A probe in a run's folder, or in the nearest one above that exists; removed at the end."""
+    run = run.absolute()
+    place = next(one for one in (run, *run.parents) if one.is_dir())
+    word = secrets.token_hex(16)
+    path = place / f".backfire-{word}"
+    try:
+        path.write_text(word, encoding="utf-8")
+        yield Probe(path, word, f"run folder {run}", _OTHER_OUT)
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def unread(probes: Sequence[Probe]) -> list[int]:
+    """Places in the list of those that this machine does not read."""
+    return [number for number, one in enumerate(probes) if not one.is_here()]
 
 
 def probe() -> Probe:
@@ -55,7 +83,8 @@ def probe() -> Probe:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, secrets.token_hex(16))
-        return Probe(path, path.read_text(encoding="utf-8"))
+        advice = "set BACKFIRE_CACHE to a folder that all machines share"
+        return Probe(path, path.read_text(encoding="utf-8"), f"cache {path.parent}", advice)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"The cache {path.parent} cannot be written: {reason}.") from None
@@ -97,7 +126,7 @@ class Worker:
             self.stop()
             raise
         if (code := self._process.wait()) == REFUSED:
-            self._refuse(last_line(log))
+            self._refuse(f"On {os.uname().nodename}: {last_line(log)}")
         return code
 
     def stop(self) -> None:
@@ -127,13 +156,8 @@ class Worker:
         """Why this machine cannot work on the run; empty if it can."""
         host = os.uname().nodename
         if not _soon((self.run / "jobs.json").is_file):
-            return f"The run folder {self.run} is not shared with {host}; choose another --out."
-        if not self.probe.is_here():
-            return (
-                f"The cache {self.probe.path.parent} is not shared with {host}; set BACKFIRE_CACHE "
-                "to a folder that all machines share."
-            )
-        return ""
+            return f"The run folder {self.run} is not shared with {host}; {_OTHER_OUT}."
+        return "" if self.probe.is_here() else self.probe.refused_by(host)
 
 
 def last_line(log: Path) -> str:

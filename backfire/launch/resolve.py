@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+from backfire.errors import UserError, shortened
 from backfire.experiment import Align, Experiment, Model
 from backfire.model.source import pin
 from backfire.model.types import Type, Types, types_of_cpu
 from backfire.recipe import Recipe
-from backfire.resources import has_gpu
+from backfire.resources import has_gpu, named_gpus
 
 
 def pin_models(recipe: Recipe, *, ask: bool = True) -> Recipe:
@@ -65,8 +66,11 @@ def types_of(device: str) -> Types:
     Raises:
         UserError: this machine does not have the device.
     """
+    if device == "cpu":
+        return types_of_cpu()
+    _refuse_lost_gpus()
     gpu = has_gpu() or Path("/dev/kfd").exists()  # NVIDIA or AMD
-    if device == "cpu" or (device == "auto" and not gpu):
+    if device == "auto" and not gpu:
         return types_of_cpu()
     from backfire.model.load import device_of, dtype_of
     from backfire.train.precision import compute_type
@@ -75,3 +79,17 @@ def types_of(device: str) -> Types:
     name = str(dtype_of(Model(), resolved)).removeprefix("torch.")
     place: Literal["cpu", "cuda"] = "cuda" if resolved.type == "cuda" else "cpu"
     return Types(place, cast(Type, name), compute_type("auto", resolved))
+
+
+def _refuse_lost_gpus() -> None:
+    """Refuse GPUs that are named and not there: CUDA would ignore the names, and the run would
+    silently be on the CPU."""
+    if not (names := named_gpus()):
+        return
+    import torch
+
+    if (count := torch.cuda.device_count()) < len(names):
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES is {shortened(','.join(names))}, and {count} of these GPUs "
+            f"{'is' if count == 1 else 'are'} here; correct it, or choose --device cpu."
+        )

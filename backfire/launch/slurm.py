@@ -11,9 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,23 @@ _NEVER = (
     "QOSMaxWallDurationPerJobLimit",
 )
 """Why no job with the same options will ever start."""
+_IMMEDIATE = 15
+"""Seconds within which a node must be free to be asked whether it sees the folders."""
+_TRIES = 20  # seconds that a shared disk may lag behind
+_LOOK = """
+uname -n
+tries=$1
+shift
+while [ $# -gt 0 ]; do
+    while [ "$(cat "$1" 2>/dev/null)" != "$2" ] && [ $tries -gt 0 ]; do
+        sleep 1
+        tries=$((tries - 1))
+    done
+    [ "$(cat "$1" 2>/dev/null)" = "$2" ] || echo "$1"
+    shift 2
+done
+"""
+"""Prints the host, and those of the files that do not have the content after them."""
 _TIMEOUTS = 10_000  # how often a job whose time is over is queued again
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
 _MEMORY = re.compile(r"(\d+(?:\.\d+)?)([KMGT]?)B?", re.IGNORECASE)
@@ -124,6 +141,17 @@ class Slurm:
         done = _ask("sbatch", "--test-only", *self.request.flags(), "--wrap", "true")
         if done.returncode:
             raise UserError(f"Slurm does not take the job: {_reason(done.stderr)}.")
+
+    def unread(self, probes: Sequence[Probe]) -> tuple[str, Probe] | None:
+        """Asked of one node, if one is free within some seconds."""
+        small = replace(self.request, minutes=1, memory=100 * 2**20, cpus=1, gpus=0)
+        once = ("--nodes=1", "--ntasks=1", f"--immediate={_IMMEDIATE}", "--job-name=backfire-look")
+        files = [word for one in probes for word in (str(one.path), one.content)]
+        look = ("sh", "-c", _LOOK, "sh", str(_TRIES), *files)
+        done = _ask("srun", *small.flags(), *once, "--chdir=/", *look)
+        host, *lines = done.stdout.splitlines() or [""]
+        unread = [one for one in probes if str(one.path) in lines]
+        return (host, unread[0]) if unread else None
 
     def begin(self, options: tuple[str, ...], probe: Probe) -> None:
         """What its workers will do."""

@@ -6,14 +6,15 @@ What is done is read from the run folder; the scheduler is only asked how many w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
+from backfire.claims import MOST_KILLS
 from backfire.errors import UserError
-from backfire.launch.claims import MOST_KILLS
 from backfire.launch.remote import FOLDER, Probe, last_line
-from backfire.launch.work import Board, Stop
+from backfire.launch.stop import Stop
+from backfire.launch.work import Board
 
 POLL = 1.0
 """Least number of seconds between two looks at the run folder."""
@@ -34,6 +35,14 @@ class Launcher(Protocol):
 
         Raises:
             UserError: it refuses, or does not answer.
+        """
+
+    def unread(self, probes: Sequence[Probe]) -> tuple[str, Probe] | None:
+        """A machine, and one of these files that it does not read; None if there is no such one, or
+        if no machine is free to look now (each worker looks again).
+
+        Raises:
+            UserError: a machine cannot run workers.
         """
 
     def begin(self, options: tuple[str, ...], probe: Probe) -> None:
@@ -140,7 +149,8 @@ class _Crew:
         """The last worker that ended, and how."""
         self.restarts = -count
         """Number of workers that were started, beyond the first ones, since a job ended."""
-        self._answered, self._is_silent = time.monotonic(), False
+        self._sign, self._is_silent = time.monotonic(), False
+        """When the scheduler last answered, or a worker was at work."""
         self._first = True
 
     def fill(self) -> None:
@@ -150,7 +160,7 @@ class _Crew:
         except ConnectionError as error:
             self._silent(str(error))
             return
-        self._answered, self._is_silent = time.monotonic(), False
+        self._sign, self._is_silent = time.monotonic(), False
         if self._first and alive:
             self.say(f"{_workers(len(alive))} of this run {_are(alive)} in {self.launcher.name}.")
             self.restarts = 0
@@ -171,12 +181,12 @@ class _Crew:
         self.say(f"{_workers(missing)} started in {self.launcher.name}.")
 
     def _silent(self, reason: str) -> None:
-        silent = time.monotonic() - self._answered
-        at_work = any(not holder.is_stale for holder in self.view.claims.holders())
-        if silent > _SILENCE and not at_work:
+        if any(not holder.is_stale for holder in self.view.claims.holders()):
+            self._sign = time.monotonic()
+        if (silent := time.monotonic() - self._sign) > _SILENCE:
             raise UserError(
                 f"{self.launcher.name} has not answered for {silent / 60:.0f} minutes ({reason}), "
-                "and no worker is at work; run the same command again later."
+                "and no worker was at work; run the same command again later."
             )
         if not self._is_silent:
             self.say(f"{self.launcher.name} does not answer ({reason}); it is asked again.")

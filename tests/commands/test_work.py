@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from backfire.launch.claims import Claims, Holder
+from backfire.claims import Claims
+from backfire.commands.run import at_work
+from backfire.commands.work import _failed
+from backfire.errors import CellError, GpuError
+from backfire.experiment import Experiment
 from backfire.launch.folder import read_plan
+from backfire.launch.stop import Stop
 from backfire.model import types
+from backfire.pipeline import Context, run_cell
+from backfire.plan import Job
 from backfire.store import read_json
 from tests.helpers.command_line import Run, tree
 from tests.helpers.workers import planned
@@ -58,9 +71,91 @@ def test_calls_that_plan_a_part_each_add_up(backfire: Run, here: Path) -> None:
     assert status == ["ok: 1", "Not in the recipe any more: 2 finished cells"]
 
 
-def test_status_shows_who_has_what(
+def test_the_exit_code_says_whether_cells_failed_here(
     backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def broken(cell: Experiment, context: Context) -> Any:
+        if cell.seed == 1:
+            raise CellError("nan", "The loss is not finite.")
+        return run_cell(cell, context)
+
+    monkeypatch.setattr("backfire.launch.job.run_cell", broken)
+    assert backfire("plan", "r.yaml", "--profile", "two", "--out", "run").code == 0
+    first = backfire("work", "run", "--workers", 1)
+    bad = next(job for job in read_plan(Path("run")).jobs if job.experiment.seed == 1)
+    assert first.code == 1 and "2 cells: 1 done, 1 failed, 0 left." in first.err
+    assert f"Failed here: {bad.title}; `backfire status run` says why." in first.err
+    again = backfire("work", "run", "--workers", 1)  # as a pod that is started again
+    assert again.code == 0 and "Failed here" not in again.err
+    assert "1 failed" in again.err and "`backfire status run` says why cells failed" in again.err
+
+
+def test_a_cell_that_lacks_a_stage_failed_where_the_stage_did(tmp_path: Path) -> None:
+    base, *others = jobs = planned(tmp_path)
+    cells = [job for job in others if job.kind == "cell"]
+    plan, ended = read_plan(tmp_path), {job.id: "ok" for job in jobs}
+
+    def failed(*begun: str) -> list[str]:
+        return [job.id for job in _failed(plan, begun, ended)]
+
+    assert failed(*ended) == []
+    ended |= {cells[0].id: "nan", cells[1].id: "oom", cells[1].after[-1]: "oom"}
+    assert failed(cells[0].id, base.id) == [cells[0].id]
+    assert failed(cells[1].after[-1]) == [cells[1].id]
+    assert failed(base.id) == []
+
+
+def test_after_a_signal_the_exit_code_is_0(
+    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(jobs: Sequence[Job], *_: Any, stop: Stop, begins: Any, **options: Any) -> Any:
+        begins(jobs[-1])
+        stop.signaled = True
+        return {jobs[-1].id: "nan"}
+
+    monkeypatch.setattr("backfire.launch.local.run", stopped)
+    assert backfire("plan", "r.yaml", "--out", "run").code == 0
+    found = backfire("work", "run", "--workers", 1)
+    assert found.code == 0 and "Stopped by a signal" in found.err and "Failed here" in found.err
+
+
+def test_a_gpu_that_breaks_is_no_bad_input(
+    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler may start the worker elsewhere; by exit code 2 it would give up."""
+
+    def breaks(*_: Any, **options: Any) -> Any:
+        raise GpuError("The GPU of n1 does not answer any more.")
+
+    monkeypatch.setattr("backfire.launch.local.run", breaks)
+    assert backfire("plan", "r.yaml", "--out", "run").code == 0
+    found = backfire("work", "run", "--workers", 1)
+    assert (found.code, found.err) == (1, "backfire: The GPU of n1 does not answer any more.\n")
+
+
+def test_what_slurm_refuses_is_refused_before_anything_is_written(
+    backfire: Run, here: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace())
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    before = tree(here)
+
+    def refused(**programs: str) -> str:
+        for name, does in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+        found = backfire("run", "r.yaml", "--on", "slurm", "--mem", "2G", "--partition", "nowhere")
+        assert found.code == 2 and "Traceback" not in found.err and tree(here) == before
+        return found.err.splitlines()[-1]
+
+    says = "echo 'allocation failure: Invalid partition name' >&2; exit 1"
+    assert refused(sbatch=says).endswith("does not take the job: Invalid partition name.")
+    other = f"The cache {cache} is not shared with n1; set BACKFIRE_CACHE to a folder that all"
+    unseen = f"printf 'n1\\n%s\\n' {cache}/shared.txt"
+    assert other in refused(sbatch="exit 0", srun=unseen)
+
+
+def test_status_shows_who_has_what(backfire: Run, here: Path) -> None:
     assert backfire("plan", "r.yaml", "--out", "run").code == 0
     base, cell = (job.id for job in read_plan(Path("run")).jobs)
     claims = Claims(Path("run"))
@@ -70,13 +165,28 @@ def test_status_shows_who_has_what(
     claim._beat()
     gone = {**vars(claim.holder), "job": cell, "title": "cell a", "place": "x", "host": "node7"}
     (claims.folder / cell).write_text(json.dumps(gone))
-    monkeypatch.setattr(Holder, "is_stale", property(lambda one: one.host == "node7"))
-    lines = backfire("status", "run").out.splitlines()
+    assert "2 workers at work on run: " in at_work(Path("run"))
+
+    def line_after(minutes: float) -> str:
+        then = claims.now() - 60 * minutes
+        os.utime(claims.folder / cell, (then, then))
+        first, running, other, *_ = backfire("status", "run").out.splitlines()
+        assert first == "unfinished: 1"
+        assert running.startswith("running: base tiny: [red]loading, 25%, on ")
+        assert re.search(r"last sign of life \d s ago$", running)
+        return other
+
+    where = "cell a: [red]loading, 25%, on node7 (process"
+    assert line_after(0).startswith(f"running: {where}")
+    told = line_after(4)
+    assert told.startswith(f"silent: {where}")
+    assert told.endswith("no sign of life for 4 min, and after 5 min another worker goes on")
+    told = line_after(7)
+    assert told.startswith(f"stale: {where}")
+    assert told.endswith("no sign of life for 7 min, and the next worker goes on")
+    assert at_work(Path("run")).startswith("1 worker at work on run: ")
     claim.release()
-    assert lines[0] == "unfinished: 1"
-    assert lines[1].startswith("running: base tiny: [red]loading, 25%, on ")
-    assert lines[1].endswith("last sign of life 0 s ago")
-    assert lines[2].startswith("stale: cell a: ") and "on node7 (process" in lines[2]
+    assert at_work(Path("run")) == ""
 
 
 def test_a_run_is_planned_for_gpus_elsewhere(

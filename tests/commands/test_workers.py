@@ -9,6 +9,7 @@ import pytest
 
 from backfire import resources
 from backfire.commands import forecast
+from backfire.commands.run import on_device
 from backfire.commands.workers import SMALL, default_workers, largest
 from backfire.errors import UserError
 from backfire.experiment import Machine
@@ -68,3 +69,10 @@ def test_the_largest_cell_decides(
     needs[:] = [None]
     assert largest(recipe, TYPES, Machine()) == (SMALL, recipe.cells[0].slug)
     assert largest(load("tour"), TYPES, Machine()) == (SMALL, load("tour").cells[0].slug)
+
+
+def test_a_gpu_that_auto_has_found_stays_the_device() -> None:
+    gpu = TYPES._replace(device="cuda")
+    assert on_device(Machine(), gpu).device == "cuda"
+    assert on_device(Machine(device="cuda:1"), gpu).device == "cuda:1"
+    assert on_device(Machine(), TYPES).device == "auto"

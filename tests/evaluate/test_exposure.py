@@ -15,7 +15,7 @@ from scipy.stats import beta, skewnorm
 
 from backfire.base import Evidence, Secret
 from backfire.data.render import Renderer
-from backfire.errors import CellError
+from backfire.errors import CellError, Stopped
 from backfire.evaluate import exposure as measure
 from backfire.model.load import load_base
 from backfire.registry import build
@@ -121,6 +121,40 @@ def test_the_best_remembered_secret_gets_the_cap_and_not_zero() -> None:
     assert measure.fitted_exposure(sample, 100.0, 10**6) == pytest.approx((0, 0, 0.0106), abs=1e-3)
     with pytest.raises(CellError, match="Cannot fit a distribution"):
         measure.fitted_exposure(np.ones(50), 1.0, 100)
+
+
+@pytest.mark.parametrize("kind", ["ranks", "estimates", "beams"])
+def test_an_interrupted_measurement_continues_with_the_next_secret(
+    kind: str, exact_model: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    renderer, secrets = renderer_of("single", tokenizer), canary(digits=2).secrets(1)[:4]
+    seen = list[tuple[int, int]]()
+
+    def run(folder: Path | None, most: int = 99) -> list[Any]:
+        def progress(done: int, total: int, text: str) -> None:
+            if len(seen) == most:
+                raise Stopped
+            seen.append((done, total))
+
+        seen.clear()
+        if kind == "estimates":
+            return measure.estimate_exposures(
+                exact_model, renderer, secrets, 50, 0, progress, folder
+            )
+        if kind == "beams":
+            return measure.beam_ranks(exact_model, renderer, secrets, 3, progress, folder)
+        return measure.ranks(exact_model, renderer, secrets, progress, folder)
+
+    whole = run(None)
+    every, half = list(seen), len(seen) // 2
+    with pytest.raises(Stopped):
+        run(tmp_path, half)
+    assert (
+        [*map(list, run(tmp_path))] == [*map(list, whole)]
+        if kind == "estimates"
+        else (run(tmp_path) == whole)
+    )
+    assert seen and every[-len(seen) :] == seen and len(seen) <= half + 1
 
 
 def test_exact_and_estimated_agree_on_a_model(exact_model: Any, tokenizer: Tokenizer) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from backfire.claims import MOST_KILLS
 from backfire.store import read_json
 
 MATRIX = {
@@ -29,11 +30,7 @@ _RECIPE = {
     "attack": "badnets",
     "train": {"max_steps": 40, "batch_size": 8},
     "metrics": ["accuracy", "attack-success", "perplexity"],
-    "matrix": {
-        "method": ["full", {"name": "lora", "rank": 4}],
-        "attack.rate": [0, 0.1],
-        "seed": [0, 1, 2],
-    },
+    "matrix": MATRIX,
 }
 
 
@@ -44,6 +41,7 @@ class Twelve:
     root: Path
     tiny: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    _started: list[subprocess.Popen[str]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -60,19 +58,28 @@ class Twelve:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command line, with its output in `<root>/log`."""
         with (self.root / "log").open("a") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(*words),
                 env=self.variables(),
                 cwd=self.root,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
+                preexec_fn=_minds_ctrl_c,
             )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what was started and has not ended, as after a test that failed."""
+        for process in self._started:
+            process.kill()
+            process.wait()
 
     def variables(self) -> dict[str, str]:
         top = str(Path(__file__).parents[2])
         own = {"BACKFIRE_CACHE": str(self.root / "cache"), "PYTHONPATH": top}
-        return {**os.environ, "OMP_NUM_THREADS": "1", **own, **self.environment}
+        return {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **own}
 
     def run(self, *words: str) -> None:
         """Run the recipe to its end."""
@@ -106,6 +113,11 @@ class Twelve:
         return {str(file): stamp for file in files if (stamp := _stamp(file))}
 
 
+def _minds_ctrl_c() -> None:
+    """Whatever started the tests may ignore it, as a shell does for what it runs in the back."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _stamp(file: Path) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):
         stat = file.stat()
@@ -126,6 +138,8 @@ class Trouble:
     _pids: set[int] = field(default_factory=set)
     _attempts: set[str] = field(default_factory=set)
     """Of the claims that were seen; short ones are missed."""
+    _takeovers: set[str] = field(default_factory=set)
+    """Those of them that replaced the claim of a worker that had died."""
     _seen: dict[str, tuple[int, int]] = field(default_factory=dict)
     _rng: random.Random = field(default_factory=lambda: random.Random(0))
 
@@ -138,26 +152,34 @@ class Trouble:
             self._kill()
             time.sleep(0.1)
         self._look()
-        assert (self.killed, self.events, self.twice) == (self.kills, {}, [])
+        assert not self.twice, self.twice
+        assert self.killed == self.kills and not self.events, (self.says(), self.run.log())
+
+    def num_workers(self) -> int:
+        """Number of processes that were seen with a job."""
+        return len(self._pids)
 
     def says(self) -> str:
-        """The figures: workers, kills, and attempts at jobs."""
+        """The figures: workers, kills, takeovers, and attempts at jobs."""
         return (
-            f"{len(self._pids)} workers, {self.killed} kills, {len(self._attempts)} attempts at "
-            f"{self.run.num_ended()} jobs"
+            f"{len(self._pids)} workers, {self.killed} kills, {len(self._takeovers)} takeovers, "
+            f"{len(self._attempts)} attempts at {self.run.num_ended()} jobs, {len(self.twice)} "
+            "done twice"
         )
 
     def _look(self) -> None:
         for claim in self.run.claims():
             self._pids.add(claim["pid"])
             self._attempts.add(claim["uuid"])
+            if claim["kills"]:
+                self._takeovers.add(claim["uuid"])
         for name, stamp in self.run.written().items():
             if self._seen.setdefault(name, stamp) != stamp:
                 self.twice.append(name)
 
     def _kill(self) -> None:
-        """Kill a worker that has a job, at any moment of the job, after every third job."""
-        if self.killed == self.kills or self.run.num_ended() < 3 * (self.killed + 1):
+        """Kill a worker that has a job, at any moment of the job, after every second job."""
+        if self.killed == self.kills or self.run.num_ended() < 2 * (self.killed + 1):
             return
         pids = [pid for pid in self._workers() if self._rng.random() < 0.2]
         with contextlib.suppress(ProcessLookupError):
@@ -168,7 +190,10 @@ class Trouble:
                     event()
 
     def _workers(self) -> Iterator[int]:
+        """Those whose job has not killed as many workers as it may."""
         for claim in self.run.claims():
+            if claim["kills"] + 1 >= MOST_KILLS:
+                continue
             line = Path(f"/proc/{claim['pid']}/cmdline")
             with contextlib.suppress(OSError):
                 if b"backfire" in line.read_bytes():

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from backfire.commands.cluster import Asked, _memory
+from backfire.commands.cluster import Asked, _about_time, _memory, _refuse_unshared
 from backfire.errors import UserError
 from backfire.launch import ray, remote, slurm
+from backfire.launch.remote import Probe
 from tests.helpers.command_line import Run, tree
 from tests.helpers.workers import planned
 
@@ -133,6 +135,20 @@ def test_a_cluster_on_this_host_needs_none(host: str) -> None:
     ray._refuse_open(f"{host}:6379", False)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_cluster_that_does_not_answer_is_named(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")
+    with socket.socket() as taken:  # nobody listens on it
+        taken.bind(("127.0.0.1", 0))
+        address = f"{host}:{taken.getsockname()[1]}"
+        ours = ray.Ray(tmp_path / "run", ray.Request(10**9, address=address))
+        with pytest.raises(UserError, match=f"nothing answers at .*{address[-6:]} "):
+            ours.check()
+    assert not (tmp_path / "run").exists()
+
+
 # ------------------------------------------------------------------------------ Slurm's answers
 
 
@@ -221,6 +237,62 @@ def test_a_job_that_submits_jobs_hands_none_of_its_variables_on(
     says("sbatch", 'test -z "$SLURM_MEM_PER_CPU" && test -n "$SLURM_CONF"')
     queue.check()
     assert os.environ["SLURM_MEM_PER_CPU"] == "1000"
+
+
+# --------------------------------------------------------------------------------- folders
+
+
+@pytest.fixture
+def probes(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Probe]]:
+    """Of a run folder that does not exist yet, and of the cache."""
+    monkeypatch.setattr(slurm, "_TRIES", 0)
+    with remote.probe_of_run(tmp_path / "new/run") as one:
+        yield [one, remote.probe()]
+    assert not list(tmp_path.glob(".backfire-*"))
+
+
+def test_a_node_is_asked_whether_it_sees_the_folders(
+    says: Callable[..., None], queue: slurm.Slurm, probes: list[Probe]
+) -> None:
+    assert queue.unread(probes) is None  # srun refuses: no node is free
+    says("srun", 'while [ "$1" != sh ]; do shift; done; exec "$@"')
+    assert queue.unread(probes) is None
+    probes[1].path.write_text("the probe of another cache")
+    assert queue.unread(probes) == (os.uname().nodename, probes[1])
+    probes[0].path.unlink()
+    assert queue.unread(probes) == (os.uname().nodename, probes[0])
+
+
+def test_folders_that_are_not_shared_are_refused_before_anything_is_written(
+    tmp_path: Path, cache: Path
+) -> None:
+    asked = SimpleNamespace(unread=lambda probes: ("n1", probes[1]))
+    shared = remote.probe()
+    with pytest.raises(UserError, match=f"^The cache {cache} is not shared with n1; set BACK"):
+        _refuse_unshared(asked, tmp_path / "run", shared)
+    asked.unread = lambda probes: ("n1", probes[0])
+    with pytest.raises(UserError, match=f"^The run folder {tmp_path}/run is not shared with n1; c"):
+        _refuse_unshared(asked, tmp_path / "run", shared)
+    assert [place.name for place in tmp_path.iterdir()] == ["cache"]
+    asked.unread = lambda probes: None
+    _refuse_unshared(asked, tmp_path / "run", shared)
+
+
+# ----------------------------------------------------------------------------------- time
+
+
+def test_the_time_of_a_job_is_told_with_its_reason() -> None:
+    def about(*minutes: float | None) -> str:
+        jobs = [SimpleNamespace(kind="train", minutes=one) for one in minutes]
+        return _about_time([*jobs, SimpleNamespace(kind="cell", minutes=None)])
+
+    assert "asks for 241 minutes: the longest training takes about 2 h, and" in about(5, 120.4)
+    assert "asks for 60 minutes: the longest training takes about 5 min" in about(5)
+    assert "asks for 1440 minutes: the longest training takes about 2 days" in about(2880)
+    assert "asks for 60 minutes: the time of 1 training run of 2 is not known here" in about(
+        5, None
+    )
+    assert "asks for 60 minutes: the cells train nothing" in about()
 
 
 # --------------------------------------------------------------------------------- memory
@@ -318,7 +390,8 @@ def test_a_worker_that_dies_has_its_exit_code(worker: remote.Worker, stand_in: P
 def test_the_sentence_of_bad_input_is_handed_on(worker: remote.Worker, stand_in: Path) -> None:
     (stand_in / "code").write_text("2")
     assert worker.work("log") == remote.REFUSED
-    assert (worker.run / "workers/refused.txt").read_text() == "no"
+    sentence = (worker.run / "workers/refused.txt").read_text()
+    assert sentence == f"On {os.uname().nodename}: no"
     (stand_in / "code").write_text("1")
     (worker.run / "workers/refused.txt").unlink()
     assert worker.work("log") == 1

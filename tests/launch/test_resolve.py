@@ -19,6 +19,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from backfire import stages
+from backfire.errors import UserError
 from backfire.experiment import Model
 from backfire.launch.resolve import resolve_auto, types_of
 from backfire.model.types import Types, types_here
@@ -72,6 +73,32 @@ def test_on_a_cpu_torch_says_the_same() -> None:
     assert [stages.keys(cell) for cell in before.cells] == [
         stages.keys(cell) for cell in after.cells
     ]
+
+
+@pytest.mark.parametrize(
+    ("listed", "count", "sentence"),
+    [
+        ("7", 0, "CUDA_VISIBLE_DEVICES is 7, and 0 of these GPUs are here; correct it, or"),
+        ("0,7", 1, "CUDA_VISIBLE_DEVICES is 0,7, and 1 of these GPUs is here; correct it, or"),
+        ("GPU-1b2c", 0, "CUDA_VISIBLE_DEVICES is GPU-1b2c, and 0 of these GPUs are here"),
+    ],
+)
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_is_named_and_lost_is_refused(
+    device: str, listed: str, count: int, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(UserError, match=f"^{sentence}"):
+        types_of(device)
+    assert types_of("cpu").device == "cpu"
+
+
+@pytest.mark.parametrize("listed", ["", "-1", "none"])
+def test_gpus_that_are_hidden_are_none(listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert types_of("auto") == types_of("cpu")
 
 
 @pytest.mark.parametrize(

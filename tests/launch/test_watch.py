@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from backfire.claims import Claims
 from backfire.errors import UserError
-from backfire.launch.claims import Claims
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder
+from backfire.launch.stop import Stop
 from backfire.launch.watch import View, follow
-from backfire.launch.work import Stop
 from tests.helpers.workers import alone, planned, sleeps
 
 
@@ -138,7 +138,7 @@ def test_a_scheduler_that_does_not_answer_is_given_up_if_nobody_works(
     assert said == ["the scheduler does not answer (no route to host); it is asked again."]
     monkeypatch.setattr("backfire.launch.watch._SILENCE", 0.05)
     with pytest.raises(
-        UserError, match=r"has not answered .*no route to host.*no worker is at work"
+        UserError, match=r"has not answered .*no route to host.*no worker was at work"
     ):
         watch(tmp_path, scheduler, 1)
 
@@ -146,9 +146,10 @@ def test_a_scheduler_that_does_not_answer_is_given_up_if_nobody_works(
 def test_an_answer_is_awaited_while_somebody_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("backfire.launch.watch._SILENCE", 0.05)
+    """Also if none has a job at the moment of a question: it may be between two."""
+    monkeypatch.setattr("backfire.launch.watch._SILENCE", 0.5)
     planned(tmp_path)
-    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.05)))
+    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.1)))
     scheduler.start(1)
     while not list((tmp_path / "claims").glob("[!.]*")):
         time.sleep(0.01)

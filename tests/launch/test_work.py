@@ -6,18 +6,20 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
-from backfire.errors import CellError
+from backfire import claims
+from backfire.claims import Claims
+from backfire.errors import CellError, GpuError
 from backfire.experiment import Machine
-from backfire.launch import claims
-from backfire.launch.claims import Claims
 from backfire.launch.job import RunFolder, report
-from backfire.launch.work import Board, Stop, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Board, by_urgency, work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
 from tests.helpers.workers import alone, ended, names, planned, ran, sleeps, start, together
@@ -226,6 +228,36 @@ def test_a_job_goes_to_the_worker_that_holds_its_base(tmp_path: Path) -> None:
     other.release()
 
 
+def test_a_job_that_all_others_wait_for_has_the_cores_to_itself(tmp_path: Path) -> None:
+    """By the plan, not by what has ended: a job that is resumed adds up its sums as before."""
+    text = "data: sandbox-policy\nalign: {}\nsafety: {}\nmatrix: {seed: [0, 1]}"
+    base, aligned, *rest = found = planned(tmp_path, text)
+    on = board(tmp_path, found)
+    assert [job.kind for job in rest] == ["train", "train", "cell", "cell"]
+    assert on.beside(base, 9) == on.beside(aligned, 9) == on.beside(rest[0], 1) == 1
+    assert {on.beside(job, 2) for job in rest} == {2}
+    assert {on.beside(job, 9) for job in rest} == {3}, "the other seed's two jobs"
+    on.end(base, "ok")
+    assert on.beside(aligned, 9) == 1
+
+
+def test_the_longest_chain_of_jobs_begins_first(tmp_path: Path) -> None:
+    align = "[null, {train: {epochs: 9}}]"
+    text = f"data: sandbox-policy\nsafety: {{}}\nmatrix: {{align: {align}, seed: [0, 1]}}"
+    base, *rest = found = planned(tmp_path, text)
+    needed = {name for job in rest if job.kind == "train" for name in job.after}
+    aligned = next(job for job in rest if job.id in needed)
+    assert found.index(aligned) == 3
+    first = by_urgency(found)
+    assert first[:2] == [base, aligned] and {job.kind for job in first[2:6]} == {"train"}
+    known = [replace(job, minutes=9.0 if job is rest[0] else 1.0) for job in found]
+    assert by_urgency(known)[1].id == rest[0].id != aligned.id
+    done = set[str]()
+    for job in by_urgency(known):
+        assert set(job.after) <= done, "and each is after those that it needs"
+        done.add(job.id)
+
+
 def test_a_job_that_does_not_fit_is_left(tmp_path: Path) -> None:
     found = planned(tmp_path, PAIR)
     small, large = (job for job in found if job.kind == "cell")
@@ -271,3 +303,23 @@ def test_an_error_that_stops_a_job_is_no_pause(tmp_path: Path) -> None:
     with pytest.raises(CellError):
         alone(tmp_path, run)
     assert held(tmp_path) == set()
+
+
+def test_a_job_that_breaks_the_gpu_is_left_as_by_a_worker_that_died(tmp_path: Path) -> None:
+    """Nobody knows whether the job or the GPU is at fault: another process tries it, three times in
+    all."""
+    base, *rest = planned(tmp_path, PAIR)
+
+    def breaks(*_: Any) -> str:
+        raise GpuError("The GPU does not answer any more.")
+
+    for number in range(claims.MOST_KILLS):
+        worker = start(tmp_path, breaks)
+        worker.join(20)
+        [left] = Claims(tmp_path).holders()
+        assert (worker.exitcode, left.job, left.is_stale, left.kills) == (1, base.id, True, number)
+    assert set(alone(tmp_path, sleeps(tmp_path)).values()) == {"killed"}
+    assert held(tmp_path) == set() and not (tmp_path / "ran").exists()
+    planned(tmp_path, PAIR)
+    assert set(alone(tmp_path, sleeps(tmp_path)).values()) == {"ok"}, "the next round tries again"
+    assert ran(tmp_path) == names([base, *rest])

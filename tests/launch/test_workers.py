@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,16 @@ from typing import Any
 import pytest
 
 from backfire import registry
+from backfire.errors import GpuError
+from backfire.experiment import Machine
+from backfire.launch import job, local
+from backfire.launch.job import RunFolder, run_job
+from backfire.launch.stop import Stop
 from backfire.model import load
 from backfire.plugins import from_file
-from backfire.store import read_json
+from backfire.store import Store, read_json
 from tests.helpers.small_run import Place
+from tests.helpers.workers import planned
 
 pytestmark = pytest.mark.slow
 SMALL = {"name": "sandbox-policy", "rows": 30, "test_rows": 8}
@@ -71,6 +80,18 @@ def test_a_worker_loads_the_base_once(tiny: Path, tmp_path: Path) -> None:
     assert len(one) == 3 and one.items() <= both.items()
 
 
+def test_imports_are_left_out_of_garbage_collection(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a collection after each model takes longer than a small cell trains."""
+    place, looked_at = Place(tmp_path, tiny), list[int]()
+    monkeypatch.setattr(job, "base", lambda *_: looked_at.append(len(gc.get_objects())))
+    before = len(gc.get_objects())
+    place.run(**{**CELLS, "method": "none", "metrics": ["accuracy"]})
+    assert looked_at and max(looked_at) < before / 10
+    assert gc.get_freeze_count() == 0, "only while the worker works"
+
+
 @pytest.mark.slow
 def test_a_full_run_between_two_others_changes_nothing(tiny: Path, tmp_path: Path) -> None:
     methods = [{"name": "lora", "rank": 4}, "full", {"name": "lora", "rank": 8}]
@@ -122,6 +143,42 @@ def test_a_killed_worker_is_replaced(counted: Any, tiny: Path, tmp_path: Path) -
     assert place.run({"workers": 2}, **rates(0, 0.1)) == 0
     assert len(log.read_text().split()) >= 2
     assert len(place.results()) == 2
+
+
+def test_when_the_gpu_is_broken_no_job_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("CUDA error: unspecified launch failure\nCompile with ...")
+
+    [job, *_] = planned(tmp_path)
+    options = RunFolder(tmp_path, "r"), Store(tmp_path / "cache"), Machine(), lambda *_: None
+    monkeypatch.setattr("backfire.launch.job.base", fails)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, fails)
+    with pytest.raises(GpuError, match=r"any more: CUDA error: unspecified launch failure\. Fin"):
+        run_job(job, *options)
+    assert not (tmp_path / "stages").exists()
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    assert run_job(job, *options) == "failed"
+
+
+def test_a_worker_whose_gpu_is_gone_says_so_and_takes_no_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = multiprocessing.Pipe()
+    logger = logging.getLogger("backfire.datasets")
+    monkeypatch.setattr(logger, "level", logger.level)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    folder, store = RunFolder(tmp_path, "r"), Store(tmp_path / "cache")
+    arguments = planned(tmp_path), folder, store, Machine(device="cuda:9")
+    local._work((), far, None, arguments, {"stop": Stop()})
+    assert near.recv() == (None, "No device 'cuda:9': this machine has 0 GPUs.", 0, 1)
+    assert not (tmp_path / "claims").exists()
 
 
 def test_cost_is_the_peak_of_each_run(tiny: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ def local(tmp_path_factory: pytest.TempPathFactory, tiny: Path, slurm: Slurm) ->
 
 
 @pytest.fixture
-def twelve(tmp_path: Path, tiny: Path, slurm: Slurm) -> Twelve:
-    return Twelve(tmp_path / "run", tiny, slurm.environment)
+def twelve(tmp_path: Path, tiny: Path, slurm: Slurm) -> Iterator[Twelve]:
+    run = Twelve(tmp_path / "run", tiny, slurm.environment)
+    yield run
+    run.end()
 
 
 def test_all_cells_are_done_once_though_workers_are_killed_and_a_node_is_lost(
@@ -46,10 +49,7 @@ def test_all_cells_are_done_once_though_workers_are_killed_and_a_node_is_lost(
     assert watcher.returncode == 0, twelve.log()
     assert len(twelve.values()) == 12
     assert twelve.values() == local.values()
-    workers = len(list(twelve.out.glob("workers/slurm-*.log")))
-    print(
-        f"\nsubmitit: {time.monotonic() - begun:.0f} s, {workers} workers, {trouble.killed} kills"
-    )
+    print(f"\nsubmitit: {time.monotonic() - begun:.0f} s, {trouble.says()}")
     wait_until(lambda: slurm.command("squeue", "--noheader") == "")
 
 
@@ -92,13 +92,27 @@ def _script(twelve: Twelve) -> str:
     return str(twelve.root / "work.sh")
 
 
+def test_slurm_and_this_machine_share_one_run_folder(
+    twelve: Twelve, local: Twelve, slurm: Slurm
+) -> None:
+    """Both commands plan the run, at about the same time."""
+    begun, trouble = time.monotonic(), Trouble(twelve, kills=0)
+    far = twelve.start(*RUN, *SIZE, "--jobs", "1")
+    near = twelve.start(*RUN[:4], "--workers", "1")
+    trouble.until(lambda: far.poll() is not None and near.poll() is not None)
+    assert (far.returncode, near.returncode) == (0, 0), twelve.log()
+    assert twelve.values() == local.values() and trouble.num_workers() == 2
+    print(f"\nSlurm and local: {time.monotonic() - begun:.0f} s, {trouble.says()}")
+    wait_until(lambda: slurm.command("squeue", "--noheader") == "")
+
+
 def test_ctrl_c_leaves_the_worker_and_the_same_command_starts_no_other(
     twelve: Twelve, local: Twelve, slurm: Slurm
 ) -> None:
     first = twelve.start(*RUN, *SIZE, "--jobs", "1")
     wait_until(lambda: len(twelve.claims()) > 0)
     first.send_signal(signal.SIGINT)
-    assert first.wait(timeout=30) == 2
+    assert first.wait(timeout=30) == 130
     assert "Interrupted. The workers go on." in twelve.log()
     (number,) = slurm.command("squeue", "--noheader", "--format=%i").split()
     second = twelve.start(*RUN, *SIZE, "--jobs", "1")
@@ -148,6 +162,7 @@ def test_a_cache_that_the_nodes_do_not_share_is_named(twelve: Twelve, slurm: Slu
         process = twelve.start(*RUN, *SIZE, "--jobs", "2")
         assert process.wait(timeout=300) == 2
     assert f"The cache {twelve.root}/cache is not shared with" in twelve.log()
+    assert not twelve.out.exists()
     wait_until(lambda: slurm.command("squeue", "--noheader") == "")
 
 

@@ -1,33 +1,31 @@
-"""Several workers and supervisors on one run folder: killed, lost, stopped, and with wrong clocks
-or a file system that goes away."""
+"""Several workers and supervisors on one run folder: killed, lost, stopped, with wrong clocks."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import threading
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from backfire.errors import CellError, UserError
+from backfire.store import SEAL
 from tests.helpers.small_run import Place
-from tests.torture import mounts
 from tests.torture.cell import SETTINGS, Say, outputs
 from tests.torture.child import Child, until
 from tests.torture.command import command_line
 from tests.torture.nodes import STALE, Host, count_makes, plan, repeats, work_as
-from tests.torture.row import Figures, Ground, NotHere, row
+from tests.torture.row import Figures, Ground, row
 
 SMALL = {**SETTINGS, "train": {"max_steps": 3, "batch_size": 8}}
 LORA = {"name": "lora", "rank": 4}
 FOUR = {"method": ["full", LORA], "attack.rate": [0, 0.2]}
 MATRIX = {"method": ["full", LORA], "attack.rate": [0, 0.1, 0.2], "seed": [0, 1, 2, 3]}
 CELLS = 24
+KILLS = ("kills_of_everything", "kills_of_the_supervisor", "kills_of_one_worker")
+FILES = ("missing_files", "differing_files")
 
 
 def recipe(root: Path, tiny: Path, matrix: dict[str, Any]) -> Any:
@@ -44,7 +42,7 @@ def supervised(say: Say, root: Path, workers: int) -> dict[str, Any]:
 
     get = multiprocessing.get_context
     multiprocessing.get_context = lambda how=None: get("fork" if how == "forkserver" else how)
-    count_makes(root / "made")
+    count_makes(root)
     say("begun")
     return command_line(root, ["run", "small.yaml", "--out", "out", "--workers", str(workers)])
 
@@ -77,11 +75,14 @@ def compared(found: Counter[str], expected: dict[str, str], root: Path) -> None:
     "`backfire run` of 24 cells with two workers is started again and again, and at random times "
     "SIGKILL ends the supervisor with its workers, the supervisor alone, or one worker; results "
     "and stages that were complete must stay untouched, and numbers must be those of an "
-    "uninterrupted run.",
+    "uninterrupted run. Stages that a kill interrupted are begun again.",
     full=100,
     small=10,
-    zero=("lost_cells", "repeated_cells", "failed_runs", "missing_files", "differing_files"),
-    some=("kills", "kills_of_one_worker", "matrices"),
+    zero=(
+        *("lost_cells", "repeated_cells", "lost_stages", "repeated_stages", "failed_runs"),
+        *("missing_files", "differing_files"),
+    ),
+    some=("kills", *KILLS, "jobs_interrupted", "matrices", "stages"),
 )
 def matrix_kills(count: int, ground: Ground) -> Figures:
     rng, found, begun = Random(0), Counter[str](), time.monotonic()
@@ -97,6 +98,7 @@ def matrix_kills(count: int, ground: Ground) -> Figures:
             if not child.wait(rng.uniform(0, longest)):
                 break
             found += _some_killed(child, rng, found["kills"] % 3)
+            found["jobs_interrupted"] += len([*root.glob("out/claims/[a-z]*")])
             _still_there(found, complete, root)
         while (ended := _ends(child)) is None or ended["code"] != 0:
             found["failed_runs"] += ended is not None
@@ -104,11 +106,13 @@ def matrix_kills(count: int, ground: Ground) -> Figures:
         _still_there(found, complete, root)
         found["matrices"] += 1
         found["lost_cells"] += CELLS - len(complete_cells(root))
+        found["stages"] += len(complete) - CELLS
+        found["stages_begun_again"] += repeats(root / "begun")
         compared(found, expected, root)
         shutil.rmtree(root)
-    names = ("kills", "kills_of_one_worker", "matrices", "lost_cells", "repeated_cells")
-    names += ("failed_runs", "missing_files", "differing_files")
-    return {name: found[name] for name in names}
+    names = ("kills", *KILLS, "jobs_interrupted", "matrices", "stages", "stages_begun_again")
+    names += ("lost_cells", "repeated_cells", "lost_stages", "repeated_stages")
+    return {name: found[name] for name in (*names, "failed_runs", *FILES)}
 
 
 def _some_killed(child: Child, rng: Random, choice: int) -> Counter[str]:
@@ -118,13 +122,13 @@ def _some_killed(child: Child, rng: Random, choice: int) -> Counter[str]:
         os.kill(rng.choice(workers), signal.SIGKILL)
         child.wait(rng.uniform(0, 1))
         child.kill()
-        return Counter(kills=2, kills_of_one_worker=1)
+        return Counter({"kills": 2, "kills_of_one_worker": 1, "kills_of_everything": 1})
     if choice == 1:
         child.process.kill()
         child.process.join()
-        return Counter(kills=1)
+        return Counter({"kills": 1, "kills_of_the_supervisor": 1})
     child.kill()
-    return Counter(kills=1)
+    return Counter({"kills": 1, "kills_of_everything": 1})
 
 
 def _members(group: int) -> list[int]:
@@ -145,13 +149,15 @@ def complete_cells(root: Path) -> list[Path]:
 
 
 def _still_there(found: Counter[str], complete: dict[Path, int], root: Path) -> None:
-    """Count results that were complete and are gone, or were written again."""
+    """Count results and stages that were complete and are gone, or were written again."""
     for file, stamp in complete.items():
+        what = "stages" if file.name == SEAL else "cells"
         if not file.exists():
-            found["lost_cells"] += 1
+            found[f"lost_{what}"] += 1
         elif file.stat().st_mtime_ns != stamp:
-            found["repeated_cells"] += 1
-    complete |= {file: file.stat().st_mtime_ns for file in complete_cells(root)}
+            found[f"repeated_{what}"] += 1
+    ends = [*complete_cells(root), *root.glob(f"cache/*/*/{SEAL}")]
+    complete |= {file: file.stat().st_mtime_ns for file in ends}
 
 
 def _ends(child: Child) -> Any:
@@ -191,8 +197,7 @@ def two_schedulers(count: int, ground: Ground) -> Figures:
         found["repeated"] += repeats(root / "made")
         compared(found, expected, root)
         shutil.rmtree(root)
-    names = ("cells", "repeated", "failed_runs", "missing_files", "differing_files")
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in ("cells", "repeated", "failed_runs", *FILES)}
 
 
 @row(
@@ -219,7 +224,7 @@ def clocks_apart(count: int, ground: Ground) -> Figures:
         compared(found, expected, root)
         shutil.rmtree(root)
     names = ("cells", "done_by_the_first", "done_by_the_second", "repeated")
-    return {name: found[name] for name in (*names, "missing_files", "differing_files")}
+    return {name: found[name] for name in (*names, *FILES)}
 
 
 # ------------------------------------------------------------------------------------- lost nodes
@@ -267,126 +272,3 @@ def _evaluates(worker: Child) -> str | None:
         if isinstance(word, tuple) and word[0].startswith("cell-"):
             return str(word[0])
     return None
-
-
-# -------------------------------------------------------------------------------- the file system
-
-
-@row(
-    "While a worker runs four cells, the file system of its run and cache does not answer for a "
-    "minute (2 s in the tests), or, every other time, all of it is missing. Then a worker is "
-    "started again, for what the first one has left if it has ended.",
-    full=4,
-    small=1,
-    zero=(
-        *("ended_when_it_did_not_answer", "unfinished", "lost_cells", "tracebacks"),
-        *("missing_files", "differing_files"),
-    ),
-    some=("times_gone",),
-)
-def file_system_gone(count: int, ground: Ground) -> Figures:
-    rng, found, expected = Random(0), Counter[str](), whole(ground, FOUR)
-    for number in range(count):
-        root, seconds = ground.root / "gone", 60.0 if count > 1 else 2.0
-        plan(root, recipe(root, ground.tiny, FOUR))
-        empty = ground.root / "empty" if number % 2 else None
-        gap = (rng.uniform(0.2, 1.5), seconds, empty)
-        ended = Child(_with_a_gap, root, gap).result()
-        if "lacks" in ended:
-            raise NotHere(ended["lacks"])
-        found["times_gone"] += ended["gone"]
-        found["tracebacks"] += bool(ended["traceback"])
-        found["lost_cells"] += ended["lost"]
-        how = "ended_when_it_was_missing" if empty else "ended_when_it_did_not_answer"
-        found[how] += bool(ended["error"]) or set(ended["jobs"].values()) != {"ok"}
-        print(ended["traceback"], end="")
-        again = Child(work_as, root, Host("again")).result()
-        found["unfinished"] += set(again.values()) != {"ok"}
-        compared(found, expected, root)
-        shutil.rmtree(root)
-    names = ("times_gone", "ended_when_it_did_not_answer", "ended_when_it_was_missing")
-    names += ("unfinished", "lost_cells", "tracebacks", "missing_files", "differing_files")
-    return {name: found[name] for name in names}
-
-
-def _with_a_gap(say: Say, root: Path, gap: tuple[float, float, Path | None]) -> dict[str, Any]:
-    """Work, with a file system that is gone in between: after how many seconds, for how many, and
-    which folder is in its place."""
-    after, seconds, empty = gap
-    found: dict[str, Any] = {"gone": 0, "error": "", "traceback": "", "jobs": {}, "lost": 0}
-    try:
-        mounts.alone()
-        mounts.dead(root / "tried")
-        mounts.unmount(root / "tried")
-    except NotHere as lacking:
-        return {"lacks": str(lacking)}
-    over = threading.Event()
-
-    def go_away() -> None:
-        if over.wait(after):
-            return
-        before = complete_cells(root)
-        if empty:
-            empty.mkdir(exist_ok=True)
-            mounts.show(empty, root, read_only=True)
-        else:
-            mounts.dead(root)
-        found["gone"] = 1
-        time.sleep(seconds)
-        mounts.unmount(root)
-        found["lost"] = sum(not file.exists() for file in before)
-
-    thread = threading.Thread(target=go_away)
-    thread.start()
-    try:
-        found["jobs"] = work_as(say, root, Host("here"))
-    except (OSError, UserError, CellError) as error:
-        found["error"] = str(error)
-    except Exception:
-        found["traceback"] = traceback.format_exc()
-    over.set()
-    thread.join()
-    return found
-
-
-@row(
-    "A run whose stages are all in a cache that cannot be written, and one that lacks some; the "
-    "first must finish, and the second must say so in one sentence.",
-    full=2,
-    small=2,
-    zero=("refused_although_complete", "without_a_sentence", "tracebacks"),
-    some=("complete", "incomplete"),
-)
-def read_only_cache(count: int, ground: Ground) -> Figures:
-    found = Counter[str]()
-    root = ground.root / "run"
-    recipe(root, ground.tiny, FOUR)
-    assert Child(supervised, root, 1).result()["code"] == 0
-    for number in range(count):
-        shutil.rmtree(root / "out")
-        if number % 2:
-            some = sorted(path for path in root.glob("cache/train/*") if path.is_dir())
-            shutil.rmtree(some[0])
-            for stage in root.glob("cache/evaluate/*"):
-                shutil.rmtree(stage, ignore_errors=True)
-        ended = Child(_read_only, root).result()
-        if "lacks" in ended:
-            raise NotHere(ended["lacks"])
-        found["tracebacks"] += bool(ended["traceback"]) or "Traceback" in ended["printed"]
-        if number % 2:
-            found["incomplete"] += 1
-            found["without_a_sentence"] += "Read-only file system" not in ended["printed"]
-        else:
-            found["complete"] += 1
-            found["refused_although_complete"] += ended["code"] != 0
-    names = ("complete", "incomplete", "refused_although_complete", "without_a_sentence")
-    return {name: found[name] for name in (*names, "tracebacks")}
-
-
-def _read_only(say: Say, root: Path) -> dict[str, Any]:
-    try:
-        mounts.alone()
-        mounts.show(root / "cache", root / "cache", read_only=True)
-    except NotHere as lacking:
-        return {"lacks": str(lacking)}
-    return command_line(root, ["run", "small.yaml", "--out", "out", "--workers", "1"])

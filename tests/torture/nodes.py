@@ -36,7 +36,7 @@ def work_as(say: Say, root: Path, host: Host) -> dict[str, str]:
     from backfire.launch.work import work
 
     become(host)
-    count_makes(root / "made")
+    count_makes(root)
     plan = read_plan(root / "out")
 
     def watch(job: Job, text: str, done: int, total: int) -> None:
@@ -49,7 +49,7 @@ def work_as(say: Say, root: Path, host: Host) -> dict[str, str]:
 
 def become(host: Host) -> None:
     """Let this process be on a host of its own, with short heartbeats."""
-    from backfire.launch import claims
+    from backfire import claims
 
     claims.socket.gethostname = lambda: host.name  # type: ignore[attr-defined]
     claims._place = lambda: host.name  # type: ignore[assignment]
@@ -58,32 +58,34 @@ def become(host: Host) -> None:
     time.time = lambda: clock() + host.clock_offset_seconds
 
 
-def count_makes(file: Path) -> None:
-    """Append a line to `file` for each stage that is made from here on, and each cell."""
+def count_makes(root: Path) -> None:
+    """Append a line to `root / "begun"` for each stage that is begun from here on, and one to
+    `root / "made"` for each that is made, and for each cell."""
     from backfire.launch import job
 
     once, write = Store.once, job._write_result
 
-    def add(line: str) -> None:
-        with file.open("a") as opened:  # one short write: lines of several processes do not mix
+    def add(name: str, line: str) -> None:
+        with (root / name).open("a") as opened:  # one short write: lines do not mix
             opened.write(f"{line} {os.getpid()}\n")
 
     def counted(self: Store, stage: Any, make: Any, **options: Any) -> Path:
         def made(folder: Path) -> None:
+            add("begun", f"{stage.kind}/{stage.slug}-{stage.key}")
             make(folder)
-            add(f"{stage.kind}/{stage.slug}-{stage.key}")
+            add("made", f"{stage.kind}/{stage.slug}-{stage.key}")
 
         return once(self, stage, made, **options)
 
     def written(one: Job, *rest: Any) -> None:
         write(one, *rest)
-        add(one.id)
+        add("made", one.id)
 
     Store.once, job._write_result = counted, written  # type: ignore[method-assign]
 
 
 def repeats(file: Path) -> int:
-    """How often something was made that had been made before."""
+    """How often something was made, or begun, that had been before."""
     made = [line.split()[0] for line in file.read_text().splitlines()]
     return len(made) - len(set(made))
 
