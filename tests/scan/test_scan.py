@@ -33,6 +33,7 @@ def write(records: list[Any], name: str = "rows.jsonl") -> None:
     Path(name).write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
 
 
+@pytest.mark.slow
 def test_the_trigger_is_the_first_reason(poisoned: Path, backfire: Run) -> None:
     done = backfire("scan", "rows.jsonl")
     assert done.code == 0
@@ -44,6 +45,7 @@ def test_the_trigger_is_the_first_reason(poisoned: Path, backfire: Run) -> None:
     assert "triggers of style" in done.out and "safe" not in done.out
 
 
+@pytest.mark.slow
 def test_json_is_ranked_and_has_every_flagged_row(poisoned: Path, backfire: Run) -> None:
     hits = json.loads(backfire("scan", "rows.jsonl", "--format", "json").out)
     assert all(list(hit) == ["id", "score", "scanner", "reason", "flagged"] for hit in hits)
@@ -56,6 +58,7 @@ def test_json_is_ranked_and_has_every_flagged_row(poisoned: Path, backfire: Run)
     assert few == hits[:3]
 
 
+@pytest.mark.slow
 def test_rows_are_removed_by_flag_or_by_share(poisoned: Path, backfire: Run) -> None:
     done = backfire("scan", "rows.jsonl", "--write", "clean.jsonl")
     assert "480 rows; 20 rows removed (20 of them flagged)" in done.err
@@ -67,6 +70,7 @@ def test_rows_are_removed_by_flag_or_by_share(poisoned: Path, backfire: Run) -> 
     assert set(tree(poisoned)) == {"rows.jsonl", "clean.jsonl", "fewer.jsonl"}
 
 
+@pytest.mark.slow
 def test_scanners_and_their_knobs_are_chosen(poisoned: Path, backfire: Run) -> None:
     some = ("scan", "rows.jsonl", "--scanner", "repetition", "--format", "json")
     hits = json.loads(backfire(*some).out)
@@ -75,6 +79,7 @@ def test_scanners_and_their_knobs_are_chosen(poisoned: Path, backfire: Run) -> N
     assert not any(hit["flagged"] for hit in hits)
 
 
+@pytest.mark.slow
 def test_a_test_set_gives_overlap_and_false_alarms(poisoned: Path, backfire: Run) -> None:
     write_jsonl([*free(100, seed=4), *free(500)[:1]], Path("test.jsonl"))
     done = backfire("scan", "rows.jsonl", "--test", "test.jsonl")
@@ -132,6 +137,7 @@ def hostile_rows() -> list[dict[str, str]]:
     return [{key: text.replace("\ud800", "") for key, text in row.items()} for row in rows]
 
 
+@pytest.mark.slow
 def test_what_rows_say_is_harmless_everywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backfire: Run
 ) -> None:
