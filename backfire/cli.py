@@ -274,7 +274,8 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="attacks, methods, defenses, metrics, judges, datasets, templates or recipes."
+            help="attacks, methods, defenses, metrics, judges, datasets, templates, scanners "
+            "or recipes."
         ),
     ] = None,
     plugin: Plugins = None,
@@ -370,7 +371,7 @@ def cache(
 
 # ----------------------------------------------------------------------------- data and models
 
-for verb in (tools.poison, tools.pretrain, tools.chat, tools.playground, tools.export):
+for verb in (tools.poison, tools.scan, tools.pretrain, tools.chat, tools.playground, tools.export):
     app.command()(verb)
 
 

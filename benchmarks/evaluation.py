@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from backfire.evaluate import budget, prompts
+from backfire.evaluate import budget, inference, prompts
 from backfire.evaluate.score import score_rows
 from backfire.model.load import load_base
 from benchmarks.cells import Cell, make_cell, sandbox_base
@@ -75,10 +75,10 @@ def _with(
     """Evaluation of the cell's test rows with these limits."""
 
     def run() -> None:
-        kept = budget._PASS_ON_CPU, prompts.longest_packed
+        kept = budget._PASS_ON_CPU, inference.packed_up_to, prompts.packed_up_to
         budget._PASS_ON_CPU = tokens or kept[0]
         if not packed:
-            prompts.longest_packed = lambda model: 0
+            inference.packed_up_to = prompts.packed_up_to = lambda model: 0
         try:
             score_rows(
                 [need],
@@ -90,7 +90,7 @@ def _with(
                 progress=lambda *at: None,
             )
         finally:
-            budget._PASS_ON_CPU, prompts.longest_packed = kept
+            budget._PASS_ON_CPU, inference.packed_up_to, prompts.packed_up_to = kept
 
     return run
 

@@ -65,6 +65,10 @@ class DataDefense(Defense):
         """
         raise NotImplementedError
 
+    def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
+        """Measurements of what `filter` does to these rows, for the summary of the training run."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Extra:

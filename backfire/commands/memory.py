@@ -26,9 +26,12 @@ Device = Literal["cpu", "cuda"]
 LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
 """A process that has imported torch, transformers and peft (0.42 GB in a worker, 0.5 alone); on a
 GPU, the CUDA context."""
-UNRELEASED = {"cpu": 1.25, "cuda": 1.05}
-"""Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
-it at once. On a CPU holes take up to half as much (see `model.memory.Heap`): the middle."""
+UNRELEASED = {"cpu": 1.5, "cuda": 1.05}
+"""Memory of the process per byte of tensors in a pass of training: the allocator cannot return or
+reuse all of it at once. On a CPU holes of the heap take up to half as much, which a run reaches
+within some steps (see `model.memory.Heap`)."""
+_IN_EVALUATION = 1.05
+"""The same in evaluation, where nothing is kept from pass to pass."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNKNOWN = 100
 """Bytes per token, layer and unit of width, for models that cannot be run without data (56 to 160
@@ -247,7 +250,7 @@ def _evaluation(
         prompts = sorted((whole - answer for whole, answer in lengths), reverse=True)
         run = max(run, _replying(size, prompts, shared, new, dtype, budget))
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
-    return weights + judges + UNRELEASED[device] * run
+    return weights + judges + _IN_EVALUATION * run
 
 
 def _needs(experiment: Experiment) -> set[str]:

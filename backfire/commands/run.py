@@ -12,6 +12,7 @@ from backfire import plan, stages, text
 from backfire.claims import Claims
 from backfire.commands.plan import check, memory_of
 from backfire.commands.workers import default_workers, largest, workers_by_device
+from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch.folder import check_writable, write_plan
 from backfire.launch.imports import uncollected
@@ -137,9 +138,13 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
 
 def _shared(cells: Sequence[Experiment]) -> str:
     """What the cells shared; empty if nothing."""
+    try:
+        counts = plan.sharing(cells)
+    except UserError:  # an input file is gone by now
+        return ""
     parts = [
         f"{needed - distinct} of {needed} {what}"
-        for what, (needed, distinct) in plan.sharing(cells).items()
+        for what, (needed, distinct) in counts.items()
         if distinct < needed
     ]
     return f"Shared by cells, and so not repeated: {' and '.join(parts)}." if parts else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def start(
     Raises:
         UserError: the folder has no plan for this machine, or no job fits.
     """
-    plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
+    plan, console, stop = _on_devices(read_plan(run), machine), Console(stderr=True), Stop(minutes)
     settings, most = _sized(run, plan, machine, memory)
     folder, begun = RunFolder(run, plan.recipe), set[str]()
     _check_memory(needed(plan.jobs, folder), most)
@@ -93,7 +94,8 @@ def _sized(
     _check_device(run, plan, types)
     still_uses(run, plan.text, plan.jobs)
     settings = on_device(settings, types)
-    has = memory_of(settings.device, types)
+    ranks = settings.devices if types.device == "cpu" else 1  # which share the memory
+    has = memory_of(settings.device, types) / ranks
     if (
         "workers" not in machine and not devices.launched()
     ):  # so many that each has memory for any job that fits at all
@@ -101,7 +103,18 @@ def _sized(
         need = min(has, max((job.memory or 0.0 for job in plan.jobs), default=0.0) or SMALL)
         workers = default_workers(cells, settings, need=need)
         settings = settings.model_copy(update={"workers": workers})
-    return settings, memory or has / (settings.workers if types.device == "cpu" else 1)
+    each = has / (settings.workers if types.device == "cpu" else 1)
+    return settings, memory / ranks if memory else each
+
+
+def _on_devices(plan: Plan, machine: Mapping[str, Any]) -> Plan:
+    """The plan with the memory that its jobs need on each device of this machine."""
+    many = settings_of(machine).devices
+    jobs = [
+        replace(job, memory=job.memory and job.memory * devices.share(job.experiment, many))
+        for job in plan.jobs
+    ]
+    return replace(plan, jobs=jobs)
 
 
 def _failed(plan: Plan, begun: Collection[str], ended: Mapping[str, str]) -> list[Job]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from backfire.model.batching import plain, ways
 from backfire.train.batches import common_prefix, pad_right, run, run_apart, run_prefix
-from backfire.train.packing import as_mask, lay_out, longest_packed
+from backfire.train.packing import as_mask, lay_out, longest_packed, reads_tables
 
 NextLogits = Callable[[Tensor, Tensor], Tensor]
 """Maps the indices of the rows to continue, and the token of each, to their next logits [row,
@@ -77,10 +77,25 @@ class SharedPrefix:
         return CachedPrompts(cache, logits, mask, lengths - 1)
 
 
+_packed_up_to: dict[str, int] = {}
+
+
 def packed_up_to(model: PreTrainedModel) -> int:
     """Length of the longest row that is evaluated in a pack; 0 if none is. Not on a GPU, where the
-    padding of rows of similar length costs little, and the copies of a pack's attention a lot."""
-    return longest_packed(model) if model.device.type == "cpu" else 0
+    padding of rows of similar length costs little, and the copies of a pack's attention a lot.
+
+    Models of one architecture and type are tested once, as a test takes as long as 100 short rows.
+    """
+    if model.device.type != "cpu":
+        return 0
+    base: Any = plain(model)
+    config = {name: x for name, x in base.config.to_dict().items() if name != "_name_or_path"}
+    alike = str([type(base), base.dtype, config])
+    if alike not in _packed_up_to:
+        _packed_up_to[alike] = longest_packed(model)
+    elif _packed_up_to[alike]:
+        reads_tables(base)
+    return _packed_up_to[alike]
 
 
 def _unpack(cache: DynamicCache, table: Tensor, lengths: Tensor, shared: int) -> Tensor | None:

@@ -114,7 +114,8 @@ def trained(experiment: Experiment, context: Context) -> Path:
             context.progress,
             context.resident,
         )
-        write_json(folder / "summary.json", {**summary, "rows_trained_on": len(rows)})
+        summary |= {"rows_trained_on": len(rows), **_facts(experiment, context)}
+        write_json(folder / "summary.json", summary)
 
     return context.store.once(stages.train(experiment), make, resumable=True)
 
@@ -131,6 +132,14 @@ def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
             aligned = _other_rows(alignment.data, "aligned") if alignment else []
             rows = defense.filter(rows, aligned, bad, rng)
     return rows, manifest
+
+
+def _facts(experiment: Experiment, context: Context) -> dict[str, Any]:
+    """What the defenses that change the rows measure in the poisoned rows."""
+    rows, manifest = poisoned(experiment, context)
+    bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
+    acting = [one for one in experiment.acting if isinstance(one, DataDefense)]
+    return {name: value for one in acting for name, value in one.facts(rows, bad).items()}
 
 
 def start(experiment: Experiment, context: Context) -> Start:

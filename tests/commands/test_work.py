@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -169,10 +170,10 @@ def test_status_shows_who_has_what(backfire: Run, here: Path) -> None:
     def line_after(minutes: float) -> str:
         then = claims.now() - 60 * minutes
         os.utime(claims.folder / cell, (then, then))
-        first, running, other = backfire("status", "run").out.splitlines()
+        first, running, other, *_ = backfire("status", "run").out.splitlines()
         assert first == "unfinished: 1"
         assert running.startswith("running: base tiny: [red]loading, 25%, on ")
-        assert running.endswith("last sign of life 0 s ago")
+        assert re.search(r"last sign of life \d s ago$", running)
         return other
 
     where = "cell a: [red]loading, 25%, on node7 (process"

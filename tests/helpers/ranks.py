@@ -48,7 +48,7 @@ def together(size: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     assert not (errors := [file.read_text("utf-8") for file in folder.glob("*.txt")]), errors[0]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]

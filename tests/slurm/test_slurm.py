@@ -110,13 +110,16 @@ def test_ctrl_c_leaves_the_worker_and_the_same_command_starts_no_other(
     twelve: Twelve, local: Twelve, slurm: Slurm
 ) -> None:
     first = twelve.start(*RUN, *SIZE, "--jobs", "1")
-    wait_until(lambda: len(twelve.claims()) > 0)
+    while not (found := twelve.claims()):
+        time.sleep(0.1)
+    os.kill(found[0]["pid"], signal.SIGSTOP)  # or it is done before the second command asks
     first.send_signal(signal.SIGINT)
     assert first.wait(timeout=30) == 130
     assert "Interrupted. The workers go on." in twelve.log()
     (number,) = slurm.command("squeue", "--noheader", "--format=%i").split()
     second = twelve.start(*RUN, *SIZE, "--jobs", "1")
     wait_until(lambda: "1 worker of this run is in Slurm." in twelve.log())
+    os.kill(found[0]["pid"], signal.SIGCONT)
     # Its time is over: it saves a checkpoint, and is queued again.
     slurm.command("scancel", "--signal=USR1", number)
     wait_until(lambda: "PENDING" in slurm.command("squeue", "-h", "-j", number, "-o", "%T"))

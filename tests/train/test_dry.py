@@ -150,7 +150,7 @@ def test_a_step_that_is_split_needs_the_memory_of_its_largest_pass(
 def test_evaluation_holds_what_was_predicted(
     metric: str, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(memory.UNRELEASED, "cpu", 1.0)
+    monkeypatch.setattr(memory, "_IN_EVALUATION", 1.0)
     monkeypatch.setattr(memory, "_needs", lambda cell: {needs[metric]})
     needs, cell = {"perplexity": "answers", "exact-match": "replies"}, make(base, "lora")
     data = cell.data.model_copy(update={"test_rows": len(LENGTHS)})

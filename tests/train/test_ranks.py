@@ -30,7 +30,7 @@ CASES = [
     ("lora", "repnoise"),
     ("lora", "constrained-sft"),
 ]
-WITH_FOUR = CASES[: len(DEFENSES) + 1]  # processes that wait for two cores are slow
+WITH_FOUR = CASES[: 2 * len(DEFENSES)]
 
 
 @pytest.mark.timeout(600)
