@@ -87,7 +87,7 @@ def test_prompts_run_end_to_end(
     alone = [inference.read(model, [row], **{**writing, "candidates": options[:1]}) for row in rows]
     for one, (two,) in zip(packed, alone, strict=True):
         assert one.reply == two.reply
-        assert one.scores == pytest.approx(two.scores, abs=1e-9)
+        assert one.scores == pytest.approx(two.scores, abs=5e-6)  # of float32 logits
 
 
 def test_more_rows_than_32_are_decoded_while_their_cache_is_small(
