@@ -244,11 +244,12 @@ def _evaluation(
     budget, needs = Budget(size.dry.model, most, on_cpu=device == "cpu"), _needs(experiment)
     lengths = _tested(experiment, rows)
     shared = rows.shared if rows and len(lengths) > 1 else 0
-    run = _answering(size, lengths, shared, dtype, budget) if "answers" in needs else 0.0
+    packs = device == "cpu"
+    run = _answering(size, lengths, shared, dtype, budget, packs) if "answers" in needs else 0.0
     if needs - {"answers"}:
         new = experiment.evaluation.max_new_tokens if "replies" in needs else 0
         prompts = sorted((whole - answer for whole, answer in lengths), reverse=True)
-        run = max(run, _replying(size, prompts, shared, new, dtype, budget))
+        run = max(run, _replying(size, prompts, shared, new, dtype, budget, packs))
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
     return weights + judges + _IN_EVALUATION * run
 
@@ -273,20 +274,35 @@ def _tested(experiment: Experiment, rows: Rows | None) -> list[tuple[int, int]]:
 
 
 def _answering(
-    size: Size, lengths: Sequence[tuple[int, int]], shared: int, dtype: Type, budget: Budget
+    size: Size,
+    lengths: Sequence[tuple[int, int]],
+    shared: int,
+    dtype: Type,
+    budget: Budget,
+    packs: bool,
 ) -> float:
     """Bytes of the pass with most logits when answers are scored."""
     from backfire.train.dry import Layout
 
     rows = [(whole, max(1, min(answer, budget.logits))) for whole, answer in lengths]
     whole, kept = zip(*rows, strict=True)
-    parts = budget.batches(range(len(rows)), lambda part: None, lengths=whole, kept=kept)
-    layouts = [Layout(tuple(rows[i] for i in part), shared) for part, _ in parts]
+    order, packed = range(len(rows)), shared if packs else None
+    parts = budget.batches(order, lambda part: None, lengths=whole, kept=kept, packed=packed)
+    layouts = [
+        Layout(tuple(rows[i] for i in part), shared, packs and len(part) > 1, flat=packs)
+        for part, _ in parts
+    ]
     return _evaluated(size, max(layouts, key=lambda one: (one.answers, one.tokens)), dtype)
 
 
 def _replying(
-    size: Size, prompts: Sequence[int], shared: int, new: int, dtype: Type, budget: Budget
+    size: Size,
+    prompts: Sequence[int],
+    shared: int,
+    new: int,
+    dtype: Type,
+    budget: Budget,
+    packs: bool,
 ) -> float:
     """Most bytes when prompts (the longest first) start: their pass, their keys and values, and the
     buffer into which these are copied, with room for the replies."""
@@ -295,8 +311,9 @@ def _replying(
 
     columns = prompts[0] + new + SPARE
     slots = min(budget.fitting(columns), len(prompts))
-    count = min(slots, max(1, budget.run // prompts[0]))
-    run = _evaluated(size, Layout(tuple((one, 1) for one in prompts[:count]), shared), dtype)
+    count = min(slots, budget.at_once(prompts[0], shared if packs else None))
+    layout = Layout(tuple((one, 1) for one in prompts[:count]), shared, packs and count > 1, packs)
+    run = _evaluated(size, layout, dtype)
     own = count * prompts[0] * size.dry.cached(dtype)
     buffer = slots * columns * size.dry.cached(dtype) if new else 0.0
     # The buffer is made after the first pass, and is there in the next ones.
