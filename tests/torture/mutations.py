@@ -16,6 +16,7 @@ from tests.helpers.places import ROOT
 from tests.torture.row import Figures, Ground, row
 
 TESTED = {
+    "backfire/registry.py": "tests/test_registry.py",
     "backfire/claims.py": "tests/test_claims.py",
     "backfire/launch/work.py": "tests/launch/test_work.py",
     "backfire/store.py": "tests/test_store.py",
@@ -23,7 +24,6 @@ TESTED = {
     "backfire/evaluate/stats.py": "tests/evaluate/test_stats.py",
     "backfire/results/compare.py": "tests/results/test_compare.py",
     "backfire/resources.py": "tests/test_resources.py",
-    "backfire/registry.py": "tests/test_registry.py",
 }
 """Modules, and the test file of each: quick ones, which train nothing."""
 PARTS = ("backfire", "tests", "docs", "pyproject.toml", "README.md")
