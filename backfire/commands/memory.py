@@ -272,18 +272,19 @@ def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machi
     most = 1 if any(one.one_row for one in extras) else min(most, machine.micro_batch or most)
     # Rows that share a prefix, or are packed, would draw other dropout.
     same = not getattr(experiment.method, "dropout", 0)
-    share = same and not machine.recompute and not any(one.passes for one in extras)
+    pack = same and machine.packing == "auto"
+    share = same and (pack or not machine.recompute) and not any(one.passes for one in extras)
     passes = []
     for part in rows:
         if part is None:
-            passes.append(Layout((_assumed(experiment),) * most, 0, same))
+            passes.append(Layout((_assumed(experiment),) * most, 0, pack))
             continue
         rng, shared = random.Random(0), part.shared if share and part.count > 1 else 0
         count = min(experiment.train.batch_size, part.count)
         steps = math.ceil(experiment.train.epochs * part.count / count)
         for _ in range(min(experiment.train.max_steps or steps, _STEPS)):
             drawn = sorted(_draw(rng, part.lengths, count), reverse=True)[:most]
-            passes.append(Layout(tuple(drawn), shared, same))
+            passes.append(Layout(tuple(drawn), shared, pack))
     return max(passes, key=lambda one: (one.tokens, one.answers))
 
 
