@@ -385,7 +385,7 @@ def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, A
         **({"repeated_steps": run.scaling.repeated} if run.scaling.on else {}),
         "seconds": round(seconds, 2),
         **run.counts,
-        "packing": f"off, for {by}" if (by := run.layout.padded_by) else "auto",
+        "packing": f"off: {by}" if (by := run.layout.padded_by) else "auto",
         "poisoned_share_seen": run.counts["poisoned_rows"] / max(run.counts["rows"], 1),
         "first_loss": run.log[0]["loss"],
         "last_loss": run.log[-1]["loss"],

@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from backfire.model.batching import agree, evaluating, plain, probe, ways
 
 _SUFFIX = "_packed"
-_FLASH = "_flash"
+_FLASH = "_varlen"  # transformers takes every name with "flash" for a kernel of its own
 _found: WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = WeakKeyDictionary()
 """The kind of attention that reads tables, and the length of the longest row in a pack."""
 

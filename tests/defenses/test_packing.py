@@ -12,6 +12,7 @@ from backfire.base import TrainDefense
 from backfire.model.batching import plain
 from backfire.model.load import load_base
 from backfire.registry import build, find, names
+from backfire.train import batches
 from backfire.train.loop import TrainingRun
 from tests.helpers.fine_tuning import ACTIVE, Make, jolt
 from tests.helpers.real_size import DEFENSES
@@ -20,6 +21,11 @@ from tests.helpers.training import CPU, Rows, close, gradients, run
 pytestmark = pytest.mark.slow
 
 BY_ROW: dict[str, Any] = {"dp": {"name": "dp", "epsilon": None}}
+
+
+@pytest.fixture(autouse=True)
+def _rows_are_packed_whatever_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_WORTH_PACKING", 9.0)
 
 
 def padded(cell: TrainingRun) -> TrainingRun:
