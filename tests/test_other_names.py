@@ -85,7 +85,7 @@ def test_each_name_is_answered_at_the_top_of_a_recipe(name: str, tmp_path: Path)
     ids=lambda value: getattr(value, "name", None),
 )
 def test_our_own_knobs_are_recognized_in_the_wrong_place(cls: Any, part: str) -> None:
-    elsewhere = {"name", "revision", "trust_remote_code", "compute"}
+    elsewhere = {"name", "revision", "trust_remote_code", "compute", "dtype"}
     for knob in {*cls.model_fields} - {*KEYS, *elsewhere}:
         assert OTHER_NAMES[knob].key == f"{part}.{knob}"
 

@@ -9,6 +9,7 @@ from backfire.errors import UserError
 from backfire.experiment import Machine
 from backfire.model.types import Types
 from backfire.recipe import Recipe
+from backfire.train.devices import share
 
 TIGHT = 0.85
 """Share of the memory above which the error of the prediction matters."""
@@ -19,7 +20,8 @@ SMALL = 0.53e9
 def default_workers(
     num_cells: int, machine: Machine, *, need: float = SMALL, title: str = ""
 ) -> int:
-    """The number of workers for so many cells, each of which needs up to `need` bytes.
+    """The number of workers for so many cells, each of which needs up to `need` bytes on each of
+    its devices.
 
     Raises:
         UserError: not even one fits into the memory that this process may use.
@@ -52,12 +54,13 @@ def _on_gpu(device: str) -> bool:
 
 
 def largest(recipe: Recipe, types: Types, machine: Machine) -> tuple[float, str]:
-    """Bytes of the cell that needs most memory, and its name. A model of unknown size counts as
-    small; the models and data should be on this machine."""
+    """Bytes of the cell that needs most memory, on each of its devices, and its name. A model of
+    unknown size counts as small; the models and data should be on this machine."""
     small = SMALL, recipe.cells[0].slug
     if all(cell.model.name == "sandbox" for cell in recipe.cells):
         return small  # without counting, which imports torch
     from backfire.commands.forecast import Forecast
 
     found = Forecast(recipe, types).largest(machine)
-    return max(((need.total, cell.slug) for cell, need in found if need), default=small)
+    each = ((n.total * share(cell, machine.devices), cell.slug) for cell, n in found if n)
+    return max(each, default=small)

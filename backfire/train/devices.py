@@ -12,6 +12,11 @@ from backfire.errors import UserError
 if TYPE_CHECKING:
     from backfire.experiment import Experiment, Machine
 
+OUT_OF_MEMORY = (
+    "Out of memory on one of several devices that share the weights; shorten train.max_length, or "
+    "run with --recompute or on more devices."
+)
+"""Message of the error after which all ranks start again, with fewer rows per pass."""
 _RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -43,6 +48,12 @@ def check(machine: Machine) -> None:
             "leave --workers out."
         )
     if machine.devices == 1:
+        # accelerate gives an address where it is told of several processes.
+        if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_ADDR" in os.environ:
+            raise UserError(
+                "accelerate launch --cpu starts one process, whatever --num_processes says; use "
+                "torchrun, or leave accelerate out and give --devices."
+            )
         return
     import torch
 
@@ -59,6 +70,13 @@ def check(machine: Machine) -> None:
         raise UserError(
             f"--devices {machine.devices}: this machine has {found} GPU{'s' * (found != 1)}."
         )
+
+
+def share(experiment: Experiment, devices: int) -> float:
+    """How much of the memory of a cell on one device each of several needs. Sharded weights are
+    loaded whole: 4 of the 16 bytes that full tuning takes per weight."""
+    sharded = experiment.method.trains and not experiment.method.adapts
+    return max(1 / devices, 0.25) if sharded and devices > 1 else 1.0
 
 
 def check_cells(cells: Iterable[Experiment], machine: Machine) -> None:

@@ -22,8 +22,9 @@ from backfire.base import Rendered, TrainDefense
 from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
+from backfire.model.memory import Heap
 from backfire.progress import Pace, Progress, silent
-from backfire.rng import derive
+from backfire.rng import derive, seed_dropout
 from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import (
@@ -103,6 +104,7 @@ class TrainingRun:
         tokens, self.layout.answer_size = tokens_that_fit(model, reserved)
         self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size, ranks=self.ranks)
         self.recompute, self.recomputing = recompute, False
+        self.heap = Heap(self.device)
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         # Seconds before the last checkpoint; clock time minus these.
@@ -344,7 +346,7 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
         # All passes of a step use the same dropout, so that they differ only by the defense.
-        torch.manual_seed(derive(run.seed, "dropout", run.step, *run.ranks.own))
+        seed_dropout(derive(run.seed, "dropout", run.step, *run.ranks.own), run.device)
         return accumulate(run, rows, run.hooks)
 
     for hook in run.hooks:

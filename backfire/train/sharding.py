@@ -24,7 +24,10 @@ def shard(model: PreTrainedModel, ranks: Ranks) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
-    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    # DTensor's caches give back the mesh of an earlier process group if the two are equal, and with
+    # it the rank of this process there; a name tells them apart.
+    name = f"rank {ranks.rank}"
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,), mesh_dim_names=(name,))
     layers = set(getattr(model, "_no_split_modules", None) or ())
     for module in list(model.modules()):
         if type(module).__name__ in layers:

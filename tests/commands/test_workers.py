@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,13 @@ import pytest
 from backfire import resources
 from backfire.commands import forecast
 from backfire.commands.run import on_device
+from backfire.commands.work import _on_devices
 from backfire.commands.workers import SMALL, default_workers, largest
 from backfire.errors import UserError
 from backfire.experiment import Machine
+from backfire.launch.folder import Plan
 from backfire.model.types import Types, types_here
+from backfire.plan import Job
 from backfire.recipe import load
 
 CPU, TYPES = Machine(device="cpu"), Types("cpu", "float32", "float32")
@@ -69,6 +73,24 @@ def test_the_largest_cell_decides(
     needs[:] = [None]
     assert largest(recipe, TYPES, Machine()) == (SMALL, recipe.cells[0].slug)
     assert largest(load("tour"), TYPES, Machine()) == (SMALL, load("tour").cells[0].slug)
+
+
+def test_each_of_several_devices_holds_the_whole_base_or_a_part_of_it() -> None:
+    full, lora = (load("tour", edits=["matrix=null", f"method={m}"]) for m in ("full", "lora"))
+    work = [Job("a", "train", one.cells[0], {}, memory=8e9) for one in (full, lora)]
+    for count, need in {1: 8e9, 2: 4e9, 4: 2e9, 8: 2e9}.items():
+        found = _on_devices(Plan("x", work, "cpu", "float32"), {"devices": count})
+        assert [job.memory for job in found.jobs] == [need, 8e9], "sharded weights load whole"
+    unknown = [replace(job, memory=None) for job in work]
+    assert _on_devices(Plan("x", unknown, "cpu", "float32"), {"devices": 2}).jobs == unknown
+
+
+def test_the_ranks_of_a_worker_share_the_memory_of_a_cpu(machine: SimpleNamespace) -> None:
+    pair = Machine(device="cpu", devices=2)
+    assert default_workers(20, pair, need=1e9) == 4
+    assert default_workers(20, pair, need=4e9) == 1
+    with pytest.raises(UserError):
+        default_workers(20, pair, need=6e9)
 
 
 def test_a_gpu_that_auto_has_found_stays_the_device() -> None:

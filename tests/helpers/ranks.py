@@ -24,6 +24,13 @@ from tests.helpers.loop import METHODS
 from tests.helpers.training import CPU, run
 
 
+def joined(store: Path, rank: int, size: int) -> Ranks:
+    """This process as a rank of a new process group."""
+    where, wait = dist.FileStore(str(store), size), timedelta(seconds=60)
+    dist.init_process_group("gloo", store=where, rank=rank, world_size=size, timeout=wait)
+    return Ranks(rank, size, CPU, ["cpu"] * size)
+
+
 def together(size: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]:
     """What `work` returns on each rank; fails with its errors."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -31,11 +38,8 @@ def together(size: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]
 
     def one(rank: int) -> None:
         torch.set_num_threads(1)
-        store = dist.FileStore(str(folder / "store"), size)
-        wait = timedelta(seconds=60)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
         try:
-            torch.save(work(Ranks(rank, size, CPU, ["cpu"] * size)), folder / f"{rank}.pt")
+            torch.save(work(joined(folder / "store", rank, size)), folder / f"{rank}.pt")
         except Exception:
             (folder / f"{rank}.txt").write_text(traceback.format_exc(), encoding="utf-8")
         dist.destroy_process_group()
@@ -44,7 +48,7 @@ def together(size: int, folder: Path, work: Callable[[Ranks], Any]) -> list[Any]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         assert process.exitcode == 0
     assert not (errors := [file.read_text("utf-8") for file in folder.glob("*.txt")]), errors[0]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]

@@ -128,6 +128,18 @@ def test_a_stray_variable_is_no_rendezvous(stray: str, monkeypatch: pytest.Monke
     assert devices.launched() is None and not team.serves()
 
 
+def test_accelerate_that_starts_one_process_instead_of_several_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in devices._RENDEZVOUS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")  # as `accelerate launch --cpu` sets it
+    devices.check(Machine())
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert refused({}).startswith("accelerate launch --cpu starts one process, whatever")
+    devices.check(Machine.make({"device": "cpu", "devices": 2}))
+
+
 def refused(machine: dict[str, Any]) -> str:
     with pytest.raises(UserError) as error:
         devices.check(Machine.make(machine))
