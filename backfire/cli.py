@@ -29,6 +29,7 @@ from backfire.commands.options import (
     On,
     OpenCluster,
     Out,
+    Packing,
     Partition,
     Plugins,
     Profile,
@@ -125,6 +126,7 @@ def run(
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
+    packing: Packing = "auto",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
     dry_run: DryRun = False,
@@ -157,7 +159,7 @@ def run(
         validate.show_plan(loaded)
         return
     place = out or folder_of(loaded.name, profile)
-    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
     edits = edits or []
     if on == "local":
         failed = start(loaded, place, machine, profile=profile, edits=edits)
@@ -195,6 +197,7 @@ def work(
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
+    packing: Packing = "auto",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
 ) -> None:
@@ -205,7 +208,7 @@ def work(
 
     if team.serves():
         return
-    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
     if start(run, settings, minutes=minutes, memory=memory and memory * 1e9):
         raise typer.Exit(1)
 

@@ -111,7 +111,7 @@ SENTENCES: list[tuple[str, list[str], str]] = [
     ("model: {model_name_or_path: x}", [], "write name (a folder, a GGUF file or a hub id)."),
     ("model: {load_in_8bit: true}", [], "here it is method ("),
     ("model: {attn_implementation: sdpa}", [], "no such setting: the fastest attention"),
-    ("train: {packing: true}", [], "no such setting: rows are packed where the model allows it"),
+    ("train: {packing: true}", [], "an option of `backfire run`: --packing (rows are packed where"),
     (
         "model: {adapter_revision: main}",
         [],
@@ -163,7 +163,7 @@ def test_the_command_line_answers_too(backfire: Run) -> None:
         (["validate", "tour", "per-device-train-batch-size=8"], "--micro-batch N of `run` sets"),
         (
             ["run", "tour", "train.packing=true", "--dry-run"],
-            "there is no such setting: rows are packed",
+            "it is an option of `backfire run`: --packing (rows are packed",
         ),
         (["doctor", "tour", "matrix.lora_alpha=[8, 16]"], "here it is method.alpha"),
         (["run", "tour", "--lora-r", "8"], "--lora-r. Write method.rank=VALUE."),

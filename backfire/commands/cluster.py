@@ -255,5 +255,6 @@ def _options(
     named["memory"] = memory and f"{memory / 1e9:.3f}"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in named.items() if v is not None]
     options += ["--recompute"] * bool(machine.get("recompute"))
+    options += ["--packing=off"] * (machine.get("packing") == "off")
     files = [plugin.path for plugin in loaded() if plugin.path]
     return (*options, *(f"--plugin={file.absolute()}" for file in files))

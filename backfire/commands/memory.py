@@ -351,9 +351,10 @@ def _largest(
     extras = _extras(experiment)
     # Rows that share a prefix, or are packed, would draw other dropout.
     same = not getattr(experiment.method, "dropout", 0)
-    share = same and not machine.recompute and not any(one.passes for one in extras)
+    pack = same and machine.packing == "auto"
+    share = same and (pack or not machine.recompute) and not any(one.passes for one in extras)
     fits, logit = tokens_that_fit(size.dry.model)
-    how = batches.Layout(share, sys.maxsize if same else 0, logit)
+    how = batches.Layout(share, sys.maxsize if pack else 0, logit, recompute=machine.recompute)
     most = 1 if any(one.one_row for one in extras) else machine.micro_batch
     split = MicroBatches(most, fits if device == "cpu" else math.inf, how.size)
     flat = not any(one.by_row for one in extras)
@@ -363,7 +364,7 @@ def _largest(
         for step in _drawn_steps(experiment, part):
             for one in split.split([_blank(number, shared, *row) for number, row in step]):
                 lengths = tuple((len(row.ids), len(row.answer_ids)) for row in one)
-                passes.append(Layout(lengths, shared, same and len(one) > 1, flat))
+                passes.append(Layout(lengths, shared, pack and len(one) > 1, flat))
     return max(passes, key=lambda one: one.tokens + logit * one.answers)
 
 

@@ -75,6 +75,7 @@ class TrainingRun:
         unaligned: Path | None = None,
         start: Path | None = None,
         recompute: bool = False,
+        packing: str = "auto",
         ranks: Ranks | None = None,
     ) -> None:
         self.model, self.items, self.train = model, items, train
@@ -96,7 +97,7 @@ class TrainingRun:
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
-        self.layout = Layout.of(model, self.hooks, recompute=recompute)
+        self.layout = Layout.of(model, self.hooks, recompute=recompute, packing=packing)
         if recompute:
             recompute_layers(model)
         reserved = first_step_bytes(self.trainable, train.optimizer)
@@ -386,6 +387,7 @@ def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, A
         **({"repeated_steps": run.scaling.repeated} if run.scaling.on else {}),
         "seconds": round(seconds, 2),
         **run.counts,
+        "packing": f"off: {by}" if (by := run.layout.padded_by) else "auto",
         "poisoned_share_seen": run.counts["poisoned_rows"] / max(run.counts["rows"], 1),
         "first_loss": run.log[0]["loss"],
         "last_loss": run.log[-1]["loss"],
