@@ -158,8 +158,8 @@ def _attend(
         return inner(module, query, key, value, mask, **rest)
     plan = Plan.of(mask, query.shape[2])
     if flash and (kind := _half(query, **rest)):
-        parts = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
-        return _by_flash(*parts, plan, rest.get("scaling"))[None], None
+        q, k, v = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
+        return _by_flash(q, k, v, plan, rest.get("scaling"))[None], None
     return _by_row(partial(inner, module, **rest), query, key, value, plan), None
 
 
