@@ -78,8 +78,8 @@ class SharedPrefix:
 
 
 _NARROWEST = 256
-"""Hidden size from which rows are packed. Scoring in packs was 1.2 times as fast with 576, 1.07 with
-384 and 0.8 with 128, where the copies of a pack's attention take longer than the padding."""
+"""Hidden size from which rows are packed. Scoring in packs was 1.2 times as fast with 576, 1.07
+with 384 and 0.8 with 128, where the copies of a pack's attention take longer than the padding."""
 _packed_up_to: dict[str, int] = {}
 
 
