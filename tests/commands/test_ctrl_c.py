@@ -50,6 +50,14 @@ class Noisy(Metric):
 '''
 
 
+@pytest.fixture(autouse=True)
+def _heeded() -> Iterator[None]:
+    """SIGINT as in a terminal: whatever a script starts with & ignores it."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
+
+
 @pytest.fixture
 def here(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
@@ -139,15 +147,7 @@ def test_every_line_of_every_process_is_json(here: Path, tiny: Path) -> None:
         assert any(text in note for note in notes)
 
 
-@pytest.fixture
-def heeded() -> Iterator[None]:
-    """SIGINT as in a terminal: whatever a script starts with & ignores it."""
-    former = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, former)
-
-
-def test_the_second_ctrl_c_ends_at_once(heeded: None) -> None:
+def test_the_second_ctrl_c_ends_at_once() -> None:
     stop, told = Stop(), threading.Event()
     with stop.on_signals(told.set):
         signal.raise_signal(signal.SIGINT)
