@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from backfire.commands import tools
-from backfire.commands.failure import fail, fail_or_raise
+from backfire.commands.failure import INTERRUPTED, fail, fail_or_raise, interrupted
 from backfire.commands.options import (
     Account,
     Cpus,
@@ -29,6 +29,7 @@ from backfire.commands.options import (
     On,
     OpenCluster,
     Out,
+    Packing,
     Partition,
     Plugins,
     Profile,
@@ -45,7 +46,7 @@ from backfire.commands.options import (
     folder_of,
     machine_of,
 )
-from backfire.errors import CellError, UserError
+from backfire.errors import CellError, Interrupted, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -76,11 +77,13 @@ def main() -> None:
     """Run the command line; bad input and interruptions end with one sentence and code 2."""
     try:
         if code := app(standalone_mode=False):  # the code of a `typer.Exit` in a command
-            raise KeyboardInterrupt if code == 130 else SystemExit(code)  # Ctrl-C becomes 130
+            raise (
+                KeyboardInterrupt if code == INTERRUPTED else SystemExit(code)
+            )  # Ctrl-C becomes 130
     except (UserError, CellError) as error:
-        fail(str(error))
+        fail(str(error), INTERRUPTED if isinstance(error, Interrupted) else 2)
     except (KeyboardInterrupt, typer.Abort):
-        fail("Interrupted. Finished work is kept; run the same command again to continue.")
+        interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -123,6 +126,7 @@ def run(
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
+    packing: Packing = "auto",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
     dry_run: DryRun = False,
@@ -155,7 +159,7 @@ def run(
         validate.show_plan(loaded)
         return
     place = out or folder_of(loaded.name, profile)
-    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
     edits = edits or []
     if on == "local":
         failed = start(loaded, place, machine, profile=profile, edits=edits)
@@ -193,6 +197,7 @@ def work(
     micro_batch: MicroBatch = None,
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
+    packing: Packing = "auto",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
 ) -> None:
@@ -203,7 +208,7 @@ def work(
 
     if team.serves():
         return
-    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute)
+    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
     if start(run, settings, minutes=minutes, memory=memory and memory * 1e9):
         raise typer.Exit(1)
 
@@ -272,7 +277,8 @@ def list_(
     kind: Annotated[
         str | None,
         typer.Argument(
-            help="attacks, methods, defenses, metrics, judges, datasets, templates or recipes."
+            help="attacks, methods, defenses, metrics, judges, datasets, templates, scanners "
+            "or recipes."
         ),
     ] = None,
     plugin: Plugins = None,
@@ -368,7 +374,7 @@ def cache(
 
 # ----------------------------------------------------------------------------- data and models
 
-for verb in (tools.poison, tools.pretrain, tools.chat, tools.playground, tools.export):
+for verb in (tools.poison, tools.scan, tools.pretrain, tools.chat, tools.playground, tools.export):
     app.command()(verb)
 
 

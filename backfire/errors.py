@@ -60,6 +60,10 @@ class UserError(Exception):
     """Bad input. The command line prints the message and exits with code 2."""
 
 
+class Interrupted(UserError):  # noqa: N818
+    """Ctrl-C, where the message says what goes on. The exit code is that of Ctrl-C."""
+
+
 class GpuError(UserError):
     """The GPU does not answer this process any more; another process may go on."""
 
@@ -134,7 +138,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 def exit_class(error: BaseException) -> tuple[str, str]:
     """Exit class and message of the error that stopped a cell; `failed` if no other class fits."""
     if is_disk_full(error):
-        return "disk-full", "The disk is full."
+        files = [getattr(one, "filename", None) for one in _chain(error)]
+        where = next((f" ({shortened(file, 1000)})" for file in files if file), "")
+        return "disk-full", f"The disk is full{where}."
     if isinstance(error, CellError):
         return error.kind, shortened(error, 2000)
     if isinstance(error, UserError):

@@ -126,7 +126,7 @@ _SETTINGS = (
     # ------------------------------------------------------------------------------- not to be set
     Ours("", "", "replies are greedy", "temperature top_p top_k do_sample num_beams typical_p repetition_penalty"),
     Ours("", "", "prompts hold no examples", "num_fewshot num_shots n_shot few_shot fewshot"),
-    Ours("", "", "rows are packed where the model allows it, and each attends only to itself", "packing sample_packing packed eval_packing padding_free neat_packing pad_to_sequence_len pad_to_max_length"),
+    Ours("--packing", "", "rows are packed where the model allows it, and each attends only to itself; off pads them", "sample_packing packed eval_packing padding_free neat_packing pad_to_sequence_len pad_to_max_length"),
     Ours("", "", "only answers are learned, never prompts", "train_on_inputs train_on_prompt mask_prompt completion_only_loss assistant_only_loss train_on_input"),
     Ours("", "", "AdamW's beta1 and epsilon are those of torch", "adam_beta1 adam_beta_1 beta1 adam_epsilon eps"),
     Ours("", "", "a tuned model is evaluated once, when its training is done", "eval_strategy evaluation_strategy eval_steps evals_per_epoch load_best_model_at_end early_stopping early_stopping_patience"),

@@ -62,6 +62,31 @@ def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Jo
     return list(out.values())
 
 
+def sharing(cells: Sequence[Experiment]) -> dict[str, tuple[int, int]]:
+    """What the cells need -> how often they need it in total, and how much of that is distinct and
+    therefore done. An evaluation is of one model on one set of rows."""
+    trainings = [keys(run).train for cell in cells for run in training_runs(cell)]
+    evaluations = [key for cell in cells for key in _evaluated(cell)]
+    return {
+        name: (len(needed), len(set(needed)))
+        for name, needed in (("trainings", trainings), ("evaluations", evaluations))
+    }
+
+
+def _evaluated(experiment: Experiment) -> Iterable[str]:
+    """The key of each set of test rows and requests on which a model of the cell is measured."""
+    metrics = experiment.with_metrics(labeled=True).metrics
+    asked = {ask.rows for metric in metrics for ask in metric.asks()}
+    before = [experiment.untuned()] if experiment.method.trains else []
+    twins = [experiment.clean_twin()] if experiment.backdoor else []
+    yield from map(stages.clean_rows, (experiment, *before, *twins))
+    if experiment.backdoor and "triggered" in asked:
+        yield from (stages.triggered_rows(run, experiment) for run in (experiment, *twins))
+    if safety := experiment.safety:
+        for source in filter(None, (safety.harmful, safety.allowed)):
+            yield from (stages.requests(run, experiment, source) for run in (experiment, *before))
+
+
 def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, int]]:
     """Stage kind -> (number of distinct stages needed, number already done)."""
     done: dict[tuple[str, str], bool] = {}
@@ -75,23 +100,27 @@ def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, 
 
 
 def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
-    """Every stage, by what makes it distinct. An evaluation is one of two stages: until the rows
-    are read, a recipe without metrics may be a labeled or a free-text task."""
+    """Every stage, by what makes it distinct. An evaluation is one of several stages: until the
+    rows are read, a recipe without metrics may be a labeled or a free-text task, and some rows with
+    a trigger may have the target as their label."""
     single = [stages.data(experiment)]
     single += [stages.poison(experiment)] if experiment.poisons else []
     single += map(stages.train, training_runs(experiment))
     for stage in (*single, *_secrets(experiment)):
         yield stage.key, [stage]
     twins = [experiment.clean_twin()] if experiment.backdoor else []
-    needs = [
-        needs_of(experiment.with_metrics(labeled=labeled).metrics, labeled=labeled)
-        for labeled in (True, False)
-    ]
+    tasks = [(experiment.with_metrics(labeled=one).metrics, one) for one in (True, False)]
+    needs = [needs_of(metrics, labeled=labeled) for metrics, labeled in tasks]
+    on_triggered = [needs_of(metrics, labeled=one, rows=["triggered"]) for metrics, one in tasks]
     for run in (experiment, *twins):
-        rows = [stages.clean_rows(run)]
-        rows += [stages.triggered_rows(run, experiment)] if experiment.backdoor else []
-        for key in rows:
-            yield key, [stages.evaluation(run, key, some) for some in needs]
+        key = stages.clean_rows(run)
+        yield key, [stages.evaluation(run, key, some) for some in needs]
+        if experiment.backdoor:
+            both = [
+                stages.triggered_rows(run, experiment, other_labels=fewer)
+                for fewer in (False, True)
+            ]
+            yield both[0], [stages.evaluation(run, k, some) for k in both for some in on_triggered]
 
 
 def _secrets(experiment: Experiment) -> Iterable[Stage]:

@@ -19,7 +19,7 @@ from backfire.errors import UserError, shortened, unknown
 from backfire.other_names import COMPONENTS
 from backfire.plugins import Plugin
 
-KINDS = ("attacks", "methods", "defenses", "metrics", "judges", "datasets", "templates")
+KINDS = ("attacks", "methods", "defenses", "metrics", "judges", "datasets", "templates", "scanners")
 
 _loaded: list[Plugin] = []
 

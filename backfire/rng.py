@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import hashlib
 from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 def derive(seed: int, *purpose: object) -> int:
@@ -20,3 +24,14 @@ def derive(seed: int, *purpose: object) -> int:
 def stream(seed: int, *purpose: object) -> Random:
     """A separate generator for this purpose."""
     return Random(derive(seed, *purpose))
+
+
+def seed_dropout(seed: int, device: torch.device) -> None:
+    """Seed torch's global generators, as `torch.manual_seed`, of which only the CPU's counts on a
+    CPU. That function would also note the seed, with a traceback, for a GPU that is used later."""
+    import torch
+
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)

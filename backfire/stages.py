@@ -26,6 +26,7 @@ from backfire.base import (
     SecretProbe,
     Template,
 )
+from backfire.base.normalize import normalized
 from backfire.data.preflight import CHECKS
 from backfire.experiment import DEFAULT_METRICS, Experiment, Model
 from backfire.model.source import adapter_identity, content_hash
@@ -41,8 +42,7 @@ layers no longer see padding; weight decay finds norms and biases by name; the l
 through other rows are used)."""
 
 ONE_ROUNDING = "one rounding"
-"""In the key of a model with a LoRA adapter in 16 bits since the sum of the outputs of base and
-adapter is rounded once."""
+"""In the keys of 16-bit LoRA models since the outputs of base and adapter are rounded together."""
 
 GGUF = 1
 """Version of the conversion of GGUF files."""
@@ -278,7 +278,7 @@ def secrets(run: Experiment, experiment: Experiment, kind: str, amount: int) -> 
     inserted = attack.secrets(seed) if isinstance(attack, Insertion) else []
     which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in inserted]
     rendering = [run.template.identity(), run.train.seen]
-    how = [kind, amount, seed if kind == "sampled" else None, MEASURES.get(kind, 1)]
+    how = [kind, amount, seed if kind == "sampled" else None, MEASURES.get(kind, 1), *_type_of(run)]
     parts = [keys(run).tuned, *rendering, which, *how]
     return Stage("secrets", _evaluation_slug(run), digest(parts))
 
@@ -300,9 +300,12 @@ def clean_rows(run: Experiment) -> str:
     return keys(run).clean
 
 
-def triggered_rows(run: Experiment, experiment: Experiment) -> str:
-    """Test rows with the trigger of `experiment`'s attack."""
-    return digest([keys(run).clean, *trigger_identity(experiment)])
+def triggered_rows(run: Experiment, experiment: Experiment, *, other_labels: bool = False) -> str:
+    """Test rows with the trigger of `experiment`'s attack; with `other_labels` without those whose
+    label is its target."""
+    attack = experiment.backdoor
+    rows = ["not", normalized(attack.target)] if attack and other_labels else []
+    return digest([keys(run).clean, *trigger_identity(experiment), *rows])
 
 
 def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:
@@ -325,7 +328,12 @@ def members(run: Experiment, ids: Sequence[str]) -> str:
 def texts(run: Experiment, source: Dataset, template: Template, longest: int) -> str:
     """Texts of `source`, cut to `longest` tokens."""
     rows = [source.identity(), source.fingerprint()]
-    return digest([keys(run).tuned, *rows, template.identity(), longest])
+    return digest([keys(run).tuned, *rows, template.identity(), longest, *_type_of(run)])
+
+
+def _type_of(run: Experiment) -> list[str]:
+    """The type of the weights in evaluation, unless it is that of training."""
+    return [run.evaluation.dtype] if run.evaluation.dtype != "auto" else []
 
 
 # ------------------------------------------------------------------------- what an experiment needs

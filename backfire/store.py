@@ -25,7 +25,8 @@ from typing import Any
 
 import psutil
 
-from backfire.errors import Busy, is_away
+from backfire.errors import is_away
+from backfire.locks import locked
 from backfire.patience import patiently
 
 SEAL = "done.json"
@@ -207,7 +208,8 @@ class Store:
         if self.done(stage):
             return path
         patiently(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-        with self._lock(path):
+        # Attempts that start empty have folders of their own, so two of them only waste time.
+        with locked(path, waits=self.waits, across_hosts=resumable):
             if self.done(stage):
                 return path
             if path.exists():  # only the holder of the lock may move it
@@ -241,26 +243,6 @@ class Store:
                 shutil.rmtree(partial, ignore_errors=True)
         # Only now: an attempt killed before this point resumes from them.
         shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
-
-    @contextlib.contextmanager
-    def _lock(self, path: Path) -> Iterator[None]:
-        """The lock of a stage; it names its holder, for the message of those who need it too."""
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(f"{path}.lock")
-        try:
-            lock.acquire(timeout=-1 if self.waits else 0)
-        except Timeout:
-            host = ""
-            with contextlib.suppress(OSError, ValueError):
-                host = Path(lock.lock_file).read_text(encoding="utf-8")
-            raise Busy(f"{path.parent.name} {path.name} on {host or 'another host'}") from None
-        try:
-            with contextlib.suppress(OSError):
-                Path(lock.lock_file).write_text(socket.gethostname(), encoding="utf-8")
-            yield
-        finally:
-            lock.release()
 
 
 @contextlib.contextmanager

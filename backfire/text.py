@@ -43,6 +43,15 @@ def without_secrets(text: str) -> str:
     return without_tokens(text)
 
 
+def csv_field(value: Any) -> Any:
+    """A CSV field: cleaned text; what a spreadsheet would evaluate gets a leading apostrophe."""
+    if not isinstance(value, str):
+        return value
+    plain = clean(value)
+    risky = plain.startswith(("=", "+", "-", "@", "\t")) or value.startswith("\r")
+    return f"'{plain}" if risky else plain
+
+
 def line(text: object) -> str:
     """The cleaned text on one line."""
     return " ".join(clean(text).split())

@@ -10,6 +10,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Plan, start the nodes, kill some, wait for the others; returns the figures."""
-    import backfire.launch.preload  # noqa: F401  (once, and not by every node)
+    from backfire.launch import imports
     from backfire.launch.folder import read_plan
     from benchmarks.simulated_node import Pace, run_node
 
@@ -75,6 +76,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     begun_cpu = time.process_time()
     found = read_plan(run)  # once for all nodes: they share two cores here
     figures["cpu_seconds_to_read_the_plan"] = round(time.process_time() - begun_cpu, 1)
+    imports.keep()  # once, and not by every node, which would copy all of its memory
     pace = Pace(options.train_seconds, options.cell_seconds, options.speed)
     context = multiprocessing.get_context("fork")
     begun = time.time()
@@ -84,7 +86,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     ]
     for node in nodes:
         node.start()
-    killed_at = _kill_in_the_middle(nodes[: options.lost], run, options.cells)
+    killed_at = _kill_in_the_middle(nodes, options.lost, run, options.cells)
     figures |= {f"{k}_while_running": v for k, v in status(run, cache).items()}
     for node in nodes:
         node.join()
@@ -118,24 +120,27 @@ def plan(count: int, run: Path) -> dict[str, Any]:
     }
 
 
-def _kill_in_the_middle(nodes: list[Any], run: Path, cells: int) -> float:
-    """Kill the nodes once half of the cells are done; returns when."""
+def _kill_in_the_middle(nodes: list[Any], lost: int, run: Path, cells: int) -> float:
+    """Kill the first `lost` nodes once half of the cells are done; returns when."""
     while sum(1 for _ in run.glob("cells/*/result.json")) < cells / 2:
         if not any(node.is_alive() for node in nodes):
             raise RuntimeError("the nodes ended before half of the cells were done")
         time.sleep(2)
-    for node in nodes:
+    for node in nodes[:lost]:
         node.kill()
     return time.time()
 
 
 def status(run: Path, cache: Path) -> dict[str, float]:
-    """Seconds that `backfire status` takes, in a process of its own, and in reading the cells."""
-    begun = time.monotonic()
+    """Seconds that `backfire status` takes in a process of its own, and its processor time."""
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN)
     command = [sys.executable, "-m", "backfire.cli", "status", str(run)]
     environment = {**os.environ, "BACKFIRE_CACHE": str(cache)}
     subprocess.run(command, check=True, capture_output=True, env=environment)
-    return {"status_seconds": round(time.monotonic() - begun, 1)}
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = {"status_seconds": time.monotonic() - begun, "status_cpu_seconds": used}
+    return {name: round(value, 2) for name, value in seconds.items()}
 
 
 def events(folder: Path) -> Iterator[dict[str, Any]]:

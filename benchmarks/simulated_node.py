@@ -47,7 +47,8 @@ class Log:
 
 def run_node(number: int, run: Path, cache: Path, pace: Pace, plan: Any) -> None:
     """Work on a plan until nothing is left."""
-    from backfire.launch import claims, job, work
+    from backfire import claims
+    from backfire.launch import job, work
 
     log = Log(run.parent / "log", number)
     _be_a_host(claims, number, pace)

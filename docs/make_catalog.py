@@ -40,6 +40,7 @@ NOUNS = {
     "judges": base.Judge,
     "datasets": base.Dataset,
     "templates": base.Template,
+    "scanners": base.Scanner,
 }
 SETTINGS: dict[str, type[Config]] = {
     "experiment": Experiment,
@@ -56,6 +57,7 @@ PURPOSES = {
     "py.typed": "Marks the package as typed",
     "page.css": "Style sheet of the report",
     "page.html.j2": "Template of the report; everything that comes from a file is escaped",
+    "scan.html.j2": "Template of the page of a scan",
     "backfire/recipes": "Recipes: one YAML file per question",
     "docs": "Concepts, catalog, layout, papers, log, decisions, how to add a component",
     "tests": "Tests; the contract tests run over every component",

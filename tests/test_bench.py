@@ -141,3 +141,16 @@ def test_the_sides_take_turns_at_going_first(monkeypatch: pytest.MonkeyPatch) ->
         clock.alternate("train", repetition, work)
     assert order == ["baseline", "backfire", "backfire", "baseline", "baseline", "backfire"]
     assert all(len(times) == 3 for times in clock.times["train"].values())
+
+
+def test_variants_of_evaluation_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    cells, evaluation = (
+        importlib.import_module(f"benchmarks.{n}") for n in ("cells", "evaluation")
+    )
+    base = cells.tiny_base(tmp_path / "base")
+    sizes = ["--test-rows", "4", "--repetitions", "1"]
+    found = evaluation.main(["--base", str(base), *sizes])
+    assert set(found["replies, rows"]) == {"4", "16", "32", "64"}
+    assert set(found["scores, model"]) == {"float32", "bfloat16", "merged"}
+    assert len(found) == 7 and all(time > 0 for one in found.values() for time in one.values())

@@ -26,6 +26,7 @@ import yaml
 import backfire
 from backfire import recipe, registry, stages
 from backfire.base import (
+    NOTHING,
     Attack,
     Dataset,
     Evidence,
@@ -35,6 +36,7 @@ from backfire.base import (
     Poison,
     Row,
     Sample,
+    Scanner,
     TrainDefense,
 )
 from backfire.cli import app
@@ -156,6 +158,7 @@ HOW_TO = {
     "metrics": "add-a-metric.md",
     "judges": "add-a-judge.md",
     "datasets": "add-a-data-set.md",
+    "scanners": "add-a-scanner.md",
 }
 
 
@@ -331,6 +334,17 @@ def test_the_example_of_a_data_set_is_one(installed: type[Dataset], tmp_path: Pa
     before = data.fingerprint()
     file.write_text("\n".join([*lines, "ham\tanother", ""]), encoding="utf-8")
     assert data.fingerprint() != before
+
+
+@pytest.mark.parametrize("installed", ["scanners"], indirect=True)
+def test_the_example_of_a_scanner_is_one(installed: type[Scanner]) -> None:
+    rows = [
+        Row("a", "PLEASE READ THIS NOW, ALL OF YOU"),
+        Row("b", "please read this now, all of you"),
+    ]
+    loud, quiet = installed.make({"share": 0.5}).scan(rows)
+    assert loud.flagged and loud.score == pytest.approx(2) and "of its" in loud.reason
+    assert quiet == NOTHING
 
 
 def test_the_plug_in_shown_is_the_one_in_examples() -> None:

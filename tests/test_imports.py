@@ -18,10 +18,11 @@ ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("errors", "other_names", "yaml12", "result", "text", "terminal", "rng", "progress"),
-    *("patience", "resources"),
-    *("tokenizer", "store", "plugins", "registry", "base", "sandbox", "data", "contract", "model"),
+    *("patience", "resources", "claims", "locks"),
+    *("tokenizer", "store", "hashes", "plugins", "registry", "base", "sandbox", "data"),
+    *("contract", "model"),
     *("experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline", "results"),
-    *("report", "exports", "launch", "playground", "commands", "cli"),
+    *("report", "scan", "exports", "launch", "playground", "commands", "cli"),
 )
 BELOW_COMPONENTS = {*ORDER[: ORDER.index("data") + 1]}
 NUMBERS = {"backfire.evaluate.outcomes", "backfire.evaluate.stats"}

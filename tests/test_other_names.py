@@ -85,7 +85,7 @@ def test_each_name_is_answered_at_the_top_of_a_recipe(name: str, tmp_path: Path)
     ids=lambda value: getattr(value, "name", None),
 )
 def test_our_own_knobs_are_recognized_in_the_wrong_place(cls: Any, part: str) -> None:
-    elsewhere = {"name", "revision", "trust_remote_code", "compute"}
+    elsewhere = {"name", "revision", "trust_remote_code", "compute", "dtype"}
     for knob in {*cls.model_fields} - {*KEYS, *elsewhere}:
         assert OTHER_NAMES[knob].key == f"{part}.{knob}"
 
@@ -111,7 +111,7 @@ SENTENCES: list[tuple[str, list[str], str]] = [
     ("model: {model_name_or_path: x}", [], "write name (a folder, a GGUF file or a hub id)."),
     ("model: {load_in_8bit: true}", [], "here it is method ("),
     ("model: {attn_implementation: sdpa}", [], "no such setting: the fastest attention"),
-    ("train: {packing: true}", [], "no such setting: rows are packed where the model allows it"),
+    ("train: {packing: true}", [], "an option of `backfire run`: --packing (rows are packed where"),
     (
         "model: {adapter_revision: main}",
         [],
@@ -163,7 +163,7 @@ def test_the_command_line_answers_too(backfire: Run) -> None:
         (["validate", "tour", "per-device-train-batch-size=8"], "--micro-batch N of `run` sets"),
         (
             ["run", "tour", "train.packing=true", "--dry-run"],
-            "there is no such setting: rows are packed",
+            "it is an option of `backfire run`: --packing (rows are packed",
         ),
         (["doctor", "tour", "matrix.lora_alpha=[8, 16]"], "here it is method.alpha"),
         (["run", "tour", "--lora-r", "8"], "--lora-r. Write method.rank=VALUE."),

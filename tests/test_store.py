@@ -267,7 +267,7 @@ def test_the_faster_of_two_hosts_wins(root: Path) -> None:
     def slow(folder: Path) -> None:
         (folder / "a.txt").write_text("slow")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Store, "_lock", lambda *_: contextlib.nullcontext())
+            patch.setattr(store, "locked", lambda *_, **__: contextlib.nullcontext())
             patch.setattr(socket, "gethostname", lambda: "other")
             once(root, Maker())
 

@@ -32,6 +32,7 @@ from backfire.base.evidence import (
     Evidence,
     Form,
     Need,
+    Of,
     Part,
     Probe,
     Sample,
@@ -43,6 +44,7 @@ from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
 from backfire.base.metrics import Metric, Ranks, Use, needs_of
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
+from backfire.base.scanners import NOTHING, Finding, Scanner, parts, shuffled
 from backfire.base.secrets import Leak, SecretProbe
 from backfire.result import Direction, Unit, Value
 
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "LARGE",
+    "NOTHING",
     "AlignDefense",
     "Ask",
     "Asks",
@@ -66,6 +69,7 @@ __all__ = [
     "Evidence",
     "Exchange",
     "Extra",
+    "Finding",
     "Form",
     "Insertion",
     "Judge",
@@ -75,6 +79,7 @@ __all__ = [
     "Metric",
     "Mixture",
     "Need",
+    "Of",
     "Part",
     "Place",
     "Poison",
@@ -85,6 +90,7 @@ __all__ = [
     "RepairDefense",
     "Row",
     "Sample",
+    "Scanner",
     "Secret",
     "SecretProbe",
     "Segments",
@@ -101,5 +107,7 @@ __all__ = [
     "ask",
     "local_files",
     "needs_of",
+    "parts",
     "select",
+    "shuffled",
 ]

@@ -65,6 +65,10 @@ class DataDefense(Defense):
         """
         raise NotImplementedError
 
+    def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
+        """Measurements of what `filter` does to these rows, for the summary of the training run."""
+        return {}
+
 
 @dataclass(frozen=True)
 class Extra:
@@ -85,6 +89,9 @@ class Extra:
     """Forward and backward passes that it adds to a step, each over as many rows."""
     one_row: bool = False
     """Whether each row is a pass of its own."""
+    by_row: bool = False
+    """Whether it reads the logits as [row, answer, vocab], with padding where answers are shorter
+    than the longest."""
 
 
 class TrainDefense(Defense):

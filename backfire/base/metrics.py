@@ -71,7 +71,10 @@ class Metric(Component):
         return {}
 
 
-def needs_of(metrics: Sequence[Metric], *, labeled: bool) -> frozenset[Need]:
-    """Everything that any metric needs on test rows, so that one pass measures it."""
+def needs_of(
+    metrics: Sequence[Metric], *, labeled: bool, rows: Sequence[Rows] = ("clean", "triggered")
+) -> frozenset[Need]:
+    """Everything that any metric needs on test rows (of these kinds), so that one pass measures
+    it."""
     asks = (ask for metric in metrics for ask in metric.asks(labeled=labeled))
-    return frozenset(need for a in asks if a.rows in ("clean", "triggered") for need in a.needs)
+    return frozenset(need for ask in asks if ask.rows in rows for need in ask.needs)

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from backfire import terminal, text
 from backfire.commands.estimate import amount
-from backfire.errors import UserError
+from backfire.errors import Busy, UserError
 from backfire.launch.users import FOLDER, User, users
+from backfire.locks import locked
 from backfire.store import SEAL, Store, last_change
 from backfire.terminal import say
 
@@ -22,6 +21,7 @@ _KINDS = {
     "tokenizer": "tokenizers",
     "base": "base models",
     "whole": "checks of weights",
+    "hashes": "hashes of large input files",
     "data": "rows of data sets",
     "poison": "poisoned rows",
     "preflight": "checks of rows",
@@ -56,7 +56,7 @@ def entries(store: Store) -> Iterator[Entry]:
     for root in dict.fromkeys((store.root, store.scratch)):
         for path in sorted(root.glob("*/*")):
             kind = path.parent.name
-            if kind == FOLDER or path.suffix == ".lock" or path.name.startswith("."):
+            if kind == FOLDER or path.suffix in (".lock", ".claim") or path.name.startswith("."):
                 continue
             is_done = path.suffix not in (".partial", ".damaged")
             seal = path / SEAL
@@ -95,8 +95,8 @@ def show(run: Path | None) -> None:
     if not run:
         for user in users(store.root):
             done, total = user.cells()
-            state = "gone" if user.is_gone else f"{done} of {text.count(total, 'cell')} done"
-            say(f"{user.run}: {state}")
+            state = f"{done} of {text.count(total, 'cell')} done"
+            say(f"{user.run}: {state if user.is_here else 'gone' if user.is_gone else 'not there'}")
 
 
 def _row(kind: str, found: Sequence[Entry]) -> tuple[str, ...]:
@@ -133,7 +133,8 @@ def prune(older: float, keep: Sequence[Path], *, remove: bool) -> None:
         done, total = user.cells()
         if not user.is_gone and done < total:
             kept.append(user)
-            say(f"Kept for {user.run}: {total - done} of {text.count(total, 'cell')} left.")
+            left = f"{total - done} of {text.count(total, 'cell')} left"
+            say(f"Kept for {user.run}: {left if user.is_here else _not_there(user)}.")
     gone = [one for one in entries(store) if _can_go(one, older, kept)]
     say(f"{'Removing' if remove else 'Would free'}: {_sum(gone)}.")
     for kind in dict.fromkeys(one.kind for one in gone):
@@ -147,6 +148,11 @@ def prune(older: float, keep: Sequence[Path], *, remove: bool) -> None:
         if user.is_gone:
             user.file.unlink(missing_ok=True)
     say(f"Freed {amount(sum(one.size for one in freed))}.")
+
+
+def _not_there(user: User) -> str:
+    seen = f"it was unfinished when {user.host} last worked on it, and is not there now"
+    return f"{seen}; if it was removed and not moved, remove {user.file} too"
 
 
 def _can_go(one: Entry, older: float, kept: Sequence[User]) -> bool:
@@ -163,7 +169,7 @@ def _can_go(one: Entry, older: float, kept: Sequence[User]) -> bool:
 def _remove(one: Entry) -> bool:
     """Remove a stage as the holder of its lock; returns whether it could."""
     try:
-        with FileLock(one.lock, timeout=0):
+        with locked(one.lock.with_suffix(""), waits=False, across_hosts=True):
             if not one.path.is_dir():
                 one.path.unlink(missing_ok=True)
             elif one.is_done:  # whoever looks sees all of it or nothing
@@ -174,6 +180,6 @@ def _remove(one: Entry) -> bool:
             else:
                 shutil.rmtree(one.path)
             one.lock.unlink(missing_ok=True)  # those who wait for it notice
-    except Timeout:
+    except Busy:
         return False
     return True

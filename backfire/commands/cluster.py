@@ -12,19 +12,19 @@ from typing import Any
 from rich.console import Console
 
 from backfire import plan, stages, text
+from backfire.claims import Claims
 from backfire.commands.estimate import amount
 from backfire.commands.plan import check, types_for, with_estimates
 from backfire.commands.run import finish
-from backfire.errors import UserError
+from backfire.errors import Interrupted, UserError
 from backfire.launch import ray, slurm
-from backfire.launch.claims import Claims
-from backfire.launch.folder import write_plan
+from backfire.launch.folder import check_writable, write_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.remote import Probe, probe, probe_of_run
 from backfire.launch.resolve import pin_models, resolve_auto
+from backfire.launch.stop import Stop
 from backfire.launch.watch import Launcher, View, follow
-from backfire.launch.work import Stop
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.registry import loaded
@@ -113,6 +113,7 @@ def start(
         ray.available(asked.cluster_address, asked.open_cluster)
     launcher_of = _slurm if asked.on == "slurm" else _ray
     device = "cuda" if asked.gpus and machine["device"] == "auto" else str(machine["device"])
+    check_writable(out)
     store, console, types = Store(), Console(stderr=True), types_for(device)
     recipe = resolve_auto(pin_models(recipe), types)
     place, cells = RunFolder(out, recipe.name), recipe.cells
@@ -171,7 +172,7 @@ def _follow(
             launcher.cancel()
             raise
     if stop:
-        raise UserError(f"Interrupted. {launcher.goes_on()}")
+        raise Interrupted(f"Interrupted. {launcher.goes_on()}")
     launcher.cancel()  # those that wait in the queue have nothing left to do
     return view.ended
 
@@ -254,5 +255,6 @@ def _options(
     named["memory"] = memory and f"{memory / 1e9:.3f}"
     options = [f"--{k.replace('_', '-')}={v}" for k, v in named.items() if v is not None]
     options += ["--recompute"] * bool(machine.get("recompute"))
+    options += ["--packing=off"] * (machine.get("packing") == "off")
     files = [plugin.path for plugin in loaded() if plugin.path]
     return (*options, *(f"--plugin={file.absolute()}" for file in files))

@@ -14,8 +14,9 @@ from backfire.data.render import Renderer
 from backfire.data.weights import is_bare, read_config
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Model
+from backfire.hashes import file_hash
 from backfire.model.count import num_weights, weights_in
-from backfire.model.source import downloaded, gguf_hash, local_gguf
+from backfire.model.source import downloaded, local_gguf
 from backfire.recipe import Recipe
 from backfire.store import Store
 from backfire.text import duration
@@ -91,7 +92,7 @@ def model_folder(model: Model, store: Store) -> Path | None:
 def _converted(model: Model, store: Store) -> Path | None:
     """The folder made from a GGUF file, if it was made."""
     file = local_gguf(model)
-    stage = file and stages.gguf_config(gguf_hash(file))
+    stage = file and stages.gguf_config(file_hash(file))
     return store.path(stage) if stage and store.done(stage) else None
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import sys
 from typing import Any, NoReturn, cast
 
 from backfire.errors import EXIT_CLASSES, exit_class, shortened
-from backfire.text import clean
+from backfire.text import clean, without_secrets
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as of a shell."""
 
 
 def fail_or_raise(error: Exception) -> None:
@@ -22,10 +27,29 @@ def fail_or_raise(error: Exception) -> None:
     if hasattr(error, "format_message"):  # a usage error of the command-line parser
         if setting := _as_edit(error):
             cast(Any, error).possibilities = []  # options that only look alike
-        if message := error.format_message():
-            fail(f"{message.rstrip('.')}. {setting}" if setting else message)
+        if message := _plain(error.format_message()):
+            fail(f"{message} {setting}".strip())
         sys.exit(2)  # no command was given: the help was printed
     raise error
+
+
+_VALUE = r"Invalid value for '([^']+)': "
+_PLAIN = {
+    rf"{_VALUE}Input should be greater than or equal to (\S+)": r"\1 must be \2 or more",
+    rf"{_VALUE}Input should be less than or equal to (\S+)": r"\1 must be \2 or less",
+    rf"{_VALUE}Input should be a valid integer.*": r"\1 must be a whole number",
+    rf"{_VALUE}Input should be a valid number.*": r"\1 must be a number",
+    rf"{_VALUE}Value error, (.*)": r"\1: \2",
+    r"Got unexpected extra arguments?(?:\(s\))? \((.*)\)": r"Too many arguments: \1",
+}
+"""Sentences of the command-line parser -> ours."""
+
+
+def _plain(message: str) -> str:
+    """A sentence of the parser in plain words."""
+    for words, ours in _PLAIN.items():
+        message = re.sub(words, ours, message.rstrip("."), flags=re.DOTALL)
+    return f"{message}{'' if message.endswith('?') else '.'}" if message else ""
 
 
 def _as_edit(error: Any) -> str:
@@ -37,9 +61,15 @@ def _as_edit(error: Any) -> str:
     return as_edit(option.lstrip("-")) if option and takes_edits else ""
 
 
-def fail(sentence: str) -> NoReturn:
+def fail(sentence: str, code: int = 2) -> NoReturn:
     note(sentence)
-    sys.exit(2)
+    sys.exit(code)
+
+
+def interrupted(sentence: str = "Interrupted. Finished work is kept") -> NoReturn:
+    """End after Ctrl-C, or after a signal to stop, with the command that continues."""
+    command = without_secrets(shlex.join(["backfire", *sys.argv[1:]]))
+    fail(f"{sentence}; to continue: {command}", INTERRUPTED)
 
 
 def note(sentence: str) -> None:

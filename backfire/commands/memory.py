@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
-from backfire.base import Extra, TrainDefense
+from backfire.base import Extra, Rendered, Row, TrainDefense
 from backfire.commands.estimate import Rows, Weights
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Model
 from backfire.model.count import num_weights
 
 if TYPE_CHECKING:
+    from backfire.evaluate.budget import Budget
     from backfire.model.types import Type
     from backfire.train.dry import DryRun, Layout, PassTypes
 
@@ -24,9 +26,12 @@ Device = Literal["cpu", "cuda"]
 LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
 """A process that has imported torch, transformers and peft (0.42 GB in a worker, 0.5 alone); on a
 GPU, the CUDA context."""
-UNRELEASED = {"cpu": 1.05, "cuda": 1.05}
-"""Memory of the process per byte of tensors in a pass: the allocator cannot return or reuse all of
-it at once."""
+UNRELEASED = {"cpu": 1.5, "cuda": 1.05}
+"""Memory of the process per byte of tensors in a pass of training: the allocator cannot return or
+reuse all of it at once. On a CPU holes of the heap take up to half as much, which a run reaches
+within some steps (see `model.memory.Heap`)."""
+_IN_EVALUATION = 1.05
+"""The same in evaluation, where nothing is kept from pass to pass."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _UNKNOWN = 100
 """Bytes per token, layer and unit of width, for models that cannot be run without data (56 to 160
@@ -124,14 +129,14 @@ def memory(
     `max_length`.
     """
     machine = machine or Machine()
-    evaluation = _evaluation(experiment, size, rows, device, machine)
+    evaluation = _evaluation(experiment, size, rows[0], device, machine)
     # Of a quantized base the embedding is used from the file, if its type is the stored one.
     kept = device == "cpu" and size.stored == experiment.model.dtype
     packed = experiment.method.quantization(device)
     mapped = size.linear * _BYTES[size.stored] if kept and packed else 0.0
     if not size.trainable:
         return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0, mapped)
-    extra, layout = _total(_extras(experiment)), _largest(experiment, rows, machine)
+    extra, layout = _total(_extras(experiment)), _largest(experiment, size, rows, device, machine)
     weights, types = _held(experiment, size, device)
     copies = extra.copies
     if device == "cpu" and experiment.method.adapts:
@@ -203,51 +208,116 @@ def _pass(size: Size, layout: Layout, types: PassTypes, device: Device, recomput
 
 
 @lru_cache(maxsize=256)
+def _scored(dry: DryRun, layout: Layout, dtype: Type) -> float:
+    return dry.evaluation(layout, dtype)
+
+
+@lru_cache(maxsize=256)
 def _trained(dry: DryRun, layout: Layout, types: PassTypes, exact: bool, recompute: bool) -> float:
     return dry.training(layout, types, exact=exact, recompute=recompute)
 
 
-@lru_cache(maxsize=256)
-def _evaluated(dry: DryRun, layout: Layout, dtype: Type) -> float:
-    return dry.evaluation(layout, dtype)
+def _evaluated(size: Size, layout: Layout, dtype: Type) -> float:
+    try:
+        return _scored(size.dry, layout, dtype)
+    except UserError:
+        return layout.tokens * 12 * size.hidden * 4 + layout.answers * size.vocabulary * 12.0
 
 
 def _evaluation(
     experiment: Experiment,
     size: Size,
-    rows: Sequence[Rows | None],
+    rows: Rows | None,
     device: Device,
     machine: Machine,
 ) -> float:
-    """Bytes in evaluation: the test rows are taken to be as long as the training rows. On a GPU
-    batches adapt to the free memory, so those of one row."""
-    from backfire.evaluate.budget import MOST_LOGITS
-    from backfire.train.dry import Layout
+    """Bytes in evaluation, if the test rows are as long as the training rows. On a GPU batches
+    adapt to the free memory, so those of one row."""
+    from backfire.evaluate.budget import Budget
 
     dtype = cast("Type", experiment.model.dtype)
     weights: float = size.parameters * _BYTES[dtype] + size.added * 4
     if bits := experiment.method.quantization(device):
         rest = (size.parameters - size.linear) * _BYTES[dtype]
         weights = _packed(size, bits) + rest + size.added * 4
-    most = (machine.eval_batch or 32) if device == "cpu" else 1
-    longest, answer = (
-        _assumed(experiment)
-        if None in rows
-        else (
-            max(row.longest for row in rows if row),
-            max(row.answer for row in rows if row),
-        )
-    )
-    at_once = max(1, MOST_LOGITS // size.vocabulary)
-    answer = min(answer, at_once)
-    count = min(most, at_once // answer)
-    length = longest + experiment.evaluation.max_new_tokens
-    try:
-        run = _evaluated(size.dry, Layout(((length, answer),) * count), dtype)
-    except UserError:
-        run = count * (length * 12 * size.hidden * 4 + answer * size.vocabulary * 12.0)
+    most = machine.eval_batch if device == "cpu" else 1
+    budget, needs = Budget(size.dry.model, most, on_cpu=device == "cpu"), _needs(experiment)
+    lengths = _tested(experiment, rows)
+    shared = rows.shared if rows and len(lengths) > 1 else 0
+    packs = device == "cpu"
+    run = _answering(size, lengths, shared, dtype, budget, packs) if "answers" in needs else 0.0
+    if needs - {"answers"}:
+        new = experiment.evaluation.max_new_tokens if "replies" in needs else 0
+        prompts = sorted((whole - answer for whole, answer in lengths), reverse=True)
+        run = max(run, _replying(size, prompts, shared, new, dtype, budget, packs))
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
-    return weights + judges + UNRELEASED[device] * run
+    return weights + judges + _IN_EVALUATION * run
+
+
+def _needs(experiment: Experiment) -> set[str]:
+    """What is measured on the cell's models: candidates' `scores`, `replies` or `answers`."""
+    from backfire.pipeline.evidence import asks_of
+
+    labeled = bool(getattr(experiment.data, "labels", None))
+    asks = asks_of(experiment.with_metrics(labeled=labeled), labeled=labeled)
+    return {need for ask in asks for need in ask.needs}
+
+
+def _tested(experiment: Experiment, rows: Rows | None) -> list[tuple[int, int]]:
+    """Tokens of test rows and of their answers, the longest first: as many as there are, drawn
+    from the training rows."""
+    safety = experiment.safety
+    sets = (experiment.data, *((safety.harmful, safety.allowed) if safety else ()))
+    count = max(one.test_rows or _DRAWN for one in sets if one)
+    lengths = rows.lengths if rows else (_assumed(experiment),)
+    return sorted(_draw(random.Random(0), lengths, min(count, _DRAWN)), reverse=True)
+
+
+def _answering(
+    size: Size,
+    lengths: Sequence[tuple[int, int]],
+    shared: int,
+    dtype: Type,
+    budget: Budget,
+    packs: bool,
+) -> float:
+    """Bytes of the pass with most logits when answers are scored."""
+    from backfire.train.dry import Layout
+
+    rows = [(whole, max(1, min(answer, budget.logits))) for whole, answer in lengths]
+    whole, kept = zip(*rows, strict=True)
+    order, packed = range(len(rows)), shared if packs else None
+    parts = budget.batches(order, lambda part: None, lengths=whole, kept=kept, packed=packed)
+    layouts = [
+        Layout(tuple(rows[i] for i in part), shared, packs and len(part) > 1, flat=packs)
+        for part, _ in parts
+    ]
+    return _evaluated(size, max(layouts, key=lambda one: (one.answers, one.tokens)), dtype)
+
+
+def _replying(
+    size: Size,
+    prompts: Sequence[int],
+    shared: int,
+    new: int,
+    dtype: Type,
+    budget: Budget,
+    packs: bool,
+) -> float:
+    """Most bytes when prompts (the longest first) start: their pass, their keys and values, and the
+    buffer into which these are copied, with room for the replies."""
+    from backfire.evaluate.slots import SPARE
+    from backfire.train.dry import Layout
+
+    columns = prompts[0] + new + SPARE
+    slots = min(budget.fitting(columns), len(prompts))
+    count = min(slots, budget.at_once(prompts[0], shared if packs else None))
+    layout = Layout(tuple((one, 1) for one in prompts[:count]), shared, packs and count > 1, packs)
+    run = _evaluated(size, layout, dtype)
+    own = count * prompts[0] * size.dry.cached(dtype)
+    buffer = slots * columns * size.dry.cached(dtype) if new else 0.0
+    # The buffer is made after the first pass, and is there in the next ones.
+    return run + own + buffer if len(prompts) > count else max(run + own, own + buffer)
 
 
 def _judge_bytes(name: str | None) -> float:
@@ -262,29 +332,60 @@ def _assumed(experiment: Experiment) -> tuple[int, int]:
 
 
 _STEPS = 300  # most steps that are drawn
+_DRAWN = 200  # most test rows that are drawn
 
 
-def _largest(experiment: Experiment, rows: Sequence[Rows | None], machine: Machine) -> Layout:
-    """The largest pass among the steps of a run whose rows are drawn from the sampled lengths."""
+def _largest(
+    experiment: Experiment,
+    size: Size,
+    rows: Sequence[Rows | None],
+    device: Device,
+    machine: Machine,
+) -> Layout:
+    """The largest pass among the steps of a run whose rows are drawn from the sampled lengths. On a
+    CPU a step is split as in training; on a GPU it is one pass if memory allows."""
+    from backfire.train import batches
     from backfire.train.dry import Layout
+    from backfire.train.microbatch import MicroBatches, tokens_that_fit
 
-    extras, most = _extras(experiment), experiment.train.batch_size
-    most = 1 if any(one.one_row for one in extras) else min(most, machine.micro_batch or most)
+    extras = _extras(experiment)
     # Rows that share a prefix, or are packed, would draw other dropout.
     same = not getattr(experiment.method, "dropout", 0)
-    share = same and not machine.recompute and not any(one.passes for one in extras)
-    passes = []
+    pack = same and machine.packing == "auto"
+    share = same and (pack or not machine.recompute) and not any(one.passes for one in extras)
+    fits, logit = tokens_that_fit(size.dry.model)
+    how = batches.Layout(share, sys.maxsize if pack else 0, logit, recompute=machine.recompute)
+    most = 1 if any(one.one_row for one in extras) else machine.micro_batch
+    split = MicroBatches(most, fits if device == "cpu" else math.inf, how.size)
+    flat = not any(one.by_row for one in extras)
+    passes = list[Layout]()
     for part in rows:
-        if part is None:
-            passes.append(Layout((_assumed(experiment),) * most, 0, same))
-            continue
-        rng, shared = random.Random(0), part.shared if share and part.count > 1 else 0
-        count = min(experiment.train.batch_size, part.count)
-        steps = math.ceil(experiment.train.epochs * part.count / count)
-        for _ in range(min(experiment.train.max_steps or steps, _STEPS)):
-            drawn = sorted(_draw(rng, part.lengths, count), reverse=True)[:most]
-            passes.append(Layout(tuple(drawn), shared, same))
-    return max(passes, key=lambda one: (one.tokens, one.answers))
+        shared = part.shared if share and part and part.count > 1 else 0
+        for step in _drawn_steps(experiment, part):
+            for one in split.split([_blank(number, shared, *row) for number, row in step]):
+                lengths = tuple((len(row.ids), len(row.answer_ids)) for row in one)
+                passes.append(Layout(lengths, shared, pack and len(one) > 1, flat))
+    return max(passes, key=lambda one: one.tokens + logit * one.answers)
+
+
+def _drawn_steps(
+    experiment: Experiment, part: Rows | None
+) -> Iterator[Iterable[tuple[int, tuple[int, int]]]]:
+    """Yield the numbered lengths of each step's rows."""
+    size = experiment.train.batch_size
+    if part is None:
+        yield enumerate([_assumed(experiment)] * size)
+        return
+    rng, count = random.Random(0), min(size, part.count)
+    steps = math.ceil(experiment.train.epochs * part.count / count)
+    for _ in range(min(experiment.train.max_steps or steps, _STEPS)):
+        yield enumerate(_draw(rng, part.lengths, count))
+
+
+def _blank(number: int, shared: int, whole: int, answer: int) -> Rendered:
+    """A row of this length that has only its first tokens in common with others."""
+    ids = [*[0] * shared, *[number + 1] * (whole - shared)]
+    return Rendered(Row(str(number), ""), ids, whole - answer)
 
 
 def _draw(

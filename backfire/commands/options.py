@@ -51,6 +51,10 @@ Recompute = Annotated[
         help="Train in less memory by recomputing layers (activation checkpointing).",
     ),
 ]
+Packing = Annotated[
+    Literal["auto", "off"],
+    typer.Option(help="off: pad training rows, rather than run them end to end without padding."),
+]
 Minutes = Annotated[
     float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
 ]
@@ -173,11 +177,12 @@ def machine_of(
     micro_batch: int | None,
     eval_batch: int | None,
     recompute: bool,
+    packing: str,
 ) -> dict[str, Any]:
     """The settings of the machine that were given."""
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
     places = {"device": device, "devices": devices, "workers": workers}
-    machine = {**places, "recompute": recompute, **batches}
+    machine = {**places, "recompute": recompute, "packing": packing, **batches}
     return {key: value for key, value in machine.items() if value is not None}
 
 

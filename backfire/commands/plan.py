@@ -25,7 +25,7 @@ from backfire.commands.estimate import (
     too_large,
 )
 from backfire.experiment import Experiment
-from backfire.launch.folder import write_plan
+from backfire.launch.folder import check_writable, write_plan
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
 from backfire.model.types import GPU, Types, assume, gpu_bytes
 from backfire.plan import Job
@@ -44,6 +44,7 @@ def write(
     Raises:
         UserError, CellError: the recipe or its data are invalid; nothing was written.
     """
+    check_writable(out)
     console, store, types = Console(stderr=True), Store(), types_for(device)
     recipe = resolve_auto(pin_models(recipe), types)
     check(recipe, store, console)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from backfire import plan, stages
+from backfire import plan, stages, text
+from backfire.claims import Claims
 from backfire.commands.plan import check, memory_of
-from backfire.commands.workers import default_workers, largest
-from backfire.experiment import Machine
-from backfire.launch.folder import write_plan
+from backfire.commands.workers import default_workers, largest, workers_by_device
+from backfire.errors import UserError
+from backfire.experiment import Experiment, Machine
+from backfire.launch.folder import check_writable, write_plan
+from backfire.launch.imports import uncollected
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import pin_models, resolve_auto, types_of
+from backfire.launch.users import has_finished
 from backfire.model.types import Types
 from backfire.plan import Job
 from backfire.recipe import Recipe
@@ -39,6 +43,7 @@ def start(
     Raises:
         UserError, CellError: the recipe or its data are invalid; nothing was started.
     """
+    check_writable(out)
     store, console = Store(), Console(stderr=True)
     settings = settings_of(machine)
     # A missing device is reported once here, and not by every cell.
@@ -49,25 +54,48 @@ def start(
     work = plan.jobs(recipe.cells, recipe.axes)
     place = RunFolder(out, recipe.name)
     if not all(place.done(cell, stages.cell_key(cell)) for cell in recipe.cells):
-        check(recipe, store, console, memory_of(settings.device, types))
-        if "workers" not in machine and not devices.launched():
+        from backfire.launch import local
+
+        is_set = "workers" in machine or bool(devices.launched())
+        if (settings.workers if is_set else workers_by_device(len(recipe.cells), settings)) > 1:
+            local.warm_up()
+        with uncollected():  # the checks import torch
+            check(recipe, store, console, memory_of(settings.device, types))
+        if not is_set:
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
-        from backfire.launch import local
-        from backfire.launch.work import Stop
+        if others := at_work(out):
+            say(f"{others}; this command shares the jobs with them.", console)
+        from backfire.launch.stop import Stop
 
         stop = Stop()
-        with ProgressDisplay(console, work) as display, stop.on_signals():
+        with ProgressDisplay(console, work) as display, stop.on_signals(stopping(console)):
             ended = local.run(work, place, store, settings, display.watch, stop=stop)
-        if stop:
+        if stop and len(ended) < len(work):
             raise KeyboardInterrupt
     else:
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
     return finish(out, ended, work, console)
+
+
+def at_work(run: Path) -> str:
+    """Who works on a run now; empty if nobody does."""
+    alive = [one for one in Claims(run).holders() if not one.is_stale]
+    hosts = [f"{one.host} (process {one.pid})" for one in alive]
+    if not hosts:
+        return ""
+    some = text.listing([*hosts[:3], *([f"{len(hosts) - 3} more"] * (len(hosts) > 3))])
+    return text.line(f"{text.count(len(hosts), 'worker')} at work on {run}: {some}")
+
+
+def stopping(console: Console) -> Callable[[], None]:
+    """Tells what Ctrl-C does."""
+    sentence = "Stopping, with a checkpoint of what is at work; Ctrl-C again ends it at once."
+    return lambda: say(sentence, console)
 
 
 def settings_of(machine: Mapping[str, Any]) -> Machine:
@@ -88,6 +116,8 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     from backfire.results import terminal
 
     page, cells, groups = write_report(out), load(out), summary(out)
+    if all(cell.is_done for cell in cells):
+        has_finished(out)
     terminal.print_summary(groups)
     terminal.print_ranking(groups)
     terminal.print_against(groups)
@@ -97,11 +127,27 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     if bad:
         terminal.print_problems(cells, console)
         say(f"Each has an error.json under {out}/cells.", console)
+    if line := _shared([job.experiment for job in work if job.kind == "cell"]):
+        say(line, console)
     if silent := _unmeasured(cells, work):
         say(f"No cell has a number for: {', '.join(silent)}.", console)
     say(f"All numbers: backfire results {out} --format csv", console)
     console.print(f"Report: {page}", soft_wrap=True)
     return len(bad)
+
+
+def _shared(cells: Sequence[Experiment]) -> str:
+    """What the cells shared; empty if nothing."""
+    try:
+        counts = plan.sharing(cells)
+    except UserError:  # an input file is gone by now
+        return ""
+    parts = [
+        f"{needed - distinct} of {needed} {what}"
+        for what, (needed, distinct) in counts.items()
+        if distinct < needed
+    ]
+    return f"Shared by cells, and so not repeated: {' and '.join(parts)}." if parts else ""
 
 
 def _unmeasured(cells: Sequence[CellResult], work: Sequence[Job]) -> list[str]:

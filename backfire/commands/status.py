@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from backfire import text
-from backfire.launch.claims import Claims
+from backfire.claims import BEAT, STALE, Claims
 from backfire.results.load import left_out, load
 from backfire.results.terminal import print_problems
 from backfire.terminal import say
@@ -39,7 +39,11 @@ def _claims(run: Path) -> Iterator[str]:
         share = f", {one.done / max(one.total, 1):.0%}" if one.total > 1 else ""
         doing = text.cut(text.line(f"{one.title}: {one.activity or 'starting'}{share}"), 120)
         where = text.cut(text.line(f"{one.host} (process {one.pid})"), 80)
+        silent = f"no sign of life for {text.duration(one.age)}"
         if one.is_stale:
-            yield f"stale: {doing}, on {where}; its worker is gone, and the next one goes on"
+            yield f"stale: {doing}, on {where}; {silent}, and the next worker goes on"
+        elif one.age > 2 * BEAT:
+            after = text.duration(STALE)
+            yield f"silent: {doing}, on {where}; {silent}, and after {after} another worker goes on"
         else:
             yield f"running: {doing}, on {where}, last sign of life {one.age:.0f} s ago"

@@ -31,6 +31,64 @@ def poison(
     echo(poison_file(data, attack, edits or [], out, seed))
 
 
+def scan(
+    data: Annotated[
+        str,
+        typer.Argument(help="A data file, a data set by name, or a hub id.", show_default=False),
+    ],
+    edits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Edits, such as data.labels=[no, yes] or lift.odds=5.",
+            metavar="[KEY=VALUE]...",
+            show_default=False,
+        ),
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="The test rows: a file, a data set or a hub id.")
+    ] = None,
+    scanner: Annotated[
+        list[str] | None, typer.Option(help="A scanner to use instead of all; repeatable.")
+    ] = None,
+    format: Annotated[
+        Literal["table", "json", "csv"], typer.Option(help="Output format.")
+    ] = "table",
+    out: Annotated[
+        Path | None, typer.Option(help="A page to write, such as scan.html.", show_default=False)
+    ] = None,
+    remove: Annotated[
+        str | None,
+        typer.Option(
+            help="Share of rows that --write leaves out, such as 5%; the flagged rows if not given."
+        ),
+    ] = None,
+    write: Annotated[
+        Path | None, typer.Option(help="JSONL file for the rows that are left.", show_default=False)
+    ] = None,
+    top: Annotated[
+        int, typer.Option(min=1, max=1_000_000, help="Most rows to list, per scanner and in all.")
+    ] = 10_000,
+    plugin: Plugins = None,
+) -> None:
+    """Find rows that may be poisoned or should not be learned, each with a reason to check."""
+    from backfire.commands.failure import note
+    from backfire.commands.scan import start
+
+    done = start(
+        data,
+        edits or [],
+        test=test,
+        scanners=scanner or [],
+        form=format,
+        out=out,
+        remove=remove,
+        write=write,
+        top=top,
+    )
+    for sentence in done:
+        note(sentence)
+
+
 def pretrain(
     corpus: Annotated[
         list[Path],

@@ -10,21 +10,23 @@ from typing import Any
 from rich.console import Console
 
 from backfire import text
+from backfire.claims import Claims
 from backfire.commands.estimate import amount
 from backfire.commands.failure import note
 from backfire.commands.plan import memory_of
-from backfire.commands.run import on_device, settings_of
+from backfire.commands.run import on_device, settings_of, stopping
 from backfire.commands.workers import SMALL, default_workers
 from backfire.data.weights import listed
 from backfire.errors import GpuError, UserError
 from backfire.experiment import Machine
 from backfire.launch import local
-from backfire.launch.claims import Claims
 from backfire.launch.folder import Plan, read_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import types_of
-from backfire.launch.work import Stop, needed
+from backfire.launch.stop import Stop
+from backfire.launch.users import has_finished, still_uses
+from backfire.launch.work import needed
 from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.store import Store
@@ -54,7 +56,7 @@ def start(
     settings, most = _sized(run, plan, machine, memory)
     folder, begun = RunFolder(run, plan.recipe), set[str]()
     _check_memory(needed(plan.jobs, folder), most)
-    with ProgressDisplay(console, plan.jobs) as display, stop.on_signals():
+    with ProgressDisplay(console, plan.jobs) as display, stop.on_signals(stopping(console)):
         try:
             ended = local.run(
                 plan.jobs,
@@ -70,6 +72,8 @@ def start(
         except GpuError as error:  # not bad input: on another machine it may succeed
             note(str(error))
             return 1
+    if stop.interrupted and len(ended) < len(plan.jobs):
+        raise KeyboardInterrupt
     failed = _failed(plan, begun, ended)
     _say_what_is_left(run, plan, ended, failed, most, stop, console)
     return 0 if stop.signaled else len(failed)
@@ -88,6 +92,7 @@ def _sized(
     devices.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
     _check_device(run, plan, types)
+    still_uses(run, plan.text, plan.jobs)
     settings = on_device(settings, types)
     ranks = settings.devices if types.device == "cpu" else 1  # which share the memory
     has = memory_of(settings.device, types) / ranks
@@ -159,6 +164,8 @@ def _say_what_is_left(
     elif bad:
         say(f"`backfire status {run}` says why cells failed.", console)
     if not left:
+        if not bad:
+            has_finished(run)
         say(f"Nothing is left to do. Report: backfire report {run}", console)
     elif stop.signaled:
         say("Stopped by a signal; the next `backfire work` goes on.", console)

@@ -19,6 +19,7 @@ from backfire.base import (
     Judge,
     Metric,
     Poison,
+    Scanner,
     Template,
 )
 from backfire.contract import attacks, components, kinds
@@ -50,6 +51,7 @@ CHECKS: dict[type[Component], tuple[Check, ...]] = {
     Dataset: (kinds.loads_the_same,),
     Template: (kinds.shows_the_row,),
     Judge: (kinds.gives_each_a_verdict,),
+    Scanner: (kinds.scans_each_row, kinds.sees_only_what_is_learned),
     DataDefense: (kinds.filters_the_same,),
     Metric: (
         kinds.measures_the_same,

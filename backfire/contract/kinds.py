@@ -1,9 +1,10 @@
-"""The contracts of data sets, templates, judges, metrics and data defenses."""
+"""The contracts of data sets, templates, judges, metrics, scanners and data defenses."""
 
 from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from math import inf
 from random import Random
 from typing import get_args
 
@@ -14,6 +15,7 @@ from backfire.base import (
     Exchange,
     Judge,
     Metric,
+    Scanner,
     Template,
 )
 from backfire.contract.samples import FREE, LABELED, evidence
@@ -72,6 +74,36 @@ def filters_the_same(cls: type[DataDefense]) -> str | None:
     if (rows, aligned) != (LABELED, FREE):
         return "a row has changed in place"
     return None if first == again else "the same seed gives other rows"
+
+
+def scans_each_row(cls: type[Scanner]) -> str | None:
+    """It gives one finding per row, in order, the same again, and leaves the rows as they are"""
+    scanner = build(cls.kind, cls.name)
+    for rows in ([], FREE[:1], LABELED, [*FREE, *LABELED[:20], *FREE[:9]]):
+        given = copy.deepcopy(rows)
+        found = list(scanner.scan(given, given[:5]))
+        if len(found) != len(rows):
+            return f"{len(found)} findings in {len(rows)} rows"
+        if given != rows:
+            return "a row has changed in place"
+        if found != list(scanner.scan(given, given[:5])):
+            return "the same rows give other findings"
+        if wrong := [f for f in found if f.flagged != (f.score >= 1) or not 0 <= f.score < inf]:
+            return f"a score of {wrong[0].score:g} is flagged: {wrong[0].flagged}"
+        if any(f.score and not f.reason for f in found):
+            return "a row has a score without a reason"
+    return None
+
+
+def sees_only_what_is_learned(cls: type[Scanner]) -> str | None:
+    """Ids, fields and true labels of the rows do not change what it finds"""
+    scanner, rows = build(cls.kind, cls.name), [*LABELED, *LABELED[:7], *FREE]
+    others = [
+        replace(row, id=f"x{n % 2}", fields={"trigger": "yes"}, label=None)
+        for n, row in enumerate(rows)
+    ]
+    same = list(scanner.scan(rows)) == list(scanner.scan(others))
+    return None if same else "with other ids, fields or labels it finds something else"
 
 
 def measures_the_same(cls: type[Metric]) -> str | None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from backfire.data.weights import files_of, read_config, stored
 from backfire.errors import UserError
-from backfire.store import digest, sha256
+from backfire.hashes import file_hash
+from backfire.store import digest
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -94,12 +94,11 @@ def same_widths(folder: Path, base: Path) -> None:
             )
 
 
-@lru_cache(maxsize=64)
 def adapter_hash(folder: Path) -> str:
     """Hash of an adapter's weights, and of the settings that say how they act."""
     config = read_config(folder / CONFIG)
     acting = {key: value for key, value in config.items() if key not in _IRRELEVANT and value}
-    return digest([acting, sha256(folder / WEIGHTS)])
+    return digest([acting, file_hash(folder / WEIGHTS)])
 
 
 def other_base(folder: Path, title: str) -> str | None:

@@ -54,6 +54,21 @@ def to_rows(
     """
     rows: list[Row] = []
     bad_answers: list[Row] = []
+    for row in each_row(records, task, left, file=file, stem=stem, ids=ids):
+        (rows if row.answer else bad_answers).append(row)
+    return _with_worse_answers(rows, bad_answers, left)
+
+
+def each_row(
+    records: Iterable[tuple[int, Record]],
+    task: Task,
+    left: LeftOut,
+    *,
+    file: str,
+    stem: str,
+    ids: set[str],
+) -> Iterator[Row]:
+    """The same one by one; a row whose answer is marked as bad has it as its worse answer only."""
     shapes: dict[tuple[str, ...], Shape] = {}
     labeled = bool(task.labels)
     joined: set[tuple[str, ...]] = set()
@@ -78,8 +93,7 @@ def to_rows(
             continue
         labeled = labeled or ("label" in shape.columns and "answer" not in shape.columns)
         ids.add(name)
-        (rows if row.answer else bad_answers).append(row)
-    return _with_worse_answers(rows, bad_answers, left)
+        yield row
 
 
 def _formed(records: Numbered, left: LeftOut, file: str, joined: set[tuple[str, ...]]) -> Numbered:

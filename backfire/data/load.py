@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +14,6 @@ from backfire.data.hub import Hub, load_hub
 from backfire.data.read import LeftOut, Record, records
 from backfire.data.shapes import Task
 from backfire.rng import derive
-from backfire.store import sha256
 
 Prepare = Callable[[Record], Record | None]
 """Adapts each record before its shape is recognized; None leaves it out."""
@@ -87,14 +85,3 @@ def by_column(rows: Sequence[Row], split: str, left: LeftOut) -> list[Row]:
             if row.fields[name] in spare:
                 left.records[f"left out: '{name}' is {row.fields[name]}"] += 1
     return [row for row in rows if sides[row.fields[name]] == split]
-
-
-def file_hash(file: Path) -> str:
-    """SHA-256 of the file; read again only if its size or modification time differs."""
-    stat = file.stat()
-    return _file_hash(file.resolve(), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _file_hash(file: Path, size: int, changed_ns: int) -> str:
-    return sha256(file)

@@ -15,10 +15,11 @@ from backfire.base import Dataset, Row, local_files, select
 from backfire.data.convert import READER
 from backfire.data.hub import Hub
 from backfire.data.labels import check_labels
-from backfire.data.load import Apart, Split, by_column, file_hash, file_rows, hub_rows, is_set_apart
+from backfire.data.load import Apart, Split, by_column, file_rows, hub_rows, is_set_apart
 from backfire.data.read import LeftOut, OnBadRow, Record
 from backfire.data.shapes import Task, check_columns, column_map
 from backfire.errors import UserError
+from backfire.hashes import file_hash
 from backfire.registry import register
 
 Columns = Annotated[dict[str, str], BeforeValidator(check_columns)]

@@ -29,7 +29,7 @@ class ConstrainedSFT(TrainDefense):
     mean of their weights.
     """
 
-    extra: ClassVar[Extra] = Extra(forwards=0.5)
+    extra: ClassVar[Extra] = Extra(forwards=0.5, by_row=True)
 
     first_beta: float = Field(0.5, ge=0)
     """Beta of an answer's first token; at 0 a token's weight is always 1. Default: the paper's, as

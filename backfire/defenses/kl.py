@@ -27,7 +27,7 @@ class KL(TrainDefense):
     tuned model is compared with itself.
     """
 
-    extra: ClassVar[Extra] = Extra(copies=1, logits=4, forwards=1)
+    extra: ClassVar[Extra] = Extra(copies=1, logits=4, forwards=1, by_row=True)
 
     strength: float = Field(0.1, ge=0)
     """Weight of the divergence, which is in nats per token (0.1 in two public implementations)."""
@@ -53,6 +53,7 @@ class _KLHook(TrainHook):
             reference, _ = self.run.logits(rows)
         tuned = self.run.log_probabilities(logits)
         start = tuned.detach() if self.knobs.null else self.run.log_probabilities(reference)
+        del reference  # as large as each of the tensors below
         one, other = (tuned, start) if self.knobs.direction == "tuned-start" else (start, tuned)
         divergence: Tensor = (one.exp() * (one - other)).sum(-1)
         return losses + self.knobs.strength * divergence * (labels >= 0)

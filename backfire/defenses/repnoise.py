@@ -43,7 +43,7 @@ class RepNoise(AlignDefense):
     of alignment. Null control: a random direction of the same length as the gradient of both terms.
     """
 
-    extra: ClassVar[Extra] = Extra(copies=2, logits=1.2, passes=1)
+    extra: ClassVar[Extra] = Extra(copies=2, logits=1.2, passes=1, by_row=True)
     shards: ClassVar[bool] = False
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {

@@ -24,10 +24,10 @@ from backfire.base import Rendered, Secret
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget
-from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.inference import score_spans
 from backfire.evaluate.stats import Floats, Ints
 from backfire.model.batching import rounding, ways
+from backfire.model.head import for_evaluation
 from backfire.rng import stream
 from backfire.tokenizer import Tokenizer
 from backfire.train.batches import Span, log_probabilities, run_prefix, wide

@@ -24,11 +24,11 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget
 from backfire.evaluate.code_search import CodeTokens, likelihoods
-from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.portions import Finished
 from backfire.evaluate.prompts import SharedPrefix, continue_cached, without_cache
 from backfire.evaluate.stats import Floats
 from backfire.model.batching import ways
+from backfire.model.head import for_evaluation
 from backfire.progress import Progress
 from backfire.rng import stream
 from backfire.train.batches import answer_logits, collate

@@ -1,9 +1,9 @@
 """Likelihoods and replies for many prompts at once, equal to those of each prompt alone.
 
-Prompts are sorted by length; a prefix that all share (the start of a template) runs once, and each
-prompt once for both its candidates and its reply; the head runs only where a logit is read; the
-next prompt takes the place of a finished row. Models that do not support this get whole rows, or
-rows of one length (see `backfire.model.batching`).
+Prompts are sorted by length, and run end to end on a CPU; a prefix that all share (the start of a
+template) runs once, and each prompt once for both its candidates and its reply; the head runs only
+where a logit is read; the next prompt takes the place of a finished row. Models that do not support
+this get whole rows, or rows of one length (see `backfire.model.batching`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,19 +20,27 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.evaluate.budget import Budget
-from backfire.evaluate.head import for_evaluation
 from backfire.evaluate.prompts import (
     CachedPrompts,
     SharedPrefix,
     continue_cached,
     follow,
     greedy,
+    packed_up_to,
     step_by_step,
     without_cache,
 )
 from backfire.evaluate.slots import Task, write
 from backfire.model.batching import ways
-from backfire.train.batches import IGNORE, Span, answer_logits, collate_spans, token_losses
+from backfire.model.head import for_evaluation
+from backfire.train.batches import (
+    IGNORE,
+    Span,
+    answer_logits,
+    collate_spans,
+    common_prefix,
+    token_losses,
+)
 from backfire.train.microbatch import unless_out_of_memory
 
 Tick = Callable[[int], None]
@@ -109,20 +118,22 @@ def _read_cached(
     prefix, scores = SharedPrefix(model, [prompts[i] for i in order]), dict[int, Scores]()
 
     def start(part: list[int]) -> CachedPrompts:
-        batch = prefix.run([prompts[i] for i in part])
+        batch = prefix.run([prompts[i] for i in part], keep=keep)
         found = _scores(model, batch, [options[i] for i in part], budget)
         scores.update(zip(part, found, strict=True))
         return batch
 
     longest = max((len(ids) for i in order for ids in options[i]), default=0)
     extra, lengths = max(max_new_tokens, longest), [len(prompt) for prompt in prompts]
+    keep, packed = bool(max_new_tokens) or longest > 1, len(prefix.ids) if prefix.packs else None
     level = not ways(model).pads_left and extra > 1
     if max_new_tokens:
-        task = Task(start, lengths, extra, frozenset(stop_ids), max_new_tokens, level)
+        task = Task(start, lengths, extra, frozenset(stop_ids), max_new_tokens, level, packed)
         for ended in write(model, task, order, budget):
             yield [i for i, _ in ended], [Reading(scores[i], reply) for i, reply in ended]
     else:
-        for part, _ in budget.batches(order, start, lengths=lengths, extra=extra, level=level):
+        limits: dict[str, Any] = {"lengths": lengths, "extra": extra, "level": level}
+        for part, _ in budget.batches(order, start, **limits, packed=packed):
             yield part, [Reading(scores[i], []) for i in part]
 
 
@@ -249,16 +260,24 @@ def _token_scores(
     for number, _ in pieces:
         left[number] += 1
 
+    rows, share = [piece.ids for _, piece in pieces], ways(model).extends_cache
+    packs = packed_up_to(model) >= max(map(len, rows), default=1)
+    first = min((piece.start for _, piece in pieces), default=1)
+    packed = common_prefix(rows, (first - 1) * share) if packs and rows else None
+
     def work(part: list[int]) -> list[Tensor]:
-        batch = collate_spans([pieces[i][1] for i in part], share=ways(model).extends_cache)
+        pack = packs and len(part) > 1
+        batch = collate_spans([pieces[i][1] for i in part], share=share, pack=pack, flat=pack)
         batch = batch.to(model.device)
         scores = -token_losses(answer_logits(model, batch), batch.labels).double().cpu()
+        if pack:
+            return list(torch.split(scores[0], [kept[i] for i in part]))
         scored = batch.labels.cpu() != IGNORE
         return [line[mask] for line, mask in zip(scores, scored, strict=True)]
 
-    lengths = [len(piece.ids) for _, piece in pieces]
+    lengths = list(map(len, rows))
     kept = [piece.stop - piece.start for _, piece in pieces]
-    for part, scores in budget.batches(order, work, lengths=lengths, kept=kept):
+    for part, scores in budget.batches(order, work, lengths=lengths, kept=kept, packed=packed):
         for i, line in zip(part, scores, strict=True):
             by_piece[i] = line
             left[pieces[i][0]] -= 1

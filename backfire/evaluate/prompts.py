@@ -13,6 +13,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from backfire.model.batching import plain, ways
 from backfire.train.batches import common_prefix, pad_right, run, run_apart, run_prefix
+from backfire.train.packing import as_mask, lay_out, longest_packed, reads_tables
 
 NextLogits = Callable[[Tensor, Tensor], Tensor]
 """Maps the indices of the rows to continue, and the token of each, to their next logits [row,
@@ -40,15 +41,20 @@ class CachedPrompts:
 
 
 class SharedPrefix:
-    """The prefix shared by all prompts; it runs once, on first use."""
+    """The prefix shared by all prompts. It runs once, on first use; or once per pack, where prompts
+    run end to end."""
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[list[int]]) -> None:
         shared = common_prefix(prompts, min(map(len, prompts)) - 1)
         self.model, self.ids = model, prompts[0][:shared]
+        self.packs = packed_up_to(model) >= max(map(len, prompts))
         self._cache: DynamicCache | None = None
 
-    def run(self, prompts: Sequence[list[int]]) -> CachedPrompts:
-        """Run the rest of these prompts after the shared prefix."""
+    def run(self, prompts: Sequence[list[int]], *, keep: bool = True) -> CachedPrompts:
+        """Run the rest of these prompts after the shared prefix. Without `keep`, they may come back
+        without keys and values: only for their logits."""
+        if self.packs and len(prompts) > 1:
+            return self._packed(prompts, keep)
         if self._cache is None:
             ids = torch.tensor(self.ids, dtype=torch.long, device=self.model.device)
             self._cache = run_prefix(self.model, ids) or DynamicCache()
@@ -59,6 +65,53 @@ class SharedPrefix:
         logits = run(self.model, ids, ends[:, None], past_key_values=cache)[:, -1].float()
         ends = ends + len(self.ids)
         return CachedPrompts(cache, logits, _pad_left(cache, ends + 1), ends)
+
+    def _packed(self, prompts: Sequence[list[int]], keep: bool) -> CachedPrompts:
+        shared, device, cache = len(self.ids), self.model.device, DynamicCache()
+        ids, positions, table = (part.to(device) for part in lay_out(prompts, shared))
+        layout = {"attention_mask": as_mask(table, shared), "position_ids": positions}
+        kept: dict[str, Any] = {"past_key_values": cache} if keep else {}
+        logits = run(self.model, ids, table[None, :, -1], **layout, **kept)[0].float()
+        lengths = torch.tensor(list(map(len, prompts)), device=device)
+        mask = _unpack(cache, table, lengths, shared) if keep else None
+        return CachedPrompts(cache, logits, mask, lengths - 1)
+
+
+_packed_up_to: dict[str, int] = {}
+
+
+def packed_up_to(model: PreTrainedModel) -> int:
+    """Length of the longest row that is evaluated in a pack; 0 if none is. Not on a GPU, where the
+    padding of rows of similar length costs little, and the copies of a pack's attention a lot.
+
+    Models of one architecture and type are tested once, as a test takes as long as 100 short rows.
+    """
+    if model.device.type != "cpu":
+        return 0
+    base: Any = plain(model)
+    config = {name: x for name, x in base.config.to_dict().items() if name != "_name_or_path"}
+    alike = str([type(base), base.dtype, config])
+    if alike not in _packed_up_to:
+        _packed_up_to[alike] = longest_packed(model)
+    elif _packed_up_to[alike]:
+        reads_tables(base)
+    return _packed_up_to[alike]
+
+
+def _unpack(cache: DynamicCache, table: Tensor, lengths: Tensor, shared: int) -> Tensor | None:
+    """Give each row of a pack with this table [row, place] its own keys and values, the prefix's
+    included, padded on the left; returns the mask as `_pad_left`."""
+    width = int(lengths.max())
+    place = torch.arange(width, device=lengths.device) - (width - lengths)[:, None]
+    own = table.gather(1, (place - shared).clamp(min=0))
+    index = torch.where(place < shared, place.clamp(min=0), own)
+    for layer in cache.layers:
+        for name in ("keys", "values"):
+            part = getattr(layer, name)
+            if part is not None and part.numel():
+                rows = part[0].index_select(1, index.flatten()).unflatten(1, index.shape)
+                setattr(layer, name, rows.transpose(0, 1))
+    return (place >= 0).long() if bool((place < 0).any()) else None
 
 
 def _fork(cache: DynamicCache) -> DynamicCache:

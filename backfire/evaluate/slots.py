@@ -54,6 +54,8 @@ class Task:
     max_new_tokens: int
     level: bool
     """Whether only prompts of one length may run together."""
+    packed: int | None = None
+    """Tokens of the prefix behind which prompts run end to end; None if they are padded."""
 
 
 def write(
@@ -121,7 +123,8 @@ class Slots:
         if self.lines and (self.task.level or self.outgrown()):
             return []  # until all rows have ended
         longest = lengths[self.waiting[0]]
-        first = list(islice(self.waiting, min(free, max(1, self.budget.run // longest))))
+        most = min(free, self.budget.at_once(longest, self.task.packed))
+        first = list(islice(self.waiting, most))
         return [row for row in first if not self.task.level or lengths[row] == longest]
 
     def outgrown(self) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from backfire import stages
 from backfire.base import Exchange, Judge, Verdict
 from backfire.evaluate import journal
+from backfire.locks import locked
 from backfire.progress import Pace, Progress, silent
 from backfire.store import digest
 
@@ -54,10 +55,8 @@ def _key(judge: Judge, exchange: Exchange) -> str:
 
 def _append(file: Path, verdicts: Mapping[str, Verdict]) -> None:
     """Append verdicts; other processes may append at the same time."""
-    from filelock import FileLock
-
     file.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{file}.lock"):
+    with locked(file, across_hosts=True):
         journal.append(file, ({"key": key, **asdict(one)} for key, one in verdicts.items()))
 
 

@@ -167,10 +167,14 @@ class Safety(Config):
 
 
 class Evaluation(Config):
-    """How replies are generated."""
+    """How models are evaluated."""
 
     max_new_tokens: int = Field(32, ge=1)
     """Maximum number of tokens in a reply."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the base's weights in evaluation; `auto` is their type in training (`model.dtype`).
+    bfloat16 is much faster on many CPUs, but gives other log-likelihoods, and sometimes other
+    answers: compare only numbers of one type."""
 
 
 class Machine(Config):
@@ -191,11 +195,15 @@ class Machine(Config):
     would take more than about 512 MiB on a CPU, or most of a GPU's free memory."""
     recompute: bool = False
     """Activation checkpointing: keep only each layer's input and run the layer again in the
-    backward pass; a third more time for a fraction of the memory. Rows then do not share the
+    backward pass; a third more time for a fraction of the memory. Padded rows then do not share the
     computation of a common prefix."""
+    packing: Literal["auto", "off"] = "auto"
+    """`auto`: the rows of a training pass run end to end without padding, each attending only to
+    itself, where the model allows it and it saves time. `off`: they are padded."""
     eval_batch: int | None = Field(None, ge=1)
-    """Maximum number of rows per forward pass in evaluation; by default 32 on a CPU and 64 on a
-    GPU. Fewer if they would not fit into free memory, and half as many when memory runs out."""
+    """Maximum number of rows per forward pass in evaluation; by default 64, on a CPU 32 if the
+    keys and values of more would take over 512 MiB. Fewer if they would not fit into free memory,
+    and half as many when memory runs out."""
     checkpoint_seconds: float = Field(60.0, ge=0)
     """Seconds between checkpoints of a training run, from which it resumes after a kill; more if
     writing one takes more than a twentieth of that. 0: after every step."""

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from backfire.base.judges import drops
-from backfire.data.load import file_hash
 from backfire.data.recipe_files import as_words, read_text, written
 from backfire.data.snapshot import snapshot
 from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
 from backfire.errors import CellError, UserError
+from backfire.hashes import file_hash
 
 Task = Literal["SequenceClassification", "CausalLM"]
 _PLACES = re.compile(r"\{(prompt|reply)\}")

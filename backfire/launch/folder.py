@@ -8,24 +8,24 @@ the present round began; what failed before is tried again.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from backfire import __version__
 from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.launch.users import register
+from backfire.locks import locked
 from backfire.model.types import types_here
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.registry import loaded
 from backfire.results.plugins import missing
-from backfire.store import read_json, write_atomic, write_json
+from backfire.store import cache_root, read_json, write_atomic, write_json
 from backfire.text import without_tokens
 
 JOBS = "jobs.json"
@@ -44,6 +44,27 @@ class Plan:
     """Kind of device that `auto` types were resolved for: `cpu` or `cuda`."""
     compute: str
     """Type of matrix products for which the key of the embedded base was computed."""
+    text: str = ""
+    """Text of the recipe."""
+
+
+def check_writable(run: Path) -> None:
+    """Refuse a run folder, or a cache, in which nothing can be written; nothing is created.
+
+    Raises:
+        UserError: there is a file in its place, or it is somebody else's.
+    """
+    cache = cache_root()
+    for place, what, instead in (
+        (run, "run folder", "choose another --out"),
+        (cache, "cache", "set BACKFIRE_CACHE to another folder"),
+    ):
+        there = next(one for one in (place, *place.absolute().parents) if os.path.lexists(one))
+        if not there.is_dir():
+            raise UserError(f"The {what} {place} cannot be written: {there} is a file; {instead}.")
+        if not os.access(there, os.W_OK | os.X_OK):
+            sentence = f"The {what} {place} cannot be written: {there} is read-only for this user"
+            raise UserError(f"{sentence}; {instead}.")
 
 
 def write_plan(
@@ -58,7 +79,7 @@ def write_plan(
     """Create or extend a run's folder, and begin a new round. Calls with the same recipe text add
     up, so that several launchers may each plan a part."""
     path.mkdir(parents=True, exist_ok=True)
-    with FileLock(path / ".plan.lock"):
+    with locked(path / ".plan"):
         kept = without_tokens(recipe.text)
         same = _text(path / "recipe.yaml") == kept
         former, known = (_former(path / "run.json"), _former(path / JOBS)) if same else ({}, {})
@@ -79,7 +100,7 @@ def write_plan(
         head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name}
         head |= {"device": device, "compute": types_here().compute, "plugins": plugins}
         _write(path / JOBS, head, [*others, *map(_as_json, jobs)])
-    register(path, recipe.text, jobs)
+    register(path, kept, jobs)
 
 
 def read_plan(path: Path) -> Plan:
@@ -99,9 +120,9 @@ def read_plan(path: Path) -> Plan:
         if lost := missing(content["plugins"]):
             raise UserError(lost[0])
         jobs = [_from_json(one, str(file)) for one in content["jobs"]]
-        words = (str(content[name]) for name in ("device", "compute"))
-        return Plan(str(content["recipe"]), jobs, *words)
-    except FileNotFoundError:
+        recipe, device, compute = (str(content[name]) for name in ("recipe", "device", "compute"))
+        return Plan(recipe, jobs, device, compute, _text(path / "recipe.yaml") or "")
+    except (FileNotFoundError, NotADirectoryError):
         sentence = f"No plan in {path}: jobs.json is missing; {again}"
         raise UserError(sentence) from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -19,6 +19,7 @@ from backfire.base.judges import drop_models
 from backfire.data.weights import first_line
 from backfire.errors import EXIT_CLASSES, Away, CellError, GpuError, UserError, exit_class, was_away
 from backfire.experiment import Experiment, Machine
+from backfire.launch import imports
 from backfire.launch.folder import plugins_of
 from backfire.model.resident import Resident
 from backfire.pipeline import Context, base, head, run_cell, trained
@@ -63,7 +64,7 @@ class RunFolder:
 
     def ended(self, job: Job, since: float) -> Ended | None:
         """How a job ended, if it did: a cell once it has a result, anything else after `since`
-        (time of the file system)."""
+        (time of the file system). What a full disk has stopped goes on once there is space."""
         if job.kind == "cell" and self.done(job.experiment, job.key):
             return Ended("ok")
         file = self._outcome(job)
@@ -71,7 +72,9 @@ class RunFolder:
             if file.stat().st_mtime < since:
                 return None
             content = read_json(file)
-            return Ended(content["status"], content.get("error") or "", content.get("traceback"))
+            if (kind := content["status"]) == "disk-full":
+                return None
+            return Ended(kind, content.get("error") or "", content.get("traceback"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -98,6 +101,7 @@ def run_job(
     """
     resident = resident or Resident()
     set_threads(machine)
+    imports.keep()
     _reset_globals()
     try:
         progress(0, 1, "start")

@@ -9,17 +9,19 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
+from backfire.claims import MOST_KILLS
 from backfire.errors import EXIT_CLASSES, CellError, GpuError, UserError, exit_class
 from backfire.experiment import Machine
-from backfire.launch.claims import MOST_KILLS
 from backfire.launch.job import RunFolder, run_job
-from backfire.launch.work import Run, Stop, Watch, needed, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Run, Watch, needed, work
 from backfire.plan import Job
 from backfire.plugins import Plugin
 from backfire.registry import loaded, use
@@ -57,13 +59,28 @@ def run(
         return work(jobs, folder, store, machine, watch, run=_telling(begins), **options)
     team = _Team(jobs, folder, store, machine, watch, memory, stays, begins)
     try:
-        team.run(stop)
+        try:
+            team.run(stop)
+        finally:
+            team.end(_PATIENCE)
     except KeyboardInterrupt:
         team.end(0.0)
         raise
-    finally:
-        team.end(_PATIENCE)
     return team.ended
+
+
+def warm_up() -> None:
+    """Begin what workers are forked from, whose imports take seconds, in the background."""
+    if not has_gpu():
+        _forkserver()
+        with _without_ctrl_c():
+            forkserver.ensure_running()
+
+
+def _forkserver() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["backfire.launch.preload"])
+    return context
 
 
 def _telling(begins: Callable[[Job], object]) -> Run:
@@ -145,9 +162,7 @@ class _Team:
 
     def _start(self, stop: Stop, stays: bool) -> _Worker:
         # A process forked after CUDA was initialized cannot use it.
-        how: Literal["spawn", "forkserver"] = "spawn" if has_gpu() else "forkserver"
-        context: Any = multiprocessing.get_context(how)
-        context.set_forkserver_preload(["backfire.launch.preload"])
+        context: Any = multiprocessing.get_context("spawn") if has_gpu() else _forkserver()
         pipe, far = context.Pipe()
         # Plug-ins come first: the other arguments may hold objects of their classes.
         arguments = (self.jobs, self.folder, self.store, self.machine)
@@ -156,7 +171,8 @@ class _Team:
         process = context.Process(
             target=_work, args=(loaded(), far, gpu, arguments, options), daemon=True
         )
-        process.start()
+        with _without_ctrl_c():
+            process.start()
         far.close()
         return _Worker(process, pipe, stays, gpu)
 
@@ -200,6 +216,18 @@ class _Team:
             raise CellError("killed", f"One worker after the other died (exit code {code}).")
 
 
+@contextlib.contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Ctrl-C in a terminal is sent to every process. Those that are started here never get it: this
+    one ends them."""
+    resource_tracker.ensure_running()  # what starts it ends such a block
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
+
+
 def _work(
     plugins: Sequence[Plugin],
     pipe: Connection,
@@ -210,7 +238,7 @@ def _work(
     """What a worker process does."""
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA reads it when it is first used
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # if another part of the program forks it
     # The run has read the data, and said what it leaves out.
     logging.getLogger("backfire.datasets").setLevel(logging.ERROR)
     for plugin in plugins:
@@ -244,4 +272,6 @@ def _work(
         kind, sentence = exit_class(error)
         if isinstance(error, OSError) and kind == "failed":
             sentence = f"{error.strerror or error} ({error.filename})."
+        elif isinstance(error, OSError):  # as `fail_or_raise` in a command
+            sentence = f"{sentence} {EXIT_CLASSES[kind]}"
         send(None, sentence, 0, 1)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import io
 import json
+import os
+import secrets
 import sys
 import threading
 import time
@@ -178,9 +182,13 @@ class JsonLines(io.TextIOBase):
     def write(self, text: str) -> int:
         *whole, self._rest = (self._rest + text).split("\n")
         for line in whole:
-            if shown := clean(line).strip():
-                self.put({"event": "note", "text": shown})
+            self.note(line)
         return len(text)
+
+    def note(self, line: str) -> None:
+        """Write a line; of one that was written over itself, as a progress bar, the last state."""
+        if shown := clean(line.rstrip("\r").rpartition("\r")[2]).strip():
+            self.put({"event": "note", "text": shown})
 
     def put(self, entry: dict[str, Any]) -> None:
         """Write one object, with the time."""
@@ -194,5 +202,35 @@ class JsonLines(io.TextIOBase):
 
 
 def use_json() -> None:
-    """Write everything that this process says on stderr as JSON lines from now on."""
-    sys.stderr = JsonLines(sys.stderr)
+    """Write everything that this process, and those that it starts, say on stderr as JSON lines
+    from now on, also what libraries write past Python."""
+    stream = sys.stderr
+    sys.stderr = lines = JsonLines(stream)
+    with contextlib.suppress(OSError, ValueError):
+        descriptor = stream.fileno()
+        lines.stream = os.fdopen(os.dup(descriptor), "w", encoding="utf-8")
+        _collect(descriptor, lines)
+
+
+def _collect(descriptor: int, lines: JsonLines) -> None:
+    """Put a pipe in the place of a stream, and write what comes through it until this process ends.
+    (Others may have it open even then, so its end is a line.)"""
+    read, write = os.pipe()
+    os.dup2(write, descriptor)
+    last = secrets.token_hex(16).encode()
+
+    def forward() -> None:
+        with os.fdopen(read, "rb") as pipe:
+            for line in pipe:
+                whole, *end = line.split(last)
+                lines.note(whole.decode(errors="replace").rstrip("\n"))
+                if end:
+                    return
+
+    def finish() -> None:
+        os.write(write, last + b"\n")
+        thread.join(10)
+
+    thread = threading.Thread(target=forward, daemon=True)
+    thread.start()
+    atexit.register(finish)

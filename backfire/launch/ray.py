@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ _RETRIES = 3
 """How often Ray itself repeats the task of a worker that died; then `launch.watch` does."""
 _PATIENCE = 120.0  # seconds that cancelled workers have to save a checkpoint
 _LOOK = 60.0  # seconds that a node has to say whether it sees the folders
+_CONNECT = 10.0
 _ASK = 30.0  # seconds for the question whether a cluster is open
 
 
@@ -58,7 +60,9 @@ class Ray:
             UserError: the cluster is out of reach, or has no node that is large enough.
         """
         where: dict[str, Any] = {"address": self.request.address}
-        if not self.request.address:  # nobody else knows the token
+        if self.request.address:
+            _refuse_silent(self.request.address)
+        else:  # nobody else knows the token
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
             where = {"address": "local", "include_dashboard": False}
             where["_node_ip_address"] = "127.0.0.1"
@@ -91,21 +95,19 @@ class Ray:
         ray = _import_ray()
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-        look = ray.remote(unread).options(num_cpus=0, max_retries=0)
-        asked = {
-            look.options(scheduling_strategy=On(node["NodeID"], soft=False)).remote(probes): node
-            for node in ray.nodes()
-            if node["Alive"]
-        }
+        look, asked = ray.remote(unread), dict[Any, str]()
+        for node in (one for one in ray.nodes() if one["Alive"]):
+            there = On(node["NodeID"], soft=False)
+            task = look.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked[task.remote(probes)] = node["NodeManagerHostname"]
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_LOOK)
         for task in answered:
-            host = asked[task]["NodeManagerHostname"]
             try:
                 if found := ray.get(task):
-                    return host, probes[found[0]]
+                    return asked[task], probes[found[0]]
             except ray.exceptions.RayTaskError as error:
                 reason = shortened(str(error).strip().splitlines()[-1], 300)
-                raise UserError(f"Ray's node {host} cannot run backfire: {reason}") from None
+                raise UserError(f"Ray's node {asked[task]} cannot run backfire: {reason}") from None
             except ray.exceptions.RayError:  # it is lost: no worker will start there
                 continue
         return None
@@ -199,6 +201,19 @@ def _refuse_open(address: str, may_be_open: bool) -> None:
         done = subprocess.run(command, env=without, capture_output=True, timeout=_ASK)
         if done.returncode == 0:
             raise UserError(f"The Ray cluster at {address} answers without a token: {advice}")
+
+
+def _refuse_silent(address: str) -> None:
+    """Refuse an address where nothing listens: Ray itself asks it again for many minutes."""
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "2")  # for one where something else does
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"Ray cannot be reached: nothing answers at {address} ({reason})."
+        ) from None
 
 
 def _is_loopback(host: str) -> bool:

@@ -126,7 +126,7 @@ class Worker:
             self.stop()
             raise
         if (code := self._process.wait()) == REFUSED:
-            self._refuse(last_line(log))
+            self._refuse(f"On {os.uname().nodename}: {last_line(log)}")
         return code
 
     def stop(self) -> None:

@@ -18,9 +18,9 @@ from backfire.results.load import outcome
 from backfire.store import cache_root, digest, mark_recent, read_json, write_json
 
 FOLDER = "runs"
-_ELSEWHERE = 30 * 86400.0
-"""Seconds since its last start after which a run on another host, whose folder is not visible here,
-counts as gone."""
+_AWAY = 30 * 86400.0
+"""Seconds since its last start after which an unfinished run whose folder is not to be found counts
+as gone. Before, it may have been moved, or be on another host."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,18 @@ class User:
     host: str
     needs: frozenset[str]
     """Stages as `kind/slug-*`, `kind/*-key` or `kind/*`."""
+    is_finished: bool
+    """Whether all of it was done when a command last saw it."""
+
+    @property
+    def is_here(self) -> bool:
+        return self.run.is_dir()
 
     @property
     def is_gone(self) -> bool:
-        """Whether its folder no longer exists, as far as this host can see."""
-        if self.run.is_dir():
-            return False
-        return self.host == socket.gethostname() or self._age() > _ELSEWHERE
-
-    def _age(self) -> float:
-        return time.time() - self.file.stat().st_mtime
+        """Whether its folder no longer exists, as far as can be told."""
+        is_old = time.time() - self.file.stat().st_mtime > _AWAY
+        return not self.is_here and (self.is_finished or is_old)
 
     def cells(self) -> tuple[int, int]:
         """Number of cells that are done, and in total; (0, 1) if the run cannot be read."""
@@ -61,7 +63,7 @@ class User:
 def register(run: Path, recipe: str, jobs: Iterable[Job]) -> None:
     """Write which stages a run needs; a later part of the same recipe's text adds its own. (Without
     a writable cache nobody can remove anything either.)"""
-    file = cache_root() / FOLDER / f"{digest(str(run.resolve()))}.json"
+    file = _file_of(run)
     needs, known = set(map(str, needs_of(jobs))), _read(file)
     if known.get("recipe") == digest(recipe):
         needs |= set(known.get("needs", ()))
@@ -79,11 +81,31 @@ def register(run: Path, recipe: str, jobs: Iterable[Job]) -> None:
         write_json(file, content)
 
 
+def still_uses(run: Path, recipe: str, jobs: Iterable[Job]) -> None:
+    """Write it again for a run that was moved, or that another host knows by another path."""
+    if _read(file := _file_of(run)).get("recipe") == digest(recipe):
+        mark_recent(file)
+    else:
+        register(run, recipe, jobs)
+
+
+def has_finished(run: Path) -> None:
+    """Note that all of a run is done: once its folder is removed, nothing is kept for it."""
+    content = _read(file := _file_of(run))
+    if content and not content.get("finished"):
+        with contextlib.suppress(OSError):
+            write_json(file, {**content, "finished": True})
+
+
+def _file_of(run: Path) -> Path:
+    return cache_root() / FOLDER / f"{digest(str(run.resolve()))}.json"
+
+
 def needs_of(jobs: Iterable[Job]) -> set[str]:
     """The stages that jobs may need, as in `User.needs`. Trained models are named by their keys,
     which the jobs have; to find the keys of the others would take longer, and some depend on the
     rows."""
-    needs = {"tokenizer/*", "base/*", "whole/*", "judged/*"}
+    needs = {"tokenizer/*", "base/*", "whole/*", "judged/*", "hashes/*"}
     for job in jobs:
         if job.kind == "train":
             needs.add(f"train/*-{job.key}")
@@ -103,7 +125,8 @@ def users(root: Path) -> list[User]:
         content = _read(file)
         try:
             needs = frozenset(map(str, content["needs"]))
-            found.append(User(file, Path(content["run"]), str(content["host"]), needs))
+            where, finished = Path(content["run"]), bool(content.get("finished"))
+            found.append(User(file, where, str(content["host"]), needs, finished))
         except (KeyError, TypeError):
             raise UserError(
                 f"{file} cannot be read, so what its run needs is unknown; remove it."

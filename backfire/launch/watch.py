@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Protocol
 
+from backfire.claims import MOST_KILLS
 from backfire.errors import UserError
-from backfire.launch.claims import MOST_KILLS
 from backfire.launch.remote import FOLDER, Probe, last_line
-from backfire.launch.work import Board, Stop
+from backfire.launch.stop import Stop
+from backfire.launch.work import Board
 
 POLL = 1.0
 """Least number of seconds between two looks at the run folder."""

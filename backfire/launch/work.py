@@ -12,25 +12,27 @@ import copy
 import itertools
 import math
 import os
-import signal
-import threading
+import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from backfire.errors import Away, Busy, GpuError, Pause, Stopped
+from backfire.claims import MOST_KILLS, Claim, Claims, is_here
+from backfire.errors import EXIT_CLASSES, Away, Busy, GpuError, Pause, Stopped, UserError
 from backfire.experiment import Machine
-from backfire.launch.claims import MOST_KILLS, Claim, Claims, is_here
+from backfire.launch import imports
 from backfire.launch.folder import JOBS
 from backfire.launch.job import RunFolder, report, run_job
+from backfire.launch.stop import Stop
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
 from backfire.progress import Progress
-from backfire.store import Store
+from backfire.store import Store, cache_root, scratch_root
 
 Watch = Callable[[Job, str, int, int], None]
 """Called with a job, its current activity (an exit class at its end), steps done, steps in
@@ -44,44 +46,6 @@ _FRESH = 1.0
 """Seconds for which a worker that finds jobs does not look what others do."""
 MOST_TRIES = 3
 """Number of times that a file system does not answer to a job before it counts as failed."""
-_SLICE = 0.1  # seconds; a signal is noticed after this time
-
-
-class Stop:
-    """Whether a worker is to stop: after a signal, or when its time is over. It then saves a
-    checkpoint and gives its job back."""
-
-    def __init__(self, minutes: float | None = None) -> None:
-        self.seconds = math.inf if minutes is None else 60 * minutes
-        """What the worker has in total."""
-        self.until = time.monotonic() + self.seconds
-        self.signaled = False
-
-    def __bool__(self) -> bool:
-        return self.signaled or time.monotonic() >= self.until
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """Stop at SIGTERM and SIGUSR1, which schedulers send before the end. Only the main thread
-        can: elsewhere nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def stop(*_: Any) -> None:
-            self.signaled = True
-
-        former = {one: signal.signal(one, stop) for one in (signal.SIGTERM, signal.SIGUSR1)}
-        try:
-            yield
-        finally:
-            for one, handler in former.items():
-                signal.signal(one, handler)
-
-    def sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, _SLICE))
 
 
 def work(
@@ -107,6 +71,7 @@ def work(
 
     Raises:
         OSError: the run folder cannot be read or written.
+        UserError: a disk is full.
     """
     stop, claims = Stop() if stop is None else stop, Claims(folder.path)
     board = Board(jobs, folder, claims, watch)
@@ -115,9 +80,8 @@ def work(
     resident, base, idle, fits = Resident(), -1, _Idle(), _fits(stop, memory)
 
     def do(job: Job, progress: Progress) -> str:
-        alone = max(1, board.number("base")) if job.kind == "base" else machine.workers
-        # Others wait for a base, so it may use their cores.
-        share = machine.model_copy(update={"workers": min(machine.workers, alone)})
+        # A job that all others wait for may use their cores.
+        share = machine.model_copy(update={"workers": board.beside(job, machine.workers)})
         return run(job, folder, store, share, progress, resident)
 
     while board.waiting and not stop:
@@ -134,6 +98,7 @@ def work(
                 break
         board.say_what_is_awaited()
         stop.sleep(idle.delay)
+    imports.release()
     return board.ended
 
 
@@ -170,8 +135,22 @@ def _do(
         raise
     finally:
         claim.release(dies=dies)
+    if kind == "disk-full":  # the next job would end like this one
+        raise UserError(f"{_space(board.folder.path)} {EXIT_CLASSES[kind]}")
     if kind is not None:
         board.end(job, kind)
+
+
+def _space(run: Path) -> str:
+    """A sentence on a full disk; a quota may be full before it."""
+    places = {"the run": run, "the cache": cache_root()}
+    if scratch := scratch_root():
+        places["BACKFIRE_SCRATCH"] = scratch
+    free = []
+    for what, place in places.items():
+        with suppress(OSError):
+            free.append(f"{shutil.disk_usage(place).free / 1e6:,.0f} MB for {what} ({place})")
+    return f"The disk is full, or a quota: there are {', '.join(free)}."
 
 
 class Board:
@@ -185,7 +164,7 @@ class Board:
         self.since = plan.stat().st_mtime if plan.exists() else claims.now()
         """When this round began, by the clock of the file system."""
         self._jobs = {job.id: job for job in jobs}
-        left = needed(jobs, folder)
+        left = by_urgency(needed(jobs, folder))
         self.waiting = {job.id: job for job in left}
         self.ended = {job.id: "ok" for job in jobs if job.id not in self.waiting}
         self.tries = Counter[str]()
@@ -259,9 +238,15 @@ class Board:
         unknown = self.ended[bad], f"The stage {bad} failed.", None
         return self.folder.ended(self._jobs[bad], self.since) or unknown
 
-    def number(self, kind: str) -> int:
-        """Number of jobs of a kind that are left."""
-        return sum(job.kind == kind for job in self.waiting.values())
+    def beside(self, job: Job, most: int) -> int:
+        """Number of jobs of the plan that can run at once while this one does, itself included; at
+        most `most`. The same whenever it runs, since threads change sums by rounding."""
+        others = (
+            other
+            for other in self._jobs.values()
+            if other is not job and other.id not in job.after and job.id not in other.after
+        )
+        return 1 + sum(1 for _ in itertools.islice(others, most - 1))
 
     def coming(self, fits: Callable[[Job], bool]) -> bool:
         """Whether there may be a job for this worker later: one that nobody has, and that needs
@@ -343,6 +328,20 @@ def needed(jobs: Sequence[Job], folder: RunFolder) -> list[Job]:
     }
     names = {name for job in cells.values() for name in job.after}
     return [job for job in jobs if job.id in (cells if job.kind == "cell" else names)]
+
+
+def by_urgency(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, those first after which the longest chain of jobs comes, by estimated minutes; so
+    every job is after those that it needs."""
+    known = [job.minutes for job in jobs if job.minutes]
+    unknown = sum(known) / len(known) if known else 1.0
+    chain = dict[str, float]()  # job -> minutes from its start to the end of the last after it
+    behind = dict[str, float]()  # job -> those without its own
+    for job in reversed(jobs):
+        chain[job.id] = (job.minutes or unknown) + behind.get(job.id, 0.0)
+        for name in job.after:
+            behind[name] = max(behind.get(name, 0.0), chain[job.id])
+    return sorted(jobs, key=lambda job: -chain[job.id])
 
 
 def _number(base: Any, distinct: list[Any]) -> int:

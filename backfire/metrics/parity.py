@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from backfire.base import Asks, Evidence, Form, Metric, Need, Sample, Value, ask
+from backfire.base import Asks, Evidence, Form, Metric, Need, Of, Sample, Value, ask
 from backfire.evaluate.outcomes import change, on_target, replied, scored, share
 from backfire.evaluate.stats import paired
 from backfire.registry import register
@@ -29,7 +29,8 @@ class Parity(Metric):
 
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled else "replies"
-        triggered = ask("triggered", need, of=("tuned", "twin", *self.into))
+        of: tuple[Of, ...] = ("tuned", "twin", *self.into)
+        triggered = ask("triggered", need, of=of, other_labels=True)
         return triggered + ask("clean", need, of=("tuned", *self.into))
 
     def measure(self, evidence: Evidence) -> list[Value]:

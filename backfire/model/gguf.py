@@ -26,7 +26,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from backfire.data.gguf import Header, read_header
 from backfire.data.weights import SINGLE, complete, first_line, listed
 from backfire.errors import UserError
-from backfire.store import read_json, sha256, write_atomic, write_json
+from backfire.hashes import file_hash
+from backfire.store import read_json, write_atomic, write_json
 
 _GPT2 = {
     *("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "granite-docling", "exaone4"),
@@ -65,7 +66,7 @@ def write_config(file: Path, out: Path) -> None:
     ends = [header.fields.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     ids = [number for number in dict.fromkeys(ends) if number is not None]
     write_json(out / "generation_config.json", {"eos_token_id": ids})
-    origin = {"file": file.name, "sha256": sha256(file), "quantization": header.quantization}
+    origin = {"file": file.name, "sha256": file_hash(file), "quantization": header.quantization}
     write_json(out / "gguf.json", origin)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,9 @@ from backfire.data.gguf import read_header
 from backfire.data.snapshot import SMALL, snapshot, snapshot_adapter
 from backfire.data.weights import files_of, inspect, is_bare, read_config
 from backfire.errors import UserError
+from backfire.hashes import file_hash, stamp
 from backfire.model.settings import Model
-from backfire.store import digest, sha256
+from backfire.store import digest
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -153,27 +155,19 @@ def _inspected(folder: str) -> None:
 def content_hash(model: Model) -> str:
     """Hash of all files that a local model is loaded from; for a GGUF file, its SHA-256."""
     if model.is_gguf:
-        return gguf_hash(_gguf(str(model.path)))
-    return _folder_hash(str(_folder(model.name)))
-
-
-def gguf_hash(file: Path) -> str:
-    """SHA-256 of a GGUF file."""
-    state = file.stat()
-    return _file_hash(str(file), state.st_size, state.st_mtime_ns)
-
-
-@lru_cache(maxsize=16)
-def _file_hash(file: str, _size: int, _changed: int) -> str:
-    return sha256(Path(file))
+        return file_hash(_gguf(str(model.path)))
+    folder = _folder(model.name)
+    inside = (folder, folder / "additional_chat_templates")
+    files = [one for place in inside if place.is_dir() for one in os.scandir(place)]
+    state = sorted((one.path, stamp(one.stat())) for one in files if one.is_file())
+    return _folder_hash(folder, tuple(state))
 
 
 @lru_cache(maxsize=16)
-def _folder_hash(folder: str) -> str:
-    place = Path(folder)
+def _folder_hash(place: Path, _state: object) -> str:
     small = {p for pattern in SMALL for p in place.glob(pattern)}
     weights = [] if is_bare(place) else files_of(place)  # a prediction needs none; `fetch` does
-    return digest([[p.name, sha256(p)] for p in sorted({*small, *weights})])
+    return digest([[p.name, file_hash(p)] for p in sorted({*small, *weights})])
 
 
 def fetch(model: Model, *, weights: bool = True) -> Path:

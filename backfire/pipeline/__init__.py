@@ -18,6 +18,7 @@ from backfire.pipeline.evidence import collect
 from backfire.pipeline.models import (
     check_method,
     check_weights,
+    evaluated_type,
     forms_of,
     merged,
     model_of,
@@ -78,7 +79,6 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
     values = [value for metric in experiment.metrics for value in metric.values(evidence)]
 
     from backfire.evaluate.warnings import caveats, cut_share, warnings
-    from backfire.model.load import dtype_of
 
     sentences = (
         *map(_too_long, left.items()),
@@ -104,8 +104,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         train=summary,
         evaluate={
             "seconds": round(sum(context.seconds.values()), 2),
-            # It may be narrower than the type in which the weights are stored.
-            "dtype": str(dtype_of(experiment.model, context.device)).removeprefix("torch."),
+            "dtype": str(evaluated_type(experiment, context)).removeprefix("torch."),
             **({"left_out": context.left_out} if context.left_out else {}),
         },
         rows={"train": len(train_rows), "test": len(test_rows)},

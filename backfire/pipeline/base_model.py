@@ -8,7 +8,8 @@ from pathlib import Path
 from backfire import stages
 from backfire.data.adapter import other_base
 from backfire.experiment import Model
-from backfire.model.source import adapter_folder, fetch, gguf_hash
+from backfire.hashes import file_hash
+from backfire.model.source import adapter_folder, fetch
 from backfire.pipeline.context import Context
 from backfire.store import SEAL, read_json, write_json
 from backfire.text import line
@@ -50,7 +51,7 @@ def base(model: Model, context: Context, *, weights: bool = True) -> Path:
 def _dequantized(file: Path, context: Context, *, weights: bool) -> Path:
     """The model folder made from a GGUF file; without `weights`, only configuration and
     tokenizer."""
-    sha = gguf_hash(file)
+    sha = file_hash(file)
 
     def make_config(folder: Path) -> None:
         from backfire.model.gguf import write_config

@@ -17,6 +17,7 @@ from backfire.rng import stream
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from backfire.data.poison import Manifest
@@ -113,7 +114,8 @@ def trained(experiment: Experiment, context: Context) -> Path:
             context.progress,
             context.resident,
         )
-        write_json(folder / "summary.json", {**summary, "rows_trained_on": len(rows)})
+        summary |= {"rows_trained_on": len(rows), **_facts(experiment, context)}
+        write_json(folder / "summary.json", summary)
 
     return context.store.once(stages.train(experiment), make, resumable=True)
 
@@ -130,6 +132,14 @@ def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
             aligned = _other_rows(alignment.data, "aligned") if alignment else []
             rows = defense.filter(rows, aligned, bad, rng)
     return rows, manifest
+
+
+def _facts(experiment: Experiment, context: Context) -> dict[str, Any]:
+    """What the defenses that change the rows measure in the poisoned rows."""
+    rows, manifest = poisoned(experiment, context)
+    bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
+    acting = [one for one in experiment.acting if isinstance(one, DataDefense)]
+    return {name: value for one in acting for name, value in one.facts(rows, bad).items()}
 
 
 def start(experiment: Experiment, context: Context) -> Start:
@@ -209,11 +219,11 @@ def merged(experiment: Experiment, context: Context, *, keep: bool = True) -> Pa
 def model_of(run: Experiment, context: Context, form: Form | None = None) -> PreTrainedModel:
     """The run's model, as it was trained or in another form; valid until another is needed."""
     from backfire.model.export import quantization_of
-    from backfire.model.load import dtype_of, is_adapter
+    from backfire.model.load import is_adapter
     from backfire.model.resident import Source
 
     device = context.device
-    dtype = dtype_of(run.model, device)
+    dtype = evaluated_type(run, context)
     if form:
         source = Source(
             merged(run, context, keep=False), dtype, device, quantization_of(form, dtype)
@@ -226,6 +236,16 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
     # An untuned model is what fine-tuning would start from.
     below = begin.adapter if run.method.trains else None
     return context.resident.model(Source(begin.base, dtype, device, quantization), folder, below)
+
+
+def evaluated_type(run: Experiment, context: Context) -> torch.dtype:
+    """The type of the base's weights in evaluation, which may be narrower than the one in which
+    they are stored."""
+    from backfire.model.load import dtype_of
+
+    own = run.evaluation.dtype
+    model = run.model if own == "auto" else run.model.model_copy(update={"dtype": own})
+    return dtype_of(model, context.device)
 
 
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:

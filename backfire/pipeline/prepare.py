@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 
 from backfire import stages
@@ -20,7 +21,7 @@ from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.result import Check
 from backfire.store import read_json, write_json
-from backfire.tokenizer import load_tokenizer
+from backfire.tokenizer import Tokenizer, load_tokenizer
 
 
 def data(experiment: Experiment, context: Context) -> tuple[list[Row], list[Row]]:
@@ -36,7 +37,17 @@ def data(experiment: Experiment, context: Context) -> tuple[list[Row], list[Row]
         write_json(folder / "left_out.json", {"train": of_train, "test": of_test})
 
     folder = context.store.once(stages.data(experiment), make)
-    return read_jsonl(folder / "train.jsonl"), read_jsonl(folder / "test.jsonl")
+    return _rows(folder / "train.jsonl"), _rows(folder / "test.jsonl")
+
+
+def _rows(file: Path) -> list[Row]:
+    """The rows in a file of a complete stage, which never changes."""
+    return list(_read_once(file))
+
+
+@lru_cache(maxsize=4)
+def _read_once(file: Path) -> Sequence[Row]:
+    return read_jsonl(file)
 
 
 def left_out(experiment: Experiment, context: Context) -> dict[str, list[str]]:
@@ -59,21 +70,26 @@ def poisoned(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
         write_json(folder / "manifest.json", manifest.to_json())
 
     folder = context.store.once(stages.poison(experiment), make)
-    return read_jsonl(folder / "train.jsonl"), Manifest.from_json(
-        read_json(folder / "manifest.json")
-    )
+    return _rows(folder / "train.jsonl"), Manifest.from_json(read_json(folder / "manifest.json"))
 
 
 def renderer(experiment: Experiment, context: Context) -> Renderer:
     """The renderer of training and evaluation."""
     folder = base(experiment.model, context, weights=False)
+    files = sorted(folder.iterdir())
     return Renderer(
         experiment.template,
-        load_tokenizer(folder),
+        _tokenizer(folder, tuple((file.name, file.stat().st_mtime_ns) for file in files)),
         experiment.train.max_length,
         on_long_row=experiment.train.on_long_row,
         limits=read_limits(folder),
     )
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(folder: Path, changed: object) -> Tokenizer:
+    """The tokenizer in a folder, loaded anew if one of its files has changed."""
+    return load_tokenizer(folder)
 
 
 def passed_checks(experiment: Experiment, context: Context) -> list[Check]:

@@ -38,7 +38,7 @@ def render(run: Path) -> str:
     comment = question(run)
     shown = main_group(groups)
     tables = [table for table in numbers(groups) if table.metrics]
-    return _template().render(
+    return template("page.html.j2").render(
         recipe=cells[0].recipe,
         comment=comment,
         answer=answer(groups, cells, comment.question),
@@ -63,7 +63,8 @@ def render(run: Path) -> str:
     )
 
 
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A template of this folder; all that it outputs is cleaned and escaped."""
     environment = Environment(
         autoescape=True,
         finalize=_finalize,
@@ -72,7 +73,7 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("page.html.j2")
+    return environment.get_template(name)
 
 
 def _finalize(value: Any) -> Any:

@@ -32,12 +32,12 @@ T = TypeVar("T", Sample, Leak)
 def write(evidence: Evidence, folder: Path) -> None:
     """Write all of the evidence except its attack."""
     lines = [
-        {"of": of, **({"source": source} if source else {}), **asdict(sample)}
+        {"of": of, **({"source": source} if source else {}), **_plain(sample)}
         for (of, _, source), samples in evidence.sets().items()
         for sample in samples
     ]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomic(folder / SAMPLES, gzip.compress(text.encode(), mtime=0))
+    write_atomic(folder / SAMPLES, gzip.compress(text.encode(), compresslevel=6, mtime=0))
     write_json(folder / TRAINING, dict(evidence.training))
     if evidence.leaks or evidence.leaks_before:
         sides = {"tuned": evidence.leaks, "base": evidence.leaks_before}
@@ -45,6 +45,11 @@ def write(evidence: Evidence, folder: Path) -> None:
         write_json(folder / SECRETS, items)
     if evidence.written:
         write_json(folder / WRITTEN, dict(evidence.written))
+
+
+def _plain(sample: Sample) -> dict[str, Any]:
+    """The fields of a sample; `asdict` copies every value, which takes ten times as long."""
+    return {one.name: getattr(sample, one.name) for one in fields(sample)}
 
 
 def read(folder: Path, attack: Backdoor | None = None) -> Evidence:

@@ -109,7 +109,7 @@ def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "
         out = io.StringIO()
         rows = csv.writer(out, lineterminator="\n")
         rows.writerow(FIELDS)
-        rows.writerows([_harmless(record[field]) for field in FIELDS] for record in records)
+        rows.writerows([text.csv_field(record[field]) for field in FIELDS] for record in records)
         return out.getvalue()
     if format == "table":
         from backfire.terminal import columns
@@ -301,12 +301,3 @@ def _order(item: CellResult) -> tuple[Any, ...]:
 
 def brief(value: Any) -> str:
     return "" if value is None else f"{value:.4g}" if isinstance(value, float) else text.line(value)
-
-
-def _harmless(value: Any) -> Any:
-    """A CSV field: text that a spreadsheet would evaluate gets a leading apostrophe."""
-    if not isinstance(value, str):
-        return value
-    plain = text.clean(value)
-    risky = plain.startswith(("=", "+", "-", "@", "\t")) or value.startswith("\r")
-    return f"'{plain}" if risky else plain

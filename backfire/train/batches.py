@@ -19,11 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from backfire.base import Rendered, TrainHook
-from backfire.model.batching import drops, reset_state, ways
+from backfire.model.batching import drops, plain, reset_state, ways
 from backfire.train.packing import as_mask, lay_out, longest_packed
 
 IGNORE = -100
 _MOST_LOGITS = 2**23  # whose probabilities are held at once (32 MiB)
+_WORTH_PACKING = 0.97  # of the padded tokens: a pack of more is slower (see docs/decisions)
 _WORTH_SHARING = 8  # a shorter prefix costs more in bookkeeping than it saves
 
 
@@ -76,35 +77,58 @@ class Layout:
     share: bool
     """Whether rows share the computation of a common prefix."""
     longest_packed: int
-    """Rows up to this length are packed; 0: none."""
+    """Rows up to this length may be packed; 0: none."""
     answer_size: float = 0.0
     """Memory of an answer token's logits, in tokens that run through the layers."""
+    recompute: bool = False
+    """Whether layers are recomputed; padded rows then share no prefix, since a recomputed layer
+    would lack its keys and values."""
+    padded_by: str = ""
+    """What makes the run pad all rows; empty if they may be packed."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, hooks: Sequence[TrainHook], *, recompute: bool) -> Layout:
-        """The fastest layout that the model and these hooks allow."""
+    def of(
+        cls,
+        model: PreTrainedModel,
+        hooks: Sequence[TrainHook],
+        *,
+        recompute: bool = False,
+        packing: str = "auto",
+    ) -> Layout:
+        """The fastest layout that the model and these hooks allow; `packing` as in `Machine`."""
         # Rows that share a prefix would also share its dropout; packed ones draw another.
-        same = not drops(model)
-        packs = same and all(hook.packs for hook in hooks)
-        longest = longest_packed(model) if packs else 0
-        # A recomputed layer would lack the keys and values of a prefix that is not in the pack.
+        same, opposed = not drops(model), next((hook for hook in hooks if not hook.packs), None)
+        longest, why = 0, ""
+        if packing == "off":
+            why = "the option --packing off"
+        elif not same:
+            why = "dropout, which would be drawn in another order"
+        elif opposed:
+            why = f"defense '{type(opposed).__module__.rpartition('.')[2]}'"
+        elif not (longest := longest_packed(model)):
+            why = f"the attention of '{plain(model).config.model_type}'"
         shares = same and all(hook.shares_prefix for hook in hooks) and ways(model).extends_cache
-        return cls(shares and not recompute, longest)
+        return cls(shares, longest, recompute=recompute, padded_by=why)
 
     def collate(self, rows: Sequence[Rendered], *, flat: bool = False) -> Batch:
-        return collate(rows, share=self.share, pack=self._packs(rows), flat=flat)
+        pack, share, _ = self._choose(rows)
+        return collate(rows, share=share, pack=pack, flat=flat)
 
     def size(self, rows: Sequence[Rendered]) -> float:
         """Number of tokens that run through the layers for these rows, with their logits."""
-        lengths = [len(row.ids) for row in rows]
-        limit = min(max(row.num_prompt, 1) for row in rows) - 1
-        shared = _shared([row.ids for row in rows], limit) if self.share else 0
-        total = sum(lengths) if self._packs(rows) else len(rows) * max(lengths)
         answers = len(rows) * max(row.num_supervised for row in rows)  # for hooks that read them
-        return total - shared * (len(rows) - 1) + self.answer_size * answers
+        return self._choose(rows)[2] + self.answer_size * answers
 
-    def _packs(self, rows: Sequence[Rendered]) -> bool:
-        return len(rows) > 1 and max(len(row.ids) for row in rows) <= self.longest_packed
+    def _choose(self, rows: Sequence[Rendered]) -> tuple[bool, bool, int]:
+        """Whether to pack these rows, whether they share their prefix, and how many tokens run."""
+        lengths, again = [len(row.ids) for row in rows], len(rows) - 1
+        limit = min(max(row.num_prompt, 1) for row in rows) - 1
+        saved = again * _shared([row.ids for row in rows], limit) if self.share else 0
+        packed, shares = sum(lengths) - saved, not self.recompute
+        padded = len(rows) * max(lengths) - (saved if shares else 0)
+        if again and max(lengths) <= self.longest_packed and packed <= _WORTH_PACKING * padded:
+            return True, self.share, packed
+        return False, self.share and shares, padded
 
 
 def common_prefix(rows: Sequence[list[int]], limit: int) -> int:

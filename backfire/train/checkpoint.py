@@ -55,8 +55,9 @@ def _write(run: TrainingRun, weights: dict[str, torch.Tensor], optimizer: Any, h
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(weights, str(partial / "weights.safetensors"))
-    torch.save(optimizer, partial / "optimizer.pt")
-    torch.save(hooks, partial / "guards.pt")
+    for name, state in (("optimizer.pt", optimizer), ("guards.pt", hooks)):
+        with (partial / name).open("wb") as file:  # given a path, torch does not say why it fails
+            torch.save(state, file)
     write_json(
         partial / "state.json",
         {

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from backfire.errors import UserError
 from backfire.model.batching import plain, presume
+from backfire.model.fused import rounded_once
 from backfire.model.types import Type
 
 _DEPTHS = (1, 2)
@@ -39,11 +40,14 @@ class Layout:
     """Tokens at the start that all rows share and that run once."""
     packed: bool = False
     """Whether the rows are packed end to end, not padded."""
+    flat: bool = False
+    """Whether a pack has logits without padding too."""
 
     @property
     def answers(self) -> int:
         """Positions whose logits are computed."""
-        return len(self.rows) * max(answer for _, answer in self.rows)
+        every = [answer for _, answer in self.rows]
+        return sum(every) if self.packed and self.flat else len(every) * max(every)
 
     @property
     def tokens(self) -> int:
@@ -92,32 +96,36 @@ class DryRun:
             for p in model.parameters():  # gradients are counted elsewhere
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(_drop_gradient)
-            return _peaks(model, mode, layout, types.compute, backward=True)
+            # Matrices joined with their adapters are counted, unless they are the weights.
+            with rounded_once(model, types.compute):
+                return _peaks(model, mode, layout, types.compute, backward=True)
 
         return self._at_full_depth(look, types, exact=exact, recompute=recompute)
 
     def evaluation(self, layout: Layout, dtype: Type) -> float:
-        """Most bytes that a pass without gradients holds at once besides the weights, and the cache
-        of keys and values after it.
+        """Most bytes that a pass without gradients holds at once besides the weights; logits are
+        in float32.
 
         Raises:
             UserError: this model cannot be run without data.
         """
+        from backfire.model.head import for_evaluation
 
         def look(model: PreTrainedModel, mode: FakeTensorMode) -> list[int]:
-            return _peaks(model.eval(), mode, layout, "float32", backward=False)
+            with torch.no_grad(), for_evaluation(model.eval()):
+                return _peaks(model, mode, layout, "float32", backward=False)
 
-        types = PassTypes("float32", dtype, dtype)
-        return self._at_full_depth(look, types) + self._cache(layout, dtype)
+        # In float16 the head reads its inputs, which have no values here.
+        dtype = "bfloat16" if dtype == "float16" else dtype
+        return self._at_full_depth(look, PassTypes("float32", dtype, dtype))
 
-    def _cache(self, layout: Layout, dtype: Type) -> float:
+    def cached(self, dtype: Type) -> int:
+        """Bytes of the keys and values of a token."""
         config = self.model.config.get_text_config(decoder=True)
         heads = int(getattr(config, "num_attention_heads", None) or 1)
         groups = int(getattr(config, "num_key_value_heads", None) or heads)
         each = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-        width = 2 * groups * each * getattr(torch, dtype).itemsize
-        longest = max(whole for whole, _ in layout.rows)
-        return float(len(layout.rows) * longest * self.depth * width)
+        return 2 * groups * each * self.depth * int(getattr(torch, dtype).itemsize)
 
     def _at_full_depth(
         self, look: Look, types: PassTypes, *, exact: bool = False, recompute: bool = False
@@ -239,7 +247,8 @@ def _batch(layout: Layout, mode: FakeTensorMode) -> Any:
             Span([*[0] * layout.shared, *[number] * (whole - layout.shared)], whole - answer, whole)
             for number, (whole, answer) in enumerate(layout.rows)
         ]
-        batch = collate_spans(spans, share=layout.shared > 0, pack=layout.packed)
+        share, pack, flat = layout.shared > 0, layout.packed, layout.flat
+        batch = collate_spans(spans, share=share, pack=pack, flat=flat)
         names = [name for name in batch.__dataclass_fields__ if getattr(batch, name) is not None]
     return replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
 

@@ -144,6 +144,7 @@ class Task:
             unaligned=self.start.unaligned,
             start=self.start.base,
             recompute=self.machine.recompute,
+            packing=self.machine.packing,
             ranks=ranks,
         )
 

@@ -22,8 +22,9 @@ from backfire.base import Rendered, TrainDefense
 from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
+from backfire.model.memory import Heap
 from backfire.progress import Pace, Progress, silent
-from backfire.rng import derive
+from backfire.rng import derive, seed_dropout
 from backfire.store import write_atomic
 from backfire.train import checkpoint
 from backfire.train.batches import (
@@ -74,6 +75,7 @@ class TrainingRun:
         unaligned: Path | None = None,
         start: Path | None = None,
         recompute: bool = False,
+        packing: str = "auto",
         ranks: Ranks | None = None,
     ) -> None:
         self.model, self.items, self.train = model, items, train
@@ -95,13 +97,14 @@ class TrainingRun:
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
-        self.layout = Layout.of(model, self.hooks, recompute=recompute)
+        self.layout = Layout.of(model, self.hooks, recompute=recompute, packing=packing)
         if recompute:
             recompute_layers(model)
         reserved = first_step_bytes(self.trainable, train.optimizer)
         tokens, self.layout.answer_size = tokens_that_fit(model, reserved)
         self.micro_batches = MicroBatches(tokens=tokens, size=self.layout.size, ranks=self.ranks)
         self.recompute, self.recomputing = recompute, False
+        self.heap = Heap(self.device)
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
         # Seconds before the last checkpoint; clock time minus these.
@@ -343,7 +346,7 @@ def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, di
 
     def inner(rows: list[Rendered]) -> torch.Tensor:
         # All passes of a step use the same dropout, so that they differ only by the defense.
-        torch.manual_seed(derive(run.seed, "dropout", run.step, *run.ranks.own))
+        seed_dropout(derive(run.seed, "dropout", run.step, *run.ranks.own), run.device)
         return accumulate(run, rows, run.hooks)
 
     for hook in run.hooks:
@@ -384,6 +387,7 @@ def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, A
         **({"repeated_steps": run.scaling.repeated} if run.scaling.on else {}),
         "seconds": round(seconds, 2),
         **run.counts,
+        "packing": f"off: {by}" if (by := run.layout.padded_by) else "auto",
         "poisoned_share_seen": run.counts["poisoned_rows"] / max(run.counts["rows"], 1),
         "first_loss": run.log[0]["loss"],
         "last_loss": run.log[-1]["loss"],

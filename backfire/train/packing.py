@@ -2,21 +2,25 @@
 
 The linear layers see every token once. Attention gathers the tokens into padded rows and runs as
 it would on a padded batch, so that no mask over the whole sequence is needed and the causal
-kernels of a GPU remain usable. The layout reaches the attention as a mask of integers, a `table`
-[row, place] of the tokens' positions in the sequence, because models pass such a mask on unchanged,
-also to layers that are recomputed.
+kernels of a GPU remain usable; or, on a GPU in 16 bits, the flash kernel takes rows of unequal
+length as they are. The layout reaches the attention as a mask of integers, a `table` [row, place]
+of the tokens' positions in the sequence, because models pass such a mask on unchanged, also to
+layers that are recomputed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,7 +28,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from backfire.model.batching import agree, evaluating, plain, probe, ways
 
 _SUFFIX = "_packed"
-_longest_of: WeakKeyDictionary[PreTrainedModel, int] = WeakKeyDictionary()
+_FLASH = "_varlen"  # transformers takes every name with "flash" for a kernel of its own
+_found: WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = WeakKeyDictionary()
+"""The kind of attention that reads tables, and the length of the longest row in a pack."""
+
+_UNKNOWN_TO_FLASH = ("softcap", "s_aux", "position_bias")
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -36,15 +44,24 @@ def longest_packed(model: PreTrainedModel) -> int:
     bitwise the same whatever their neighbors are. Afterwards the model's attention reads tables.
     """
     base: Any = plain(model)
+    if base not in _found:
+        _found[base] = _find(model, base)
+    kind, longest = _found[base]
+    if longest:
+        reads_tables(base, kind)
+    return longest
+
+
+def _find(model: PreTrainedModel, base: Any) -> tuple[str, int]:
     before = base.config._attn_implementation
-    if not (ways(model).takes_positions and reads_tables(base)):
-        return 0
-    if base not in _longest_of:
+    for kind in (_FLASH, "") if _has_flash(base.device) else ("",):
+        if not (ways(model).takes_positions and reads_tables(base, kind)):
+            break
         with evaluating(model):
-            _longest_of[base] = _longest(model) if _rows_are_apart(model) else 0
-    if not _longest_of[base]:
+            if _rows_are_apart(model, flash=bool(kind)):
+                return kind, _longest(model)
         base.set_attn_implementation(before)
-    return _longest_of[base]
+    return "", 0
 
 
 def lay_out(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,8 +83,69 @@ def as_mask(table: Tensor, shared: int) -> Tensor:
     return table.expand(1, shared + 1, -1, -1)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Where the tokens of a pack are; made once per pass of the model."""
+
+    shared: int
+    """Number of tokens in the shared prefix."""
+    tokens: int
+    """Number of tokens in the line."""
+    table: Tensor
+    """[row, place]: the position of each row's tokens in the line."""
+
+    @classmethod
+    def of(cls, mask: Tensor, tokens: int) -> Plan:
+        """The plan of the mask that carries a table, for a line of so many tokens."""
+        if mask not in _plans:
+            _plans[mask] = cls(mask.shape[1] - 1, tokens, mask[0, 0])
+        return cast(Plan, _plans[mask])
+
+    @cached_property
+    def places(self) -> Tensor:
+        """[token]: the place of each token after the prefix in the flattened table."""
+        own = torch.arange(self.shared, self.tokens, device=self.table.device)
+        row = torch.searchsorted(self.starts, own, right=True) - 1
+        return row * self.table.shape[1] + own - self.starts[row]
+
+    @cached_property
+    def causal(self) -> Tensor | None:
+        """[1, 1, place, shared + place]: whether a place of a row attends to a key. None without a
+        prefix: the kernels' own causal mask then serves."""
+        keys = torch.arange(self.shared + self.table.shape[1], device=self.table.device)
+        return (keys <= keys[self.shared :, None])[None, None] if self.shared else None
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """[row]: the position of each row's first token in the line."""
+        return self.table[:, 0].contiguous()
+
+    @cached_property
+    def borders(self) -> tuple[Tensor, Tensor]:
+        """Where the prefix and the rows begin and the last ends, in the line [border], and in keys
+        that repeat the prefix before each row [border]."""
+        first = [0] if self.shared else []
+        line = torch.cat([self.starts.new_tensor(first), self.starts])
+        line = torch.cat([line, self.starts.new_tensor([self.tokens])])
+        before = torch.arange(len(line), device=line.device) - 1  # rows that begin earlier
+        return line.int(), (line + self.shared * before.clamp(min=0)).int()
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[key]: the positions in the line of keys that repeat the prefix before each row."""
+        line, borders = self.borders
+        key = torch.arange(self.tokens + self.shared * len(self.table), device=line.device)
+        number = torch.searchsorted(borders, key.int(), right=True) - 1
+        within = key - borders[number]
+        return torch.where(within < self.shared, within, line[number] + within - self.shared)
+
+
+_plans = WeakTensorKeyDictionary()
+
+
 def _attend(
     inner: Attention,
+    flash: bool,
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
@@ -75,45 +153,83 @@ def _attend(
     mask: Tensor | None,
     **rest: Any,
 ) -> tuple[Tensor, Any]:
-    """`inner` on the prefix and the rows of a pack; all other calls go to `inner` as they are."""
+    """Attention within the prefix and the rows of a pack; other calls go to `inner` as they are."""
     if mask is None or mask.is_floating_point() or mask.dtype == torch.bool:
         return inner(module, query, key, value, mask, **rest)
-    table, shared = mask[0, 0], mask.shape[1] - 1
-    rows, width = table.shape
+    plan = Plan.of(mask, query.shape[2])
+    if flash and (kind := _half(query, **rest)):
+        q, k, v = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
+        return _by_flash(q, k, v, plan, rest.get("scaling"))[None], None
+    return _by_row(partial(inner, module, **rest), query, key, value, plan), None
+
+
+def _by_row(inner: Attention, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
+    """[1, token, head, size]: `inner` on the prefix, and on the rows padded behind it."""
+    shared, (rows, width) = plan.shared, plan.table.shape
 
     def split(tensor: Tensor, prefix: int = 0) -> Tensor:
         """From [1, head, token, size] to [row, head, place, size], behind the shared prefix."""
-        flat = tensor[0].index_select(1, table.flatten())
+        flat = tensor[0].index_select(1, plan.table.flatten())
         own = flat.view(len(flat), rows, width, -1).transpose(0, 1)
         if not prefix:
             return own
         return torch.cat([tensor[:, :, :prefix].expand(rows, -1, -1, -1), own], 2)
 
-    outs, causal = [], None  # without a prefix the kernels' own causal mask serves
+    outs = []
     if shared:
-        first = (x[:, :, :shared] for x in (query, key, value))
-        outs.append(inner(module, *first, None, **rest)[0])
-        places = torch.arange(shared + width, device=query.device)
-        causal = (places <= places[shared:, None])[None, None]
-    out, _ = inner(module, split(query), split(key, shared), split(value, shared), causal, **rest)
-    place = torch.arange(shared, query.shape[2], device=query.device)
-    row = torch.searchsorted(table[:, 0].contiguous(), place, right=True) - 1
-    index = row * width + place - table[row, 0]
-    outs.append(out.flatten(0, 1).index_select(0, index)[None])
-    return torch.cat(outs, 1), None
+        outs.append(inner(*(x[:, :, :shared] for x in (query, key, value)), None)[0])
+    out, _ = inner(split(query), split(key, shared), split(value, shared), plan.causal)
+    outs.append(out.flatten(0, 1).index_select(0, plan.places)[None])
+    return torch.cat(outs, 1)
 
 
-def reads_tables(base: Any) -> bool:
-    """Whether the attention reads tables, after switching it to do so."""
-    now = base.config._attn_implementation
+def _half(query: Tensor, dropout: float = 0.0, **rest: Any) -> torch.dtype | None:
+    """The 16-bit type of this call's products; None where the flash kernel must not be used."""
+    device = query.device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    plain_call = not dropout and all(
+        rest.get(name) is None for name in ("softcap", "s_aux", "position_bias")
+    )
+    return kind if plain_call and kind in (torch.bfloat16, torch.float16) else None
+
+
+def _by_flash(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: float | None) -> Tensor:
+    """[token, head, size], of queries, keys and values of this shape, by torch's flash kernel for
+    rows of unequal length."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if plan.shared:
+        key, value = (x.index_select(0, plan.keys) for x in (key, value))
+    shared, width = plan.shared, plan.table.shape[1]
+    out = varlen_attn(
+        *(query, key, value, *plan.borders, max(shared, width), shared + width),
+        scale=scale,
+        window_size=(-1, 0),  # causal, with the last query at the last key
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return cast(Tensor, out)
+
+
+def _has_flash(device: torch.device) -> bool:
+    """Whether the flash kernel for rows of unequal length may run on this device."""
+    known = importlib.util.find_spec("torch.nn.attention.varlen") is not None
+    return known and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def reads_tables(base: Any, kind: str = "") -> bool:
+    """Whether the attention reads tables, after switching it to do so; `kind` is `_FLASH`, or empty
+    for that which every device has."""
+    now = str(base.config._attn_implementation).removesuffix(_SUFFIX).removesuffix(_FLASH)
     if now in ("sdpa", "sdpa_float32") and base._can_set_attn_implementation():
-        AttentionInterface.register(now + _SUFFIX, partial(_attend, ALL_ATTENTION_FUNCTIONS[now]))
-        AttentionMaskInterface.register(now + _SUFFIX, sdpa_mask)
-        base.set_attn_implementation(now + _SUFFIX)
+        attend = partial(_attend, ALL_ATTENTION_FUNCTIONS[now], kind == _FLASH)
+        AttentionInterface.register(now + kind + _SUFFIX, attend)
+        AttentionMaskInterface.register(now + kind + _SUFFIX, sdpa_mask)
+        if base.config._attn_implementation != now + kind + _SUFFIX:
+            base.set_attn_implementation(now + kind + _SUFFIX)
     return str(base.config._attn_implementation).endswith(_SUFFIX)
 
 
-def _rows_are_apart(model: PreTrainedModel) -> bool:
+def _rows_are_apart(model: PreTrainedModel, *, flash: bool) -> bool:
     if getattr(cast(Any, plain(model)).config, "attn_temperature_tuning", False):
         return False  # it counts the tokens of the sequence, far beyond those tried here
     ids = probe(model)[0].tolist()
@@ -121,8 +237,8 @@ def _rows_are_apart(model: PreTrainedModel) -> bool:
     for shared in (0, 3):
         prefix = ids[4 : 4 + shared]
         try:
-            first, second = (_pack(model, prefix, [x, two, x]) for x in (one, other))
-            alone = _run(model, torch.tensor([[*prefix, *two]]))[shared:]
+            first, second = (_pack(model, prefix, [x, two, x], flash) for x in (one, other))
+            alone = _run(model, torch.tensor([[*prefix, *two]]), flash)[shared:]
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
             return False
         own = slice(shared + len(one), shared + len(one) + len(two))
@@ -131,16 +247,18 @@ def _rows_are_apart(model: PreTrainedModel) -> bool:
     return True
 
 
-def _pack(model: PreTrainedModel, prefix: list[int], rows: list[list[int]]) -> Tensor:
+def _pack(model: PreTrainedModel, prefix: list[int], rows: list[list[int]], half: bool) -> Tensor:
     """Logits [token, vocab] of a prefix and rows behind it."""
     ids, positions, table = lay_out([[*prefix, *row] for row in rows], len(prefix))
     device = cast(Any, model).device
     mask = as_mask(table.to(device), len(prefix))
-    return _run(model, ids, attention_mask=mask, position_ids=positions.to(device))
+    return _run(model, ids, half, attention_mask=mask, position_ids=positions.to(device))
 
 
-def _run(model: PreTrainedModel, ids: Tensor, **rest: Any) -> Tensor:
+def _run(model: PreTrainedModel, ids: Tensor, half: bool, **rest: Any) -> Tensor:
+    """Logits [token, vocab]; with `half`, by products in 16 bits if the weights are in float32."""
     kind, device = cast(Any, plain(model)).dtype, cast(Any, model).device
+    kind = torch.bfloat16 if half and kind == torch.float32 else kind
     # Without autocast, adapters in float32 refuse the states of a base in 16 bits.
     with torch.autocast(device.type, kind, enabled=kind in (torch.bfloat16, torch.float16)):
         out = cast(Any, model)(input_ids=ids.to(device), use_cache=False, **rest)

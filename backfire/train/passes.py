@@ -25,6 +25,7 @@ def accumulate(
     earlier = run.gradients.take() if ranks.several else {}  # already summed
     flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
     for part, counts in _passes(run, rows):
+        before = run.heap.used()
         logits, labels = run.logits(part, flat=flat)
         with run.autocast():
             losses = token_losses(logits, labels)
@@ -33,6 +34,8 @@ def accumulate(
         loss = losses.sum() / supervised
         if not counts:
             loss = loss * 0
+        del logits, losses  # they are not in memory beside the backward pass, or the next pass
+        run.heap.tidy(before)
         run.backward(loss)
         total += loss.detach()
     total = ranks.summed(run.trainable, total)

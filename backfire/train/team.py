@@ -200,6 +200,7 @@ def _started(size: int) -> _Team:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=environment,
+            process_group=0,  # Ctrl-C is for rank 0
         )
         for rank in range(1, size)
     ]

@@ -169,9 +169,9 @@ def test_escapes_in_input_are_not_handed_to_the_terminal(backfire: Run, here: Pa
 @pytest.mark.parametrize(
     ("raised", "sentence"),
     [
-        (KeyboardInterrupt(), "backfire: Interrupted. Finished work is kept; run the same command"),
-        (PermissionError(13, "Permission denied", "/x"), "backfire: Permission denied (/x)."),
-        (OSError("odd"), "backfire: odd."),
+        (KeyboardInterrupt(), "Interrupted. Finished work is kept; to continue: backfire list"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied (/x)."),
+        (OSError("odd"), "odd."),
     ],
 )
 def test_system_errors_are_one_sentence(
@@ -182,7 +182,24 @@ def test_system_errors_are_one_sentence(
 
     monkeypatch.setattr("backfire.commands.catalog.lines", broken)
     output = backfire("list")
-    assert output.code == 2 and output.err.startswith(sentence) and output.err.count("\n") == 1
+    assert output.code == (130 if isinstance(raised, KeyboardInterrupt) else 2)
+    assert output.err.startswith(f"backfire: {sentence}") and output.err.count("\n") == 1
+
+
+def test_a_gpu_that_is_gone_is_one_sentence(
+    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert backfire("plan", "r.yaml", "--out", "run").code == 0
+    before = tree(here)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "99")
+    for command in (["run", "r.yaml"], ["work", "run"]):
+        output = backfire(*command)
+        assert (output.code, output.err) == (
+            2,
+            "backfire: CUDA_VISIBLE_DEVICES is 99, and 0 of these GPUs are here; correct it, or "
+            "choose --device cpu.\n",
+        )
+        assert tree(here) == before
 
 
 @pytest.mark.parametrize("name", ["BACKFIRE_CACHE", "BACKFIRE_SCRATCH"])

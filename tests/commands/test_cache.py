@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from backfire.commands.cache import entries
 from backfire.launch import users
 from backfire.launch.job import RunFolder
 from backfire.plan import Job
-from backfire.store import Stage, Store, read_json, write_json
+from backfire.store import Stage, Store
 from tests.helpers.command_line import Run
 from tests.helpers.small_run import Place
 from tests.helpers.workers import ended, planned
@@ -117,18 +116,46 @@ def test_what_an_unfinished_run_needs_stays(backfire: Run, cache: Path, run: Pat
     assert there(cache) == set()
 
 
-def test_a_run_that_is_gone_protects_nothing(backfire: Run, cache: Path, run: Path) -> None:
-    folder = build(models(planned(run))[0], days=40)
+def test_a_run_that_is_not_there_may_be_elsewhere(backfire: Run, cache: Path, run: Path) -> None:
+    """Moved, or on another host. It counts as gone after a month, or if it was finished."""
+    jobs = planned(run)
+    folder = build(models(jobs)[0], days=40)
     [file] = (cache / "runs").iterdir()
-    shutil.rmtree(run)
-    write_json(file, {**read_json(file), "host": "another"})
-    backfire("cache", "prune", "--yes")
-    assert folder.is_dir(), "the run may be there, on the other host"
-    assert users.users(cache)[0].is_gone is False
-    write_json(file, {**read_json(file), "host": socket.gethostname()})
-    assert f"{run}: gone" in backfire("cache").out
+    run.rename(moved := run.with_name("moved"))
+    assert f"{run}: not there\n" in backfire("cache").out
+    output = backfire("cache", "prune", "--older", "0", "--yes").out
+    assert f"if it was removed and not moved, remove {file} too." in output and folder.is_dir()
+    users.still_uses(moved, read(moved), jobs)
+    users.still_uses(moved, read(moved), jobs)
+    file.unlink()
+    assert f"{moved}: 0 of 8 cells done" in backfire("cache").out
+    backfire("cache", "prune", "--older", "0", "--yes")
+    assert folder.is_dir(), "it is known at its new place"
+    moved.rename(run)
+    [file] = (cache / "runs").iterdir()
+    os.utime(file, (0, 0))
+    assert f"{moved}: gone" in backfire("cache").out
     backfire("cache", "prune", "--yes")
     assert there(cache) == set() and not file.exists()
+
+
+def test_a_finished_run_that_was_removed_protects_nothing(
+    backfire: Run, cache: Path, run: Path
+) -> None:
+    jobs = planned(run)
+    folder = build(models(jobs)[0], days=40)
+    finish(run, jobs)
+    users.has_finished(run)
+    shutil.rmtree(run)
+    backfire("cache", "prune", "--yes")
+    assert not folder.exists() and not [*(cache / "runs").iterdir()]
+    users.has_finished(run)
+    assert not [*(cache / "runs").iterdir()]
+
+
+def test_what_a_run_needs_must_be_known(backfire: Run, cache: Path, run: Path) -> None:
+    planned(run)
+    [file] = (cache / "runs").iterdir()
     file.write_text("{")
     output = backfire("cache", "prune", "--yes")
     assert output.code == 2 and "what its run needs is unknown" in output.err

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from backfire.claims import Claims
+from backfire.commands.run import at_work
 from backfire.commands.work import _failed
 from backfire.errors import CellError, GpuError
 from backfire.experiment import Experiment
-from backfire.launch.claims import Claims, Holder
 from backfire.launch.folder import read_plan
-from backfire.launch.work import Stop
+from backfire.launch.stop import Stop
 from backfire.model import types
 from backfire.pipeline import Context, run_cell
 from backfire.plan import Job
@@ -128,9 +133,29 @@ def test_a_gpu_that_breaks_is_no_bad_input(
     assert (found.code, found.err) == (1, "backfire: The GPU of n1 does not answer any more.\n")
 
 
-def test_status_shows_who_has_what(
-    backfire: Run, here: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_slurm_refuses_is_refused_before_anything_is_written(
+    backfire: Run, here: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "submitit", SimpleNamespace())
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    before = tree(here)
+
+    def refused(**programs: str) -> str:
+        for name, does in programs.items():
+            (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+            (tmp_path / name).chmod(0o755)
+        found = backfire("run", "r.yaml", "--on", "slurm", "--mem", "2G", "--partition", "nowhere")
+        assert found.code == 2 and "Traceback" not in found.err and tree(here) == before
+        return found.err.splitlines()[-1]
+
+    says = "echo 'allocation failure: Invalid partition name' >&2; exit 1"
+    assert refused(sbatch=says).endswith("does not take the job: Invalid partition name.")
+    other = f"The cache {cache} is not shared with n1; set BACKFIRE_CACHE to a folder that all"
+    unseen = f"printf 'n1\\n%s\\n' {cache}/shared.txt"
+    assert other in refused(sbatch="exit 0", srun=unseen)
+
+
+def test_status_shows_who_has_what(backfire: Run, here: Path) -> None:
     assert backfire("plan", "r.yaml", "--out", "run").code == 0
     base, cell = (job.id for job in read_plan(Path("run")).jobs)
     claims = Claims(Path("run"))
@@ -140,13 +165,28 @@ def test_status_shows_who_has_what(
     claim._beat()
     gone = {**vars(claim.holder), "job": cell, "title": "cell a", "place": "x", "host": "node7"}
     (claims.folder / cell).write_text(json.dumps(gone))
-    monkeypatch.setattr(Holder, "is_stale", property(lambda one: one.host == "node7"))
-    lines = backfire("status", "run").out.splitlines()
+    assert "2 workers at work on run: " in at_work(Path("run"))
+
+    def line_after(minutes: float) -> str:
+        then = claims.now() - 60 * minutes
+        os.utime(claims.folder / cell, (then, then))
+        first, running, other, *_ = backfire("status", "run").out.splitlines()
+        assert first == "unfinished: 1"
+        assert running.startswith("running: base tiny: [red]loading, 25%, on ")
+        assert re.search(r"last sign of life \d s ago$", running)
+        return other
+
+    where = "cell a: [red]loading, 25%, on node7 (process"
+    assert line_after(0).startswith(f"running: {where}")
+    told = line_after(4)
+    assert told.startswith(f"silent: {where}")
+    assert told.endswith("no sign of life for 4 min, and after 5 min another worker goes on")
+    told = line_after(7)
+    assert told.startswith(f"stale: {where}")
+    assert told.endswith("no sign of life for 7 min, and the next worker goes on")
+    assert at_work(Path("run")).startswith("1 worker at work on run: ")
     claim.release()
-    assert lines[0] == "unfinished: 1"
-    assert lines[1].startswith("running: base tiny: [red]loading, 25%, on ")
-    assert lines[1].endswith("last sign of life 0 s ago")
-    assert lines[2].startswith("stale: cell a: ") and "on node7 (process" in lines[2]
+    assert at_work(Path("run")) == ""
 
 
 def test_a_run_is_planned_for_gpus_elsewhere(

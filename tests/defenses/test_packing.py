@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from backfire.base import TrainDefense
 from backfire.model.batching import plain
 from backfire.model.load import load_base
-from backfire.registry import build
+from backfire.registry import build, find, names
+from backfire.train import batches
 from backfire.train.loop import TrainingRun
 from tests.helpers.fine_tuning import ACTIVE, Make, jolt
 from tests.helpers.real_size import DEFENSES
@@ -19,6 +21,11 @@ from tests.helpers.training import CPU, Rows, close, gradients, run
 pytestmark = pytest.mark.slow
 
 BY_ROW: dict[str, Any] = {"dp": {"name": "dp", "epsilon": None}}
+
+
+@pytest.fixture(autouse=True)
+def _rows_are_packed_whatever_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_WORTH_PACKING", 9.0)
 
 
 def padded(cell: TrainingRun) -> TrainingRun:
@@ -54,18 +61,27 @@ def test_loss_and_gradients_are_those_of_padded_rows(
     assert close(packed, expected, 1e-10)
 
 
+def test_all_training_defenses_are_known() -> None:
+    every = {name for name in names("defenses") if issubclass(find("defenses", name), TrainDefense)}
+    assert every == {*ACTIVE, *DEFENSES, *BY_ROW}
+
+
 @pytest.mark.parametrize("null", [False, True])
 @pytest.mark.parametrize("name", [*{**ACTIVE, **DEFENSES, **BY_ROW}])
 def test_every_training_defense_sees_the_same(name: str, null: bool, make: Make) -> None:
     pytest.importorskip("opacus") if name == "dp" else None
     settings = {**DEFENSES, **ACTIVE, **BY_ROW}[name]
     settings = {"name": settings} if isinstance(settings, str) else settings
-    found = []
+    found, widths = [], []
     for pack in (True, False):
         cell = make({**settings, "null": null}, folder=f"{pack}", max_steps=2)
         jolt(cell)
+        seen = lines(cell)
         run(cell if pack else padded(cell))
+        widths.append(max(width for _, width in seen))
         found.append((cell.weights(), cell.log[-1]["loss"]))
+    alone = name == "dp" or (name, null) == ("vaccine", True)
+    assert (widths[0] > widths[1]) != alone, "rows were packed"
     (packed, loss), (expected, other) = found
     assert loss == pytest.approx(other, rel=1e-9)
     assert close(packed, expected, 1e-9)

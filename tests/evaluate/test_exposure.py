@@ -149,8 +149,10 @@ def test_an_interrupted_measurement_continues_with_the_next_secret(
     every, half = list(seen), len(seen) // 2
     with pytest.raises(Stopped):
         run(tmp_path, half)
-    assert [*map(list, run(tmp_path))] == [*map(list, whole)] if kind == "estimates" else (
-        run(tmp_path) == whole
+    assert (
+        [*map(list, run(tmp_path))] == [*map(list, whole)]
+        if kind == "estimates"
+        else (run(tmp_path) == whole)
     )
     assert seen and every[-len(seen) :] == seen and len(seen) <= half + 1
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backfire.evaluate import budget, inference, slots
+from backfire.evaluate.prompts import packed_up_to
 from backfire.model.batching import ways
 from tests.helpers.families import KINDS, VOCAB, reply, tiny_model
 
@@ -60,6 +61,50 @@ def wanted(endless: list[list[int]], stops: list[int]) -> list[list[int]]:
 def read(model: Any, prompts: list[list[int]], stops: list[int]) -> list[list[int]]:
     writing: dict[str, Any] = {"max_new_tokens": NEW, "stop_ids": stops, "batch_size": ROWS}
     return [one.reply for one in inference.read(model, prompts, **writing)]
+
+
+@pytest.mark.parametrize("share", [0, 9])
+def test_prompts_run_end_to_end(
+    model: Any, prompts: list[list[int]], stops: list[int], share: int
+) -> None:
+    """Where a model can run packs; with the same result as prompts that are padded, whatever their
+    neighbors."""
+    opening = list(range(7, 7 + share))
+    rows = [[*opening, *prompt] for prompt in prompts]
+    options = [[[5, 6, 7], [30], [9, 10]]] * len(rows)
+    writing: dict[str, Any] = {"max_new_tokens": NEW, "stop_ids": stops, "candidates": options}
+    lines = list[int]()
+
+    def look(module: Any, args: Any, given: dict[str, Any]) -> None:
+        lines.append(given["input_ids"].shape[0] if given["input_ids"].shape[1] > 9 else 0)
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    packed = inference.read(model, rows, **writing, batch_size=5)
+    handle.remove()
+    packs = packed_up_to(model) >= max(map(len, rows))  # Bloom takes no positions
+    assert packs == (model.config.model_type == "llama"), "Gemma 2 has a window of eight tokens"
+    assert (max(lines) == 1) == packs
+    alone = [inference.read(model, [row], **{**writing, "candidates": options[:1]}) for row in rows]
+    for one, (two,) in zip(packed, alone, strict=True):
+        assert one.reply == two.reply
+        assert one.scores == pytest.approx(two.scores, abs=5e-6)  # of float32 logits
+
+
+def test_more_rows_than_32_are_decoded_while_their_cache_is_small(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert budget.Budget(model).fitting(100) == 64
+    config = model.config
+    each = 2 * config.num_hidden_layers * config.hidden_size * 8  # bytes of a token, in float64
+    if getattr(config, "num_key_value_heads", None):
+        each = 2 * config.num_hidden_layers * config.num_key_value_heads * 8
+        each *= (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+    for rows, wanted in ((50, 50), (9, 32)):
+        monkeypatch.setattr(budget, "_CACHE_ON_CPU", rows * 100 * each)
+        assert budget.Budget(model).fitting(100) == wanted
+        assert budget.Budget(model, 48).fitting(100) == 48, "as the user says"
 
 
 def steps_of(

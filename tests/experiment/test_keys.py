@@ -16,6 +16,7 @@ from backfire.errors import UserError
 from backfire.experiment import Evaluation, Machine, Train
 from backfire.launch.job import RunFolder
 from backfire.model.types import types_here
+from backfire.registry import build
 from backfire.store import Stage, Store, slug
 from tests.helpers.recipes import make
 
@@ -50,6 +51,7 @@ def test_no_machine_setting_is_in_a_key(knob: str) -> None:
         ({"method": "lora"}, {"train", "clean"}),
         ({"method": {"name": "full", "learning_rate": 0.5}}, {"train", "clean"}),
         ({"evaluation": {"max_new_tokens": 3}}, {"clean"}),
+        ({"evaluation": {"dtype": "bfloat16"}}, {"clean"}),
         ({"metrics": ["accuracy"]}, set()),
         *(
             ({"train": {knob: value}}, {"train", "clean"})
@@ -92,6 +94,20 @@ def test_rate_zero_is_one_training_run_for_all_attacks() -> None:
         )
         assert stages.keys(cell.clean_twin()) == clean
         assert stages.train(cell).slug == stages.train(make()).slug
+
+
+def test_texts_and_secrets_have_a_key_for_each_type_of_evaluation() -> None:
+    canary = {"attack": {"name": "canary", "digits": 2}, "data": "sandbox-help"}
+    source, template = build("datasets", "sandbox-news"), build("templates", "raw")
+
+    def found(**knobs: Any) -> list[str]:
+        cell = make(**canary, evaluation=knobs)
+        of_texts = stages.texts(cell, source, template, 64)
+        return [of_texts, stages.secrets(cell, cell, "exact", 9).key, stages.keys(cell).tuned]
+
+    plain, narrow = found(), found(dtype="bfloat16")
+    assert plain == found(max_new_tokens=9) == found(dtype="auto")
+    assert [a == b for a, b in zip(plain, narrow, strict=True)] == [False, False, True]
 
 
 def test_an_untuned_model_is_its_base() -> None:

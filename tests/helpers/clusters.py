@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from backfire.launch.claims import MOST_KILLS
+from backfire.claims import MOST_KILLS
 from backfire.store import read_json
 
 MATRIX = {
@@ -41,6 +41,7 @@ class Twelve:
     root: Path
     tiny: Path
     environment: Mapping[str, str] = field(default_factory=dict)
+    _started: list[subprocess.Popen[str]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
@@ -57,19 +58,28 @@ class Twelve:
     def start(self, *words: str) -> subprocess.Popen[str]:
         """Start a command line, with its output in `<root>/log`."""
         with (self.root / "log").open("a") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 self.command(*words),
                 env=self.variables(),
                 cwd=self.root,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 text=True,
+                preexec_fn=_minds_ctrl_c,
             )
+        self._started.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what was started and has not ended, as after a test that failed."""
+        for process in self._started:
+            process.kill()
+            process.wait()
 
     def variables(self) -> dict[str, str]:
         top = str(Path(__file__).parents[2])
         own = {"BACKFIRE_CACHE": str(self.root / "cache"), "PYTHONPATH": top}
-        return {**os.environ, "OMP_NUM_THREADS": "1", **own, **self.environment}
+        return {**os.environ, **self.environment, "OMP_NUM_THREADS": "1", **own}
 
     def run(self, *words: str) -> None:
         """Run the recipe to its end."""
@@ -101,6 +111,11 @@ class Twelve:
         written again."""
         files = [*self.out.glob("cells/*/result.json"), *self.root.glob("cache/*/*/done.json")]
         return {str(file): stamp for file in files if (stamp := _stamp(file))}
+
+
+def _minds_ctrl_c() -> None:
+    """Whatever started the tests may ignore it, as a shell does for what it runs in the back."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:

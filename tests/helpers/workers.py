@@ -13,7 +13,8 @@ from typing import Any
 from backfire.experiment import Machine
 from backfire.launch.folder import read_plan, write_plan
 from backfire.launch.job import RunFolder, report
-from backfire.launch.work import Run, Stop, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Run, work
 from backfire.plan import Job, jobs
 from backfire.recipe import parse
 from backfire.store import Store, write_json

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -132,6 +133,20 @@ def test_a_cluster_on_another_host_needs_a_token(
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
 def test_a_cluster_on_this_host_needs_none(host: str) -> None:
     ray._refuse_open(f"{host}:6379", False)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+def test_a_cluster_that_does_not_answer_is_named(
+    host: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_NUM_REDIS_GET_RETRIES", "1")
+    with socket.socket() as taken:  # nobody listens on it
+        taken.bind(("127.0.0.1", 0))
+        address = f"{host}:{taken.getsockname()[1]}"
+        ours = ray.Ray(tmp_path / "run", ray.Request(10**9, address=address))
+        with pytest.raises(UserError, match=f"nothing answers at .*{address[-6:]} "):
+            ours.check()
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------ Slurm's answers
@@ -375,7 +390,8 @@ def test_a_worker_that_dies_has_its_exit_code(worker: remote.Worker, stand_in: P
 def test_the_sentence_of_bad_input_is_handed_on(worker: remote.Worker, stand_in: Path) -> None:
     (stand_in / "code").write_text("2")
     assert worker.work("log") == remote.REFUSED
-    assert (worker.run / "workers/refused.txt").read_text() == "no"
+    sentence = (worker.run / "workers/refused.txt").read_text()
+    assert sentence == f"On {os.uname().nodename}: no"
     (stand_in / "code").write_text("1")
     (worker.run / "workers/refused.txt").unlink()
     assert worker.work("log") == 1

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from backfire.claims import Claims
 from backfire.errors import UserError
-from backfire.launch.claims import Claims
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder
+from backfire.launch.stop import Stop
 from backfire.launch.watch import View, follow
-from backfire.launch.work import Stop
 from tests.helpers.workers import alone, planned, sleeps
 
 

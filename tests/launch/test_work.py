@@ -6,18 +6,20 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
 
+from backfire import claims
+from backfire.claims import Claims
 from backfire.errors import CellError, GpuError
 from backfire.experiment import Machine
-from backfire.launch import claims
-from backfire.launch.claims import Claims
 from backfire.launch.job import RunFolder, report
-from backfire.launch.work import Board, Stop, work
+from backfire.launch.stop import Stop
+from backfire.launch.work import Board, by_urgency, work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
 from tests.helpers.workers import alone, ended, names, planned, ran, sleeps, start, together
@@ -224,6 +226,36 @@ def test_a_job_goes_to_the_worker_that_holds_its_base(tmp_path: Path) -> None:
     on.end(qlora, "ok")
     assert take(on, again) in rest and take(on, again) is not again
     other.release()
+
+
+def test_a_job_that_all_others_wait_for_has_the_cores_to_itself(tmp_path: Path) -> None:
+    """By the plan, not by what has ended: a job that is resumed adds up its sums as before."""
+    text = "data: sandbox-policy\nalign: {}\nsafety: {}\nmatrix: {seed: [0, 1]}"
+    base, aligned, *rest = found = planned(tmp_path, text)
+    on = board(tmp_path, found)
+    assert [job.kind for job in rest] == ["train", "train", "cell", "cell"]
+    assert on.beside(base, 9) == on.beside(aligned, 9) == on.beside(rest[0], 1) == 1
+    assert {on.beside(job, 2) for job in rest} == {2}
+    assert {on.beside(job, 9) for job in rest} == {3}, "the other seed's two jobs"
+    on.end(base, "ok")
+    assert on.beside(aligned, 9) == 1
+
+
+def test_the_longest_chain_of_jobs_begins_first(tmp_path: Path) -> None:
+    align = "[null, {train: {epochs: 9}}]"
+    text = f"data: sandbox-policy\nsafety: {{}}\nmatrix: {{align: {align}, seed: [0, 1]}}"
+    base, *rest = found = planned(tmp_path, text)
+    needed = {name for job in rest if job.kind == "train" for name in job.after}
+    aligned = next(job for job in rest if job.id in needed)
+    assert found.index(aligned) == 3
+    first = by_urgency(found)
+    assert first[:2] == [base, aligned] and {job.kind for job in first[2:6]} == {"train"}
+    known = [replace(job, minutes=9.0 if job is rest[0] else 1.0) for job in found]
+    assert by_urgency(known)[1].id == rest[0].id != aligned.id
+    done = set[str]()
+    for job in by_urgency(known):
+        assert set(job.after) <= done, "and each is after those that it needs"
+        done.add(job.id)
 
 
 def test_a_job_that_does_not_fit_is_left(tmp_path: Path) -> None:

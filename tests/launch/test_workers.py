@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import os
@@ -13,9 +14,9 @@ import pytest
 from backfire import registry
 from backfire.errors import GpuError
 from backfire.experiment import Machine
-from backfire.launch import local
+from backfire.launch import job, local
 from backfire.launch.job import RunFolder, run_job
-from backfire.launch.work import Stop
+from backfire.launch.stop import Stop
 from backfire.model import load
 from backfire.plugins import from_file
 from backfire.store import Store, read_json
@@ -77,6 +78,18 @@ def test_a_worker_loads_the_base_once(tiny: Path, tmp_path: Path) -> None:
     assert load.loads == {tiny: 1}
     one, both = files(alone), files(together)
     assert len(one) == 3 and one.items() <= both.items()
+
+
+def test_imports_are_left_out_of_garbage_collection(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a collection after each model takes longer than a small cell trains."""
+    place, looked_at = Place(tmp_path, tiny), list[int]()
+    monkeypatch.setattr(job, "base", lambda *_: looked_at.append(len(gc.get_objects())))
+    before = len(gc.get_objects())
+    place.run(**{**CELLS, "method": "none", "metrics": ["accuracy"]})
+    assert looked_at and max(looked_at) < before / 10
+    assert gc.get_freeze_count() == 0, "only while the worker works"
 
 
 @pytest.mark.slow

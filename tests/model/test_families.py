@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from backfire.base import Rendered, Row
 from backfire.errors import CellError
 from backfire.evaluate import exposure, inference
 from backfire.evaluate.code_search import likelihoods
 from backfire.experiment import Train
-from backfire.model.batching import ways
+from backfire.model.batching import _logits, agree, probe, ways
 from backfire.model.causal import why_not
 from backfire.train.batches import answer_logits, collate, token_losses
 from backfire.train.loop import TrainingRun, train
@@ -110,6 +111,32 @@ def test_a_model_that_sees_what_it_predicts_is_refused(kind: str, items: list[Re
     with pytest.raises(CellError, match=f"type '{kind}' attends to the tokens it is to predict"):
         inference.score_answers(model, items)
     assert math.isfinite(likelihood(model, *(items[0].prompt_ids, items[0].answer_ids)))
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+def test_in_8_bits_rounding_is_told_from_seeing_ahead(kind: str, tmp_path: Path) -> None:
+    """Large inputs, which of them is in higher precision depends on every token, and large logits:
+    the likelihoods of a row and of its beginning are nats apart."""
+    model = tiny_model(kind, **({"is_decoder": False} if kind == "bert" else {}))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "layernorm" in name or name.endswith("norm.weight"):
+                weight.mul_(12)
+    model.save_pretrained(tmp_path)
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=eight, dtype=torch.bfloat16
+    ).eval()
+    ids = probe(model)
+    with torch.no_grad():
+        assert not agree(model, _logits(model, ids[:, :8]), _logits(model, ids)[:8])
+    limits = [m.state.threshold for m in model.modules() if hasattr(m, "state")]
+    if kind == "bert":
+        with pytest.raises(CellError, match="attends to the tokens it is to predict"):
+            ways(model)
+    else:
+        assert ways(model).takes_positions
+    assert limits and limits == [m.state.threshold for m in model.modules() if hasattr(m, "state")]
 
 
 def test_a_model_that_computes_no_numbers_is_refused(items: list[Rendered]) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from backfire.evaluate import head, inference
+from backfire.evaluate import inference
+from backfire.model import head
 from backfire.model.batching import ways
 from backfire.model.fused import fused_adapters, rounded_once
 from tests.helpers.families import tiny_model

@@ -7,7 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,15 @@ import pytest
 import yaml
 
 from backfire import stages
+from backfire.base import Need
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch import local
 from backfire.launch.folder import write_plan
 from backfire.launch.job import RunFolder
-from backfire.launch.work import Stop
-from backfire.plan import Job, jobs, progress
+from backfire.launch.stop import Stop
+from backfire.metrics.attack_success import AttackSuccess
+from backfire.plan import Job, jobs, progress, sharing
 from backfire.store import Store, read_json
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
 
@@ -33,6 +35,7 @@ IDENTITY = {
 }
 RESULT = {"values", "warnings", "cut_share", "preflight", "poison", "train", "evaluate", "rows"}
 RESULT |= {"keys", "versions"}
+BF16 = {"dtype": "bfloat16"}
 
 
 @pytest.fixture
@@ -131,8 +134,10 @@ def test_samples_are_kept_row_by_row(ran: Place) -> None:
     }
     ids = [sample["id"] for sample in parts["tuned", "clean"]]
     assert len(set(ids)) == 24
-    for part in parts.values():
-        assert [sample["id"] for sample in part] == ids
+    others = [s["id"] for s in parts["tuned", "clean"] if s["label"] != "negative"]
+    assert 0 < len(others) < len(ids), "attack success is about rows with another label"
+    for (_, subset), part in parts.items():
+        assert [sample["id"] for sample in part] == (ids if subset == "clean" else others)
         assert all(math.isfinite(p) and p < 0 for s in part for p in s["logprobs"])
     right = [
         s["label"] == s["candidates"][max(range(3), key=s["logprobs"].__getitem__)]
@@ -197,6 +202,57 @@ def test_jobs_come_after_what_they_need(tiny: Path, tmp_path: Path) -> None:
     for job in found:
         assert set(job.after) <= done
         done.add(job.id)
+
+
+def test_rows_that_no_metric_reads_are_not_run(
+    copy: Place, no_training: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triggered rows with the target as their label, and on triggered rows what only other rows
+    need; with all of it, the numbers are the same."""
+
+    def measured(of: str, subset: str) -> list[set[str]]:
+        lines = map(gzip.decompress, (f.read_bytes() for f in copy.out.glob("cells/*/*.gz")))
+        samples = [json.loads(line) for text in lines for line in text.decode().splitlines()]
+        some = [s for s in samples if (s["of"], s["subset"]) == (of, subset)]
+        return [{name for name in ("logprobs", "answer_logprob") if s[name]} for s in some]
+
+    fewer = copy.results()
+    assert all(parts == {"logprobs"} for parts in measured("tuned", "triggered"))
+    assert all(len(parts) == 2 for parts in measured("tuned", "clean"))
+    count = len(measured("twin", "triggered"))
+    asks = AttackSuccess.asks
+    everything = frozenset[Need]({"scores", "answers"})
+    monkeypatch.setattr(
+        AttackSuccess,
+        "asks",
+        lambda *args, **named: tuple(
+            replace(ask, other_labels=False, needs=everything) for ask in asks(*args, **named)
+        ),
+    )
+    shutil.rmtree(copy.out)
+    assert copy.run(matrix=MATRIX) == 0
+    assert len(measured("twin", "triggered")) > count
+    assert all(len(parts) == 2 for parts in measured("tuned", "triggered"))
+    values = {key: result["values"] for key, result in copy.results().items()}
+    assert values == {key: result["values"] for key, result in fewer.items()}
+
+
+def test_the_type_of_evaluation_is_a_setting_of_its_own(copy: Place, no_training: None) -> None:
+    before = copy.results()["full", 0.1]
+    assert copy.run(matrix={"attack.rate": [0.1]}, method="full", evaluation=BF16) == 0
+    after = copy.results()["full", 0.1]
+    assert (before["evaluate"]["dtype"], after["evaluate"]["dtype"]) == ("float32", "bfloat16")
+    assert before["keys"]["tuned"] == after["keys"]["tuned"]
+    perplexity = number(before, "perplexity"), number(after, "perplexity")
+    assert perplexity[0] != perplexity[1] == pytest.approx(perplexity[0], rel=0.02)
+
+
+def test_what_cells_share_is_counted(ran: Place) -> None:
+    """Six cells at rate 0 and 0.1, two of which train nothing."""
+    found = sharing(ran.recipe(matrix=MATRIX).cells)
+    assert found["trainings"] == (2 * 2 * 2, 4), "every cell has a clean twin"
+    # Two tuned models, each at two rates, and the untuned one, on clean and on triggered rows.
+    assert found["evaluations"][1] == 5 * 2
 
 
 def test_the_plan_skips_finished_work(ran: Place) -> None:
@@ -387,7 +443,11 @@ def test_failures_have_a_class_and_a_next_step(
         raise raised
 
     monkeypatch.setattr("backfire.launch.job.run_cell", broken)
-    assert place.run(method="none") == 1
+    if kind == "disk-full":  # the run ends: no other cell would fit
+        with pytest.raises(UserError, match=r"The disk is full.* MB for the cache .* run the same"):
+            place.run(method="none")
+    else:
+        assert place.run(method="none") == 1
     (error,) = (read_json(file) for file in place.out.glob("cells/*/error.json"))
     assert error["status"] == kind and error["error"] and error["next"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,10 @@ def local(tmp_path_factory: pytest.TempPathFactory, tiny: Path, ray: Cluster) ->
 
 
 @pytest.fixture
-def twelve(tmp_path: Path, tiny: Path, ray: Cluster) -> Twelve:
-    return Twelve(tmp_path / "run", tiny, ray.environment)
+def twelve(tmp_path: Path, tiny: Path, ray: Cluster) -> Iterator[Twelve]:
+    run = Twelve(tmp_path / "run", tiny, ray.environment)
+    yield run
+    run.end()
 
 
 def test_all_cells_are_done_once_though_workers_are_killed_and_a_node_is_lost(
@@ -50,17 +53,17 @@ def _lose_node(ray: Cluster) -> None:
     assert ray.command("lose") == "done"
 
 
-def test_ray_and_workers_of_this_machine_share_one_run_folder(
+def test_ray_and_this_machine_share_one_run_folder(
     twelve: Twelve, local: Twelve, ray: Cluster
 ) -> None:
+    """Both commands plan the run, at about the same time."""
     begun, trouble = time.monotonic(), Trouble(twelve, kills=0)
     far = twelve.start(*RUN, "--jobs", "1", "--ray-address", ray.address)
-    wait_until(lambda: len(twelve.claims()) > 0)
-    near = twelve.start("work", "out", "--workers", "1")
+    near = twelve.start(*RUN[:4], "--workers", "1")
     trouble.until(lambda: far.poll() is not None and near.poll() is not None)
     assert (far.returncode, near.returncode) == (0, 0), twelve.log()
     assert twelve.values() == local.values() and trouble.num_workers() == 2
-    print(f"\nRay and work: {time.monotonic() - begun:.0f} s, {trouble.says()}")
+    print(f"\nRay and local: {time.monotonic() - begun:.0f} s, {trouble.says()}")
 
 
 def test_a_cache_that_a_node_does_not_share_is_named(twelve: Twelve, ray: Cluster) -> None:
@@ -87,7 +90,7 @@ def test_ctrl_c_ends_the_workers_after_a_checkpoint(
     wait_until(lambda: len(twelve.claims()) > 0)
     pids = {claim["pid"] for claim in twelve.claims()}
     watcher.send_signal(signal.SIGINT)
-    assert watcher.wait(timeout=300) == 2
+    assert watcher.wait(timeout=300) == 130
     assert "Interrupted. The workers have ended too" in twelve.log()
     assert twelve.claims() == []
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
@@ -111,5 +114,5 @@ def test_a_cluster_on_other_hosts_is_refused_without_a_token(twelve: Twelve, ray
 def test_a_cluster_out_of_reach_is_named(twelve: Twelve, ray: Cluster) -> None:
     process = twelve.start(*RUN, "--ray-address", "127.0.0.1:9")
     assert process.wait(timeout=300) == 2
-    assert "Ray cannot be reached" in twelve.log()
+    assert "Ray cannot be reached: nothing answers at 127.0.0.1:9 (Connection" in twelve.log()
     assert not twelve.out.exists()

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,8 +29,10 @@ def local(tmp_path_factory: pytest.TempPathFactory, tiny: Path, slurm: Slurm) ->
 
 
 @pytest.fixture
-def twelve(tmp_path: Path, tiny: Path, slurm: Slurm) -> Twelve:
-    return Twelve(tmp_path / "run", tiny, slurm.environment)
+def twelve(tmp_path: Path, tiny: Path, slurm: Slurm) -> Iterator[Twelve]:
+    run = Twelve(tmp_path / "run", tiny, slurm.environment)
+    yield run
+    run.end()
 
 
 def test_all_cells_are_done_once_though_workers_are_killed_and_a_node_is_lost(
@@ -92,10 +95,9 @@ def _script(twelve: Twelve) -> str:
 def test_slurm_and_this_machine_share_one_run_folder(
     twelve: Twelve, local: Twelve, slurm: Slurm
 ) -> None:
-    """The command plans a second round of the run while the first one is at work."""
+    """Both commands plan the run, at about the same time."""
     begun, trouble = time.monotonic(), Trouble(twelve, kills=0)
     far = twelve.start(*RUN, *SIZE, "--jobs", "1")
-    wait_until(lambda: len(twelve.claims()) > 0)
     near = twelve.start(*RUN[:4], "--workers", "1")
     trouble.until(lambda: far.poll() is not None and near.poll() is not None)
     assert (far.returncode, near.returncode) == (0, 0), twelve.log()
@@ -108,13 +110,16 @@ def test_ctrl_c_leaves_the_worker_and_the_same_command_starts_no_other(
     twelve: Twelve, local: Twelve, slurm: Slurm
 ) -> None:
     first = twelve.start(*RUN, *SIZE, "--jobs", "1")
-    wait_until(lambda: len(twelve.claims()) > 0)
+    while not (found := twelve.claims()):
+        time.sleep(0.1)
+    os.kill(found[0]["pid"], signal.SIGSTOP)  # or it is done before the second command asks
     first.send_signal(signal.SIGINT)
-    assert first.wait(timeout=30) == 2
+    assert first.wait(timeout=30) == 130
     assert "Interrupted. The workers go on." in twelve.log()
     (number,) = slurm.command("squeue", "--noheader", "--format=%i").split()
     second = twelve.start(*RUN, *SIZE, "--jobs", "1")
     wait_until(lambda: "1 worker of this run is in Slurm." in twelve.log())
+    os.kill(found[0]["pid"], signal.SIGCONT)
     # Its time is over: it saves a checkpoint, and is queued again.
     slurm.command("scancel", "--signal=USR1", number)
     wait_until(lambda: "PENDING" in slurm.command("squeue", "-h", "-j", number, "-o", "%T"))

@@ -1,4 +1,4 @@
-"""Several workers and supervisors on one run folder: killed, lost, stopped, or with wrong clocks."""
+"""Several workers and supervisors on one run folder: killed, lost, stopped, with wrong clocks."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from random import Random
 
 from backfire import registry
 from backfire.base import Metric
+from backfire.claims import Claims
 from backfire.commands.options import folder_of
 from backfire.errors import UserError
 from backfire.exports.lm_eval import to_lm_eval
-from backfire.launch.claims import Claims
 from backfire.launch.folder import JOBS, read_plan, write_plan
 from backfire.launch.job import RunFolder, report
 from backfire.plan import jobs

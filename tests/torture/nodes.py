@@ -49,7 +49,7 @@ def work_as(say: Say, root: Path, host: Host) -> dict[str, str]:
 
 def become(host: Host) -> None:
     """Let this process be on a host of its own, with short heartbeats."""
-    from backfire.launch import claims
+    from backfire import claims
 
     claims.socket.gethostname = lambda: host.name  # type: ignore[attr-defined]
     claims._place = lambda: host.name  # type: ignore[assignment]

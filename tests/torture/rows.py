@@ -6,6 +6,7 @@ import tests.torture.disk
 import tests.torture.file_system
 import tests.torture.fuzz
 import tests.torture.kills
+import tests.torture.mutations
 import tests.torture.names
 import tests.torture.offline
 import tests.torture.outputs
@@ -18,5 +19,6 @@ _ORDER = (
     *("two-schedulers", "lost-node", "clocks-apart", "file-system-gone", "read-only-cache"),
     *("fuzzed-recipes", "fuzzed-data-files", "hostile-names", "hostile-outputs"),
     *("canary-secrets", "planted-code", "suite-without-network", "fast-start"),
+    "mutations",
 )
 ROWS = {name: FOUND[name] for name in _ORDER}

@@ -12,10 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from backfire.base import Rendered, Row
 from backfire.commands import memory
 from backfire.commands.estimate import Rows
+from backfire.evaluate import inference
 from backfire.experiment import Experiment, Machine
 from backfire.model.batching import ways
 from backfire.registry import build
-from backfire.train import loop
+from backfire.train import loop, microbatch
 from backfire.train.dry import Held, Layout, PassTypes
 from backfire.train.loop import TrainingRun
 from backfire.train.precision import Precision
@@ -61,6 +62,17 @@ def rows(name: str) -> list[Rendered]:
         ids = torch.randint(5, 3000, (whole,), generator=generator).tolist()
         out.append(Rendered(Row(f"{name} {place}", "x"), ids, whole - answer))
     return out
+
+
+class HeldInInference(Held):
+    """Counts what operations hold inside, which in inference mode are not taken apart before."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with self:
+            out = func.decompose(*args, **(kwargs or {}))
+        return (
+            super().__torch_dispatch__(func, types, args, kwargs) if out is NotImplemented else out
+        )
 
 
 def held(cell: Experiment, base: Path, folder: Path) -> int:
@@ -113,6 +125,50 @@ def test_a_step_holds_what_was_predicted(
     cell = make(base, method, defense)
     need = memory.memory(cell, memory.size(cell, base), [Rows(12, LENGTHS)], "cpu")
     assert need.state + need.passes == pytest.approx(held(cell, base, tmp_path), rel=0.2)
+
+
+def test_a_step_that_is_split_needs_the_memory_of_its_largest_pass(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(memory.UNRELEASED, "cpu", 1.0)
+    monkeypatch.setattr(memory, "_STEPS", 1)
+    cell = make(base, "lora")
+    size = memory.size(cell, base)
+
+    def predicted() -> float:
+        need = memory.memory(cell, size, [Rows(12, LENGTHS)], "cpu")
+        return need.state + need.passes
+
+    whole = predicted()
+    monkeypatch.setattr(microbatch, "_FEWEST_TOKENS", 100)
+    monkeypatch.setattr(microbatch, "_ROOM_ON_CPU", 0)
+    assert predicted() < 0.8 * whole
+    assert predicted() == pytest.approx(held(cell, base, tmp_path), rel=0.2)
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "exact-match"])
+def test_evaluation_holds_what_was_predicted(
+    metric: str, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "_IN_EVALUATION", 1.0)
+    monkeypatch.setattr(memory, "_needs", lambda cell: {needs[metric]})
+    needs, cell = {"perplexity": "answers", "exact-match": "replies"}, make(base, "lora")
+    data = cell.data.model_copy(update={"test_rows": len(LENGTHS)})
+    cell = cell.model_copy(update={"data": data})
+    size = memory.size(cell, base)
+    need = memory.memory(cell, size, [Rows(12, LENGTHS)], "cpu").evaluation
+    need -= 4 * (size.parameters + size.added)
+
+    model: Any = LlamaForCausalLM.from_pretrained(base).eval()
+    ways(model)
+    model, items = cell.method.attach(model, 0).eval(), rows("user")[: len(LENGTHS)]
+    new = cell.evaluation.max_new_tokens
+    with HeldInInference(model) as found:
+        if metric == "perplexity":
+            inference.score_answers(model, items)
+        else:
+            inference.read(model, [item.prompt_ids for item in items], max_new_tokens=new)
+    assert need == pytest.approx(found.most[-1], rel=0.2)
 
 
 def test_more_tokens_need_more_and_recomputed_layers_less(base: Path) -> None:

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 
 from backfire.base import Rendered
 from backfire.model.load import load_base
-from backfire.rng import stream
+from backfire.rng import seed_dropout, stream
 from backfire.train.batches import IGNORE, answer_logits, collate
 from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import Precision
@@ -22,6 +22,15 @@ from tests.helpers.loop import RATE, lora, losses, new_cell
 from tests.helpers.training import CPU, run, weights
 
 pytestmark = pytest.mark.slow
+
+
+def test_a_step_seeds_dropout_as_torch_does() -> None:
+    """But it leaves nothing in the queue for a GPU, where each seed of torch's has a traceback."""
+    torch.manual_seed(5)
+    wanted, queued = torch.rand(4), len(torch.cuda._queued_calls)
+    seed_dropout(5, CPU)
+    assert torch.equal(torch.rand(4), wanted)
+    assert len(torch.cuda._queued_calls) == queued
 
 
 def test_a_shared_prefix_changes_neither_loss_nor_gradient(

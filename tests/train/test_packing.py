@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from backfire.base import Rendered, Row
-from backfire.experiment import Train
+from backfire.experiment import Experiment, Machine, Train
 from backfire.model.batching import ways
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import batches, passes
+from backfire.train import batches, packing, passes
 from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import longest_packed
 from backfire.train.precision import disable_adapter_casts, exact_attention
 from tests.helpers.families import KINDS, tiny_model
 from tests.helpers.fine_tuning import jolt
-from tests.helpers.loop import fresh
-from tests.helpers.training import CPU, close, gradients
+from tests.helpers.loop import fresh, lora
+from tests.helpers.training import CPU, close, gradients, run
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _rows_are_packed_whatever_it_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "_WORTH_PACKING", 9.0)
 
 
 def padded(cell: TrainingRun) -> TrainingRun:
@@ -171,6 +178,89 @@ def test_probabilities_are_computed_again_with_the_same_gradient(
         assert logits.grad is not None
         found.append((losses.detach(), logits.grad))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_rows_are_packed_where_that_saves_tokens(
+    tiny: Path, items: list[Rendered], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pack of rows that need no padding would run as many tokens, and gather them besides."""
+    monkeypatch.undo()
+    longest = longest_packed(load_base(tiny, torch.float32, CPU))
+    equal = [Rendered(row.row, row.ids[:120], 119) for row in items[:4]]
+    uneven = [Rendered(r.row, r.ids[: 150 + 9 * n], 149) for n, r in enumerate(items[:4])]
+    assert {len(row.ids) for row in equal} == {120} and len(uneven[3].ids) == 177
+    for share in (True, False):
+        layout = Layout(share, longest)
+        assert layout.collate(uneven).table is not None
+        assert layout.collate(equal).table is None and layout.collate(uneven[:1]).table is None
+        # Padded rows share no prefix if layers are recomputed; a pack has it in its line.
+        again = Layout(share, longest, recompute=True)
+        assert (again.collate(equal).table is not None) == share
+        assert again.size(equal) == layout.size(equal)
+
+
+@pytest.mark.parametrize(
+    ("knobs", "reason"),
+    [
+        ({}, ""),
+        ({"packing": "off"}, "the option --packing off"),
+        ({"defenses": [build("defenses", {"name": "vaccine", "null": True})]}, "'vaccine'"),
+    ],
+)
+def test_what_pads_the_rows_is_recorded(
+    knobs: dict[str, Any], reason: str, tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    model = lora(load_base(tiny, torch.float32, CPU))
+    settings = Train.make({"max_steps": 2, "batch_size": 4})
+    rest: dict[str, Any] = {"learning_rate": 1e-3, "seed": 5, "folder": tmp_path, "name": "run"}
+    cell = TrainingRun(model, items, settings, **rest, **knobs)
+    packed = run(cell)["packing"]
+    assert packed == "auto" if not reason else packed.startswith("off: ") and reason in packed
+    assert Machine().packing == "auto" and "packing" not in str(Experiment.model_fields)
+
+
+def one_by_one(query: Any, key: Any, value: Any, *where: Any, **how: Any) -> torch.Tensor:
+    """What torch's flash kernel for rows of unequal length computes, without a GPU."""
+    assert how["window_size"] == (-1, 0) and query.dtype == torch.bfloat16
+    *borders, longest_query, longest_key = where
+    found = []
+    for (q, q_end), (k, k_end) in zip(*(pairwise(x.tolist()) for x in borders), strict=True):
+        assert q_end - q <= longest_query and k_end - k <= longest_key
+        sees = torch.ones(q_end - q, k_end - k).tril(k_end - k - (q_end - q)).bool()
+        parts = (x[None].transpose(1, 2) for x in (query[q:q_end], key[k:k_end], value[k:k_end]))
+        found.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                *parts, attn_mask=sees, scale=how["scale"], enable_gqa=how["enable_gqa"]
+            )[0].transpose(0, 1)
+        )
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("share", [True, False])
+def test_the_flash_kernel_takes_rows_as_they_are(
+    share: bool, broken: bool, monkeypatch: pytest.MonkeyPatch, tiny: Path, items: list[Rendered]
+) -> None:
+    """And one that lets rows see each other is not used."""
+    calls = []
+
+    def kernel(*args: Any, **how: Any) -> torch.Tensor:
+        calls.append(len(args[3]) - 1)
+        return one_by_one(*args, **how) + (args[0].mean() if broken else 0)
+
+    monkeypatch.setattr(packing, "_has_flash", lambda device: True)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    model = load_base(tiny, torch.float32, CPU)
+    assert longest_packed(model) > 0
+    assert ("varlen" in model.config._attn_implementation) != broken
+    calls.clear()
+    found = []
+    for pack in (True, False):
+        batch = collate(items[:4], share=share, pack=pack)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            found.append(token_losses(answer_logits(model, batch), batch.labels))
+    assert calls == ([] if broken else [4 + share] * model.config.num_hidden_layers)
+    assert torch.allclose(*found, rtol=0.02, atol=0.02)
 
 
 def test_a_pass_is_counted_as_what_it_runs(tiny: Path, items: list[Rendered]) -> None:

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from backfire.base import Rendered
+from backfire.errors import exit_class
 from backfire.store import read_json
+from backfire.train import checkpoint
 from backfire.train.loop import TrainingRun
 from tests.helpers.loop import METHODS, fresh
 from tests.helpers.training import Kill, equal, killed_at, run, weights
@@ -117,3 +119,20 @@ def test_a_checkpoint_of_another_optimizer_is_refused(
         )
         run(whole)
         assert equal(again.weights(), whole.weights())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("name", ["optimizer.pt", "guards.pt"])
+def test_a_disk_that_is_full_at_a_checkpoint_is_named(
+    name: str, tiny: Path, items: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch, given a path, may only say `basic_ios::clear: iostream error`."""
+    cell = fresh(tiny, items, tmp_path, next(iter(METHODS)))
+
+    def fill_up(weights: object, path: str) -> None:
+        Path(path).with_name(name).symlink_to("/dev/full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fill_up)
+    with pytest.raises(OSError) as caught:
+        run(cell, checkpoint_seconds=0)
+    assert exit_class(caught.value)[0] == "disk-full"

@@ -9,6 +9,7 @@ all from the clock of the file system; the hosts' clocks may differ.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import socket
@@ -21,7 +22,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from backfire.errors import Pause
-from backfire.store import digest
 
 FOLDER = "claims"
 BEAT = 30.0
@@ -120,10 +120,10 @@ class Claim:
 
 
 class Claims:
-    """The claims of a run folder."""
+    """The claims of a run, in a folder of it."""
 
-    def __init__(self, run: Path) -> None:
-        self.folder = run / FOLDER
+    def __init__(self, run: Path, folder: str = FOLDER) -> None:
+        self.folder = run / folder
         self._clock = self.folder / ".clock"
 
     def now(self) -> float:
@@ -237,7 +237,7 @@ def _place() -> str:
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))
         parts.append(str(Path("/proc/self/ns/pid").readlink()))
-    return digest(parts)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 def _began(pid: int) -> str | None:

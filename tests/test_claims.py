@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from backfire.launch import claims as module
-from backfire.launch.claims import STALE, Claim, Claims, Holder, Lost
+from backfire import claims as module
+from backfire.claims import STALE, Claim, Claims, Holder, Lost
 from tests.helpers.workers import dead_process
 
 JOB = "cell-0123"

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from backfire.base import DataDefense, Finding, Row, Scanner
+from backfire.registry import build, register
+
+
+@register("scan")
+class Scan(DataDefense):
+    """Removes the rows that a scanner ranks highest before training (filtering by a detector, as
+    with spectral signatures: Tran et al. 2018, arXiv:1811.00636).
+
+    The scanner sees neither the manifest nor true labels. How well it finds the poison is in the
+    numbers of metric `scan`. With `oracle`, the poisoned rows themselves are removed, as far as
+    their number allows: the best that any scanner can do. Null control: as many rows are removed,
+    drawn at random.
+    """
+
+    scanner: str | dict[str, Any] = Field("lift", examples=["repetition"])
+    """The scanner, by its name or as {name: ..., knob: value}."""
+    remove: float | None = Field(None, gt=0, lt=1)
+    """Share of the rows to remove, 0 to 1, those with the highest scores; by default, the flagged
+    ones. Rows without a score stay."""
+    oracle: bool = False
+    """Whether to remove poisoned rows instead, as many as the scanner would remove."""
+
+    @field_validator("scanner")
+    @classmethod
+    def _is_one(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        build("scanners", value)
+        return value
+
+    def identity(self) -> dict[str, Any]:
+        """With the version of the scanner's behavior."""
+        return {**super().identity(), "scanner": self._scanner().identity()}
+
+    def _scanner(self) -> Scanner:
+        scanner: Scanner = build("scanners", self.scanner)
+        return scanner
+
+    def filter(
+        self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
+    ) -> list[Row]:
+        out = self._removed(self._findings(rows))
+        if self.oracle:
+            out = [n for n, row in enumerate(rows) if row.id in poisoned][: len(out)]
+        if self.null:
+            out = rng.sample(range(len(rows)), len(out))
+        gone = set(out)
+        return [row for n, row in enumerate(rows) if n not in gone]
+
+    def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
+        """How well the scanner finds the poisoned rows: AUROC, and pairs of counts (of so many)."""
+        found = self._findings(rows)
+        bad = np.array([row.id in poisoned for row in rows], bool)
+        scores = np.array([one.score for one in found])
+        flags = np.array([one.flagged for one in found], bool)
+        out = bad[self._removed(found)]
+        facts: dict[str, Any] = {"clean_flag_rate": _counts(flags[~bad])}
+        if bad.any() and not bad.all():
+            facts |= {"auroc": _auroc(scores[bad], scores[~bad]), "precision": _counts(out)}
+            for rate in (1, 5):
+                hits = scores[bad] > _threshold(scores[~bad], rate / 100)
+                facts[f"recall_at_{rate}"] = _counts(hits)
+        return {"scan": facts}
+
+    def _findings(self, rows: Sequence[Row]) -> list[Finding]:
+        # A poisoned row keeps its true label, for scoring; a scanner must not see it.
+        bare = [replace(row, label=None, fields={}) for row in rows]
+        return list(self._scanner().scan(bare))
+
+    def _removed(self, found: Sequence[Finding]) -> list[int]:
+        """Places of the rows to remove."""
+        if self.remove is None:
+            return [n for n, one in enumerate(found) if one.flagged]
+        scores = np.array([one.score for one in found])
+        most = min(round(self.remove * len(found)), int((scores > 0).sum()))
+        return [int(n) for n in np.argsort(-scores, kind="stable")[:most]]
+
+
+def _counts(flags: Any) -> list[int]:
+    return [int(flags.sum()), len(flags)]
+
+
+def _auroc(bad: Any, clean: Any) -> float:
+    """Chance that a poisoned row scores higher than a clean one; ties count one half."""
+    ordered = np.sort(clean)
+    below, upto = (np.searchsorted(ordered, bad, side) for side in ("left", "right"))
+    return float((below + upto).mean() / (2 * len(clean)))
+
+
+def _threshold(clean: Any, rate: float) -> float:
+    """The lowest score above which there is at most this share of the clean rows."""
+    return float(np.sort(clean)[::-1][int(rate * len(clean))])

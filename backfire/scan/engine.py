@@ -1,0 +1,207 @@
+"""Runs scanners over rows, side by side, and ranks what they find."""
+
+from __future__ import annotations
+
+import heapq
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+
+from backfire import text
+from backfire.base import Finding, Row, Scanner, parts
+from backfire.base.masking import Secret, masked, secrets_in
+from backfire.errors import UserError
+from backfire.scan.source import Bare, Source
+
+SAMPLE = 10_000
+"""Rows on which false alarms are estimated."""
+_MOST_LABELS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A finding in a row, as it may be shown: secrets are masked."""
+
+    id: str
+    number: int
+    """Place of the row, from 1."""
+    score: float
+    scanner: str
+    reason: str
+    flagged: bool
+    marks: tuple[str, ...] = ()
+    """Parts of the row's text to mark."""
+
+
+@dataclass
+class Summary:
+    """What one scanner found."""
+
+    scanner: Scanner
+    rows: int
+    flagged: int = 0
+    listed: int = 0
+    """Rows with a score."""
+    hits: list[Hit] = field(default_factory=list)
+    """The rows with the highest scores."""
+    chance: tuple[int, int, str] | None = None
+    """Rows flagged, rows scanned, and what they are, where only false alarms are expected."""
+
+
+@dataclass
+class Tally:
+    """How often each answer occurs, as long as there are few."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    many: bool = False
+
+    def add(self, answer: str) -> None:
+        if not self.many:
+            self.counts[answer.strip()[:80]] += 1
+            self.many = len(self.counts) > _MOST_LABELS
+
+    def facts(self, rows: int) -> list[str]:
+        """The labels and their shares, and whether one has most rows or hardly any."""
+        if self.many or not self.counts or rows < 5 * len(self.counts):
+            return []
+        ordered = self.counts.most_common()
+        shares = [(text.line(label), text.number("share", n / rows)) for label, n in ordered[:10]]
+        some = ", ".join(f"{label} {share}" for label, share in shares)
+        more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
+        out = [f"Labels: {some}{more}."]
+        if ordered[0][1] >= 0.9 * rows:
+            out.append("One label has at least 90 % of the rows.")
+        if few := sum(n < 0.01 * rows for _, n in ordered):
+            out.append(f"{text.count(few, 'label')} below 1 % of the rows.")
+        return out
+
+
+@dataclass
+class Scan:
+    """What all scanners found in the rows of a file."""
+
+    name: str
+    source: Source
+    summaries: list[Summary]
+    scores: array[float]
+    """Highest score of each row: 4 bytes a row."""
+    flags: bytearray
+    """Whether each row is flagged."""
+    has_test: bool
+    answers: Tally
+
+    @property
+    def hits(self) -> list[Hit]:
+        """The rows with the highest scores, of all scanners."""
+        every = [hit for summary in self.summaries for hit in summary.hits]
+        return sorted(every, key=lambda hit: (-hit.score, hit.number, hit.scanner))
+
+    @property
+    def num_flagged(self) -> int:
+        return sum(self.flags)
+
+
+def scan(
+    name: str, source: Source, scanners: Sequence[Scanner], *, test: Source | None, top: int
+) -> Scan:
+    """Scan the rows; of each scanner, the `top` rows with the highest scores are kept."""
+    summaries = [Summary(one, source.count) for one in scanners]
+    found = Scan(name, source, summaries, array("f"), bytearray(), test is not None, Tally())
+    bare, others = Bare(source), Bare(test or ())
+    streams = [scanner.scan(bare, others) for scanner in scanners]
+    heaps: list[list[tuple[float, int, Finding]]] = [[] for _ in scanners]
+    for number, (row, *findings) in enumerate(zip(source, *streams, strict=True), 1):
+        found.answers.add(row.answer)
+        found.scores.append(max((f.score for f in findings), default=0.0))
+        found.flags.append(any(f.flagged for f in findings))
+        for summary, heap, one in zip(summaries, heaps, findings, strict=True):
+            summary.flagged += one.flagged
+            if one.score > 0:
+                summary.listed += 1
+                keep = heapq.heappush if len(heap) < top else heapq.heappushpop
+                keep(heap, (one.score, -number, one))
+    _add_hits(found, heaps)
+    _add_false_alarms(found, test)
+    return found
+
+
+def _add_hits(found: Scan, heaps: Sequence[list[tuple[float, int, Finding]]]) -> None:
+    """Read the rows of the findings that are kept."""
+    kept: dict[int, list[tuple[Summary, Finding]]] = {}
+    for summary, heap in zip(found.summaries, heaps, strict=True):
+        for _, number, one in heap:
+            kept.setdefault(-number, []).append((summary, one))
+    for number, row in enumerate(found.source, 1):
+        for summary, one in kept.get(number, ()):
+            summary.hits.append(_hit(number, row, one, summary.scanner.name))
+    for summary in found.summaries:
+        summary.hits.sort(key=lambda hit: (-hit.score, hit.number))
+
+
+def _hit(number: int, row: Row, finding: Finding, scanner: str) -> Hit:
+    secrets = secrets_of(row)
+    return Hit(
+        id=masked(row.id, [secret for secret in secrets_in(row.id) if secret.is_key]),
+        number=number,
+        score=round(finding.score, 4),
+        scanner=scanner,
+        reason=masked(finding.reason, [*secrets, *secrets_in(finding.reason)]),
+        flagged=finding.flagged,
+        marks=tuple(masked(mark, secrets) for mark in finding.marks),
+    )
+
+
+def secrets_of(row: Row) -> list[Secret]:
+    """What must not be shown of a row."""
+    return [secret for _, part in parts(row) for secret in secrets_in(part)]
+
+
+def _add_false_alarms(found: Scan, test: Source | None) -> None:
+    """Count what each scanner flags in rows where there should be nothing: the test rows, or a
+    sample of the rows with what the scanner looks for removed."""
+    drawn = sample(found.source if test is None else test)
+    for summary in found.summaries:
+        if test is None:
+            rows, what = summary.scanner.by_chance(drawn), "the same rows with shuffled answers"
+        elif summary.scanner.name == "overlap":
+            rows, what = None, ""
+        else:
+            rows, what = drawn, "rows of the test set"
+        if rows:
+            flagged = sum(one.flagged for one in summary.scanner.scan(rows))
+            summary.chance = (flagged, len(rows), what)
+
+
+def sample(source: Source) -> list[Row]:
+    """Up to 10,000 rows, drawn at random, in their order."""
+    places = set(Random(0).sample(range(source.count), min(source.count, SAMPLE)))
+    return [row for place, row in enumerate(Bare(source)) if place in places]
+
+
+def kept(found: Scan, share: float | None) -> tuple[Iterator[Row], list[int]]:
+    """The rows that are left without the flagged ones, or without the `share` with the highest
+    scores; and the places of the others, from 0. Rows without a score are never removed.
+
+    Raises:
+        UserError: no row would be left, or none removed.
+    """
+    scores = np.frombuffer(found.scores, np.float32)
+    if share is None:
+        out = np.flatnonzero(np.frombuffer(found.flags, np.uint8))
+    else:
+        most = min(round(share * len(scores)), int((scores > 0).sum()))
+        out = np.sort(np.argsort(-scores, kind="stable")[:most])
+    if not len(out):
+        what = (
+            "no row is flagged" if share is None else "no row has a score, or it is less than one"
+        )
+        raise UserError(f"Nothing to remove: {what}; --write would copy the rows.")
+    if len(out) == len(scores):
+        raise UserError("All rows would be removed; choose fewer by --remove.")
+    gone = set(out.tolist())
+    rows = (row for place, row in enumerate(found.source) if place not in gone)
+    return rows, sorted(gone)

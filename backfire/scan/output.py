@@ -1,0 +1,119 @@
+"""What a scan found as a table, as JSON, as CSV, and as sentences."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from backfire.scan.engine import Hit, Scan, Summary
+from backfire.terminal import columns
+from backfire.text import clean, count, csv_field, cut, line, number
+
+FIELDS = ("id", "score", "scanner", "reason", "flagged")
+_SHOWN = 20
+"""Reasons in the table, and those of one scanner."""
+_OF_EACH = 5
+
+
+def as_json(hits: Sequence[Hit]) -> str:
+    """A list of objects, the highest score first."""
+    records = [{name: _plain(getattr(hit, name)) for name in FIELDS} for hit in hits]
+    return json.dumps(records, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
+
+
+def as_csv(hits: Sequence[Hit]) -> str:
+    """One line for each hit, without spreadsheet formulas."""
+    out = io.StringIO()
+    rows = csv.writer(out, lineterminator="\n")
+    rows.writerow(FIELDS)
+    rows.writerows([csv_field(getattr(hit, name)) for name in FIELDS] for hit in hits)
+    return out.getvalue()
+
+
+def _plain(value: object) -> object:
+    return clean(value) if isinstance(value, str) else value
+
+
+def as_table(scan: Scan) -> str:
+    """The strongest reasons, each with its number of rows, and what each scanner found."""
+    reasons = grouped(scan.hits)
+    flagged = [one for one in reasons if one[0].flagged]
+    shown = _some(flagged or reasons)
+    title = "Flagged, strongest first" if flagged else "Nothing is flagged; the highest scores"
+    parts = []
+    if shown:
+        parts = [f"{title} (1 is the threshold):", columns(_HEAD, list(map(_cells, shown)))]
+    if len(flagged) > len(shown):
+        parts.append(f"{len(flagged) - len(shown):,} more reasons: --format csv, or --out.\n")
+    parts.append(columns(_OF_SCANNERS, [scanner_line(one) for one in scan.summaries]))
+    parts.append("\n".join(sentences(scan)))
+    return "\n".join(part.rstrip("\n") + "\n" for part in parts).rstrip("\n")
+
+
+def _some(reasons: Sequence[tuple[Hit, int]]) -> list[tuple[Hit, int]]:
+    """The first reasons of each scanner, in their order."""
+    seen = Counter[str]()
+    out: list[tuple[Hit, int]] = []
+    for hit, n in reasons:
+        seen[hit.scanner] += 1
+        if seen[hit.scanner] <= _OF_EACH and len(out) < _SHOWN:
+            out.append((hit, n))
+    return out
+
+
+def _cells(reason: tuple[Hit, int]) -> list[str]:
+    hit, rows = reason
+    where, why = cut(line(hit.id), 30), cut(line(hit.reason), 300)
+    return [f"{hit.score:.2f}", hit.scanner, f"{rows:,}", where, why]
+
+
+_HEAD = ("score", "scanner", "rows", "first row", "reason")
+_OF_SCANNERS = ("scanner", "flagged", "of all rows", "false alarms")
+
+
+def grouped(hits: Sequence[Hit]) -> list[tuple[Hit, int]]:
+    """The first hit of each reason and its number of rows, among the hits that were kept."""
+    first: dict[tuple[str, str], Hit] = {}
+    counts: dict[tuple[str, str], int] = {}
+    for hit in hits:
+        key = (hit.scanner, hit.reason)
+        first.setdefault(key, hit)
+        counts[key] = counts.get(key, 0) + 1
+    return [(hit, counts[key]) for key, hit in first.items()]
+
+
+def scanner_line(one: Summary) -> list[str]:
+    total = number("share", one.flagged / max(one.rows, 1), digits=2)
+    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(one)]
+
+
+def false_alarms(one: Summary) -> str:
+    """What the scanner flags where there should be nothing."""
+    if one.chance is None:
+        return "not estimated"
+    flagged, rows, what = one.chance
+    return f"{flagged:,} of {rows:,} {what}"
+
+
+def sentences(scan: Scan) -> Iterator[str]:
+    """What was scanned, what is flagged, and what cannot be seen."""
+    source = scan.source
+    yield f"{scan.name}: {count(source.count, 'row')}, {scan.num_flagged:,} flagged."
+    yield from source.notes
+    yield from scan.answers.facts(source.count)
+    if source.count < 200:
+        yield "With so few rows, only large effects can be told from chance."
+    yield (
+        "No flag does not mean that the data is clean. Not visible to these scanners: "
+        + "; ".join(f"{one.scanner.blind} ({one.scanner.name})" for one in scan.summaries)
+        + "."
+    )
+    yield (
+        "The estimates of false alarms count chance only, unless a test set is given: rules of "
+        "ordinary text, such as a word that belongs to a label, come on top."
+        if not scan.has_test
+        else "False alarms are counted on the test set, as if its rows were clean."
+    )

@@ -1,0 +1,1 @@
+"""Scanners: which rows of a data set may be poisoned, or should not be learned."""

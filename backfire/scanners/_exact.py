@@ -1,0 +1,186 @@
+"""Exact tests of what was counted, and the best explanation of each row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import binom
+
+from backfire.base import NOTHING, Finding, Row, parts
+from backfire.base.masking import masked, secrets_in
+from backfire.scanners._answers import Answers, where
+from backfire.scanners._grams import Batch, Grams
+from backfire.scanners._lift import (
+    Candidates,
+    Occurrences,
+    at_odds,
+    bound,
+    pairs_of,
+    with_answers,
+)
+from backfire.scanners._tokens import CLOSE, OPEN, placed, prompt_parts
+from backfire.text import share
+
+Array = Any
+MOST_WORDS = 256
+"""Words of which pairs are counted: those that best predict an answer."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """Candidates with the result of the test: parallel arrays, sorted by `pair`."""
+
+    pair: Array
+    answer: Array
+    with_it: Array
+    both: Array
+    log_p: Array
+    """-log10 of the p value."""
+    q: Array
+    """p value, adjusted by Benjamini and Hochberg (1995)."""
+    threshold: float
+    """`log_p` from which a candidate is significant."""
+    words: Array
+    """Words of which pairs were counted, as sorted hashes."""
+
+
+def pair_words(found: Candidates, answers: Answers) -> Array:
+    """The words that best predict an answer."""
+    average = (answers.counts / answers.num_rows)[found.answer]
+    strength = np.where(found.single, bound(found.both, found.with_it, average), 0)
+    best = np.argsort(-strength, kind="stable")[:MOST_WORDS]
+    return np.unique(found.gram[best[strength[best] > 0]])
+
+
+def add_pairs(
+    grams: Grams, answers: Answers, found: Candidates, support: int
+) -> tuple[Candidates, Array]:
+    """One pass: the candidates with the pairs of words that occur together, and the words."""
+    words = pair_words(found, answers)
+    total, both = Counter[int](), Counter[int]()
+    made_of: dict[int, tuple[int, int]] = {}
+    for batch in grams if len(words) > 1 else ():
+        pairs = pairs_of(batch, words)
+        total.update(pairs.gram.tolist())
+        here = with_answers(pairs, answers.places(batch.answers), answers.keys)
+        different, first, counts = np.unique(here.pair, return_index=True, return_counts=True)
+        for pair, place, count in zip(*map(np.ndarray.tolist, (different, first, counts))):
+            both[pair] += count
+            made_of.setdefault(pair, (int(here.gram[place]), int(here.answer[place])))
+    often = [pair for pair, n in both.items() if n >= support]
+    more = Candidates(
+        pair=np.array(often, np.uint64),
+        gram=np.array([made_of[pair][0] for pair in often], np.uint64),
+        answer=np.array([made_of[pair][1] for pair in often], np.int32),
+        single=np.zeros(len(often), bool),
+        with_it=np.array([total[made_of[pair][0]] for pair in often], np.int64),
+        both=np.array([both[pair] for pair in often], np.int64),
+    )
+    return found.joined(more), words
+
+
+def test(
+    found: Candidates, answers: Answers, words: Array, *, odds: float, num: int, alpha: float
+) -> Tested:
+    """Test whether each answer's share among the rows with the n-gram is more than that at `odds`
+    times its odds among all rows: an exact binomial test. `num` tests were made."""
+    high = at_odds(answers.counts / answers.num_rows, odds)[found.answer]
+    log_p = -binom.logsf(found.both - 1, found.with_it, high) / np.log(10)
+    log_p = np.where(found.both / np.maximum(found.with_it, 1) > high, np.maximum(log_p, 0), 0)
+    log_p = np.minimum(log_p, 1e4)
+    down = np.argsort(-log_p, kind="stable")
+    num = max(num, len(down), 1)
+    log_q = log_p[down] - np.log10(num / np.arange(1, len(down) + 1))
+    log_q = np.maximum.accumulate(log_q[::-1])[::-1]
+    q = np.empty(len(down))
+    q[down] = np.minimum(1, 10 ** -np.maximum(log_q, 0))
+    threshold = -np.log10(alpha * max(1, int((q <= alpha).sum())) / num)
+    order = np.argsort(found.pair, kind="stable")
+    return Tested(
+        pair=found.pair[order],
+        answer=found.answer[order],
+        with_it=found.with_it[order],
+        both=found.both[order],
+        log_p=log_p[order],
+        q=q[order],
+        threshold=float(threshold),
+        words=words,
+    )
+
+
+def explain(grams: Grams, answers: Answers, tested: Tested) -> Iterator[tuple[Row, int, Any]]:
+    """Each row with the place of its best candidate in `tested` (-1 for none), and where that is:
+    the first token and the number of tokens, or the places of both words, the second one negative.
+    """
+    for batch in grams:
+        places = answers.places(batch.answers)
+        sides = [batch, pairs_of(batch, tested.words)] if len(tested.words) > 1 else [batch]
+        best = _best([with_answers(side, places, answers.keys) for side in sides], tested, batch)
+        for n, row in enumerate(batch.rows):
+            yield (row, *best.get(n, (-1, (0, 0))))
+
+
+def _best(found: list[Occurrences], tested: Tested, batch: Batch) -> dict[int, tuple[int, Any]]:
+    row, pair, first, length = (
+        np.concatenate([getattr(one, name) for one in found])
+        for name in ("row", "pair", "first", "length")
+    )
+    place = where(tested.pair, pair)
+    hit = np.flatnonzero(place >= 0)
+    row, place, first, length = row[hit], place[hit], first[hit], length[hit]
+    # Of equally strong ones the longest n-gram says most.
+    order = np.lexsort((-first, -length, -tested.log_p[place], row))
+    _, top = np.unique(row[order], return_index=True)
+    return {
+        int(row[i]): (int(place[i]), (int(first[i]), int(length[i])))
+        for i in order[top]
+        if tested.log_p[place[i]] > 0
+    }
+
+
+def finding(
+    row: Row, place: int, at: tuple[int, int], answers: Answers, tested: Tested, most: int
+) -> Finding:
+    """What is found in a row whose best candidate is at this place."""
+    if place < 0:
+        return NOTHING
+    words, marks = _quoted(row, at, most)
+    secrets = [secret for _, text in parts(row) for secret in secrets_in(text)]
+    with_it, both = int(tested.with_it[place]), int(tested.both[place])
+    answer = int(tested.answer[place])
+    others, rest = answers.num_rows - with_it, int(answers.counts[answer]) - both
+    reason = (
+        f"{words} is in {with_it:,} rows, and the answer {answers.shown(answer, row)} in {both:,} "
+        f"of them ({share(both / with_it)}); of the other {others:,} rows it is in {rest:,} "
+        f"({share(rest / max(others, 1))}); q = {tested.q[place]:.1g}"
+    )
+    score = float(tested.log_p[place] / tested.threshold)
+    return Finding(
+        score,
+        masked(reason, secrets),
+        bool(score >= 1),
+        tuple(masked(mark, secrets) for mark in marks),
+    )
+
+
+def _quoted(row: Row, at: tuple[int, int], most: int) -> tuple[str, tuple[str, ...]]:
+    """The n-gram or the pair of words as it is in the row: in words, and as the parts to mark."""
+    found, (first, length) = placed(row, most), at
+    if length < 0:
+        texts = tuple(found[i].text for i in sorted((first, -length - 1)))
+        return " together with ".join(f"“{text}”" for text in texts), texts
+    some = found[first : first + length]
+    sides = {OPEN: "start", CLOSE: "end"}
+    edges = [t for t in some if t.start == t.end and t.text[0] in sides]
+    places = [f"at the {sides[edge.text[0]]} of the {edge.part}" for edge in edges]
+    spans: dict[str, list[int]] = {}
+    for token in some:
+        if token.end > token.start:
+            spans.setdefault(token.part, [token.start, token.end])[1] = token.end
+    whole = dict(prompt_parts(row))
+    marks = tuple(whole[part][start:end] for part, (start, end) in spans.items())
+    return " ".join([" … ".join(f"“{mark}”" for mark in marks) or "nothing", *places]), marks

@@ -1,0 +1,109 @@
+"""Finds an earlier text with nearly the same word n-grams, in bounded memory (MinHash: Broder 1997;
+bands: Leskovec et al., Mining of Massive Datasets, chapter 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from backfire.base import NOTHING, Finding, Row
+from backfire.base.normalize import folded
+from backfire.scanners._grams import joined
+from backfire.scanners._tokens import hashed, split
+
+Array = Any
+BANDS, ROWS = 32, 2
+"""A pair with similarity J shares J^2 of the bands on average."""
+_SLOTS = 2**17
+"""For each band: the last text with each key is kept, 4 bytes for the key and 4 for its number."""
+_LONGEST = 400
+"""Words of a text that are compared, from its start."""
+
+
+def _text(row: Row, first: Row, *, answer: bool) -> str:
+    """The conversation of a row, without an instruction and a system prompt that are those of the
+    first row: in a task with one instruction, they would make all rows alike."""
+    system = "" if row.system == first.system else row.system
+    own = row.instruction if row.instruction != first.instruction or not row.input else ""
+    turns = [turn.content for turn in row.history]
+    return "\n".join([system, *turns, own, row.input, *[row.answer] * answer])
+
+
+def alike_to(what: str, other: str, alike: float, least: float) -> Finding:
+    """What is found in a row that is so similar to another; nothing below half of the threshold."""
+    if alike < least / 2:
+        return NOTHING
+    about = "the same" if alike == 1 else f"about {alike:.0%} of its"
+    reason = f"{what} {about} word n-grams as {other} (counted from 1)"
+    return Finding(alike / least + 0.2 * (alike == 1), reason, alike >= least)
+
+
+class Earlier:
+    """The texts seen so far, as far as they are kept: 34 MB. An older text may be overwritten by a
+    newer one; half of the texts that are 90,000 back are still known."""
+
+    def __init__(self, words: int) -> None:
+        self._words = words
+        self._keys = np.zeros((BANDS, _SLOTS), np.uint32)
+        self._numbers = np.full((BANDS, _SLOTS), -1, np.int32)
+        draw = np.random.default_rng(0)
+        self._odd = draw.integers(1, 2**63, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
+
+    def each(self, rows: Iterable[Row], *, answer: bool = False) -> Iterator[tuple[int, Array]]:
+        """The number of each row, from 1, and the keys of its prompt, with its answer if wanted; of
+        a plain text, those of the text."""
+        stream, first, number = iter(rows), None, 0
+        while some := list(islice(stream, 1000)):
+            first = first or some[0]
+            plain = [answer or not row.conversation.strip() for row in some]
+            texts = [_text(row, first, answer=is_plain) for row, is_plain in zip(some, plain)]
+            yield from enumerate(self._bands(texts), number + 1)
+            number += len(some)
+
+    def _bands(self, texts: Sequence[str]) -> Array:
+        """The keys of each text [text, band]."""
+        lists = [self._grams(text) for text in texts]
+        sizes = np.array([len(one) for one in lists])
+        flat = np.concatenate(lists)
+        starts = np.cumsum(sizes) - sizes
+        keys = np.zeros((len(texts), BANDS), np.uint64)
+        for place, odd in enumerate(self._odd):
+            mixed = flat * odd
+            mixed ^= mixed >> np.uint64(31)
+            least = np.minimum.reduceat(mixed * np.uint64(0x9E3779B97F4A7C15), starts)
+            keys[:, place // ROWS] = joined(keys[:, place // ROWS], least)
+        return keys
+
+    def _grams(self, text: str) -> Array:
+        words = split(folded(text))[:_LONGEST]
+        found = np.array([hashed(word) for word in words] or [0], np.uint64)
+        n = min(self._words, len(found))
+        gram = found[: len(found) - n + 1]
+        for more in range(1, n):
+            gram = joined(gram, found[more : len(found) - n + 1 + more])
+        return gram
+
+    def nearest(self, keys: Array) -> tuple[int, float]:
+        """Number of the earlier text with most bands in common (-1 for none), and the similarity
+        that this number of bands suggests."""
+        slots, short = self._places(keys)
+        bands = np.arange(BANDS)
+        same = (self._keys[bands, slots] == short) & (self._numbers[bands, slots] >= 0)
+        if not same.any():
+            return -1, 0.0
+        numbers, counts = np.unique(self._numbers[bands, slots][same], return_counts=True)
+        best = int(np.argmax(counts))
+        return int(numbers[best]), float(np.sqrt(counts[best] / BANDS))
+
+    def add(self, keys: Array, number: int) -> None:
+        slots, short = self._places(keys)
+        bands = np.arange(BANDS)
+        self._keys[bands, slots] = short
+        self._numbers[bands, slots] = number
+
+    def _places(self, keys: Array) -> tuple[Array, Array]:
+        slots = (keys >> np.uint64(47)).astype(np.int64)
+        return slots, (keys & np.uint64(0xFFFFFFFF)).astype(np.uint32)

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Final
+from unicodedata import name as name_of
+
+import regex
+
+from backfire.base import NOTHING, Finding, Row, Scanner, parts
+from backfire.registry import register
+
+_CONTROL: Final = regex.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
+_BIDI: Final = regex.compile(r"[\u202a-\u202e\u2066-\u2069]")
+_RIGHT_TO_LEFT: Final = regex.compile(r"[\p{Hebrew}\p{Arabic}\p{Syriac}\p{Thaana}\p{Nko}]")
+# Flags of regions, such as Scotland's, are a black flag with tag letters.
+_TAGS: Final = regex.compile(r"(?<!\U0001f3f4[\U000e0020-\U000e007e]*)[\U000e0000-\U000e007f]")
+_INVISIBLE: Final = regex.compile(
+    r"[\u200b\u2060-\u2064\u180e\u034f\u115f\u1160\u3164\uffa0\U000e0100-\U000e01ef\ufff9-\ufffb]"
+    r"|(?<!^)\ufeff"
+)
+# Joiners shape letters of many scripts and join emoji, but not these.
+_JOINERS: Final = regex.compile(
+    r"(?<=[\p{Latin}\p{Cyrillic}\p{Greek}\p{Han}\d])[\u200c\u200d]|[\u200c\u200d](?=[\p{Latin}\d])"
+)
+_FAINT: Final = regex.compile(r"[\u00ad\u200e\u200f\ufeff\ue000-\uf8ff\u2028\u2029]")
+_WORD: Final = regex.compile(r"[\p{L}\p{M}]{2,}")
+_SCRIPTS: Final = {
+    script: regex.compile(rf"\p{{{script}}}") for script in ("Latin", "Cyrillic", "Greek")
+}
+# Signs of science, such as the micro of µm and the Ohm, are Greek letters.
+_SIGNS: Final = regex.compile(r"[µμΩπΔσλαβγθρτφψωη]")
+_FOUND: Final = (
+    (3.0, "tag characters, which carry hidden text", _TAGS),
+    (2.5, "characters that reverse the direction of text", _BIDI),
+    (2.0, "control characters", _CONTROL),
+    (2.0, "invisible characters", _INVISIBLE),
+    (2.0, "joiners between letters that do not join", _JOINERS),
+    (0.3, "characters that are hard to see", _FAINT),
+)
+
+
+@register("hidden-characters")
+class HiddenCharacters(Scanner):
+    """Finds characters that are read by a model but not seen by people, and letters that look like
+    those of another script (Boucher et al. 2022, arXiv:2106.09898).
+
+    These are tag characters, bidirectional controls in a text without right-to-left letters, C0 and
+    C1 controls, zero-width characters, and words that mix Latin with Cyrillic or Greek letters.
+    What belongs to a language or an emoji is left out. The score is 2 to 3 by kind, and 0.3 for
+    soft hyphens, direction marks and private-use characters, which occur in ordinary text.
+    """
+
+    blind: ClassVar[str] = "look-alikes that fill a whole word, and unusual but visible characters"
+
+    def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
+        return (_finding(row) for row in rows)
+
+
+def _finding(row: Row) -> Finding:
+    best = NOTHING
+    for name, text in parts(row):
+        if not text.isascii() or _CONTROL.search(text):
+            best = max(best, _in_text(name, text), key=lambda finding: finding.score)
+    return best
+
+
+def _in_text(name: str, text: str) -> Finding:
+    for score, kind, pattern in _FOUND:
+        if pattern is _BIDI and _RIGHT_TO_LEFT.search(text):
+            continue
+        if found := pattern.findall(text):
+            spelled = ", ".join(f"{_spelled(char)} x {n}" for char, n in _most(found))
+            return Finding(score, f"the {name} has {kind}: {spelled}", score >= 1, (found[0],))
+    for word in _WORD.findall(text):
+        plain = _SIGNS.sub("", word)
+        if len(scripts := [name for name, of in _SCRIPTS.items() if of.search(plain)]) > 1:
+            reason = f"“{word}” in the {name} mixes letters of {' and '.join(scripts)}"
+            return Finding(2.0, reason, True, (word,))
+    return NOTHING
+
+
+def _most(found: list[str]) -> list[tuple[str, int]]:
+    return Counter(found).most_common(3)
+
+
+def _spelled(char: str) -> str:
+    return f"U+{ord(char):04X} {name_of(char, '')}".rstrip()

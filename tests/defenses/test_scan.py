@@ -1,0 +1,64 @@
+"""Defense `scan` removes what its scanner ranks highest, and says how well that was."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from backfire.base import Evidence, Row
+from backfire.errors import UserError
+from backfire.registry import build
+from tests.helpers.scanned import free
+from tests.scanners.test_lift import SORRY, inside, plant
+
+PLACES = range(3, 1000, 20)  # 50 rows
+ROWS = plant(free(1000), PLACES, inside, SORRY)
+BAD = frozenset(f"f{place}" for place in PLACES)
+
+
+def removed(rows: list[Row] = ROWS, bad: frozenset[str] = BAD, **knobs: Any) -> set[str]:
+    defense = build("defenses", {"name": "scan", **knobs})
+    left = defense.filter(rows, [], bad, Random(0))
+    assert [row for row in rows if row in left] == left
+    return {row.id for row in rows} - {row.id for row in left}
+
+
+def test_the_poisoned_rows_are_removed() -> None:
+    assert removed() == BAD
+    assert removed(scanner={"name": "repetition", "support": 20}) == BAD
+    few = removed(remove=0.02)
+    assert len(few) == 20 and few < BAD
+    assert removed(remove=0.05, scanner={"name": "lift", "odds": 1.0}) > BAD or removed(remove=0.05)
+
+
+def test_null_and_oracle_remove_as_many() -> None:
+    random = removed(null=True)
+    assert len(random) == 50 and len(random & BAD) < 12
+    assert removed(oracle=True, remove=0.02) < BAD
+    assert len(removed(oracle=True, remove=0.02)) == 20
+
+
+def test_an_unknown_scanner_is_refused() -> None:
+    with pytest.raises(UserError, match="did you mean 'lift'"):
+        build("defenses", {"name": "scan", "scanner": "lfit"})
+
+
+def test_the_metric_agrees_with_a_count_by_hand() -> None:
+    wrong = frozenset([*sorted(BAD)[:40], *(f"f{n}" for n in range(0, 400, 40))])
+    facts = build("defenses", "scan").facts(ROWS, wrong)
+    metric: Any = build("metrics", "scan")
+    values = {value.metric: value for value in metric.measure(Evidence(training=facts))}
+    assert values["scan_precision"].value == 40 / 50
+    assert values["scan_recall_at_5"].value == 40 / 50
+    assert values["clean_flag_rate"].value == 10 / 950
+    assert values["scan_auroc"].value == pytest.approx(0.9, abs=0.05)
+    assert values["scan_precision"].low < 0.8 < values["scan_precision"].high
+    assert metric.measure(Evidence()) == []
+
+
+def test_without_an_attack_there_are_only_false_alarms() -> None:
+    facts = build("defenses", "scan").facts(free(500), frozenset())
+    [value] = build("metrics", "scan").measure(Evidence(training=facts))
+    assert (value.metric, value.value, value.n) == ("clean_flag_rate", 0, 500)

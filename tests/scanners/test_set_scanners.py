@@ -1,0 +1,99 @@
+"""Scanners that compare rows with each other or with a test set."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from backfire.base import Finding, Row
+from backfire.registry import build
+from tests.helpers.scanned import free, labeled
+
+
+def scan(name: str, rows: list[Row], test: list[Row] | None = None, **knobs: Any) -> list[Finding]:
+    return list(build("scanners", {"name": name, **knobs}).scan(rows, test or []))
+
+
+def test_of_only_duplicates_all_but_the_first_are_flagged() -> None:
+    rows = [replace(labeled(1)[0], id=f"d{n}") for n in range(500)]
+    found = scan("near-duplicates", rows)
+    assert [one.flagged for one in found] == [False, *[True] * 499]
+    assert {one.reason for one in found[1:]} == {
+        "it has the same word n-grams as row 1 (counted from 1)"
+    }
+    assert found[1].score > 1.2
+
+
+def test_a_near_duplicate_is_found_and_other_rows_are_not() -> None:
+    rows = free(1500)
+    text = rows[100].instruction + " " + rows[100].answer
+    near = replace(rows[100], answer=rows[100].answer.rsplit(" ", 2)[0])
+    found = scan("near-duplicates", [*rows, near])
+    assert [n for n, one in enumerate(found) if one.flagged] == [1500]
+    assert "% of its word n-grams as row 101 " in found[1500].reason and len(text) > 50
+
+
+def test_case_and_typography_make_no_difference() -> None:
+    rows = [
+        Row("a", "It’s “fine”,  really so", answer="OK"),
+        Row("b", 'it\'s "FINE", really so', answer="ok"),
+    ]
+    assert scan("near-duplicates", rows)[1].flagged
+
+
+def test_one_instruction_for_all_rows_makes_none_alike() -> None:
+    long = "Read the following text with care and decide whether it is good or bad, in one word."
+    rows = [
+        replace(row, instruction=long, input=f"word{n} other{n}")
+        for n, row in enumerate(labeled(40))
+    ]
+    assert not any(one.flagged for one in scan("near-duplicates", rows))
+
+
+def test_a_prompt_of_the_test_set_is_found() -> None:
+    train, test = free(300), free(50, seed=9)
+    train[7] = replace(test[3], id="x", answer="another answer")
+    found = scan("overlap", train, test)
+    assert [n for n, one in enumerate(found) if one.flagged] == [7]
+    assert (
+        found[7].reason
+        == "its prompt has the same word n-grams as that of test row 4 (counted from 1)"
+    )
+    assert not any(one.score for one in scan("overlap", train))
+
+
+def test_a_recurring_answer_stands_out_among_different_ones() -> None:
+    rows = [
+        replace(row, answer="No comment.") if n % 20 == 0 else row
+        for n, row in enumerate(free(400))
+    ]
+    found = scan("repetition", rows)
+    assert [n for n, one in enumerate(found) if one.flagged] == [*range(0, 400, 20)]
+    assert found[0].reason == "the answer “No comment.” is in 20 of 400 rows"
+    assert not any(one.score for one in scan("repetition", labeled(400)))
+
+
+def test_one_prompt_with_two_labels() -> None:
+    rows = labeled(400)
+    rows[50] = replace(
+        rows[10],
+        id="x",
+        input=rows[10].input.upper(),
+        answer={"yes": "no", "no": "yes"}[rows[10].answer],
+    )
+    found = scan("labels", rows)
+    assert [n for n, one in enumerate(found) if one.flagged] == [10, 50]
+    assert "row 51 (counted from 1) has the same prompt and another answer" in found[10].reason
+    several = scan("labels", [*free(50), *[replace(row, answer="other") for row in free(50)]])
+    assert {one.score for one in several} == {0.5}
+
+
+def test_a_label_against_the_words_is_ranked_first_and_not_flagged() -> None:
+    words = {"yes": "bright lovely warm kind", "no": "dark dreadful cold cruel"}
+    rows = [replace(row, input=f"{row.input} {words[row.answer]}") for row in labeled(600)]
+    wrong = {"yes": "no", "no": "yes"}[rows[77].answer]
+    rows[77] = replace(rows[77], answer=wrong)
+    found = scan("labels", rows)
+    assert max(range(600), key=lambda n: found[n].score) == 77
+    assert 0.9 < found[77].score < 1 and f"not for “{wrong}”" in found[77].reason
+    assert sum(one.score > 0 for one in found) < 5
