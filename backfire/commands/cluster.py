@@ -172,7 +172,7 @@ def _follow(
             launcher.cancel()
             raise
     if stop:
-        raise Interrupted(f"Interrupted. {launcher.goes_on()}")
+        raise Interrupted(f"Interrupted. {launcher.goes_on(lambda line: say(line, console))}")
     launcher.cancel()  # those that wait in the queue have nothing left to do
     return view.ended
 

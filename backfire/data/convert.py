@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -13,7 +12,14 @@ from backfire.base.normalize import folded
 from backfire.data.columns import FLAGS, fold, listed
 from backfire.data.conversation import conversation, history
 from backfire.data.labels import ask_for, if_not, plain, truth, written
-from backfire.data.preferences import answers, are_dialogs, dialogs, open_dialog, preference
+from backfire.data.preferences import (
+    answers,
+    are_dialogs,
+    dialogs,
+    open_dialog,
+    preference,
+    with_worse_answers,
+)
 from backfire.data.published import Form, form_of
 from backfire.data.questions import choices, passage, reference, right_one
 from backfire.data.read import (
@@ -56,7 +62,7 @@ def to_rows(
     bad_answers: list[Row] = []
     for row in each_row(records, task, left, file=file, stem=stem, ids=ids):
         (rows if row.answer else bad_answers).append(row)
-    return _with_worse_answers(rows, bad_answers, left)
+    return with_worse_answers(rows, bad_answers, left)
 
 
 def each_row(
@@ -128,33 +134,6 @@ def _with_all_labels(
         with suppress(UserError):  # errors of later rows
             labels |= {written(more.get(column)) for _, more in islice(rest, 100_000)}
     return f"{problem}; {ask_for(labels - {''})}"
-
-
-def _with_worse_answers(rows: list[Row], bad_answers: list[Row], left: LeftOut) -> list[Row]:
-    """Add answers marked as bad to the row with a good answer to the same prompt, as its worse
-    answers; those without such a row are left out."""
-    if not bad_answers:
-        return rows
-    worse: dict[Any, list[str]] = {}
-    for row in bad_answers:
-        worse.setdefault(_prompt_of(row), []).extend(row.worse)
-    good = set(map(_prompt_of, rows))
-    for row in bad_answers:
-        left.records[_KEPT if _prompt_of(row) in good else _ALONE] += 1
-    return [
-        replace(row, **preference((row.answer,), tuple(dict.fromkeys(worse[_prompt_of(row)]))))
-        if _prompt_of(row) in worse and not row.worse
-        else row
-        for row in rows
-    ]
-
-
-_KEPT = "with an answer marked as bad: kept as the worse answer to a prompt with a good one"
-_ALONE = "left out: the answer is marked as bad, and the same prompt has no good answer"
-
-
-def _prompt_of(row: Row) -> tuple[Any, ...]:
-    return (row.system, row.history, row.instruction, row.input)
 
 
 def _id(record: Record, shape: Shape, place: str, ids: Collection[str]) -> str:

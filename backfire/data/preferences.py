@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
+from backfire.base import Row
 from backfire.data.conversation import history
-from backfire.data.read import BadRowError
+from backfire.data.read import BadRowError, LeftOut
 from backfire.data.read_json import kind_of
 
 # A dialog as one text (hh-rlhf).
@@ -41,6 +43,33 @@ def preference(better: tuple[str, ...], worse: tuple[str, ...]) -> dict[str, Any
     if better and better == worse:
         return {"fields": {"tied": "true"}}
     return {"better": better, "worse": worse}
+
+
+def with_worse_answers(rows: list[Row], bad_answers: list[Row], left: LeftOut) -> list[Row]:
+    """Add answers marked as bad to the row with a good answer to the same prompt, as its worse
+    answers; those without such a row are left out."""
+    if not bad_answers:
+        return rows
+    worse: dict[Any, list[str]] = {}
+    for row in bad_answers:
+        worse.setdefault(_prompt_of(row), []).extend(row.worse)
+    good = set(map(_prompt_of, rows))
+    for row in bad_answers:
+        left.records[_KEPT if _prompt_of(row) in good else _ALONE] += 1
+    return [
+        replace(row, **preference((row.answer,), tuple(dict.fromkeys(worse[_prompt_of(row)]))))
+        if _prompt_of(row) in worse and not row.worse
+        else row
+        for row in rows
+    ]
+
+
+_KEPT = "with an answer marked as bad: kept as the worse answer to a prompt with a good one"
+_ALONE = "left out: the answer is marked as bad, and the same prompt has no good answer"
+
+
+def _prompt_of(row: Row) -> tuple[Any, ...]:
+    return (row.system, row.history, row.instruction, row.input)
 
 
 def ranked(value: list[Any]) -> tuple[str, list[str]] | None:

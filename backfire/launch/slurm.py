@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -206,7 +206,7 @@ class Slurm:
         """Remove the workers from the queue."""
         _ask("scancel", f"--user={os.getuid()}", f"--name={self.job_name}")
 
-    def goes_on(self) -> str:
+    def goes_on(self, say: Callable[[str], None]) -> str:
         """What to know after Ctrl-C."""
         return (
             "The workers go on. See them with `squeue --me`, end them with `scancel --me "

@@ -72,8 +72,9 @@ class Launcher(Protocol):
     def cancel(self) -> None:
         """End all workers."""
 
-    def goes_on(self) -> str:
-        """What to tell after Ctrl-C: whether the workers go on."""
+    def goes_on(self, say: Callable[[str], None]) -> str:
+        """What to tell after Ctrl-C: whether the workers go on. If they do not, it says so first,
+        and waits for their end."""
 
 
 class View(Board):

@@ -83,7 +83,7 @@ def add_pairs(
     return found.joined(more), words
 
 
-def test(
+def exact_test(
     found: Candidates, answers: Answers, words: Array, *, odds: float, num: int, alpha: float
 ) -> Tested:
     """Test whether each answer's share among the rows with the n-gram is more than that at `odds`

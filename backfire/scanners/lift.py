@@ -45,26 +45,26 @@ class Lift(Scanner):
     """Words and signs of a part that are read: half from its start, half from its end."""
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
-        from backfire.scanners import _exact as exact
-        from backfire.scanners import _lift as count
         from backfire.scanners._answers import count_answers
+        from backfire.scanners._exact import add_pairs, exact_test, explain, finding
         from backfire.scanners._grams import Grams
+        from backfire.scanners._lift import count_exactly, find_candidates
 
         answers = count_answers(rows, self.support)
         if not len(answers.keys):
             yield from (NOTHING for _ in rows)
             return
         grams = Grams(rows, self.longest, self.most_words)
-        found, num = count.find_candidates(grams, answers, self.odds, self.support)
-        count.count_exactly(grams, answers, found)
+        found, num = find_candidates(grams, answers, self.odds, self.support)
+        count_exactly(grams, answers, found)
         num -= len(found.pair)
-        found, words = exact.add_pairs(grams, answers, found, self.support)
+        found, words = add_pairs(grams, answers, found, self.support)
         num += len(found.pair)
-        tested = exact.test(found, answers, words, odds=self.odds, num=num, alpha=self.alpha)
+        tested = exact_test(found, answers, words, odds=self.odds, num=num, alpha=self.alpha)
         told: dict[int, Finding] = {}
-        for row, place, at in exact.explain(grams, answers, tested):
+        for row, place, at in explain(grams, answers, tested):
             if place not in told:
-                told[place] = exact.finding(row, place, at, answers, tested, self.most_words)
+                told[place] = finding(row, place, at, answers, tested, self.most_words)
             yield told[place]
 
     def by_chance(self, rows: list[Row]) -> list[Row]:

@@ -13,7 +13,7 @@ import torch
 
 from backfire.base import Rendered, Row
 from backfire.errors import CellError, is_out_of_memory
-from backfire.evaluate import budget, exposure, inference
+from backfire.evaluate import budget, exposure, inference, prompts
 from backfire.evaluate.code_search import likelihoods
 from backfire.model.batching import ways
 from backfire.model.head import exact_head
@@ -27,6 +27,11 @@ ERRORS: dict[str, Callable[[], Exception]] = {
     "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublas`"),
 }
 NEW = 4
+
+
+@pytest.fixture(autouse=True)
+def narrow_models_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompts, "_NARROWEST", 0)
 
 
 @pytest.fixture(scope="module", params=["llama", "mamba", "bart", "openai-gpt"])
@@ -49,7 +54,8 @@ def items() -> list[Rendered]:
 def rows_of(given: dict[str, Any]) -> int:
     """How many rows a pass holds; a pack's mask lists them."""
     mask = given.get("attention_mask")
-    return len(given["input_ids"]) if mask is None or mask.dim() < 4 else mask.shape[2]
+    is_pack = mask is not None and mask.dim() == 4 and not mask.is_floating_point()
+    return mask.shape[2] if is_pack else len(given["input_ids"])
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from backfire.evaluate import budget, inference, slots
+from backfire.evaluate import prompts as packing
 from backfire.evaluate.prompts import packed_up_to
 from backfire.model.batching import ways
 from tests.helpers.families import KINDS, VOCAB, reply, tiny_model
@@ -18,6 +19,7 @@ NEW, ROWS = 24, 4
 @pytest.fixture(autouse=True)
 def short_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "SPARE", 5)  # so that rows move
+    monkeypatch.setattr(packing, "_NARROWEST", 0)  # so that tiny models pack
 
 
 @pytest.fixture(scope="module")

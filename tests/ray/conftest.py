@@ -73,3 +73,4 @@ def ray() -> Iterator[Cluster]:
     finally:
         process.stdin.close()
         process.wait(timeout=60)
+        process.stdout.close()

@@ -14,7 +14,7 @@ from backfire.base import Finding, Row
 from backfire.registry import build
 from backfire.scanners import _sketches
 from backfire.scanners._answers import Answers
-from backfire.scanners._exact import test as exact_test
+from backfire.scanners._exact import exact_test
 from backfire.scanners._lift import Candidates, at_odds
 from tests.helpers.scanned import free, labeled, text
 
