@@ -7,7 +7,8 @@ on is a function of the seed and the step. With one rank nothing is sent, and to
 not imported.
 
 Memory may run out on one rank alone. So every exchange within a step starts with a flag, and a rank
-that ran out raises it instead: then all ranks repeat the step in smaller passes.
+that ran out raises it instead: then all ranks repeat the step in smaller passes. With sharded
+weights they start again, from the last checkpoint (`train.team`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from backfire.errors import CellError
+from backfire.train.devices import OUT_OF_MEMORY
 
 T = TypeVar("T")
 
@@ -113,11 +115,7 @@ class Ranks:
         if not self.several:
             return mine
         if self.sharded and mine:
-            raise CellError(
-                "oom",
-                "Out of memory on one of several devices that share the weights; run with fewer "
-                "rows per pass (--micro-batch), with --recompute, or on more devices.",
-            )
+            raise CellError("oom", OUT_OF_MEMORY)
         told, self.told = self.told, False
         return told or self.largest(float(mine)) > 0
 

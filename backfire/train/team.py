@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import math
 import os
 import pickle
 import queue
@@ -21,13 +22,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from datetime import timedelta
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from backfire.errors import CellError, exit_class
 from backfire.progress import Progress, silent
-from backfire.train.devices import check, launched
+from backfire.train.devices import OUT_OF_MEMORY, check, launched
 
 if TYPE_CHECKING:
     import torch
@@ -47,13 +49,29 @@ Blob = bytes
 
 
 def train(task: Task, resident: Resident, progress: Progress) -> dict[str, Any]:
-    """Train on all devices of the task's machine and return the summary.
+    """Train on all devices of the task's machine and return the summary. If memory runs out where
+    no rank can repeat a pass alone, all start again from the last checkpoint, with half the rows.
 
     Raises:
-        CellError: a rank has failed, or was killed (`killed`).
+        CellError: a rank has failed, was killed (`killed`), or runs out of memory at one row
+            (`oom`).
         UserError: a device is missing.
     """
     check(task.machine)
+    rows = math.ceil(task.experiment.train.batch_size / task.machine.devices)
+    rows = min(rows, task.machine.micro_batch or rows)
+    while True:
+        try:
+            return _train(task, resident, progress)
+        except CellError as error:
+            if str(error) != OUT_OF_MEMORY or rows == 1:
+                raise
+        rows = math.ceil(rows / 2)
+        progress(0, 1, f"out of memory; again with {rows} rows per pass")
+        task = replace(task, machine=task.machine.model_copy(update={"micro_batch": rows}))
+
+
+def _train(task: Task, resident: Resident, progress: Progress) -> dict[str, Any]:
     team = _team_of(task.machine.devices)
     try:
         return team.train(task, resident, progress)
@@ -106,16 +124,20 @@ class _Team:
             raise error
 
     def _found(self) -> CellError | None:
-        for rank, process in enumerate(self.processes, 1):
-            if (code := process.poll()) is not None:
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-                return CellError("killed", f"Rank {rank} of {self.size} {how} while training.")
         for rank in range(1, self.size):
             if self.store.check([key := _error(self.number, rank)]):
                 kind, sentence, is_effect = json.loads(self.store.get(key))
                 if not is_effect:
                     return CellError(kind, sentence)
+            elif self.processes and (code := self.processes[rank - 1].poll()) is not None:
+                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
+                return CellError("killed", f"Rank {rank} of {self.size} {how} while training.")
         return None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no rank that this process started has ended."""
+        return all(process.poll() is None for process in self.processes)
 
     def cause(self, error: Exception) -> CellError | None:
         """Why another rank has left, if this error is only the effect of that."""
@@ -149,7 +171,7 @@ _team: _Team | None = None
 
 def _team_of(size: int) -> _Team:
     global _team
-    if _team and _team.size != size:
+    if _team and not (_team.size == size and _team.is_whole):
         _disband()
     if _team is None:
         _team = _Team(_meet()[0], size, []) if launched() else _started(size)
@@ -282,7 +304,7 @@ def serves() -> bool:
                 return
             yield blob
 
-    _serve(store, rank, size, tasks())
+    _serve(store, rank, size, tasks(), stays=True)
     return True
 
 
@@ -296,8 +318,8 @@ def _meet() -> tuple[Any, int, int]:
     return store, rank, size
 
 
-def _serve(store: Any, rank: int, size: int, blobs: Iterable[Blob]) -> None:
-    """Train along in every task."""
+def _serve(store: Any, rank: int, size: int, blobs: Iterable[Blob], *, stays: bool) -> None:
+    """Train along in every task; `stays`: also after one that failed here."""
     import torch
 
     from backfire.model.resident import Resident
@@ -323,9 +345,12 @@ def _serve(store: Any, rank: int, size: int, blobs: Iterable[Blob]) -> None:
                     task.train(ranks, resident, silent)
                 except Exception as error:  # told before the others see that this rank has left
                     report(number, error)
+                    raise
         except Exception as error:
             report(number, error)
             resident.release()
+            if not stays:
+                return
 
 
 def _main(port: int, size: int, rank: int) -> None:
@@ -342,7 +367,10 @@ def _main(port: int, size: int, rank: int) -> None:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     store = TCPStore(_HOST, port, is_master=False, timeout=_TIMEOUT)
-    _serve(store, rank, size, iter(blobs.get, None))
+    _serve(store, rank, size, iter(blobs.get, None), stays=False)
+    # gloo closes its connections, for which the others wait, when nothing refers to a group any
+    # more, and sharded weights do for long.
+    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,22 @@ class Murder(TrainDefense):
                     os.kill(os.getpid(), signal.SIGKILL)
         return Hook()
 """
+HUNGER = """
+from backfire.base import TrainDefense, TrainHook
+from backfire.registry import register
+
+@register("hunger")
+class Hunger(TrainDefense):
+    '''From the third step on, the second rank has memory for two rows.'''
+
+    def hook(self, run):
+        class Hook(TrainHook):
+            def weigh(self, losses, labels, rows, logits):
+                if run.ranks.rank == 1 and run.step >= 2 and len(rows) > 2:
+                    raise MemoryError
+                return losses
+        return Hook()
+"""
 
 
 @pytest.fixture
@@ -93,6 +109,32 @@ def test_a_killed_rank_fails_the_cell_and_the_next_run_resumes(
     assert result(both, "environment.json")["devices"] == 2
     assert "devices" not in {**result(alone)["train"], **result(alone, "environment.json")}
     assert result(both)["key"] == result(alone)["key"]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_disbanded")
+def test_shared_weights_start_again_with_fewer_rows_when_memory_runs_out(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_loaded", [])
+    file = tmp_path / "hunger.py"
+    file.write_text(HUNGER, encoding="utf-8")
+    registry.use(from_file(file))
+    settings = {**SETTINGS, "method": "full", "defense": "hunger"}
+    alone, both = Place(tmp_path / "alone", tiny), Place(tmp_path / "both", tiny)
+    assert alone.run(**settings) == 0
+    tried, train = list[Any](), team._Team.train
+
+    def spy(self: Any, task: Any, *rest: Any) -> dict[str, Any]:
+        saved = sorted(file.name for file in task.folder.glob("checkpoints/0*"))
+        tried.append((task.machine.micro_batch, saved))
+        return train(self, task, *rest)
+
+    monkeypatch.setattr(team._Team, "train", spy)
+    assert both.run({"devices": 2, "checkpoint_seconds": 0.0}, **settings) == 0
+    assert tried == [(None, []), (2, ["00000001", "00000002"])]
+    assert losses(both) == pytest.approx(losses(alone), abs=5e-5)
+    assert result(both)["train"]["sharded"]
 
 
 @pytest.mark.slow
