@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,19 +162,19 @@ def _follow(
     console: Console,
 ) -> dict[str, str]:
     """Keep workers on the cluster until all jobs have ended; returns how they ended."""
-    stop = Stop()
+    stop, tell = Stop(), partial(say, console=console)
     with ProgressDisplay(console, jobs) as display, stop.on_signals():
         view = View(jobs, place, Claims(place.path), display.watch)
         try:
-            follow(view, launcher, count, lambda line: say(line, console), stop)
+            follow(view, launcher, count, tell, stop)
         except KeyboardInterrupt:
             stop.signaled = True
         except UserError:
-            launcher.cancel()
+            launcher.cancel(tell)
             raise
     if stop:
-        raise Interrupted(f"Interrupted. {launcher.goes_on(lambda line: say(line, console))}")
-    launcher.cancel()  # those that wait in the queue have nothing left to do
+        raise Interrupted(f"Interrupted. {launcher.goes_on(tell)}")
+    launcher.cancel(tell)  # those that wait in the queue have nothing left to do
     return view.ended
 
 

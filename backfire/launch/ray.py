@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from backfire.errors import UserError, shortened
-from backfire.launch.remote import FOLDER, Probe, Worker, unread
+from backfire.launch.remote import Probe, Worker, unread
 from backfire.resources import cores
 
 _RETRIES = 3
 """How often Ray itself repeats the task of a worker that died; then `launch.watch` does."""
-_PATIENCE = 120.0  # seconds that workers have to save a checkpoint
+_PATIENCE = 600.0
+"""Seconds that cancelled workers have to save a checkpoint. One that has just taken a job loads its
+model first, which takes minutes on a busy machine."""
+_QUIET = 5.0  # seconds of it that need no explanation
 _LOOK = 60.0  # seconds that a node has to say whether it sees the folders
 _CONNECT = 10.0
 _ASK = 30.0  # seconds for the question whether a cluster is open
@@ -53,8 +56,6 @@ class Ray:
         self.run, self.request = run.absolute(), request
         self.worker: Worker | None = None
         self._tasks: dict[str, Any] = {}
-        self._ends = self.run / FOLDER / f"ray-{secrets.token_hex(4)}.stop"
-        """Its existence stops the workers of this command."""
 
     def check(self) -> None:
         """Connect; nothing is started or written.
@@ -117,7 +118,7 @@ class Ray:
 
     def begin(self, options: tuple[str, ...], probe: Probe) -> None:
         """What its workers will do."""
-        self.worker = Worker(self.run, options, probe, ends=self._ends)
+        self.worker = Worker(self.run, options, probe)
 
     def start(self, count: int) -> list[str]:
         """Submit tasks; Ray starts each where there is room."""
@@ -152,45 +153,31 @@ class Ray:
     def log_of(self, worker: str) -> str:
         return f"ray-{worker}.log"
 
-    def cancel(self) -> None:
+    def cancel(self, say: Callable[[str], None]) -> None:
         """Let the workers save their checkpoints, and end them."""
-        self._end()
+        self._end(say)
 
-    def _end(self) -> int:
-        """Stop the workers; returns how many were still at work after `_PATIENCE`.
-
-        They end by themselves once a file is there. Ray's own cancelling may interrupt a task while
-        it waits for its worker to end, and Ray kills what is left when this process ends.
-        """
-        if not self._left():
-            return 0
-        ray, end = _import_ray(), time.monotonic() + _PATIENCE
-        try:
-            self._ends.parent.mkdir(exist_ok=True)
-            self._ends.touch()
-            while (begun := self._begun()) and time.monotonic() < end:
-                ray.wait(begun, num_returns=len(begun), timeout=1)
-        finally:
-            self._ends.unlink(missing_ok=True)
-        for task in self._left().values():  # most wait for a node
+    def _end(self, say: Callable[[str], None]) -> int:
+        """Cancel the workers, and wait for their end; returns how many have not ended in time: Ray
+        kills them when this process ends."""
+        ray, left = _import_ray(), list(self._left().values())
+        for task in left:
             with suppress(Exception):  # it has just ended
                 ray.cancel(task)
-        return len(begun)
-
-    def _begun(self) -> list[Any]:
-        """The tasks that a node has begun, and that have not ended."""
-        folder = self.run / FOLDER
-        left = self._left().items()
-        return [task for worker, task in left if (folder / self.log_of(worker)).exists()]
+        begun, said = time.monotonic(), False
+        while left and (waited := time.monotonic() - begun) < _PATIENCE:
+            if not said and (said := waited >= _QUIET):
+                say(
+                    "Waiting until the workers have saved their checkpoints, for at most "
+                    f"{_PATIENCE / 60:g} minutes; Ctrl-C ends them at once."
+                )
+            _, left = ray.wait(left, num_returns=len(left), timeout=1)
+        return len(left)
 
     def goes_on(self, say: Callable[[str], None]) -> str:
-        """What to know after Ctrl-C, once the workers have ended."""
-        say(
-            f"Stopping: the workers have {_PATIENCE / 60:g} minutes for a checkpoint; Ctrl-C again "
-            "ends them at once."
-        )
+        """What to know after Ctrl-C."""
         ended = "The workers have ended too"
-        if killed := self._end():
+        if killed := self._end(say):
             ended = f"Workers that had not saved a checkpoint in time were killed ({killed})"
         return f"{ended}; finished work is kept, and the same command goes on."
 

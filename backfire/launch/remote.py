@@ -100,15 +100,11 @@ class Worker:
     """Options of `backfire work`."""
     probe: Probe
     environment: dict[str, str] = field(default_factory=lambda: _carried())
-    ends: Path | None = None
-    """A file that stops it once it exists; None where the scheduler sends a signal."""
     _process: subprocess.Popen[bytes] | None = field(default=None, init=False, repr=False)
 
     def work(self, name: str) -> int:
         """Work, with a log of this name; returns the exit code of `backfire work`."""
         log = self.run / FOLDER / name
-        if self._is_over():
-            return 0
         if problem := self._not_shared():
             sys.stderr.write(f"backfire: {problem}\n")
             self._refuse(problem)
@@ -136,18 +132,9 @@ class Worker:
     def stop(self) -> None:
         """Let the process save a checkpoint and give its job back."""
         if self._process:
-            self._tell()
+            with suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGTERM)
             self._wait()
-
-    def _tell(self) -> None:
-        assert self._process
-        with suppress(ProcessLookupError):
-            os.kill(self._process.pid, signal.SIGTERM)
-
-    def _is_over(self) -> bool:
-        with suppress(OSError):  # a shared disk may be away for a while
-            return self.ends is not None and self.ends.exists()
-        return False
 
     def _refuse(self, sentence: str) -> None:
         """Leave word for the command that watches."""
@@ -157,16 +144,13 @@ class Worker:
             write_atomic(file, sentence)
 
     def _wait(self) -> None:
-        """Wait until the process has ended; it is told once if it is to stop. (`Popen.wait` holds a
-        lock: a signal handler that waits too would never return. Ray's cancelling does not
-        interrupt a system call.)"""
+        """Wait until the process has ended. (`Popen.wait` holds a lock: a signal handler that waits
+        too would never return. Ray's cancelling does not interrupt a system call.)"""
         assert self._process
-        how, told = os.WEXITED | os.WNOWAIT | os.WNOHANG, False
+        how = os.WEXITED | os.WNOWAIT | os.WNOHANG
         with suppress(ChildProcessError):
             while os.waitid(os.P_PID, self._process.pid, how) is None:
-                if not told and (told := self._is_over()):
-                    self._tell()
-                time.sleep(0.5)
+                time.sleep(0.2)
 
     def _not_shared(self) -> str:
         """Why this machine cannot work on the run; empty if it can."""

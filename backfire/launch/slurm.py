@@ -202,7 +202,7 @@ class Slurm:
     def log_of(self, worker: str) -> str:
         return f"slurm-{worker}.log"
 
-    def cancel(self) -> None:
+    def cancel(self, say: Callable[[str], None]) -> None:
         """Remove the workers from the queue."""
         _ask("scancel", f"--user={os.getuid()}", f"--name={self.job_name}")
 

@@ -69,12 +69,11 @@ class Launcher(Protocol):
     def log_of(self, worker: str) -> str:
         """Name of a worker's log."""
 
-    def cancel(self) -> None:
-        """End all workers."""
+    def cancel(self, say: Callable[[str], None]) -> None:
+        """End all workers. If that takes long, a sentence says why."""
 
     def goes_on(self, say: Callable[[str], None]) -> str:
-        """What to tell after Ctrl-C: whether the workers go on. If they do not, it says so first,
-        and waits for their end."""
+        """What to tell after Ctrl-C: whether the workers go on; if they do not, they are ended."""
 
 
 class View(Board):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -365,58 +366,41 @@ def test_a_worker_that_is_stopped_saves_its_checkpoint_first(
     worker: remote.Worker, stand_in: Path
 ) -> None:
     log = worker.run / "workers/log"
-    ends = threading.Timer(0.0, _when_ready, (worker, log, worker.stop))
+    ends = threading.Timer(0.0, _stop_when_ready, (log, worker))
     ends.start()
     assert worker.work("log") == 0
     ends.join()
     assert log.read_text().split() == ["ready", "sealed"]
 
 
-def test_a_worker_ends_once_its_file_is_there(worker: remote.Worker, stand_in: Path) -> None:
-    log, worker.ends = worker.run / "workers/log", worker.run / "workers/stop"
-    ends = threading.Timer(0.0, _when_ready, (worker, log, worker.ends.touch))
-    ends.start()
-    assert worker.work("log") == 0
-    ends.join()
-    assert log.read_text().split() == ["ready", "sealed"]
-    assert worker.work("other") == 0
-    assert not (worker.run / "workers/other").exists()
-
-
-def _when_ready(worker: remote.Worker, log: Path, do: Callable[[], None]) -> None:
+def _stop_when_ready(log: Path, worker: remote.Worker) -> None:
     while not worker._process or "ready" not in log.read_text():
         time.sleep(0.01)
-    do()
+    worker.stop()
 
 
-def test_ray_waits_for_the_workers_that_have_begun(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("ends", "sentence"), [(True, "The workers have ended too; "), (False, "Workers that had not ")]
+)
+def test_ray_waits_for_the_checkpoints_and_says_which_workers_it_kills(
+    ends: bool, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`first` is at work and ends when it is told to; `second` waits in the queue."""
-    ours = ray.Ray(tmp_path, ray.Request(10**9))
-    ours._tasks = {"first": 1, "second": 2}
-    (tmp_path / "workers").mkdir()
-    (tmp_path / "workers" / ours.log_of("first")).touch()
-    did: list[Any] = []
+    """`first` ends, `second` does or does not. Each look at the clock is 100 s later."""
+    clock, did = itertools.count(0, 100), list[Any]()
 
     def wait(tasks: list[int], timeout: float, **_: Any) -> tuple[list[int], list[int]]:
-        if timeout and (told := list(tmp_path.glob("workers/*.stop"))):
-            did.append((tasks, len(told)))
-        left = [task for task in tasks if task == 2 or not did]
-        return [], left
+        did.append((tasks, timeout))
+        return [], tasks if not timeout else [] if ends else [2]
 
+    monkeypatch.setattr(ray, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     fake = SimpleNamespace(wait=wait, cancel=did.append)
     monkeypatch.setattr(ray, "_import_ray", lambda: fake)
+    ours = ray.Ray(tmp_path, ray.Request(10**9))
+    ours._tasks = {"first": 1, "second": 2}
     said: list[str] = []
-    assert ours.goes_on(said.append).startswith("The workers have ended too;")
-    assert did == [([1], 1), 2]
-    assert [line[:42] for line in said] == ["Stopping: the workers have 2 minutes for a"]
-    assert not list(tmp_path.glob("workers/*.stop"))
-
-    did.clear()  # it does not end
-    monkeypatch.setattr(ray, "_PATIENCE", 0.0)
-    assert ours.goes_on(said.append).startswith("Workers that had not saved a checkpoint in time")
-    assert did == [1, 2]
+    assert ours.goes_on(said.append).startswith(sentence)
+    assert did[:5] == [([1, 2], 0), 1, 2, ([1, 2], 1), ([2], 1)][: 4 if ends else 5]
+    assert len(said) == 1 and "for at most 10 minutes; Ctrl-C ends them" in said[0]
 
 
 def test_a_worker_that_dies_has_its_exit_code(worker: remote.Worker, stand_in: Path) -> None:

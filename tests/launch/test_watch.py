@@ -52,7 +52,7 @@ class Scheduler:
     def log_of(self, worker: str) -> str:
         return f"{worker}.log"
 
-    def cancel(self) -> None:
+    def cancel(self, say: Callable[[str], None]) -> None:
         self.cancelled = True
 
 

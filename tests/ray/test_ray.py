@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -90,10 +91,22 @@ def test_ctrl_c_ends_the_workers_after_a_checkpoint(
     wait_until(lambda: len(twelve.claims()) > 0)
     pids = {claim["pid"] for claim in twelve.claims()}
     watcher.send_signal(signal.SIGINT)
-    assert watcher.wait(timeout=300) == 130
+    assert watcher.wait(timeout=700) == 130
     assert "Interrupted. The workers have ended too" in twelve.log()
     assert twelve.claims() == []
     assert not any(Path(f"/proc/{pid}/cmdline").exists() for pid in pids)
+
+
+def test_a_second_ctrl_c_ends_the_workers_at_once(twelve: Twelve, ray: Cluster) -> None:
+    watcher = twelve.start(*RUN, "--jobs", "1", "--ray-address", ray.address)
+    wait_until(lambda: len(twelve.claims()) > 0)
+    pid = twelve.claims()[0]["pid"]
+    os.kill(pid, signal.SIGSTOP)  # it saves no checkpoint
+    watcher.send_signal(signal.SIGINT)
+    wait_until(lambda: "Waiting until the workers have saved" in twelve.log())
+    watcher.send_signal(signal.SIGINT)
+    assert watcher.wait(timeout=60) == 130
+    wait_until(lambda: not Path(f"/proc/{pid}/cmdline").exists())
 
 
 def test_a_worker_that_no_node_can_hold_is_refused(twelve: Twelve, ray: Cluster) -> None:
