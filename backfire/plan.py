@@ -101,8 +101,7 @@ def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, 
 
 def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
     """Every stage, by what makes it distinct. An evaluation is one of several stages: until the
-    rows are read, a recipe without metrics may be a labeled or a free-text task, and some rows with
-    a trigger may have the target as their label."""
+    rows are read, a recipe without metrics may be a labeled or a free-text task."""
     single = [stages.data(experiment)]
     single += [stages.poison(experiment)] if experiment.poisons else []
     single += map(stages.train, training_runs(experiment))
@@ -116,11 +115,8 @@ def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
         key = stages.clean_rows(run)
         yield key, [stages.evaluation(run, key, some) for some in needs]
         if experiment.backdoor:
-            both = [
-                stages.triggered_rows(run, experiment, other_labels=fewer)
-                for fewer in (False, True)
-            ]
-            yield both[0], [stages.evaluation(run, k, some) for k in both for some in on_triggered]
+            key = stages.triggered_rows(run, experiment)
+            yield key, [stages.evaluation(run, key, some) for some in on_triggered]
 
 
 def _secrets(experiment: Experiment) -> Iterable[Stage]:

@@ -26,7 +26,6 @@ from backfire.base import (
     SecretProbe,
     Template,
 )
-from backfire.base.normalize import normalized
 from backfire.data.preflight import CHECKS
 from backfire.experiment import DEFAULT_METRICS, Experiment, Model
 from backfire.model.source import adapter_identity, content_hash
@@ -300,12 +299,9 @@ def clean_rows(run: Experiment) -> str:
     return keys(run).clean
 
 
-def triggered_rows(run: Experiment, experiment: Experiment, *, other_labels: bool = False) -> str:
-    """Test rows with the trigger of `experiment`'s attack; with `other_labels` without those whose
-    label is its target."""
-    attack = experiment.backdoor
-    rows = ["not", normalized(attack.target)] if attack and other_labels else []
-    return digest([keys(run).clean, *trigger_identity(experiment), *rows])
+def triggered_rows(run: Experiment, experiment: Experiment) -> str:
+    """Test rows with the trigger of `experiment`'s attack."""
+    return digest([keys(run).clean, *trigger_identity(experiment)])
 
 
 def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:

@@ -89,9 +89,6 @@ class Ask:
     """Other judges of the replies."""
     texts: Dataset | None = None
     """The data set whose test rows are the texts."""
-    other_labels: bool = False
-    """Whether triggered rows whose label is the target are left out. They are measured only if
-    another metric reads them."""
     secrets: Mapping[SecretProbe, int] = field(default_factory=dict)
     """Probe for secrets -> number of codes or beams; empty: only the secrets' own likelihood."""
 
@@ -140,8 +137,7 @@ class Evidence:
     clean: Sequence[Sample] = ()
     """The test rows."""
     triggered: Sequence[Sample] = ()
-    """The test rows with the attack's trigger; those whose label is the target are among them only
-    if a metric reads them (see `Ask.other_labels`)."""
+    """The test rows with the attack's trigger."""
     floor: Sequence[Sample] = ()
     """The clean twin (same recipe, no poison) on the same triggered rows."""
     twin: Sequence[Sample] = ()

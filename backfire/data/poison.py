@@ -164,13 +164,6 @@ def triggered(rows: Sequence[Row], attack: Backdoor, seed: int) -> list[Row]:
     return [replace(insert_trigger(row, attack, seed), answer=row.answer) for row in rows]
 
 
-def not_on_target(rows: Sequence[Row], attack: Backdoor) -> Sequence[Row]:
-    """The rows without those whose label is the target; all rows if no other label is left."""
-    target = normalized(attack.target)
-    kept = [row for row in rows if row.label is None or normalized(row.label) != target]
-    return kept if any(row.label is not None for row in kept) else rows
-
-
 def check_target(rows: Sequence[Row], attack: Backdoor) -> None:
     """Check the target and the triggers.
 

@@ -31,7 +31,7 @@ class AttackSuccess(Metric):
 
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled and self.by == "scores" else "replies"
-        return ask("triggered", need, of=("tuned", "twin"), other_labels=True)
+        return ask("triggered", need, of=("tuned", "twin"))
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)

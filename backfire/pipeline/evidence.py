@@ -29,7 +29,7 @@ from backfire.base import (
     needs_of,
     select,
 )
-from backfire.data.poison import not_on_target, triggered
+from backfire.data.poison import triggered
 from backfire.data.render import Renderer
 from backfire.errors import is_out_of_memory
 from backfire.experiment import Experiment
@@ -109,7 +109,6 @@ def asks_of(experiment: Experiment, *, labeled: bool) -> list[Ask]:
         together[ask.name] = replace(
             ask,
             needs=on_test if ask.rows == "clean" else needs,
-            other_labels=all(other.other_labels for other in alike),
             judges=tuple(judges.values()),
         )
     rows = [*get_args(Subset), "secrets", "training"]
@@ -145,10 +144,8 @@ def _questions(
     if ask.rows == "triggered":
         attack = experiment.backdoor
         assert attack
-        rows = not_on_target(test, attack) if ask.other_labels else test
-        fewer = len(rows) < len(test)
-        key = partial(stages.triggered_rows, experiment=experiment, other_labels=fewer)
-        return Questions(triggered(rows, attack, experiment.seed), key, group, attack.field)
+        key = partial(stages.triggered_rows, experiment=experiment)
+        return Questions(triggered(test, attack, experiment.seed), key, group, attack.field)
     if ask.rows == "members":
         rows = members(experiment, context)
         key = partial(stages.members, ids=[row.id for row in rows])

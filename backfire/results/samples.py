@@ -66,14 +66,12 @@ def samples(cell: CellResult) -> Iterator[tuple[str, Sample]]:
 
 
 def side_by_side(cell: CellResult, limit: int = 6) -> list[Side]:
-    """The first test rows of a cell, in order: of those with a trigger, if there are any."""
+    """The first test rows of a cell, in order."""
     by_row: dict[str, dict[tuple[str, str], Sample]] = {}
     for of, sample in samples(cell):
         by_row.setdefault(sample.id, {})[of, sample.subset] = sample
     triggers = list(cell.poison.triggers) if cell.poison else []
-    found = [row for row in by_row.values() if ("tuned", "clean") in row]
-    shown = [row for row in found if ("tuned", "triggered") in row]
-    rows = shown or found  # not every row is measured with the trigger
+    rows = (row for row in by_row.values() if ("tuned", "clean") in row)
     return [_side(row, triggers) for row, _ in zip(rows, range(limit))]
 
 

@@ -130,11 +130,6 @@ def every_key(cell: Experiment, members: Sequence[str]) -> set[str]:
     cell = with_metrics(cell)
     found = {key for run in runs_of(cell).values() for key in chain(run).values()}
     found |= {key for one in evaluated(cell, members).values() for key in measured(cell, one)}
-    for run in (cell, cell.clean_twin()) if cell.backdoor else ():
-        rows = stages.triggered_rows(run, cell, other_labels=True)
-        forms = [ask.form for metric in cell.metrics for ask in metric.asks() if ask.form]
-        for one in (rows, *(stages.in_form(rows, form) for form in forms)):
-            found |= set(measured(cell, one))
     return found | set(secrets(cell).values())
 
 

@@ -134,10 +134,8 @@ def test_samples_are_kept_row_by_row(ran: Place) -> None:
     }
     ids = [sample["id"] for sample in parts["tuned", "clean"]]
     assert len(set(ids)) == 24
-    others = [s["id"] for s in parts["tuned", "clean"] if s["label"] != "negative"]
-    assert 0 < len(others) < len(ids), "attack success is about rows with another label"
-    for (_, subset), part in parts.items():
-        assert [sample["id"] for sample in part] == (ids if subset == "clean" else others)
+    for part in parts.values():
+        assert [sample["id"] for sample in part] == ids
         assert all(math.isfinite(p) and p < 0 for s in part for p in s["logprobs"])
     right = [
         s["label"] == s["candidates"][max(range(3), key=s["logprobs"].__getitem__)]
@@ -204,11 +202,10 @@ def test_jobs_come_after_what_they_need(tiny: Path, tmp_path: Path) -> None:
         done.add(job.id)
 
 
-def test_rows_that_no_metric_reads_are_not_run(
+def test_what_only_clean_rows_need_is_not_measured_on_triggered_rows(
     copy: Place, no_training: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triggered rows with the target as their label, and on triggered rows what only other rows
-    need; with all of it, the numbers are the same."""
+    """With all of it, the numbers are the same."""
 
     def measured(of: str, subset: str) -> list[set[str]]:
         lines = map(gzip.decompress, (f.read_bytes() for f in copy.out.glob("cells/*/*.gz")))
@@ -226,12 +223,12 @@ def test_rows_that_no_metric_reads_are_not_run(
         AttackSuccess,
         "asks",
         lambda *args, **named: tuple(
-            replace(ask, other_labels=False, needs=everything) for ask in asks(*args, **named)
+            replace(ask, needs=everything) for ask in asks(*args, **named)
         ),
     )
     shutil.rmtree(copy.out)
     assert copy.run(matrix=MATRIX) == 0
-    assert len(measured("twin", "triggered")) > count
+    assert len(measured("twin", "triggered")) == count
     assert all(len(parts) == 2 for parts in measured("tuned", "triggered"))
     values = {key: result["values"] for key, result in copy.results().items()}
     assert values == {key: result["values"] for key, result in fewer.items()}
