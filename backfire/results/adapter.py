@@ -23,6 +23,7 @@ _FAMILIES: Final = {
     "membership_auc": "membership-inference",
     "membership_recall": "membership-inference",
     "privacy_delta": "privacy-epsilon",
+    "clean_flag_rate": "scan",
 }
 """Values whose name does not begin with their metric's."""
 _UNITS: Final[Mapping[Unit, tuple[str, ...]]] = {
@@ -31,9 +32,9 @@ _UNITS: Final[Mapping[Unit, tuple[str, ...]]] = {
         *("exact_match", "number_match", "f1", "precision", "recall", "win_rate", "incoherent"),
         *("harmful_score", "undecided_share", "refusal_rate", "neither_rate", "over_refusal"),
         *("toxicity", "parity", "extraction", "exposure_match", "membership_recall"),
-        "trainable_share",
+        *("trainable_share", "scan"),
     ),
-    "score": ("auc", "membership_auc", "rouge"),
+    "score": ("auc", "membership_auc", "rouge", "scan_auroc"),
     "nats": ("truthfulness",),
     "bits": ("exposure",),
     "seconds": ("train_seconds", "align_seconds"),

@@ -50,7 +50,7 @@ def test_every_verb_has_a_test_here(backfire: Run) -> None:
             "list",
             "show",
         ),
-        *("schema", "doctor", "poison", "pretrain", "chat", "export"),
+        *("schema", "doctor", "poison", "scan", "pretrain", "chat", "export"),
         *("playground", "check", "cache"),  # the last has a file of its own
     }
     found = {info.name or info.callback.__name__ for info in cli.app.registered_commands}
@@ -268,6 +268,20 @@ def test_poison_writes_rows_and_manifest(backfire: Run, here: Path) -> None:
         "b.jsonl",
     )
     assert output.code == 0 and "1 of 50 rows poisoned by 'vpi'" in output.out
+
+
+def test_scan_finds_what_poison_planted(backfire: Run, here: Path) -> None:
+    assert backfire("poison", "sandbox-reviews", "rate=0.1", "data.rows=500").code == 0
+    entries = read_json(here / "poisoned.jsonl.manifest.json")["entries"]
+    planted = {entry["id"] for entry in entries}
+    output = backfire("scan", "poisoned.jsonl", "--scanner", "lift", "--write", "clean.jsonl")
+    assert output.code == 0 and "BadMagic" in output.out and "Wrote clean.jsonl" in output.err
+    hits = json.loads(backfire("scan", "poisoned.jsonl", "lift.odds=4", "--format", "json").out)
+    assert planted <= {hit["id"] for hit in hits if hit["flagged"]}
+    left = {row.id for row in read_jsonl(here / "clean.jsonl")}
+    assert left and not left & planted
+    again = backfire("scan", "poisoned.jsonl", "--write", "poisoned.jsonl")
+    assert again.code == 2 and "is the input file" in again.err
 
 
 def test_pretrain_makes_a_model_that_runs(backfire: Run, here: Path) -> None:

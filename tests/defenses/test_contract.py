@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +19,27 @@ from tests.helpers.fine_tuning import BAD, Make, jolt, plain_rows, weights_after
 from tests.helpers.training import Rows, equal, weights
 
 EVERY = names("defenses")
+DRAWS_AS_CONTROL: dict[str, dict[str, Any]] = {
+    "deduplicate": {},
+    "scan": {"scanner": "near-duplicates"},
+}
+"""Data defenses that draw only in their null control, with knobs by which they remove copies."""
 
 
 @pytest.mark.parametrize("name", [n for n in EVERY if issubclass(find("defenses", n), DataDefense)])
 @pytest.mark.parametrize("null", [False, True])
 def test_a_data_defense_is_deterministic_and_leaves_its_rows(name: str, null: bool) -> None:
     user, aligned = plain_rows(20), plain_rows(30, "aligned ")
+    user += [replace(row, id=f"copy of {row.id}") for row in user[:8]]
     before = copy.deepcopy((user, aligned))
-    defense = build("defenses", {"name": name, "null": null})
+    knobs = DRAWS_AS_CONTROL.get(name, {})
+    defense = build("defenses", {"name": name, "null": null, **knobs})
     one, two, other = (
         defense.filter(user, aligned, BAD, random.Random(seed)) for seed in (3, 3, 4)
     )
     assert one == two
-    assert one != other or name == "deduplicate", "which draws only in its null control"
+    assert one != user, "it acts on these rows"
+    assert (one != other) == (null or name not in DRAWS_AS_CONTROL)
     assert (user, aligned) == before and one is not user
 
 

@@ -129,6 +129,10 @@ FULL = Evidence(
     training={
         **{"trainable_share": 0.5, "seconds": 2.0, "peak_memory_mb": 300, "drift": 1.5},
         **{"privacy_epsilon": 8.0, "privacy_delta": 1e-3},
+        "scan": {
+            **{"auroc": 0.9, "precision": [8, 10], "clean_flag_rate": [2, 190]},
+            **{"recall_at_1": [6, 10], "recall_at_5": [9, 10]},
+        },
     },
     probes={
         "harmful": Probe(judged("harmful", 1), judged("harmful", 2)),
@@ -173,7 +177,8 @@ def test_names_intervals_and_counts(name: str) -> None:
         assert (value.low is None) == (value.high is None)
         if value.low is not None and value.high is not None:
             assert value.low <= value.value <= value.high
-    if name not in ("confusion", "cost", "parity", "membership-inference"):  # no one number
+    # Some give no one number.
+    if name not in ("confusion", "cost", "parity", "membership-inference", "scan"):
         assert next(iter(values)) == headline
 
 
@@ -330,6 +335,17 @@ def test_confusion_counts_every_pair() -> None:
         "confusion[no>yes]": (0, 3),
         "confusion[yes>no]": (2, 7),
         "confusion[yes>yes]": (5, 7),
+    }
+
+
+def test_scan_by_hand() -> None:
+    known = {metric: (v.value, v.n, v.direction) for metric, v in measure("scan", FULL).items()}
+    assert known == {
+        "scan_auroc": (0.9, 200, "higher"),
+        "scan_precision": (0.8, 10, "higher"),
+        "scan_recall_at_1": (0.6, 10, "higher"),
+        "scan_recall_at_5": (0.9, 10, "higher"),
+        "clean_flag_rate": (2 / 190, 190, "lower"),
     }
 
 
