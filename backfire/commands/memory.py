@@ -354,7 +354,7 @@ def _largest(
     pack = same and machine.packing == "auto"
     share = same and (pack or not machine.recompute) and not any(one.passes for one in extras)
     fits, logit = tokens_that_fit(size.dry.model)
-    how = batches.Layout(share, sys.maxsize if pack else 0, logit, recompute=machine.recompute)
+    how = batches.Layout(share, sys.maxsize if pack else 0, logit, once=machine.recompute)
     most = 1 if any(one.one_row for one in extras) else machine.micro_batch
     split = MicroBatches(most, fits if device == "cpu" else math.inf, how.size)
     flat = not any(one.by_row for one in extras)

@@ -80,9 +80,10 @@ class Layout:
     """Rows up to this length may be packed; 0: none."""
     answer_size: float = 0.0
     """Memory of an answer token's logits, in tokens that run through the layers."""
-    recompute: bool = False
-    """Whether layers are recomputed; padded rows then share no prefix, since a recomputed layer
-    would lack its keys and values."""
+    once: bool = False
+    """Whether padded rows share no prefix, so that a pass runs the model once: a recomputed layer
+    would lack the prefix's keys and values, and with sharded weights the passes of all ranks must
+    be alike whatever their rows."""
     padded_by: str = ""
     """What makes the run pad all rows; empty if they may be packed."""
 
@@ -92,7 +93,7 @@ class Layout:
         model: PreTrainedModel,
         hooks: Sequence[TrainHook],
         *,
-        recompute: bool = False,
+        once: bool = False,
         packing: str = "auto",
     ) -> Layout:
         """The fastest layout that the model and these hooks allow; `packing` as in `Machine`."""
@@ -108,7 +109,7 @@ class Layout:
         elif not (longest := longest_packed(model)):
             why = f"the attention of '{plain(model).config.model_type}'"
         shares = same and all(hook.shares_prefix for hook in hooks) and ways(model).extends_cache
-        return cls(shares, longest, recompute=recompute, padded_by=why)
+        return cls(shares, longest, once=once, padded_by=why)
 
     def collate(self, rows: Sequence[Rendered], *, flat: bool = False) -> Batch:
         pack, share, _ = self._choose(rows)
@@ -124,7 +125,7 @@ class Layout:
         lengths, again = [len(row.ids) for row in rows], len(rows) - 1
         limit = min(max(row.num_prompt, 1) for row in rows) - 1
         saved = again * _shared([row.ids for row in rows], limit) if self.share else 0
-        packed, shares = sum(lengths) - saved, not self.recompute
+        packed, shares = sum(lengths) - saved, not self.once
         padded = len(rows) * max(lengths) - (saved if shares else 0)
         if again and max(lengths) <= self.longest_packed and packed <= _WORTH_PACKING * padded:
             return True, self.share, packed

@@ -97,7 +97,8 @@ class TrainingRun:
         self.hooks = [defense.hook(self) for defense in defenses]
         self.master = MasterWeights(model, trained_type)  # after hooks, which copy the weights
         self.scaling = LossScale()  # until its type is known
-        self.layout = Layout.of(model, self.hooks, recompute=recompute, packing=packing)
+        once = recompute or self.ranks.sharded
+        self.layout = Layout.of(model, self.hooks, once=once, packing=packing)
         if recompute:
             recompute_layers(model)
         reserved = first_step_bytes(self.trainable, train.optimizer)

@@ -194,7 +194,7 @@ def test_rows_are_packed_where_that_saves_tokens(
         assert layout.collate(uneven).table is not None
         assert layout.collate(equal).table is None and layout.collate(uneven[:1]).table is None
         # Padded rows share no prefix if layers are recomputed; a pack has it in its line.
-        again = Layout(share, longest, recompute=True)
+        again = Layout(share, longest, once=True)
         assert (again.collate(equal).table is not None) == share
         assert again.size(equal) == layout.size(equal)
 
