@@ -49,7 +49,8 @@ class Plan:
 
 
 def check_writable(run: Path) -> None:
-    """Refuse a run folder, or a cache, in which nothing can be written; nothing is created.
+    """Refuse a run folder in which nothing can be written, and a cache that cannot be created;
+    nothing is created here.
 
     Raises:
         UserError: there is a file in its place, or it is somebody else's.
@@ -62,6 +63,8 @@ def check_writable(run: Path) -> None:
         there = next(one for one in (place, *place.absolute().parents) if os.path.lexists(one))
         if not there.is_dir():
             raise UserError(f"The {what} {place} cannot be written: {there} is a file; {instead}.")
+        if place == cache and cache.is_dir():
+            continue  # it may hold all that the run needs
         if not os.access(there, os.W_OK | os.X_OK):
             sentence = f"The {what} {place} cannot be written: {there} is read-only for this user"
             raise UserError(f"{sentence}; {instead}.")
