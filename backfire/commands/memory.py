@@ -234,6 +234,7 @@ def _evaluation(
     """Bytes in evaluation, if the test rows are as long as the training rows. On a GPU batches
     adapt to the free memory, so those of one row."""
     from backfire.evaluate.budget import Budget
+    from backfire.evaluate.prompts import NARROWEST
 
     dtype = cast("Type", experiment.model.dtype)
     weights: float = size.parameters * _BYTES[dtype] + size.added * 4
@@ -244,7 +245,7 @@ def _evaluation(
     budget, needs = Budget(size.dry.model, most, on_cpu=device == "cpu"), _needs(experiment)
     lengths = _tested(experiment, rows)
     shared = rows.shared if rows and len(lengths) > 1 else 0
-    packs = device == "cpu"
+    packs = device == "cpu" and size.hidden >= NARROWEST
     run = _answering(size, lengths, shared, dtype, budget, packs) if "answers" in needs else 0.0
     if needs - {"answers"}:
         new = experiment.evaluation.max_new_tokens if "replies" in needs else 0

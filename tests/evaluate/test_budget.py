@@ -31,7 +31,7 @@ NEW = 4
 
 @pytest.fixture(autouse=True)
 def narrow_models_pack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prompts, "_NARROWEST", 0)
+    monkeypatch.setattr(prompts, "NARROWEST", 0)
 
 
 @pytest.fixture(scope="module", params=["llama", "mamba", "bart", "openai-gpt"])

@@ -19,7 +19,7 @@ NEW, ROWS = 24, 4
 @pytest.fixture(autouse=True)
 def short_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slots, "SPARE", 5)  # so that rows move
-    monkeypatch.setattr(packing, "_NARROWEST", 0)  # so that tiny models pack
+    monkeypatch.setattr(packing, "NARROWEST", 0)  # so that tiny models pack
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from backfire.base import Rendered, Row
 from backfire.commands import memory
 from backfire.commands.estimate import Rows
-from backfire.evaluate import inference
+from backfire.evaluate import inference, prompts
 from backfire.experiment import Experiment, Machine
 from backfire.model.batching import ways
 from backfire.registry import build
@@ -146,10 +146,12 @@ def test_a_step_that_is_split_needs_the_memory_of_its_largest_pass(
     assert predicted() == pytest.approx(held(cell, base, tmp_path), rel=0.2)
 
 
+@pytest.mark.parametrize("packs", [False, True])
 @pytest.mark.parametrize("metric", ["perplexity", "exact-match"])
 def test_evaluation_holds_what_was_predicted(
-    metric: str, base: Path, monkeypatch: pytest.MonkeyPatch
+    metric: str, packs: bool, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(prompts, "NARROWEST", 0 if packs else 256)
     monkeypatch.setattr(memory, "_IN_EVALUATION", 1.0)
     monkeypatch.setattr(memory, "_needs", lambda cell: {needs[metric]})
     needs, cell = {"perplexity": "answers", "exact-match": "replies"}, make(base, "lora")
