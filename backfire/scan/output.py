@@ -112,8 +112,8 @@ def sentences(scan: Scan) -> Iterator[str]:
         + "."
     )
     yield (
-        "The estimates of false alarms count chance only, unless a test set is given: rules of "
-        "ordinary text, such as a word that belongs to a label, come on top."
+        "The estimates of false alarms count chance only, unless a test set is given. They leave "
+        "out rows flagged for regularities of ordinary text, such as a word that fits one label."
         if not scan.has_test
         else "False alarms are counted on the test set, as if its rows were clean."
     )
