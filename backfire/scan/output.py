@@ -95,7 +95,7 @@ def false_alarms(one: Summary) -> str:
     if one.chance is None:
         return "not estimated"
     flagged, rows, what = one.chance
-    return f"{flagged:,} of {rows:,}: {what}"
+    return f"{flagged:,} of {rows:,} ({what})"
 
 
 def sentences(scan: Scan) -> Iterator[str]:
