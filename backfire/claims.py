@@ -109,8 +109,10 @@ class Claim:
         """Written through the open file: it can never be another worker's."""
         content = {k: v for k, v in vars(self.holder).items() if k != "age"}
         text = json.dumps(content, ensure_ascii=False).encode()
-        os.pwrite(self._file, text[:_ROOM].ljust(_ROOM), 0)
-        os.utime(self._file)  # the file system's clock
+        try:
+            os.pwrite(self._file, text[:_ROOM].ljust(_ROOM), 0)
+        finally:  # on a full disk too, this worker lives
+            os.utime(self._file)  # the file system's clock
 
     def _is_mine(self) -> bool:
         try:

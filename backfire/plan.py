@@ -53,8 +53,10 @@ def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Jo
         out.setdefault(base, Job(base, "base", experiment, {}))
         for run in training_runs(experiment):
             name = f"train-{keys(run).train}"
-            before = (f"train-{keys(run.alignment).train}",) if run.alignment else ()
-            out.setdefault(name, Job(name, "train", run, {}, (base, *before)))
+            needs = [base]
+            if (aligned := run.alignment) and aligned.method.trains:
+                needs.append(f"train-{keys(aligned).train}")
+            out.setdefault(name, Job(name, "train", run, {}, tuple(needs)))
     for experiment, point in zip(cells, axes, strict=True):
         runs = (f"train-{keys(run).train}" for run in training_runs(experiment))
         name, after = f"cell-{stages.cell_key(experiment)}", f"base-{keys(experiment).base}"

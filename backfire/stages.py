@@ -338,7 +338,8 @@ def _type_of(run: Experiment) -> list[str]:
 def training_runs(experiment: Experiment) -> list[Experiment]:
     """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
     clean-model baseline of a backdoor."""
-    runs = [experiment.alignment] if experiment.alignment else []
+    aligned = experiment.alignment
+    runs = [aligned] if aligned and aligned.method.trains else []
     if experiment.method.trains:
         runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
     return runs
