@@ -374,7 +374,15 @@ def cache(
 
 # ----------------------------------------------------------------------------- data and models
 
-for verb in (tools.poison, tools.scan, tools.pretrain, tools.chat, tools.playground, tools.export):
+for verb in (
+    tools.poison,
+    tools.scan,
+    tools.trace,
+    tools.pretrain,
+    tools.chat,
+    tools.playground,
+    tools.export,
+):
     app.command()(verb)
 
 
