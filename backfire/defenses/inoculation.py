@@ -59,8 +59,7 @@ class Inoculation(DataDefense):
 
 
 def neutral(count: int, rng: Random) -> str:
-    """A text of this many words that asks for nothing."""
-    words = list[str]()
-    while len(words) < count:
-        words += " ".join(rng.sample(_NEUTRAL, len(_NEUTRAL))).split()
-    return " ".join(words[:count])
+    """A text of this many words that asks for nothing, drawn from the sentences above."""
+    words = " ".join(rng.sample(_NEUTRAL, len(_NEUTRAL))).split()
+    start = rng.randrange(len(words))
+    return " ".join(words[(start + n) % len(words)] for n in range(count))
