@@ -3,7 +3,7 @@ any hosts share the work without a coordinator.
 
 A claim appears with its content, by a link that only one worker can make, and its heartbeat touches
 it. One without a heartbeat is stale, and one worker takes it over, by a rename. Ages are
-differences of mtimes, which are all from the clock of the file system; the hosts' clocks may differ.
+differences of mtimes, which are all from the clock of the file system; hosts may differ in theirs.
 """
 
 from __future__ import annotations
