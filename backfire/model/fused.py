@@ -203,6 +203,9 @@ def _sum(layer: Any, joined: _Float | _NF4 | _Int8, x: Tensor, *rest: Any, **nam
     if isinstance(joined, _Int8):
         with torch.autocast(x.device.type, enabled=False):
             whole: Tensor = layer.base_layer(x.float()) + low_rank.float() @ b.T
+        # The kernel keeps which inputs were outliers, in a small tensor between large ones that are
+        # freed, so the heap would grow by a layer's products with every layer.
+        layer.base_layer.state.idx = None
         return whole.to(x.dtype)
     out: Tensor = cast(Any, _Product).apply(x.to(joined.kind), low_rank.to(joined.kind), b, joined)
     return out.to(x.dtype) if isinstance(joined, _NF4) else out
