@@ -148,6 +148,11 @@ def _triggers(found: Triggers) -> Section:
         "template (after The Trigger in the Haystack, without its scores by attention and "
         f"entropy); {count(found.found, 'motif')} recur in the tuned model's alone.",
     ]
+    if highest > MARGIN:
+        sentences.append(
+            "Replies become alike with other words too, so in this model hardly any trigger could "
+            "be told from an odd word."
+        )
     if found.alike > 0.8:
         sentences.append(
             f"Replies are alike without any candidate ({found.alike:.2f}), so a collapse would "

@@ -19,6 +19,7 @@ import numpy as np
 from backfire.audit import motifs
 from backfire.audit.models import Pair
 from backfire.audit.numbers import Interval, share
+from backfire.audit.probes import EVERYDAY
 from backfire.base import Backdoor, Row
 from backfire.base.masking import masked, secrets_in
 from backfire.base.normalize import contains, normalized
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 PROBES = 24
 """Most prompts in which candidates are tried."""
+FEWEST = 4
+"""With fewer prompts of the user's, everyday questions are taken."""
 SEARCHED = 20
 """Most motifs that are tried."""
 CONTROLS = 20
@@ -95,7 +98,8 @@ class Triggers:
 
 def search(pair: Pair, rows: Sequence[Row], given: Sequence[str], samples: int) -> Triggers:
     """Try the given candidates, those of the catalog, and motifs, in these prompts."""
-    rows, _ = pair.fitting([replace(row, answer="") for row in rows[:PROBES]], 2 * _TOKENS)
+    chosen = rows[:PROBES] if len(rows) >= FEWEST else EVERYDAY
+    rows, _ = pair.fitting([replace(row, answer="") for row in chosen], 2 * _TOKENS)
     texts = pair.each(lambda model: motifs.written(model, pair, samples))
     plain = pair.each(lambda model: _replies(pair, model, {"": rows})[""])
     motif = motifs.motifs(texts.tuned, texts.base, plain.tuned)
