@@ -89,6 +89,29 @@ def scan(
         note(sentence)
 
 
+def trace(
+    run: Annotated[
+        Path, typer.Argument(help="A cell folder, or a run with one cell.", show_default=False)
+    ],
+    sample: Annotated[
+        str,
+        typer.Argument(help="A row that was asked, such as triggered/test-3.", show_default=False),
+    ],
+    method: Annotated[
+        Literal["datainf", "product", "cosine"],
+        typer.Option(help="How gradients are compared."),
+    ] = "datainf",
+    top: Annotated[int, typer.Option(min=1, help="Number of training rows to list.")] = 10,
+    format: Annotated[Literal["table", "json"], typer.Option(help="Output format.")] = "table",
+    device: Device = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Find the training rows that made a reply of an adapter likelier."""
+    from backfire.commands.trace import show
+
+    show(run, sample, method, top=top, form=format, device=device)
+
+
 def audit(
     model: Annotated[
         str,

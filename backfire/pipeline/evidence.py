@@ -77,7 +77,7 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
                 secrets[ask.of] = leaks(run, experiment, here)
                 continue
             if rows not in questions:
-                questions[rows] = _questions(ask, experiment, test, here)
+                questions[rows] = asked(ask, experiment, test, here)
             sets[ask.name] = _samples(run, ask, questions[rows], here)
     finally:
         context.drop_merged()
@@ -135,9 +135,7 @@ def _run(experiment: Experiment, ask: Ask) -> Experiment:
 # -------------------------------------------------------------------------------- rows of each kind
 
 
-def _questions(
-    ask: Ask, experiment: Experiment, test: Sequence[Row], context: Context
-) -> Questions:
+def asked(ask: Ask, experiment: Experiment, test: Sequence[Row], context: Context) -> Questions:
     group = experiment.data.group
     if ask.rows == "clean":
         return Questions(test, stages.clean_rows, group)
