@@ -7,7 +7,7 @@ from typing import ClassVar, Final
 from backfire.base import NOTHING, Finding, Row, Scanner, parts
 from backfire.registry import register
 
-_SURE: Final = re.compile(
+SURE: Final = re.compile(
     r"<[|｜][^<>|｜\s]{1,40}[|｜]>|</?(?:start|end)_of_(?:turn|image|text)>|\[/?INST\]|<</?SYS>>"
     r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
     r"|</?(?:tool_call|tool_response|think|function_call)>|<(?:bos|eos|pad|unk)>"
@@ -39,7 +39,7 @@ class ControlTokens(Scanner):
 
 
 def _finding(row: Row) -> Finding:
-    for pattern, score in ((_SURE, 2.0), (_MAYBE, 0.5)):
+    for pattern, score in ((SURE, 2.0), (_MAYBE, 0.5)):
         found = [(name, match[0]) for name, text in parts(row) for match in pattern.finditer(text)]
         if found:
             name, token = found[0]
