@@ -58,12 +58,17 @@ class Resident:
         """
         from backfire.model.load import with_adapters
 
-        if not self._holds(source) or self._saved != (adapter, below) or self._model is None:
+        if not self.holds(source, adapter, below) or self._model is None:
             base = self._bare(source)
             with self._dropped_on_error():
                 self._model = with_adapters(base.model, adapter, below)
             self._saved = adapter, below
         return self._model
+
+    def holds(self, source: Source, adapter: Path | None = None, below: Path | None = None) -> bool:
+        """Whether `model` would give this without loading anything."""
+        is_whole = self._model is not None and self._saved == (adapter, below)
+        return is_whole and self._holds(source)
 
     @contextmanager
     def attached(self, source: Source, attach: Attach) -> Iterator[PreTrainedModel]:

@@ -284,6 +284,17 @@ def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tens
     return torch.cat(parts)[torch.cat(order).argsort()]
 
 
+def one_run_each(model: PreTrainedModel, rows: Sequence[Rendered]) -> list[list[Rendered]]:
+    """Parts of these rows for each of which `answer_logits` runs the model once, if they share no
+    prefix: see `run_apart`."""
+    if not ways(model).depends_on_length(max(len(row.ids) for row in rows)):
+        return [list(rows)]
+    by_length: dict[int, list[Rendered]] = {}
+    for row in rows:
+        by_length.setdefault(len(row.ids), []).append(row)
+    return [by_length[length] for length in sorted(by_length, reverse=True)]
+
+
 def log_probabilities(logits: Tensor) -> Tensor:
     """Log-probabilities [..., vocab] in at least float32."""
     return wide(logits).log_softmax(-1)
