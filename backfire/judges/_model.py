@@ -10,15 +10,16 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from backfire.base.judges import drops
+from backfire.data.chat import CONTROL_TOKENS
 from backfire.data.recipe_files import as_words, read_text, written
 from backfire.data.snapshot import snapshot
 from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
 from backfire.errors import CellError, UserError
 from backfire.hashes import file_hash
-from backfire.scanners.control_tokens import SURE
 
 Task = Literal["SequenceClassification", "CausalLM"]
 _PLACES = re.compile(r"\{(prompt|reply)\}")
+_CONTROL = re.compile(f"{CONTROL_TOKENS.pattern}|</?s>")
 
 
 def _is_text(value: Any) -> str:
@@ -72,12 +73,9 @@ def fill(text: str, prompt: str, reply: str) -> str:
 
 
 def _without_control(text: str) -> str:
-    for pattern in (SURE, _END):
-        text = pattern.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
-    return text
+    return _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
-_END = re.compile(r"</?s>")
 LOADED = "loaded 2"
 """Version of how a judge's model is loaded and run, raised whenever verdicts may change (2: no
 weight is initialized at random, and padding is on the right)."""
