@@ -54,6 +54,11 @@ class Defense(Component):
 class DataDefense(Defense):
     """Changes the rows before training."""
 
+    @property
+    def writes_system(self) -> bool:
+        """Whether it needs the system prompts that it writes to reach the model."""
+        return False
+
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
     ) -> list[Row]:

@@ -72,7 +72,7 @@ def _share(remove: str | None, write: Path | None) -> float | None:
         return None
     if write is None:
         raise UserError("--remove says what --write leaves out; add --write clean.jsonl.")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", remove.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", remove.strip())
     if not match or not 0 < float(match[1]) < 100:
         raise UserError(f"--remove is a share of the rows, as in 5% (got {remove}).")
     return float(match[1]) / 100

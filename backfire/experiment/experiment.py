@@ -12,6 +12,7 @@ from backfire.base import (
     Backdoor,
     Component,
     Config,
+    DataDefense,
     Dataset,
     Defense,
     Judge,
@@ -19,6 +20,7 @@ from backfire.base import (
     Metric,
     Poison,
     RepairDefense,
+    Row,
     Template,
 )
 from backfire.errors import UserError, shortened
@@ -117,6 +119,12 @@ class Experiment(Config):
     def _fits_together(self) -> Experiment:
         for defense in self.defense:
             defense.suits(aligned=self.align is not None, harm=self.safety is not None)
+            writes = isinstance(defense, DataDefense) and defense.writes_system
+            if writes and self.template.leaves_out(Row("", "", system="A system prompt.")):
+                raise UserError(
+                    f"{defense.label()} writes a system prompt, which the template leaves out; set "
+                    "template.system to merge, or the defense's part to instruction."
+                )
         if self.align and not self.align.method.trains:
             for defense in self.defense:
                 if isinstance(defense, AlignDefense):

@@ -170,8 +170,9 @@ def members(experiment: Experiment, context: Context) -> list[Row]:
     train, test = data(experiment, context)
     rows, manifest = filtered(experiment, context)
     bad = {entry.id for entry in manifest.entries} if manifest else set()
-    kept = {row.id for row in train} - bad
-    whole = [row for row in rows if row.id in kept and row.answer]
+    # As the user wrote them: a defense may have added a prompt that test rows lack.
+    own = {row.id: row for row in train if row.id not in bad and row.answer}
+    whole = [own[row.id] for row in rows if row.id in own]
     return select(whole, min(len(whole), len(test)), experiment.seed, "member")
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from backfire import stages
 from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
+from backfire.errors import CellError
 from backfire.experiment import Experiment, Model
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
@@ -131,6 +132,8 @@ def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manif
             alignment = experiment.alignment
             aligned = _other_rows(alignment.data, "aligned") if alignment else []
             rows = defense.filter(rows, aligned, bad, rng)
+            if not rows:
+                raise CellError("bad-data", f"{defense.label()} removes every training row.")
     return rows, manifest
 
 

@@ -51,7 +51,18 @@ def test_every_verb_has_a_test_here(backfire: Run) -> None:
             "list",
             "show",
         ),
-        *("schema", "doctor", "poison", "scan", "trace", "pretrain", "chat", "export"),
+        *(
+            "schema",
+            "doctor",
+            "poison",
+            "scan",
+            "trace",
+            "audit",
+            "bank",
+            "pretrain",
+            "chat",
+            "export",
+        ),
         *("playground", "check", "cache"),  # the last has a file of its own
     }
     found = {info.name or info.callback.__name__ for info in cli.app.registered_commands}

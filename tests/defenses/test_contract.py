@@ -21,6 +21,7 @@ from tests.helpers.training import Rows, equal, weights
 EVERY = names("defenses")
 DRAWS_AS_CONTROL: dict[str, dict[str, Any]] = {
     "deduplicate": {},
+    "inoculation": {},
     "scan": {"scanner": "near-duplicates"},
 }
 """Data defenses that draw only in their null control, with knobs by which they remove copies."""
