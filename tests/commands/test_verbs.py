@@ -311,7 +311,7 @@ def test_trace_ranks_the_training_rows(
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     best = sum(row["poisoned"] for row in rows[:6])
     assert found["precision_at_k"] == best / 6 and sum(row["poisoned"] for row in rows) == 6
-    table = backfire("trace", cell, f"triggered/{row}", "--top", "2", "--method", "cosine").out
+    table = backfire("trace", cell, f"triggered/{row}", "--top", "2", "--method", "datainf").out
     assert "of 60 rows are" in table and "a random order 10.0 %" in table
     full = ran.out / "cells" / by_method["full", 0.1]
     for wrong, sentence in (
