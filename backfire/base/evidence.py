@@ -63,6 +63,8 @@ class Sample:
     """Judge -> its `Verdict` on the reply, as plain values; the first judge counts."""
     ended: bool | None = None
     """Whether the reply is complete; if not, it was cut at `evaluation.max_new_tokens`."""
+    replaced: float | None = None
+    """Share of the reply's tokens that a guard replaced, 1 if it stopped it; None without one."""
 
     @property
     def prediction(self) -> str | None:
