@@ -34,7 +34,8 @@ from backfire.data.render import Renderer
 from backfire.errors import is_out_of_memory
 from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
-from backfire.pipeline.models import filtered, model_of, summary_of, trained
+from backfire.pipeline.filtering import filtered
+from backfire.pipeline.models import model_of, summary_of, trained
 from backfire.pipeline.prepare import data, renderer
 from backfire.pipeline.secrets import leaks
 from backfire.progress import within
