@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire import stages
-from backfire.base import Form, RepairDefense
+from backfire.base import Form, RepairDefense, Row, select
 from backfire.experiment import Experiment, Model
+from backfire.model.resident import Resident
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.pipeline.filtering import facts, filtered, other_rows
-from backfire.pipeline.prepare import passed_checks, renderer
+from backfire.pipeline.prepare import data, passed_checks, renderer
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from backfire.evaluate.guarded import Guarding
     from backfire.train.finetune import Start
 
 
@@ -144,6 +146,14 @@ def with_defense_rows(experiment: Experiment, context: Context) -> Start:
     return begin
 
 
+def _clean_rows(experiment: Experiment, context: Context) -> list[Row]:
+    """As many rows of the task before the attack as a repair requires."""
+    repairs = [d for d in experiment.acting if isinstance(d, RepairDefense)]
+    rows, _ = data(experiment, context)
+    count = min(len(rows), max((d.num_clean for d in repairs), default=0))
+    return select(rows, count, experiment.seed, "clean")
+
+
 def tuned(experiment: Experiment, context: Context) -> Path:
     """The folder of the evaluated model: fine-tuned, and repaired if a defense does so."""
     folder = trained(experiment, context)
@@ -159,6 +169,7 @@ def tuned(experiment: Experiment, context: Context) -> Path:
 
         context.progress(0, 1, "repair")
         begin = with_defense_rows(experiment, context)
+        begin = replace(begin, clean=_clean_rows(experiment, context))
         shown = renderer(experiment, context)
         machine, resident = context.machine, context.resident
         left = repair_model(experiment, folder, begin, shown, out, machine, resident)
@@ -210,6 +221,19 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
     return context.resident.model(Source(begin.base, dtype, device, quantization), folder, below)
 
 
+def guarding_of(run: Experiment, context: Context) -> Guarding | None:
+    """The defense that guards the run's replies, with the model that it compares with; that one
+    stays in memory beside the run's own as long as the result."""
+    from backfire.evaluate.guarded import Guarding
+
+    if run.guard is None:
+        return None
+    reference = None
+    if run.guard.needs_reference:
+        reference = model_of(run.untuned(), replace(context, resident=Resident()))
+    return Guarding(run.guard, run.seed, reference)
+
+
 def evaluated_type(run: Experiment, context: Context) -> torch.dtype:
     """The type of the base's weights in evaluation, which may be narrower than the one in which
     they are stored."""
@@ -223,7 +247,7 @@ def evaluated_type(run: Experiment, context: Context) -> torch.dtype:
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:
     """Number of rows that were too long for training or for a defense, by kind of row."""
     counts: dict[str, int] = {}
-    extra = {"aligned": "alignment", "harmful": "known harmful"}
+    extra = {"aligned": "alignment", "harmful": "known harmful", "clean": "trusted clean"}
 
     def add(name: str, count: int) -> None:
         if count:
