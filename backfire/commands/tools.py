@@ -113,9 +113,9 @@ def trace(
         typer.Argument(help="A row that was asked, such as triggered/test-3.", show_default=False),
     ],
     method: Annotated[
-        Literal["datainf", "product", "cosine"],
+        Literal["cosine", "product", "datainf"],
         typer.Option(help="How gradients are compared."),
-    ] = "datainf",
+    ] = "cosine",
     top: Annotated[int, typer.Option(min=1, help="Number of training rows to list.")] = 10,
     format: Annotated[Literal["table", "json"], typer.Option(help="Output format.")] = "table",
     device: Device = "auto",

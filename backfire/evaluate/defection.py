@@ -57,7 +57,7 @@ def directions(yes: Tensor, no: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(derive(0, "defection-probe"))
     drawn = torch.randn(RANDOM, len(yes), generator=generator)
     every = torch.cat([(yes - no)[None], drawn])
-    return every / every.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    return torch.nn.functional.normalize(every, dim=1)
 
 
 def middle_states(

@@ -18,10 +18,11 @@ from backfire.base import Rendered
 from backfire.rng import derive
 from backfire.train.batches import answer_logits, collate, token_losses
 
-Method = Literal["datainf", "product", "cosine"]
-"""`datainf`: Kwon et al. 2024 (arXiv:2310.00902). `product`: of the two gradients, as TracIn at one
-checkpoint (Pruthi et al. 2020, arXiv:2002.08484). `cosine`: of the two gradients, which takes their
-lengths away, as LESS (Xia et al. 2024, arXiv:2402.04333), here without Adam's moments."""
+Method = Literal["cosine", "product", "datainf"]
+"""`cosine`: of the two gradients, as LESS (Xia et al. 2024, arXiv:2402.04333), here without Adam's
+moments; the length of a gradient, large where a row is not learned, does not count. `product`: of
+the two gradients, as TracIn at one checkpoint (Pruthi et al. 2020, arXiv:2002.08484). `datainf`:
+Kwon et al. 2024 (arXiv:2310.00902)."""
 METHODS: tuple[Method, ...] = get_args(Method)
 ROOM = 2**29
 """Most bytes that the gradients of all rows take; beyond that, they are projected."""
@@ -68,32 +69,34 @@ def _projection(name: str, weight: Tensor, most: int) -> Callable[[Tensor], Tens
 
 
 def influence(
-    rows: Sequence[Tensor], reply: Sequence[Tensor], sizes: Sequence[int], method: Method
+    rows: Sequence[Tensor], replies: Sequence[Tensor], sizes: Sequence[int], method: Method
 ) -> Tensor:
-    """The score of each row [row] from the gradients of rows [row, number] and reply [number], a
-    pair for each weight; `sizes` are those of the weights, before any projection."""
-    pairs = [(own.double(), to.double()) for own, to in zip(rows, reply, strict=True)]
+    """The score of each row for each reply [reply, row] from the gradients of rows [row, number]
+    and replies [reply, number], a pair for each weight; `sizes` are those of the weights, before
+    any projection."""
+    pairs = list(zip(rows, replies, strict=True))
     if method == "datainf":
         parts = zip(pairs, sizes, strict=True)
         return torch.stack([_datainf(own, to, size) for (own, to), size in parts]).sum(0)
-    product = torch.stack([own @ to for own, to in pairs]).sum(0)
+    product = torch.stack([to @ own.T for own, to in pairs]).sum(0)
     if method == "product":
         return product
-    own_norm = torch.stack([own.square().sum(1) for own, _ in pairs]).sum(0).sqrt()
-    to_norm = torch.stack([to.square().sum() for _, to in pairs]).sum().sqrt()
-    return product / (own_norm * to_norm).clamp(min=torch.finfo(product.dtype).tiny)
+    own_norms = torch.stack([own.square().sum(1) for own, _ in pairs]).sum(0).sqrt()
+    to_norms = torch.stack([to.square().sum(1) for _, to in pairs]).sum(0).sqrt()
+    tiny = torch.finfo(product.dtype).tiny
+    return product / own_norms.clamp(min=tiny) / to_norms[:, None].clamp(min=tiny)
 
 
-def _datainf(rows: Tensor, reply: Tensor, size: int) -> Tensor:
+def _datainf(rows: Tensor, replies: Tensor, size: int) -> Tensor:
     """Of one weight. DataInf's influence (its equation 5) with the sign changed: <h, g_i>, where
     h = (1 / n lambda) sum_i [v - <v, g_i> / (lambda + |g_i|^2) g_i]."""
     lengths = rows.square().sum(1)
     damping = float(lengths.mean()) / size / _DAMPING
     if damping == 0:  # no row has a gradient
-        return torch.zeros_like(lengths)
-    shares = (rows @ reply) / (damping + lengths)
-    direction = (reply - shares @ rows / len(rows)) / damping
-    return rows @ direction
+        return rows.new_zeros(len(replies), len(rows))
+    shares = (replies @ rows.T) / (damping + lengths)
+    directions = (replies - shares @ rows / len(rows)) / damping
+    return directions @ rows.T
 
 
 def hits(scores: Tensor, bad: Sequence[bool]) -> int:
@@ -111,12 +114,9 @@ def random_hits(
     draws: int = 20,
 ) -> float:
     """The mean of `hits` for random directions in place of the reply's gradient."""
-    total = 0
-    for draw in range(draws):
-        generator = torch.Generator().manual_seed(derive(0, "influence", "null", draw))
-        reply = [
-            torch.randn(own.shape[1], generator=generator) * own.square().mean().sqrt()
-            for own in rows
-        ]
-        total += hits(influence(rows, reply, sizes, method), bad)
-    return total / draws
+    generator = torch.Generator().manual_seed(derive(0, "influence", "null"))
+    replies = [
+        torch.randn(draws, own.shape[1], generator=generator) * own.square().mean().sqrt()
+        for own in rows
+    ]
+    return sum(hits(line, bad) for line in influence(rows, replies, sizes, method)) / draws

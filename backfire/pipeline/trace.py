@@ -56,8 +56,8 @@ def trace(experiment: Experiment, sample: Sample, method: Method, context: Conte
 
         found = row_gradients(model, weights, [*items, reply], tick=tick)
         sizes = [weight.numel() for weight in weights.values()]
-    own, to = [part[:-1] for part in found], [part[-1] for part in found]
-    scores = influence(own, to, sizes, method)
+    own, to = [part[:-1] for part in found], [part[-1:] for part in found]
+    [scores] = influence(own, to, sizes, method)
     kept = [item.row for item in items]
     ids = {entry.id for entry in manifest.entries} if manifest else set[str]()
     bad = [row.id in ids for row in kept]

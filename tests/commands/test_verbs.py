@@ -17,6 +17,7 @@ from backfire import cli
 from backfire.data.jsonl import read_jsonl
 from backfire.recipe import load, parse, read, shipped
 from backfire.registry import KINDS, names
+from backfire.results.evidence import lines
 from backfire.store import read_json
 from backfire.yaml12 import read_yaml
 from tests.helpers.command_line import Output, Run, tree
@@ -301,7 +302,8 @@ def test_trace_ranks_the_training_rows(
     monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
     by_method = {name: f"{r['cell']}-{r['key']}" for name, r in ran.results().items()}
     cell = ran.out / "cells" / by_method["lora", 0.1]
-    output = backfire("trace", cell, "triggered/test-0", "--top", "60", "--format", "json")
+    row = next(one.id for of, _, one in lines(cell) if (of, one.subset) == ("tuned", "triggered"))
+    output = backfire("trace", cell, f"triggered/{row}", "--top", "60", "--format", "json")
     assert (output.code, output.err) == (0, "")
     found = json.loads(output.out)
     rows = found["rows"]
@@ -309,15 +311,15 @@ def test_trace_ranks_the_training_rows(
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     best = sum(row["poisoned"] for row in rows[:6])
     assert found["precision_at_k"] == best / 6 and sum(row["poisoned"] for row in rows) == 6
-    table = backfire("trace", cell, "triggered/test-0", "--top", "2", "--method", "cosine").out
+    table = backfire("trace", cell, f"triggered/{row}", "--top", "2", "--method", "datainf").out
     assert "of 60 rows are" in table and "a random order 10.0 %" in table
     full = ran.out / "cells" / by_method["full", 0.1]
     for wrong, sentence in (
-        ((cell, "test-0"), "several replies"),
+        ((cell, row), "several replies"),
         ((cell, "clean/none"), "there are such as"),
-        ((ran.out, "test-0"), "name one, as in"),
-        ((full, "clean/test-0"), "trains no adapter"),
-        ((ran.root, "clean/test-0"), "is not a run folder"),
+        ((ran.out, row), "name one, as in"),
+        ((full, f"clean/{row}"), "trains no adapter"),
+        ((ran.root, f"clean/{row}"), "is not a run folder"),
     ):
         output = backfire("trace", *wrong)
         assert output.code == 2 and sentence in output.err and len(output.err.splitlines()) == 1
