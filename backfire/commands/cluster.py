@@ -17,6 +17,7 @@ from backfire.claims import Claims
 from backfire.commands.estimate import amount
 from backfire.commands.plan import check, types_for, with_estimates
 from backfire.commands.run import finish
+from backfire.commands.workers import on_devices
 from backfire.errors import Interrupted, UserError
 from backfire.launch import ray, slurm
 from backfire.launch.folder import check_writable, write_plan
@@ -125,9 +126,10 @@ def start(
         console.print(f"All {len(cells)} cells are already done.")
         return finish(out, {}, jobs, console)
     check(recipe, store, console)
-    jobs = with_estimates(jobs, recipe, store, types)
-    processes = machine.get("workers") or max(1, (asked.gpus or 0) // machine.get("devices", 1))
-    launcher = launcher_of(out, asked, jobs, memory := _memory(asked, jobs, processes))
+    jobs, devices = with_estimates(jobs, recipe, store, types), machine.get("devices") or 1
+    processes = machine.get("workers") or max(1, (asked.gpus or 0) // devices)
+    memory = _memory(asked, on_devices(jobs, devices), processes * devices)
+    launcher = launcher_of(out, asked, jobs, memory)
     launcher.check()
     if asked.on == "slurm" and not asked.time:
         say(_about_time(jobs), console)
@@ -225,7 +227,8 @@ def _ray(out: Path, asked: Asked, jobs: Sequence[Job], memory: float) -> ray.Ray
 
 
 def _memory(asked: Asked, jobs: Sequence[Job], processes: int) -> float:
-    """Bytes that each worker asks for.
+    """Bytes that each worker asks for, whose cells take so many processes at once; the memory of
+    the jobs is that of one of these.
 
     Raises:
         UserError: a job needs more than was given, or the need is not known.
