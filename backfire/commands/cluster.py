@@ -37,8 +37,8 @@ _JOBS = 8  # most workers, if their number is not given
 _SPARE = 1.2, 0.5e9
 """Factor and bytes by which a worker asks for more memory than is estimated."""
 _MARGIN = 2
-"""Time of a Slurm job in that of the longest training by its estimate, which knows neither the
-speed of the nodes nor the evaluation."""
+"""Time of a Slurm job in that of its longest training or evaluation by the estimate, which does not
+know the speed of the nodes."""
 _SHORTEST, _LONGEST = 60, 1440  # minutes of a Slurm job, if they are not given
 
 
@@ -202,17 +202,15 @@ def _minutes(jobs: Sequence[Job]) -> int:
 
 def _about_time(jobs: Sequence[Job]) -> str:
     """Where the time of a Slurm job comes from, if it is not given."""
-    runs = [job for job in jobs if job.kind == "train"]
-    unknown = sum(job.minutes is None for job in runs)
-    longest = text.duration(60 * max((job.minutes or 0 for job in runs), default=0))
-    why = f"the longest training takes about {longest}, and evaluation is not estimated"
-    if unknown:
-        why = f"the time of {text.count(unknown, 'training run')} of {len(runs)} is not known here"
-    if not runs:
-        why = "the cells train nothing, and evaluation is not estimated"
+    why, timed = [], {"train": "training", "cell": "evaluation"}
+    for kind, what in timed.items():
+        if seconds := [60 * (job.minutes or 0) for job in jobs if job.kind == kind]:
+            why.append(f"the longest {what} takes about {text.duration(max(seconds))}")
+    if unknown := sum(job.kind in timed and job.minutes is None for job in jobs):
+        why = [f"the time of {unknown} of {text.count(len(jobs), 'job')} is not known here"]
     return (
-        f"Each worker asks for {_minutes(jobs)} minutes: {why}. A cell that takes longer goes on "
-        "in the next job; --time sets another limit."
+        f"Each worker asks for {_minutes(jobs)} minutes: {' and '.join(why)}. A cell that takes "
+        "longer goes on in the next job; --time sets another limit."
     )
 
 
