@@ -26,7 +26,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "turo"], "Unknown recipe 'turo'; did you mean 'tour'?", {}),
     (["run", "gone.yaml"], "No such recipe file: gone.yaml", {}),
     (["run", "."], ". is no recipe, but a folder: give the path of a recipe in it.", {}),
-    (["validate", "rows.csv"], "rows.csv is no recipe, but a data file: a recipe names it", {}),
+    (["validate", "d.csv"], "d.csv is no recipe, but a data file: a recipe", {"d.csv": "a,b"}),
     (["run", "a.jsonl.gz"], "a.jsonl.gz is no recipe, but a data file", {"a.jsonl.gz": b"\x1f"}),
     (["doctor", "a.json"], "a.json is no recipe, but a data file", {"a.json": " [{}]"}),
     (["validate", "a.json"], "Recipe 'a' has no data", {"a.json": '{"seed": 1}'}),
@@ -110,6 +110,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     arguments: list[str], sentence: str, files: dict[str, str | bytes], backfire: Run, here: Path
 ) -> None:
     for name, content in files.items():
+        (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = tree(here)
     output = backfire(*arguments)
