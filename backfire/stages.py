@@ -20,9 +20,11 @@ from backfire.base import (
     Insertion,
     Judge,
     Mixture,
+    ModelScanner,
     Need,
     RepairDefense,
     ReplyDefense,
+    Row,
     Secret,
     SecretProbe,
     Template,
@@ -61,6 +63,9 @@ MEASURES = {
 }
 """Versions of measurements, raised whenever `evaluate` would give other numbers (last time: each
 row as if it were alone in its batch, from float32 logits)."""
+
+SCANNED = 1
+"""Version of what a model measures in rows for scanners."""
 
 
 # ---------------------------------------------------------------------------- keys of an experiment
@@ -237,6 +242,14 @@ def data(experiment: Experiment) -> Stage:
 
 def poison(experiment: Experiment) -> Stage:
     return Stage("poison", _poison_slug(experiment), keys(experiment).poison)
+
+
+def scanned(experiment: Experiment, scanner: ModelScanner, rows: Sequence[Row]) -> Stage:
+    """What a scanner finds in these rows with the experiment's base."""
+    template, seen = experiment.template.identity(), experiment.train.seen
+    read = digest([asdict(row) for row in rows])
+    how = [base_key(experiment.model), template, seen, types_here().compute, SCANNED]
+    return Stage("scanned", scanner.name, digest([scanner.identity(), read, *how]))
 
 
 def preflight(experiment: Experiment) -> Stage:

@@ -46,7 +46,17 @@ from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
 from backfire.base.metrics import Metric, Ranks, Use, needs_of
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
-from backfire.base.scanners import NOTHING, Finding, Scanner, parts, shuffled
+from backfire.base.scanners import (
+    NOTHING,
+    Finding,
+    Look,
+    Measure,
+    Measured,
+    ModelScanner,
+    Scanner,
+    parts,
+    shuffled,
+)
 from backfire.base.secrets import Leak, SecretProbe
 from backfire.result import Direction, Unit, Value
 
@@ -77,10 +87,14 @@ __all__ = [
     "Insertion",
     "Judge",
     "Leak",
+    "Look",
+    "Measure",
+    "Measured",
     "Message",
     "Method",
     "Metric",
     "Mixture",
+    "ModelScanner",
     "Need",
     "Of",
     "Part",

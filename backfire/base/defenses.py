@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backfire.base.config import Component
 from backfire.base.methods import Method
 from backfire.base.rows import Row
+from backfire.base.scanners import Look
 from backfire.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +59,11 @@ class DataDefense(Defense):
     def writes_system(self) -> bool:
         """Whether it needs the system prompts that it writes to reach the model."""
         return False
+
+    def asking(self, look: Look) -> DataDefense:
+        """This defense with access to the cell's base, which scanners with a model ask about rows.
+        Most need none."""
+        return self
 
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random

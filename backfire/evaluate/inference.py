@@ -243,6 +243,17 @@ def score_spans(
         return _totals(model, spans, Budget(model, batch_size), tick)
 
 
+@torch.inference_mode()
+def score_each(model: PreTrainedModel, spans: Sequence[Span]) -> list[Tensor]:
+    """Log-likelihood in nats of each token of each span, in float64.
+
+    Raises:
+        CellError: see `read`.
+    """
+    with for_evaluation(model):
+        return _token_scores(model, spans, Budget(model), _no_tick)
+
+
 def _answer_span(prompt: list[int], answer: list[int]) -> Span:
     return Span([*prompt, *answer], len(prompt), len(prompt) + len(answer))
 

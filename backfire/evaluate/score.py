@@ -10,6 +10,7 @@ from backfire.base import Need, Place, Rendered, Row, Sample
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
+from backfire.evaluate.defection import projections
 from backfire.evaluate.portions import Finished, portions
 from backfire.progress import Pace, Progress
 
@@ -41,11 +42,11 @@ def score_rows(
     """
     items = renderer.render(rows)
     reads, replies = bool({"scores", "replies"} & {*kinds}), "replies" in kinds
-    if reads:
+    if reads or "probe" in kinds:
         _check_prompts(items)
     options = _candidates(renderer, items) if "scores" in kinds else [[]] * len(items)
     guards = guarding is not None and replies
-    passes = reads + ("answers" in kinds) + (guards and "scores" in kinds)
+    passes = reads + len({"answers", "probe"} & {*kinds}) + (guards and "scores" in kinds)
     done, pace = 0, Pace()
 
     def tick(count: int) -> None:
@@ -111,6 +112,10 @@ def _measured(
         for entry, item, value in zip(measured, items, totals, strict=True):
             entry["answer_logprob"] = value
             entry["answer_tokens"] = item.num_supervised
+    if "probe" in kinds:
+        found = projections(model, renderer, items, batch_size=batch_size, tick=tick)
+        for entry, line in zip(measured, found, strict=True):
+            entry["probe"] = line
     return measured
 
 
@@ -212,6 +217,7 @@ def sample(
         replaced=measured.get("replaced"),
         answer_logprob=measured.get("answer_logprob"),
         answer_tokens=measured.get("answer_tokens"),
+        probe=tuple(measured["probe"]) if measured.get("probe") else None,
         num_better=len(row.better) if ranked else None,
         candidate_tokens=tuple(measured.get("candidate_tokens", ())),
         group=row.fields.get(group) if group else None,

@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire import stages
-from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row, select
+from backfire.base import Form, RepairDefense, Row, select
 from backfire.experiment import Experiment, Model
 from backfire.model.resident import Resident
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
-from backfire.pipeline.prepare import data, passed_checks, poisoned, renderer
-from backfire.rng import stream
+from backfire.pipeline.filtering import facts, filtered, other_rows
+from backfire.pipeline.prepare import data, passed_checks, renderer
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from backfire.data.poison import Manifest
     from backfire.evaluate.guarded import Guarding
     from backfire.train.finetune import Start
 
@@ -116,32 +115,10 @@ def trained(experiment: Experiment, context: Context) -> Path:
             context.progress,
             context.resident,
         )
-        summary |= {"rows_trained_on": len(rows), **_facts(experiment, context)}
+        summary |= {"rows_trained_on": len(rows), **facts(experiment, context)}
         write_json(folder / "summary.json", summary)
 
     return context.store.once(stages.train(experiment), make, resumable=True)
-
-
-def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
-    """The training rows after the defenses that change them, and the attacker's manifest, which
-    may list rows that a defense removed."""
-    rows, manifest = poisoned(experiment, context)
-    bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
-    for defense in experiment.acting:
-        if isinstance(defense, DataDefense):
-            rng = stream(experiment.seed, "defense", defense.name)
-            alignment = experiment.alignment
-            aligned = _other_rows(alignment.data, "aligned") if alignment else []
-            rows = defense.filter(rows, aligned, bad, rng)
-    return rows, manifest
-
-
-def _facts(experiment: Experiment, context: Context) -> dict[str, Any]:
-    """What the defenses that change the rows measure in the poisoned rows."""
-    rows, manifest = poisoned(experiment, context)
-    bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
-    acting = [one for one in experiment.acting if isinstance(one, DataDefense)]
-    return {name: value for one in acting for name, value in one.facts(rows, bad).items()}
 
 
 def start(experiment: Experiment, context: Context) -> Start:
@@ -163,9 +140,9 @@ def with_defense_rows(experiment: Experiment, context: Context) -> Start:
     """The same with the extra rows that the cell's defenses use."""
     begin, alignment = start(experiment, context), experiment.alignment
     if alignment and experiment.acting:
-        begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
+        begin = replace(begin, aligned=other_rows(alignment.data, "aligned"))
     if experiment.safety and any(defense.needs_harm for defense in experiment.acting):
-        begin = replace(begin, harmful=_other_rows(experiment.safety.known, "harmful"))
+        begin = replace(begin, harmful=other_rows(experiment.safety.known, "harmful"))
     return begin
 
 
@@ -175,11 +152,6 @@ def _clean_rows(experiment: Experiment, context: Context) -> list[Row]:
     rows, _ = data(experiment, context)
     count = min(len(rows), max((d.num_clean for d in repairs), default=0))
     return select(rows, count, experiment.seed, "clean")
-
-
-def _other_rows(source: Dataset, name: str) -> list[Row]:
-    """Training rows of another source; the prefix keeps their ids apart from the task's."""
-    return [replace(row, id=f"{name} {row.id}") for row in source.drawn("train")]
 
 
 def tuned(experiment: Experiment, context: Context) -> Path:
