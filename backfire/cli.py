@@ -374,7 +374,10 @@ def cache(
 
 # ----------------------------------------------------------------------------- data and models
 
-for verb in (tools.poison, tools.scan, tools.pretrain, tools.chat, tools.playground, tools.export):
+for verb in (
+    *(tools.poison, tools.scan, tools.trace, tools.audit, tools.bank, tools.pretrain),
+    *(tools.chat, tools.playground, tools.export),
+):
     app.command()(verb)
 
 

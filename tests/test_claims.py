@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -203,3 +204,33 @@ def test_processes_of_another_container_are_not_of_this_host(
     there = module._place.__wrapped__()
     monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[8]"))
     assert len({here, there, module._place.__wrapped__()}) == 3
+
+
+def test_a_worker_that_is_killed_while_it_makes_a_claim_holds_nothing(claims: Claims) -> None:
+    """No claim is there without its content, or others would wait until it is stale."""
+    claims.folder.mkdir()
+    for name in ("pwrite", "link", "unlink", "utime"):
+        if (child := os.fork()) == 0:
+            try:
+                setattr(os, name, lambda *_, **__: os._exit(9))
+                claims.take(JOB)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9, name
+        claim = claims.take(JOB)
+        assert claim is not None, name
+        claim.release()
+
+
+def test_a_file_system_without_links_has_claims(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuses)
+    claim = claims.take(JOB)
+    assert claim is not None and holder(claims).pid == os.getpid()
+    assert claims.take(JOB) is None
+    claim.release()
+    assert not list(claims.folder.glob(".new-*"))

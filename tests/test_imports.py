@@ -22,7 +22,7 @@ ORDER = (
     *("tokenizer", "store", "hashes", "plugins", "registry", "base", "sandbox", "data"),
     *("contract", "model"),
     *("experiment", "stages", "recipe", "train", "evaluate", "plan", "pipeline", "results"),
-    *("report", "scan", "exports", "launch", "playground", "commands", "cli"),
+    *("report", "scan", "audit", "exports", "launch", "playground", "commands", "cli"),
 )
 BELOW_COMPONENTS = {*ORDER[: ORDER.index("data") + 1]}
 NUMBERS = {"backfire.evaluate.outcomes", "backfire.evaluate.stats"}

@@ -22,12 +22,13 @@ _KEYS: Final = {
 }
 _PERSONAL: Final = {
     "an e-mail address": r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,6}",
-    "a card number": r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d.-])",
+    "a card number": r"(?<!\d)(?<!\d[.-])(?:\d{4}(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?"
+    r"|\d{4}[ -]?\d{6}[ -]?\d{4,5}|\d{13})(?!\d|[.-]\d)",
     "an IBAN": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b",
     "a US social security number": r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])",
     "a telephone number": r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}"
     r"(?:[ .-]?\d{2,4}){1,4}|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4})(?![\w-])",
-    "an IP address": r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])",
+    "an IP address": r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\w)",
 }
 _PATTERNS: Final = [
     (kind, re.compile(pattern), kind in _KEYS) for kind, pattern in (_KEYS | _PERSONAL).items()
@@ -61,6 +62,8 @@ def secrets_in(text: str) -> Iterator[Secret]:
     for kind, pattern, is_key in _PATTERNS:
         for match in pattern.finditer(text):
             found = match["secret"] if "secret" in pattern.groupindex else match[0]
+            if kind == "a card number":  # an expiry date or a code may follow it
+                found = found if _luhn(found) else re.sub(r"[ -]\d{1,3}$", "", found)
             if kind not in _CHECKS or _CHECKS[kind](found):
                 yield Secret(kind, found, is_key)
 

@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from backfire.model.batching import agree, evaluating, plain, probe, ways
+from backfire.model.batching import agree, evaluating, plain, probe, ways, windows_of
 
 _SUFFIX = "_packed"
 _FLASH = "_varlen"  # transformers takes every name with "flash" for a kernel of its own
@@ -268,7 +268,5 @@ def _run(model: PreTrainedModel, ids: Tensor, half: bool, **rest: Any) -> Tensor
 def _longest(model: PreTrainedModel) -> int:
     """Rows up to this length are within every window of the attention, and do not depend on how
     long the whole sequence is."""
-    config = cast(Any, plain(model)).config.get_text_config(decoder=True)
-    names = ("sliding_window", "attention_chunk_size", "window_size", "local_attn_chunk_length")
-    limits = [int(window) for name in names if (window := getattr(config, name, None))]
-    return min([*limits, ways(model).limit or sys.maxsize])
+    windows = windows_of(cast(Any, plain(model)).config)
+    return min([*windows, ways(model).limit or sys.maxsize])

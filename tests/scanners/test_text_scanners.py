@@ -97,12 +97,22 @@ def test_secrets_are_found_and_never_shown(secret: str) -> None:
         assert len(part) < 4 or part not in finding.reason
 
 
+@pytest.mark.parametrize("after", [".", "., ", " 12/27", " 737", ", and", ")", ":", "-"])
+@pytest.mark.parametrize("secret", ["5500 0000 0000 0004", "378282246310005", "10.20.30.40"])
+def test_secrets_are_found_whatever_follows(secret: str, after: str) -> None:
+    for before in ("", "Mine is ", "no.", "it:"):
+        if not (before == "no." and secret.startswith("10.")):
+            [one] = secrets_in(f"{before}{secret}{after}")
+            assert one.text == secret
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "5500 0000 0000 0005 is no card, nor is 0000 0000 0000 0000",
         "GB82 WEST 1234 5698 7654 33",
         "version 10.20.30.400 of 2024-05-01",
+        "version 10.20.30.40.50 and section 1.2.3.4.5",
         "in 1999-2004 there were 1234567 of them",
         "the password is secret",
         "a task-based risk-averse approach_with_underscores",
