@@ -39,8 +39,9 @@ from backfire.train.microbatch import unless_out_of_memory
 def render_secrets(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:
     """Render the secrets' rows.
 
-    Raises: CellError: a row is too long: it would lose the end of the prompt that identifies the
-    secret.
+    Raises:
+        CellError: a row is too long: it would lose the end of the prompt that identifies the
+            secret.
     """
     items = renderer.render([secret.row for secret in secrets])
     if cut := next((item for item in items if item.cut_tokens), None):
