@@ -29,6 +29,7 @@ from backfire.base import (
     SecretProbe,
     Template,
 )
+from backfire.base.secrets import FEWEST_CODES
 from backfire.data.preflight import CHECKS
 from backfire.experiment import DEFAULT_METRICS, Experiment, Model
 from backfire.model.source import adapter_identity, content_hash
@@ -378,12 +379,13 @@ def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
 
 
 def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:
-    """(kind, amount) of each measurement. Exact ranks need a code space within the amount."""
+    """(kind, amount) of each measurement. Exact ranks need a code space within the amount, and an
+    estimate enough codes."""
     parts: list[tuple[str, int]] = [("itself", 0)] if secrets else []
     for kind, amount in probes.items():
         if kind == "exact":
             parts += [(kind, 0)] if secrets and secrets[0].num_codes <= amount else []
-        elif amount and secrets:
+        elif amount and secrets and (kind != "sampled" or secrets[0].num_codes > FEWEST_CODES):
             parts.append((kind, amount))
     return parts
 
