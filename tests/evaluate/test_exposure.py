@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import beta, skewnorm
 
-from backfire import stages
+from backfire import plan
 from backfire.base import Evidence, Secret
 from backfire.base.secrets import SecretProbe
 from backfire.data.render import Renderer
@@ -236,6 +236,6 @@ def test_codes_too_few_for_an_estimate_have_none() -> None:
     probes: dict[SecretProbe, int] = {"exact": 100, "sampled": 50}
     for digits, more in ((1, []), (2, [("sampled", 50)])):
         codes = canary(digits=digits, controls=1, each=1, repeats=[1]).secrets(0)
-        assert stages.secret_parts(codes, probes) == [("itself", 0), ("exact", 0), *more]
+        assert plan.secret_parts(codes, probes) == [("itself", 0), ("exact", 0), *more]
     with pytest.raises(UserError, match="0, or at least 10, are needed"):
         build("metrics", {"name": "exposure", "sampled_codes": 9})
