@@ -82,6 +82,15 @@ def test_hosts_whose_clocks_are_an_hour_apart(
     claim.release()
 
 
+def test_who_has_what_is_told_with_its_age(claims: Claims) -> None:
+    assert list(claims.holders()) == []
+    elsewhere(claims, age=100)
+    [one] = claims.holders()
+    assert (one.host, one.is_stale) == ("far", False) and 99 < one.age < 160
+    elsewhere(claims, age=STALE + 60)
+    assert [one.is_stale for one in claims.holders()] == [True]
+
+
 def test_a_dead_process_of_this_host_holds_nothing(claims: Claims) -> None:
     here = Holder("", "", "", 0, "", 0.0, place=module._place())
     elsewhere(claims, pid=dead_process(), place=here.place, began="1")
