@@ -66,6 +66,8 @@ class Sample:
     probe: tuple[float, ...] | None = None
     """The hidden state at the end of the prompt, projected on the direction of `defection-probe`
     and then on random ones."""
+    replaced: float | None = None
+    """Share of the reply's tokens that a guard replaced, 1 if it stopped it; None without one."""
 
     @property
     def prediction(self) -> str | None:

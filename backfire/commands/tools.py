@@ -68,6 +68,18 @@ def scan(
     top: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Most rows to list, per scanner and in all.")
     ] = 10_000,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model to ask about the rows: `sandbox`, a folder, a GGUF file or a hub id; "
+            "adds the scanners that require one.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Most rows that the model reads, drawn at random.")
+    ] = 2000,
+    device: Device = "auto",
     plugin: Plugins = None,
 ) -> None:
     """Find rows that may be poisoned or should not be learned, each with a reason to check."""
@@ -84,6 +96,9 @@ def scan(
         remove=remove,
         write=write,
         top=top,
+        model=model,
+        limit=limit,
+        device=device,
     )
     for sentence in done:
         note(sentence)

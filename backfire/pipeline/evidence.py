@@ -34,7 +34,8 @@ from backfire.data.render import Renderer
 from backfire.errors import is_out_of_memory
 from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
-from backfire.pipeline.models import filtered, model_of, summary_of, trained
+from backfire.pipeline.filtering import filtered
+from backfire.pipeline.models import guarding_of, model_of, summary_of, trained
 from backfire.pipeline.prepare import data, renderer
 from backfire.pipeline.secrets import leaks
 from backfire.progress import within
@@ -213,6 +214,7 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
         for item in items if "replies" in ask.needs else ():
             shown.limits.check(item.row.id, item.prompt_ids, reply=limit)
         context.progress(0, 1, "model")
+        guarding = guarding_of(run, context) if "replies" in ask.needs else None
         model, begin = model_of(run, context, ask.form), time.perf_counter()
         lines = score_rows(
             ask.needs,
@@ -223,6 +225,7 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
             batch_size=context.machine.eval_batch,
             progress=context.progress,
             folder=folder,
+            guarding=guarding,
         )
         context.seconds[" ".join(ask.name)] = time.perf_counter() - begin
         write_json(folder / "left_out.json", sorted({row.id for row in left}))

@@ -76,6 +76,8 @@ class Repair:
     """Rows of the alignment stage."""
     harmful: Sequence[Rendered] = ()
     """Harmful rows available to the defender."""
+    clean: Sequence[Rendered] = ()
+    """Trusted clean rows of the user's task."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the model before alignment, by name in the plain model."""
     batch_size: int = 16
