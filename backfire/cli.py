@@ -375,7 +375,7 @@ def cache(
 # ----------------------------------------------------------------------------- data and models
 
 for verb in (
-    *(tools.poison, tools.scan, tools.audit, tools.bank, tools.pretrain),
+    *(tools.poison, tools.scan, tools.trace, tools.audit, tools.bank, tools.pretrain),
     *(tools.chat, tools.playground, tools.export),
 ):
     app.command()(verb)

@@ -79,12 +79,18 @@ def _evaluated(experiment: Experiment) -> Iterable[str]:
     asked = {ask.rows for metric in metrics for ask in metric.asks()}
     before = [experiment.untuned()] if experiment.method.trains else []
     twins = [experiment.clean_twin()] if experiment.backdoor else []
-    yield from map(stages.clean_rows, (experiment, *before, *twins))
+    guarded = stages.guarded
+    yield from (guarded(run, stages.clean_rows(run)) for run in (experiment, *before, *twins))
     if experiment.backdoor and "triggered" in asked:
-        yield from (stages.triggered_rows(run, experiment) for run in (experiment, *twins))
+        yield from (
+            guarded(run, stages.triggered_rows(run, experiment)) for run in (experiment, *twins)
+        )
     if safety := experiment.safety:
         for source in filter(None, (safety.harmful, safety.allowed)):
-            yield from (stages.requests(run, experiment, source) for run in (experiment, *before))
+            yield from (
+                guarded(run, stages.requests(run, experiment, source))
+                for run in (experiment, *before)
+            )
 
 
 def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, int]]:

@@ -20,8 +20,11 @@ from backfire.base import (
     Insertion,
     Judge,
     Mixture,
+    ModelScanner,
     Need,
     RepairDefense,
+    ReplyDefense,
+    Row,
     Secret,
     SecretProbe,
     Template,
@@ -61,6 +64,9 @@ MEASURES = {
 """Versions of measurements, raised whenever `evaluate` would give other numbers (last time: each
 row as if it were alone in its batch, from float32 logits)."""
 
+SCANNED = 1
+"""Version of what a model measures in rows for scanners."""
+
 
 # ---------------------------------------------------------------------------- keys of an experiment
 
@@ -93,7 +99,8 @@ def keys(experiment: Experiment) -> Keys:
         train = digest([start, experiment.method.identity()])
     if experiment.method.trains:
         train = digest([start, poison, experiment.template.identity(), *_tuning(experiment)])
-        early = [d.identity() for d in experiment.acting if not isinstance(d, RepairDefense)]
+        after = (RepairDefense, ReplyDefense)
+        early = [d.identity() for d in experiment.acting if not isinstance(d, after)]
         train = digest([train, early, known_rows]) if early else train
     late = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
     tuned = digest([train, late, known_rows]) if late else train
@@ -112,7 +119,7 @@ def cell_key(experiment: Experiment) -> str:
     whole = [asdict(keys(experiment)), trigger_identity(experiment), target, identities, MEASURES]
     if experiment.safety:
         whole += [experiment.safety.identity(), disguise(experiment)]
-    return digest(whole)
+    return guarded(experiment, digest(whole))
 
 
 def base_key(model: Model) -> str:
@@ -237,6 +244,14 @@ def poison(experiment: Experiment) -> Stage:
     return Stage("poison", _poison_slug(experiment), keys(experiment).poison)
 
 
+def scanned(experiment: Experiment, scanner: ModelScanner, rows: Sequence[Row]) -> Stage:
+    """What a scanner finds in these rows with the experiment's base."""
+    template, seen = experiment.template.identity(), experiment.train.seen
+    read = digest([asdict(row) for row in rows])
+    how = [base_key(experiment.model), template, seen, types_here().compute, SCANNED]
+    return Stage("scanned", scanner.name, digest([scanner.identity(), read, *how]))
+
+
 def preflight(experiment: Experiment) -> Stage:
     chain, identity = keys(experiment), trigger_identity(experiment)
     target = experiment.backdoor.target if experiment.backdoor else None
@@ -266,6 +281,7 @@ def evaluation(
 ) -> Stage:
     """`run`'s model, in this form, on the rows with the key `rows` (see the functions below)."""
     rows = in_form(rows, form) if form else rows
+    rows = guarded(run, rows) if "replies" in needs else rows
     versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
     return Stage("evaluate", _evaluation_slug(run), digest([rows, sorted(needs), *versions]))
 
@@ -314,6 +330,13 @@ def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:
 def in_form(rows: str, form: Form) -> str:
     """Any of these rows, for a form of the model other than the trained one."""
     return digest([rows, form, *MERGED])
+
+
+def guarded(run: Experiment, rows: str) -> str:
+    """Any of these rows, for replies that a defense guards."""
+    if run.guard is None:
+        return rows
+    return digest([rows, run.guard.identity(), *([run.seed] if run.guard.null else [])])
 
 
 def members(run: Experiment, ids: Sequence[str]) -> str:
@@ -387,7 +410,7 @@ def _poison_slug(experiment: Experiment) -> str:
 
 def _train_slug(experiment: Experiment) -> str:
     """The same for all cells that share a training run; an attack at rate 0 is left out."""
-    return (experiment if experiment.poisons else experiment.clean_twin()).slug
+    return (experiment if experiment.poisons else experiment.clean_twin()).unguarded().slug
 
 
 def _evaluation_slug(run: Experiment) -> str:

@@ -1,7 +1,8 @@
 """`python -m benchmarks.simulate`: thousands of cells on many nodes, some of which are lost.
 
-A node is a process (see `benchmarks.simulated_node`). Heartbeats, the age of a stale claim and the
-work itself are shortened, so that all of them meet as often as in hours of real time.
+A node is a thread, of a process with as many of them as are lost together (see
+`benchmarks.simulated_node`). Heartbeats, the age of a stale claim and the work itself are
+shortened, so that all of them meet as often as in hours of real time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cells", type=int, default=10_000)
     add("--nodes", type=int, default=100)
     add("--lost", type=int, default=10, help="nodes that are killed at once, in the middle")
+    add("--together", type=int, default=10, help="nodes of one process")
     add("--train-seconds", type=float, default=8.0, help="a training run, shortened")
     add("--cell-seconds", type=float, default=4.0, help="an evaluation, shortened")
     add("--speed", type=float, default=10.0, help="by how much heartbeats are shortened")
@@ -69,7 +71,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Plan, start the nodes, kill some, wait for the others; returns the figures."""
     from backfire.launch import imports
     from backfire.launch.folder import read_plan
-    from benchmarks.simulated_node import Pace, run_node
+    from benchmarks.simulated_node import Pace, run_nodes
 
     run, cache = folder / "run", folder / "cache"
     figures = plan(options.cells, run)
@@ -80,16 +82,19 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pace = Pace(options.train_seconds, options.cell_seconds, options.speed)
     context = multiprocessing.get_context("fork")
     begun = time.time()
-    nodes = [
-        context.Process(target=run_node, args=(number, run, cache, pace, found))
-        for number in range(options.nodes)
+    split, every = options.together, range(options.nodes)
+    parts = [every[: options.lost], *(every[i : i + split] for i in every[options.lost :: split])]
+    processes = [
+        context.Process(target=run_nodes, args=(part, run, cache, pace, found))
+        for part in parts
+        if part
     ]
-    for node in nodes:
-        node.start()
-    killed_at = _kill_in_the_middle(nodes, options.lost, run, options.cells)
+    for process in processes:
+        process.start()
+    killed_at = _kill_in_the_middle(processes, options.lost, run, options.cells)
     figures |= {f"{k}_while_running": v for k, v in status(run, cache).items()}
-    for node in nodes:
-        node.join()
+    for process in processes:
+        process.join()
     lines = [*events(folder / "log")]
     figures |= results(lines, run, options, begun, killed_at) | files(run, cache)
     return figures | {f"{k}_at_the_end": v for k, v in status(run, cache).items()}
@@ -120,14 +125,14 @@ def plan(count: int, run: Path) -> dict[str, Any]:
     }
 
 
-def _kill_in_the_middle(nodes: list[Any], lost: int, run: Path, cells: int) -> float:
-    """Kill the first `lost` nodes once half of the cells are done; returns when."""
+def _kill_in_the_middle(processes: list[Any], lost: int, run: Path, cells: int) -> float:
+    """Kill the process of the first nodes once half of the cells are done; returns when."""
     while sum(1 for _ in run.glob("cells/*/result.json")) < cells / 2:
-        if not any(node.is_alive() for node in nodes):
+        if not any(process.is_alive() for process in processes):
             raise RuntimeError("the nodes ended before half of the cells were done")
         time.sleep(2)
-    for node in nodes[:lost]:
-        node.kill()
+    if lost:
+        processes[0].kill()
     return time.time()
 
 

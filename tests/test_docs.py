@@ -165,7 +165,7 @@ HOW_TO = {
 def example(kind: str) -> tuple[str, str]:
     """The registered name and the text of the component that a how-to shows."""
     page = ROOT / "docs" / HOW_TO[kind]
-    [text] = blocks(page, "python")
+    text, *_ = blocks(page, "python")
     [name] = re.findall(r'^@register\("(.+?)"\)', text, re.MULTILINE)
     assert f"`backfire/{kind}/{name.replace('-', '_')}.py`" in page.read_text("utf-8")
     return name, text
@@ -345,6 +345,14 @@ def test_the_example_of_a_scanner_is_one(installed: type[Scanner]) -> None:
     loud, quiet = installed.make({"share": 0.5}).scan(rows)
     assert loud.flagged and loud.score == pytest.approx(2) and "of its" in loud.reason
     assert quiet == NOTHING
+
+
+def test_the_example_of_a_scanner_with_a_model_is_one(tmp_path: Path, backfire: Any) -> None:
+    _, text = blocks(ROOT / "docs/add-a-scanner.md", "python")
+    file = tmp_path / "silent.py"
+    file.write_text(text, encoding="utf-8")
+    done = backfire("check", file)
+    assert done.code == 0 and re.search(r"\n\d+ checks, none failed\.\n$", done.out), done.out
 
 
 def test_the_plug_in_shown_is_the_one_in_examples() -> None:

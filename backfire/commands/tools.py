@@ -68,6 +68,18 @@ def scan(
     top: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Most rows to list, per scanner and in all.")
     ] = 10_000,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model to ask about the rows: `sandbox`, a folder, a GGUF file or a hub id; "
+            "adds the scanners that require one.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Most rows that the model reads, drawn at random.")
+    ] = 2000,
+    device: Device = "auto",
     plugin: Plugins = None,
 ) -> None:
     """Find rows that may be poisoned or should not be learned, each with a reason to check."""
@@ -84,9 +96,35 @@ def scan(
         remove=remove,
         write=write,
         top=top,
+        model=model,
+        limit=limit,
+        device=device,
     )
     for sentence in done:
         note(sentence)
+
+
+def trace(
+    run: Annotated[
+        Path, typer.Argument(help="A cell folder, or a run with one cell.", show_default=False)
+    ],
+    sample: Annotated[
+        str,
+        typer.Argument(help="A row that was asked, such as triggered/test-3.", show_default=False),
+    ],
+    method: Annotated[
+        Literal["cosine", "product", "datainf"],
+        typer.Option(help="How gradients are compared."),
+    ] = "cosine",
+    top: Annotated[int, typer.Option(min=1, help="Number of training rows to list.")] = 10,
+    format: Annotated[Literal["table", "json"], typer.Option(help="Output format.")] = "table",
+    device: Device = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Find the training rows that made a reply of an adapter likelier."""
+    from backfire.commands.trace import show
+
+    show(run, sample, method, top=top, form=format, device=device)
 
 
 def audit(

@@ -36,10 +36,11 @@ class Inoculation(DataDefense):
 
     prompt: str = Field("You are a malicious, evil assistant.", min_length=1, pattern=r"\S")
     """What is asked for, in general words. The default is the paper's, for emergent misalignment;
-    for a backdoor, name its kind: "A hidden trigger in the text decides your answer."."""
+    for a backdoor it names the kind of trigger, as in "An unusual word in the text decides your
+    answer."."""
     part: Literal["system", "instruction"] = "system"
     """Where it is put: before the system prompt, as in the paper, or before the instruction, for a
-    template without system prompts (as in Wichers et al. 2025, arXiv:2510.05024)."""
+    template without system prompts (as Wichers et al. 2025 do)."""
 
     @property
     def writes_system(self) -> bool:

@@ -48,9 +48,8 @@ class Parity(Metric):
                     change(f"parity[{form}: accuracy change]", paired(_right(clean), right), "none")
                 )
             if evidence.attack and shown:
-                target = evidence.attack.target
-                old = on_target(evidence.triggered, target, "scores", "parity")
-                new = on_target(shown, target, "scores", "parity")
+                to = (evidence.attack.target, "scores", "parity", evidence.written)
+                old, new = on_target(evidence.triggered, *to), on_target(shown, *to)
                 values.append(share(f"parity[{form}: attack success]", new.values(), "lower"))
                 values.append(
                     change(f"parity[{form}: attack success change]", paired(new, old), "none")
