@@ -58,6 +58,7 @@ PURPOSES = {
     "py.typed": "Marks the package as typed",
     "page.css": "Style sheet of the report",
     "page.html.j2": "Template of the report; everything that comes from a file is escaped",
+    "audit.html.j2": "Template of the page of an audit",
     "scan.html.j2": "Template of the page of a scan",
     "backfire/recipes": "Recipes: one YAML file per question",
     "docs": "Concepts, catalog, layout, papers, log, decisions, how to add a component",

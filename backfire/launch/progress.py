@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -12,24 +13,35 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from backfire.errors import EXIT_CLASSES
 from backfire.launch.log import Event, JsonLines, Log
 from backfire.plan import Job
+from backfire.text import line
 
 _ENDS = {"ok", *EXIT_CLASSES}
 
 
 def titles(jobs: Sequence[Job]) -> dict[str, str]:
     """A title for each job, by id: kind, number of how many, name, and the values of the matrix
-    that tell it from other jobs of this name."""
-    out = {}
-    for kind in dict.fromkeys(job.kind for job in jobs):
-        alike = [job for job in jobs if job.kind == kind]
-        points = [_common_axes(job, jobs) for job in alike]
-        for number, (job, point) in enumerate(zip(alike, points, strict=True), start=1):
-            others = [p for j, p in zip(alike, points, strict=True) if j.title == job.title]
-            differs = {a: v for a, v in point.items() if any(p.get(a) != v for p in others)}
-            some = ", ".join(f"{axis}={_short(value)}" for axis, value in differs.items())
-            name = f"{job.title} ({some})" if some else job.title
-            out[job.id] = f"{kind} {number}/{len(alike)} {name}"
+    that tell it from other jobs of this name. Its text may be from a recipe of somebody else."""
+    names, shared = {job.id: job.title for job in jobs}, _shared_axes(jobs)
+    points = {job.id: job.axes or shared.get(job.id, {}) for job in jobs}
+    alike: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for job in jobs:
+        alike.setdefault((job.kind, names[job.id]), []).append(points[job.id])
+    differing = {key: _differing(found) for key, found in alike.items()}
+    total, numbers, out = Counter(job.kind for job in jobs), Counter[str](), {}
+    for job in jobs:
+        numbers[job.kind] += 1
+        name, point = names[job.id], points[job.id]
+        axes = [axis for axis in point if axis in differing[job.kind, name]]
+        some = ", ".join(f"{axis}={_short(point[axis])}" for axis in axes)
+        name = f"{name} ({some})" if some else name
+        out[job.id] = line(f"{job.kind} {numbers[job.kind]}/{total[job.kind]} {name}")
     return out
+
+
+def _differing(points: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The axes in which some of these points differ."""
+    axes = {axis for point in points for axis in point}
+    return {axis for axis in axes if len({_short(point.get(axis)) for point in points}) > 1}
 
 
 def _short(value: Any) -> str:
@@ -40,14 +52,14 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def _common_axes(job: Job, jobs: Sequence[Job]) -> dict[str, Any]:
-    """The values that all cells that need this job have in common."""
-    points = [job.axes] if job.axes else [other.axes for other in jobs if job.id in other.after]
-    return {
-        axis: value
-        for axis, value in (points[0].items() if points else ())
-        if all(axis in point and point[axis] == value for point in points)
-    }
+def _shared_axes(jobs: Sequence[Job]) -> dict[str, dict[str, Any]]:
+    """Id of a job -> the values of the matrix that all jobs that need it have in common."""
+    shared: dict[str, dict[str, Any]] = {}
+    for job in jobs:
+        for name in job.after:
+            known = shared.setdefault(name, job.axes)
+            shared[name] = {k: v for k, v in known.items() if k in job.axes and job.axes[k] == v}
+    return shared
 
 
 class ProgressDisplay:
@@ -58,9 +70,9 @@ class ProgressDisplay:
         self.console, self.live = console, sys.stderr.isatty()
         self.titles = titles(jobs)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}"),
+            TextColumn("{task.percentage:>3.0f}%  {task.fields[text]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not self.live,
@@ -83,7 +95,7 @@ class ProgressDisplay:
 
     def watch(self, job: Job, text: str, done: int, total: int) -> None:
         """Update a job's progress; an exit class as `text` ends it."""
-        title = self.titles[job.id]
+        title, text = self.titles[job.id], line(text)
         task = self.tasks.get(job.id)
         if task is None:
             task = self.tasks[job.id] = self.progress.add_task(title, total=total, text=text)

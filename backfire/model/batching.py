@@ -102,13 +102,13 @@ def _ways(model: PreTrainedModel) -> Ways:
     # RoBERTa and its relatives count positions from the id of their padding token.
     counts &= not any(hasattr(m, "create_position_ids_from_input_ids") for m in base.modules())
     limit = min(_limits(base.config), default=None)
-    with evaluating(model):
+    with evaluating(model), _without_outliers(model):
         _assert_causal(model, limit)
         extends_cache = extends_cache and _caches(base, "past_key_values", DynamicCache(), 8, limit)
         if not extends_cache and argument:
             cache = DynamicCache(config=base.config)
             argument = argument if _caches(base, argument, cache, 1, limit) else None
-    windows = DynamicSlidingWindowLayer in kinds or _windowed(base.config)
+    windows = DynamicSlidingWindowLayer in kinds or bool(windows_of(base.config))
     rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
     return Ways(
         cache_argument=argument,
@@ -206,22 +206,28 @@ def _assert_causal(model: PreTrainedModel, limit: int | None) -> None:
         )
 
 
-def _sees_nothing_later(model: PreTrainedModel, ids: Tensor, some: int) -> bool:
-    """Whether other tokens from place `some` on leave the outputs before as they are, bit by bit,
-    if the weights are quantized, so that differences by rounding may be large. For 8 bits, which
-    inputs are multiplied in higher precision depends on all tokens; here none are."""
-    if not getattr(plain(model), "is_quantized", False):
-        return False
+@contextmanager
+def _without_outliers(model: PreTrainedModel) -> Iterator[None]:
+    """Multiply all inputs of layers in 8 bits in 8 bits. Which of them are outliers, multiplied in
+    higher precision, depends on all tokens of a pass, not only on those that a token attends to."""
     states = [m.state for m in model.modules() if hasattr(getattr(m, "state", None), "threshold")]
     before = [state.threshold for state in states]
-    other = torch.cat([ids[:, :some], ids[:, some:].flip(1)], 1)
     try:
         for state in states:
             state.threshold = 0.0
-        return torch.equal(*(_logits(model, row)[:some] for row in (ids, other)))
+        yield
     finally:
         for state, threshold in zip(states, before, strict=True):
             state.threshold = threshold
+
+
+def _sees_nothing_later(model: PreTrainedModel, ids: Tensor, some: int) -> bool:
+    """Whether other tokens from place `some` on leave the outputs before as they are, bit by bit,
+    if the weights are quantized, so that differences by rounding may be large."""
+    if not getattr(plain(model), "is_quantized", False):
+        return False
+    other = torch.cat([ids[:, :some], ids[:, some:].flip(1)], 1)
+    return torch.equal(*(_logits(model, row)[:some] for row in (ids, other)))
 
 
 def _caches(
@@ -244,10 +250,11 @@ def _layers(model: Any) -> set[type]:
     return {type(layer) for layer in DynamicCache(config=model.config).layers} or {DynamicLayer}
 
 
-def _windowed(config: Any) -> bool:
+def windows_of(config: Any) -> list[int]:
+    """Sizes of the windows in which layers attend, in tokens."""
     text = config.get_text_config(decoder=True)
     names = ("sliding_window", "attention_chunk_size", "window_size", "local_attn_chunk_length")
-    return any(getattr(text, name, None) for name in names)
+    return [int(size) for name in names if (size := getattr(text, name, None))]
 
 
 def _limits(config: Any) -> Iterator[int]:

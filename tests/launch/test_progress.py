@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from backfire import plan
+from backfire.launch import progress
 from backfire.launch.log import Event, JsonLines, Log
 from backfire.launch.progress import ProgressDisplay, titles
 from backfire.plan import Job
@@ -189,3 +190,35 @@ def test_titles_number_the_jobs_and_tell_equal_names_apart() -> None:
     assert f"cell 1/2 {slug} (method=lora, learning_rate 0.0005)" in named
     assert f"train 1/4 {slug} (method=lora, learning_rate 0.0005)" in named
     assert len({*named}) == len(named)
+
+
+def _swept(*triggers: str) -> list[Job]:
+    edits = [f"matrix={json.dumps({'attack.trigger': triggers})}", "include=[]"]
+    recipe = load("backdoor-tweets", edits=edits)
+    return plan.jobs(recipe.cells, recipe.axes)
+
+
+def test_a_title_is_text_in_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    jobs = _swept("[/b] \x1b[2J", "[red]\nb")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    console = Console(file=io.StringIO(), force_terminal=True, width=200)
+    display = ProgressDisplay(console, jobs)
+    with display:
+        display.watch(jobs[-1], "waiting for [/i] on node", 0, 1)
+        display.progress.refresh()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "(attack.trigger=[red] b)" in shown and "waiting for [/i] on node" in shown
+    named = "".join(display.titles.values())
+    assert "attack.trigger=[/b] )" in named and "\x1b" not in named
+
+
+def test_titles_of_many_cells_are_read_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(count: int) -> int:
+        jobs, calls = _swept(*(f"t{number}" for number in range(count))), list[object]()
+        monkeypatch.setattr(progress, "_short", lambda value: calls.append(value) or "x")
+        titles(jobs)
+        return len(calls)
+
+    assert work(40) == 2 * work(20)

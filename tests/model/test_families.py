@@ -135,7 +135,7 @@ def test_in_8_bits_rounding_is_told_from_seeing_ahead(kind: str, tmp_path: Path)
         with pytest.raises(CellError, match="attends to the tokens it is to predict"):
             ways(model)
     else:
-        assert ways(model).takes_positions
+        assert ways(model).takes_positions and ways(model).extends_cache
     assert limits and limits == [m.state.threshold for m in model.modules() if hasattr(m, "state")]
 
 
