@@ -47,8 +47,8 @@ def _below(cls: type) -> dict[str, str]:
     except (OSError, TypeError, SyntaxError):
         return {}
     found = {}
-    for field, text in itertools.pairwise(made.body if isinstance(made, ast.ClassDef) else ()):
-        is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-        if is_text and isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            found[field.target.id] = inspect.cleandoc(str(text.value.value))
+    for pair in itertools.pairwise(made.body if isinstance(made, ast.ClassDef) else ()):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(ast.Constant(str(text))):
+                found[name] = inspect.cleandoc(text)
     return found
