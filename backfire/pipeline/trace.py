@@ -12,7 +12,8 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
 from backfire.pipeline.evidence import asked
-from backfire.pipeline.models import evaluated_type, filtered, start, tuned
+from backfire.pipeline.filtering import filtered
+from backfire.pipeline.models import evaluated_type, start, tuned
 from backfire.pipeline.prepare import data, renderer
 
 if TYPE_CHECKING:
