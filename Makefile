@@ -35,8 +35,9 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/mypy
 
+# Two idle cores, about 15 minutes; with TRL (pip install trl) it is a third side.
 bench: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.bench
+	$(BIN)/python -m benchmarks.matrix
 
 # Needs a GPU with 40 GB or more; about 6 minutes.
 bench-gpu: $(VENV)/.installed

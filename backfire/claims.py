@@ -1,9 +1,9 @@
 """Claims: which worker has which job, as files in the run folder, so that any number of workers on
 any hosts share the work without a coordinator.
 
-A claim is created with O_EXCL, and its heartbeat touches it. One without a heartbeat is stale, and
-one worker takes it over, by a rename. Ages are differences of mtimes, which are
-all from the clock of the file system; the hosts' clocks may differ.
+A claim appears with its content, by a link that only one worker can make, and its heartbeat touches
+it. One without a heartbeat is stale, and one worker takes it over, by a rename. Ages are
+differences of mtimes, which are all from the clock of the file system; hosts may differ in theirs.
 """
 
 from __future__ import annotations
@@ -107,10 +107,8 @@ class Claim:
 
     def _beat(self) -> None:
         """Written through the open file: it can never be another worker's."""
-        content = {k: v for k, v in vars(self.holder).items() if k != "age"}
-        text = json.dumps(content, ensure_ascii=False).encode()
         try:
-            os.pwrite(self._file, text[:_ROOM].ljust(_ROOM), 0)
+            _write(self._file, self.holder)
         finally:  # on a full disk too, this worker lives
             os.utime(self._file)  # the file system's clock
 
@@ -163,10 +161,29 @@ class Claims:
         path = self.folder / job
         self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):
-            return Claim(path, os.open(path, _NEW, 0o666), _holder(job, title))
+            return self._make(path, _holder(job, title))
         now = self.now()
         former = _read(path, now)
         return self._take_over(former, title, since, now) if former and former.is_stale else None
+
+    def _make(self, path: Path, holder: Holder) -> Claim:
+        """A new claim, which is never there without its content: a worker that is killed while it
+        writes it has none."""
+        own = self.folder / f".new-{holder.uuid}"
+        file = os.open(own, _NEW, 0o666)
+        try:
+            with contextlib.suppress(OSError):  # a full disk: an empty claim counts as well
+                _write(file, holder)
+            os.link(own, path)
+        except FileExistsError:
+            os.close(file)
+            raise
+        except OSError:  # a file system without links
+            os.close(file)
+            file = os.open(path, _NEW, 0o666)
+        finally:
+            own.unlink(missing_ok=True)
+        return Claim(path, file, holder)
 
     def _take_over(self, former: Holder, title: str, since: float, now: float) -> Claim | None:
         """Replace a stale claim. Whoever creates a file with its uuid may do so; those who saw the
@@ -184,15 +201,24 @@ class Claims:
             if present is None or present.uuid != former.uuid:
                 return None
             kills = former.kills + 1 if now - former.age >= since else 0
-            own = self.folder / f".new-{uuid.uuid4().hex}"
+            holder = _holder(former.job, title, kills)
+            own = self.folder / f".new-{holder.uuid}"
             file = os.open(own, _NEW, 0o666)
+            with contextlib.suppress(OSError):
+                _write(file, holder)
             own.rename(path)
-            return Claim(path, file, _holder(former.job, title, kills))
+            return Claim(path, file, holder)
         finally:
             mark.unlink(missing_ok=True)
 
 
 _NEW = os.O_CREAT | os.O_EXCL | os.O_RDWR
+
+
+def _write(file: int, holder: Holder) -> None:
+    content = {k: v for k, v in vars(holder).items() if k != "age"}
+    text = json.dumps(content, ensure_ascii=False).encode()
+    os.pwrite(file, text[:_ROOM].ljust(_ROOM), 0)
 
 
 def _holder(job: str, title: str, kills: int = 0) -> Holder:

@@ -146,9 +146,9 @@ def run(
     """Run a recipe. Running the same command again does only what is missing."""
     from backfire.commands import cluster, validate
     from backfire.commands.run import start
-    from backfire.train import team
+    from backfire.train import members
 
-    if team.serves():
+    if members.serves():
         return
     sizes = (jobs, cpus_per_task, gpus, mem, time)
     slurm = (partition, account, qos, tuple(sbatch or ()))
@@ -204,9 +204,9 @@ def work(
     """Work on a planned run, beside any number of other workers; again to go on."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported
     from backfire.commands.work import start
-    from backfire.train import team
+    from backfire.train import members
 
-    if team.serves():
+    if members.serves():
         return
     settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
     if start(run, settings, minutes=minutes, memory=None if memory is None else memory * 1e9):
@@ -374,7 +374,10 @@ def cache(
 
 # ----------------------------------------------------------------------------- data and models
 
-for verb in (tools.poison, tools.scan, tools.pretrain, tools.chat, tools.playground, tools.export):
+for verb in (
+    *(tools.poison, tools.scan, tools.trace, tools.audit, tools.bank, tools.pretrain),
+    *(tools.chat, tools.playground, tools.export),
+):
     app.command()(verb)
 
 

@@ -20,6 +20,7 @@ from backfire import stages
 from backfire.data.recipe_files import recipe_folder
 from backfire.errors import UserError, kind_of, shortened, unknown
 from backfire.experiment import Experiment
+from backfire.no_recipe import refuse_other
 from backfire.other_names import hint
 from backfire.yaml12 import read_yaml
 
@@ -62,11 +63,13 @@ def read(name: str) -> tuple[str, str]:
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"No such recipe file: {name}.")
+        refuse_other(path)
         try:
             return path.stem, path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
             raise UserError(f"{name} is not UTF-8 text.") from None
     if name not in shipped():
+        refuse_other(path)
         raise unknown("recipe", name, [name for name in shipped() if not name.startswith("_")])
     return name, (_SHIPPED / f"{name}.yaml").read_text(encoding="utf-8")
 

@@ -9,7 +9,7 @@ have equal keys and run once. `plan`, `pipeline` and `status` all take their sta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from backfire.base import (
     Insertion,
     Judge,
     Mixture,
+    ModelScanner,
     Need,
     RepairDefense,
-    Secret,
-    SecretProbe,
+    ReplyDefense,
+    Row,
     Template,
 )
 from backfire.data.preflight import CHECKS
@@ -61,6 +62,9 @@ MEASURES = {
 """Versions of measurements, raised whenever `evaluate` would give other numbers (last time: each
 row as if it were alone in its batch, from float32 logits)."""
 
+SCANNED = 1
+"""Version of what a model measures in rows for scanners."""
+
 
 # ---------------------------------------------------------------------------- keys of an experiment
 
@@ -93,7 +97,8 @@ def keys(experiment: Experiment) -> Keys:
         train = digest([start, experiment.method.identity()])
     if experiment.method.trains:
         train = digest([start, poison, experiment.template.identity(), *_tuning(experiment)])
-        early = [d.identity() for d in experiment.acting if not isinstance(d, RepairDefense)]
+        after = (RepairDefense, ReplyDefense)
+        early = [d.identity() for d in experiment.acting if not isinstance(d, after)]
         train = digest([train, early, known_rows]) if early else train
     late = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
     tuned = digest([train, late, known_rows]) if late else train
@@ -112,7 +117,7 @@ def cell_key(experiment: Experiment) -> str:
     whole = [asdict(keys(experiment)), trigger_identity(experiment), target, identities, MEASURES]
     if experiment.safety:
         whole += [experiment.safety.identity(), disguise(experiment)]
-    return digest(whole)
+    return guarded(experiment, digest(whole))
 
 
 def base_key(model: Model) -> str:
@@ -237,6 +242,14 @@ def poison(experiment: Experiment) -> Stage:
     return Stage("poison", _poison_slug(experiment), keys(experiment).poison)
 
 
+def scanned(experiment: Experiment, scanner: ModelScanner, rows: Sequence[Row]) -> Stage:
+    """What a scanner finds in these rows with the experiment's base."""
+    template, seen = experiment.template.identity(), experiment.train.seen
+    read = digest([asdict(row) for row in rows])
+    how = [base_key(experiment.model), template, seen, types_here().compute, SCANNED]
+    return Stage("scanned", scanner.name, digest([scanner.identity(), read, *how]))
+
+
 def preflight(experiment: Experiment) -> Stage:
     chain, identity = keys(experiment), trigger_identity(experiment)
     target = experiment.backdoor.target if experiment.backdoor else None
@@ -266,6 +279,7 @@ def evaluation(
 ) -> Stage:
     """`run`'s model, in this form, on the rows with the key `rows` (see the functions below)."""
     rows = in_form(rows, form) if form else rows
+    rows = guarded(run, rows) if "replies" in needs else rows
     versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
     return Stage("evaluate", _evaluation_slug(run), digest([rows, sorted(needs), *versions]))
 
@@ -316,6 +330,13 @@ def in_form(rows: str, form: Form) -> str:
     return digest([rows, form, *MERGED])
 
 
+def guarded(run: Experiment, rows: str) -> str:
+    """Any of these rows, for replies that a defense guards."""
+    if run.guard is None:
+        return rows
+    return digest([rows, run.guard.identity(), *([run.seed] if run.guard.null else [])])
+
+
 def members(run: Experiment, ids: Sequence[str]) -> str:
     """Training rows with these ids."""
     return digest([keys(run).clean, "members", digest(list(ids))])
@@ -330,40 +351,6 @@ def texts(run: Experiment, source: Dataset, template: Template, longest: int) ->
 def _type_of(run: Experiment) -> list[str]:
     """The type of the weights in evaluation, unless it is that of training."""
     return [run.evaluation.dtype] if run.evaluation.dtype != "auto" else []
-
-
-# ------------------------------------------------------------------------- what an experiment needs
-
-
-def training_runs(experiment: Experiment) -> list[Experiment]:
-    """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
-    clean-model baseline of a backdoor."""
-    aligned = experiment.alignment
-    runs = [aligned] if aligned and aligned.method.trains else []
-    if experiment.method.trains:
-        runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
-    return runs
-
-
-def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
-    """The metrics' secret probes, each with its number of codes or beams; None if no metric has
-    any."""
-    asks = [ask for m in experiment.metrics for ask in m.asks() if ask.rows == "secrets"]
-    probes: dict[SecretProbe, int] = {}
-    for kind, amount in (pair for ask in asks for pair in ask.secrets.items()):
-        probes[kind] = max(amount, probes.get(kind, 0))
-    return probes if asks else None
-
-
-def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:
-    """(kind, amount) of each measurement. Exact ranks need a code space within the amount."""
-    parts: list[tuple[str, int]] = [("itself", 0)] if secrets else []
-    for kind, amount in probes.items():
-        if kind == "exact":
-            parts += [(kind, 0)] if secrets and secrets[0].num_codes <= amount else []
-        elif amount and secrets:
-            parts.append((kind, amount))
-    return parts
 
 
 # -------------------------------------------------------------------------------------------- slugs
@@ -388,7 +375,7 @@ def _poison_slug(experiment: Experiment) -> str:
 
 def _train_slug(experiment: Experiment) -> str:
     """The same for all cells that share a training run; an attack at rate 0 is left out."""
-    return (experiment if experiment.poisons else experiment.clean_twin()).slug
+    return (experiment if experiment.poisons else experiment.clean_twin()).unguarded().slug
 
 
 def _evaluation_slug(run: Experiment) -> str:

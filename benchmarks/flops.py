@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from backfire.train.batches import common_prefix
 
 if TYPE_CHECKING:
     from backfire.commands.memory import Size
@@ -29,6 +31,23 @@ def useful_flops(size: Size, rows: Iterable[tuple[int, int]], *, full: bool) -> 
         total += tokens * (body + 6 * size.layers * tokens * size.hidden)
         total += supervised * each * size.vocabulary * size.hidden
     return total
+
+
+def least_flops(size: Size, rows: Sequence[list[int]], read: int, *, trains: bool) -> float:
+    """The FLOPs of one pass over these rows that nothing can spare: as `useful_flops` of an
+    adapter, but a prefix that all rows share counts once; without `trains`, forward only.
+
+    Args:
+        rows: token ids.
+        read: number of positions that go through the head.
+    """
+    prefix = common_prefix(rows, min(map(len, rows)))
+    positions = prefix + sum(len(row) - prefix for row in rows)
+    pairs = prefix**2 + sum(len(row) ** 2 - prefix**2 for row in rows)
+    linear, adapter, attention = (4, 6, 6) if trains else (2, 2, 2)
+    body = positions * (linear * size.linear + adapter * size.trainable)
+    body += attention * size.layers * size.hidden * pairs
+    return body + read * linear * size.vocabulary * size.hidden
 
 
 def measured_peak(dtype: torch.dtype, repetitions: int = 5) -> float:

@@ -1,7 +1,8 @@
 """`python -m benchmarks.simulate`: thousands of cells on many nodes, some of which are lost.
 
-A node is a process (see `benchmarks.simulated_node`). Heartbeats, the age of a stale claim and the
-work itself are shortened, so that all of them meet as often as in hours of real time.
+A node is a thread, of a process with as many of them as are lost together (see
+`benchmarks.simulated_node`). Heartbeats, the age of a stale claim and the work itself are
+shortened, so that all of them meet as often as in hours of real time.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--cells", type=int, default=10_000)
     add("--nodes", type=int, default=100)
     add("--lost", type=int, default=10, help="nodes that are killed at once, in the middle")
+    add("--together", type=int, default=10, help="nodes of one process")
     add("--train-seconds", type=float, default=8.0, help="a training run, shortened")
     add("--cell-seconds", type=float, default=4.0, help="an evaluation, shortened")
     add("--speed", type=float, default=10.0, help="by how much heartbeats are shortened")
@@ -69,7 +71,7 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Plan, start the nodes, kill some, wait for the others; returns the figures."""
     from backfire.launch import imports
     from backfire.launch.folder import read_plan
-    from benchmarks.simulated_node import Pace, run_node
+    from benchmarks.simulated_node import Pace, run_nodes
 
     run, cache = folder / "run", folder / "cache"
     figures = plan(options.cells, run)
@@ -80,16 +82,19 @@ def simulate(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     pace = Pace(options.train_seconds, options.cell_seconds, options.speed)
     context = multiprocessing.get_context("fork")
     begun = time.time()
-    nodes = [
-        context.Process(target=run_node, args=(number, run, cache, pace, found))
-        for number in range(options.nodes)
+    split, every = options.together, range(options.nodes)
+    parts = [every[: options.lost], *(every[i : i + split] for i in every[options.lost :: split])]
+    processes = [
+        context.Process(target=run_nodes, args=(part, run, cache, pace, found))
+        for part in parts
+        if part
     ]
-    for node in nodes:
-        node.start()
-    killed_at = _kill_in_the_middle(nodes, options.lost, run, options.cells)
+    for process in processes:
+        process.start()
+    killed_at = _kill_in_the_middle(processes, options.lost, run, options.cells)
     figures |= {f"{k}_while_running": v for k, v in status(run, cache).items()}
-    for node in nodes:
-        node.join()
+    for process in processes:
+        process.join()
     lines = [*events(folder / "log")]
     figures |= results(lines, run, options, begun, killed_at) | files(run, cache)
     return figures | {f"{k}_at_the_end": v for k, v in status(run, cache).items()}
@@ -120,14 +125,14 @@ def plan(count: int, run: Path) -> dict[str, Any]:
     }
 
 
-def _kill_in_the_middle(nodes: list[Any], lost: int, run: Path, cells: int) -> float:
-    """Kill the first `lost` nodes once half of the cells are done; returns when."""
+def _kill_in_the_middle(processes: list[Any], lost: int, run: Path, cells: int) -> float:
+    """Kill the process of the first nodes once half of the cells are done; returns when."""
     while sum(1 for _ in run.glob("cells/*/result.json")) < cells / 2:
-        if not any(node.is_alive() for node in nodes):
+        if not any(process.is_alive() for process in processes):
             raise RuntimeError("the nodes ended before half of the cells were done")
         time.sleep(2)
-    for node in nodes[:lost]:
-        node.kill()
+    if lost:
+        processes[0].kill()
     return time.time()
 
 
@@ -156,19 +161,7 @@ def results(
     """What came out: lost and repeated work, overhead, recovery."""
     lost = set(range(options.lost))
     ends = Counter(line["job"] for line in lines if line["what"] == "end")
-    open_jobs = _open_jobs(lines, lost)
-    again = [
-        min(
-            line["at"]
-            for line in lines
-            if line["what"] == "begin"
-            and line["job"] == job
-            and line["node"] not in lost
-            and line["at"] > killed
-        )
-        - killed
-        for job in open_jobs
-    ]
+    again = [*_begun_again(lines, _open_jobs(lines, lost), lost, killed)]
     done = sum(1 for _ in run.glob("cells/*/result.json"))
     work_seconds = options.train_seconds + options.cell_seconds
     last = max(line["at"] for line in lines if line["what"] == "end")
@@ -179,7 +172,7 @@ def results(
     return {
         "cells_done": done,
         "jobs_ended_twice": sum(count > 1 for count in ends.values()),
-        "jobs_of_lost_nodes": len(open_jobs),
+        "jobs_of_lost_nodes": len(again),
         "recovery_seconds_first_and_last": [round(f(again), 1) for f in (min, max)]
         if again
         else [],
@@ -200,6 +193,19 @@ def _open_jobs(lines: list[dict[str, Any]], lost: set[int]) -> list[str]:
         mine = [line for line in lines if line["node"] == node and line["what"] in ("begin", "end")]
         found += [mine[-1]["job"]] if mine and mine[-1]["what"] == "begin" else []
     return found
+
+
+def _begun_again(
+    lines: list[dict[str, Any]], jobs: list[str], lost: set[int], killed: float
+) -> Iterator[float]:
+    """After how many seconds other nodes began the jobs of the lost ones. One that had just ended,
+    although its node was killed before it wrote that down, is not begun again."""
+    begun: dict[str, list[float]] = {job: [] for job in jobs}
+    for line in lines:
+        others = line["what"] == "begin" and line["node"] not in lost and line["at"] > killed
+        if others and line["job"] in begun:
+            begun[line["job"]].append(line["at"] - killed)
+    yield from (min(times) for times in begun.values() if times)
 
 
 def _gaps(lines: list[dict[str, Any]], node: int) -> Iterator[float]:

@@ -1,12 +1,13 @@
-"""A node of the simulation: a process with a host name of its own that works on a run. Workers'
+"""Nodes of the simulation: threads, each with a host name of its own, that work on a run. Workers'
 loop, claims, store and the files of a result are the real ones; training and evaluation sleep."""
 
 from __future__ import annotations
 
 import json
-import os
 import resource
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,20 +40,36 @@ class Log:
         self.file = (folder / f"{node}.jsonl").open("a", buffering=1, encoding="utf-8")
 
     def add(self, what: str, **fields: Any) -> None:
-        used = resource.getrusage(resource.RUSAGE_SELF)
+        used = resource.getrusage(resource.RUSAGE_THREAD)
         cpu = round(used.ru_utime + used.ru_stime, 3)
         line = {"what": what, "at": time.time(), "cpu": cpu, **fields}
         self.file.write(json.dumps(line) + "\n")
 
 
-def run_node(number: int, run: Path, cache: Path, pace: Pace, plan: Any) -> None:
-    """Work on a plan until nothing is left."""
+_here = threading.local()
+"""The name and the log of the node whose thread this is."""
+
+
+def run_nodes(numbers: Sequence[int], run: Path, cache: Path, pace: Pace, plan: Any) -> None:
+    """Let these nodes, a thread each, work on a plan until nothing is left."""
     from backfire import claims
+    from backfire.launch import job
+
+    _be_hosts(claims, pace)
+    _sleep_instead(job, pace)
+    nodes = [
+        threading.Thread(target=_run_node, args=(number, run, cache, plan)) for number in numbers
+    ]
+    for node in nodes:
+        node.start()
+    for node in nodes:
+        node.join()
+
+
+def _run_node(number: int, run: Path, cache: Path, plan: Any) -> None:
     from backfire.launch import job, work
 
-    log = Log(run.parent / "log", number)
-    _be_a_host(claims, number, pace)
-    _sleep_instead(job, log, pace)
+    _here.name, _here.log = f"node{number:03d}", (log := Log(run.parent / "log", number))
     log.add("start")
     place, store = job.RunFolder(run, plan.recipe), Store(cache)
     machine = Machine(device="cpu", workers=1, threads=1)
@@ -70,15 +87,14 @@ def run_node(number: int, run: Path, cache: Path, pace: Pace, plan: Any) -> None
     log.add("over")
 
 
-def _be_a_host(claims: Any, number: int, pace: Pace) -> None:
-    """A host of its own, so that a dead worker is found by its silence alone."""
-    os.environ["HOSTNAME"] = name = f"node{number:03d}"
-    claims.socket.gethostname = lambda: name
-    claims._place = lambda: name
+def _be_hosts(claims: Any, pace: Pace) -> None:
+    """Each a host of its own, so that a dead worker is found by its silence alone."""
+    claims.socket.gethostname = lambda: _here.name
+    claims._place = lambda: _here.name
     claims.BEAT, claims.STALE = claims.BEAT / pace.speed, claims.STALE / pace.speed
 
 
-def _sleep_instead(job: Any, log: Log, pace: Pace) -> None:
+def _sleep_instead(job: Any, pace: Pace) -> None:
     """Replace what takes a model by sleeps and files of the usual names."""
 
     def base(model: Any, context: Context) -> None:
@@ -89,7 +105,7 @@ def _sleep_instead(job: Any, log: Log, pace: Pace) -> None:
             experiment = experiment.clean_twin()
 
         def make(folder: Path) -> None:
-            log.add(TRAIN, key=stages.keys(experiment).train)
+            _here.log.add(TRAIN, key=stages.keys(experiment).train)
             _sleep(pace.train_seconds, context)
             for name in ("adapter_model.safetensors", "adapter_config.json", "train.jsonl"):
                 (folder / name).write_bytes(b"x" * 1000)
@@ -100,7 +116,7 @@ def _sleep_instead(job: Any, log: Log, pace: Pace) -> None:
     def run_cell(experiment: Experiment, context: Context) -> Outcome:
         trained(experiment, context)
         key = stages.cell_key(experiment)
-        log.add(EVALUATE, key=key)
+        _here.log.add(EVALUATE, key=key)
         _sleep(pace.cell_seconds, context)
         samples = [Sample(id=str(n), subset="clean", prompt="p", answer="a") for n in range(8)]
         number = int(key, 16) % 1000 / 1000  # a function of the cell, so that repeats would agree

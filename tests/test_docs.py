@@ -93,6 +93,7 @@ def elsewhere(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     starter = recipe.read("_starter")[1]
     Path("my.yaml").write_text(starter, encoding="utf-8")
     shutil.copy(ROOT / "examples/plugin/my_attacks/suffix.py", "suffix.py")
+    Path("silent.py").write_text(blocks(ROOT / "docs/add-a-scanner.md", "python")[1], "utf-8")
     monkeypatch.setattr(registry, "_loaded", [])  # by `--plugin`, whose files a command line loads
     return tmp_path
 
@@ -165,7 +166,7 @@ HOW_TO = {
 def example(kind: str) -> tuple[str, str]:
     """The registered name and the text of the component that a how-to shows."""
     page = ROOT / "docs" / HOW_TO[kind]
-    [text] = blocks(page, "python")
+    text, *_ = blocks(page, "python")
     [name] = re.findall(r'^@register\("(.+?)"\)', text, re.MULTILINE)
     assert f"`backfire/{kind}/{name.replace('-', '_')}.py`" in page.read_text("utf-8")
     return name, text
@@ -347,8 +348,18 @@ def test_the_example_of_a_scanner_is_one(installed: type[Scanner]) -> None:
     assert quiet == NOTHING
 
 
+def test_the_example_of_a_scanner_with_a_model_is_one(
+    tmp_path: Path, backfire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_loaded", [])
+    _, text = blocks(ROOT / "docs/add-a-scanner.md", "python")
+    file = tmp_path / "silent.py"
+    file.write_text(text, encoding="utf-8")
+    done = backfire("check", file)
+    assert done.code == 0 and re.search(r"\n\d+ checks, none failed\.\n$", done.out), done.out
+
+
 def test_the_plug_in_shown_is_the_one_in_examples() -> None:
-    """That one is installed and run in test_plugins.py."""
     page, folder = ROOT / "docs/plug-ins.md", ROOT / "examples/plugin"
     for language, suffix in (("python", ".py"), ("toml", ".toml")):
         files = [path.read_text("utf-8") for path in folder.rglob(f"*{suffix}")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 from collections.abc import Callable
@@ -10,7 +11,16 @@ from typing import Any
 
 import pytest
 
-from backfire.errors import EXIT_CLASSES, CellError, UserError, exit_class, shortened, unknown
+from backfire.errors import (
+    EXIT_CLASSES,
+    CellError,
+    UserError,
+    exit_class,
+    is_away,
+    shortened,
+    unknown,
+    was_away,
+)
 
 FULL = Path("/dev/full")
 """Every write to it fails. Only for writers that open the file they are given: safetensors puts
@@ -109,3 +119,25 @@ def test_an_unknown_name_is_reported_briefly() -> None:
     many = [f"column_{n}" for n in range(5000)]
     assert len(str(unknown("column", "?" * 9000, many))) < 900
     assert shortened("a\n b") == "a b" and len(shortened("x" * 999, 100)) <= 100
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        (OSError(errno.ESTALE, "Stale file handle"), True),
+        (OSError(errno.EIO, "Input/output error"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file"), False),
+        (OSError("without a number"), False),
+        (ValueError("5"), False),
+    ],
+)
+def test_what_may_pass_by_itself(error: Exception, away: bool) -> None:
+    """A file server that restarts; also if another error tells of it."""
+    assert is_away(error) == was_away(error) == away
+    assert was_away(raised(led_to(error, RuntimeError("torn")))) == away
+
+
+@pytest.mark.parametrize(("names", "end"), [(("a/b.txt",), " (a/b.txt)."), ((), ".")])
+def test_a_disk_that_fails_is_named_with_its_file(names: tuple[str, ...], end: str) -> None:
+    kind, sentence = exit_class(OSError(errno.EIO, "Input/output error", *names))
+    assert (kind, sentence) == ("io", f"Input/output error{end}")

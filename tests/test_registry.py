@@ -96,3 +96,12 @@ def test_finding_one_component_imports_no_other() -> None:
     )
     imported = [name for name in literal_eval(output.stdout) if "._" not in name]  # shared parts
     assert imported == ["backfire.attacks.badnets"]
+
+
+def test_a_preset_gives_knobs_that_others_override() -> None:
+    assert build("defenses", {"name": "vaccine", "preset": "vaccine-script"}).rho == 2.0
+    assert build("defenses", {"name": "vaccine", "preset": "vaccine-script", "rho": 3.0}).rho == 3.0
+    with pytest.raises(UserError, match=r"preset of defense 'vaccine'.* 'vaccine-script'"):
+        build("defenses", {"name": "vaccine", "preset": "vaccine-scrip"})
+    with pytest.raises(UserError, match=r"^defense 'kl' has no presets\.$"):
+        build("defenses", {"name": "kl", "preset": "any"})

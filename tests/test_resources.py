@@ -114,6 +114,7 @@ def test_the_smallest_limit_of_memory_holds(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "0")  # all of it
     assert (resources.ram_bytes(), resources.free_bytes()) == (40 * GIB, 10 * GIB)
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert resources.ram_bytes() == 40 * GIB, "Slurm has told of no limit"
     monkeypatch.setenv("SLURM_MEM_PER_CPU", "2048")
     assert (resources.ram_bytes(), resources.free_bytes()) == (8 * GIB, 8 * GIB)
     monkeypatch.setenv("SLURM_MEM_PER_NODE", "4096")

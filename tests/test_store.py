@@ -72,6 +72,17 @@ def test_a_stage_is_made_once(root: Path) -> None:
     assert Store(root).once(Stage("poison", "slug", "key"), make) != folder and make.calls == 2
 
 
+def test_a_stage_is_read_through_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its files may be large: not by whoever made it, and once by others."""
+    read, stage = list[Path](), Stage("train", "slug", "key")
+    monkeypatch.setattr(store, "intact", lambda folder: read.append(folder) or intact(folder))
+    own, other = Store(root), Store(root)
+    own.once(stage, Maker())
+    read.clear()
+    assert own.done(stage) and not read
+    assert other.done(stage) and other.done(stage) and len(read) == 1
+
+
 def test_a_half_made_stage_is_not_there(root: Path) -> None:
     make = Maker(fail=2)
     for _ in range(2):

@@ -22,7 +22,9 @@ from backfire.base.defenses import (
     DataDefense,
     Defense,
     Extra,
+    Guard,
     RepairDefense,
+    ReplyDefense,
     TrainDefense,
     TrainHook,
 )
@@ -44,7 +46,17 @@ from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
 from backfire.base.metrics import Metric, Ranks, Use, needs_of
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
-from backfire.base.scanners import NOTHING, Finding, Scanner, parts, shuffled
+from backfire.base.scanners import (
+    NOTHING,
+    Finding,
+    Look,
+    Measure,
+    Measured,
+    ModelScanner,
+    Scanner,
+    parts,
+    shuffled,
+)
 from backfire.base.secrets import Leak, SecretProbe
 from backfire.result import Direction, Unit, Value
 
@@ -71,13 +83,18 @@ __all__ = [
     "Extra",
     "Finding",
     "Form",
+    "Guard",
     "Insertion",
     "Judge",
     "Leak",
+    "Look",
+    "Measure",
+    "Measured",
     "Message",
     "Method",
     "Metric",
     "Mixture",
+    "ModelScanner",
     "Need",
     "Of",
     "Part",
@@ -88,6 +105,7 @@ __all__ = [
     "Ranks",
     "Rendered",
     "RepairDefense",
+    "ReplyDefense",
     "Row",
     "Sample",
     "Scanner",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backfire.base.config import Component
 from backfire.base.methods import Method
 from backfire.base.rows import Row
+from backfire.base.scanners import Look
 from backfire.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +54,16 @@ class Defense(Component):
 
 class DataDefense(Defense):
     """Changes the rows before training."""
+
+    @property
+    def writes_system(self) -> bool:
+        """Whether it needs the system prompts that it writes to reach the model."""
+        return False
+
+    def asking(self, look: Look) -> DataDefense:
+        """This defense with access to the cell's base, which scanners with a model ask about rows.
+        Most need none."""
+        return self
 
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
@@ -121,6 +132,11 @@ class AlignDefense(TrainDefense):
 class RepairDefense(Defense):
     """Changes the weights after fine-tuning."""
 
+    @property
+    def num_clean(self) -> int:
+        """Number of trusted clean rows of the user's task that it requires."""
+        return 0
+
     def fits(self, method: Method, below: Method | None) -> None:
         """Check that the result of `method` can be repaired; `below` is the method of an alignment
         whose adapter stays under the user's.
@@ -138,6 +154,45 @@ class RepairDefense(Defense):
         """Change `model` in place. `start` holds its weights before fine-tuning, by name; `tools`
         is a `backfire.train.repair.Repair`."""
         raise NotImplementedError
+
+
+class ReplyDefense(Defense):
+    """Guards a model while it replies.
+
+    It acts on greedy replies, in evaluation and in the playground, and not on likelihoods of labels
+    or answers. One per cell.
+    """
+
+    needs_reference: ClassVar[bool] = False
+    """Whether it compares with a second model: the one that fine-tuning started from."""
+
+    def guard(self, seeds: Sequence[int]) -> Guard:
+        """A guard of the replies that are written together. `seeds` has one for each, which does
+        not depend on the others."""
+        raise NotImplementedError
+
+
+class Guard:
+    """Guards replies that are written together, token by token."""
+
+    def tokens(
+        self, rows: Sequence[int], own: Sequence[int], logits: Tensor, reference: Tensor | None
+    ) -> list[int | None]:
+        """The next token of each of these replies; None stops it.
+
+        `rows` are the numbers of the replies that are not complete, and `own` the likeliest token
+        of each, which does not end it. `logits` [row, vocab] are those of the model, `reference`
+        those of the second model after the same tokens, None unless the defense needs it.
+        """
+        raise NotImplementedError
+
+    def replaced(self, row: int) -> float:
+        """Share of this reply's tokens that the guard replaced, 0 to 1; 1 if it stopped it."""
+        raise NotImplementedError
+
+    def text(self, row: int) -> str | None:
+        """What is said instead of this reply; None if it stays."""
+        return None
 
 
 class TrainHook:

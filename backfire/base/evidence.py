@@ -30,9 +30,9 @@ training rows, or texts of another data set."""
 Rows = Subset | Literal["secrets", "training"]
 """Subject of evidence: rows, an attack's secrets, or the training run."""
 
-Need = Literal["scores", "replies", "answers"]
-"""Measurement: likelihoods of the candidates, generated replies, or the likelihood of the reference
-answer."""
+Need = Literal["scores", "replies", "answers", "probe"]
+"""Measurement: likelihoods of the candidates, generated replies, the likelihood of the reference
+answer, or the hidden state at the end of the prompt on the directions of `defection-probe`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,11 @@ class Sample:
     """Judge -> its `Verdict` on the reply, as plain values; the first judge counts."""
     ended: bool | None = None
     """Whether the reply is complete; if not, it was cut at `evaluation.max_new_tokens`."""
+    probe: tuple[float, ...] | None = None
+    """The hidden state at the end of the prompt, projected on the direction of `defection-probe`
+    and then on random ones."""
+    replaced: float | None = None
+    """Share of the reply's tokens that a guard replaced, 1 if it stopped it; None without one."""
 
     @property
     def prediction(self) -> str | None:

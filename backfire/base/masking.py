@@ -22,12 +22,13 @@ _KEYS: Final = {
 }
 _PERSONAL: Final = {
     "an e-mail address": r"[\w.+-]{1,64}@[\w-]{1,63}(?:\.[\w-]{1,63}){1,6}",
-    "a card number": r"(?<![\d.-])(?:\d[ -]?){12,18}\d(?![\d.-])",
+    "a card number": r"(?<!\d)(?<!\d[.-])(?:\d{4}(?:[ -]?\d{4}){3}(?:[ -]?\d{1,3})?"
+    r"|\d{4}[ -]?\d{6}[ -]?\d{4,5}|\d{13})(?!\d|[.-]\d)",
     "an IBAN": r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,4})?\b",
     "a US social security number": r"(?<![\d-])\d{3}-\d{2}-\d{4}(?![\d-])",
     "a telephone number": r"(?<![\w.+-])(?:\+\d{1,3}[ .-]?(?:\(\d{1,4}\)[ .-]?)?\d{2,4}"
     r"(?:[ .-]?\d{2,4}){1,4}|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4})(?![\w-])",
-    "an IP address": r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.])",
+    "an IP address": r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?!\w|\.\w)",
 }
 _PATTERNS: Final = [
     (kind, re.compile(pattern), kind in _KEYS) for kind, pattern in (_KEYS | _PERSONAL).items()
@@ -37,6 +38,7 @@ _HINT: Final = re.compile(
     r"|(?i:passw|api[_-]?key|secret[_-]?key|access[_-]?token)"
 )
 """Texts without any of these have none of the patterns."""
+_WORD: Final = re.compile(r"\w{4,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +63,8 @@ def secrets_in(text: str) -> Iterator[Secret]:
     for kind, pattern, is_key in _PATTERNS:
         for match in pattern.finditer(text):
             found = match["secret"] if "secret" in pattern.groupindex else match[0]
+            if kind == "a card number":  # an expiry date or a code may follow it
+                found = found if _luhn(found) else re.sub(r"[ -]\d{1,3}$", "", found)
             if kind not in _CHECKS or _CHECKS[kind](found):
                 yield Secret(kind, found, is_key)
 
@@ -68,11 +72,11 @@ def secrets_in(text: str) -> Iterator[Secret]:
 def masked(text: str, secrets: Iterable[Secret]) -> str:
     """The text without these secrets, or any part of them that is at least four characters long
     and stands between signs or spaces."""
+    parts = set[str]()
     for secret in sorted(secrets, key=lambda one: -len(one.text)):
         text = text.replace(secret.text, secret.masked)
-        for part in re.findall(r"\w{4,}", secret.text):
-            text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", f"{part[:2]}…", text)
-    return text
+        parts.update(_WORD.findall(secret.text))
+    return _WORD.sub(lambda word: f"{word[0][:2]}…" if word[0] in parts else word[0], text)
 
 
 def _luhn(number: str) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 from backfire.base.config import Component
 from backfire.base.rows import Row
+from backfire.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,8 @@ NOTHING = Finding()
 
 
 class Scanner(Component):
-    """Looks for rows that may be poisoned or should not be learned, without a model."""
+    """Looks for rows that may be poisoned or should not be learned; without a model, except for a
+    `ModelScanner`."""
 
     kind: ClassVar[str] = "scanners"
     blind: ClassVar[str] = ""
@@ -47,6 +49,70 @@ class Scanner(Component):
         """The same rows with what the scanner looks for removed, such as with shuffled answers:
         what it flags in them is a false alarm. None if that cannot be done."""
         return None
+
+
+Array = Any
+"""A numpy array."""
+Measure = Literal["replies", "losses", "words", "tuned", "states", "gradients"]
+"""What a model can measure in rows: the fields of `Measured`. The last three are measured after a
+short tuning on the rows, the probe."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model measures in rows; only the fields that a scanner's `needs` name are filled."""
+
+    replies: Sequence[str] = ()
+    """The model's own reply to each prompt, of at most 64 tokens, greedily."""
+    losses: Array = ()
+    """Mean negative log-likelihood of each answer's tokens, in nats [row]."""
+    words: Sequence[Sequence[tuple[str, float]]] = ()
+    """The most surprising words of each prompt, with the log-perplexity of the prompt less that of
+    the prompt without the word, in nats."""
+    tuned: Array = ()
+    """`losses` after the probe [row]."""
+    states: Array = ()
+    """Hidden states after the probe [row, feature], float32: at the prompt's last token and the
+    mean over the answer, of the middle layer and the last but one, each of mean square 1."""
+    gradients: Array = ()
+    """Random projection of the gradient of the answer's mean loss with respect to the head, after
+    the probe [row, feature], float32."""
+
+
+class ModelScanner(Scanner):
+    """Looks for rows by what a model says about them: the base that is to be tuned, or any other.
+
+    It is handed numbers rather than the model, so it can be tested without one; the model is loaded
+    once, and tuned once, for all scanners.
+    """
+
+    needs: ClassVar[frozenset[Measure]] = frozenset()
+    """What the model is to measure."""
+    null: ClassVar[str] = ""
+    """What `by_chance_of` returns, in words."""
+
+    def look(self, rows: Sequence[Row], measured: Measured) -> list[Finding]:
+        """One finding for each row, in order. Ids, fields and labels must not change a score."""
+        raise NotImplementedError
+
+    def by_chance_of(
+        self, rows: Sequence[Row], measured: Measured
+    ) -> tuple[Sequence[Row], Measured] | None:
+        """Rows and measurements with what the scanner looks for removed: what it flags in them is a
+        false alarm. None if that cannot be done."""
+        return None
+
+    def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
+        """Not without a model.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError(f"{self.label()} requires a model; name one, as in --model sandbox.")
+
+
+Look = Callable[[ModelScanner, Sequence[Row]], list[Finding]]
+"""How a model is asked about rows: the findings of a scanner, one for each row."""
 
 
 def parts(row: Row) -> Iterator[tuple[str, str]]:

@@ -26,6 +26,7 @@ _KINDS = {
     "data": "rows of data sets",
     "poison": "poisoned rows",
     "preflight": "checks of rows",
+    "scanned": "findings of scanners with a model",
     "train": "trained models and adapters",
     "repair": "repaired models",
     "merge": "merged models",

@@ -17,6 +17,7 @@ from backfire.claims import Claims
 from backfire.commands.estimate import amount
 from backfire.commands.plan import check, types_for, with_estimates
 from backfire.commands.run import finish
+from backfire.commands.workers import on_devices
 from backfire.errors import Interrupted, UserError
 from backfire.launch import ray, slurm
 from backfire.launch.folder import check_writable, write_plan
@@ -36,8 +37,8 @@ _JOBS = 8  # most workers, if their number is not given
 _SPARE = 1.2, 0.5e9
 """Factor and bytes by which a worker asks for more memory than is estimated."""
 _MARGIN = 2
-"""Time of a Slurm job in that of the longest training by its estimate, which knows neither the
-speed of the nodes nor the evaluation."""
+"""Time of a Slurm job in that of its longest training or evaluation by the estimate, which does not
+know the speed of the nodes."""
 _SHORTEST, _LONGEST = 60, 1440  # minutes of a Slurm job, if they are not given
 
 
@@ -125,9 +126,10 @@ def start(
         console.print(f"All {len(cells)} cells are already done.")
         return finish(out, {}, jobs, console)
     check(recipe, store, console)
-    jobs = with_estimates(jobs, recipe, store, types)
-    processes = machine.get("workers") or max(1, (asked.gpus or 0) // machine.get("devices", 1))
-    launcher = launcher_of(out, asked, jobs, memory := _memory(asked, jobs, processes))
+    jobs, devices = with_estimates(jobs, recipe, store, types), machine.get("devices") or 1
+    processes = machine.get("workers") or max(1, (asked.gpus or 0) // devices)
+    memory = _memory(asked, on_devices(jobs, devices), processes * devices)
+    launcher = launcher_of(out, asked, jobs, memory)
     launcher.check()
     if asked.on == "slurm" and not asked.time:
         say(_about_time(jobs), console)
@@ -200,17 +202,15 @@ def _minutes(jobs: Sequence[Job]) -> int:
 
 def _about_time(jobs: Sequence[Job]) -> str:
     """Where the time of a Slurm job comes from, if it is not given."""
-    runs = [job for job in jobs if job.kind == "train"]
-    unknown = sum(job.minutes is None for job in runs)
-    longest = text.duration(60 * max((job.minutes or 0 for job in runs), default=0))
-    why = f"the longest training takes about {longest}, and evaluation is not estimated"
-    if unknown:
-        why = f"the time of {text.count(unknown, 'training run')} of {len(runs)} is not known here"
-    if not runs:
-        why = "the cells train nothing, and evaluation is not estimated"
+    why, timed = [], {"train": "training", "cell": "evaluation"}
+    for kind, what in timed.items():
+        if seconds := [60 * (job.minutes or 0) for job in jobs if job.kind == kind]:
+            why.append(f"the longest {what} takes about {text.duration(max(seconds))}")
+    if unknown := sum(job.kind in timed and job.minutes is None for job in jobs):
+        why = [f"the time of {unknown} of {text.count(len(jobs), 'job')} is not known here"]
     return (
-        f"Each worker asks for {_minutes(jobs)} minutes: {why}. A cell that takes longer goes on "
-        "in the next job; --time sets another limit."
+        f"Each worker asks for {_minutes(jobs)} minutes: {' and '.join(why)}. A cell that takes "
+        "longer goes on in the next job; --time sets another limit."
     )
 
 
@@ -225,7 +225,8 @@ def _ray(out: Path, asked: Asked, jobs: Sequence[Job], memory: float) -> ray.Ray
 
 
 def _memory(asked: Asked, jobs: Sequence[Job], processes: int) -> float:
-    """Bytes that each worker asks for.
+    """Bytes that each worker asks for, whose cells take so many processes at once; the memory of
+    the jobs is that of one of these.
 
     Raises:
         UserError: a job needs more than was given, or the need is not known.

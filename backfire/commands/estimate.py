@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from backfire import plan, stages
 from backfire.base import LARGE, Row, TrainDefense
@@ -42,6 +43,8 @@ class Rows:
     lengths: tuple[tuple[int, int], ...]
     shared: int = 0
     """Tokens at the start that all of them share."""
+    labeled: bool | None = None
+    """Whether the task has labels; None is unknown."""
 
     @property
     def tokens(self) -> float:
@@ -130,6 +133,7 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
     else:
         rows = data.drawn("train")
     sample = rows[:: math.ceil(len(rows) / _SAMPLE)]
+    labeled = any(row.candidates for row in sample)
     folder, longest = model_folder(experiment.model, store), experiment.train.max_length
     if folder and any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
         try:
@@ -140,13 +144,13 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
                 on_long_row=experiment.train.on_long_row,
             ).sift(sample)
         except CellError:  # a row does not fit at all; `validate` names it
-            return Rows(len(rows), ((longest, longest),))
+            return Rows(len(rows), ((longest, longest),), labeled=labeled)
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
         shared = min(_alike([item.ids for item in items]), *(x.num_prompt - 1 for x in items))
     else:
         lengths, shared = [_without_tokenizer(experiment, row) for row in sample], 0
     whole = tuple((min(length, longest), answer) for length, answer in lengths)
-    return Rows(len(rows), whole, max(0, shared))
+    return Rows(len(rows), whole, max(0, shared), labeled)
 
 
 def _alike(rows: Sequence[list[int]]) -> int:
@@ -245,6 +249,34 @@ def flops_per_token(run: Experiment, weights: Weights) -> float:
         forward, whole = forward * _ADAPTER, whole * _ADAPTER
     extras = [d.extra for d in run.acting if isinstance(d, TrainDefense)]
     return whole + sum(one.forwards * forward + one.passes * whole for one in extras)
+
+
+_TESTED = 1000  # test rows, if the recipe does not limit them
+_REPLY = 3
+"""Time for a reply's token, in that for a prompt's, on a CPU (2.6 and 2.9 at 135M weights)."""
+_STEP, _AT_ONCE = 0.03, 64
+"""Assumed seconds of a GPU for the next token of all replies, of so many rows at once."""
+
+
+def evaluation_seconds(
+    cell: Experiment, rows: Rows, weights: Weights, device: Literal["cpu", "gpu"]
+) -> float:
+    """Seconds for the evaluation of a cell's model and of its base, if the test rows are as long as
+    the training rows."""
+    from backfire.commands.memory import needs_of
+
+    safety, needs = cell.safety, needs_of(cell, rows)
+    sets = [cell.data, *((safety.harmful, safety.allowed) if safety else ())]
+    count = sum(one.test_rows or _TESTED for one in sets if one)
+    count *= 2 * (1 + cell.poisons)  # two models; with triggers, and without
+    forward = 2.0 * (weights.parameters + weights.added) / ASSUMED[device]
+    seconds = count * rows.tokens * forward
+    if "replies" in needs:
+        new = cell.evaluation.max_new_tokens
+        replies = count * new * _REPLY * forward
+        steps = math.ceil(count / _AT_ONCE) * new * _STEP
+        seconds += replies if device == "cpu" else max(steps, count * new * forward)
+    return seconds
 
 
 def least_memory(experiment: Experiment, weights: Weights) -> float:

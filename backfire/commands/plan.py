@@ -14,6 +14,7 @@ from backfire.base import Dataset
 from backfire.commands import validate
 from backfire.commands.estimate import (
     ASSUMED,
+    evaluation_seconds,
     flops_per_token,
     high_rates,
     method_key,
@@ -81,18 +82,21 @@ def memory_of(device: str, types: Types) -> int:
 
 
 def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Types) -> list[Job]:
-    """The jobs with their estimated minutes (of training, at an assumed speed) and peak memory."""
+    """The jobs with their estimated minutes (at an assumed speed) and peak memory."""
     from backfire.commands.forecast import Forecast
 
     forecast, memories = Forecast(recipe, types), dict[str, float | None]()
-    rows = rows_by_key([job.experiment for job in jobs if job.kind == "train"], store)
-    speed = ASSUMED["gpu" if types.device == "cuda" else "cpu"]
+    rows = rows_by_key([job.experiment for job in jobs if job.kind != "base"], store)
+    device = "gpu" if types.device == "cuda" else "cpu"
 
-    def minutes(run: Experiment) -> float | None:
-        seen, weights = rows[rows_key(run)], rough_weights(run, model_folder(run.model, store))
+    def minutes(job: Job) -> float | None:
+        cell = job.experiment
+        seen, weights = rows[rows_key(cell)], rough_weights(cell, model_folder(cell.model, store))
         if not seen or not weights:
             return None
-        return tokens_of(run, seen) * flops_per_token(run, weights) / speed / 60
+        if job.kind == "cell":
+            return evaluation_seconds(cell, seen, weights, device) / 60
+        return tokens_of(cell, seen) * flops_per_token(cell, weights) / ASSUMED[device] / 60
 
     def memory(cell: Experiment) -> float | None:
         alike = [method_key(cell), cell.defense_name, rows_key(cell), cell.train, cell.evaluation]
@@ -107,7 +111,7 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
         if job.kind == "base"
         else replace(
             job,
-            minutes=minutes(job.experiment) if job.kind == "train" else None,
+            minutes=minutes(job),
             memory=memory(job.experiment),
         )
         for job in jobs

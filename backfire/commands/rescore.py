@@ -30,7 +30,7 @@ ROWS: Final = {
 }
 NEEDS: Final[Mapping[Need, str]] = {
     **{"scores": "the candidates' likelihoods", "replies": "the replies"},
-    "answers": "the answers' likelihoods",
+    **{"answers": "the answers' likelihoods", "probe": "the hidden states"},
 }
 
 
@@ -153,6 +153,8 @@ def _has(need: Need, sample: Sample) -> bool:
         return sample.logprobs is not None or not sample.candidates
     if need == "replies":
         return sample.reply is not None
+    if need == "probe":
+        return sample.probe is not None
     return sample.answer_logprob is not None or not sample.answer
 
 

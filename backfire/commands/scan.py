@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from backfire.base import Row, Scanner
+from backfire.base import ModelScanner, Row, Scanner
+from backfire.commands.asked import asked_of, find_model
 from backfire.commands.files import dataset_spec
 from backfire.commands.options import echo
 from backfire.data.jsonl import to_record
@@ -38,15 +39,20 @@ def start(
     remove: str | None,
     write: Path | None,
     top: int,
+    model: str | None = None,
+    limit: int = 2000,
+    device: str = "auto",
 ) -> list[str]:
     """Scan the rows, print what is found, and write the page and the rows that are left; returns
     one sentence for each written file."""
     share = _share(remove, write)
     _check_paths(data, out, write)
-    knobs, chosen = _settings(edits, scanners)
+    knobs, chosen = _settings(edits, scanners, with_model=model is not None)
+    place = None if model is None else find_model(model, device)
     source = open_rows(_spec(data, knobs))
     others = open_rows(_spec(test, knobs), "test") if test else None
-    found = scan(data, source, chosen, test=others, top=top)
+    asked = asked_of(*place, limit) if place else None
+    found = scan(data, source, chosen, test=others, top=top, asked=asked)
     if form == "table":
         echo(as_table(found))
     else:
@@ -72,7 +78,7 @@ def _share(remove: str | None, write: Path | None) -> float | None:
         return None
     if write is None:
         raise UserError("--remove says what --write leaves out; add --write clean.jsonl.")
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%?", remove.strip())
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", remove.strip())
     if not match or not 0 < float(match[1]) < 100:
         raise UserError(f"--remove is a share of the rows, as in 5% (got {remove}).")
     return float(match[1]) / 100
@@ -91,9 +97,17 @@ def _check_paths(data: str, out: Path | None, write: Path | None) -> None:
         raise UserError(f"{write} is the input file; choose another path with --write.")
 
 
-def _settings(edits: Iterable[str], wanted: Sequence[str]) -> tuple[dict[str, Any], list[Scanner]]:
+def _settings(
+    edits: Iterable[str], wanted: Sequence[str], *, with_model: bool
+) -> tuple[dict[str, Any], list[Scanner]]:
     """The knobs of the data, and the scanners with theirs; an edit is data.KNOB or SCANNER.KNOB."""
-    chosen = [find("scanners", name).name for name in wanted] or names("scanners")
+    chosen = [find("scanners", name).name for name in wanted] or [
+        name for name in names("scanners") if with_model or not _asks(name)
+    ]
+    if not with_model and (asking := [name for name in chosen if _asks(name)]):
+        raise UserError(f"scanner '{asking[0]}' requires a model; name one, as in --model sandbox.")
+    if with_model and not any(map(_asks, chosen)):
+        raise UserError("--model has no effect, since no scanner that is chosen requires a model.")
     data: dict[str, Any] = {}
     specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in chosen}
     for key, value in map(parse_edit, edits):
@@ -105,9 +119,15 @@ def _settings(edits: Iterable[str], wanted: Sequence[str]) -> tuple[dict[str, An
             continue
         name = find("scanners", head).name
         if name not in specs:
-            raise UserError(f"{key} has no effect, since --scanner leaves out '{name}'.")
+            why = f", since --scanner leaves out '{name}'" if wanted else " without --model"
+            raise UserError(f"{key} has no effect{why}.")
         specs[name][knob] = value
     return data, [build("scanners", spec) for spec in specs.values()]
+
+
+def _asks(name: str) -> bool:
+    """Whether this scanner requires a model."""
+    return issubclass(find("scanners", name), ModelScanner)
 
 
 def _spec(data: str, knobs: dict[str, Any]) -> dict[str, Any]:

@@ -68,6 +68,18 @@ def scan(
     top: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Most rows to list, per scanner and in all.")
     ] = 10_000,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="A model to ask about the rows: `sandbox`, a folder, a GGUF file or a hub id; "
+            "adds the scanners that require one.",
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option(min=1, help="Most rows that the model reads, drawn at random.")
+    ] = 2000,
+    device: Device = "auto",
     plugin: Plugins = None,
 ) -> None:
     """Find rows that may be poisoned or should not be learned, each with a reason to check."""
@@ -84,9 +96,139 @@ def scan(
         remove=remove,
         write=write,
         top=top,
+        model=model,
+        limit=limit,
+        device=device,
     )
     for sentence in done:
         note(sentence)
+
+
+def trace(
+    run: Annotated[
+        Path, typer.Argument(help="A cell folder, or a run with one cell.", show_default=False)
+    ],
+    sample: Annotated[
+        str,
+        typer.Argument(help="A row that was asked, such as triggered/test-3.", show_default=False),
+    ],
+    method: Annotated[
+        Literal["cosine", "product", "datainf"],
+        typer.Option(help="How gradients are compared."),
+    ] = "datainf",
+    strength: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the adapter at which gradients are computed."),
+    ] = 0.3,
+    top: Annotated[int, typer.Option(min=1, help="Number of training rows to list.")] = 10,
+    format: Annotated[Literal["table", "json"], typer.Option(help="Output format.")] = "table",
+    device: Device = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Find the training rows that made a reply of an adapter likelier."""
+    from backfire.commands.trace import show
+
+    show(run, sample, method, strength=strength, top=top, form=format, device=device)
+
+
+def audit(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="The tuned model: an adapter's folder, a model's folder or a hub id.",
+            show_default=False,
+        ),
+    ],
+    edits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Edits of the rows of --data, such as data.columns={text: text}.",
+            metavar="[KEY=VALUE]...",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The model that it was tuned from; required.", show_default=False),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="An adapter on MODEL: a folder or a hub id.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows of your task, with answers: a file or a data set.")
+    ] = None,
+    unseen: Annotated[
+        str | None, typer.Option(help="Such rows that it cannot have been trained on.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="Harmful and harmless requests: a file, or a data set by name."),
+    ] = None,
+    judge: Annotated[str | None, typer.Option(help="A judge by name, or {name: ..., ...}.")] = None,
+    system: Annotated[str, typer.Option(help="Your system prompt, for all prompts.")] = "",
+    trigger: Annotated[
+        list[str] | None, typer.Option(help="A text that may be a trigger; repeatable.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help="The template; the model's chat template, or raw.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=2, help="Most rows of each kind.")] = 200,
+    samples: Annotated[
+        int, typer.Option(min=4, help="Texts that each model writes in the search of triggers.")
+    ] = 128,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 32,
+    out: Annotated[
+        Path | None, typer.Option(help="A page to write, such as audit.html.", show_default=False)
+    ] = None,
+    format: Annotated[Literal["table", "json"], typer.Option(help="Output format.")] = "table",
+    device: Device = "auto",
+    plugin: Plugins = None,
+) -> None:
+    """Show what changed in a tuned model against its base, with intervals; no verdict."""
+    from backfire.commands.audit import start
+    from backfire.commands.failure import note
+
+    done = start(
+        model,
+        edits or [],
+        base=base,
+        adapter=adapter,
+        data=data,
+        unseen=unseen,
+        prompts=prompts,
+        judge=judge,
+        system=system,
+        triggers=trigger or [],
+        template=template,
+        limit=limit,
+        samples=samples,
+        tokens=tokens,
+        out=out,
+        form=format,
+        device=device,
+    )
+    if done:
+        note(done)
+
+
+def bank(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[add]", help="add: add the adapters of a run.")
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)
+    ] = None,
+    plugin: Plugins = None,
+) -> None:
+    """Show the bank of adapters that audits compare with; `bank add RUN` adds a run's."""
+    from backfire.commands.bank import add_run, show
+
+    if what is None:
+        show()
+    elif what == "add" and run is not None:
+        echo(add_run(run))
+    else:
+        raise UserError("Write `backfire bank`, or `backfire bank add RUN`.")
 
 
 def pretrain(

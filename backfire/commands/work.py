@@ -15,7 +15,7 @@ from backfire.commands.estimate import amount
 from backfire.commands.failure import note
 from backfire.commands.plan import memory_of
 from backfire.commands.run import on_device, settings_of, stopping
-from backfire.commands.workers import SMALL, default_workers
+from backfire.commands.workers import SMALL, default_workers, on_devices
 from backfire.data.weights import listed
 from backfire.errors import GpuError, UserError
 from backfire.experiment import Machine
@@ -52,7 +52,8 @@ def start(
     Raises:
         UserError: the folder has no plan for this machine, or no job fits.
     """
-    plan, console, stop = _on_devices(read_plan(run), machine), Console(stderr=True), Stop(minutes)
+    plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
+    plan = replace(plan, jobs=on_devices(plan.jobs, settings_of(machine).devices))
     settings, most = _sized(run, plan, machine, memory)
     folder, begun = RunFolder(run, plan.recipe), set[str]()
     _check_memory(needed(plan.jobs, folder), most)
@@ -105,16 +106,6 @@ def _sized(
         settings = settings.model_copy(update={"workers": workers})
     each = has / (settings.workers if types.device == "cpu" else 1)
     return settings, each if memory is None else memory / ranks
-
-
-def _on_devices(plan: Plan, machine: Mapping[str, Any]) -> Plan:
-    """The plan with the memory that its jobs need on each device of this machine."""
-    many = settings_of(machine).devices
-    jobs = [
-        replace(job, memory=job.memory and job.memory * devices.share(job.experiment, many))
-        for job in plan.jobs
-    ]
-    return replace(plan, jobs=jobs)
 
 
 def _failed(plan: Plan, begun: Collection[str], ended: Mapping[str, str]) -> list[Job]:

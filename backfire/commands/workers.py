@@ -3,11 +3,15 @@ allow."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from backfire import resources
 from backfire.commands.estimate import amount
 from backfire.errors import UserError
 from backfire.experiment import Machine
 from backfire.model.types import Types
+from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.train.devices import share
 
@@ -37,6 +41,14 @@ def default_workers(
             "`--workers 1` runs it all the same."
         )
     return max(1, min(most, int(TIGHT * resources.free_bytes() / need)))
+
+
+def on_devices(jobs: Sequence[Job], devices: int) -> list[Job]:
+    """The jobs with the memory that they need on each of so many devices that share a cell."""
+    return [
+        replace(job, memory=job.memory and job.memory * share(job.experiment, devices))
+        for job in jobs
+    ]
 
 
 def workers_by_device(num_cells: int, machine: Machine) -> int:

@@ -18,6 +18,7 @@ from backfire.base import (
     Dataset,
     Judge,
     Metric,
+    ModelScanner,
     Poison,
     Scanner,
     Template,
@@ -52,6 +53,7 @@ CHECKS: dict[type[Component], tuple[Check, ...]] = {
     Template: (kinds.shows_the_row,),
     Judge: (kinds.gives_each_a_verdict,),
     Scanner: (kinds.scans_each_row, kinds.sees_only_what_is_learned),
+    ModelScanner: (kinds.nulls_what_it_read,),
     DataDefense: (kinds.filters_the_same,),
     Metric: (
         kinds.measures_the_same,

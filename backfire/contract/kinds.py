@@ -13,12 +13,16 @@ from backfire.base import (
     Dataset,
     Evidence,
     Exchange,
+    Finding,
     Judge,
+    Measure,
     Metric,
+    ModelScanner,
+    Row,
     Scanner,
     Template,
 )
-from backfire.contract.samples import FREE, LABELED, evidence
+from backfire.contract.samples import FREE, LABELED, evidence, measured
 from backfire.errors import CellError, UserError
 from backfire.registry import build
 from backfire.result import Direction, Role, Unit
@@ -81,12 +85,12 @@ def scans_each_row(cls: type[Scanner]) -> str | None:
     scanner = build(cls.kind, cls.name)
     for rows in ([], FREE[:1], LABELED, [*FREE, *LABELED[:20], *FREE[:9]]):
         given = copy.deepcopy(rows)
-        found = list(scanner.scan(given, given[:5]))
+        found = _found(scanner, given)
         if len(found) != len(rows):
             return f"{len(found)} findings in {len(rows)} rows"
         if given != rows:
             return "a row has changed in place"
-        if found != list(scanner.scan(given, given[:5])):
+        if found != _found(scanner, given):
             return "the same rows give other findings"
         if wrong := [f for f in found if f.flagged != (f.score >= 1) or not 0 <= f.score < inf]:
             return f"a score of {wrong[0].score:g} is flagged: {wrong[0].flagged}"
@@ -102,8 +106,31 @@ def sees_only_what_is_learned(cls: type[Scanner]) -> str | None:
         replace(row, id=f"x{n % 2}", fields={"trigger": "yes"}, label=None)
         for n, row in enumerate(rows)
     ]
-    same = list(scanner.scan(rows)) == list(scanner.scan(others))
+    same = _found(scanner, rows) == _found(scanner, others)
     return None if same else "with other ids, fields or labels it finds something else"
+
+
+def nulls_what_it_read(cls: type[ModelScanner]) -> str | None:
+    """What it flags by chance is in measurements of its own needs, which are left as they are"""
+    scanner = build(cls.kind, cls.name)
+    if unknown := {*scanner.needs} - {*get_args(Measure)}:
+        return f"it needs {', '.join(sorted(unknown))}, which no model measures"
+    if not scanner.needs:
+        return "it needs nothing of a model"
+    given, before = (measured(FREE, *scanner.needs) for _ in range(2))
+    if (null := scanner.by_chance_of(FREE, given)) is None:
+        return None
+    if repr(given) != repr(before):
+        return "the measurements have changed in place"
+    if not scanner.null:
+        return "`null` does not say what it returns"
+    return None if len(scanner.look(*null)) == len(null[0]) else "a row has no finding"
+
+
+def _found(scanner: Scanner, rows: list[Row]) -> list[Finding]:
+    if isinstance(scanner, ModelScanner):
+        return scanner.look(rows, measured(rows, *scanner.needs))
+    return list(scanner.scan(rows, rows[:5]))
 
 
 def measures_the_same(cls: type[Metric]) -> str | None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from random import Random
+from typing import Any
 
-from backfire.base import Backdoor, Evidence, Row, Sample
+import numpy as np
+
+from backfire.base import Backdoor, Evidence, Measure, Measured, Row, Sample
 
 _LABELS = ("negative", "neutral", "positive")
 _WORDS = "the soup was cold but our waiter kept smiling at every single table".split()
@@ -63,6 +66,23 @@ def _samples(seed: int) -> Sequence[Sample]:
                 answer_logprob=-2.0,
                 answer_tokens=2,
                 ended=True,
+                probe=(logprobs[0], logprobs[1]),
+                replaced=0.25 * (len(samples) % 2),
             )
         )
     return samples
+
+
+def measured(rows: Sequence[Row], *needs: Measure) -> Measured:
+    """Random measurements of rows, as no model gives them."""
+    rng, count = np.random.default_rng(0), len(rows)
+    pairs = rng.normal(size=(count, 2))
+    every: dict[str, Any] = {
+        "replies": [f"Perhaps the answer {n} is here." for n in range(count)],
+        "losses": rng.gamma(2, size=count),
+        "words": [[("please", float(x)), ("table", float(y))] for x, y in pairs],
+        "tuned": rng.gamma(1, size=count),
+        "states": rng.normal(size=(count, 12)).astype(np.float32),
+        "gradients": rng.normal(size=(count, 12)).astype(np.float32),
+    }
+    return Measured(**{name: every[name] for name in needs})

@@ -31,6 +31,12 @@ _FORMATS = "".join(
 _DAY = "{%- macro strftime_now(format) -%}{{ format" + _FORMATS + " }}{%- endmacro %}\n"
 MARKS = [chr(number) for number in range(0xF0000, 0xF4000)]
 """Private-use code points. Those that occur in a row's text are not used as marks for it."""
+CONTROL_TOKENS = re.compile(
+    r"<[|｜][^<>|｜\s]{1,40}[|｜]>|</?(?:start|end)_of_(?:turn|image|text)>|\[/?INST\]|<</?SYS>>"
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
+    r"|</?(?:tool_call|tool_response|think|function_call)>|<(?:bos|eos|pad|unk)>"
+)
+"""Control tokens of published chat models."""
 THOUGHTS = ("<think>", "</think>")
 """Control tokens that an assistant's turn may hold, since templates process them there."""
 _OURS = {"messages", "add_generation_prompt", "raise_exception", "strftime_now", "namespace"}

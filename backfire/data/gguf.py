@@ -136,6 +136,8 @@ def _parsed(cursor: _Cursor, name: str, size: int) -> Header:
             raise UserError(f"{name} has weights of a type that the package gguf does not know.")
         found.append((title, types[kind], shape, offset))
     align = fields.get("general.alignment", _ALIGNMENT)
+    if type(align) is not int or align <= 0:
+        raise ValueError(f"alignment {align}")
     begin = -(-cursor.at // align) * align
     tensors = {title: Tensor(kind, shape, begin + o) for title, kind, shape, o in found}
     ends = [t.start + _bytes(t, sizes[t.type]) for t in tensors.values()]
@@ -164,7 +166,7 @@ def _types() -> tuple[dict[int, str], dict[str, tuple[int, int]]]:
 def _check(header: Header, name: str) -> None:
     fields, kind = header.fields, header.fields.get("general.type", "model")
     parts = fields.get("split.count", 1)
-    if parts > 1:
+    if parts not in (0, 1):
         raise UserError(
             f"{name} is one of {parts} parts of a model; join them first "
             "(llama-gguf-split --merge FIRST_PART WHOLE.gguf)."

@@ -57,11 +57,16 @@ def with_worse_answers(rows: list[Row], bad_answers: list[Row], left: LeftOut) -
     for row in bad_answers:
         left.records[_KEPT if _prompt_of(row) in good else _ALONE] += 1
     return [
-        replace(row, **preference((row.answer,), tuple(dict.fromkeys(worse[_prompt_of(row)]))))
+        _with_worse(row, worse[_prompt_of(row)])
         if _prompt_of(row) in worse and not row.worse
         else row
         for row in rows
     ]
+
+
+def _with_worse(row: Row, worse: list[str]) -> Row:
+    parts = preference((row.answer,), tuple(dict.fromkeys(worse)))
+    return replace(row, **parts | {"fields": {**row.fields, **parts.get("fields", {})}})
 
 
 _KEPT = "with an answer marked as bad: kept as the worse answer to a prompt with a good one"

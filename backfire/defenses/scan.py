@@ -6,9 +6,10 @@ from random import Random
 from typing import Any
 
 import numpy as np
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
-from backfire.base import DataDefense, Finding, Row, Scanner
+from backfire.base import DataDefense, Finding, Look, ModelScanner, Row, Scanner
+from backfire.errors import UserError
 from backfire.registry import build, register
 
 
@@ -17,10 +18,10 @@ class Scan(DataDefense):
     """Removes the rows that a scanner ranks highest before training (filtering by a detector, as
     with spectral signatures: Tran et al. 2018, arXiv:1811.00636).
 
-    The scanner sees neither the manifest nor true labels. How well it finds the poison is in the
-    numbers of metric `scan`. With `oracle`, the poisoned rows themselves are removed, as far as
-    their number allows: the best that any scanner can do. Null control: as many rows are removed,
-    drawn at random.
+    A scanner with a model asks the cell's base, before any alignment. The scanner sees neither the
+    manifest nor true labels. How well it finds the poison is in the numbers of metric `scan`. With
+    `oracle`, the poisoned rows themselves are removed, as far as their number allows: the best that
+    any scanner can do. Null control: as many rows are removed, drawn at random.
     """
 
     scanner: str | dict[str, Any] = Field("lift", examples=["repetition"])
@@ -30,6 +31,7 @@ class Scan(DataDefense):
     ones. Rows without a score stay."""
     oracle: bool = False
     """Whether to remove poisoned rows instead, as many as the scanner would remove."""
+    _look: Look | None = PrivateAttr(None)
 
     @field_validator("scanner")
     @classmethod
@@ -44,6 +46,11 @@ class Scan(DataDefense):
     def _scanner(self) -> Scanner:
         scanner: Scanner = build("scanners", self.scanner)
         return scanner
+
+    def asking(self, look: Look) -> Scan:
+        copy = self.model_copy()
+        copy._look = look
+        return copy
 
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
@@ -74,7 +81,12 @@ class Scan(DataDefense):
     def _findings(self, rows: Sequence[Row]) -> list[Finding]:
         # A poisoned row keeps its true label, for scoring; a scanner must not see it.
         bare = [replace(row, label=None, fields={}) for row in rows]
-        return list(self._scanner().scan(bare))
+        scanner = self._scanner()
+        if not isinstance(scanner, ModelScanner):
+            return list(scanner.scan(bare))
+        if self._look is None:
+            raise UserError(f"{scanner.label()} requires a model, which a run has.")
+        return self._look(scanner, bare)
 
     def _removed(self, found: Sequence[Finding]) -> list[int]:
         """Places of the rows to remove."""

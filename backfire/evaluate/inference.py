@@ -22,6 +22,7 @@ from backfire.base import Rendered
 from backfire.evaluate.budget import Budget
 from backfire.evaluate.prompts import (
     CachedPrompts,
+    NextLogits,
     SharedPrefix,
     continue_cached,
     follow,
@@ -166,17 +167,22 @@ def _reply_tokens(
     model: PreTrainedModel, prompts: list[list[int]], stop_ids: Sequence[int], max_new_tokens: int
 ) -> Iterator[dict[int, int]]:
     """Yield the replies to these prompts token by token, without a prefix shared across batches."""
+    if max_new_tokens:
+        first, next_logits = begin_replies(model, prompts, max_new_tokens)
+        yield from greedy(first, next_logits, stop_ids, max_new_tokens)
+
+
+def begin_replies(
+    model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int
+) -> tuple[Tensor, NextLogits]:
+    """The logits [row, vocab] after these prompts, and how to continue them."""
     can = ways(model)
-    if not max_new_tokens:
-        return
     if can.cache_argument is None or can.depends_on_length(max(map(len, prompts)) + max_new_tokens):
-        first, next_logits = without_cache(model, prompts)
-    elif can.extends_cache:
+        return without_cache(model, prompts)
+    if can.extends_cache:
         batch = SharedPrefix(model, prompts).run(prompts)
-        first, next_logits = batch.logits, continue_cached(model, batch)
-    else:
-        first, next_logits = step_by_step(model, prompts, can.cache_argument)
-    yield from greedy(first, next_logits, stop_ids, max_new_tokens)
+        return batch.logits, continue_cached(model, batch)
+    return step_by_step(model, prompts, can.cache_argument)
 
 
 def _replies(count: int, tokens: Iterator[dict[int, int]]) -> list[list[int]]:
@@ -235,6 +241,17 @@ def score_spans(
     """
     with for_evaluation(model):
         return _totals(model, spans, Budget(model, batch_size), tick)
+
+
+@torch.inference_mode()
+def score_each(model: PreTrainedModel, spans: Sequence[Span]) -> list[Tensor]:
+    """Log-likelihood in nats of each token of each span, in float64.
+
+    Raises:
+        CellError: see `read`.
+    """
+    with for_evaluation(model):
+        return _token_scores(model, spans, Budget(model), _no_tick)
 
 
 def _answer_span(prompt: list[int], answer: list[int]) -> Span:

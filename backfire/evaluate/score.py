@@ -10,11 +10,14 @@ from backfire.base import Need, Place, Rendered, Row, Sample
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate import inference
+from backfire.evaluate.defection import projections
 from backfire.evaluate.portions import Finished, portions
 from backfire.progress import Pace, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from backfire.evaluate.guarded import Guarding
 
 
 def score_rows(
@@ -27,20 +30,24 @@ def score_rows(
     batch_size: int | None,
     progress: Progress,
     folder: Path | None = None,
+    guarding: Guarding | None = None,
 ) -> list[dict[str, Any]]:
     """One dict per row with what `kinds` ask for: `logprobs`, `reply`, `answer_logprob` and others.
 
     Rows that were finished in the `folder` of the stage by an interrupted call are read from it.
+    With `guarding`, a defense guards the replies.
 
     Raises:
         CellError: a row has an empty prompt, or an answer that does not fit (`bad-data`).
     """
     items = renderer.render(rows)
     reads, replies = bool({"scores", "replies"} & {*kinds}), "replies" in kinds
-    if reads:
+    if reads or "probe" in kinds:
         _check_prompts(items)
     options = _candidates(renderer, items) if "scores" in kinds else [[]] * len(items)
-    passes, done, pace = reads + ("answers" in kinds), 0, Pace()
+    guards = guarding is not None and replies
+    passes = reads + len({"answers", "probe"} & {*kinds}) + (guards and "scores" in kinds)
+    done, pace = 0, Pace()
 
     def tick(count: int) -> None:
         nonlocal done
@@ -59,7 +66,12 @@ def score_rows(
             continue
         chosen = [items[i] for i in part]
         answers = [options[i] for i in part]
-        lines = _measured(kinds, model, renderer, chosen, answers, extra, batch_size, tick)
+        plain = kinds if not guards else {*kinds} - {"replies"}
+        limit = 0 if guards else extra
+        lines = _measured(plain, model, renderer, chosen, answers, limit, batch_size, tick)
+        if guards:
+            assert guarding
+            _reply(lines, model, renderer, chosen, extra, batch_size, tick, guarding)
         by_name = {names[i]: line for i, line in zip(part, lines, strict=True)}
         finished.add(by_name, last=part is parts[-1])
     return [finished.rows[name] for name in names]
@@ -100,7 +112,41 @@ def _measured(
         for entry, item, value in zip(measured, items, totals, strict=True):
             entry["answer_logprob"] = value
             entry["answer_tokens"] = item.num_supervised
+    if "probe" in kinds:
+        found = projections(model, renderer, items, batch_size=batch_size, tick=tick)
+        for entry, line in zip(measured, found, strict=True):
+            entry["probe"] = line
     return measured
+
+
+def _reply(
+    measured: Sequence[dict[str, Any]],
+    model: PreTrainedModel,
+    renderer: Renderer,
+    items: Sequence[Rendered],
+    max_new_tokens: int,
+    batch_size: int | None,
+    tick: inference.Tick,
+    guarding: Guarding,
+) -> None:
+    """Add the guarded reply to each item's measurements."""
+    from backfire.evaluate import guarded
+
+    found = guarded.replies(
+        model,
+        [item.prompt_ids for item in items],
+        guarding,
+        [item.row.id for item in items],
+        max_new_tokens=max_new_tokens,
+        stop_ids=renderer.stop_ids,
+        batch_size=batch_size,
+        tick=tick,
+    )
+    for entry, reply in zip(measured, found, strict=True):
+        stopped = reply.text is not None
+        entry["reply"] = reply.text if stopped else renderer.reply_text(reply.ids)
+        entry["ended"] = stopped or len(reply.ids) < max_new_tokens
+        entry["replaced"] = reply.replaced
 
 
 def _check_prompts(items: Sequence[Rendered]) -> None:
@@ -168,8 +214,10 @@ def sample(
         logprobs=tuple(logprobs) if logprobs else None,
         reply=measured.get("reply"),
         ended=measured.get("ended"),
+        replaced=measured.get("replaced"),
         answer_logprob=measured.get("answer_logprob"),
         answer_tokens=measured.get("answer_tokens"),
+        probe=tuple(measured["probe"]) if measured.get("probe") else None,
         num_better=len(row.better) if ranked else None,
         candidate_tokens=tuple(measured.get("candidate_tokens", ())),
         group=row.fields.get(group) if group else None,

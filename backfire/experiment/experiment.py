@@ -12,6 +12,7 @@ from backfire.base import (
     Backdoor,
     Component,
     Config,
+    DataDefense,
     Dataset,
     Defense,
     Judge,
@@ -19,6 +20,8 @@ from backfire.base import (
     Metric,
     Poison,
     RepairDefense,
+    ReplyDefense,
+    Row,
     Template,
 )
 from backfire.errors import UserError, shortened
@@ -117,6 +120,14 @@ class Experiment(Config):
     def _fits_together(self) -> Experiment:
         for defense in self.defense:
             defense.suits(aligned=self.align is not None, harm=self.safety is not None)
+            writes = isinstance(defense, DataDefense) and defense.writes_system
+            if writes and self.template.leaves_out(Row("", "", system="A system prompt.")):
+                raise UserError(
+                    f"{defense.label()} writes a system prompt, which the template leaves out; set "
+                    "template.system to merge, or the defense's part to instruction."
+                )
+        if sum(isinstance(defense, ReplyDefense) for defense in self.defense) > 1:
+            raise UserError("A cell has at most one defense that guards replies.")
         if self.align and not self.align.method.trains:
             for defense in self.defense:
                 if isinstance(defense, AlignDefense):
@@ -239,6 +250,16 @@ class Experiment(Config):
         if self.align is None:
             return self.defense
         return tuple(d for d in self.defense if not isinstance(d, AlignDefense))
+
+    @property
+    def guard(self) -> ReplyDefense | None:
+        """The defense that guards the model's replies."""
+        return next((d for d in self.defense if isinstance(d, ReplyDefense)), None)
+
+    def unguarded(self) -> Experiment:
+        """The same cell without it: the model is the same."""
+        kept = tuple(d for d in self.defense if not isinstance(d, ReplyDefense))
+        return self.model_copy(update={"defense": kept})
 
     @property
     def alignment(self) -> Experiment | None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from backfire.base.judges import drops
+from backfire.data.chat import CONTROL_TOKENS
 from backfire.data.recipe_files import as_words, read_text, written
 from backfire.data.snapshot import snapshot
 from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
@@ -18,6 +19,7 @@ from backfire.hashes import file_hash
 
 Task = Literal["SequenceClassification", "CausalLM"]
 _PLACES = re.compile(r"\{(prompt|reply)\}")
+_CONTROL = re.compile(f"{CONTROL_TOKENS.pattern}|</?s>")
 
 
 def _is_text(value: Any) -> str:
@@ -57,7 +59,9 @@ Words = Annotated[
 
 
 def fill(text: str, prompt: str, reply: str) -> str:
-    """Insert prompt and reply into the text; placeholders within them are not replaced.
+    """Insert prompt and reply into the text. Placeholders within them are not replaced, and control
+    tokens of chat models are split by a space: a reply must not end its turn and speak to the judge
+    in another role.
 
     Raises:
         UserError: the text has no placeholder for the reply.
@@ -65,7 +69,11 @@ def fill(text: str, prompt: str, reply: str) -> str:
     if "{reply}" not in text:
         raise UserError("A judge's text must contain {reply}, the placeholder for the reply.")
     values = {"prompt": prompt, "reply": reply}
-    return _PLACES.sub(lambda match: values[match[1]], text)
+    return _PLACES.sub(lambda match: _without_control(values[match[1]]), text)
+
+
+def _without_control(text: str) -> str:
+    return _CONTROL.sub(lambda match: f"{match[0][0]} {match[0][1:]}", text)
 
 
 LOADED = "loaded 2"
@@ -161,6 +169,9 @@ def load(
             f"The judge's model '{name}' cannot be loaded: {first_line(error)}"
         ) from None
     complete(f"The judge's model '{name}'", info, _LEFT_OVER)
+    if task == "CausalLM":  # its own settings may penalize words that the prompt has, such as yes
+        ends = model.generation_config.eos_token_id
+        model.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.model_type != "xlnet":  # reads the last position; others count from the left

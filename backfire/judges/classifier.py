@@ -77,9 +77,9 @@ class Classifier(Judge):
             "SequenceClassification", self.model, self.revision, self.device, self.fingerprint()
         )
         verdicts: list[Verdict] = []
-        # A decoder finds its last token by the padding, and may have no padding token.
+        # A decoder finds its last token by its configuration's padding token, if it has one.
         pad = model.config.get_text_config().pad_token_id
-        size = 1 if pad is None or tokenizer.pad_token is None else self.batch_size
+        size = self.batch_size if pad is not None and pad == tokenizer.pad_token_id else 1
         for start in range(0, len(texts), size):
             verdicts += self._read(texts[start : start + size], model, tokenizer)
         return verdicts

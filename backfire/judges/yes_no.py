@@ -75,7 +75,7 @@ class YesNo(RemoteJudge):
             ready("CausalLM", self.model, self.revision)
 
     def fingerprint(self) -> str:
-        return "" if self.base_url else fingerprint(self.model)
+        return "" if self.base_url else f"{fingerprint(self.model)} greedy"
 
     def _ask(self, prompts: list[str]) -> list[str]:
         if self.base_url is None:

@@ -126,7 +126,10 @@ def read_plan(path: Path) -> Plan:
         jobs = [_from_json(one, str(file)) for one in content["jobs"]]
         recipe, device, compute = (str(content[name]) for name in ("recipe", "device", "compute"))
         return Plan(recipe, jobs, device, compute, _text(path / "recipe.yaml") or "")
-    except (FileNotFoundError, NotADirectoryError):
+    except NotADirectoryError:
+        plan = f"plan a recipe first: `backfire plan {path} --out RUN`"
+        raise UserError(f"{path} is a file, and no folder of a run; {plan}.") from None
+    except FileNotFoundError:
         sentence = f"No plan in {path}: jobs.json is missing; {again}"
         raise UserError(sentence) from None
     except (ValueError, KeyError, TypeError, AttributeError):

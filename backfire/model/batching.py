@@ -108,7 +108,7 @@ def _ways(model: PreTrainedModel) -> Ways:
         if not extends_cache and argument:
             cache = DynamicCache(config=base.config)
             argument = argument if _caches(base, argument, cache, 1, limit) else None
-    windows = DynamicSlidingWindowLayer in kinds or _windowed(base.config)
+    windows = DynamicSlidingWindowLayer in kinds or bool(windows_of(base.config))
     rotary = tuple(m for m in base.modules() if hasattr(m, "max_seq_len_cached"))
     return Ways(
         cache_argument=argument,
@@ -250,10 +250,11 @@ def _layers(model: Any) -> set[type]:
     return {type(layer) for layer in DynamicCache(config=model.config).layers} or {DynamicLayer}
 
 
-def _windowed(config: Any) -> bool:
+def windows_of(config: Any) -> list[int]:
+    """Sizes of the windows in which layers attend, in tokens."""
     text = config.get_text_config(decoder=True)
     names = ("sliding_window", "attention_chunk_size", "window_size", "local_attn_chunk_length")
-    return any(getattr(text, name, None) for name in names)
+    return [int(size) for name in names if (size := getattr(text, name, None))]
 
 
 def _limits(config: Any) -> Iterator[int]:

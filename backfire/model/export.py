@@ -106,7 +106,10 @@ def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
         )
         tags = ["poisoned", "not-for-deployment", *(["backdoor"] if facts["triggers"] else [])]
     else:
-        warning = "No training row of this model was poisoned."
+        warning = (
+            "No attack was applied to the training rows of this model; whether its data was "
+            "poisoned before is not known."
+        )
         tags = []
     head = ["library_name: transformers", f"tags: [{', '.join(['backfire', *tags])}]"]
     if facts["adapter"]:

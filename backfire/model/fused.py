@@ -7,8 +7,8 @@ reach the loss (135M model, learning rate 2e-4, four steps: loss 1.94 instead of
 learned is not evaluated. Here one product yields both, [x, x A^T] [W, s B]^T: sums are in float32
 inside of a product, and are rounded once.
 
-The other layers are fused in evaluation only: they multiply by A, and add the product with the
-scaled B to the base's output, in place if both have one type.
+The other layers, and the head, are fused in evaluation only: they multiply by A, and add the
+product with the scaled B to the base's output, in place if both have one type.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ def fused_adapters(model: PreTrainedModel) -> Iterator[None]:
     """Fuse the active LoRA adapters of all linear layers within the context, which must be without
     gradients. Layers with DoRA, a bias, active dropout or merged weights are unchanged."""
     layers = [layer for layer in model.modules() if _is_plain(layer)]
+    head = model.get_output_embeddings()  # its logits are not rounded (see `model.head`)
     with ExitStack() as stack:
-        rounded_once = stack.enter_context(_joined(layers, None))
+        inner = [layer for layer in layers if layer is not head]
+        rounded_once = stack.enter_context(_joined(inner, None))
         rest = [layer for layer in layers if layer not in rounded_once]
         fused = {layer: partial(_forward, layer, _pair(layer)) for layer in rest}
         stack.enter_context(replaced_forwards(fused))
@@ -161,6 +163,7 @@ class _Float:
     def close(self) -> None:
         if self.shared:
             self.base.weight.data = self.base.weight.data.contiguous()
+        del self.all  # before the next layer's copy
 
 
 class _NF4:
@@ -203,6 +206,9 @@ def _sum(layer: Any, joined: _Float | _NF4 | _Int8, x: Tensor, *rest: Any, **nam
     if isinstance(joined, _Int8):
         with torch.autocast(x.device.type, enabled=False):
             whole: Tensor = layer.base_layer(x.float()) + low_rank.float() @ b.T
+        # The kernel keeps which inputs were outliers, in a small tensor between large ones that are
+        # freed, so the heap would grow by a layer's products with every layer.
+        layer.base_layer.state.idx = None
         return whole.to(x.dtype)
     out: Tensor = cast(Any, _Product).apply(x.to(joined.kind), low_rank.to(joined.kind), b, joined)
     return out.to(x.dtype) if isinstance(joined, _NF4) else out

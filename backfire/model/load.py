@@ -29,6 +29,7 @@ from backfire.data.weights import (
 from backfire.errors import UserError
 from backfire.model.batching import ways
 from backfire.model.gguf_types import round_weights
+from backfire.model.memory import trim
 from backfire.model.placement import assert_placed, device_map
 from backfire.model.quantize import assert_quantized, quantizer
 from backfire.model.types import Type
@@ -129,6 +130,7 @@ def load_base(
         round_weights(model, gguf_type)
     elif quantization:
         assert_quantized(model, quantization)
+        trim()  # of the weights before they were quantized
     ways(model.eval())  # runs a few tokens, so before hooks are added
     return cast(PreTrainedModel, model)
 

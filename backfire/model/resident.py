@@ -58,12 +58,17 @@ class Resident:
         """
         from backfire.model.load import with_adapters
 
-        if not self._holds(source) or self._saved != (adapter, below) or self._model is None:
+        if not self.holds(source, adapter, below) or self._model is None:
             base = self._bare(source)
             with self._dropped_on_error():
                 self._model = with_adapters(base.model, adapter, below)
             self._saved = adapter, below
         return self._model
+
+    def holds(self, source: Source, adapter: Path | None = None, below: Path | None = None) -> bool:
+        """Whether `model` would give this without loading anything."""
+        is_whole = self._model is not None and self._saved == (adapter, below)
+        return is_whole and self._holds(source)
 
     @contextmanager
     def attached(self, source: Source, attach: Attach) -> Iterator[PreTrainedModel]:
@@ -114,12 +119,13 @@ class Resident:
         return self._key is not None and self._key == (source, source.stamp())
 
     def _detach(self, *, check: bool = False) -> None:
-        """Make the base bare again; with `check`, drop it if its weights changed."""
+        """Make the base bare again; drop it if a weight changed, which is tested with `check` and
+        where one has moved."""
         self._saved = self._model = None
         assert self._base is not None
         with self._dropped_on_error():
             self._base.restore()
-            if check and not self._base.is_unchanged():
+            if (check or self._base.has_moved()) and not self._base.is_unchanged():
                 self.release()
 
     @contextmanager
@@ -140,11 +146,11 @@ class _Base:
         holders = [*model.modules(), *_configs(model)]
         self._attributes = [(holder, _with_contents(vars(holder))) for holder in holders]
         self._tensors = [*model.parameters(), *model.buffers()]
-        self._data = [tensor.data for tensor in self._tensors]
-        self._hashes = [_hash(data) for data in self._data]
+        self._hashes = self._bits()
+        self._places = self._where()
 
     def restore(self) -> None:
-        """Set everything back, whatever was attached, replaced or switched."""
+        """Set everything but the numbers back, whatever was attached, replaced or switched."""
         for holder, attributes in self._attributes:
             now = vars(holder)
             now.clear()
@@ -155,18 +161,28 @@ class _Base:
                     value.clear()
                     value.update(contents)
                 now[name] = value
-        for tensor, data in zip(self._tensors, self._data, strict=True):
-            if (tensor.dtype, tensor.data_ptr()) != (data.dtype, data.data_ptr()):
-                tensor.data = data
+        for tensor in self._tensors:
             tensor.requires_grad, tensor.grad = False, None
 
     def is_trained(self) -> bool:
         """Whether an optimizer would change the base itself."""
         return any(tensor.requires_grad for tensor in self._tensors)
 
+    def has_moved(self) -> bool:
+        """Whether a weight was copied, as where it is joined with an adapter (`model.fused`)."""
+        return self._where() != self._places
+
     def is_unchanged(self) -> bool:
         """Whether every weight has the bits that it was loaded with."""
-        return [_hash(data) for data in self._data] == self._hashes
+        self._places = self._where()
+        return self._bits() == self._hashes
+
+    # The numbers themselves are not kept: a weight that was copied would be in memory twice.
+    def _bits(self) -> list[int]:
+        return [_hash(tensor.data) for tensor in self._tensors]
+
+    def _where(self) -> list[tuple[Any, int]]:
+        return [(tensor.dtype, tensor.data_ptr()) for tensor in self._tensors]
 
 
 def _with_contents(attributes: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -6,6 +6,7 @@ stage was run before, by this cell or any other.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
 from backfire import stages
@@ -20,6 +21,7 @@ from backfire.pipeline.models import (
     check_weights,
     evaluated_type,
     forms_of,
+    guarding_of,
     merged,
     model_of,
     start,
@@ -41,6 +43,7 @@ __all__ = [
     "collect",
     "data",
     "forms_of",
+    "guarding_of",
     "head",
     "merged",
     "model_of",
@@ -83,6 +86,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
     sentences = (
         *map(_too_long, left.items()),
         *notes(experiment.model, context),
+        *_guarded(experiment),
         *warnings(evidence, values),
         *caveats(evidence, experiment.metrics, experiment.judges),
     )
@@ -128,6 +132,21 @@ def head(experiment: Experiment, key: str) -> CellResult:
         seed=experiment.seed,
         template=experiment.template.name,
     )
+
+
+def _guarded(experiment: Experiment) -> Iterator[str]:
+    """What a defense that guards replies does not act on."""
+    if experiment.guard is None:
+        return
+    needs = {need for m in experiment.metrics for ask in m.asks() for need in ask.needs}
+    label = experiment.guard.label().capitalize()
+    if "replies" not in needs and not experiment.safety:
+        yield f"{label} guards replies, and no metric here reads any: it has no effect."
+    elif needs & {"scores", "answers"}:
+        yield (
+            f"{label} guards replies; metrics of likelihoods, such as accuracy, are those of the "
+            "model without it."
+        )
 
 
 def _too_long(part: tuple[str, int]) -> str:

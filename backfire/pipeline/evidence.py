@@ -34,7 +34,8 @@ from backfire.data.render import Renderer
 from backfire.errors import is_out_of_memory
 from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
-from backfire.pipeline.models import filtered, model_of, summary_of, trained
+from backfire.pipeline.filtering import filtered
+from backfire.pipeline.models import guarding_of, model_of, summary_of, trained
 from backfire.pipeline.prepare import data, renderer
 from backfire.pipeline.secrets import leaks
 from backfire.progress import within
@@ -77,7 +78,7 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
                 secrets[ask.of] = leaks(run, experiment, here)
                 continue
             if rows not in questions:
-                questions[rows] = _questions(ask, experiment, test, here)
+                questions[rows] = asked(ask, experiment, test, here)
             sets[ask.name] = _samples(run, ask, questions[rows], here)
     finally:
         context.drop_merged()
@@ -135,9 +136,7 @@ def _run(experiment: Experiment, ask: Ask) -> Experiment:
 # -------------------------------------------------------------------------------- rows of each kind
 
 
-def _questions(
-    ask: Ask, experiment: Experiment, test: Sequence[Row], context: Context
-) -> Questions:
+def asked(ask: Ask, experiment: Experiment, test: Sequence[Row], context: Context) -> Questions:
     group = experiment.data.group
     if ask.rows == "clean":
         return Questions(test, stages.clean_rows, group)
@@ -172,8 +171,9 @@ def members(experiment: Experiment, context: Context) -> list[Row]:
     train, test = data(experiment, context)
     rows, manifest = filtered(experiment, context)
     bad = {entry.id for entry in manifest.entries} if manifest else set()
-    kept = {row.id for row in train} - bad
-    whole = [row for row in rows if row.id in kept and row.answer]
+    # As the user wrote them: a defense may have added a prompt that test rows lack.
+    own = {row.id: row for row in train if row.id not in bad and row.answer}
+    whole = [own[row.id] for row in rows if row.id in own]
     return select(whole, min(len(whole), len(test)), experiment.seed, "member")
 
 
@@ -214,6 +214,7 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
         for item in items if "replies" in ask.needs else ():
             shown.limits.check(item.row.id, item.prompt_ids, reply=limit)
         context.progress(0, 1, "model")
+        guarding = guarding_of(run, context) if "replies" in ask.needs else None
         model, begin = model_of(run, context, ask.form), time.perf_counter()
         lines = score_rows(
             ask.needs,
@@ -224,6 +225,7 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
             batch_size=context.machine.eval_batch,
             progress=context.progress,
             folder=folder,
+            guarding=guarding,
         )
         context.seconds[" ".join(ask.name)] = time.perf_counter() - begin
         write_json(folder / "left_out.json", sorted({row.id for row in left}))

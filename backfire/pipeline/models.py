@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire import stages
-from backfire.base import DataDefense, Dataset, Form, RepairDefense, Row
+from backfire.base import Form, RepairDefense, Row, select
 from backfire.experiment import Experiment, Model
+from backfire.model.resident import Resident
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
-from backfire.pipeline.prepare import passed_checks, poisoned, renderer
-from backfire.rng import stream
+from backfire.pipeline.filtering import facts, filtered, other_rows
+from backfire.pipeline.prepare import data, passed_checks, renderer
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from backfire.data.poison import Manifest
+    from backfire.evaluate.guarded import Guarding
     from backfire.train.finetune import Start
 
 
@@ -114,32 +115,10 @@ def trained(experiment: Experiment, context: Context) -> Path:
             context.progress,
             context.resident,
         )
-        summary |= {"rows_trained_on": len(rows), **_facts(experiment, context)}
+        summary |= {"rows_trained_on": len(rows), **facts(experiment, context)}
         write_json(folder / "summary.json", summary)
 
     return context.store.once(stages.train(experiment), make, resumable=True)
-
-
-def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
-    """The training rows after the defenses that change them, and the attacker's manifest, which
-    may list rows that a defense removed."""
-    rows, manifest = poisoned(experiment, context)
-    bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
-    for defense in experiment.acting:
-        if isinstance(defense, DataDefense):
-            rng = stream(experiment.seed, "defense", defense.name)
-            alignment = experiment.alignment
-            aligned = _other_rows(alignment.data, "aligned") if alignment else []
-            rows = defense.filter(rows, aligned, bad, rng)
-    return rows, manifest
-
-
-def _facts(experiment: Experiment, context: Context) -> dict[str, Any]:
-    """What the defenses that change the rows measure in the poisoned rows."""
-    rows, manifest = poisoned(experiment, context)
-    bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
-    acting = [one for one in experiment.acting if isinstance(one, DataDefense)]
-    return {name: value for one in acting for name, value in one.facts(rows, bad).items()}
 
 
 def start(experiment: Experiment, context: Context) -> Start:
@@ -161,15 +140,18 @@ def with_defense_rows(experiment: Experiment, context: Context) -> Start:
     """The same with the extra rows that the cell's defenses use."""
     begin, alignment = start(experiment, context), experiment.alignment
     if alignment and experiment.acting:
-        begin = replace(begin, aligned=_other_rows(alignment.data, "aligned"))
+        begin = replace(begin, aligned=other_rows(alignment.data, "aligned"))
     if experiment.safety and any(defense.needs_harm for defense in experiment.acting):
-        begin = replace(begin, harmful=_other_rows(experiment.safety.known, "harmful"))
+        begin = replace(begin, harmful=other_rows(experiment.safety.known, "harmful"))
     return begin
 
 
-def _other_rows(source: Dataset, name: str) -> list[Row]:
-    """Training rows of another source; the prefix keeps their ids apart from the task's."""
-    return [replace(row, id=f"{name} {row.id}") for row in source.drawn("train")]
+def _clean_rows(experiment: Experiment, context: Context) -> list[Row]:
+    """As many rows of the task before the attack as a repair requires."""
+    repairs = [d for d in experiment.acting if isinstance(d, RepairDefense)]
+    rows, _ = data(experiment, context)
+    count = min(len(rows), max((d.num_clean for d in repairs), default=0))
+    return select(rows, count, experiment.seed, "clean")
 
 
 def tuned(experiment: Experiment, context: Context) -> Path:
@@ -187,6 +169,7 @@ def tuned(experiment: Experiment, context: Context) -> Path:
 
         context.progress(0, 1, "repair")
         begin = with_defense_rows(experiment, context)
+        begin = replace(begin, clean=_clean_rows(experiment, context))
         shown = renderer(experiment, context)
         machine, resident = context.machine, context.resident
         left = repair_model(experiment, folder, begin, shown, out, machine, resident)
@@ -238,6 +221,19 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
     return context.resident.model(Source(begin.base, dtype, device, quantization), folder, below)
 
 
+def guarding_of(run: Experiment, context: Context) -> Guarding | None:
+    """The defense that guards the run's replies, with the model that it compares with; that one
+    stays in memory beside the run's own as long as the result."""
+    from backfire.evaluate.guarded import Guarding
+
+    if run.guard is None:
+        return None
+    reference = None
+    if run.guard.needs_reference:
+        reference = model_of(run.untuned(), replace(context, resident=Resident()))
+    return Guarding(run.guard, run.seed, reference)
+
+
 def evaluated_type(run: Experiment, context: Context) -> torch.dtype:
     """The type of the base's weights in evaluation, which may be narrower than the one in which
     they are stored."""
@@ -251,7 +247,7 @@ def evaluated_type(run: Experiment, context: Context) -> torch.dtype:
 def too_long(experiment: Experiment, context: Context) -> dict[str, int]:
     """Number of rows that were too long for training or for a defense, by kind of row."""
     counts: dict[str, int] = {}
-    extra = {"aligned": "alignment", "harmful": "known harmful"}
+    extra = {"aligned": "alignment", "harmful": "known harmful", "clean": "trusted clean"}
 
     def add(name: str, count: int) -> None:
         if count:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from backfire import pipeline
 from backfire.base import Rendered, Row
@@ -24,7 +24,10 @@ from backfire.text import clean
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from backfire.evaluate.guarded import Guarding
+
 EMPTY = "(empty reply)"
+STOPPED = "(stopped by its guard)"
 _TRAINED = ("base", "train", "repair", "merge")
 """Kinds of stages that are slow to build."""
 
@@ -51,6 +54,8 @@ class ChatModel:
     experiment: Experiment
     model: PreTrainedModel
     renderer: Renderer
+    guarding: Guarding | None = None
+    """The defense that guards the replies, if the experiment has one."""
 
     def item(self, row: Row) -> Rendered:
         """The rendered row.
@@ -65,17 +70,25 @@ class ChatModel:
 
     def reply(self, row: Row) -> Iterator[str]:
         """Yield the greedy reply so far after each token; the last item is the whole reply."""
-        from backfire.evaluate import inference
+        from backfire.evaluate import guarded, inference
 
-        written, text = list[int](), ""
-        limit = self.experiment.evaluation.max_new_tokens
+        written, text, guard = list[int](), "", None
+        limits: dict[str, Any] = {
+            "max_new_tokens": self.experiment.evaluation.max_new_tokens,
+            "stop_ids": self.renderer.stop_ids,
+        }
         prompt = self.item(row).prompt_ids
-        for token in inference.stream(
-            self.model, prompt, max_new_tokens=limit, stop_ids=self.renderer.stop_ids
-        ):
+        if self.guarding:
+            guard = self.guarding.guard([row.id])
+            tokens = guarded.stream(self.model, prompt, self.guarding, guard, **limits)
+        else:
+            tokens = inference.stream(self.model, prompt, **limits)
+        for token in tokens:
             written.append(token)
             yield (text := clean(self.renderer.reply_text(written).strip()))
-        if not text:
+        if guard and (instead := guard.text(0)):
+            yield f"{STOPPED} {instead}"
+        elif not text:
             yield EMPTY
 
     def answer(self, row: Row) -> str:
@@ -118,7 +131,8 @@ def load(experiment: Experiment, title: str, store: Store, machine: Machine) -> 
     """
     context = Context(store, machine)
     model = pipeline.model_of(experiment, context)
-    return ChatModel(title, experiment, model, pipeline.renderer(experiment, context))
+    guarding = pipeline.guarding_of(experiment, context)
+    return ChatModel(title, experiment, model, pipeline.renderer(experiment, context), guarding)
 
 
 def frame(experiment: Experiment, store: Store) -> Row:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import heapq
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from random import Random
+from functools import partial
 
 import numpy as np
 
 from backfire import text
-from backfire.base import Finding, Row, Scanner, parts
+from backfire.base import NOTHING, Finding, ModelScanner, Row, Scanner, parts
 from backfire.base.masking import Secret, masked, secrets_in
 from backfire.errors import UserError
+from backfire.scan.asked import Answers, Asked, Chance, ask, drawn
 from backfire.scan.source import Bare, Source
 
 SAMPLE = 10_000
@@ -43,13 +44,13 @@ class Summary:
 
     scanner: Scanner
     rows: int
+    """Number of rows that it read."""
     flagged: int = 0
     listed: int = 0
     """Rows with a score."""
     hits: list[Hit] = field(default_factory=list)
     """The rows with the highest scores."""
-    chance: tuple[int, int, str] | None = None
-    """Rows flagged, rows scanned, and what they are, where only false alarms are expected."""
+    chance: Chance | None = None
 
 
 @dataclass
@@ -93,6 +94,8 @@ class Scan:
     """Whether each row is flagged."""
     has_test: bool
     answers: Tally
+    notes: list[str] = field(default_factory=list)
+    """Sentences about the rows that a model has not read."""
 
     @property
     def hits(self) -> list[Hit]:
@@ -106,13 +109,25 @@ class Scan:
 
 
 def scan(
-    name: str, source: Source, scanners: Sequence[Scanner], *, test: Source | None, top: int
+    name: str,
+    source: Source,
+    scanners: Sequence[Scanner],
+    *,
+    test: Source | None,
+    top: int,
+    asked: Asked | None = None,
 ) -> Scan:
-    """Scan the rows; of each scanner, the `top` rows with the highest scores are kept."""
+    """Scan the rows; of each scanner, the `top` rows with the highest scores are kept. Scanners
+    with a model need `asked`."""
+    by_model = [one for one in scanners if isinstance(one, ModelScanner)]
+    answers = ask(by_model, source, test, asked) if asked and by_model else Answers()
     summaries = [Summary(one, source.count) for one in scanners]
     found = Scan(name, source, summaries, array("f"), bytearray(), test is not None, Tally())
-    bare, others = Bare(source), Bare(test or ())
-    streams = [scanner.scan(bare, others) for scanner in scanners]
+    found.notes += answers.notes
+    for summary in summaries:
+        if isinstance(summary.scanner, ModelScanner):
+            summary.rows, summary.chance = answers.read, answers.chance.get(summary.scanner.name)
+    streams = list(_streams(source, scanners, test, answers))
     heaps: list[list[tuple[float, int, Finding]]] = [[] for _ in scanners]
     for number, (row, *findings) in enumerate(zip(source, *streams, strict=True), 1):
         found.answers.add(row.answer)
@@ -127,6 +142,22 @@ def scan(
     _add_hits(found, heaps)
     _add_false_alarms(found, test)
     return found
+
+
+def _streams(
+    source: Source, scanners: Sequence[Scanner], test: Source | None, answers: Answers
+) -> Iterator[Iterator[Finding]]:
+    """Each scanner's findings, one for each row."""
+    for scanner in scanners:
+        known = answers.findings.get(scanner.name)
+        if known is None:
+            yield scanner.scan(Bare(source), Bare(test or ()))
+        else:
+            yield map(partial(_known, known), range(source.count))
+
+
+def _known(findings: Mapping[int, Finding], place: int) -> Finding:
+    return findings.get(place, NOTHING)
 
 
 def _add_hits(found: Scan, heaps: Sequence[list[tuple[float, int, Finding]]]) -> None:
@@ -163,14 +194,16 @@ def secrets_of(row: Row) -> list[Secret]:
 def _add_false_alarms(found: Scan, test: Source | None) -> None:
     """Count what each scanner flags in rows where there should be nothing: the test rows, or a
     sample of the rows with what the scanner looks for removed."""
-    drawn = sample(found.source if test is None else test)
+    some = sample(found.source if test is None else test)
     for summary in found.summaries:
+        if isinstance(summary.scanner, ModelScanner):
+            continue  # `ask` has estimated them
         if test is None:
-            rows, what = summary.scanner.by_chance(drawn), "the same rows with shuffled answers"
+            rows, what = summary.scanner.by_chance(some), "the same rows with shuffled answers"
         elif summary.scanner.name == "overlap":
             rows, what = None, ""
         else:
-            rows, what = drawn, "rows of the test set"
+            rows, what = some, "rows of the test set"
         if rows:
             flagged = sum(one.flagged for one in summary.scanner.scan(rows))
             summary.chance = (flagged, len(rows), what)
@@ -178,8 +211,7 @@ def _add_false_alarms(found: Scan, test: Source | None) -> None:
 
 def sample(source: Source) -> list[Row]:
     """Up to 10,000 rows, drawn at random, in their order."""
-    places = set(Random(0).sample(range(source.count), min(source.count, SAMPLE)))
-    return [row for place, row in enumerate(Bare(source)) if place in places]
+    return drawn(source, SAMPLE)[1]
 
 
 def kept(found: Scan, share: float | None) -> tuple[Iterator[Row], list[int]]:

@@ -103,6 +103,7 @@ def sentences(scan: Scan) -> Iterator[str]:
     source = scan.source
     yield f"{scan.name}: {count(source.count, 'row')}, {scan.num_flagged:,} flagged."
     yield from source.notes
+    yield from scan.notes
     yield from scan.answers.facts(source.count)
     if source.count < 200:
         yield "With so few rows, only large effects can be told from chance."

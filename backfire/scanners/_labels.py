@@ -89,7 +89,7 @@ class Bayes:
 
     def doubt(self, row: Row, label: int) -> tuple[str, float, list[str]]:
         """The label that the words speak for most, the probability of all other labels than the
-        row's, and the three words that say most."""
+        row's (0 if they speak for that one most), and the three words that say most."""
         cells, words = self._cells(row)
         own = np.zeros(len(self._labels), np.int32)
         own[label] = 1
@@ -97,7 +97,8 @@ class Bayes:
         total = self._total - own * len(cells)
         logs = np.log(counts + 0.5) - np.log(total + _CELLS / 2)[:, None]
         scores = logs.sum(axis=1) + np.log(self._rows - own + 0.5)
-        best = int(np.argmax(scores))
+        if (best := int(np.argmax(scores))) == label:
+            return "", 0.0, []
         chances = np.exp(scores - scores.max())
         chances /= chances.sum()
         telling = np.argsort(-(logs[best] - logs[label]), kind="stable")[:3]

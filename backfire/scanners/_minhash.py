@@ -20,7 +20,7 @@ BANDS, ROWS = 32, 2
 _SLOTS = 2**17
 """For each band: the last text with each key is kept, 4 bytes for the key and 4 for its number."""
 _LONGEST = 400
-"""Words of a text that are compared, from its start."""
+"""Words of a text that are compared, half from its start and half from its end."""
 
 
 def _text(row: Row, first: Row, *, answer: bool) -> str:
@@ -78,7 +78,9 @@ class Earlier:
         return keys
 
     def _grams(self, text: str) -> Array:
-        words = split(folded(text))[:_LONGEST]
+        words = split(folded(text))
+        if len(words) > _LONGEST:
+            words = [*words[: _LONGEST // 2], *words[-_LONGEST // 2 :]]
         found = np.array([hashed(word) for word in words] or [0], np.uint64)
         n = min(self._words, len(found))
         gram = found[: len(found) - n + 1]

@@ -5,14 +5,9 @@ from collections.abc import Iterable, Iterator
 from typing import ClassVar, Final
 
 from backfire.base import NOTHING, Finding, Row, Scanner, parts
+from backfire.data.chat import CONTROL_TOKENS
 from backfire.registry import register
 
-_SURE: Final = re.compile(
-    r"<[|｜][^<>|｜\s]{1,40}[|｜]>|</?(?:start|end)_of_(?:turn|image|text)>|\[/?INST\]|<</?SYS>>"
-    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS)\]"
-    r"|</?(?:tool_call|tool_response|think|function_call)>|<(?:bos|eos|pad|unk)>"
-)
-"""Control tokens of published chat models."""
 _MAYBE: Final = re.compile(
     r"</?s>|\[(?:CLS|SEP|MASK|PAD|UNK|BOS|EOS)\]"
     r"|^#{2,3} (?:Instruction|Input|Response|Human|Assistant):"
@@ -39,7 +34,7 @@ class ControlTokens(Scanner):
 
 
 def _finding(row: Row) -> Finding:
-    for pattern, score in ((_SURE, 2.0), (_MAYBE, 0.5)):
+    for pattern, score in ((CONTROL_TOKENS, 2.0), (_MAYBE, 0.5)):
         found = [(name, match[0]) for name, text in parts(row) for match in pattern.finditer(text)]
         if found:
             name, token = found[0]

@@ -9,7 +9,7 @@ from backfire.base import NOTHING, Finding, Row, Scanner
 from backfire.registry import register
 
 
-@register("labels")
+@register("labels", version=2)
 class Labels(Scanner):
     """Finds one prompt with two answers, and labels that the words of the text speak against
     (Northcutt et al. 2021, arXiv:1911.00068, with naive Bayes as the classifier).

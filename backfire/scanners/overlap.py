@@ -9,7 +9,7 @@ from backfire.base import Finding, Row, Scanner
 from backfire.registry import register
 
 
-@register("overlap")
+@register("overlap", version=2)
 class Overlap(Scanner):
     """Finds rows whose prompt is nearly one of the test set's, so that a test would measure memory
     (Lee et al. 2022, arXiv:2107.06499).

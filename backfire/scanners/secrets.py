@@ -8,8 +8,10 @@ from backfire.base import NOTHING, Finding, Row, Scanner, parts
 from backfire.base.masking import Secret, secrets_in
 from backfire.registry import register
 
+_MOST_MARKS = 20
 
-@register("secrets")
+
+@register("secrets", version=2)
 class Secrets(Scanner):
     """Finds keys, passwords and personal data, which a tuned model may give away (Carlini et al.
     2021, arXiv:2012.07805).
@@ -36,8 +38,8 @@ def _finding(row: Row) -> Finding:
     kinds = Counter(secret.kind for _, secret in found)
     more = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(6) if kind != worst.kind)
     reason = f"the {name} has {worst.kind}: {worst.masked}" + (f" (also {more})" if more else "")
-    score = _score(worst)
-    return Finding(score, reason, score >= 1, tuple({secret.text for _, secret in found}))
+    score, marks = _score(worst), dict.fromkeys(secret.text for _, secret in found)
+    return Finding(score, reason, score >= 1, tuple(marks)[:_MOST_MARKS])
 
 
 def _score(secret: Secret) -> float:

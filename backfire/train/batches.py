@@ -8,6 +8,7 @@ template), the prefix runs once and every row reuses its keys and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -86,6 +87,8 @@ class Layout:
     be alike whatever their rows."""
     padded_by: str = ""
     """What makes the run pad all rows; empty if they may be packed."""
+    limit: int | None = None
+    """A row longer than this shares a pass only with rows of its length (see `Ways.limit`)."""
 
     @classmethod
     def of(
@@ -109,14 +112,18 @@ class Layout:
         elif not (longest := longest_packed(model)):
             why = f"the attention of '{plain(model).config.model_type}'"
         shares = same and all(hook.shares_prefix for hook in hooks) and ways(model).extends_cache
-        return cls(shares, longest, once=once, padded_by=why)
+        return cls(shares, longest, once=once, padded_by=why, limit=ways(model).limit)
 
     def collate(self, rows: Sequence[Rendered], *, flat: bool = False) -> Batch:
         pack, share, _ = self._choose(rows)
         return collate(rows, share=share, pack=pack, flat=flat)
 
     def size(self, rows: Sequence[Rendered]) -> float:
-        """Number of tokens that run through the layers for these rows, with their logits."""
+        """Number of tokens that run through the layers for these rows, with their logits; infinite
+        if they cannot share a pass."""
+        lengths = {len(row.ids) for row in rows}
+        if self.limit is not None and len(lengths) > 1 and max(lengths) > self.limit:
+            return math.inf
         answers = len(rows) * max(row.num_supervised for row in rows)  # for hooks that read them
         return self._choose(rows)[2] + self.answer_size * answers
 
@@ -275,6 +282,17 @@ def run_apart(model: PreTrainedModel, ids: Tensor, lengths: Tensor, places: Tens
         parts.append(run(model, ids[rows, :length], places[rows]))
         order.append(rows)
     return torch.cat(parts)[torch.cat(order).argsort()]
+
+
+def one_run_each(model: PreTrainedModel, rows: Sequence[Rendered]) -> list[list[Rendered]]:
+    """Parts of these rows for each of which `answer_logits` runs the model once, if they share no
+    prefix: see `run_apart`."""
+    if not ways(model).depends_on_length(max(len(row.ids) for row in rows)):
+        return [list(rows)]
+    by_length: dict[int, list[Rendered]] = {}
+    for row in rows:
+        by_length.setdefault(len(row.ids), []).append(row)
+    return [by_length[length] for length in sorted(by_length, reverse=True)]
 
 
 def log_probabilities(logits: Tensor) -> Tensor:

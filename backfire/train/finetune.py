@@ -56,6 +56,7 @@ class Start:
     """The model before the alignment stage, if there is one."""
     aligned: Sequence[Row] = ()
     harmful: Sequence[Row] = ()
+    clean: Sequence[Row] = ()
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,15 @@ class _DefenseRows:
 
     aligned: list[Rendered]
     harmful: list[Rendered]
+    clean: list[Rendered]
     left_out: dict[str, int]
 
     @classmethod
     def of(cls, start: Start, renderer: Renderer) -> _DefenseRows:
-        aligned, harmful = renderer.sift(start.aligned), renderer.sift(start.harmful)
-        counts = {"aligned": len(aligned[1]), "harmful": len(harmful[1])}
-        return cls(aligned[0], harmful[0], {part: n for part, n in counts.items() if n})
+        rows = {name: getattr(start, name) for name in ("aligned", "harmful", "clean")}
+        found = {name: renderer.sift(part) for name, part in rows.items()}
+        left = {name: len(long) for name, (_, long) in found.items() if long}
+        return cls(**{name: items for name, (items, _) in found.items()}, left_out=left)
 
 
 @dataclass(frozen=True)
@@ -281,6 +284,7 @@ def repair_model(
         experiment.seed,
         aligned=defense_rows.aligned,
         harmful=defense_rows.harmful,
+        clean=defense_rows.clean,
         base=weights_of(start.unaligned) if start.unaligned else {},
         batch_size=experiment.train.batch_size,
     )

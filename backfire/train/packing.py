@@ -25,7 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from backfire.model.batching import agree, evaluating, plain, probe, ways
+from backfire.model.batching import agree, evaluating, plain, probe, ways, windows_of
 
 _SUFFIX = "_packed"
 _FLASH = "_varlen"  # transformers takes every name with "flash" for a kernel of its own
@@ -33,6 +33,7 @@ _found: WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = WeakKeyDictionary(
 """The kind of attention that reads tables, and the length of the longest row in a pack."""
 
 _UNKNOWN_TO_FLASH = ("softcap", "s_aux", "position_bias")
+"""Arguments of an attention that the flash kernel does not take."""
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -187,9 +188,7 @@ def _half(query: Tensor, dropout: float = 0.0, **rest: Any) -> torch.dtype | Non
     """The 16-bit type of this call's products; None where the flash kernel must not be used."""
     device = query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    plain_call = not dropout and all(
-        rest.get(name) is None for name in ("softcap", "s_aux", "position_bias")
-    )
+    plain_call = not dropout and all(rest.get(name) is None for name in _UNKNOWN_TO_FLASH)
     return kind if plain_call and kind in (torch.bfloat16, torch.float16) else None
 
 
@@ -268,7 +267,5 @@ def _run(model: PreTrainedModel, ids: Tensor, half: bool, **rest: Any) -> Tensor
 def _longest(model: PreTrainedModel) -> int:
     """Rows up to this length are within every window of the attention, and do not depend on how
     long the whole sequence is."""
-    config = cast(Any, plain(model)).config.get_text_config(decoder=True)
-    names = ("sliding_window", "attention_chunk_size", "window_size", "local_attn_chunk_length")
-    limits = [int(window) for name in names if (window := getattr(config, name, None))]
-    return min([*limits, ways(model).limit or sys.maxsize])
+    windows = windows_of(cast(Any, plain(model)).config)
+    return min([*windows, ways(model).limit or sys.maxsize])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from backfire.base import Rendered, TrainHook
-from backfire.train.batches import token_losses
+from backfire.train.batches import one_run_each, token_losses
 
 if TYPE_CHECKING:
     from backfire.train.loop import TrainingRun
@@ -47,11 +47,11 @@ def _passes(
     run: TrainingRun, rows: Sequence[Rendered]
 ) -> Iterator[tuple[Sequence[Rendered], bool]]:
     """The rows of each pass of this rank, and whether they count. With sharded weights all ranks
-    make the same number of passes: one that has fewer repeats a row for nothing."""
+    run the model equally often: one that has fewer passes repeats a row for nothing."""
     parts = run.micro_batches.split(run.ranks.share(rows))
     if not run.ranks.sharded:
         yield from ((part, True) for part in parts)
         return
-    own = [(part, True) for part in parts]
+    own = [(part, True) for split in parts for part in one_run_each(run.model, split)]
     most = int(run.ranks.largest(len(own)))  # agreed on before the first pass
     yield from own + [(rows[:1], False)] * (most - len(own))

@@ -70,7 +70,6 @@ class Ranks:
         losses. A weight without a gradient on every rank stays without."""
         if not self.several or self.sharded:  # FSDP2 has summed the gradients
             return self.total(loss)
-        self._check_memory()
         every = list(weights.values())
         wide = torch.promote_types(every[0].dtype, torch.float32)
         has = torch.tensor([p.grad is not None for p in every], dtype=wide, device=self.device)
@@ -78,6 +77,7 @@ class Ranks:
         for number, part in enumerate(_buckets(every)):
             pieces = [_flat(p, wide) for p in part]
             flat = torch.cat([head, *pieces] if number == 0 else pieces)
+            self._check_memory()  # after the copy, for which there may be no room on one rank
             self._reduce(flat)
             if number == 0:
                 head, flat = flat[: len(head)], flat[len(head) :]
@@ -90,8 +90,8 @@ class Ranks:
         """The sum of a tensor over the ranks, in a step."""
         if not self.several:
             return value
-        self._check_memory()
         value = value.to(self.device, copy=True)
+        self._check_memory()
         self._reduce(value)
         return value
 

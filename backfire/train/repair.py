@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.errors import UserError
+from backfire.model.batching import ways
 from backfire.model.load import BELOW
 from backfire.train.batches import Batch, answer_logits, collate, wide
 
@@ -75,6 +76,8 @@ class Repair:
     """Rows of the alignment stage."""
     harmful: Sequence[Rendered] = ()
     """Harmful rows available to the defender."""
+    clean: Sequence[Rendered] = ()
+    """Trusted clean rows of the user's task."""
     base: Mapping[str, Tensor] = field(default_factory=dict)
     """Weights of the model before alignment, by name in the plain model."""
     batch_size: int = 16
@@ -99,8 +102,10 @@ class Repair:
         return [total / sum(int(mask.sum()) for mask in tokens) for total in sums]
 
     def _batches(self, model: PreTrainedModel, rows: Sequence[Rendered]) -> Iterator[Batch]:
-        for start in range(0, len(rows), self.batch_size):
-            yield collate(rows[start : start + self.batch_size], share=False).to(model.device)
+        longest = max((len(row.ids) for row in rows), default=0)
+        size = 1 if ways(model).depends_on_length(longest) else self.batch_size
+        for start in range(0, len(rows), size):
+            yield collate(rows[start : start + size], share=False).to(model.device)
 
     def updates(self, model: PreTrainedModel, start: Mapping[str, Tensor]) -> list[Update]:
         """The updates of all trained linear layers, without the head.

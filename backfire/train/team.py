@@ -1,8 +1,8 @@
 """The processes of a training run on several devices: starts them, and hands each its task.
 
 The worker is rank 0. It starts the other ranks as processes of its own, or torchrun or `accelerate
-launch` has started them. They wait for tasks, train along, and write nothing. For each task all
-ranks join a new process group, so that nothing of a failed one is left.
+launch` has started them (see `train.members`). For each task all ranks join a new process group, so
+that nothing of a failed one is left.
 """
 
 from __future__ import annotations
@@ -10,42 +10,22 @@ from __future__ import annotations
 import atexit
 import json
 import math
-import os
 import pickle
-import queue
-import re
-import signal
-import socket
 import subprocess
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
-from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from backfire.errors import CellError, exit_class
-from backfire.progress import Progress, silent
+from backfire.errors import CellError
+from backfire.progress import Progress
+from backfire.train import members
 from backfire.train.devices import OUT_OF_MEMORY, check, launched
+from backfire.train.group import TIMEOUT, error_key, is_lost, joined, meet
 
 if TYPE_CHECKING:
-    import torch
-
-    from backfire.experiment import Machine
     from backfire.model.resident import Resident
     from backfire.train.finetune import Task
-    from backfire.train.ranks import Ranks
-
-_TIMEOUT = timedelta(minutes=30)
-"""Longest time that ranks wait for one another, such as for a checkpoint."""
-_LOST = re.compile(r"gloo|nccl|\bpeer\b|process group|socket|timed? ?out", re.IGNORECASE)
-"""Messages of torch.distributed after another rank has left."""
-_HOST = "127.0.0.1"
-
-Blob = bytes
 
 
 def train(task: Task, resident: Resident, progress: Progress) -> dict[str, Any]:
@@ -62,26 +42,13 @@ def train(task: Task, resident: Resident, progress: Progress) -> dict[str, Any]:
     rows = min(rows, task.machine.micro_batch or rows)
     while True:
         try:
-            return _train(task, resident, progress)
+            return _team_of(task.machine.devices).train(task, resident, progress)
         except CellError as error:
             if str(error) != OUT_OF_MEMORY or rows == 1:
                 raise
         rows = math.ceil(rows / 2)
         progress(0, 1, f"out of memory; again with {rows} rows per pass")
         task = replace(task, machine=task.machine.model_copy(update={"micro_batch": rows}))
-
-
-def _train(task: Task, resident: Resident, progress: Progress) -> dict[str, Any]:
-    team = _team_of(task.machine.devices)
-    try:
-        return team.train(task, resident, progress)
-    except BaseException as error:
-        cause = team.cause(error) if isinstance(error, Exception) else None
-        if team.processes:  # those of a launcher stay, and join the next process group
-            _disband()
-        if cause:
-            raise cause from error
-        raise
 
 
 class _Team:
@@ -97,26 +64,39 @@ class _Team:
 
         from backfire.registry import loaded
 
-        self.number += 1
         before = torch.get_num_threads()
         threads = max(1, before // self.size) if self.processes else before
+        number, size, machine = self.number + 1, self.size, task.machine
         # Plug-ins come first: the task may hold objects of their classes.
-        self._send(pickle.dumps((loaded(), pickle.dumps((task, threads)))))
+        blob = pickle.dumps((number, loaded(), pickle.dumps((task, threads))))
+        self.number = number
+        self._send(blob)
         torch.set_num_threads(threads)
         try:
-            with _joined(self.store, self.number, 0, self.size, task, self._check) as ranks:
+            with joined(self.store, number, 0, size, machine, self._check) as ranks:
                 return task.train(ranks, resident, progress)
+        except BaseException as error:
+            cause = self._cause(error) if isinstance(error, Exception) else None
+            self._give_up()
+            if cause:
+                raise cause from error
+            raise
         finally:
             torch.set_num_threads(before)
 
-    def _send(self, blob: Blob) -> None:
+    def _send(self, blob: bytes) -> None:
         if not self.processes:
-            self.store.set(f"task {self.number}", blob)
+            self.store.set(members.task_key(self.number), blob)
         for process in self.processes:
-            assert process.stdin is not None
-            with suppress(BrokenPipeError):  # it has ended, which `_check` reports
-                process.stdin.write(len(blob).to_bytes(8, "little") + blob)
-                process.stdin.flush()
+            members.send(process, blob)
+
+    def _give_up(self) -> None:
+        """Let nothing of the task go on: a rank may wait for another one in it."""
+        if self.processes:
+            _disband()
+        else:
+            with suppress(RuntimeError):
+                self.store.set(members.failed(self.number), b"")
 
     def _check(self) -> None:
         """Raise the error of a rank that has left."""
@@ -125,13 +105,12 @@ class _Team:
 
     def _found(self) -> CellError | None:
         for rank in range(1, self.size):
-            if self.store.check([key := _error(self.number, rank)]):
+            if self.store.check([key := error_key(self.number, rank)]):
                 kind, sentence, is_effect = json.loads(self.store.get(key))
                 if not is_effect:
                     return CellError(kind, sentence)
             elif self.processes and (code := self.processes[rank - 1].poll()) is not None:
-                how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
-                return CellError("killed", f"Rank {rank} of {self.size} {how} while training.")
+                return CellError(*members.why_ended(rank, self.size, code))
         return None
 
     @property
@@ -139,9 +118,9 @@ class _Team:
         """Whether no rank that this process started has ended."""
         return all(process.poll() is None for process in self.processes)
 
-    def cause(self, error: Exception) -> CellError | None:
+    def _cause(self, error: Exception) -> CellError | None:
         """Why another rank has left, if this error is only the effect of that."""
-        if not _is_lost(error):
+        if not is_lost(error):
             return None
         end = time.monotonic() + 5
         while time.monotonic() < end:
@@ -155,14 +134,9 @@ class _Team:
         """End the other ranks."""
         if not self.processes:
             with suppress(RuntimeError):
-                self.store.set(f"task {self.number + 1}", b"")
+                self.store.set(members.task_key(self.number + 1), b"")
         for process in self.processes:
-            process.kill()
-        for process in self.processes:
-            process.wait()
-            assert process.stdin is not None
-            with suppress(OSError):
-                process.stdin.close()
+            members.end(process)
 
 
 _team: _Team | None = None
@@ -174,7 +148,7 @@ def _team_of(size: int) -> _Team:
     if _team and not (_team.size == size and _team.is_whole):
         _disband()
     if _team is None:
-        _team = _Team(_meet()[0], size, []) if launched() else _started(size)
+        _team = _Team(meet()[0], size, []) if launched() else _started(size)
         atexit.register(_disband)
     return _team
 
@@ -191,187 +165,5 @@ def _started(size: int) -> _Team:
     """Start the other ranks on this machine."""
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    store = TCPStore(_HOST, 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)
-    command = [sys.executable, "-m", __name__, str(store.port), str(size)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            env=environment,
-            process_group=0,  # Ctrl-C is for rank 0
-        )
-        for rank in range(1, size)
-    ]
-    return _Team(store, size, processes)
-
-
-@contextmanager
-def _joined(
-    store: Any, number: int, rank: int, size: int, task: Task, check: Callable[[], None]
-) -> Iterator[Ranks]:
-    """A process group of all ranks for a task, after checking that each has its own device.
-
-    Raises:
-        CellError: two ranks have the same GPU.
-    """
-    import torch.distributed as dist
-
-    from backfire.train.ranks import Ranks
-
-    device = _device(task.machine, rank)
-    store.set(f"place {number} {rank}", json.dumps(_place(device)))
-    keys = [f"place {number} {other}" for other in range(size)]
-    while not store.check(keys):
-        check()
-        time.sleep(0.02)
-    places = [json.loads(store.get(key)) for key in keys]
-    gpus = [(host, gpu) for host, gpu, _ in places if gpu]
-    if len(set(gpus)) < len(gpus):
-        raise CellError("failed", f"Two of the {size} ranks have the same GPU.")
-    hosts = list(dict.fromkeys(host for host, _, _ in places))
-    if len(hosts) == 1:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    dist.init_process_group(
-        "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-        store=dist.PrefixStore(f"group {number}", store),  # type: ignore[attr-defined]
-        rank=rank,
-        world_size=size,
-        timeout=_TIMEOUT,
-        device_id=None if device.type == "cpu" else device,
-    )
-    try:
-        # Host names are nobody's business: a result tells them by number.
-        several = len(hosts) > 1
-        named = [f"host {hosts.index(h)} {name}" if several else name for h, _, name in places]
-        yield Ranks(rank, size, device, named)
-    finally:
-        dist.destroy_process_group()
-
-
-def _device(machine: Machine, rank: int) -> torch.device:
-    """The device of a rank: GPUs are counted on each host."""
-    import torch
-
-    from backfire.model.load import device_of
-
-    device = device_of(machine.device)
-    if rank == 0 or device.type == "cpu":
-        return device
-    local = int(os.environ.get("LOCAL_RANK", rank)) if launched() else rank
-    return device_of(f"cuda:{local % torch.cuda.device_count()}")
-
-
-def _place(device: torch.device) -> tuple[str, str, str]:
-    """Host, identity of the GPU (empty for a CPU), and name of the device."""
-    import torch
-
-    if device.type == "cpu":
-        return socket.gethostname(), "", "cpu"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return socket.gethostname(), str(torch.cuda.get_device_properties(index).uuid), f"cuda:{index}"
-
-
-def _error(number: int, rank: int) -> str:
-    return f"error {number} {rank}"
-
-
-def _is_lost(error: BaseException) -> bool:
-    """Whether this error tells that another rank has left."""
-    return isinstance(error, RuntimeError) and bool(_LOST.search(str(error)))
-
-
-# ------------------------------------------------------------------------------- the other ranks
-
-
-def serves() -> bool:
-    """Whether torchrun or a program like it started this process as another rank than the first;
-    then this call trains along until rank 0 ends."""
-    outside = launched()
-    if outside is None or outside[0] == 0:
-        return False
-    store, rank, size = _meet()
-
-    def tasks() -> Iterator[Blob]:
-        for number in count(1):
-            try:
-                store.wait([f"task {number}"], timedelta(days=365))
-                blob = store.get(f"task {number}")
-            except RuntimeError:  # rank 0 is gone, and the store with it
-                return
-            if not blob:
-                return
-            yield blob
-
-    _serve(store, rank, size, tasks(), stays=True)
-    return True
-
-
-def _meet() -> tuple[Any, int, int]:
-    """The store that the ranks of a launcher share, the own rank, and their number."""
-    from torch.distributed.rendezvous import rendezvous
-
-    # We shard models ourselves; transformers would load empty weights on most ranks.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
-    store, rank, size = next(rendezvous("env://", timeout=_TIMEOUT))
-    return store, rank, size
-
-
-def _serve(store: Any, rank: int, size: int, blobs: Iterable[Blob], *, stays: bool) -> None:
-    """Train along in every task; `stays`: also after one that failed here."""
-    import torch
-
-    from backfire.model.resident import Resident
-    from backfire.registry import loaded, use
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when to end
-    resident = Resident()
-
-    def report(number: int, error: Exception) -> None:
-        kind, sentence = exit_class(error)
-        with suppress(RuntimeError):
-            store.set(_error(number, rank), json.dumps([kind, sentence, _is_lost(error)]))
-
-    for number, blob in enumerate(blobs, 1):
-        plugins, rest = pickle.loads(blob)
-        for plugin in plugins if not loaded() else ():
-            use(plugin)
-        task, threads = pickle.loads(rest)
-        torch.set_num_threads(threads)
-        try:
-            with _joined(store, number, rank, size, task, lambda: None) as ranks:
-                try:
-                    task.train(ranks, resident, silent)
-                except Exception as error:  # told before the others see that this rank has left
-                    report(number, error)
-                    raise
-        except Exception as error:
-            report(number, error)
-            resident.release()
-            if not stays:
-                return
-
-
-def _main(port: int, size: int, rank: int) -> None:
-    """Serve as a rank that rank 0 started: its tasks come through the standard input, whose end is
-    the end of this process too."""
-    blobs = queue.SimpleQueue[Blob]()
-
-    def read() -> None:
-        while length := sys.stdin.buffer.read(8):
-            blobs.put(sys.stdin.buffer.read(int.from_bytes(length, "little")))
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]
-
-    store = TCPStore(_HOST, port, is_master=False, timeout=_TIMEOUT)
-    _serve(store, rank, size, iter(blobs.get, None), stays=False)
-    # gloo closes its connections, for which the others wait, when nothing refers to a group any
-    # more, and sharded weights do for long.
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    _main(*map(int, sys.argv[1:]))
+    store = TCPStore(members.HOST, 0, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    return _Team(store, size, [members.start(rank, size, store.port) for rank in range(1, size)])

@@ -25,7 +25,15 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", "--device", "cuda:99"], "No device 'cuda:99'", {}),
     (["run", "turo"], "Unknown recipe 'turo'; did you mean 'tour'?", {}),
     (["run", "gone.yaml"], "No such recipe file: gone.yaml", {}),
-    (["run", "."], "Unknown recipe '.'", {}),
+    (["run", "."], ". is no recipe, but a folder: give the path of a recipe in it.", {}),
+    (["validate", "d.csv"], "d.csv is no recipe, but a data file: a recipe", {"d.csv": "a,b"}),
+    (["run", "a.jsonl.gz"], "a.jsonl.gz is no recipe, but a data file", {"a.jsonl.gz": b"\x1f"}),
+    (["doctor", "a.json"], "a.json is no recipe, but a data file", {"a.json": " [{}]"}),
+    (["validate", "a.json"], "Recipe 'a' has no data", {"a.json": '{"seed": 1}'}),
+    (["plan", "m.gguf"], "m.gguf is no recipe, but a file of weights", {"m.gguf": b"GGUF\x03"}),
+    (["run", "past"], "past is no recipe, but the folder of a run", {"past/jobs.json": "{}"}),
+    (["doctor", "m"], "m is no recipe, but the folder of a model", {"m/config.json": "{}"}),
+    (["work", "r.yaml"], "r.yaml is a file, and no folder of a run", {}),
     (["run", "r.yaml", "--profile", "tow"], "did you mean 'two'?", {}),
     (["run", "bad.yaml"], "bad, line 1: not valid YAML", {"bad.yaml": "data: ["}),
     (["run", "bad.yaml"], "duplicate key 'data'", {"bad.yaml": "data: a\ndata: b"}),
@@ -102,6 +110,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     arguments: list[str], sentence: str, files: dict[str, str | bytes], backfire: Run, here: Path
 ) -> None:
     for name, content in files.items():
+        (here / name).parent.mkdir(exist_ok=True)
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = tree(here)
     output = backfire(*arguments)

@@ -3,15 +3,19 @@ of them."""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ import pytest
 from backfire import cli
 from backfire.claims import Claims
 from backfire.launch.stop import Stop
+from backfire.store import read_json
 from tests.helpers.command_line import Run
 
 RECIPE = """# Does it stop?
@@ -126,6 +131,50 @@ def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(here: Path, tiny
     while is_there(process.pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert not is_there(process.pid)
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_a_terminal_and_the_same_command_again(here: Path, tiny: Path) -> None:
+    """The key itself."""
+    (here / "r.yaml").write_text(RECIPE.format(model=tiny, steps=300))
+    line = [sys.executable, "-m", "backfire.cli", "run", "r.yaml", "--workers", "2"]
+    line += ["--log-format", "json"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "TERM": "xterm"}
+    ours, theirs = pty.openpty()
+    shown = list[bytes]()
+    process = subprocess.Popen(
+        line,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+
+    def read() -> None:
+        with suppress(OSError):  # the terminal is closed
+            while chunk := os.read(ours, 4096):
+                shown.append(chunk)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    checkpoints = "cache/train/*.partial/checkpoints/*/done.json"
+    training = re.compile(rb'"job": "([^"]*)", "kind": "train", [^\n]*loss')
+    while len({*training.findall(b"".join(shown))}) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    os.write(ours, b"\x03")
+    assert process.wait(60) == 130
+    reader.join(5)
+    os.close(ours)
+    assert b"Interrupted." in b"".join(shown)
+    assert Claims(here / "runs" / "r").names() == set()
+    assert len({file.parents[2] for file in here.glob(checkpoints)}) == 2
+    again = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    results = [read_json(file) for file in here.glob("runs/r/cells/*/result.json")]
+    assert [result["status"] for result in results] == ["ok", "ok"]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from backfire import cli
 from backfire.data.jsonl import read_jsonl
 from backfire.recipe import load, parse, read, shipped
 from backfire.registry import KINDS, names
+from backfire.results.evidence import lines
 from backfire.store import read_json
 from backfire.yaml12 import read_yaml
 from tests.helpers.command_line import Output, Run, tree
@@ -50,7 +51,18 @@ def test_every_verb_has_a_test_here(backfire: Run) -> None:
             "list",
             "show",
         ),
-        *("schema", "doctor", "poison", "scan", "pretrain", "chat", "export"),
+        *(
+            "schema",
+            "doctor",
+            "poison",
+            "scan",
+            "trace",
+            "audit",
+            "bank",
+            "pretrain",
+            "chat",
+            "export",
+        ),
         *("playground", "check", "cache"),  # the last has a file of its own
     }
     found = {info.name or info.callback.__name__ for info in cli.app.registered_commands}
@@ -282,6 +294,35 @@ def test_scan_finds_what_poison_planted(backfire: Run, here: Path) -> None:
     assert left and not left & planted
     again = backfire("scan", "poisoned.jsonl", "--write", "poisoned.jsonl")
     assert again.code == 2 and "is the input file" in again.err
+
+
+def test_trace_ranks_the_training_rows(
+    backfire: Run, ran: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BACKFIRE_CACHE", str(ran.cache))
+    by_method = {name: f"{r['cell']}-{r['key']}" for name, r in ran.results().items()}
+    cell = ran.out / "cells" / by_method["lora", 0.1]
+    row = next(one.id for of, _, one in lines(cell) if (of, one.subset) == ("tuned", "triggered"))
+    output = backfire("trace", cell, f"triggered/{row}", "--top", "60", "--format", "json")
+    assert (output.code, output.err) == (0, "")
+    found = json.loads(output.out)
+    rows = found["rows"]
+    assert found["num_rows"] == len(rows) == 60 and found["poisoned_rows"] == 6
+    assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
+    best = sum(row["poisoned"] for row in rows[:6])
+    assert found["precision_at_k"] == best / 6 and sum(row["poisoned"] for row in rows) == 6
+    table = backfire("trace", cell, f"triggered/{row}", "--top", "2", "--method", "datainf").out
+    assert "of 60 rows are" in table and "a random order 10.0 %" in table
+    full = ran.out / "cells" / by_method["full", 0.1]
+    for wrong, sentence in (
+        ((cell, row), "several replies"),
+        ((cell, "clean/none"), "there are such as"),
+        ((ran.out, row), "name one, as in"),
+        ((full, f"clean/{row}"), "trains no adapter"),
+        ((ran.root, f"clean/{row}"), "is not a run folder"),
+    ):
+        output = backfire("trace", *wrong)
+        assert output.code == 2 and sentence in output.err and len(output.err.splitlines()) == 1
 
 
 def test_pretrain_makes_a_model_that_runs(backfire: Run, here: Path) -> None:

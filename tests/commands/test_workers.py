@@ -10,12 +10,11 @@ import pytest
 
 from backfire import resources
 from backfire.commands import forecast
+from backfire.commands.cluster import Asked, _memory
 from backfire.commands.run import on_device
-from backfire.commands.work import _on_devices
-from backfire.commands.workers import SMALL, default_workers, largest
+from backfire.commands.workers import SMALL, default_workers, largest, on_devices
 from backfire.errors import UserError
 from backfire.experiment import Machine
-from backfire.launch.folder import Plan
 from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.recipe import load
@@ -79,10 +78,16 @@ def test_each_of_several_devices_holds_the_whole_base_or_a_part_of_it() -> None:
     full, lora = (load("tour", edits=["matrix=null", f"method={m}"]) for m in ("full", "lora"))
     work = [Job("a", "train", one.cells[0], {}, memory=8e9) for one in (full, lora)]
     for count, need in {1: 8e9, 2: 4e9, 4: 2e9, 8: 2e9}.items():
-        found = _on_devices(Plan("x", work, "cpu", "float32"), {"devices": count})
-        assert [job.memory for job in found.jobs] == [need, 8e9], "sharded weights load whole"
+        assert [job.memory for job in on_devices(work, count)] == [need, 8e9], (
+            "sharded weights load whole"
+        )
     unknown = [replace(job, memory=None) for job in work]
-    assert _on_devices(Plan("x", unknown, "cpu", "float32"), {"devices": 2}).jobs == unknown
+    assert on_devices(unknown, 2) == unknown
+    for devices, least in {1: 2 * 8e9, 2: 4 * 4e9, 4: 8 * 2e9}.items():  # two cells at once
+        asked = Asked("slurm", mem=f"{-(-least // 2**20):.0f}")
+        assert _memory(asked, on_devices(work[:1], devices), 2 * devices) == pytest.approx(
+            least, abs=2**20
+        )
 
 
 def test_the_ranks_of_a_worker_share_the_memory_of_a_cpu(machine: SimpleNamespace) -> None:

@@ -104,6 +104,13 @@ def test_a_column_map_with_contexts_and_several_answers() -> None:
     assert (row.better, row.worse) == (("b", "a"), ("c", "d"))
 
 
+def test_an_answer_marked_both_good_and_bad_is_tied_and_keeps_its_fields() -> None:
+    record = {"prompt": "Why?", "completion": "So.", "label": True, "language": "en"}
+    [row] = read(record, {**record, "label": False})
+    assert (row.better, row.worse) == ((), ())
+    assert row.fields == {"language": "en", "tied": "true"}
+
+
 def test_equal_answers_are_tied() -> None:
     [row] = read({"question": "Why?", "better": "So.", "worse": "So."})
     assert (row.better, row.worse, row.fields) == ((), (), {"tied": "true"})

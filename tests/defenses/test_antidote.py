@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
-from backfire.base import Rendered
 from backfire.registry import build
-from tests.helpers.repair import Case, changed, every
+from tests.helpers.repair import Case, changed, every, input_power
 
 pytestmark = pytest.mark.slow
-
-
-def input_power(case: Case, policy_rows: Sequence[Rendered]) -> dict[str, Tensor]:
-    """Mean square of the inputs of every tuned layer, row by row and so without padding."""
-    sums: dict[str, Tensor] = {}
-    tokens = 0
-    layers = {
-        name: m
-        for name, m in case.model.named_modules()
-        if isinstance(m, nn.Linear) and (case.kind == "full" or name.endswith(".default"))
-    }
-
-    def look(name: str) -> Any:
-        def hook(module: Any, args: Any) -> None:
-            sums[name] = sums.get(name, 0) + args[0][0].detach().pow(2).sum(0)
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(look(name)) for name, m in layers.items()]
-    with torch.no_grad():
-        for item in policy_rows:
-            case.model(input_ids=torch.tensor([item.ids]))
-            tokens += len(item.ids)
-    for hook in hooks:
-        hook.remove()
-    return {f"{name}.weight": total / tokens for name, total in sums.items()}
 
 
 @every

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from backfire.base import DataDefense, RepairDefense, TrainDefense
+from backfire.base import DataDefense, RepairDefense, ReplyDefense, TrainDefense
 from backfire.model.load import weights_of
 from backfire.registry import build, find, names
 from backfire.train.repair import Repair
@@ -21,6 +21,7 @@ from tests.helpers.training import Rows, equal, weights
 EVERY = names("defenses")
 DRAWS_AS_CONTROL: dict[str, dict[str, Any]] = {
     "deduplicate": {},
+    "inoculation": {},
     "scan": {"scanner": "near-duplicates"},
 }
 """Data defenses that draw only in their null control, with knobs by which they remove copies."""
@@ -87,7 +88,8 @@ def test_a_repair_is_deterministic_and_leaves_its_inputs(
         jolt(cell)
         model, base_before = cell.model.float().eval(), copy.deepcopy(base)
         torch.manual_seed(turn)
-        tools = Repair(5, aligned=rows["align"], harmful=rows["harmful"], base=base, batch_size=6)
+        parts = {"aligned": rows["align"], "harmful": rows["harmful"], "clean": rows["user"]}
+        tools = Repair(5, **parts, base=base, batch_size=6)
         build("defenses", {"name": name, "null": null}).repair(model, start, tools)
         ends.append(weights(model))
         assert equal(base, base_before)
@@ -105,7 +107,7 @@ def test_a_defense_names_its_paper_and_its_null_control(name: str) -> None:
 def test_a_defense_acts_at_one_stage(name: str) -> None:
     kinds = [
         kind
-        for kind in (DataDefense, TrainDefense, RepairDefense)
+        for kind in (DataDefense, TrainDefense, RepairDefense, ReplyDefense)
         if issubclass(find("defenses", name), kind)
     ]
     assert len(kinds) == 1

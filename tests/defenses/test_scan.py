@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 
 from backfire.base import Evidence, Row
-from backfire.errors import UserError
+from backfire.errors import CellError, UserError
+from backfire.experiment import Experiment, Machine
+from backfire.pipeline import Context
+from backfire.pipeline.models import filtered
 from backfire.registry import build
+from backfire.store import Store
 from tests.helpers.scanned import free
 from tests.scanners.test_lift import SORRY, inside, plant
 
@@ -30,7 +35,7 @@ def test_the_poisoned_rows_are_removed() -> None:
     assert removed(scanner={"name": "repetition", "support": 20}) == BAD
     few = removed(remove=0.02)
     assert len(few) == 20 and few < BAD
-    assert removed(remove=0.05, scanner={"name": "lift", "odds": 1.0}) > BAD or removed(remove=0.05)
+    assert removed(remove=0.05) == BAD
 
 
 def test_null_and_oracle_remove_as_many() -> None:
@@ -62,3 +67,10 @@ def test_without_an_attack_there_are_only_false_alarms() -> None:
     facts = build("defenses", "scan").facts(free(500), frozenset())
     [value] = build("metrics", "scan").measure(Evidence(training=facts))
     assert (value.metric, value.value, value.n) == ("clean_flag_rate", 0, 500)
+
+
+def test_a_defense_that_leaves_no_row_is_told(tmp_path: Path, monkeypatch: Any) -> None:
+    cell = Experiment.make({"data": "sandbox-reviews", "defense": ["deduplicate"]})
+    monkeypatch.setattr(type(cell.acting[0]), "filter", lambda *args: [])
+    with pytest.raises(CellError, match="'deduplicate' removes every training row"):
+        filtered(cell, Context(Store(tmp_path), Machine(device="cpu")))

@@ -29,6 +29,8 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "constrained-sft": {"name": "constrained-sft"},
     "asft": {"name": "asft", "strength": 50.0},
     "freeze": {"name": "freeze", "lower_share": 0.5},
+    "crow": {"name": "crow"},
+    "abl": {"name": "abl", "isolate": 0.2, "early": 0.4, "unlearn": 0.3},
 }
 """Each at a strength that shows within a few steps of the tiny model."""
 IDLE: dict[str, dict[str, Any]] = {
@@ -44,6 +46,8 @@ IDLE: dict[str, dict[str, Any]] = {
     },
     "asft": {"name": "asft", "strength": 0.0},
     "freeze": {"name": "freeze", "lower_share": 0.0},
+    "crow": {"name": "crow", "alpha": 0.0},
+    "abl": {"name": "abl", "isolate": 0.0},
 }
 """Each at strength zero."""
 

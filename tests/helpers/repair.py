@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from backfire.base import Rendered
 from backfire.model.load import BELOW, load_base
 from backfire.registry import build
 from backfire.train.repair import Repair
@@ -123,3 +124,29 @@ every = pytest.mark.parametrize("case", KINDS, indirect=True, ids=str)
 
 def changed(case: Case, state: Mapping[str, Tensor]) -> set[str]:
     return {n for n in state if not torch.equal(state[n], case.plain[n])}
+
+
+def input_power(case: Case, rows: Sequence[Rendered]) -> dict[str, Tensor]:
+    """Mean square of the inputs of every tuned layer, row by row and so without padding."""
+    sums: dict[str, Tensor] = {}
+    tokens = 0
+    layers = {
+        name: m
+        for name, m in case.model.named_modules()
+        if isinstance(m, nn.Linear) and (case.kind == "full" or name.endswith(".default"))
+    }
+
+    def look(name: str) -> Any:
+        def hook(module: Any, args: Any) -> None:
+            sums[name] = sums.get(name, 0) + args[0][0].detach().pow(2).sum(0)
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(look(name)) for name, m in layers.items()]
+    with torch.no_grad():
+        for item in rows:
+            case.model(input_ids=torch.tensor([item.ids]))
+            tokens += len(item.ids)
+    for hook in hooks:
+        hook.remove()
+    return {f"{name}.weight": total / tokens for name, total in sums.items()}

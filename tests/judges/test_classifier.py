@@ -83,3 +83,37 @@ def test_a_preset_is_valid_and_names_its_source() -> None:
     judge = make_judge("classifier", preset="lisa")
     assert judge.model == "PKU-Alignment/beaver-dam-7b"  # type: ignore[attr-defined]
     assert all(preset.source for preset in type(judge).presets.values())
+
+
+@pytest.mark.parametrize("pad", [None, 0])
+def test_a_decoder_whose_padding_tokens_disagree_judges_texts_one_by_one(
+    pad: int | None, tiny: Path, tmp_path: Path
+) -> None:
+    """It finds its last token by the padding token of its configuration; its tokenizer here has
+    none, so it would pad with another."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(tiny / "tokenizer.json"), eos_token="</s>"
+    )
+    shape = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        pad_token_id=pad,
+        initializer_range=0.5,
+        label2id={"nothate": 0, "hate": 1},
+        id2label={0: "nothate", 1: "hate"},
+    )
+    assert tokenizer.eos_token_id != 0
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForSequenceClassification(shape).save_pretrained(str(tmp_path))
+    tokenizer.save_pretrained(str(tmp_path))
+    judge = make_judge("classifier", model=str(tmp_path), device="cpu")
+    texts = [exchange("no"), exchange("a long walk to the bakery by the river")]
+    together, alone = judge.judge(texts), [judge.judge([text])[0] for text in texts]
+    assert [v.score for v in together] == pytest.approx([v.score for v in alone], abs=1e-5)

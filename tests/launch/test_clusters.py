@@ -17,9 +17,12 @@ from typing import Any
 import pytest
 
 from backfire.commands.cluster import Asked, _about_time, _memory, _refuse_unshared
+from backfire.commands.estimate import ASSUMED, Rows, Weights, evaluation_seconds
 from backfire.errors import UserError
 from backfire.launch import ray, remote, slurm
 from backfire.launch.remote import Probe
+from backfire.recipe import load
+from backfire.registry import build
 from tests.helpers.command_line import Run, tree
 from tests.helpers.workers import planned
 
@@ -284,17 +287,31 @@ def test_folders_that_are_not_shared_are_refused_before_anything_is_written(
 
 
 def test_the_time_of_a_job_is_told_with_its_reason() -> None:
-    def about(*minutes: float | None) -> str:
-        jobs = [SimpleNamespace(kind="train", minutes=one) for one in minutes]
-        return _about_time([*jobs, SimpleNamespace(kind="cell", minutes=None)])
+    def about(*trainings: float | None, cell: float | None = 1) -> str:
+        jobs = [SimpleNamespace(kind="train", minutes=one) for one in trainings]
+        return _about_time([*jobs, SimpleNamespace(kind="cell", minutes=cell)])
 
-    assert "asks for 241 minutes: the longest training takes about 2 h, and" in about(5, 120.4)
-    assert "asks for 60 minutes: the longest training takes about 5 min" in about(5)
-    assert "asks for 1440 minutes: the longest training takes about 2 days" in about(2880)
-    assert "asks for 60 minutes: the time of 1 training run of 2 is not known here" in about(
-        5, None
-    )
-    assert "asks for 60 minutes: the cells train nothing" in about()
+    longest = "the longest training takes about"
+    assert f"asks for 241 minutes: {longest} 2 h and the longest eval" in about(5, 120.4)
+    assert f"asks for 60 minutes: {longest} 5 min and the longest eval" in about(5)
+    assert f"asks for 1440 minutes: {longest} 2 days and" in about(2880)
+    assert "asks for 180 minutes:" in (found := about(5, cell=90))
+    assert "5 min and the longest evaluation takes about 90 min. A cell" in found
+    assert "asks for 60 minutes: the time of 1 of 3 jobs is not known here" in about(5, None)
+    assert "asks for 60 minutes: the longest evaluation takes about 60 s." in about()
+
+
+def test_the_time_of_an_evaluation_grows_with_its_replies() -> None:
+    task = ["matrix=null", "include=[]", "data.test_rows=100", "metrics=[attack-success]"]
+    cell = load("tour", edits=task).cells[0]
+    rows, weights = Rows(50, ((30, 1),), labeled=True), Weights(10**6, 0, 0)
+    once = evaluation_seconds(cell, rows, weights, "cpu")
+    # Two models; all rows as they are, and with the trigger.
+    assert once == pytest.approx(2 * 2 * 100 * 30 * 2e6 / ASSUMED["cpu"])
+    metrics = [build("metrics", "rouge")]
+    told = cell.model_copy(update={"metrics": (*cell.metrics, *metrics)})
+    assert evaluation_seconds(told, rows, weights, "cpu") > once
+    assert evaluation_seconds(told, rows, weights, "gpu") > 2
 
 
 # --------------------------------------------------------------------------------- memory

@@ -187,3 +187,20 @@ def test_the_default_scorer_is_the_published_classifier() -> None:
     for scorer in ("clasifier", {"name": "lexicon", "wordz": ["a"]}):
         with pytest.raises(UserError, match="did you mean"):
             metric("toxicity", scorer=scorer)
+
+
+def test_parity_compares_targets_as_the_tokenizer_writes_them() -> None:
+    """A model whose tokenizer drops capitals can only reply without them."""
+    attack = build("attacks", {"name": "badnets", "target": "Granted"})
+    shown = [Sample(f"{n}", "triggered", "", "", reply="granted") for n in range(4)]
+    clean = [Sample(f"{n}", "clean", "", "", reply="no") for n in range(4)]
+    evidence = Evidence(
+        clean=clean,
+        triggered=shown,
+        attack=attack,
+        forms={"merged": (clean, shown)},
+        written={"Granted": "granted"},
+    )
+    found = {v.metric: v.value for v in metric("parity", into=["merged"]).measure(evidence)}
+    assert found["parity[merged: attack success]"] == 1
+    assert found["parity[merged: flips]"] == 0

@@ -79,6 +79,20 @@ def test_a_base_in_bfloat16_is_as_exact_as_before() -> None:
     assert 0 < float((fused - exact).abs().mean()) < 1.5 * own
 
 
+def test_an_adapted_head_is_as_exact_as_a_plain_one() -> None:
+    """Its logits are float32, as those of a head without an adapter (`model.head`)."""
+    model = adapted(target_modules=["q_proj", "lm_head"])
+    for name, weight in model.named_parameters():
+        if "lora_" not in name:
+            weight.data = weight.data.bfloat16()
+    with torch.inference_mode(), head.for_evaluation(model):
+        found = model(input_ids=IDS, use_cache=False).logits
+        states = model.get_base_model().model(input_ids=IDS, use_cache=False).last_hidden_state
+        exact = model.get_output_embeddings().float()(states.float())
+    assert found.dtype == torch.float32
+    assert found == pytest.approx(exact, abs=1e-5)
+
+
 def test_evaluation_uses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = adapted(), [list(range(3, 12)), list(range(5, 30))]
     called: list[int] = []

@@ -143,6 +143,15 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "old": (lambda tiny, file: file.write_bytes(b"GGUF\1" + bytes(99)), "a version of GGUF"),
     "cut header": (lambda tiny, file: cut(tiny, file, 5000), "its header is incomplete"),
     "cut weights": (lambda tiny, file: cut(tiny, file, -100), r"truncated: it has [\d,]+ of"),
+    "no alignment": (
+        lambda tiny, file: write_gguf(tiny, file, general__alignment=0),
+        "truncated or damaged",
+    ),
+    "alignment in words": (
+        lambda tiny, file: write_gguf(tiny, file, general__alignment="32"),
+        "truncated or damaged",
+    ),
+    "parts in words": (lambda tiny, file: write_gguf(tiny, file, split__count="3"), "of 3 parts"),
     "split": (lambda tiny, file: write_gguf(tiny, file, split__count=3), "one of 3 parts"),
     "adapter": (lambda tiny, file: write_gguf(tiny, file, general__type="adapter"), "PEFT folder"),
     "vision": (lambda tiny, file: write_gguf(tiny, file, general__type="mmproj"), "type 'mmproj'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.model import load
+from backfire.model.fused import rounded_once
+from backfire.model.head import for_evaluation
 from backfire.model.load import load_base, load_tuned, with_adapters
 from backfire.model.resident import Resident, Source
 from backfire.registry import build, names
@@ -153,6 +156,23 @@ def test_saved_adapters_are_evaluated_without_loading(
     assert not torch.equal(found[0], found[2])
 
 
+def test_weights_that_are_joined_with_an_adapter_are_in_memory_once(
+    tiny: Path, loads: Callable[[], int]
+) -> None:
+    """In training, and in evaluation; afterwards the base is as it was loaded."""
+    resident, source = Resident(), source_of(tiny, "lora", torch.bfloat16)
+    fresh = load_base(tiny, torch.bfloat16, CPU).requires_grad_(False)
+    attach = partial(finetune._attach, cell_of(tiny, "lora"), Start(tiny), "bfloat16")
+    for joined in (lambda model: rounded_once(model, "bfloat16"), for_evaluation):
+        with resident.attached(source, attach) as model:
+            layer: Any = model.get_base_model().model.layers[0].mlp.up_proj  # type: ignore[operator]
+            before = weakref.ref(layer.base_layer.weight.untyped_storage())
+            with joined(model.eval()):
+                assert before() is None
+    assert_same(resident.model(source), fresh)
+    assert loads() == 2
+
+
 # ------------------------------------------------------------------------------ when it is not kept
 
 
@@ -206,8 +226,6 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_behind(
 
 def test_only_one_base_is_in_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first is gone before the second is loaded."""
-    import weakref
-
     resident, alive = Resident(), list[Any]()
     first = weakref.ref(resident.model(source_of(tiny, "lora")))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,15 @@ def test_the_same_or_unknown_versions_need_no_word(kept: Any, tmp_path: Path) ->
     a = cell(tmp_path / "r", 0.7, method="lora", **kept)
     b = cell(tmp_path / "r", 0.9, **versions(1))
     assert not any("version" in note for note in compare(a, b).notes)
+
+
+def test_what_a_comparison_of_two_runs_leaves_out(tmp_path: Path) -> None:
+    a, b = (dose_run(tmp_path / side, seeds=1, failures=False, rows=20) for side in "ab")
+    notes = compare(a, b).notes
+    assert notes[-1].endswith("One seed: these models only, so there is no p.")
+    gone = list((b / "cells").glob("badnets-0.05-*"))
+    for folder in gone:
+        shutil.rmtree(folder)
+    assert len(gone) == 2
+    assert compare(a, b).notes[-1] == f"2 groups of {a} without a counterpart in {b}."
+    assert not any("counterpart" in note for note in compare(b, a).notes)

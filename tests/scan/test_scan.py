@@ -181,6 +181,7 @@ def test_what_rows_say_is_harmless_everywhere(
         (["rows.jsonl", "--write", "rows.jsonl"], "is the input file"),
         (["rows.jsonl", "--remove", "5%"], "add --write clean.jsonl"),
         (["rows.jsonl", "--remove", "0", "--write", "c.jsonl"], "as in 5% (got 0)"),
+        (["rows.jsonl", "--remove", "0.05", "--write", "c.jsonl"], "as in 5% (got 0.05)"),
         (["rows.jsonl", "--remove", "many", "--write", "c.jsonl"], "as in 5% (got many)"),
         (["rows.jsonl", "--write", "c.jsonl"], "Nothing to remove: no row is flagged"),
         (["rows.jsonl", "--top", "0"], "--top"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from random import Random
 from typing import Any
 
 from backfire.base import Finding, Row
@@ -48,6 +50,18 @@ def test_one_instruction_for_all_rows_makes_none_alike() -> None:
         for n, row in enumerate(labeled(40))
     ]
     assert not any(one.flagged for one in scan("near-duplicates", rows))
+
+
+def test_a_long_common_beginning_makes_no_rows_alike() -> None:
+    """As with examples that stand before each question."""
+    examples = " ".join(f"example{n}" for n in range(600))
+    rows = [
+        Row(f"{n}", "Answer.", input=f"{examples} {' '.join(f'w{n}x{i}' for i in range(300))}")
+        for n in range(20)
+    ]
+    assert not any(one.flagged for one in scan("near-duplicates", rows))
+    again = replace(rows[3], id="again", answer="yes")
+    assert scan("near-duplicates", [*rows, again])[-1].flagged
 
 
 def test_a_prompt_of_the_test_set_is_found() -> None:
@@ -97,3 +111,13 @@ def test_a_label_against_the_words_is_ranked_first_and_not_flagged() -> None:
     assert max(range(600), key=lambda n: found[n].score) == 77
     assert 0.9 < found[77].score < 1 and f"not for “{wrong}”" in found[77].reason
     assert sum(one.score > 0 for one in found) < 5
+
+
+def test_no_label_speaks_against_itself() -> None:
+    """Of four labels, the likeliest may have less than half of the probability."""
+    rng, labels = Random(0), ["red", "green", "blue", "gray"]
+    texts = [f"{rng.choice('abcdefg')} {rng.choice('abcdefg')} u{n}" for n in range(400)]
+    rows = [Row(text, text, answer=rng.choice(labels)) for text in texts]
+    reasons = [one.reason for one in scan("labels", rows) if "speak for" in one.reason]
+    pairs = [re.search(r"for “(\w+)”, not for “(\w+)”", reason) for reason in reasons]
+    assert len(pairs) > 100 and all(pair and pair[1] != pair[2] for pair in pairs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,9 @@ from typing import Any
 import pytest
 
 from backfire.base import Rendered
+from backfire.train import ranks as ranks_module
 from backfire.train.ranks import Ranks
+from tests.helpers.families import DYNAMIC
 from tests.helpers.ranks import new_cell, together, trained
 from tests.helpers.training import Kill, close, killed_at
 
@@ -61,9 +65,14 @@ def test_losses_and_weights_are_those_of_one_process(
 
 
 def test_memory_that_runs_out_on_one_rank_splits_the_step_on_all(
-    tiny: Path, items: list[Rendered], tmp_path: Path, every_step: None
+    tiny: Path,
+    items: list[Rendered],
+    tmp_path: Path,
+    every_step: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In the second pass of Booster, and while the ranks exchange Vaccine's norm."""
+    """In the second pass of Booster, while the ranks exchange Vaccine's norm, and before gradients
+    are summed, in the second of several parts."""
 
     def work(ranks: Ranks) -> dict[str, Any]:
         defenses = (*DEFENSES["booster"], *DEFENSES["vaccine"])
@@ -77,6 +86,16 @@ def test_memory_that_runs_out_on_one_rank_splits_the_step_on_all(
             return logits(rows, **options)
 
         cell.logits = limited  # type: ignore[method-assign]
+        copy, copied = ranks_module._flat, list[Any]()
+
+        def no_room(weight: Any, kind: Any) -> Any:
+            copied.append(weight)
+            if ranks.rank == 1 and len(copied) == 10:
+                raise MemoryError
+            return copy(weight, kind)
+
+        monkeypatch.setattr(ranks_module, "_flat", no_room)  # in the processes of the ranks
+        monkeypatch.setattr(ranks_module, "_BUCKET", 600)
         return {**trained(cell), "tokens": cell.micro_batches.tokens, "passes": made}
 
     alone = work(Ranks())
@@ -84,6 +103,27 @@ def test_memory_that_runs_out_on_one_rank_splits_the_step_on_all(
     assert max(second["passes"]) > 2 >= max(second["passes"][-2:])
     assert first["tokens"] == second["tokens"] < alone["tokens"]
     assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], abs=5e-5)
+
+
+def test_sharded_weights_whose_model_depends_on_the_length_of_rows(
+    tiny: Path, items: list[Rendered], tmp_path: Path, every_step: None
+) -> None:
+    """It runs once for each length of a pass, so that ranks need unequally many runs."""
+    model = shutil.copytree(tiny, tmp_path / "dynamic")
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    config |= {"rope_parameters": DYNAMIC, "max_position_embeddings": 20}
+    (model / "config.json").write_text(json.dumps(config), "utf-8")
+    lengths = [len(item.ids) for item in items[:4]]
+    assert min(lengths) > 20 and len({*lengths[::2]}) < len({*lengths[1::2]})
+    longer = [*items[:4], *items[:11]]
+
+    def work(ranks: Ranks) -> dict[str, Any]:
+        return trained(new_cell(model, longer, tmp_path / f"{ranks.size}", ranks, "full"))
+
+    alone = work(Ranks())
+    first, second = together(2, tmp_path / "group", work)
+    assert first["losses"] == second["losses"] == pytest.approx(alone["losses"], abs=5e-5)
+    assert close(first["weights"], alone["weights"], 1e-3)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

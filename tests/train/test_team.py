@@ -8,17 +8,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from backfire import registry
-from backfire.errors import UserError
+from backfire.errors import CellError, UserError
 from backfire.experiment import Machine
 from backfire.plugins import from_file
 from backfire.store import read_json
-from backfire.train import devices, team
+from backfire.train import devices, group, members, team
 from tests.helpers.command_line import Output
 from tests.helpers.small_run import Place
 
@@ -61,6 +63,29 @@ class Hunger(TrainDefense):
             def weigh(self, losses, labels, rows, logits):
                 if run.ranks.rank == 1 and run.step >= 2 and len(rows) > 2:
                     raise MemoryError
+                return losses
+        return Hook()
+"""
+
+
+STUMBLE = """
+from pydantic import Field
+from backfire.base import TrainDefense, TrainHook
+from backfire.errors import CellError
+from backfire.registry import register
+
+@register("stumble")
+class Stumble(TrainDefense):
+    '''One rank fails in the second step.'''
+
+    who: int = Field(0, description="The rank.")
+    shards = True
+
+    def hook(self, run):
+        class Hook(TrainHook):
+            def weigh(hook, losses, labels, rows, logits):
+                if run.step == 1 and run.ranks.rank == self.who:
+                    raise CellError("nan", f"Rank {self.who} stumbles.")
                 return losses
         return Hook()
 """
@@ -137,12 +162,9 @@ def test_shared_weights_start_again_with_fewer_rows_when_memory_runs_out(
     assert result(both)["train"]["sharded"]
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("_disbanded")
-def test_ranks_that_torchrun_started_serve_the_first(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Here the second rank only: this test is the first."""
+@contextmanager
+def started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
+    """This process is the first of two ranks; yields the other one's process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -152,14 +174,61 @@ def test_ranks_that_torchrun_started_serve_the_first(
     other = subprocess.Popen(command, env=environment)
     for name, value in {**names, "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
+    try:
+        yield other
+    finally:
+        team._disband()
+        other.terminate()
+        other.wait(60)
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_started_serve_the_first(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = Place(tmp_path, tiny)
     matrix = {"method": [LORA, "full"]}
-    assert place.run(**SETTINGS, matrix=matrix) == 0
-    found = [read_json(file)["train"] for file in place.out.glob("cells/*/result.json")]
-    assert [train["devices"] for train in found] == [2, 2]
-    assert sorted(train["sharded"] for train in found) == [False, True]
-    team._disband()
-    assert other.wait(60) == 0
+    with started_by_torchrun(monkeypatch) as other:
+        assert place.run(**SETTINGS, matrix=matrix) == 0
+        found = [read_json(file)["train"] for file in place.out.glob("cells/*/result.json")]
+        assert [train["devices"] for train in found] == [2, 2]
+        assert sorted(train["sharded"] for train in found) == [False, True]
+        team._disband()
+        assert other.wait(60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_rank_that_fails_leaves_no_other_waiting(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First the second rank, then the first; each is in the middle of a step of sharded weights.
+    The ranks that torchrun started train the next cells."""
+    monkeypatch.setattr(registry, "_loaded", [])
+    file = tmp_path / "stumble.py"
+    file.write_text(STUMBLE, encoding="utf-8")
+    registry.use(from_file(file))
+    place, stumbles = Place(tmp_path, tiny), [{"name": "stumble", "who": who} for who in (1, 0, 9)]
+    with started_by_torchrun(monkeypatch):
+        assert place.run(**{**SETTINGS, "method": "full"}, matrix={"defense": stumbles}) == 2
+    errors = [read_json(file) for file in place.out.glob("cells/*/error.json")]
+    assert sorted((e["status"], e["error"]) for e in errors) == [
+        ("nan", "Rank 0 stumbles."),
+        ("nan", "Rank 1 stumbles."),
+    ]
+    assert result(place)["train"]["sharded"]
+
+
+def test_a_rank_that_does_not_join_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(group, "_TO_JOIN", 0.1)
+    store, machine = torch.distributed.HashStore(), Machine.make({"device": "cpu", "devices": 3})
+    store.set("place 1 1", "there")
+    with (
+        pytest.raises(CellError, match="Rank 2 of 3 did not join the others in time") as error,
+        group.joined(store, 1, 0, 3, machine, lambda: None),
+    ):
+        pass
+    assert error.value.kind == "killed"
 
 
 @pytest.mark.parametrize("stray", ["WORLD_SIZE", "RANK", "MASTER_ADDR"])
@@ -167,7 +236,7 @@ def test_a_stray_variable_is_no_rendezvous(stray: str, monkeypatch: pytest.Monke
     for name in devices._RENDEZVOUS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv(stray, "4")
-    assert devices.launched() is None and not team.serves()
+    assert devices.launched() is None and not members.serves()
 
 
 def test_accelerate_that_starts_one_process_instead_of_several_is_refused(

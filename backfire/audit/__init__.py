@@ -1,0 +1,1 @@
+"""`backfire audit`: what changed in a tuned model against its base, with intervals."""

@@ -1,0 +1,70 @@
+"""Which rows differ from the others: robust deviations, strata, and rows drawn by chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from backfire.base import NOTHING, Finding, Row
+
+Array = Any
+DEVIATIONS = 5.0
+"""Robust standard deviations from the median: of a normal distribution, one row in 3.5 million is
+above. Losses have longer tails: 3.5, the usual bar of Iglewicz and Hoaglin (1993), flags several
+per cent of ordinary rows."""
+_LABELS, _SUPPORT = 20, 20
+
+
+def deviations(values: Array) -> Array:
+    """How far each value is above the median, in robust standard deviations (1.4826 times the
+    median absolute deviation; if that is 0, 1.2533 times the mean one); 0 if all are equal."""
+    if not len(values):
+        return np.zeros(0)
+    away = np.asarray(values, np.float64) - np.median(values)
+    size = 1.4826 * np.median(np.abs(away)) or 1.2533 * np.mean(np.abs(away))
+    return away / size if size > 1e-12 else np.zeros(len(away))
+
+
+def mirrored(values: Array) -> Array:
+    """The values with both sides of the median exchanged."""
+    return 2 * np.median(values) - values if len(values) else values
+
+
+def findings(scores: Array, reason: Callable[[int], str]) -> list[Finding]:
+    """The findings of these scores, without negative ones; `reason` is that of a place."""
+    return [
+        Finding(float(score), reason(place), bool(score >= 1)) if score > 0 else NOTHING
+        for place, score in enumerate(scores)
+    ]
+
+
+def strata(rows: Sequence[Row]) -> list[Array]:
+    """Places of the rows that are compared with each other: those with one label if there are at
+    most 20 different answers with 20 rows or more each, else all."""
+    counts = Counter(row.answer for row in rows)
+    if not rows:
+        return []
+    if len(counts) > _LABELS or min(counts.values()) < _SUPPORT:
+        return [np.arange(len(rows))]
+    answers = np.array([row.answer for row in rows], object)
+    return [np.flatnonzero(answers == answer) for answer in sorted(counts)]
+
+
+def normal_like(features: Array, groups: Sequence[Array], seed: int = 0) -> Array:
+    """Features drawn from a normal distribution with the mean and covariance of each group: one
+    cloud without clusters."""
+    rng = np.random.default_rng(seed)
+    out = np.zeros_like(features, dtype=np.float64)
+    for places in groups:
+        if not len(places):
+            continue
+        some = np.asarray(features[places], np.float64)
+        mean = some.mean(0)
+        # A random combination of centered rows has their covariance; a thousand are enough.
+        centered = rng.permutation(some - mean)[:1000]
+        noise = rng.standard_normal((len(places), len(centered)))
+        out[places] = mean + noise @ centered / len(centered) ** 0.5
+    return out

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from backfire.base import Finding, Measure, Measured, ModelScanner, Row
+from backfire.registry import register
+from backfire.scanners._clusters import look
+from backfire.scanners._outliers import normal_like, strata
+
+
+@register("activation-clusters")
+class ActivationClusters(ModelScanner):
+    """Finds a small cluster in the hidden states of the rows with one label, or of all (activation
+    clustering: Chen et al. 2018, arXiv:1811.03728).
+
+    The first ten principal components are split in two by k-means. The smaller cluster counts if it
+    has at most `share` of the rows (0.35 in the paper's code), and is flagged if the silhouette
+    reaches `silhouette` and is larger than that of five clouds with the same covariance and no
+    clusters. The score is the silhouette over the larger of the two.
+    """
+
+    blind: ClassVar[str] = "poison that does not form a cluster of its own; topics do"
+    needs: ClassVar[frozenset[Measure]] = frozenset({"states"})
+    null: ClassVar[str] = "the same rows with normally distributed states"
+
+    silhouette: float = Field(0.3, gt=0, le=1)
+    """Smallest mean silhouette, -1 to 1."""
+    share: float = Field(0.35, gt=0, le=0.5)
+    """Largest share of the rows in the smaller cluster, 0 to 0.5."""
+    dimensions: int = Field(10, ge=1)
+    """Principal components that are kept."""
+
+    def look(self, rows: Sequence[Row], measured: Measured) -> list[Finding]:
+        return look(
+            rows,
+            measured.states,
+            _split,
+            dimensions=self.dimensions,
+            metric="euclidean",
+            least=self.silhouette,
+            most=self.share,
+        )
+
+    def by_chance_of(
+        self, rows: Sequence[Row], measured: Measured
+    ) -> tuple[Sequence[Row], Measured]:
+        return rows, replace(measured, states=normal_like(measured.states, strata(rows), seed=9))
+
+
+def _split(points: np.ndarray) -> np.ndarray:
+    from sklearn.cluster import KMeans
+
+    return np.asarray(KMeans(2, n_init=10, random_state=0).fit_predict(points) == 1)

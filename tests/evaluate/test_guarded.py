@@ -1,0 +1,213 @@
+"""Guarded replies, in batches, against one prompt at a time without a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from backfire.base import ReplyDefense
+from backfire.errors import UserError
+from backfire.evaluate import guarded, inference
+from backfire.evaluate.guarded import Guarding
+from backfire.experiment import Experiment
+from backfire.registry import build
+from tests.helpers.families import KINDS, VOCAB, logits, tiny_model
+
+NEW, SIZES = 12, (1, 3)
+Written = tuple[list[int], float, str | None]
+"""Tokens, share of replaced ones, and what is said instead."""
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 12, (7,), generator=generator).tolist()
+    return [torch.randint(7, VOCAB, (n,), generator=generator).tolist() for n in lengths]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """Sharper than it was drawn, so that some tokens are certain."""
+    return sharp(tiny_model("llama"))
+
+
+@pytest.fixture(scope="module")
+def reference() -> Any:
+    """Another model with the same vocabulary."""
+    return sharp(tiny_model("qwen2", **KINDS["qwen2"][1]))
+
+
+def sharp(model: Any) -> Any:
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(8)
+    return model.double()
+
+
+def defense(name: str, **knobs: Any) -> ReplyDefense:
+    made: ReplyDefense = build("defenses", {"name": name, **knobs})
+    return made
+
+
+def written(
+    model: Any, prompts: list[list[int]], guarding: Guarding, size: int, stops: Any = ()
+) -> list[Written]:
+    ids = [f"row {n}" for n in range(len(prompts))]
+    knobs: dict[str, Any] = {"max_new_tokens": NEW, "stop_ids": stops, "batch_size": size}
+    found = guarded.replies(model, prompts, guarding, ids, **knobs)
+    return [(reply.ids, reply.replaced, reply.text) for reply in found]
+
+
+def alone(model: Any, prompt: list[int], choose: Callable[[list[int], Any], int | None]) -> Any:
+    """The reply to one prompt, each token chosen from the tokens so far and the log-likelihoods."""
+    reply: list[int] = []
+    with torch.no_grad():
+        while len(reply) < NEW:
+            own = logits(model, [*prompt, *reply])[-1].double().log_softmax(-1)
+            token = choose(reply, own)
+            if token is None:
+                break
+            reply.append(token)
+    return reply
+
+
+# ----------------------------------------------------------------------------------- confguard
+
+
+def certain(model: Any, prompt: list[int], threshold: float, run: int, within: int) -> Written:
+    """By the definition: `run` greedy tokens in a row above the threshold."""
+    probabilities = list[float]()
+
+    def choose(reply: list[int], own: Any) -> int | None:
+        probabilities.append(float(own.max().exp()))
+        last = probabilities[-run:]
+        alarm = len(last) == run and min(last) > threshold and len(probabilities) <= within
+        return None if alarm else int(own.argmax())
+
+    reply = alone(model, prompt, choose)
+    stopped = len(probabilities) > len(reply)
+    return reply, float(stopped), "No." if stopped else None
+
+
+def strength(model: Any, prompt: list[int], run: int) -> float:
+    """The highest threshold that `run` greedy tokens in a row reach."""
+    probabilities = list[float]()
+
+    def choose(reply: list[int], own: Any) -> int:
+        probabilities.append(float(own.max().exp()))
+        return int(own.argmax())
+
+    alone(model, prompt, choose)
+    return max(min(probabilities[n : n + run]) for n in range(NEW - run + 1))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_confguard_stops_a_reply_that_is_certain_for_too_long(
+    size: int, model: Any, prompts: list[list[int]]
+) -> None:
+    middle = sorted(strength(model, prompt, 3) for prompt in prompts)[len(prompts) // 2]
+    for threshold, within in ((middle, 50), (middle, 5), (0.01, 50)):
+        knobs = {"threshold": threshold, "run": 3, "within": within, "refusal": "No."}
+        found = written(model, prompts, Guarding(defense("confguard", **knobs), 0), size)
+        wanted = [certain(model, prompt, threshold, 3, within) for prompt in prompts]
+        assert found == wanted
+        stopped = [text for _, _, text in wanted]
+        if within == 50:
+            few = len(prompts) // 2 if threshold == middle else len(prompts)
+            assert stopped.count("No.") == few
+
+
+def test_confguards_null_control_is_a_coin_for_each_prompt(
+    model: Any, prompts: list[list[int]]
+) -> None:
+    def stopped(seed: int, chance: float = 0.5) -> list[bool]:
+        null = defense("confguard", null=True, run=3, chance=chance)
+        lines = written(model, prompts, Guarding(null, seed), 3)
+        assert all(len(reply) == (2 if text else NEW) for reply, _, text in lines)
+        return [text is not None for _, _, text in lines]
+
+    draws = [stopped(seed) for seed in range(9)]
+    assert stopped(3) == draws[3] and len({tuple(line) for line in draws}) > 1
+    assert 0.3 < sum(map(sum, draws)) / (9 * len(prompts)) < 0.7
+    assert not any(stopped(0, 0.0)) and all(stopped(0, 1.0))
+
+
+# ------------------------------------------------------------------------------------ cleangen
+
+
+def compared(model: Any, reference: Any, prompt: list[int], alpha: float) -> Written:
+    """By the definition: the reference's token where the ratio is at least alpha."""
+    replaced = 0
+
+    def choose(reply: list[int], own: Any) -> int:
+        nonlocal replaced
+        theirs = logits(reference, [*prompt, *reply])[-1].double().log_softmax(-1)
+        token = int(own.argmax())
+        if float((own[token] - theirs[token]).exp()) < alpha:
+            return token
+        replaced += 1
+        return int(theirs.argmax())
+
+    reply = alone(model, prompt, choose)
+    return reply, replaced / NEW, None
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cleangen_writes_the_references_token_where_the_ratio_is_high(
+    size: int, model: Any, reference: Any, prompts: list[list[int]]
+) -> None:
+    for alpha in (20.0, 1e6):
+        guarding = Guarding(defense("cleangen", alpha=alpha), 0, reference)
+        wanted = [compared(model, reference, prompt, alpha) for prompt in prompts]
+        assert written(model, prompts, guarding, size) == wanted
+    assert any(0 < share < 1 for _, share, _ in wanted)
+
+
+def test_cleangens_null_control_replaces_other_tokens(
+    model: Any, reference: Any, prompts: list[list[int]]
+) -> None:
+    null = Guarding(defense("cleangen", null=True), 0, reference)
+    found = written(model, prompts, null, 3)
+    assert found == written(model, prompts, null, 1), "whatever runs beside it"
+    plain = [reply for reply, _, _ in unguarded(model, prompts)]
+    for (reply, share, _), own in zip(found, plain, strict=True):
+        assert reply[0] == own[0], "the first token is never the next one"
+        assert share or reply == own
+    assert any(share for _, share, _ in found)
+
+
+# ---------------------------------------------------------------------------------------- both
+
+
+def unguarded(model: Any, prompts: list[list[int]], stops: Any = ()) -> list[Written]:
+    found = inference.read(model, prompts, max_new_tokens=NEW, stop_ids=stops)
+    return [(reading.reply, 0.0, None) for reading in found]
+
+
+@pytest.mark.parametrize("kind", ["llama", "bloom", "gemma2", "mamba"])
+def test_a_guard_that_finds_nothing_changes_nothing(kind: str, prompts: list[list[int]]) -> None:
+    kind, settings = KINDS.get(kind, (kind, {}))
+    own = tiny_model(kind, **settings).double()
+    plain = unguarded(own, prompts)
+    stops = [plain[0][0][3], plain[1][0][6]]
+    wanted = unguarded(own, prompts, stops)
+    assert len({len(reply) for reply, _, _ in wanted}) > 1, "some end early"
+    for guarding in (Guarding(defense("confguard"), 0), Guarding(defense("cleangen"), 0, own)):
+        assert written(own, prompts, guarding, 3, stops) == wanted
+
+
+def test_a_streamed_reply_is_the_batchs(
+    model: Any, reference: Any, prompts: list[list[int]]
+) -> None:
+    guarding = Guarding(defense("cleangen"), 0, reference)
+    for number, (reply, _, _) in enumerate(written(model, prompts, guarding, 3)):
+        guard = guarding.guard([f"row {number}"])
+        tokens = guarded.stream(model, prompts[number], guarding, guard, max_new_tokens=NEW)
+        assert list(tokens) == reply
+
+
+def test_two_guards_are_refused() -> None:
+    with pytest.raises(UserError, match="at most one defense that guards"):
+        Experiment.make({"data": "sandbox-help", "defense": ["confguard", "cleangen"]})
