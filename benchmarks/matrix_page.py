@@ -22,6 +22,10 @@ TARGETS = {"training": 3.3, "label_scoring": 4.0, "generation": 2.0, "matrix": 2
 """The ratios that are wanted, and the share of the limit, on two cores in float32."""
 BFLOAT16 = {"matrix": 4.0}
 """The same with bfloat16 products against a script in float32."""
+PICTURES = {
+    "makespan-cells.svg": "Makespan over cells",
+    "makespan-rows.svg": "Makespan over training rows",
+}
 STRONG = "script, two processes"
 MARK = "<!-- What follows is written by `python -m benchmarks.matrix_page RESULT.json`. -->"
 _NAMES = {
@@ -175,7 +179,7 @@ def _by_rows(result: Result) -> list[str]:
     return [
         *_table(head, rows),
         "",
-        f"Makespans of {described(shared_cells(result))} in seconds; with other than "
+        f"Makespans of {described(cells_by_rows(result))} in seconds; with other than "
         f"{result['sizes']['rows']} rows the script's are computed, its training in proportion to "
         "its rows.",
     ]
@@ -186,11 +190,17 @@ def shared_cells(result: Result) -> int:
     return int(result["runs"][STRONG][0]["cells"])
 
 
+def cells_by_rows(result: Result) -> int:
+    """Number of cells of the matrix whose rows are varied."""
+    return int(result["by_rows"][0]["cells"]) if result["by_rows"] else shared_cells(result)
+
+
 def by_rows(result: Result) -> list[tuple[int, float, float]]:
     """Training rows, and the makespans of backfire and of the script as two processes."""
-    cells = shared_cells(result)
-    ours, theirs = (makespan(result, side, cells) or 0.0 for side in ("backfire", STRONG))
-    found = [(result["sizes"]["rows"], ours, theirs)]
+    cells = cells_by_rows(result)
+    ours, found = makespan(result, "backfire", cells), []
+    if ours:
+        found.append((result["sizes"]["rows"], ours, script(result, STRONG, cells)))
     found += [(ln["rows"], ln["seconds"], ln["computed"][STRONG]) for ln in result["by_rows"]]
     return sorted(found)
 
@@ -240,10 +250,8 @@ def figures(result: Result) -> dict[str, str]:
     lines["backfire"] = [(n, seconds) for n, seconds in measured if seconds]
     rows = by_rows(result)
     of_rows = {STRONG: [(n, b) for n, _, b in rows], "backfire": [(n, a) for n, a, _ in rows]}
-    return {
-        "makespan-cells.svg": alone(_figure(lines, "cells", "Makespan of a matrix over cells")),
-        "makespan-rows.svg": alone(_figure(of_rows, "training rows", "Makespan over rows")),
-    }
+    shown = zip(PICTURES.items(), ((lines, "cells"), (of_rows, "training rows")), strict=True)
+    return {name: alone(_figure(*what, title)) for (name, title), what in shown}
 
 
 def _figure(lines: Mapping[str, Sequence[tuple[int, float]]], what: str, title: str) -> str:
@@ -271,7 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = options.docs / "benchmarks.md"
     before, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
     link = f"[{options.result.name}](../benchmarks/results/{options.result.name})"
-    write_atomic(page, f"{before}{mark}\n\nFrom {link}. {markdown(result)}")
+    pictures = "\n\n".join(f"![{title}](images/{name})" for name, title in PICTURES.items())
+    write_atomic(page, f"{before}{mark}\n\n{pictures}\n\nFrom {link}. {markdown(result)}")
 
 
 if __name__ == "__main__":

@@ -161,19 +161,7 @@ def results(
     """What came out: lost and repeated work, overhead, recovery."""
     lost = set(range(options.lost))
     ends = Counter(line["job"] for line in lines if line["what"] == "end")
-    open_jobs = _open_jobs(lines, lost)
-    again = [
-        min(
-            line["at"]
-            for line in lines
-            if line["what"] == "begin"
-            and line["job"] == job
-            and line["node"] not in lost
-            and line["at"] > killed
-        )
-        - killed
-        for job in open_jobs
-    ]
+    again = [*_begun_again(lines, _open_jobs(lines, lost), lost, killed)]
     done = sum(1 for _ in run.glob("cells/*/result.json"))
     work_seconds = options.train_seconds + options.cell_seconds
     last = max(line["at"] for line in lines if line["what"] == "end")
@@ -184,7 +172,7 @@ def results(
     return {
         "cells_done": done,
         "jobs_ended_twice": sum(count > 1 for count in ends.values()),
-        "jobs_of_lost_nodes": len(open_jobs),
+        "jobs_of_lost_nodes": len(again),
         "recovery_seconds_first_and_last": [round(f(again), 1) for f in (min, max)]
         if again
         else [],
@@ -205,6 +193,19 @@ def _open_jobs(lines: list[dict[str, Any]], lost: set[int]) -> list[str]:
         mine = [line for line in lines if line["node"] == node and line["what"] in ("begin", "end")]
         found += [mine[-1]["job"]] if mine and mine[-1]["what"] == "begin" else []
     return found
+
+
+def _begun_again(
+    lines: list[dict[str, Any]], jobs: list[str], lost: set[int], killed: float
+) -> Iterator[float]:
+    """After how many seconds other nodes began the jobs of the lost ones. One that had just ended,
+    although its node was killed before it wrote that down, is not begun again."""
+    begun: dict[str, list[float]] = {job: [] for job in jobs}
+    for line in lines:
+        others = line["what"] == "begin" and line["node"] not in lost and line["at"] > killed
+        if others and line["job"] in begun:
+            begun[line["job"]].append(line["at"] - killed)
+    yield from (min(times) for times in begun.values() if times)
 
 
 def _gaps(lines: list[dict[str, Any]], node: int) -> Iterator[float]:

@@ -82,6 +82,15 @@ def test_hosts_whose_clocks_are_an_hour_apart(
     claim.release()
 
 
+def test_who_has_what_is_told_with_its_age(claims: Claims) -> None:
+    assert list(claims.holders()) == []
+    elsewhere(claims, age=100)
+    [one] = claims.holders()
+    assert (one.host, one.is_stale) == ("far", False) and 99 < one.age < 160
+    elsewhere(claims, age=STALE + 60)
+    assert [one.is_stale for one in claims.holders()] == [True]
+
+
 def test_a_dead_process_of_this_host_holds_nothing(claims: Claims) -> None:
     here = Holder("", "", "", 0, "", 0.0, place=module._place())
     elsewhere(claims, pid=dead_process(), place=here.place, began="1")
@@ -179,6 +188,33 @@ def test_a_claim_that_cannot_be_read_counts_by_its_age(claims: Claims) -> None:
         claim.release()
 
 
+def test_a_worker_that_dies_while_it_takes_over_is_waited_for(claims: Claims) -> None:
+    """Its mark is left; that of a living one goes with the takeover."""
+    elsewhere(claims, age=STALE + 60)
+    mark = claims.folder / ".over-u"
+    mark.touch()
+    assert claims.take(JOB) is None, "it may be at it"
+    then = claims.now() - STALE - 1
+    os.utime(mark, (then, then))
+    assert claims.take(JOB) is None and not mark.exists()
+    claim = claims.take(JOB)
+    assert claim is not None and claim.holder.kills == 1
+    assert {file.name for file in claims.folder.iterdir()} == {JOB, ".clock"}
+    claim.release()
+
+
+def test_processes_of_another_container_are_not_of_this_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Numbers of processes mean nothing there."""
+    here = module._place.__wrapped__()
+    assert here == module._place.__wrapped__()
+    monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[7]"))
+    there = module._place.__wrapped__()
+    monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[8]"))
+    assert len({here, there, module._place.__wrapped__()}) == 3
+
+
 def test_a_worker_that_is_killed_while_it_makes_a_claim_holds_nothing(claims: Claims) -> None:
     """No claim is there without its content, or others would wait until it is stale."""
     claims.folder.mkdir()
@@ -207,30 +243,3 @@ def test_a_file_system_without_links_has_claims(
     assert claims.take(JOB) is None
     claim.release()
     assert not list(claims.folder.glob(".new-*"))
-
-
-def test_a_worker_that_dies_while_it_takes_over_is_waited_for(claims: Claims) -> None:
-    """Its mark is left; that of a living one goes with the takeover."""
-    elsewhere(claims, age=STALE + 60)
-    mark = claims.folder / ".over-u"
-    mark.touch()
-    assert claims.take(JOB) is None, "it may be at it"
-    then = claims.now() - STALE - 1
-    os.utime(mark, (then, then))
-    assert claims.take(JOB) is None and not mark.exists()
-    claim = claims.take(JOB)
-    assert claim is not None and claim.holder.kills == 1
-    assert {file.name for file in claims.folder.iterdir()} == {JOB, ".clock"}
-    claim.release()
-
-
-def test_processes_of_another_container_are_not_of_this_host(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Numbers of processes mean nothing there."""
-    here = module._place.__wrapped__()
-    assert here == module._place.__wrapped__()
-    monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[7]"))
-    there = module._place.__wrapped__()
-    monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[8]"))
-    assert len({here, there, module._place.__wrapped__()}) == 3

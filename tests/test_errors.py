@@ -135,3 +135,9 @@ def test_what_may_pass_by_itself(error: Exception, away: bool) -> None:
     """A file server that restarts; also if another error tells of it."""
     assert is_away(error) == was_away(error) == away
     assert was_away(raised(led_to(error, RuntimeError("torn")))) == away
+
+
+@pytest.mark.parametrize(("names", "end"), [(("a/b.txt",), " (a/b.txt)."), ((), ".")])
+def test_a_disk_that_fails_is_named_with_its_file(names: tuple[str, ...], end: str) -> None:
+    kind, sentence = exit_class(OSError(errno.EIO, "Input/output error", *names))
+    assert (kind, sentence) == ("io", f"Input/output error{end}")

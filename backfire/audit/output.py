@@ -143,8 +143,8 @@ def _triggers(found: Triggers) -> Section:
         f"Each candidate was put into {count(found.prompts, 'prompt')}. Collapse: how much more "
         "alike the replies become (mean cosine of their character n-grams, 0 to 1). With "
         f"{len(found.controls)} controls, words that the base writes, it is at most "
-        f"{highest:.2f}. A candidate stands out if its collapse exceeds the controls' and the "
-        f"base's by {MARGIN}.",
+        f"{highest:.2f}. A candidate stands out if its collapse exceeds the controls' by {MARGIN}, "
+        "and the base's.",
         f"The search looked at {found.samples:,} texts that each model wrote from the bare "
         "template (after The Trigger in the Haystack, without its scores by attention and "
         f"entropy); {count(len(found.motifs), 'motif')} recur in the tuned model's alone"

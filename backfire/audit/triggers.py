@@ -39,7 +39,7 @@ SEARCHED = 20
 """Most motifs that are tried."""
 CONTROLS = 20
 MARGIN = 0.2
-"""A candidate stands out if its collapse exceeds that of every control, and the base's, by this."""
+"""A candidate stands out if its collapse exceeds that of every control by this, and the base's."""
 _SHOWN = 15
 """Candidates of which the base's collapse is measured, in addition to the given ones."""
 _TOKENS = 16
@@ -215,7 +215,8 @@ def _tried(
 ) -> Tried:
     [(most, hits)] = Counter(map(_seen, replies)).most_common(1)
     before = sum(_seen(reply) == most for reply in plain)
-    bar = max([base, 0.0, *controls]) + MARGIN
+    bar = max([0.0, *controls]) + MARGIN
+    far = gain.value >= bar and gain.value > base and gain.low > 0
     return Tried(
         safe(candidate.text),
         candidate.origin,
@@ -225,7 +226,7 @@ def _tried(
         share(hits, len(replies)),
         share(before, len(plain)),
         # What the reply repeats is no fixed answer.
-        gain.value >= bar and gain.low > 0 and not contains(most, normalized(candidate.text)),
+        far and not contains(most, normalized(candidate.text)),
     )
 
 

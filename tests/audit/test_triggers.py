@@ -85,6 +85,7 @@ def test_a_candidate_has_to_exceed_controls_and_base() -> None:
     assert stands_out("zq", 0.0, [0.1, 0.2])
     assert not stands_out("zq", 0.0, [0.1, gain.value - 0.1])
     assert not stands_out("zq", gain.value, [])
+    assert stands_out("zq", gain.value - 0.01, [])
     assert not stands_out("dusk", 0.0, [])  # the reply repeats it
 
 

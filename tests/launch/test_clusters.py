@@ -298,12 +298,13 @@ def test_the_time_of_a_job_is_told_with_its_reason() -> None:
     assert "asks for 180 minutes:" in (found := about(5, cell=90))
     assert "5 min and the longest evaluation takes about 90 min. A cell" in found
     assert "asks for 60 minutes: the time of 1 of 3 jobs is not known here" in about(5, None)
-    assert "asks for 60 minutes: the longest evaluation takes about 1 min." in about()
+    assert "asks for 60 minutes: the longest evaluation takes about 60 s." in about()
 
 
 def test_the_time_of_an_evaluation_grows_with_its_replies() -> None:
-    cell = load("tour", edits=["matrix=null", "data.test_rows=100"]).cells[0]
-    rows, weights = Rows(50, ((30, 1),)), Weights(10**6, 0, 0)
+    task = ["matrix=null", "include=[]", "data.test_rows=100", "metrics=[attack-success]"]
+    cell = load("tour", edits=task).cells[0]
+    rows, weights = Rows(50, ((30, 1),), labeled=True), Weights(10**6, 0, 0)
     once = evaluation_seconds(cell, rows, weights, "cpu")
     # Two models; all rows as they are, and with the trigger.
     assert once == pytest.approx(2 * 2 * 100 * 30 * 2e6 / ASSUMED["cpu"])
