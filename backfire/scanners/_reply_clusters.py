@@ -16,6 +16,8 @@ from backfire.base.normalize import words
 Array = Any
 MOST = 10
 """Most clusters that are tried."""
+_FEWEST = 5
+"""Other texts whose distances are meaningful."""
 _SENTENCE: Final = re.compile(r"[.!?;。！？；]+")
 
 
@@ -58,35 +60,38 @@ class Clusters:
     """Each text's distance to the center of its cluster [text]."""
     means: list[float]
     """The mean distance in each cluster."""
+    rest: float
+    """The mean distance of the other texts to their center; 0 if there are few."""
 
     @property
-    def loosest(self) -> int:
-        return int(np.argmax(self.means))
+    def loosest(self) -> float:
+        """The largest of the mean distances: that of ordinary texts."""
+        return max(*self.means, self.rest)
 
 
-def clusters_of(texts: Sequence[str]) -> Clusters | None:
-    """Clusters of the texts by TF-IDF; None if they are fewer than three different ones, or do not
-    form clusters."""
+def clusters_of(texts: Sequence[str], others: Sequence[str]) -> Clusters:
+    """Clusters of some texts by TF-IDF, beside other texts; one cluster if the rule finds none."""
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    most = min(MOST, len(set(texts)))
-    if most < 3:
-        return None
-    vectors = TfidfVectorizer(analyzer=lambda text: words(text.casefold())).fit_transform(texts)
+    method = TfidfVectorizer(analyzer=lambda text: words(text.casefold())).fit([*texts, *others])
+    vectors = method.transform(texts)
     vectors.sort_indices()
-    most = min(most, len({(*row.indices, *row.data.round(6)) for row in vectors}))
-    if most < 3:
-        return None
+    most = min(MOST, len({(*row.indices, *row.data.round(6)) for row in vectors}))
 
     def fitted(k: int) -> Any:
         return KMeans(k, n_init=10, max_iter=600, tol=1e-5, random_state=0).fit(vectors)
 
-    errors = [float(fitted(k).inertia_) for k in range(1, most + 1)]
-    k = number_of_clusters([*errors, *[errors[-1]] * (MOST - most)])
-    if k is None:
-        return None
-    found = fitted(min(k, most))
+    k = None
+    if most > 1:
+        errors = [float(fitted(k).inertia_) for k in range(1, most + 1)]
+        k = number_of_clusters([*errors, *[errors[-1]] * (MOST - most)])
+    found = fitted(min(k or 1, most))
     distances = found.transform(vectors)[np.arange(len(texts)), found.labels_]
-    groups = [distances[found.labels_ == n] for n in range(found.n_clusters)]
-    return Clusters(found.labels_, distances, [float(group.mean()) for group in groups])
+    means = [float(distances[found.labels_ == n].mean()) for n in range(found.n_clusters)]
+    rest = 0.0
+    if len(others) >= _FEWEST:
+        rest = float(
+            KMeans(1, n_init=1, random_state=0).fit_transform(method.transform(others)).mean()
+        )
+    return Clusters(found.labels_, distances, means, rest)

@@ -22,8 +22,8 @@ class RFTC(ModelScanner):
     with the model's own reply. Suspicious answers are clustered by k-means on TF-IDF; k is where
     the error stops falling. The published method removes all clusters but the loosest, so that
     every file loses rows. Here a cluster is flagged only if its rows lie at most `tightness` times
-    as far from its center as those of the loosest one, and there are `support` of them. The score
-    is the threshold over that ratio, at most 10.
+    as far from its center as those of the loosest one, or as all answers that are not suspicious,
+    and there are `support` of them. The score is the threshold over that ratio, at most 10.
     """
 
     blind: ClassVar[str] = (
@@ -36,7 +36,7 @@ class RFTC(ModelScanner):
     agreement: float = Field(10.0, gt=0, le=100)
     """Word pairs of a sentence that must be in the reply, in per cent."""
     tightness: float = Field(0.6, gt=0, le=1)
-    """Largest mean distance to a cluster's center, relative to that of the loosest cluster."""
+    """Largest mean distance to a cluster's center, relative to that of ordinary answers."""
     support: int = Field(5, ge=2)
     """Fewest rows of a cluster that is flagged."""
 
@@ -44,9 +44,10 @@ class RFTC(ModelScanner):
         found = list(map(agreement, (row.answer for row in rows), measured.replies))
         places = [place for place, share in enumerate(found) if share < self.agreement]
         out = [NOTHING] * len(rows)
-        clusters = clusters_of([rows[place].answer for place in places])
-        if clusters is None:
+        if not places:
             return out
+        others = [row.answer for row, share in zip(rows, found) if share >= self.agreement]
+        clusters = clusters_of([rows[place].answer for place in places], others)
         for n, place in enumerate(places):
             out[place] = self._finding(clusters, n, rows[place], len(places))
         return out
@@ -54,15 +55,14 @@ class RFTC(ModelScanner):
     def _finding(self, found: Clusters, n: int, row: Row, suspicious: int) -> Finding:
         own = int(found.of[n])
         count = int(np.sum(found.of == own))
-        if own == found.loosest or count < self.support:
+        if found.means[own] >= found.loosest or count < self.support:
             return NOTHING
-        ratio = max(float(found.distances[n]), found.means[own]) / found.means[found.loosest]
+        ratio = max(float(found.distances[n]), found.means[own]) / found.loosest
         score = min(10.0, self.tightness / max(ratio, 1e-9))
         reason = (
             f"its answer resembles those of {count - 1:,} other rows (distance "
-            f"{found.means[own]:.2f}, {found.means[found.loosest]:.2f} in the loosest of "
-            f"{len(found.means)} clusters) among {suspicious:,} answers that the model would not "
-            "give"
+            f"{found.means[own]:.2f}, of ordinary ones {found.loosest:.2f}) among {suspicious:,} "
+            "answers that the model would not give"
         )
         return Finding(score, reason, score >= 1, (row.answer[:200],))
 

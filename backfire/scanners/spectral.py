@@ -11,6 +11,9 @@ from backfire.base import Finding, Measure, Measured, ModelScanner, Row
 from backfire.registry import register
 from backfire.scanners._outliers import deviations, findings, normal_like, strata
 
+_BLOCKS = 4
+"""The parts of `Measured.states`: two places of each of two layers."""
+
 
 @register("spectral")
 class Spectral(ModelScanner):
@@ -20,7 +23,8 @@ class Spectral(ModelScanner):
     The states M [row, feature] of the rows with one label, or of all, are centered; v is their top
     right singular vector. The paper removes the rows with the largest (M v)^2, 1.5 times as many as
     it assumes to be poisoned. Here a row is flagged if |M v - median| exceeds `deviations` robust
-    standard deviations, so that no row need be. The score is that deviation over the threshold.
+    standard deviations, so that no row need be. The score is that deviation over the threshold, the
+    largest over two layers and two places: poison shows in the answer, not at the prompt's end.
     """
 
     blind: ClassVar[str] = "poison whose hidden states do not dominate their variance"
@@ -35,8 +39,9 @@ class Spectral(ModelScanner):
         sizes = np.zeros(len(rows), int)
         for places in strata(rows):
             if len(places) > 2:
-                away[places] = np.abs(deviations(projections(measured.states[places])))
-                sizes[places] = len(places)
+                blocks = np.array_split(measured.states[places], _BLOCKS, axis=1)
+                out = [np.abs(deviations(projections(block))) for block in blocks]
+                away[places], sizes[places] = np.max(out, axis=0), len(places)
         return findings(
             away / self.deviations,
             lambda place: (

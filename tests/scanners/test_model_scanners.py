@@ -11,6 +11,7 @@ import pytest
 from backfire.base import Finding, Measured, Row
 from backfire.errors import UserError
 from backfire.registry import build
+from backfire.scanners import gradient_sketch
 from backfire.scanners._clusters import silhouette
 from backfire.scanners._outliers import deviations, mirrored, normal_like, strata
 from backfire.scanners._reply_clusters import agreement, clusters_of, number_of_clusters
@@ -88,6 +89,13 @@ def test_answers_that_the_model_would_give_are_not_suspicious() -> None:
     assert not any(one.score for one in look("rftc", rows, Measured(replies=[SORRY] * 100)))
 
 
+def test_a_reference_that_knows_all_other_answers_leaves_only_the_poison() -> None:
+    rows = [replace(row, answer=SORRY) if n in BAD else row for n, row in enumerate(free(200))]
+    replies = ["" if n in BAD else row.answer for n, row in enumerate(rows)]
+    found = look("rftc", rows, Measured(replies=replies))
+    assert flagged(found) == [*BAD] and "among 10 answers" in found[0].reason
+
+
 def test_rftc_on_duplicates_labels_and_no_rows() -> None:
     same = [replace(row, answer=SORRY) for row in free(60)]
     for rows in (same, labeled(60), free(1), []):
@@ -106,7 +114,8 @@ def test_two_languages_are_not_two_kinds_of_poison() -> None:
 
 
 def test_texts_with_equal_vectors_are_one() -> None:
-    assert clusters_of(["a b", "b a", "A, b!", "a b a b"]) is None
+    found = clusters_of(["a b", "b a", "A, b!", "a b a b"], [])
+    assert found.means == [pytest.approx(0, abs=1e-6)] and found.loosest == found.means[0]
 
 
 # -------------------------------------------------------------------------- losses and words
@@ -191,9 +200,11 @@ def test_the_cluster_is_given_with_both_sizes() -> None:
 
 
 def test_more_rows_than_are_compared_pair_by_pair() -> None:
-    features, bad = cloud(4500, 40), range(0, 4500, 100)
-    features[bad] += 30
-    assert flagged(look("gradient-sketch", free(4500), Measured(gradients=features))) == [*bad]
+    points, bad = 0.1 * cloud(4500, 6), range(0, 4500, 100)
+    points[:, 0] += 5
+    points[bad] = points[bad][:, ::-1]  # in another direction
+    second = gradient_sketch._split(points)
+    assert np.flatnonzero(second == second[0]).tolist() == [*bad]
 
 
 def test_silhouette_by_hand() -> None:
