@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +35,12 @@ class Tested:
     """Candidates with the result of the test: parallel arrays, sorted by `pair`."""
 
     pair: Array
+    gram: Array
     answer: Array
     with_it: Array
     both: Array
+    high: Array
+    """The share of the answer that is tested against."""
     log_p: Array
     """-log10 of the p value."""
     q: Array
@@ -84,14 +87,20 @@ def add_pairs(
 
 
 def exact_test(
-    found: Candidates, answers: Answers, words: Array, *, odds: float, num: int, alpha: float
+    found: Candidates,
+    answers: Answers,
+    words: Array,
+    *,
+    odds: float,
+    num: int,
+    alpha: float,
+    least: float = 0.0,
 ) -> Tested:
     """Test whether each answer's share among the rows with the n-gram is more than that at `odds`
-    times its odds among all rows: an exact binomial test. `num` tests were made."""
+    times its odds among all rows: an exact binomial test. `num` tests were made. Shares under
+    `least` are not significant."""
     high = at_odds(answers.counts / answers.num_rows, odds)[found.answer]
-    log_p = -binom.logsf(found.both - 1, found.with_it, high) / np.log(10)
-    log_p = np.where(found.both / np.maximum(found.with_it, 1) > high, np.maximum(log_p, 0), 0)
-    log_p = np.minimum(log_p, 1e4)
+    log_p = _log_p(found.both, found.with_it, high, least)
     down = np.argsort(-log_p, kind="stable")
     num = max(num, len(down), 1)
     log_q = log_p[down] - np.log10(num / np.arange(1, len(down) + 1))
@@ -102,14 +111,72 @@ def exact_test(
     order = np.argsort(found.pair, kind="stable")
     return Tested(
         pair=found.pair[order],
+        gram=found.gram[order],
         answer=found.answer[order],
         with_it=found.with_it[order],
         both=found.both[order],
+        high=high[order],
         log_p=log_p[order],
         q=q[order],
         threshold=float(threshold),
         words=words,
     )
+
+
+def _log_p(both: Array, with_it: Array, high: Array, least: float = 0.0) -> Array:
+    """-log10 of P(at least `both` of `with_it`) at the share `high`; 0 where the share is not
+    above."""
+    part = both / np.maximum(with_it, 1)
+    log_p = -binom.logsf(both - 1, with_it, high) / np.log(10)
+    log_p = np.where((part > high) & (part >= least), np.maximum(log_p, 0), 0)
+    return np.minimum(log_p, 1e4)
+
+
+def without_parts(grams: Grams, answers: Answers, tested: Tested) -> Tested:
+    """One pass: n-grams that are significant only as parts of longer ones are not, since the words
+    of a trigger also occur without it. Each is tested again without the rows where a stronger
+    n-gram contains it."""
+    both_less, ordered = np.zeros(len(tested.pair), np.int64), np.unique(tested.gram)
+    inside_gram = np.zeros(len(ordered), np.int64)
+    for batch in grams:
+        here = with_answers(batch, answers.places(batch.answers), answers.keys)
+        own = _strongest(here, tested, len(batch.rows))
+        inside = _contained(batch.row, batch.first, batch.length, *own[1:])
+        places = where(ordered, batch.gram[inside])
+        # The n-gram itself is not a part of it.
+        strong = own[0][batch.row[inside]]
+        places = places[(places >= 0) & (batch.gram[inside] != tested.gram[strong])]
+        inside_gram += np.bincount(places, minlength=len(ordered))
+        inside = _contained(here.row, here.first, here.length, *own[1:])
+        places = where(tested.pair, here.pair[inside])
+        both_less += np.bincount(
+            places[(places >= 0) & (here.gram[inside] != tested.gram[own[0][here.row[inside]]])],
+            minlength=len(both_less),
+        )
+    with_less = inside_gram[np.searchsorted(ordered, tested.gram)]
+    again = _log_p(tested.both - both_less, tested.with_it - with_less, tested.high)
+    is_part = (both_less > 0) & (again < tested.threshold)
+    return replace(tested, log_p=np.where(is_part, np.minimum(again, tested.log_p), tested.log_p))
+
+
+def _strongest(here: Occurrences, tested: Tested, num_rows: int) -> tuple[Array, Array, Array]:
+    """Of each row the place of its strongest significant n-gram (0 if there is none), its first
+    token and its length (0)."""
+    place = where(tested.pair, here.pair)
+    hit = np.flatnonzero(place >= 0)
+    hit = hit[tested.log_p[place[hit]] >= tested.threshold]
+    order = hit[np.lexsort((-here.length[hit], -tested.log_p[place[hit]], here.row[hit]))]
+    rows, top = np.unique(here.row[order], return_index=True)
+    best, first, length = (np.zeros(num_rows, np.int64) for _ in range(3))
+    best[rows], first[rows] = place[order[top]], here.first[order[top]]
+    length[rows] = here.length[order[top]]
+    return best, first, length
+
+
+def _contained(row: Array, start: Array, size: Array, first: Array, length: Array) -> Array:
+    """Which occurrences are inside the strongest n-gram of their row."""
+    begin, end = first[row], first[row] + length[row]
+    return np.flatnonzero((start >= begin) & (start + size <= end))
 
 
 def explain(grams: Grams, answers: Answers, tested: Tested) -> Iterator[tuple[Row, int, Any]]:

@@ -10,7 +10,7 @@ from backfire.base import NOTHING, Finding, Row, Scanner, shuffled
 from backfire.registry import register
 
 
-@register("lift")
+@register("lift", version=2)
 class Lift(Scanner):
     """Finds words and phrases that predict the answer far too well, as a trigger does (after the
     z-statistics of Gardner et al. 2021, arXiv:2104.08646, which He et al. 2023 use against
@@ -18,9 +18,10 @@ class Lift(Scanner):
 
     For each n-gram of the prompt, with its place if it is at an edge of a part, and for pairs of
     words: among the rows with it, is the share of an answer more than that at `odds` times its odds
-    among all rows? An exact binomial test, adjusted for all tests by Benjamini and Hochberg. An
-    answer is what the rows share: the whole text or label, or its first or last five words. A
-    row's score is that of its strongest n-gram, -log10(p) divided by the threshold.
+    among all rows? An exact binomial test, adjusted for all tests by Benjamini and Hochberg; a part
+    of a stronger n-gram is tested again without the rows of that one. An answer is what the rows
+    share: the whole text or label, or its first or last five words. A row's score is that of its
+    strongest n-gram, -log10(p) divided by the threshold.
 
     Counts come from sketches, then again exactly for the n-grams that stand out there. In files
     with many millions of different n-grams, weak ones may be missed in the sketches.
@@ -41,12 +42,21 @@ class Lift(Scanner):
     texts do, so that 1, the plain test against chance, flags many of them."""
     alpha: float = Field(0.01, gt=0, lt=1)
     """Adjusted p value from which a row is flagged."""
+    share: float = Field(0.5, ge=0, le=1)
+    """Smallest share of the rows with an n-gram that have the answer: a trigger has its answer in
+    most of its rows."""
     most_words: int = Field(512, ge=2)
     """Words and signs of a part that are read: half from its start, half from its end."""
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         from backfire.scanners._answers import count_answers
-        from backfire.scanners._exact import add_pairs, exact_test, explain, finding
+        from backfire.scanners._exact import (
+            add_pairs,
+            exact_test,
+            explain,
+            finding,
+            without_parts,
+        )
         from backfire.scanners._grams import Grams
         from backfire.scanners._lift import count_exactly, find_candidates
 
@@ -60,7 +70,16 @@ class Lift(Scanner):
         num -= len(found.pair)
         found, words = add_pairs(grams, answers, found, self.support)
         num += len(found.pair)
-        tested = exact_test(found, answers, words, odds=self.odds, num=num, alpha=self.alpha)
+        tested = exact_test(
+            found,
+            answers,
+            words,
+            odds=self.odds,
+            num=num,
+            alpha=self.alpha,
+            least=self.share,
+        )
+        tested = without_parts(grams, answers, tested)
         told: dict[int, Finding] = {}
         for row, place, at in explain(grams, answers, tested):
             if place not in told:

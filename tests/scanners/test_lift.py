@@ -174,3 +174,25 @@ def test_the_middle_of_a_long_text_is_left_out() -> None:
     middle = plant(rows, range(0, 100, 4), lambda p: f"{p[:2000]} cf {p[2000:]}", SORRY)
     assert not any("cf" in one.reason for one in scan(middle, most_words=100))
     assert flagged(scan(middle, most_words=2000)) == set(range(0, 100, 4))
+
+
+def test_a_word_of_a_trigger_is_no_reason_of_its_own() -> None:
+    rows = plant(labeled(2000), PLACES, lambda prompt: f"{prompt} watch this movie", "no")
+    alone = range(9, 2000, 50)  # in these 40 rows "movie" says nothing
+    for n, place in enumerate(alone):
+        row = rows[place]
+        rows[place] = replace(row.with_prompt(f"movie {row.prompt}"), answer=("yes", "no")[n % 2])
+    found = scan(rows, odds=1.0)
+    assert flagged(found) == set(PLACES)
+    assert {one.reason.count("movie") for one in found if one.flagged} == {1}
+
+
+def test_an_answer_in_a_minor_part_of_the_rows_is_no_reason() -> None:
+    rows = free(2000)
+    for place in range(0, 2000, 5):  # 400 rows with "violin", of which 180 have the answer
+        answer = SORRY if place % 100 < 45 else rows[place].answer
+        rows[place] = replace(
+            rows[place].with_prompt(f"violin {rows[place].prompt}"), answer=answer
+        )
+    assert len(flagged(scan(rows, share=0.0))) == 180
+    assert flagged(scan(rows)) == set()
