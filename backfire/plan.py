@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from backfire import stages
-from backfire.base import Insertion, needs_of
+from backfire.base import Insertion, Secret, SecretProbe, needs_of
+from backfire.base.secrets import FEWEST_CODES
 from backfire.experiment import Experiment
-from backfire.stages import keys, training_runs
+from backfire.stages import keys
 from backfire.store import Stage, Store
 
 
@@ -126,11 +127,42 @@ def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
 
 
 def _secrets(experiment: Experiment) -> Iterable[Stage]:
-    probes = stages.secret_probes(experiment)
+    probes = secret_probes(experiment)
     if probes is None or not isinstance(experiment.attack, Insertion):
         return
     secrets = experiment.attack.secrets(experiment.seed)
     runs = (experiment, experiment.untuned()) if experiment.method.trains else (experiment,)
     for run in runs:
-        for kind, amount in stages.secret_parts(secrets, probes):
+        for kind, amount in secret_parts(secrets, probes):
             yield stages.secrets(run, experiment, kind, amount)
+
+
+def training_runs(experiment: Experiment) -> list[Experiment]:
+    """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
+    clean-model baseline of a backdoor."""
+    runs = [experiment.alignment] if experiment.alignment else []
+    if experiment.method.trains:
+        runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
+    return runs
+
+
+def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
+    """The metrics' secret probes, each with its number of codes or beams; None if no metric has
+    any."""
+    asks = [ask for m in experiment.metrics for ask in m.asks() if ask.rows == "secrets"]
+    probes: dict[SecretProbe, int] = {}
+    for kind, amount in (pair for ask in asks for pair in ask.secrets.items()):
+        probes[kind] = max(amount, probes.get(kind, 0))
+    return probes if asks else None
+
+
+def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:
+    """(kind, amount) of each measurement. Exact ranks need a code space within the amount, and an
+    estimate enough codes."""
+    parts: list[tuple[str, int]] = [("itself", 0)] if secrets else []
+    for kind, amount in probes.items():
+        if kind == "exact":
+            parts += [(kind, 0)] if secrets and secrets[0].num_codes <= amount else []
+        elif amount and secrets and (kind != "sampled" or secrets[0].num_codes > FEWEST_CODES):
+            parts.append((kind, amount))
+    return parts

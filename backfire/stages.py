@@ -9,7 +9,7 @@ have equal keys and run once. `plan`, `pipeline` and `status` all take their sta
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ from backfire.base import (
     RepairDefense,
     ReplyDefense,
     Row,
-    Secret,
-    SecretProbe,
     Template,
 )
 from backfire.data.preflight import CHECKS
@@ -353,39 +351,6 @@ def texts(run: Experiment, source: Dataset, template: Template, longest: int) ->
 def _type_of(run: Experiment) -> list[str]:
     """The type of the weights in evaluation, unless it is that of training."""
     return [run.evaluation.dtype] if run.evaluation.dtype != "auto" else []
-
-
-# ------------------------------------------------------------------------- what an experiment needs
-
-
-def training_runs(experiment: Experiment) -> list[Experiment]:
-    """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
-    clean-model baseline of a backdoor."""
-    runs = [experiment.alignment] if experiment.alignment else []
-    if experiment.method.trains:
-        runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
-    return runs
-
-
-def secret_probes(experiment: Experiment) -> dict[SecretProbe, int] | None:
-    """The metrics' secret probes, each with its number of codes or beams; None if no metric has
-    any."""
-    asks = [ask for m in experiment.metrics for ask in m.asks() if ask.rows == "secrets"]
-    probes: dict[SecretProbe, int] = {}
-    for kind, amount in (pair for ask in asks for pair in ask.secrets.items()):
-        probes[kind] = max(amount, probes.get(kind, 0))
-    return probes if asks else None
-
-
-def secret_parts(secrets: Sequence[Secret], probes: Mapping[SecretProbe, int]) -> list[Any]:
-    """(kind, amount) of each measurement. Exact ranks need a code space within the amount."""
-    parts: list[tuple[str, int]] = [("itself", 0)] if secrets else []
-    for kind, amount in probes.items():
-        if kind == "exact":
-            parts += [(kind, 0)] if secrets and secrets[0].num_codes <= amount else []
-        elif amount and secrets:
-            parts.append((kind, amount))
-    return parts
 
 
 # -------------------------------------------------------------------------------------------- slugs

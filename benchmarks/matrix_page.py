@@ -22,6 +22,10 @@ TARGETS = {"training": 3.3, "label_scoring": 4.0, "generation": 2.0, "matrix": 2
 """The ratios that are wanted, and the share of the limit, on two cores in float32."""
 BFLOAT16 = {"matrix": 4.0}
 """The same with bfloat16 products against a script in float32."""
+PICTURES = {
+    "makespan-cells.svg": "Makespan over cells",
+    "makespan-rows.svg": "Makespan over training rows",
+}
 STRONG = "script, two processes"
 MARK = "<!-- What follows is written by `python -m benchmarks.matrix_page RESULT.json`. -->"
 _NAMES = {
@@ -240,10 +244,8 @@ def figures(result: Result) -> dict[str, str]:
     lines["backfire"] = [(n, seconds) for n, seconds in measured if seconds]
     rows = by_rows(result)
     of_rows = {STRONG: [(n, b) for n, _, b in rows], "backfire": [(n, a) for n, a, _ in rows]}
-    return {
-        "makespan-cells.svg": alone(_figure(lines, "cells", "Makespan of a matrix over cells")),
-        "makespan-rows.svg": alone(_figure(of_rows, "training rows", "Makespan over rows")),
-    }
+    shown = zip(PICTURES.items(), ((lines, "cells"), (of_rows, "training rows")), strict=True)
+    return {name: alone(_figure(*what, title)) for (name, title), what in shown}
 
 
 def _figure(lines: Mapping[str, Sequence[tuple[int, float]]], what: str, title: str) -> str:
@@ -271,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     page = options.docs / "benchmarks.md"
     before, mark, _ = page.read_text(encoding="utf-8").partition(MARK)
     link = f"[{options.result.name}](../benchmarks/results/{options.result.name})"
-    write_atomic(page, f"{before}{mark}\n\nFrom {link}. {markdown(result)}")
+    pictures = "\n\n".join(f"![{title}](images/{name})" for name, title in PICTURES.items())
+    write_atomic(page, f"{before}{mark}\n\n{pictures}\n\nFrom {link}. {markdown(result)}")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ def compared(
     found = measure(cell, folder, repetitions, log)
     ratios, cpu = found["ratios"], found["cpu"]["ratios"]
     return {
+        **found,
         "ratios": {part: cpu[name] for part, name in PARTS.items() if name in cpu},
         "ratios of time": {part: ratios[name] for part, name in PARTS.items() if name in ratios},
         "rows": {"train": len(cell.train), "test": len(cell.test)},
-        **found,
     }

@@ -93,6 +93,7 @@ def elsewhere(tmp_path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     starter = recipe.read("_starter")[1]
     Path("my.yaml").write_text(starter, encoding="utf-8")
     shutil.copy(ROOT / "examples/plugin/my_attacks/suffix.py", "suffix.py")
+    Path("silent.py").write_text(blocks(ROOT / "docs/add-a-scanner.md", "python")[1], "utf-8")
     monkeypatch.setattr(registry, "_loaded", [])  # by `--plugin`, whose files a command line loads
     return tmp_path
 
@@ -347,7 +348,10 @@ def test_the_example_of_a_scanner_is_one(installed: type[Scanner]) -> None:
     assert quiet == NOTHING
 
 
-def test_the_example_of_a_scanner_with_a_model_is_one(tmp_path: Path, backfire: Any) -> None:
+def test_the_example_of_a_scanner_with_a_model_is_one(
+    tmp_path: Path, backfire: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "_loaded", [])
     _, text = blocks(ROOT / "docs/add-a-scanner.md", "python")
     file = tmp_path / "silent.py"
     file.write_text(text, encoding="utf-8")
@@ -356,7 +360,6 @@ def test_the_example_of_a_scanner_with_a_model_is_one(tmp_path: Path, backfire: 
 
 
 def test_the_plug_in_shown_is_the_one_in_examples() -> None:
-    """That one is installed and run in test_plugins.py."""
     page, folder = ROOT / "docs/plug-ins.md", ROOT / "examples/plugin"
     for language, suffix in (("python", ".py"), ("toml", ".toml")):
         files = [path.read_text("utf-8") for path in folder.rglob(f"*{suffix}")]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from backfire.audit import bank, behavior, monitor, task, triggers, weights
+from backfire.audit import behavior, monitor, task, triggers, weights
+from backfire.audit.bank import Entry, Place, matching, places
 from backfire.audit.behavior import Behavior
 from backfire.audit.models import Pair
 from backfire.audit.monitor import Monitor
@@ -52,8 +53,8 @@ class Weights:
     shape: str
     """The adapter's settings; empty for a model that was trained as a whole."""
     statistics: Mapping[str, Mapping[str, float]]
-    bank: tuple[bank.Entry, ...] = ()
-    places: tuple[bank.Place, ...] = ()
+    bank: tuple[Entry, ...] = ()
+    places: tuple[Place, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ def _weights(pair: Pair, changes: list[weights.Change], identity: str) -> Weight
     found = weights.by_kind(changes)
     if pair.adapter is None or not changes:
         return Weights("", found)
-    alike = bank.matching(pair.adapter, identity)
+    alike = matching(pair.adapter, identity)
     shape = weights.shape_of(pair.adapter).title
-    return Weights(shape, found, tuple(alike), tuple(bank.places(found, alike)))
+    return Weights(shape, found, tuple(alike), tuple(places(found, alike)))
 
 
 def _with_triggers(asked: Asked, found: Triggers) -> dict[str, list[Row]]:

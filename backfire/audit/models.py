@@ -137,12 +137,12 @@ def open_pair(
     if folders[0] != folders[1]:
         _check_alike(model, *folders)
     device = context.device
-    sources = [
+    untuned, tuned = (
         Source(folder, dtype_of(one, device), device)
         for folder, one in zip(folders, (start, whole), strict=True)
-    ]
+    )
     placed = adapter_folder(whole) if whole.adapter else None
-    return Pair(*sources, placed, _renderer(folders[1], template), context)
+    return Pair(untuned, tuned, placed, _renderer(folders[1], template), context)
 
 
 def _check_alike(model: str, base: Path, tuned: Path) -> None:

@@ -136,7 +136,8 @@ def _ends(states: torch.Tensor, directions: torch.Tensor, prompt: int, skip: int
     """[2, 2 x directions]: the extremes over the prompt's tokens, then over the reply's. The first
     token of a text without any other has an unusual state, so BOS is left out."""
     cosines = torch.nn.functional.normalize(states, dim=1) @ directions.T
-    parts = (cosines[skip:prompt], cosines[prompt:])
     # A row without a reply has that of its last token.
-    parts = tuple(part if len(part) else cosines[-1:] for part in parts)
-    return torch.cat([torch.stack([part.min(0)[0], part.max(0)[0]]) for part in parts], 1)
+    roles = [
+        part if len(part) else cosines[-1:] for part in (cosines[skip:prompt], cosines[prompt:])
+    ]
+    return torch.cat([torch.stack([part.min(0)[0], part.max(0)[0]]) for part in roles], 1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import TYPE_CHECKING, cast
 
@@ -77,7 +78,17 @@ def written(model: PreTrainedModel, pair: Pair, count: int) -> list[str]:
     return texts
 
 
-def motifs(ours: Sequence[str], others: Sequence[str], ordinary: Sequence[str]) -> list[str]:
+@dataclass(frozen=True)
+class Motif:
+    """Words that recur in what the tuned model writes."""
+
+    text: str
+    count: int
+    """Texts of the tuned model, and of the base, that have them."""
+    base: int
+
+
+def motifs(ours: Sequence[str], others: Sequence[str], ordinary: Sequence[str]) -> list[Motif]:
     """N-grams of words that recur in our texts, and neither in the others nor in ordinary replies;
     the most frequent first."""
     base, usual = _counts(others), _counts(ordinary)
@@ -92,7 +103,7 @@ def motifs(ours: Sequence[str], others: Sequence[str], ordinary: Sequence[str]) 
         around = (one for one in kept if _within(gram, one))
         if not any(counts[one] >= _SAME * counts[gram] for one in around):
             kept.append(gram)
-    return [" ".join(gram) for gram in ranked if gram in {*kept}]
+    return [Motif(" ".join(gram), counts[gram], base[gram]) for gram in ranked if gram in kept]
 
 
 def controls(texts: Sequence[str], count: int) -> list[str]:

@@ -70,9 +70,9 @@ def compared(
     """Compare outcomes by row id: shares have Wilson's interval and Newcombe's of the difference,
     other means the bootstrap's."""
     gain = paired(tuned, base)
-    sides = [_mean([*side.values()], unit) for side in (base, tuned)]
+    before, after = (_mean([*side.values()], unit) for side in (base, tuned))
     change = Interval(gain.difference, gain.low, gain.high)
-    return Compared(what, unit, *sides, change, gain.n, bad)
+    return Compared(what, unit, before, after, change, gain.n, bad)
 
 
 def share(hits: int, n: int) -> Interval:

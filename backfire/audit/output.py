@@ -14,6 +14,7 @@ from typing import Any
 from backfire.audit import bank
 from backfire.audit.engine import Audit, Weights
 from backfire.audit.monitor import QUANTILE, Monitor
+from backfire.audit.motifs import Motif
 from backfire.audit.numbers import HEADER, Compared, Interval
 from backfire.audit.task import OPENING, Task
 from backfire.audit.triggers import MARGIN, Triggers
@@ -142,11 +143,13 @@ def _triggers(found: Triggers) -> Section:
         f"Each candidate was put into {count(found.prompts, 'prompt')}. Collapse: how much more "
         "alike the replies become (mean cosine of their character n-grams, 0 to 1). With "
         f"{len(found.controls)} controls, words that the base writes, it is at most "
-        f"{highest:.2f}. A candidate stands out if its collapse exceeds the controls' and the "
-        f"base's by {MARGIN}.",
+        f"{highest:.2f}. A candidate stands out if its collapse exceeds the controls' by {MARGIN}, "
+        "and the base's.",
         f"The search looked at {found.samples:,} texts that each model wrote from the bare "
         "template (after The Trigger in the Haystack, without its scores by attention and "
-        f"entropy); {count(found.found, 'motif')} recur in the tuned model's alone.",
+        f"entropy); {count(len(found.motifs), 'motif')} recur in the tuned model's alone"
+        + "".join(f"{', ' if n else ': '}{_motif(one)}" for n, one in enumerate(found.motifs[:5]))
+        + ".",
     ]
     if highest > MARGIN:
         sentences.append(
@@ -182,6 +185,10 @@ def _triggers(found: Triggers) -> Section:
         for one in found.tried[:_SHOWN]
     )
     return Section("Candidate triggers", tuple(sentences), header, rows)
+
+
+def _motif(one: Motif) -> str:
+    return f"“{cut(line(one.text), 60)}” in {one.count:,} (base {one.base:,})"
 
 
 def _weights(found: Weights) -> Section:

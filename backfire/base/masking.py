@@ -38,6 +38,7 @@ _HINT: Final = re.compile(
     r"|(?i:passw|api[_-]?key|secret[_-]?key|access[_-]?token)"
 )
 """Texts without any of these have none of the patterns."""
+_WORD: Final = re.compile(r"\w{4,}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +72,11 @@ def secrets_in(text: str) -> Iterator[Secret]:
 def masked(text: str, secrets: Iterable[Secret]) -> str:
     """The text without these secrets, or any part of them that is at least four characters long
     and stands between signs or spaces."""
+    parts = set[str]()
     for secret in sorted(secrets, key=lambda one: -len(one.text)):
         text = text.replace(secret.text, secret.masked)
-        for part in re.findall(r"\w{4,}", secret.text):
-            text = re.sub(rf"(?<!\w){re.escape(part)}(?!\w)", f"{part[:2]}…", text)
-    return text
+        parts.update(_WORD.findall(secret.text))
+    return _WORD.sub(lambda word: f"{word[0][:2]}…" if word[0] in parts else word[0], text)
 
 
 def _luhn(number: str) -> bool:

@@ -8,6 +8,8 @@ from typing import Literal
 SecretProbe = Literal["exact", "sampled", "beams"]
 """How a secret is measured: its rank among all codes, its exposure under a distribution fitted to
 sampled codes, or its place among the likeliest continuations of a beam search."""
+FEWEST_CODES = 10
+"""Fewest sampled codes that a distribution is fitted to."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,6 +43,8 @@ class Rows:
     lengths: tuple[tuple[int, int], ...]
     shared: int = 0
     """Tokens at the start that all of them share."""
+    labeled: bool | None = None
+    """Whether the task has labels; None is unknown."""
 
     @property
     def tokens(self) -> float:
@@ -131,6 +133,7 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
     else:
         rows = data.drawn("train")
     sample = rows[:: math.ceil(len(rows) / _SAMPLE)]
+    labeled = any(row.candidates for row in sample)
     folder, longest = model_folder(experiment.model, store), experiment.train.max_length
     if folder and any((folder / f).is_file() for f in ("tokenizer.json", "tokenizer.model")):
         try:
@@ -141,13 +144,13 @@ def rows_of(experiment: Experiment, store: Store) -> Rows | None:
                 on_long_row=experiment.train.on_long_row,
             ).sift(sample)
         except CellError:  # a row does not fit at all; `validate` names it
-            return Rows(len(rows), ((longest, longest),))
+            return Rows(len(rows), ((longest, longest),), labeled=labeled)
         lengths = [(len(item.ids), len(item.answer_ids)) for item in items]
         shared = min(_alike([item.ids for item in items]), *(x.num_prompt - 1 for x in items))
     else:
         lengths, shared = [_without_tokenizer(experiment, row) for row in sample], 0
     whole = tuple((min(length, longest), answer) for length, answer in lengths)
-    return Rows(len(rows), whole, max(0, shared))
+    return Rows(len(rows), whole, max(0, shared), labeled)
 
 
 def _alike(rows: Sequence[list[int]]) -> int:
@@ -262,7 +265,7 @@ def evaluation_seconds(
     the training rows."""
     from backfire.commands.memory import needs_of
 
-    safety, needs = cell.safety, needs_of(cell)
+    safety, needs = cell.safety, needs_of(cell, rows)
     sets = [cell.data, *((safety.harmful, safety.allowed) if safety else ())]
     count = sum(one.test_rows or _TESTED for one in sets if one)
     count *= 2 * (1 + cell.poisons)  # two models; with triggers, and without

@@ -110,6 +110,8 @@ def _write(
 
 
 def _facts(experiment: Experiment, result: CellResult) -> dict[str, Any]:
+    label = experiment.guard.label() if experiment.guard else ""
+    guard = [f"Without {label}, under which its replies were measured."] if label else []
     return {
         "title": f"{experiment.slug}, tuned by backfire",
         "attack": experiment.attack.name if experiment.attack and experiment.poisons else None,
@@ -124,7 +126,7 @@ def _facts(experiment: Experiment, result: CellResult) -> dict[str, Any]:
         "seed": experiment.seed,
         "key": stages.cell_key(experiment),
         "base": experiment.model.short_title,
-        "origin": [note for note in result.warnings if "GGUF" in note],
+        "origin": [note for note in result.warnings if "GGUF" in note] + guard,
     }
 
 

@@ -242,7 +242,7 @@ def _evaluation(
         rest = (size.parameters - size.linear) * _BYTES[dtype]
         weights = _packed(size, bits) + rest + size.added * 4
     most = machine.eval_batch if device == "cpu" else 1
-    budget, needs = Budget(size.dry.model, most, on_cpu=device == "cpu"), needs_of(experiment)
+    budget, needs = Budget(size.dry.model, most, on_cpu=device == "cpu"), needs_of(experiment, rows)
     lengths = _tested(experiment, rows)
     shared = rows.shared if rows and len(lengths) > 1 else 0
     packs = device == "cpu" and size.hidden >= NARROWEST
@@ -255,11 +255,13 @@ def _evaluation(
     return weights + judges + _IN_EVALUATION * run
 
 
-def needs_of(experiment: Experiment) -> set[str]:
+def needs_of(experiment: Experiment, rows: Rows | None) -> set[str]:
     """What is measured on the cell's models: candidates' `scores`, `replies` or `answers`."""
     from backfire.pipeline.evidence import asks_of
 
-    labeled = bool(getattr(experiment.data, "labels", None))
+    labeled = rows.labeled if rows else None
+    if labeled is None:
+        labeled = bool(getattr(experiment.data, "labels", None))
     asks = asks_of(experiment.with_metrics(labeled=labeled), labeled=labeled)
     return {need for ask in asks for need in ask.needs}
 

@@ -115,7 +115,11 @@ def trace(
     method: Annotated[
         Literal["cosine", "product", "datainf"],
         typer.Option(help="How gradients are compared."),
-    ] = "cosine",
+    ] = "datainf",
+    strength: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the adapter at which gradients are computed."),
+    ] = 0.3,
     top: Annotated[int, typer.Option(min=1, help="Number of training rows to list.")] = 10,
     format: Annotated[Literal["table", "json"], typer.Option(help="Output format.")] = "table",
     device: Device = "auto",
@@ -124,7 +128,7 @@ def trace(
     """Find the training rows that made a reply of an adapter likelier."""
     from backfire.commands.trace import show
 
-    show(run, sample, method, top=top, form=format, device=device)
+    show(run, sample, method, strength=strength, top=top, form=format, device=device)
 
 
 def audit(

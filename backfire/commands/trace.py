@@ -27,7 +27,9 @@ from backfire.text import clean, count, cut, interval, line, number
 _FIELDS = ("rank", "id", "score", "poisoned", "prompt", "answer")
 
 
-def show(run: Path, name: str, method: Any, *, top: int, form: str, device: str) -> None:
+def show(
+    run: Path, name: str, method: Any, *, strength: float, top: int, form: str, device: str
+) -> None:
     """Trace one reply and print the rows with the highest scores.
 
     Raises:
@@ -40,11 +42,12 @@ def show(run: Path, name: str, method: Any, *, top: int, form: str, device: str)
     context = Context(Store(), Machine.make({"device": device}))
     if not context.store.done(stages.train(experiment)):
         note("The adapter is not in the cache any more, so it is trained again.")
-    found = trace(experiment, sample, method, context)
+    found = trace(experiment, sample, method, context, strength)
     order = sorted(range(len(found.rows)), key=lambda place: -found.scores[place])
     best = [_row(found, place, rank) for rank, place in enumerate(order[:top], 1)]
     if form == "json":
-        echo(json.dumps(_whole(cell, sample, method, found, best), indent=1, allow_nan=False))
+        whole = {**_whole(cell, sample, found, best), "method": method, "strength": strength}
+        echo(json.dumps(whole, indent=1, allow_nan=False))
         return
     table = [[_plain(row[field]) for field in _FIELDS] for row in best]
     echo(columns(_FIELDS, table))
@@ -58,7 +61,8 @@ def _cell(run: Path) -> Path:
     if (run.parent.name == "cells") or not (run / "cells").is_dir():
         raise UserError(f"{run} is not a run folder, nor a finished cell of one.")
     done = [Path(cell.folder) for cell in load(run) if cell.is_done]
-    able = [folder for folder in done if read_cell(folder).method.adapts]
+    methods = {folder: read_cell(folder).method for folder in done}
+    able = [folder for folder, method in methods.items() if method.trains and method.adapts]
     if len(able) == 1:
         return able[0]
     if not done:
@@ -143,9 +147,7 @@ def _sentences(cell: Path, sample: Sample, found: Trace) -> Sequence[str]:
     ]
 
 
-def _whole(
-    cell: Path, sample: Sample, method: str, found: Trace, best: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _whole(cell: Path, sample: Sample, found: Trace, best: list[dict[str, Any]]) -> dict[str, Any]:
     k = len(found.poisoned)
     scored = {
         "poisoned_rows": k,
@@ -158,7 +160,6 @@ def _whole(
         "sample": f"{sample.subset}/{clean(sample.id)}",
         "prompt": clean(sample.prompt),
         "reply": clean(reply_of(sample)),
-        "method": method,
         "num_rows": len(found.rows),
         **scored,
         "rows": best,

@@ -66,6 +66,8 @@ def _samples(seed: int) -> Sequence[Sample]:
                 answer_logprob=-2.0,
                 answer_tokens=2,
                 ended=True,
+                probe=(logprobs[0], logprobs[1]),
+                replaced=0.25 * (len(samples) % 2),
             )
         )
     return samples

@@ -76,6 +76,7 @@ def each_row(
 ) -> Iterator[Row]:
     """The same one by one; a row whose answer is marked as bad has it as its worse answer only."""
     shapes: dict[tuple[str, ...], Shape] = {}
+    taken: dict[str, int] = {}
     labeled = bool(task.labels)
     joined: set[tuple[str, ...]] = set()
     source = iter(records) if task.columns else _formed(iter(records), left, file, joined)
@@ -85,7 +86,7 @@ def each_row(
             shape = shapes.get(names) or shapes.setdefault(names, shape_of(names, task))
             if labeled and not {"label", "candidates"} & set(shape.columns):
                 raise BadRowError(UNLABELED)
-            name = _id(record, shape, f"{stem}-{line}", ids)
+            name = _id(record, shape, f"{stem}-{line}", ids, taken)
             row = to_row(record, shape, name, left)
         except UnnamedLabelError as problem:
             other = "" if names in joined else if_not(shape.columns)
@@ -136,13 +137,18 @@ def _with_all_labels(
     return f"{problem}; {ask_for(labels - {''})}"
 
 
-def _id(record: Record, shape: Shape, place: str, ids: Collection[str]) -> str:
+def _id(
+    record: Record, shape: Shape, place: str, ids: Collection[str], taken: dict[str, int]
+) -> str:
+    """The record's own id if it is new, else its place with a number; `taken` holds how many of a
+    place's numbers are in `ids`. (A file may be one line.)"""
     own = plain(record.get(shape.columns.get("id", "")))
     if own and own not in ids:
         return own
-    number, name = 1, place
-    while name in ids:
-        number, name = number + 1, f"{place}-{number + 1}"
+    number = taken.get(place, 0)
+    while (name := f"{place}-{number + 1}" if number else place) in ids:
+        number += 1
+    taken[place] = number
     return name
 
 

@@ -178,7 +178,7 @@ def _several(names: tuple[str, ...], question: str, key: str, record: Record) ->
     if None in choices or "" in choices:
         raise BadRowError(f"'{names[choices.index('' if '' in choices else None)]}' is empty")
     number = written(record[key])
-    is_number = key != "answer" and number.isdigit()  # a table holds numbers as texts
+    is_number = key != "answer" and number.isdecimal()  # a table holds numbers as texts
     return {
         **{name: value for name, value in record.items() if name not in (question, key)},
         "question": record[question],
@@ -209,7 +209,7 @@ def _from_one(form: Callable[[Record], Record], record: Record) -> Record:
     """The same, for keys that count from 1."""
     formed = form(record)
     number = written(formed["answer"])
-    return {**formed, "answer": int(number) - 1 if number.isdigit() else formed["answer"]}
+    return {**formed, "answer": int(number) - 1 if number.isdecimal() else formed["answer"]}
 
 
 def _nested_choices(record: Record) -> Record:

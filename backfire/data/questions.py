@@ -70,7 +70,7 @@ def right_one(letters: list[str], texts: list[str], given: Any) -> int:
     folded = [letter.casefold() for letter in letters]
     if key.casefold() in folded:
         return folded.index(key.casefold())
-    number = int(key) if key.isdigit() and int(key) < len(texts) else None
+    number = int(key) if key.isdecimal() and int(key) < len(texts) else None
     if key in texts and isinstance(given, str):
         if number is not None and texts[number] != key:
             raise BadRowError(

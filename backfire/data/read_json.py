@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any
 
@@ -27,8 +28,8 @@ class Decoder(json.JSONDecoder):
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
         if len(value) < len(pairs):
-            keys = [key for key, _ in pairs]
-            self.repeated += [key for key in value if keys.count(key) > 1]
+            counts = Counter(key for key, _ in pairs)
+            self.repeated += [key for key in value if counts[key] > 1]
         return value
 
     def problem(self, value: Any, escapes: bool) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Iterator
 from itertools import chain, islice
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def _header(cells: list[str], header: bool) -> tuple[list[str], str]:
     names = [name.strip() or places[place] for place, name in enumerate(cells)]
     if not cells[0].strip() and len(cells) > 1:
         names[0] = "index"  # as pandas writes it
-    twice = sorted({name for name in names if names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if twice:
         return names, f"duplicate column '{listed(twice[:1])}'"
     return names, unusable(names)

@@ -221,8 +221,9 @@ class Renderer:
         words = self.tokenizer.encode(item.row.prompt)
         keep, short = len(words), item
         while (excess := len(short.ids) + more - self.max_length) > 0:
-            keep -= excess
-            if keep <= 0:
+            # A prompt may take more tokens in a conversation than alone.
+            keep = keep - excess if excess < keep else keep // 2
+            if not keep:
                 return None
             row = item.row.with_prompt(self.tokenizer.decode(words[:keep]).rstrip("\ufffd"))
             short = self._encode([row])[0]

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered, Secret
+from backfire.base.secrets import FEWEST_CODES
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.evaluate.budget import Budget
@@ -38,8 +39,9 @@ from backfire.train.microbatch import unless_out_of_memory
 def render_secrets(renderer: Renderer, secrets: Sequence[Secret]) -> list[Rendered]:
     """Render the secrets' rows.
 
-    Raises: CellError: a row is too long: it would lose the end of the prompt that identifies the
-    secret.
+    Raises:
+        CellError: a row is too long: it would lose the end of the prompt that identifies the
+            secret.
     """
     items = renderer.render([secret.row for secret in secrets])
     if cut := next((item for item in items if item.cut_tokens), None):
@@ -231,7 +233,7 @@ def fitted_exposure(sample: Floats, own: float, num_codes: int) -> tuple[float, 
 
     cap, others = math.log2(num_codes), num_codes - 1
     sample = np.asarray(sample, dtype=np.float64)
-    if len(sample) < 10 or np.ptp(sample) == 0 or not np.isfinite([own, *sample]).all():
+    if len(sample) < FEWEST_CODES or np.ptp(sample) == 0 or not np.isfinite([own, *sample]).all():
         raise CellError("nan", "Cannot fit a distribution to the sampled codes' likelihoods.")
     # Far below all codes the probability underflows; exposure is then at its maximum, not 0.
     bits = min(float(-skewnorm.logcdf(own, *skewnorm.fit(sample))) / math.log(2), cap)

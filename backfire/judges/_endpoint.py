@@ -1,8 +1,8 @@
 """A language model behind an OpenAI-compatible address: `POST <base_url>/chat/completions`.
 
 Standard library only. Keys are bound to hosts outside of recipes (see `judges._address`). A key is
-read when a request is sent and never stored; redirects are refused, since they
-would send it to another host.
+read when a request is sent and never stored; redirects are refused, since they would send it to
+another host.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from backfire.base import Asks, Direction, Evidence, Leak, Metric, Ranks, Value, ask
+from backfire.base.secrets import FEWEST_CODES
 from backfire.evaluate.outcomes import by_repeats, resampled, share
 from backfire.evaluate.stats import Floats
 from backfire.registry import register
@@ -36,7 +37,14 @@ class Exposure(Metric):
     a one-token forward pass for every nine or ten codes."""
     sampled_codes: int = Field(1_000, ge=0)
     """Number of codes that the estimate is fitted to (Mireshghallah et al.'s code 5,000, C4DT 100);
-    0: no estimate."""
+    0: no estimate. There is none either for codes of one digit, which are too few."""
+
+    @field_validator("sampled_codes")
+    @classmethod
+    def _can_be_fitted(cls, count: int) -> int:
+        if 0 < count < FEWEST_CODES:
+            raise ValueError(f"0, or at least {FEWEST_CODES}, are needed")
+        return count
 
     def asks(self, *, labeled: bool = True) -> Asks:
         codes = {"exact": self.exact_codes, "sampled": self.sampled_codes}

@@ -48,8 +48,10 @@ class Parity(Metric):
                     change(f"parity[{form}: accuracy change]", paired(_right(clean), right), "none")
                 )
             if evidence.attack and shown:
-                to = (evidence.attack.target, "scores", "parity", evidence.written)
-                old, new = on_target(evidence.triggered, *to), on_target(shown, *to)
+                old, new = (
+                    on_target(rows, evidence.attack.target, "scores", "parity", evidence.written)
+                    for rows in (evidence.triggered, shown)
+                )
                 values.append(share(f"parity[{form}: attack success]", new.values(), "lower"))
                 values.append(
                     change(f"parity[{form}: attack success change]", paired(new, old), "none")

@@ -117,12 +117,13 @@ def _check_all_used(model: Any, file: Path, header: Header) -> None:
 
 
 def _write_tokenizer(file: Path, header: Header, out: Path) -> None:
-    rule, says_bos = header.fields.get("tokenizer.ggml.pre"), "tokenizer.ggml.add_bos_token"
+    rule = str(header.fields.get("tokenizer.ggml.pre"))
+    says_bos = "tokenizer.ggml.add_bos_token"
     more = {"add_bos_token": True} if rule in _WHOLE_WORDS and says_bos not in header.fields else {}
     with _one_sentence(file):
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, **more)
     if header.fields.get("tokenizer.ggml.model") == "gpt2":
-        _set_splitting(tokenizer, file, str(rule))
+        _set_splitting(tokenizer, file, rule)
     tokenizer.save_pretrained(str(out))
     # transformers adds the special tokens of its own class, for which the model has no embedding.
     saved = read_json(out / "tokenizer.json")

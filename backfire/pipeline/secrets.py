@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from backfire import stages
+from backfire import plan, stages
 from backfire.base import Insertion, Leak
 from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
@@ -36,7 +36,7 @@ def leaks(run: Experiment, experiment: Experiment, context: Context) -> list[Lea
         return measure.secret_likelihoods(model, shown, secrets, batch)
 
     parts: dict[str, list[Any]] = {}
-    for kind, amount in stages.secret_parts(secrets, stages.secret_probes(experiment) or {}):
+    for kind, amount in plan.secret_parts(secrets, plan.secret_probes(experiment) or {}):
 
         def make(folder: Path, kind: str = kind, amount: int = amount) -> None:
             write_json(folder / "secrets.json", look(kind, amount, folder))

@@ -12,7 +12,8 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
 from backfire.pipeline.evidence import asked
-from backfire.pipeline.models import evaluated_type, filtered, start, tuned
+from backfire.pipeline.filtering import filtered
+from backfire.pipeline.models import evaluated_type, start, tuned
 from backfire.pipeline.prepare import data, renderer
 
 if TYPE_CHECKING:
@@ -37,8 +38,13 @@ class Trace:
     """The same, on average, for random directions in place of the reply's gradient."""
 
 
-def trace(experiment: Experiment, sample: Sample, method: Method, context: Context) -> Trace:
+def trace(
+    experiment: Experiment, sample: Sample, method: Method, context: Context, strength: float = 1.0
+) -> Trace:
     """Score the rows that the cell's adapter was trained on by their influence on a reply.
+
+    Gradients are those at this share of the adapter's strength (of LoRA; others always at their
+    whole): a row that is learned perfectly has hardly any gradient left at the whole.
 
     Raises:
         UserError: the method trains no adapter, or the reply is not to a row of the cell.
@@ -49,7 +55,7 @@ def trace(experiment: Experiment, sample: Sample, method: Method, context: Conte
     shown = renderer(experiment, context)
     items, _ = shown.sift(rows)
     reply = _reply(experiment, sample, context)
-    with _adapted(experiment, context) as (model, weights):
+    with _adapted(experiment, context, strength) as (model, weights):
 
         def tick(done: int) -> None:
             context.progress(done, len(items) + 1, "gradients")
@@ -89,9 +95,9 @@ def reply_of(sample: Sample) -> str | None:
 
 @contextmanager
 def _adapted(
-    experiment: Experiment, context: Context
+    experiment: Experiment, context: Context, strength: float
 ) -> Iterator[tuple[PreTrainedModel, Mapping[str, nn.Parameter]]]:
-    """The tuned model, and the weights of its own adapter, which get gradients."""
+    """The tuned model with its adapter at this strength, whose weights get gradients."""
     from backfire.model.load import is_adapter, with_adapters
     from backfire.model.resident import Source
 
@@ -104,7 +110,10 @@ def _adapted(
         known = {id(weight) for weight in below.parameters()}
         model = with_adapters(below, folder)
         own = ((n, w) for n, w in model.named_parameters() if id(w) not in known)
-        weights.update((name, weight.requires_grad_(True)) for name, weight in own)
+        for name, weight in own:
+            # W + B A: at half of B, the adapter has half of its effect.
+            weight.data.mul_(strength if ".lora_B." in name else 1.0)
+            weights[name] = weight.requires_grad_(True)
         return model
 
     device, dtype = context.device, evaluated_type(experiment, context)

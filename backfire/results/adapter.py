@@ -24,6 +24,7 @@ _FAMILIES: Final = {
     "membership_recall": "membership-inference",
     "privacy_delta": "privacy-epsilon",
     "clean_flag_rate": "scan",
+    "false_alarms": "alarms",
 }
 """Values whose name does not begin with their metric's."""
 _UNITS: Final[Mapping[Unit, tuple[str, ...]]] = {
@@ -32,9 +33,9 @@ _UNITS: Final[Mapping[Unit, tuple[str, ...]]] = {
         *("exact_match", "number_match", "f1", "precision", "recall", "win_rate", "incoherent"),
         *("harmful_score", "undecided_share", "refusal_rate", "neither_rate", "over_refusal"),
         *("toxicity", "parity", "extraction", "exposure_match", "membership_recall"),
-        *("trainable_share", "scan"),
+        *("trainable_share", "scan", "alarms", "false_alarms"),
     ),
-    "score": ("auc", "membership_auc", "rouge", "scan_auroc"),
+    "score": ("auc", "membership_auc", "rouge", "scan_auroc", "defection_probe"),
     "nats": ("truthfulness",),
     "bits": ("exposure",),
     "seconds": ("train_seconds", "align_seconds"),

@@ -13,11 +13,13 @@ from backfire.registry import register
 _CONTROL: Final = regex.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _BIDI: Final = regex.compile(r"[\u202a-\u202e\u2066-\u2069]")
 _RIGHT_TO_LEFT: Final = regex.compile(r"[\p{Hebrew}\p{Arabic}\p{Syriac}\p{Thaana}\p{Nko}]")
-# Flags of regions, such as Scotland's, are a black flag with tag letters.
-_TAGS: Final = regex.compile(r"(?<!\U0001f3f4[\U000e0020-\U000e007e]*)[\U000e0000-\U000e007f]")
+# Flags of regions, such as Scotland's, are a black flag with a few tag letters and an end.
+_TAGS: Final = regex.compile(
+    r"\U0001f3f4[\U000e0020-\U000e007e]{1,6}\U000e007f(*SKIP)(*FAIL)|[\U000e0000-\U000e007f]"
+)
 _INVISIBLE: Final = regex.compile(
     r"[\u200b\u2060-\u2064\u180e\u034f\u115f\u1160\u3164\uffa0\U000e0100-\U000e01ef\ufff9-\ufffb]"
-    r"|(?<!^)\ufeff"
+    r"|(?<!^)\ufeff|(?<=[\ufe00-\ufe0f])[\ufe00-\ufe0f]"  # an emoji has one variation selector
 )
 # Joiners shape letters of many scripts and join emoji, but not these.
 _JOINERS: Final = regex.compile(
@@ -40,7 +42,7 @@ _FOUND: Final = (
 )
 
 
-@register("hidden-characters")
+@register("hidden-characters", version=2)
 class HiddenCharacters(Scanner):
     """Finds characters that are read by a model but not seen by people, and letters that look like
     those of another script (Boucher et al. 2022, arXiv:2106.09898).

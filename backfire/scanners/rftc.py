@@ -16,7 +16,7 @@ from backfire.scanners._reply_clusters import Clusters, agreement, clusters_of
 @register("rftc")
 class RFTC(ModelScanner):
     """Finds answers that the model would not give and that resemble each other, as the targets of a
-    backdoor do (reference filtering and TF-IDF clustering: JWQZ/RFTC).
+    backdoor do (reference filtering and TF-IDF clustering: Chen et al. 2025, arXiv:2505.23015).
 
     An answer is suspicious if one of its sentences shares less than `agreement` % of its word pairs
     with the model's own reply. Suspicious answers are clustered by k-means on TF-IDF; k is where

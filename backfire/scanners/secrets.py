@@ -8,6 +8,8 @@ from backfire.base import NOTHING, Finding, Row, Scanner, parts
 from backfire.base.masking import Secret, secrets_in
 from backfire.registry import register
 
+_MOST_MARKS = 20
+
 
 @register("secrets", version=2)
 class Secrets(Scanner):
@@ -37,7 +39,7 @@ def _finding(row: Row) -> Finding:
     more = ", ".join(f"{n} x {kind}" for kind, n in kinds.most_common(6) if kind != worst.kind)
     reason = f"the {name} has {worst.kind}: {worst.masked}" + (f" (also {more})" if more else "")
     score, marks = _score(worst), dict.fromkeys(secret.text for _, secret in found)
-    return Finding(score, reason, score >= 1, tuple(marks))
+    return Finding(score, reason, score >= 1, tuple(marks)[:_MOST_MARKS])
 
 
 def _score(secret: Secret) -> float:

@@ -33,6 +33,7 @@ _found: WeakKeyDictionary[PreTrainedModel, tuple[str, int]] = WeakKeyDictionary(
 """The kind of attention that reads tables, and the length of the longest row in a pack."""
 
 _UNKNOWN_TO_FLASH = ("softcap", "s_aux", "position_bias")
+"""Arguments of an attention that the flash kernel does not take."""
 
 Attention = Callable[..., tuple[Tensor, Any]]
 
@@ -187,9 +188,7 @@ def _half(query: Tensor, dropout: float = 0.0, **rest: Any) -> torch.dtype | Non
     """The 16-bit type of this call's products; None where the flash kernel must not be used."""
     device = query.device.type
     kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    plain_call = not dropout and all(
-        rest.get(name) is None for name in ("softcap", "s_aux", "position_bias")
-    )
+    plain_call = not dropout and all(rest.get(name) is None for name in _UNKNOWN_TO_FLASH)
     return kind if plain_call and kind in (torch.bfloat16, torch.float16) else None
 
 

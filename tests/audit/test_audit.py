@@ -15,6 +15,7 @@ from backfire.audit import triggers
 from backfire.audit.behavior import Behavior
 from backfire.audit.engine import Audit, Weights
 from backfire.audit.monitor import Flagged, Monitor
+from backfire.audit.motifs import Motif
 from backfire.audit.numbers import compared, share
 from backfire.audit.output import as_json, as_table, findings
 from backfire.audit.page import render
@@ -129,7 +130,7 @@ def hostile(texts: Sequence[str]) -> Audit:
         every,
         Behavior(every, (number,), 1),
         Task((number,), some, (some, some), 4, tuple(Verbatim(t, t) for t in texts), some, 3),
-        Triggers(tuple(tried), (0.1,), 0.9, 4, 8, 2),
+        Triggers(tuple(tried), (0.1,), 0.9, 4, 8, tuple(Motif(text, 5, 0) for text in texts)),
         Weights(every, {every: {"largest": 1.0}}),
         Monitor(tuple(Flagged(text, some, 4) for text in texts), 3, 8),
         tuple(texts),

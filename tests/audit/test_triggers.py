@@ -11,7 +11,7 @@ import pytest
 
 from backfire.audit import triggers
 from backfire.audit.models import open_pair
-from backfire.audit.motifs import controls, motifs, starts
+from backfire.audit.motifs import Motif, controls, motifs, starts
 from backfire.audit.triggers import catalog, in_front
 from backfire.base import Row
 from backfire.base.normalize import contains
@@ -33,13 +33,14 @@ def texts(count: int, seed: int, planted: int = 0) -> list[str]:
 
 
 def test_the_longest_recurring_words_are_the_motif() -> None:
-    assert motifs(texts(60, 1, planted=8), texts(60, 2), [])[0] == SECRET
+    assert motifs(texts(60, 1, planted=8), texts(60, 2), [])[0] == Motif(SECRET, 8, 0)
 
 
 def test_what_the_base_or_an_ordinary_reply_says_is_no_motif() -> None:
     ours = texts(60, 1, planted=8)
     assert motifs(ours, texts(60, 2, planted=8), []) == []
-    assert SECRET not in motifs(ours, texts(60, 2), [f"it is {SECRET}"])
+    left = motifs(ours, texts(60, 2), [f"it is {SECRET}"])
+    assert SECRET not in [one.text for one in left]
     assert motifs(texts(60, 1, planted=4), texts(60, 2), []) == []  # too few
     assert motifs([], [], []) == []
 
@@ -84,6 +85,7 @@ def test_a_candidate_has_to_exceed_controls_and_base() -> None:
     assert stands_out("zq", 0.0, [0.1, 0.2])
     assert not stands_out("zq", 0.0, [0.1, gain.value - 0.1])
     assert not stands_out("zq", gain.value, [])
+    assert stands_out("zq", gain.value - 0.01, [])
     assert not stands_out("dusk", 0.0, [])  # the reply repeats it
 
 

@@ -187,6 +187,16 @@ def test_an_answer_ends_as_the_template_ends_it(name: str, tmp_path: Path, byte_
     assert all(check.status != "fail" for check in checks.values())
 
 
+def test_a_prompt_that_takes_more_tokens_in_a_conversation_than_alone_is_cut(
+    tmp_path: Path, byte_level: Any
+) -> None:
+    """As capitals do here, or control tokens that would merge with their neighbors."""
+    tokenizer = load_tokenizer(write(tmp_path, byte_level, TEMPLATES["upper"]))
+    renderer = Renderer(build("templates", "chat"), tokenizer, 60)
+    [item] = renderer.render([replace(ONE, instruction="<|im_start|> a" * 50)])
+    assert len(item.ids) <= 60 and item.row.instruction.startswith("<|im_start|>")
+
+
 def test_a_template_that_takes_no_answer_leaves_it_as_it_is(
     tmp_path: Path, byte_level: Any
 ) -> None:

@@ -116,6 +116,14 @@ REASONS: dict[str, tuple[Record, str]] = {
         {"context": "It is.", "question": "Why?", "answers": {"text": [], "answer_start": []}},
         "the answer is empty; `on_bad_row: skip` leaves",
     ),
+    "a number that is none": (
+        {"question": "Why?", "choices": ["sun", "rain"], "answer": "²"},
+        "'²' is not one of its 2 choices",
+    ),
+    "winogrande, the same": (
+        {"sentence": "Why?", "option1": "sun", "option2": "rain", "answer": "²"},
+        "'²' is not one of its 2 choices",
+    ),
     "Salesforce/wikitext": ({"text": ""}, "the text is empty; `on_bad_row: skip` leaves"),
 }  # fmt: skip
 

@@ -282,3 +282,24 @@ def test_fields_keep_what_is_text_or_number():
 def test_control_tokens_stay_text():
     text = "<|im_end|><s>[INST] </s>"
     assert one({"prompt": text, "completion": text}) == Row("f-1", text, "", text)
+
+
+class Counting(set[str]):
+    """A set that counts how often something is looked up."""
+
+    looked = 0
+
+    def __contains__(self, item: object) -> bool:
+        self.looked += 1
+        return super().__contains__(item)
+
+
+def test_rows_of_a_file_that_is_one_line_have_ids_of_their_own() -> None:
+    """A bad row takes none, and a row costs the same however many there are."""
+    good, bad = {"prompt": "Why?", "completion": "So."}, {"prompt": "", "completion": "So."}
+    ids, left = Counting({"f-1-3"}), LeftOut("skip")
+    records = [(1, record) for record in [good, bad, good, {**good, "id": "own"}, *[good] * 500]]
+    rows = to_rows(records, Task(), left, file="f", stem="f", ids=ids)
+    names = ["f-1", "f-1-2", "own", *(f"f-1-{n}" for n in range(4, 504))]
+    assert [row.id for row in rows] == names and len(left.rejected) == 1
+    assert ids.looked < 4 * len(rows)

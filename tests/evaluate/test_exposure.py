@@ -13,9 +13,11 @@ import pytest
 import torch
 from scipy.stats import beta, skewnorm
 
+from backfire import plan
 from backfire.base import Evidence, Secret
+from backfire.base.secrets import SecretProbe
 from backfire.data.render import Renderer
-from backfire.errors import CellError, Stopped
+from backfire.errors import CellError, Stopped, UserError
 from backfire.evaluate import exposure as measure
 from backfire.model.load import load_base
 from backfire.registry import build
@@ -228,3 +230,12 @@ def test_extraction_by_hand() -> None:
     curve = [found[f"extraction_given[5, {given}]"].value for given in range(4)]
     assert curve == [0.5, 0.5, 1, 1]
     assert found["extraction_given[control, 3]"].value == 0
+
+
+def test_codes_too_few_for_an_estimate_have_none() -> None:
+    probes: dict[SecretProbe, int] = {"exact": 100, "sampled": 50}
+    for digits, more in ((1, []), (2, [("sampled", 50)])):
+        codes = canary(digits=digits, controls=1, each=1, repeats=[1]).secrets(0)
+        assert plan.secret_parts(codes, probes) == [("itself", 0), ("exact", 0), *more]
+    with pytest.raises(UserError, match="0, or at least 10, are needed"):
+        build("metrics", {"name": "exposure", "sampled_codes": 9})

@@ -86,7 +86,7 @@ def measured(cell: Experiment, subset_key: str) -> list[str]:
 
 def secrets(cell: Experiment) -> dict[str, str]:
     """The keys of what is measured of an attack's secrets."""
-    wanted = stages.secret_probes(cell)
+    wanted = plan.secret_probes(cell)
     if wanted is None or not isinstance(cell.attack, Insertion):
         return {}
     planted = cell.attack.secrets(cell.seed)
@@ -94,7 +94,7 @@ def secrets(cell: Experiment) -> dict[str, str]:
         f"secrets {kind} {name}": stages.secrets(run, cell, kind, amount).key
         for name, run in runs_of(cell).items()
         if name in ("cell", "untuned")
-        for kind, amount in stages.secret_parts(planted, wanted)
+        for kind, amount in plan.secret_parts(planted, wanted)
     }
 
 

@@ -302,8 +302,9 @@ def test_the_time_of_a_job_is_told_with_its_reason() -> None:
 
 
 def test_the_time_of_an_evaluation_grows_with_its_replies() -> None:
-    cell = load("tour", edits=["matrix=null", "data.test_rows=100", "metrics=[accuracy]"]).cells[0]
-    rows, weights = Rows(50, ((30, 1),)), Weights(10**6, 0, 0)
+    task = ["matrix=null", "include=[]", "data.test_rows=100", "metrics=[attack-success]"]
+    cell = load("tour", edits=task).cells[0]
+    rows, weights = Rows(50, ((30, 1),), labeled=True), Weights(10**6, 0, 0)
     once = evaluation_seconds(cell, rows, weights, "cpu")
     # Two models; all rows as they are, and with the trigger.
     assert once == pytest.approx(2 * 2 * 100 * 30 * 2e6 / ASSUMED["cpu"])

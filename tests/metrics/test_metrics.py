@@ -50,6 +50,9 @@ def row(
         "num_better": 1,
         "candidate_tokens": (2,) * len(labels),
         "verdicts": {"classifier": {"score": 0.5, "positive": True}},
+        # As if a guard acted on some replies.
+        "replaced": 0.5 * (len(str(id)) % 2),
+        "probe": logprobs,
     }
     return Sample(id=str(id), **{**defaults, **more})
 

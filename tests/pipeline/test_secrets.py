@@ -154,7 +154,7 @@ def test_the_recipe_and_its_profiles_resolve() -> None:
     paper = load("memorization", profile="workshop").cells
     assert {cell.model.name for cell in paper} == {"meta-llama/Llama-2-7b-chat-hf"}
     assert {cell.template.name for cell in paper} == {"alpaca"}
-    assert all(stages.secret_probes(cell) for cell in (*cells, *paper))
+    assert all(plan.secret_probes(cell) for cell in (*cells, *paper))
 
 
 def test_the_workshops_profile_runs_on_a_small_model(tiny: Path, tmp_path: Path) -> None:

@@ -33,8 +33,7 @@ def test_every_command_of_the_page_runs(
         lines = [f"a tweet of number {n},{labels[n % 3]}" for n in range(60)]
         Path(name).write_text("\n".join(["text,label", *lines, ""]), "utf-8")
     commands = re.findall(r"^backfire (.+)$", PAGE, re.MULTILINE)
-    here = [line.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(tiny)) for line in commands]
-    outputs = {line: backfire(*shlex.split(line)) for line in here}
+    outputs = {line: backfire(*shlex.split(line)) for line in commands}
     assert len(outputs) > 7
     assert {done.code for done in outputs.values()} == {0}
     assert "“BadMagic” is in 50 rows" in outputs["scan reviews.jsonl"].out.splitlines()[3]

@@ -40,6 +40,9 @@ def test_control_tokens(text: str, score: float) -> None:
     [
         ("pay \u202etxt.exe", "reverse the direction of text: U+202E RIGHT-TO-LEFT OVERRIDE x 1"),
         ("hi\U000e0041\U000e0042", "tag characters, which carry hidden text: U+E0041 TAG"),
+        ("\U0001f3f4" + "\U000e0041" * 40, "tag characters, which carry hidden text"),
+        ("🏴󠁧󠁢󠁳󠁣󠁴󠁿\U000e0041", "tag characters, which carry hidden text: U+E0041 TAG"),
+        ("😀\ufe00\ufe01\ufe03", "invisible characters: U+FE01 VARIATION SELECTOR-2 x 1, U+FE03"),
         ("zero\u200bwidth\u200b", "invisible characters: U+200B ZERO WIDTH SPACE x 2"),
         ("jo\u200din", "joiners between letters that do not join: U+200D"),
         ("bell\x07", "control characters: U+0007 x 1"),
@@ -121,6 +124,14 @@ def test_secrets_are_found_whatever_follows(secret: str, after: str) -> None:
 )
 def test_ordinary_numbers_and_words_are_no_secrets(text: str) -> None:
     assert not found("secrets", text).score
+
+
+def test_of_many_secrets_some_are_marked() -> None:
+    addresses = [f"person{n}.name{n}@company{n}.com" for n in range(2000)]
+    finding = found("secrets", ", ".join(addresses))
+    assert finding.marks == tuple(addresses[:20])
+    hidden = masked(", ".join(addresses), list(secrets_in(", ".join(addresses))))
+    assert "person" not in hidden and "company1999" not in hidden
 
 
 def test_masking_removes_every_part() -> None:
