@@ -107,8 +107,10 @@ class Claim:
 
     def _beat(self) -> None:
         """Written through the open file: it can never be another worker's."""
-        _write(self._file, self.holder)
-        os.utime(self._file)  # the file system's clock
+        try:
+            _write(self._file, self.holder)
+        finally:  # on a full disk too, this worker lives
+            os.utime(self._file)  # the file system's clock
 
     def _is_mine(self) -> bool:
         try:

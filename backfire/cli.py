@@ -209,7 +209,7 @@ def work(
     if members.serves():
         return
     settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
-    if start(run, settings, minutes=minutes, memory=memory and memory * 1e9):
+    if start(run, settings, minutes=minutes, memory=None if memory is None else memory * 1e9):
         raise typer.Exit(1)
 
 

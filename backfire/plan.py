@@ -54,8 +54,10 @@ def jobs(cells: Sequence[Experiment], axes: Sequence[dict[str, Any]]) -> list[Jo
         out.setdefault(base, Job(base, "base", experiment, {}))
         for run in training_runs(experiment):
             name = f"train-{keys(run).train}"
-            before = (f"train-{keys(run.alignment).train}",) if run.alignment else ()
-            out.setdefault(name, Job(name, "train", run, {}, (base, *before)))
+            needs = [base]
+            if (aligned := run.alignment) and aligned.method.trains:
+                needs.append(f"train-{keys(aligned).train}")
+            out.setdefault(name, Job(name, "train", run, {}, tuple(needs)))
     for experiment, point in zip(cells, axes, strict=True):
         runs = (f"train-{keys(run).train}" for run in training_runs(experiment))
         name, after = f"cell-{stages.cell_key(experiment)}", f"base-{keys(experiment).base}"
@@ -140,7 +142,8 @@ def _secrets(experiment: Experiment) -> Iterable[Stage]:
 def training_runs(experiment: Experiment) -> list[Experiment]:
     """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
     clean-model baseline of a backdoor."""
-    runs = [experiment.alignment] if experiment.alignment else []
+    aligned = experiment.alignment
+    runs = [aligned] if aligned and aligned.method.trains else []
     if experiment.method.trains:
         runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
     return runs

@@ -6,6 +6,7 @@ The text is all that crosses from a worker to whoever watches it, so `Pace` writ
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable
@@ -16,7 +17,8 @@ Progress = Callable[[int, int, str], None]
 
 _READ_SECONDS = 0.2  # a loss on a GPU is read no more often: reading waits for the step
 _FACTS = re.compile(
-    r"(?P<activity>.*?)(, loss (?P<loss>[^\s,]+))?(, (?P<rate>[\d.]+) rows/s)?(?P<where> on \S+)?"
+    r"(?P<activity>.*?)(, loss (?P<loss>-?(\d+\.\d+|nan|inf)))?"
+    r"(, (?P<rate>\d+(\.\d+)?) rows/s)?(?P<where> on \S+)?"
 )
 
 
@@ -60,9 +62,10 @@ def facts(text: str) -> Facts:
     found = _FACTS.fullmatch(text)
     if found is None:  # more than one line
         return Facts(text, None, None)
-    loss, rate = found["loss"], found["rate"]
+    loss, rate = float(found["loss"] or "nan"), found["rate"]
     activity = found["activity"] + (found["where"] or "")
-    return Facts(activity, float(loss) if loss else None, float(rate) if rate else None)
+    # Training ends some steps after the loss is not finite, and JSON has no such number.
+    return Facts(activity, loss if math.isfinite(loss) else None, float(rate) if rate else None)
 
 
 def _short(value: float) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -109,8 +110,18 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(patiently(lambda: path.read_text(encoding="utf-8")))
+def read_json(path: Path, **options: Any) -> Any:
+    """Read a JSON file; the options are those of `json.loads`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or nested too deeply.
+    """
+    text = patiently(lambda: path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def sha256(path: Path) -> str:
@@ -272,11 +283,15 @@ def _remove_dead(place: Path) -> None:
 
 def last_change(folder: Path) -> float:
     """When a file in the folder, or the folder, last changed: the latest mtime."""
-    times = [0.0]
-    for path in (folder, *folder.rglob("*")):
+    return max((stat.st_mtime for stat in stats_of(folder)), default=0.0)
+
+
+def stats_of(place: Path) -> Iterator[os.stat_result]:
+    """Of a file, or of a folder and all that is in it; what is gone meanwhile is left out."""
+    inside = (Path(at, name) for at, *names in os.walk(place) for name in itertools.chain(*names))
+    for path in itertools.chain([place], inside):
         with contextlib.suppress(OSError):  # it is being built
-            times.append(path.stat().st_mtime)
-    return max(times)
+            yield path.stat()
 
 
 def _copy(source: Path, out: Path) -> None:

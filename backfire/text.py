@@ -20,6 +20,8 @@ _CONTROLS: Final = re.compile(
 )
 _SURROGATES: Final = re.compile(r"[\ud800-\udfff]")
 _HOLDS_A_KEY: Final = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|CREDENTIALS)S?$", re.IGNORECASE)
+_FORMULAS: Final = ("=", "+", "-", "@", "\t", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""Beginnings of what a spreadsheet evaluates; some do so with full-width characters too."""
 _SECRETS: Final = re.compile(r"\b(hf_|sk-|ghp_|xox[a-z]-)[A-Za-z0-9_-]{16,}")
 
 
@@ -48,7 +50,7 @@ def csv_field(value: Any) -> Any:
     if not isinstance(value, str):
         return value
     plain = clean(value)
-    risky = plain.startswith(("=", "+", "-", "@", "\t")) or value.startswith("\r")
+    risky = plain.startswith(_FORMULAS) or value.startswith("\r")
     return f"'{plain}" if risky else plain
 
 
@@ -130,17 +132,21 @@ def listing(items: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
-def knob(value: Any) -> str:
-    """A setting on one line: `lora (rank 4)` of `{name: lora, rank: 4}`."""
+def knob(value: Any, levels: int = 20) -> str:
+    """A setting on one line: `lora (rank 4)` of `{name: lora, rank: 4}`; nested by at most so many
+    levels."""
+    if not levels:
+        return "…"
     if isinstance(value, Mapping):
         # The null control comes first, so that it is not cut off.
         words = ["null control"] if value.get("null") is True else []
         shown = {k: v for k, v in value.items() if k not in ("name", "null")}
-        rest = ", ".join([*words, *(f"{line(key)} {knob(item)}" for key, item in shown.items())])
+        words += [f"{line(key)} {knob(item, levels - 1)}" for key, item in shown.items()]
+        rest = ", ".join(words)
         name = line(value.get("name", ""))
         return f"{name} ({rest})" if name and rest else name or rest
     if isinstance(value, list | tuple):
-        return ", ".join(knob(item) for item in value) or "none"
+        return ", ".join(knob(item, levels - 1) for item in value) or "none"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, float):

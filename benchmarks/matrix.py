@@ -35,19 +35,19 @@ SCRIPTS = {"script, two processes": 2, "script, one process": 1}
 def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.matrix", description=__doc__)
     add = parser.add_argument
-    add("--cells", type=int, nargs="+", default=[1, 2, 4, 8, 24], choices=AXES)
+    add("--cells", type=int, nargs="+", default=[1, 4, 8, 24], choices=AXES)
     add(
         "--script-cells",
         type=int,
-        default=4,
+        default=2,
         choices=[cells for cells in AXES if cells > 1],  # with each kind of training run
         help="cells that the script runs; its time for more is computed from its parts",
     )
     add("--repetitions", type=int, default=2, help="of the matrix that both sides run")
-    add("--row-counts", type=int, nargs="*", default=[80, 640], help="training rows to vary")
+    add("--row-counts", type=int, nargs="*", default=[80, 480], help="training rows to vary")
     for field in fields(Sizes):
         add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    add("--parts-rows", type=int, default=64, help="training rows when the parts are compared")
+    add("--parts-rows", type=int, default=48, help="rows with which the parts are compared")
     add("--parts-repetitions", type=int, default=2, help="0: do not compare the parts")
     add("--name", default="matrix", help="the result is written to <date>-<name>.json")
     add("--out", type=Path, default=RESULTS)
@@ -97,7 +97,8 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     parts = None
     if options.parts_repetitions:
         cell = next(one.cell for one in bench.tunings(4) if one.cell.experiment.attack)
-        cell = replace(cell, train=cell.train[: options.parts_rows])
+        few = slice(options.parts_rows)
+        cell = replace(cell, train=cell.train[few], test=cell.test[few])
         parts = compared(cell, folder / "parts", options.parts_repetitions, say)
     matrices = bench.matrices(options.cells, options.script_cells, options.repetitions)
     return {
@@ -109,7 +110,9 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "peak_flops": peak,
         "parts": parts,
         **matrices,
-        "by_rows": bench.by_rows(options.row_counts, options.script_cells, matrices["runs"]),
+        "by_rows": bench.by_rows(
+            options.row_counts, min(4, options.script_cells), matrices["runs"]
+        ),
         "load": {"before": before, "after": os.getloadavg()[0]},
         "minutes": round((time.perf_counter() - begin) / 60, 1),
     }
@@ -153,7 +156,7 @@ class Bench:
         cells, work = self.cells(script_cells), places["backfire"]
         script = places["script, two processes"]
         equal = equality(cells, work / "run", work / "cache", script)
-        every = sorted({*numbers, script_cells, 32})
+        every = sorted({*numbers, script_cells, min(4, script_cells), 32})
         return {
             "runs": found,
             "computed": {str(number): self._computed(found, number) for number in every},

@@ -179,7 +179,7 @@ def _by_rows(result: Result) -> list[str]:
     return [
         *_table(head, rows),
         "",
-        f"Makespans of {described(shared_cells(result))} in seconds; with other than "
+        f"Makespans of {described(cells_by_rows(result))} in seconds; with other than "
         f"{result['sizes']['rows']} rows the script's are computed, its training in proportion to "
         "its rows.",
     ]
@@ -190,11 +190,17 @@ def shared_cells(result: Result) -> int:
     return int(result["runs"][STRONG][0]["cells"])
 
 
+def cells_by_rows(result: Result) -> int:
+    """Number of cells of the matrix whose rows are varied."""
+    return int(result["by_rows"][0]["cells"]) if result["by_rows"] else shared_cells(result)
+
+
 def by_rows(result: Result) -> list[tuple[int, float, float]]:
     """Training rows, and the makespans of backfire and of the script as two processes."""
-    cells = shared_cells(result)
-    ours, theirs = (makespan(result, side, cells) or 0.0 for side in ("backfire", STRONG))
-    found = [(result["sizes"]["rows"], ours, theirs)]
+    cells = cells_by_rows(result)
+    ours, found = makespan(result, "backfire", cells), []
+    if ours:
+        found.append((result["sizes"]["rows"], ours, script(result, STRONG, cells)))
     found += [(ln["rows"], ln["seconds"], ln["computed"][STRONG]) for ln in result["by_rows"]]
     return sorted(found)
 

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 
 from backfire import base, recipe
 from backfire.base import Component, Config
+from backfire.base.docstrings import documented
 from backfire.experiment import Align, Evaluation, Experiment, Machine, Model, Safety, Train
 from backfire.registry import KINDS, find, names
 from backfire.sandbox.base import Pretrain
@@ -101,7 +102,7 @@ def catalog() -> str:
         if shared.model_fields:
             some = "all" if all(issubclass(item, shared) for item in classes) else "most"
             parts.append(f"Settings that {some} {kind} share:\n")
-            parts.append(_knobs(shared.model_fields))
+            parts.append(_knobs(documented(shared).model_fields))
         parts += [_component(item, shared) for item in classes]
     parts.append("## Recipes\n")
     shipped = [name for name in recipe.shipped() if not name.startswith("_")]
@@ -110,7 +111,7 @@ def catalog() -> str:
     parts.append("## Settings\n")
     for title, config in SETTINGS.items():
         parts.append(f"### {title}\n\n{_paragraphs(config)}\n")
-        parts.append(_knobs(config.model_fields))
+        parts.append(_knobs(documented(config).model_fields))
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -129,7 +130,7 @@ def _component(item: type[Component], shared: type[Component]) -> str:
         parent = shared
     own = {
         name: info
-        for name, info in item.model_fields.items()
+        for name, info in documented(item).model_fields.items()
         if name not in parent.model_fields or _default(info) != _default(parent.model_fields[name])
     }
     version = f"\n(Version {item.version}.)\n" if item.version > 1 else ""

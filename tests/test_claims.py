@@ -188,6 +188,23 @@ def test_a_claim_that_cannot_be_read_counts_by_its_age(claims: Claims) -> None:
         claim.release()
 
 
+def test_a_worker_lives_though_its_disk_is_full(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim = claims.take(JOB)
+    assert claim is not None
+    os.utime(claim.path, (1.0, 1.0))
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="full"):
+        claim._beat()
+    assert not holder(claims).is_stale
+    claim.release()
+
+
 def test_a_worker_that_dies_while_it_takes_over_is_waited_for(claims: Claims) -> None:
     """Its mark is left; that of a living one goes with the takeover."""
     elsewhere(claims, age=STALE + 60)

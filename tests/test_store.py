@@ -24,8 +24,10 @@ from backfire.store import (
     Store,
     cache_root,
     intact,
+    last_change,
     read_json,
     seal,
+    stats_of,
     write_atomic,
     write_json,
 )
@@ -457,3 +459,15 @@ def test_the_cache_is_where_the_user_sets_it(
 def test_an_empty_file_of_rows_has_none(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").touch()
     assert read_jsonl(tmp_path / "rows.jsonl") == []
+
+
+def test_what_vanishes_while_it_is_looked_at_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").write_text("four")
+    gone = [str(tmp_path / "gone"), ["folder"], ["file"]]
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda at: [*walk(at), gone])
+    assert sum(stat.st_size for stat in stats_of(tmp_path / "kept")) == 4
+    both = tmp_path.stat(), (tmp_path / "kept").stat()
+    assert last_change(tmp_path) == max(stat.st_mtime for stat in both)

@@ -7,13 +7,14 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 
 from backfire import terminal, text
 from backfire.commands.estimate import amount
 from backfire.errors import Busy, UserError
 from backfire.launch.users import FOLDER, User, users
 from backfire.locks import locked
-from backfire.store import SEAL, Store, last_change
+from backfire.store import SEAL, Store, last_change, stats_of
 from backfire.terminal import say
 
 _DAY = 86400.0
@@ -61,15 +62,15 @@ def entries(store: Store) -> Iterator[Entry]:
                 continue
             is_done = path.suffix not in (".partial", ".damaged")
             seal = path / SEAL
-            used = seal.stat().st_mtime if is_done and seal.exists() else last_change(path)
+            used = last_change(seal if is_done and seal.exists() else path)
             name = path.name if is_done or not path.is_dir() else path.stem
             lock = store.root / kind / f"{name}.lock"
             yield Entry(path, kind, name, is_done, _size(path), used, lock)
 
 
 def _size(path: Path) -> int:
-    files = path.rglob("*") if path.is_dir() else [path]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    """Bytes of a stage; files of one that is being built may be gone by now."""
+    return sum(one.st_size for one in stats_of(path) if S_ISREG(one.st_mode))
 
 
 # -------------------------------------------------------------------------------------- looking

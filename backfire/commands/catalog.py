@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, get_origin
 
 from pydantic import TypeAdapter
 from pydantic.fields import FieldInfo
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from backfire import recipe as recipes
 from backfire.base import Component, Config
+from backfire.base.docstrings import documented, leaves
 from backfire.errors import UserError, unknown
 from backfire.experiment import Align, Evaluation, Model, Safety, Train
 from backfire.registry import KINDS, find, names, use_installed
@@ -104,7 +105,7 @@ def describe(kind: str, name: str) -> str:
     origin = f", from {cls.plugin.title}" if cls.plugin else ""
     title = f"{cls.label()} (version {cls.version}{origin})"
     lines = [title, "", (cls.__doc__ or "").strip(), ""]
-    for knob, info in cls.model_fields.items():
+    for knob, info in documented(cls).model_fields.items():
         value = f"= {info.get_default(call_default_factory=True)!r}"
         default = "required" if info.is_required() else value
         lines += [f"  {knob} {default}", f"      {' '.join((info.description or '').split())}"]
@@ -130,7 +131,7 @@ def _settings(cls: type[Config], definitions: dict[str, Any]) -> dict[str, Any]:
     """The schema of a group of settings; the types that it refers to go into `definitions`."""
     own = {
         name: {"description": field.description or "", **_values(field, definitions)}
-        for name, field in cls.model_fields.items()
+        for name, field in documented(cls).model_fields.items()
     }
     return {"type": "object", "additionalProperties": False, "properties": own}
 
@@ -138,22 +139,16 @@ def _settings(cls: type[Config], definitions: dict[str, Any]) -> dict[str, Any]:
 def _values(field: FieldInfo, definitions: dict[str, Any]) -> dict[str, Any]:
     """The schema of one setting: a component (or several, or none) of its kind, or a plain
     value."""
-    leaves = _leaves(field.annotation)
-    for leaf in leaves:
+    inner = leaves(field.annotation)
+    for leaf in inner:
         if isinstance(leaf, type) and issubclass(leaf, Component):
             several = get_origin(field.annotation) is tuple
             options = _one_or_more(leaf.kind) if several else _one_or_more(leaf.kind)[:1]
-            return {"anyOf": [*options, *([{"type": "null"}] if type(None) in leaves else [])]}
+            return {"anyOf": [*options, *([{"type": "null"}] if type(None) in inner else [])]}
     adapter: TypeAdapter[Any] = TypeAdapter(field.rebuild_annotation())
     shape = adapter.json_schema(ref_template="#/$defs/{model}")
     definitions |= shape.pop("$defs", {})
     return shape
-
-
-def _leaves(annotation: Any) -> list[Any]:
-    """The innermost types of an annotation."""
-    inner = [leaf for part in get_args(annotation) for leaf in _leaves(part)]
-    return inner or [annotation]
 
 
 def json_schema() -> dict[str, Any]:
@@ -163,7 +158,7 @@ def json_schema() -> dict[str, Any]:
     for kind in KINDS:
         options: list[Any] = [{"enum": [*names(kind), *(["none"] if kind == "attacks" else [])]}]
         for name in names(kind):
-            shape = find(kind, name).model_json_schema(
+            shape = documented(find(kind, name)).model_json_schema(
                 ref_template=f"#/$defs/{kind}-{name}-{{model}}"
             )
             for inner, value in shape.pop("$defs", {}).items():
@@ -178,7 +173,7 @@ def json_schema() -> dict[str, Any]:
         definitions[kind] = {"anyOf": options}
     align, safety = _settings(Align, definitions), _settings(Safety, definitions)
     settings = {
-        "model": {"anyOf": [{"type": "string"}, Model.model_json_schema()]},
+        "model": {"anyOf": [{"type": "string"}, documented(Model).model_json_schema()]},
         "data": {"$ref": "#/$defs/datasets"},
         "template": {"$ref": "#/$defs/templates"},
         "attack": {"$ref": "#/$defs/attacks"},
@@ -186,8 +181,8 @@ def json_schema() -> dict[str, Any]:
         "defense": {"anyOf": [{"const": "none"}, *_one_or_more("defenses")]},
         "align": {"anyOf": [{"type": "null"}, align]},
         "safety": {"anyOf": [{"type": "null"}, safety]},
-        "train": Train.model_json_schema(),
-        "evaluation": Evaluation.model_json_schema(),
+        "train": documented(Train).model_json_schema(),
+        "evaluation": documented(Evaluation).model_json_schema(),
         "metrics": {"anyOf": _one_or_more("metrics")},
         "seed": {"type": "integer", "minimum": 0, "maximum": 2**32 - 1},
     }

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from backfire.commands.estimate import amount
 from backfire.data.weights import first_line
 from backfire.launch.environment import version_of
 from backfire.recipe import Recipe
@@ -24,7 +25,8 @@ def show(recipe: Recipe | None) -> None:
         from backfire.commands import forecast
 
         title, *estimates = forecast.lines(recipe)
-        print(title)  # noqa: T201
+        say("")
+        say(title)
         _print(estimates)
 
 
@@ -80,7 +82,7 @@ def _quantized() -> list[str]:
 def _machine() -> list[str]:
     import torch
 
-    memory, free = (f"{size / 2**30:.0f} GB" for size in (ram_bytes(), free_bytes()))
+    memory, free = map(amount, (ram_bytes(), free_bytes()))
     out = [f"ok    {cores()} cores, {memory} of memory, {free} of it free"]
     out += map(_gpu, range(torch.cuda.device_count()))
     if not torch.cuda.is_available():
@@ -98,7 +100,7 @@ def _gpu(number: int) -> str:
 
     gpu, device = torch.cuda.get_device_properties(number), torch.device("cuda", number)
     kind = gpu_type(device)
-    line = f"cuda:{number}: {gpu.name}, {gpu.total_memory / 2**30:.0f} GB"
+    line = f"cuda:{number}: {gpu.name}, {amount(gpu.total_memory)}"
     if kind == "bfloat16":
         return f"ok    {line}, bfloat16"
     instead = (
@@ -113,7 +115,7 @@ def _gpu(number: int) -> str:
 def _place(name: str, root: Path) -> str:
     """Whether a folder, or the nearest one above it that exists, can be written."""
     near = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    free = f"{shutil.disk_usage(near).free / 2**30:.0f} GB free"
+    free = f"{amount(shutil.disk_usage(near).free)} free"
     return (
         f"ok    {name} {root}, {free}"
         if os.access(near, os.W_OK)
@@ -122,12 +124,11 @@ def _place(name: str, root: Path) -> str:
 
 
 def _places() -> list[str]:
+    from huggingface_hub import get_token
+
     places = {"cache": cache_root(), "scratch": scratch_root()}
     out = [_place(name, path) for name, path in places.items() if path]
-    token = (
-        bool(os.environ.get("HF_TOKEN"))
-        or Path("~/.cache/huggingface/token").expanduser().is_file()
-    )
+    token = get_token()
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     out.append(
         f"ok    hub {'offline (HF_HUB_OFFLINE)' if offline else 'allowed'}, "

@@ -132,7 +132,7 @@ def lines(recipe: Recipe) -> list[str]:
     workers = workers_by_device(len(recipe.cells), Machine())
     has = gpu_bytes("auto") if here.device == "cuda" else ram_bytes()
     cells = count(len(recipe.cells), "cell")
-    out = [f"\nRecipe {recipe.name}, {cells}; all figures are estimates"]
+    out = [f"Recipe {recipe.name}, {cells}; all figures are estimates"]
     for experiment, need in here.largest():
         counts = here.size(experiment)
         if counts is None or need is None:

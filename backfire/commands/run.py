@@ -24,7 +24,8 @@ from backfire.model.types import Types
 from backfire.plan import Job
 from backfire.recipe import Recipe
 from backfire.result import CellResult
-from backfire.results.load import load, summary
+from backfire.results.groups import group
+from backfire.results.load import load
 from backfire.store import Store
 from backfire.terminal import say
 from backfire.train import devices
@@ -115,7 +116,8 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     from backfire.report.page import write_report
     from backfire.results import terminal
 
-    page, cells, groups = write_report(out), load(out), summary(out)
+    cells = load(out)
+    page, groups = write_report(out, cells), group(cells)
     if all(cell.is_done for cell in cells):
         has_finished(out)
     terminal.print_summary(groups)

@@ -27,7 +27,7 @@ def show(run: Path) -> None:
     for status in sorted(counts, key=lambda name: (name != "ok", name == "unfinished", name)):
         say(f"{status}: {counts[status]}", console)
     if others := left_out(run):
-        say(f"Not in the recipe any more: {text.count(others, 'finished cell')}", console)
+        say(f"Not in the recipe any more: {text.count(others, 'cell')}", console)
     for line in _claims(run):
         say(line, console)
     print_problems(cells, console)

@@ -26,7 +26,7 @@ from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import types_of
 from backfire.launch.stop import Stop
 from backfire.launch.users import has_finished, still_uses
-from backfire.launch.work import needed
+from backfire.launch.work import fits, needed
 from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.store import Store
@@ -105,7 +105,7 @@ def _sized(
         workers = default_workers(cells, settings, need=need)
         settings = settings.model_copy(update={"workers": workers})
     each = has / (settings.workers if types.device == "cpu" else 1)
-    return settings, memory / ranks if memory else each
+    return settings, each if memory is None else memory / ranks
 
 
 def _failed(plan: Plan, begun: Collection[str], ended: Mapping[str, str]) -> list[Job]:
@@ -163,9 +163,13 @@ def _say_what_is_left(
     elif stop:
         say("The time is over; the next `backfire work` goes on.", console)
     else:
-        held = Claims(run).names()
-        if large := [job for job in left if job.id not in held and (job.memory or 0) > memory]:
+        held, fit = Claims(run).names(), fits(stop, memory)
+        free = [job for job in left if job.id not in held]
+        if large := [job for job in free if (job.memory or 0) > memory]:
             say(_too_large(large, memory), console)
+        elif not all(map(fit, free)):
+            rest = "What is left takes longer, by its estimate, than the time that is left here"
+            say(f"{rest}; the next `backfire work` goes on.", console)
         else:
             say(f"Other workers have what is left; `backfire status {run}` shows them.", console)
 

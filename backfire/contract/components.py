@@ -8,6 +8,7 @@ import yaml
 from pydantic import ValidationError
 
 from backfire.base import Component, Config, Dataset
+from backfire.base.docstrings import documented
 from backfire.errors import UserError
 from backfire.registry import build, find
 
@@ -32,7 +33,8 @@ def is_described(cls: type[Component]) -> str | None:
 
 def describes_its_knobs(cls: type[Component]) -> str | None:
     """Every knob has a docstring: what it does, its unit, its range"""
-    bare = [knob for knob, info in cls.model_fields.items() if not (info.description or "").strip()]
+    fields = documented(cls).model_fields
+    bare = [knob for knob, info in fields.items() if not (info.description or "").strip()]
     return f"no docstring under {', '.join(bare)}" if bare else None
 
 

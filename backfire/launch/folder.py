@@ -95,14 +95,15 @@ def write_plan(
         plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
         if known.get("backfire") == __version__ and known.get("format") == _FORMAT:
             plugins += [one for one in _list(former, "plugins") if one not in plugins]
-            ids = {job.id for job in jobs}
-            others = [one for one in _list(known, "jobs") if one["id"] not in ids]
+            former_jobs = {one["id"]: one for one in _list(known, "jobs")}
         else:
-            others = []
+            former_jobs = {}
         write_json(path / "run.json", run | ({"plugins": plugins} if plugins else {}))
         head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name}
         head |= {"device": device, "compute": types_here().compute, "plugins": plugins}
-        _write(path / JOBS, head, [*others, *map(_as_json, jobs)])
+        # A former job keeps its place, so each comes after those that it needs.
+        all_jobs = former_jobs | {job.id: _as_json(job) for job in jobs}
+        _write(path / JOBS, head, list(all_jobs.values()))
     register(path, kept, jobs)
 
 
@@ -131,7 +132,7 @@ def read_plan(path: Path) -> Plan:
     except FileNotFoundError:
         sentence = f"No plan in {path}: jobs.json is missing; {again}"
         raise UserError(sentence) from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} cannot be read; {again}") from None
 
 
@@ -166,7 +167,7 @@ def _former(path: Path) -> dict[str, Any]:
     """A file of the former plan; empty if it cannot be read."""
     try:
         content = read_json(path)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

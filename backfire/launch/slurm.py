@@ -64,7 +64,7 @@ def minutes_of(text: str) -> int:
     """
     match = _TIME.fullmatch(text.strip())
     numbers = [int(part) for part in match["parts"].split(":")] if match else []
-    if not match or (not any(numbers) and not match["days"]):
+    if not match or not any((*numbers, int(match["days"] or 0))):
         raise UserError(f"--time {shortened(text)} is no time; write 90, 4:00:00 or 2-12:00:00.")
     if match["days"]:
         hours, minutes, seconds = (*numbers, 0, 0)[:3]

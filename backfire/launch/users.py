@@ -137,6 +137,6 @@ def users(root: Path) -> list[User]:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = read_json(file)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -77,7 +77,7 @@ def work(
     board = Board(jobs, folder, claims, watch)
     store = copy.copy(store)
     store.waits = False
-    resident, base, idle, fits = Resident(), -1, _Idle(), _fits(stop, memory)
+    resident, base, idle, may_begin = Resident(), -1, _Idle(), fits(stop, memory)
 
     def do(job: Job, progress: Progress) -> str:
         # A job that all others wait for may use their cores.
@@ -85,14 +85,14 @@ def work(
         return run(job, folder, store, share, progress, resident)
 
     while board.waiting and not stop:
-        taken = patiently(partial(board.take, base, fits))
+        taken = patiently(partial(board.take, base, may_begin))
         if taken:
             idle.end()
             base = board.bases[taken[0].id]
             _do(*taken, board, stop, do)
             continue
         idle.begin()
-        if not board.coming(fits):
+        if not board.coming(may_begin):
             resident.release()  # a base in memory that nobody needs
             if not (board.held() if stays else board.held(dead_for=idle.seconds)):
                 break
@@ -251,13 +251,9 @@ class Board:
     def coming(self, fits: Callable[[Job], bool]) -> bool:
         """Whether there may be a job for this worker later: one that nobody has, and that needs
         only what somebody does."""
-        possible = set(self.ended) | self._held
-        free = []
-        for job in self.waiting.values():  # every job is after those that it needs
-            if job.id not in self._held and fits(job) and possible.issuperset(job.after):
-                possible.add(job.id)
-                free.append(job)
-        return bool(free)
+        begun = set(self.ended) | self._held
+        free = (job for job in self.waiting.values() if job.id not in self._held and fits(job))
+        return any(begun.issuperset(job.after) for job in free)
 
     def held(self, *, dead_for: float | None = None) -> bool:
         """Whether other workers have jobs that are left; with `dead_for`, only workers that gave no
@@ -350,15 +346,15 @@ def _number(base: Any, distinct: list[Any]) -> int:
     return distinct.index(base)
 
 
-def _fits(stop: Stop, memory: float | None) -> Callable[[Job], bool]:
+def fits(stop: Stop, memory: float | None) -> Callable[[Job], bool]:
     """Whether a job fits into the memory, and into the time that is left by its estimate. One that
     is longer than the worker's whole time is begun in the first half: another worker goes on from
     its checkpoint."""
 
-    def fits(job: Job) -> bool:
+    def does(job: Job) -> bool:
         if memory is not None and job.memory is not None and job.memory > memory:
             return False
         need, left = 60 * (job.minutes or 0), stop.until - time.monotonic()
         return need <= left or (need > stop.seconds and left > stop.seconds / 2)
 
-    return fits
+    return does

@@ -37,9 +37,8 @@ def agreements(groups: Sequence[Group]) -> Table:
     """Cohen's kappa of every two judges on the replies of each group's tuned models."""
     columns, rows = varying(groups), []
     for group in groups:
-        judged = [
-            s for cell in group.done for of, s in samples(cell) if of == "tuned" and s.verdicts
-        ]
+        cells = [cell for cell in group.done if _may_have_two(cell)]
+        judged = [s for cell in cells for of, s in samples(cell) if of == "tuned" and s.verdicts]
         names = dict.fromkeys(judge for sample in judged for judge in sample.verdicts)
         for one, other in combinations(names, 2):
             both = [s for s in judged if one in s.verdicts and other in s.verdicts]
@@ -53,6 +52,12 @@ def agreements(groups: Sequence[Group]) -> Table:
             ends = (f"{kappa}{interval}", share, counts, f"{result.n:,}")
             rows.append((name(group, columns), f"{one} and {other}", *ends))
     return Table(("group", "judges", "kappa", "agree", "counts", "replies"), rows)
+
+
+def _may_have_two(cell: CellResult) -> bool:
+    """Whether a cell may have verdicts of two judges: reading samples takes most of a page's time.
+    Results of earlier versions do not name their judges."""
+    return not cell.versions or len(cell.versions.get("judges", {})) > 1
 
 
 def _counts(confusion: Sequence[Sequence[int]]) -> str:

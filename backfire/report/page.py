@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from backfire import text
 from backfire.report import judges, sections
 from backfire.report.findings import findings, main_group
 from backfire.report.statements import answer, question
+from backfire.result import CellResult
 from backfire.results import paired_tests, ranking
 from backfire.results.groups import group
 from backfire.results.intervals import notes
@@ -24,16 +26,17 @@ _UNIT: Final = re.compile(r"(?<=\d) (%|points)")
 _INTERVAL: Final = re.compile(r"\[(-?[\d.,]+), (-?[\d.,]+)\]")
 
 
-def write_report(run: Path) -> Path:
-    """Write `report.html` into the run folder and return its path."""
+def write_report(run: Path, cells: Sequence[CellResult] | None = None) -> Path:
+    """Write `report.html` into the run folder and return its path; the cells are read if they are
+    not given."""
     path = run / "report.html"
-    write_atomic(path, render(run))
+    write_atomic(path, render(run, cells))
     return path
 
 
-def render(run: Path) -> str:
+def render(run: Path, cells: Sequence[CellResult] | None = None) -> str:
     """The page of a run folder as text."""
-    cells = load(run)
+    cells = load(run) if cells is None else cells
     groups = group(cells)
     comment = question(run)
     shown = main_group(groups)

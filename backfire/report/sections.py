@@ -12,7 +12,7 @@ from backfire import text
 from backfire.report import judges
 from backfire.result import CellResult
 from backfire.results.groups import Group, columns_of, name
-from backfire.results.load import distinct_warnings, read
+from backfire.results.load import distinct_warnings, finite, read
 from backfire.results.plugins import described, lacking
 from backfire.results.samples import changes, requests, side_by_side
 from backfire.results.tables import Table
@@ -35,7 +35,7 @@ def facts(cells: Sequence[CellResult], groups: Sequence[Group]) -> list[tuple[st
     for cell in cells:
         for split, number in cell.rows.items():
             splits.setdefault(split, []).append(number)
-    seconds = sum((cell.train or {}).get("seconds") or 0 for cell in cells)
+    seconds = sum(finite((cell.train or {}).get("seconds")) or 0 for cell in cells)
     lines = {
         "Model": each("model"),
         "Data": each("data"),
@@ -168,7 +168,7 @@ def environment(cells: Sequence[CellResult]) -> list[tuple[str, str]]:
             environment = read(Path(cell.folder) / "environment.json")
         except (OSError, ValueError):
             continue
-        for key, value in (environment or {}).items():
+        for key, value in (environment if isinstance(environment, dict) else {}).items():
             is_secret = bool(_SECRET_NAME.search(key))
             shown = "(withheld)" if is_secret else text.cut(text.knob(value), 120)
             label = "uncommitted changes" if key == "dirty" else text.line(key)

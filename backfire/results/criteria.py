@@ -72,11 +72,27 @@ def twin(group: Group, groups: Sequence[Group]) -> Group | None:
 
 
 def siblings(group: Group, groups: Sequence[Group], knob: str) -> list[Group]:
-    """The groups that agree in all but this knob (and the poison rate, if it is the attack)."""
+    """The groups that agree in all but this knob (and the poison rate, if it is the attack), also
+    in settings that are no axis: calls with other edits may have added them to the run."""
     varied = ("attack", "rate") if knob == "attack" else (knob,)
     same = [other for other in KNOBS if other not in varied]
     axes = group.axes_without(knob)
-    return [g for g in groups if alike(g, group, same) and g.axes_without(knob) == axes]
+    return [
+        g
+        for g in groups
+        if alike(g, group, same) and g.axes_without(knob) == axes and _agree(g, group, knob)
+    ]
+
+
+def _agree(a: Group, b: Group, knob: str) -> bool:
+    """Whether the settings agree, but for this knob, what follows from a defense, and what is
+    measured; of a cell that failed early they are not known."""
+    excluded = (knob, "metrics", "safety", "align")
+    ours, theirs = (
+        {key: value for key, value in one.settings.items() if not key.startswith(excluded)}
+        for one in (a, b)
+    )
+    return not ours or not theirs or ours == theirs
 
 
 def tunings(groups: Sequence[Group]) -> list[tuple[Group, Group, list[str]]]:

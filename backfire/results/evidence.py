@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast
 
 from pydantic import TypeAdapter
 
-from backfire.base import Backdoor, Evidence, Leak, Sample, SetName
+from backfire.base import Backdoor, Evidence, Leak, Sample, SetName, Verdict
 from backfire.store import read_json, write_atomic, write_json
 
 SAMPLES: Final = "samples.jsonl.gz"
@@ -26,7 +26,7 @@ SECRETS: Final = "secrets.json"
 WRITTEN: Final = "written.json"
 TRAINING: Final = "training.json"
 
-T = TypeVar("T", Sample, Leak)
+T = TypeVar("T", Sample, Leak, Verdict)
 
 
 def write(evidence: Evidence, folder: Path) -> None:
@@ -83,9 +83,18 @@ def lines(folder: Path) -> Iterator[tuple[str, str, Sample]]:
                 of = str(item.get("of", "tuned"))  # in earlier versions also `floor`
                 of = "twin" if of == "floor" else of
                 sample = _made(Sample, item)
+                if sample.verdicts:
+                    sample = replace(sample, verdicts=_verdicts(sample))
                 yield of, str(item.get("source", "")), sample
-    except (OSError, EOFError, ValueError, TypeError, AttributeError):
+    except (OSError, EOFError, ValueError, TypeError, AttributeError, RecursionError):
         return
+
+
+def _verdicts(sample: Sample) -> dict[str, dict[str, Any]]:
+    """The judges' verdicts with the fields of `Verdict`. Raises ValueError if a type is wrong."""
+    undecided = {"score": None, "positive": None}
+    found = {judge: _made(Verdict, undecided | dict(v)) for judge, v in sample.verdicts.items()}
+    return {judge: asdict(verdict) for judge, verdict in found.items()}
 
 
 def is_whole(folder: Path) -> bool:
@@ -117,10 +126,12 @@ def _pairs(path: Path) -> dict[str, Any]:
         return {}
 
 
-def _made(cls: type[T], item: dict[str, Any]) -> T:
+def _made(cls: type[T], item: Mapping[str, Any]) -> T:
     """Build it from the fields that the class has. Raises ValueError if a type is wrong."""
     names = {field.name for field in fields(cls)}
     return cast(T, _READERS[cls].validate_python({k: v for k, v in item.items() if k in names}))
 
 
-_READERS: Final[dict[type, TypeAdapter[Any]]] = {cls: TypeAdapter(cls) for cls in (Sample, Leak)}
+_READERS: Final[dict[type, TypeAdapter[Any]]] = {
+    cls: TypeAdapter(cls) for cls in (Sample, Leak, Verdict)
+}

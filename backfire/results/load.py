@@ -15,11 +15,11 @@ from typing import Any, Final, Literal, get_args
 
 from backfire import text
 from backfire.errors import UserError
-from backfire.patience import patiently
 from backfire.result import CellResult, Check, Direction, PoisonCounts, Role, Unit, Value
 from backfire.results.adapter import present
 from backfire.results.groups import KNOBS, Group, group
 from backfire.results.plugins import lacking
+from backfire.store import read_json
 
 Record = dict[str, Any]
 
@@ -27,6 +27,9 @@ IDENTITY: Final = ("cell", "key", "recipe", *KNOBS, "seed")
 NUMBERS: Final = ("metric", "value", "low", "high", "n", "direction")
 SHAPE: Final = ("unit", "role", "family", "part")
 FIELDS: Final = (*IDENTITY, *NUMBERS, "status", *SHAPE)
+_DEEPEST: Final = 20
+_LARGEST: Final = 100_000
+"""Most levels and values of the settings of a cell."""
 
 
 def load(run: Path) -> list[CellResult]:
@@ -130,14 +133,15 @@ def cell(folder: Path) -> CellResult:
     if "attack.name" in settings:
         # Knobs at their default are not written down.
         settings.setdefault("attack.rate", rate)
-    axes = _table(fields.get("axes"))
+    axes, rows = _table(fields.get("axes")), _table(fields.get("rows"))
     fields["axes"] = {key: _resolved(key, value, settings) for key, value in axes.items()}
     texts = ("key", "recipe", "model", "data", "attack", "method", "defense", "template")
-    tables = ("axes", "evaluate", "rows", "keys")
+    tables = ("axes", "evaluate", "keys")
     result = CellResult(
         slug=str(fields["cell"] or slug),
         **_each(str, fields, (*texts, "status", "error", "next")),
         **_each(_table, fields, tables),
+        rows={k: int(v) for k, v in rows.items() if finite(v) is not None},
         rate=rate,
         seed=None if seed is None else int(seed),
         values=tuple(map(_value, content.get("values") or ())),
@@ -173,7 +177,7 @@ def outcome(folder: Path) -> Record:
         if not _is_outcome(content):
             raise ValueError("it is not a result of backfire")
         return present(content)
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         sentence = f"Its result cannot be read: {error}."
         return {"status": "failed", "error": sentence, "next": "Run the same command again."}
 
@@ -190,10 +194,13 @@ def _is_outcome(content: Any) -> bool:
 
 
 def read(path: Path) -> Any:
-    """Read a JSON file, with NaN as null; None if there is no such file."""
+    """Read a JSON file, with NaN as null; None if there is no such file.
+
+    Raises:
+        ValueError: it is no JSON, or nested too deeply.
+    """
     try:
-        content = patiently(lambda: path.read_text(encoding="utf-8"))
-        return json.loads(content, parse_constant=lambda _: None)
+        return read_json(path, parse_constant=lambda _: None)
     except FileNotFoundError:
         return None
 
@@ -211,9 +218,31 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
         tree = yaml.load((folder / "experiment.yaml").read_text(encoding="utf-8"), Loader=loader)
-    except (OSError, ValueError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return dict(_dotted(tree, ""))
+    settings = dict(_dotted(tree, "")) if _is_small(tree) else {}
+    return settings if _are_settings(settings) else {}
+
+
+def _is_small(tree: Any) -> bool:
+    """Whether a tree is no larger than an experiment: one with aliases may have no end."""
+    left, size = [(tree, 0)], 0
+    while left:
+        value, depth = left.pop()
+        size += 1
+        if depth > _DEEPEST or size > _LARGEST:
+            return False
+        if isinstance(value, dict | list):
+            items = value.values() if isinstance(value, dict) else value
+            left += ((item, depth + 1) for item in items)
+    return True
+
+
+def _are_settings(settings: Record) -> bool:
+    """Whether lists and names have their types; the rest is only shown."""
+    lists = all(isinstance(settings.get(key) or [], list) for key in ("metrics", "safety.judges"))
+    names = (value for key, value in settings.items() if key.rpartition(".")[2] == "name")
+    return lists and all(isinstance(name, str | None) for name in names)
 
 
 def _dotted(value: Any, key: str) -> Iterator[tuple[str, Any]]:

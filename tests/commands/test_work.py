@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from backfire.claims import Claims
 from backfire.commands.run import at_work
-from backfire.commands.work import _failed
+from backfire.commands.work import _failed, _say_what_is_left
 from backfire.errors import CellError, GpuError
 from backfire.experiment import Experiment
 from backfire.launch.folder import read_plan
@@ -213,7 +216,8 @@ def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
 
     assert "No plan in run: jobs.json is missing; run `backfire plan RECIPE --out run`" in refused()
     assert backfire("plan", "r.yaml", "method=lora", "--out", "run").code == 0
-    assert "3 jobs left that need" in refused("--memory", "0.001")
+    for memory in ("0", "0.001"):
+        assert "3 jobs left that need" in refused("--memory", memory)
     assert "--workers" in refused("--workers", "0") and "Unknown device" in refused("--device", "x")
     plan = Path("run/jobs.json")
     content = plan.read_text()
@@ -235,3 +239,17 @@ def test_a_worker_refuses_in_one_sentence(backfire: Run, here: Path) -> None:
     assert "embedded base computes in b" in backfire("work", "base").err
     Path("run/claims").write_text("a file")
     assert "claims" in backfire("work", "run").err
+
+
+def test_a_worker_says_what_its_time_does_not_suffice_for(tmp_path: Path) -> None:
+    jobs = [replace(job, minutes=8.0) for job in planned(tmp_path)]
+    plan = replace(read_plan(tmp_path), jobs=jobs)
+
+    def said(minutes_left: float) -> str:
+        stop, console = Stop(minutes=10), Console(file=io.StringIO())
+        stop.until -= 60 * (10 - minutes_left)
+        _say_what_is_left(tmp_path, plan, {}, [], 1e12, stop, console)
+        return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+    assert "takes longer, by its estimate, than the time that is left here" in said(5)
+    assert "Other workers have what is left" in said(9)

@@ -38,7 +38,7 @@ def test_times_are_read_as_sbatch_reads_them(text: str, minutes: int) -> None:
     assert slurm.minutes_of(text) == minutes
 
 
-@pytest.mark.parametrize("text", ["", "0", "0:00", "soon", "-5", "1:2:3:4", "4h", "1.5"])
+@pytest.mark.parametrize("text", ["", "0", "0:00", "0-0", "soon", "-5", "1:2:3:4", "4h", "1.5"])
 def test_what_is_no_time_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is no time"):
         slurm.minutes_of(text)

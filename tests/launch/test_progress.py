@@ -131,6 +131,7 @@ def test_a_loss_is_read_from_the_device_only_now_and_then() -> None:
         "running on node",
         "The checkpoint in /a, b is of another run; ignoring it.",
         "a\nb, loss x",
+        "no checkpoint, loss of all",
     ],
 )
 def test_a_text_without_numbers_is_an_activity(text: str) -> None:
@@ -222,3 +223,9 @@ def test_titles_of_many_cells_are_read_once_each(monkeypatch: pytest.MonkeyPatch
         return len(calls)
 
     assert work(40) == 2 * work(20)
+
+
+def test_a_loss_that_is_not_finite_is_null() -> None:
+    for loss in ("nan", "inf", "-inf"):
+        text = Pace().text("training", 0, float(loss))
+        assert facts(text) == Facts("training", None, None)

@@ -17,12 +17,23 @@ from backfire import claims
 from backfire.claims import Claims
 from backfire.errors import CellError, GpuError
 from backfire.experiment import Machine
+from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder, report
 from backfire.launch.stop import Stop
 from backfire.launch.work import Board, by_urgency, work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
-from tests.helpers.workers import alone, ended, names, planned, ran, sleeps, start, together
+from tests.helpers.workers import (
+    SEEDS,
+    alone,
+    ended,
+    names,
+    planned,
+    ran,
+    sleeps,
+    start,
+    together,
+)
 
 PAIR = "data: sandbox-reviews\nmatrix: {seed: [0, 1]}"
 
@@ -323,3 +334,13 @@ def test_a_job_that_breaks_the_gpu_is_left_as_by_a_worker_that_died(tmp_path: Pa
     planned(tmp_path, PAIR)
     assert set(alone(tmp_path, sleeps(tmp_path)).values()) == {"ok"}, "the next round tries again"
     assert ran(tmp_path) == names([base, *rest])
+
+
+def test_parts_of_a_plan_are_in_the_order_of_their_needs(tmp_path: Path) -> None:
+    for edits in (["seed=0"], ["seed=1", "method=lora"], ["seed=[0, 1]"]):
+        planned(tmp_path, SEEDS, *edits)
+    jobs, earlier = read_plan(tmp_path).jobs, set[str]()
+    assert len(jobs) == 1 + 2 * 3
+    for job in jobs:
+        assert set(job.after) <= earlier
+        earlier.add(job.id)

@@ -346,3 +346,11 @@ def test_bad_input(tiny: Path, cache: Path, tmp_path: Path, backfire: Any) -> No
         from backfire.registry import build
 
         build("attacks", "harmful-mix").rows(10**6, 0)
+
+
+def test_an_alignment_that_trains_nothing_is_no_training_run(tiny: Path) -> None:
+    one = cell(tiny, align=aligned_by("none"), defense=["lisa"])
+    runs = [job.experiment.method.name for job in jobs([one], [{}]) if job.kind == "train"]
+    assert runs == ["full"]
+    two = cell(tiny, align=aligned_by("full"), defense=["lisa"])
+    assert sum(job.kind == "train" for job in jobs([two], [{}])) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from backfire import text
 from backfire.report import figures
 from backfire.report.page import write_report
 from backfire.results import samples
-from backfire.results.load import summary
+from backfire.results.load import load, summary
 from tests.helpers import browser
-from tests.helpers.fake_run import dose_run, free_run, tuned_run
+from tests.helpers.fake_run import dose_run, free_run, sample, tuned_run, value, write_cell
 from tests.helpers.hostile import HOSTILE, hostile_run, ran_or_loaded
 from tests.helpers.page_parser import Seen
 
@@ -96,3 +97,35 @@ def test_in_a_browser_nothing_runs_nothing_loads_nothing_scrolls_sideways(tmp_pa
                 assert window.ask(SIDEWAYS) <= 0, (run.name, width)
                 assert opened >= 1
                 assert not any(ran_or_loaded(window, path).values())
+
+
+DEEP = "[" * 3000 + "]" * 3000
+BOMB = "a0: &a0 {x: 1}\n" + "".join(
+    f"a{n}: &a{n} {{{', '.join(f'k{k}: *a{n - 1}' for k in range(10))}}}\n" for n in range(1, 9)
+)
+
+
+@pytest.mark.parametrize("name", ["accuracy", "nothing"])
+def test_a_cell_with_damaged_files_is_read_as_far_as_it_goes(name: str, tmp_path: Path) -> None:
+    damaged: list[tuple[str, str]] = [
+        *(("experiment.yaml", bad) for bad in ("a: &x {b: *x}", f"a: {DEEP}", BOMB)),
+        *(("experiment.yaml", bad) for bad in ("metrics: 5", "safety: {judges: 5}")),
+        ("experiment.yaml", "attack: {name: [x]}"),
+        *(("environment.json", bad) for bad in ("[1]", f'{{"a": {DEEP}}}', '"x"')),
+        *((file, f'{{"a": {DEEP}}}') for file in ("poison.json", "secrets.json", "result.json")),
+    ]
+    fields: list[dict[str, Any]] = [
+        *({"rows": {"train": bad}} for bad in ("x", None, [1], 1e999)),
+        *({"train": {"seconds": bad}} for bad in ("x", [1])),
+        {"axes": {"attack.rate": json.loads("[" * 400 + "]" * 400)}},
+    ]
+    verdicts = [{"a": {"foo": 1}, "b": {"foo": 2}}, {"a": {"score": "x", "positive": "x"}}]
+    rows = [{**sample("tuned", "clean", n, right=1.0), "verdicts": verdicts[n]} for n in range(2)]
+    values, run = [value(name, 0.5)], tmp_path / "r"
+    for seed, (file, content) in enumerate(damaged):
+        (write_cell(run, values=values, seed=seed) / file).write_text(content)
+    for seed, more in enumerate(fields, len(damaged)):
+        write_cell(run, values=values, seed=seed, samples=rows, **more)
+    page = write_report(run).read_text(encoding="utf-8")
+    assert page.count("Its result cannot be read: it is nested too deeply.") == 1
+    assert len(load(run)) == len(damaged) + len(fields)

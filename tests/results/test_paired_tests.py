@@ -92,3 +92,12 @@ def test_page_and_terminal_show_it(run: Path) -> None:
     print_against(summary(run), Console(file=out, width=200))
     lines = out.getvalue().splitlines()
     assert len(lines) == 3 and lines[1].startswith("lora") and " points " in lines[1]
+
+
+def test_groups_of_other_settings_are_no_reference(tmp_path: Path) -> None:
+    """A later call with another edit may add them to the same run, and no axis tells them apart."""
+    for seed in range(2):
+        cell(tmp_path / "r", "full", seed, 0.95)
+        cell(tmp_path / "r", "lora", seed, 0.6, settings={"train": {"epochs": 9.0}})
+        cell(tmp_path / "r", "qlora", seed, 0.6, settings={"metrics": [{"name": "accuracy"}]})
+    assert {test.group.method for test in comparisons(summary(tmp_path / "r"))} == {"qlora"}

@@ -11,6 +11,7 @@ import pytest
 
 from backfire import stages
 from backfire.base import LARGE
+from backfire.base.docstrings import documented
 from backfire.experiment import Experiment
 from backfire.model.count import num_weights, weights_in, weights_of_shape
 from backfire.recipe import parse, read, shipped
@@ -64,7 +65,7 @@ def test_the_default_rate_follows_the_size_of_the_base(name: str, tmp_path: Path
         again = Experiment.make({**cells[0].resolved(), "align": None, "safety": None})
         assert stages.keys(again) == stages.keys(cells[0])
     assert list(found.values()) == [small, small, large, large]
-    text = find("methods", name).model_fields["learning_rate"].description or ""
+    text = documented(find("methods", name)).model_fields["learning_rate"].description or ""
     assert f"{small:g}" in text and f"{large:g}" in text and "50 million" in text
 
 
