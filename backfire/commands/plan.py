@@ -87,7 +87,7 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
 
     forecast, memories = Forecast(recipe, types), dict[str, float | None]()
     rows = rows_by_key([job.experiment for job in jobs if job.kind != "base"], store)
-    device = "gpu" if types.device == "cuda" else "cpu"
+    device: Literal["cpu", "gpu"] = "gpu" if types.device == "cuda" else "cpu"
 
     def minutes(job: Job) -> float | None:
         cell = job.experiment

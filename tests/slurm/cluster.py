@@ -180,7 +180,7 @@ def running() -> Iterator[Slurm]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 300) -> None:
     """Wait until something is true.
 
     Raises:

@@ -13,7 +13,7 @@ from backfire import plan
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, run_job
 from backfire.recipe import Recipe
-from backfire.store import Store, read_json
+from backfire.store import SEAL, Store, read_json
 from tests.helpers.small_run import Place
 
 Say = Callable[[Any], None]
@@ -89,3 +89,10 @@ def outputs(root: Path) -> dict[str, str]:
             values = [v for v in read_json(file)["values"] if not v["metric"].endswith(TIMES)]
             found[file.parent.name] = json.dumps(values, sort_keys=True)
     return found
+
+
+def stages_in(root: Path) -> list[Path]:
+    """The folders of complete stages. One is sealed before it gets its name, so that a kill between
+    the two leaves a sealed folder that is not complete."""
+    sealed = [file.parent for file in root.glob(f"cache/*/*/{SEAL}")]
+    return [folder for folder in sealed if folder.suffix not in (".partial", ".damaged")]

@@ -13,7 +13,7 @@ from typing import Any
 
 from backfire.store import SEAL
 from tests.helpers.small_run import Place
-from tests.torture.cell import SETTINGS, Say, outputs
+from tests.torture.cell import SETTINGS, Say, outputs, stages_in
 from tests.torture.child import Child, until
 from tests.torture.command import command_line
 from tests.torture.nodes import STALE, Host, count_makes, plan, repeats, work_as
@@ -153,10 +153,11 @@ def _still_there(found: Counter[str], complete: dict[Path, int], root: Path) -> 
     for file, stamp in complete.items():
         what = "stages" if file.name == SEAL else "cells"
         if not file.exists():
+            print(f"lost: {file.relative_to(root)}", flush=True)
             found[f"lost_{what}"] += 1
         elif file.stat().st_mtime_ns != stamp:
             found[f"repeated_{what}"] += 1
-    ends = [*complete_cells(root), *root.glob(f"cache/*/*/{SEAL}")]
+    ends = [*complete_cells(root), *(folder / SEAL for folder in stages_in(root))]
     complete |= {file: file.stat().st_mtime_ns for file in ends}
 
 

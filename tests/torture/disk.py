@@ -7,9 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from backfire.store import SEAL, intact, read_json
+from backfire.store import intact, read_json
 from tests.torture import mounts
-from tests.torture.cell import Say, outputs, run_cell
+from tests.torture.cell import Say, outputs, run_cell, stages_in
 from tests.torture.child import Child
 from tests.torture.row import Figures, Ground, NotHere, row
 
@@ -58,19 +58,13 @@ def _on_small_disk(say: Say, root: Path, tiny: Path, size: int) -> dict[str, Any
         return {"lacks": str(lacking)}
     quiet: Say = lambda value: None  # noqa: E731
     first = run_cell(quiet, root, tiny, "lora")["ended"]
-    torn_stages = [
-        p for p in root.glob(f"cache/*/*/{SEAL}") if _is_final(p) and not intact(p.parent)
-    ]
+    torn_stages = [folder for folder in stages_in(root) if not intact(folder)]
     torn_results = [p for p in root.glob("out/cells/*/*.json") if not _readable(p)]
     peak = _used(root)
     mounts.memory_disk(root, BIG, again=True)
     second = run_cell(quiet, root, tiny, "lora")["ended"]
     counts = {"torn_stages": len(torn_stages), "torn_results": len(torn_results)}
     return {"first": first, "second": second, "peak": peak, "files": outputs(root), **counts}
-
-
-def _is_final(seal: Path) -> bool:
-    return seal.parent.suffix not in (".partial", ".damaged")
 
 
 def _readable(file: Path) -> bool:
