@@ -91,10 +91,12 @@ def stage(name: str, experiment: Experiment) -> dict[str, float]:
     from backfire.commands.forecast import matmul_speed
     from backfire.experiment import Machine
     from backfire.launch.resolve import resolve_auto, types_of
+    from backfire.model import memory
     from backfire.pipeline import Context, run_cell, trained
     from backfire.store import Store, read_json
 
     torch.set_num_threads(1)
+    memory.SCARCE = 1.0  # what a process needs, not what it takes where memory is plenty
     recipe = Recipe("cell", "", (experiment,), ({},))
     (experiment,) = resolve_auto(recipe, types_of("cpu")).cells
     context = Context(Store(), Machine(device="cpu", checkpoint_seconds=1e9))

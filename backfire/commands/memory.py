@@ -29,7 +29,7 @@ GPU, the CUDA context."""
 UNRELEASED = {"cpu": 1.5, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass of training: the allocator cannot return or
 reuse all of it at once. On a CPU holes of the heap take up to half as much, which a run reaches
-within some steps (see `model.memory.Heap`)."""
+within some steps, and more where memory is not scarce (see `model.memory.Heap`)."""
 _IN_EVALUATION = 1.05
 """The same in evaluation, where nothing is kept from pass to pass."""
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

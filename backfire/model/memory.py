@@ -13,8 +13,12 @@ from typing import Any
 
 import torch
 
+from backfire.resources import free_bytes, ram_bytes
+
 _HOLES, _FEW = 0.5, 2**26
 """Holes of the heap that are left: per byte that the largest pass holds, and in bytes."""
+SCARCE = 0.25
+"""Share of the main memory, 0 to 1, below which free memory is scarce."""
 
 
 def free() -> None:
@@ -33,14 +37,17 @@ def trim() -> None:
 
 
 class Heap:
-    """Keeps the holes in a process's heap at most half as large as what the largest pass holds.
+    """Keeps the holes in a process's heap at most half as large as what the largest pass holds,
+    where memory is scarce.
 
     Tensors of up to 32 MB are pieces of glibc's heap. Passes of many shapes leave holes in it that
     fit no tensor of the next pass, so the process grows with every shape: a LoRA run of a 135M
     model by 1 GB in ten steps. To return all free memory after each pass, or to give each tensor
     pages of its own (mallopt's M_MMAP_THRESHOLD), costs a quarter more time, as the next pass gets
     its memory page by page. Between the forward and the backward pass the holes are what the pass
-    does not need; these are returned, if they are large. Elsewhere than with glibc nothing is done.
+    does not need; these are returned, if they are large. That costs up to a quarter more time too,
+    so it is done only where less than a quarter of the memory is free: a LoRA run of a 135M model
+    holds 3.4 GB, and 2.4 GB where memory is scarce. Elsewhere than with glibc nothing is done.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -60,7 +67,7 @@ class Heap:
         if self._on:
             self._pass = max(self._pass, _in_use() - before)
             holes = _resident() - self._other - before - self._pass
-            if holes > max(_HOLES * self._pass, _FEW):
+            if holes > max(_HOLES * self._pass, _FEW) and free_bytes() < SCARCE * ram_bytes():
                 trim()
 
 
