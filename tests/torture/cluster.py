@@ -189,7 +189,7 @@ def two_schedulers(count: int, ground: Ground) -> Figures:
         first = Child(supervised, root, 1 + number // 2 % 2)
         if number % 2:
             until(lambda root=root: (root / "out/jobs.json").exists())
-            second = Child(work_as, root, Host("second"))
+            second = Child(work_as, root, Host("second", short_beats=False))
         else:
             second = Child(supervised, root, 1)
         ends = [first.result(), second.result()]

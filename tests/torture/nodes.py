@@ -25,6 +25,9 @@ class Host:
     name: str
     clock_offset_seconds: float = 0.0
     """By how much its clock is wrong."""
+    short_beats: bool = True
+    """Whether its heartbeats are shortened. All hosts of a run must agree on that: claims without
+    a short heartbeat look stale to those that expect one."""
 
 
 def work_as(say: Say, root: Path, host: Host) -> dict[str, str]:
@@ -48,12 +51,13 @@ def work_as(say: Say, root: Path, host: Host) -> dict[str, str]:
 
 
 def become(host: Host) -> None:
-    """Let this process be on a host of its own, with short heartbeats."""
+    """Let this process be on this host."""
     from backfire import claims
 
     claims.socket.gethostname = lambda: host.name  # type: ignore[attr-defined]
     claims._place = lambda: host.name  # type: ignore[assignment]
-    claims.BEAT, claims.STALE = STALE / 10, STALE
+    if host.short_beats:
+        claims.BEAT, claims.STALE = STALE / 10, STALE
     clock = time.time
     time.time = lambda: clock() + host.clock_offset_seconds
 
