@@ -49,7 +49,7 @@ def evidence() -> Evidence:
 
 def _samples(seed: int) -> Sequence[Sample]:
     """Labeled rows with random scores of a model."""
-    rng, samples = Random(seed), []
+    rng, samples = Random(seed), list[Sample]()
     for row in LABELED[:24]:
         logprobs = tuple(rng.gauss(float(label == row.label), 1) for label in _LABELS)
         reply = _LABELS[logprobs.index(max(logprobs))]
