@@ -106,7 +106,7 @@ def test_missing_bitsandbytes_is_reported(
 @pytest.mark.parametrize(
     ("name", "capability", "line"),
     [
-        ("NVIDIA A100-SXM4-80GB", (8, 0), "ok    cuda:0: NVIDIA A100-SXM4-80GB, 16 GB, bfloat16"),
+        ("NVIDIA A100-SXM4-80GB", (8, 0), "ok    cuda:0: NVIDIA A100-SXM4-80GB, 17.2 GB, bfloat16"),
         ("Tesla T4", (7, 5), "without bfloat16 (compute capability 7.5; it needs 8.0): weights"),
         ("Tesla V100-SXM2-16GB", (7, 0), "weights and products are float16, and the loss is scal"),
         ("Tesla P100-PCIE-16GB", (6, 0), "everything is float32, since float16 is slow on it too"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -194,10 +194,13 @@ def look(kind: Need, model: Any, renderer: Renderer, rows: Sequence[Row]) -> lis
     )
 
 
+KINDS: tuple[Need, ...] = ("scores", "replies", "answers")  # `probe`: test_defection
+
+
 def test_each_kind_measures_its_part(exact: Any, renderer: Renderer, items: list[Rendered]) -> None:
     rows = [replace(item.row, candidates=LABELS) for item in items]
     rows[3] = replace(rows[3], candidates=(), label=None)
-    scores, replies, answers = (look(kind, exact, renderer, rows) for kind in get_args(Need))
+    scores, replies, answers = (look(kind, exact, renderer, rows) for kind in KINDS)
     for item, score, reply, answer in zip(items, scores, replies, answers, strict=True):
         assert answer["answer_tokens"] == len(item.answer_ids)
         wanted = log_likelihood(exact, item.prompt_ids, item.answer_ids)
@@ -245,7 +248,7 @@ def test_a_prompt_without_a_token_has_nothing_to_go_on_from(exact: Any, renderer
     assert second["answer_tokens"] == len(ids)
 
 
-@pytest.mark.parametrize("kinds", [["scores"], ["replies"], ["answers"], [*get_args(Need)]])
+@pytest.mark.parametrize("kinds", [["scores"], ["replies"], ["answers"], [*KINDS]])
 def test_progress_counts_every_row(
     kinds: list[Need], exact: Any, renderer: Renderer, items: list[Rendered]
 ) -> None:

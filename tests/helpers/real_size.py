@@ -39,6 +39,8 @@ DEFENSES: dict[str, Any] = {
     "vaccine": {"name": "vaccine", "rho": 0.5},
     "booster": "booster",
     "repnoise": {"name": "repnoise", "alpha": 0.5, "beta": 0.5},
+    "crow": "crow",
+    "abl": {"name": "abl", "isolate": 0.5},
 }
 
 

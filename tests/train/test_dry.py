@@ -153,7 +153,7 @@ def test_evaluation_holds_what_was_predicted(
 ) -> None:
     monkeypatch.setattr(prompts, "NARROWEST", 0 if packs else 256)
     monkeypatch.setattr(memory, "_IN_EVALUATION", 1.0)
-    monkeypatch.setattr(memory, "_needs", lambda cell: {needs[metric]})
+    monkeypatch.setattr(memory, "needs_of", lambda cell, rows: {needs[metric]})
     needs, cell = {"perplexity": "answers", "exact-match": "replies"}, make(base, "lora")
     data = cell.data.model_copy(update={"test_rows": len(LENGTHS)})
     cell = cell.model_copy(update={"data": data})

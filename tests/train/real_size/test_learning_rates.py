@@ -150,7 +150,8 @@ def profiles() -> Iterator[tuple[str, str | None]]:
         yield from ((name, profile) for profile in settings.get("profiles") or {})
 
 
-REAL = [(n, p) for n, p in profiles() if p not in ("sweep", "strengths")]  # of the embedded model
+EMBEDDED = ("sweep", "strengths", "backdoor", "all", "others", "malign-labels", "harmful-rows")
+REAL = [(n, p) for n, p in profiles() if p not in EMBEDDED]
 
 
 @pytest.mark.slow
