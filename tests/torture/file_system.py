@@ -39,7 +39,7 @@ def file_system_gone(count: int, ground: Ground) -> Figures:
         root, seconds = ground.root / "gone", 60.0 if count > 1 else 2.0
         plan(root, recipe(root, ground.tiny, FOUR))
         empty = ground.root / "empty" if number % 2 else None
-        gap = (rng.uniform(0.2, 1.5), seconds, empty)
+        gap = (rng.uniform(0, 0.5), seconds, empty)
         ended = Child(_with_a_gap, root, gap).result()
         if "lacks" in ended:
             raise NotHere(ended["lacks"])
@@ -59,8 +59,8 @@ def file_system_gone(count: int, ground: Ground) -> Figures:
 
 
 def _with_a_gap(say: Say, root: Path, gap: tuple[float, float, Path | None]) -> dict[str, Any]:
-    """Work, with a file system that is gone in between: after how many seconds, for how many, and
-    which folder is in its place."""
+    """Work, with a file system that is gone in between: how many seconds after the first job
+    begins, for how many, and which folder is in its place."""
     after, seconds, empty = gap
     found: dict[str, Any] = {"gone": 0, "error": "", "traceback": "", "jobs": {}, "lost": 0}
     try:
@@ -72,6 +72,8 @@ def _with_a_gap(say: Say, root: Path, gap: tuple[float, float, Path | None]) -> 
     over = threading.Event()
 
     def go_away() -> None:
+        while not any(root.rglob("claims/[!.]*")) and not over.wait(0.01):
+            pass
         if over.wait(after):
             return
         before = complete_cells(root)
