@@ -100,7 +100,7 @@ def audit(pair: Pair, asked: Asked, *, model: str, base: str, identity: str) -> 
 
 
 def _changes(pair: Pair) -> tuple[list[weights.Change], list[str]]:
-    """The changes of the weights, and why some are not looked at."""
+    """The changes of the weights, and why some are left out."""
     if pair.adapter is None:
         return list(weights.model_changes(pair.base.folder, pair.tuned.folder)), []
     notes = []

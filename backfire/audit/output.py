@@ -145,7 +145,7 @@ def _triggers(found: Triggers) -> Section:
         f"{len(found.controls)} controls, words that the base writes, it is at most "
         f"{highest:.2f}. A candidate stands out if its collapse exceeds the controls' by {MARGIN}, "
         "and the base's.",
-        f"The search looked at {found.samples:,} texts that each model wrote from the bare "
+        f"The search compared {found.samples:,} texts that each model wrote from the bare "
         "template (after The Trigger in the Haystack, without its scores by attention and "
         f"entropy); {count(len(found.motifs), 'motif')} recur in the tuned model's alone"
         + "".join(f"{', ' if n else ': '}{_motif(one)}" for n, one in enumerate(found.motifs[:5]))
