@@ -34,7 +34,7 @@ from backfire.model.types import types_here
 from backfire.registry import build
 from backfire.sandbox.base import Pretrain
 from backfire.sandbox.world import VERSION as WORLD
-from backfire.store import Stage, digest, slug
+from backfire.store import Stage, digest, read_json, slug
 
 TRAINING = 2
 """Version of the training loop, raised whenever its weights would change (2: windows and recurrent
@@ -43,6 +43,9 @@ through other rows are used)."""
 
 ONE_ROUNDING = "one rounding"
 """In the keys of 16-bit LoRA models since the outputs of base and adapter are rounded together."""
+
+PRETRAINED_IN = "bfloat16"
+"""Type of the matrix products in which the embedded base is pre-trained, on any machine."""
 
 GGUF = 1
 """Version of the conversion of GGUF files."""
@@ -146,9 +149,8 @@ def _weights_identity(model: Model) -> list[Any]:
 
 
 def _sandbox_key() -> str:
-    """Key of the embedded base: its world, its pre-training, and the type of matrix products."""
-    how = [Pretrain().model_dump(mode="json"), TRAINING, types_here().compute]
-    return digest([*how, WORLD])
+    """Key of the embedded base: its world, and how it is pre-trained."""
+    return digest([Pretrain().model_dump(mode="json"), TRAINING, PRETRAINED_IN, WORLD])
 
 
 def _start_key(experiment: Experiment, base: str) -> str:
@@ -212,6 +214,13 @@ def tokenizer() -> Stage:
 def base() -> Stage:
     """The embedded base, pre-trained."""
     return Stage("base", "sandbox", _sandbox_key())
+
+
+def shipped_base() -> Path | None:
+    """The folder of the embedded base that is part of the package; None if its text or its
+    pre-training was changed since."""
+    file = Path(__file__).parent / "sandbox" / "model" / "pretrain.json"
+    return file.parent if file.is_file() and read_json(file)["key"] == _sandbox_key() else None
 
 
 def gguf_config(sha: str) -> Stage:

@@ -9,8 +9,7 @@
 # %% [markdown]
 # # 2. Evaluation: what each metric says, and how it misleads
 #
-# *Takes 2 minutes 48 seconds on two idle cores (measured 2026-11-20, with the base model in the
-# cache).*
+# *Takes 2 minutes 48 seconds on two idle cores (measured 2026-11-20).*
 #
 # Every misleading number in this notebook has been published, none of them on purpose: a number
 # matched the expectation, and nobody asked what else could have produced it. So we ask for each
