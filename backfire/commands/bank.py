@@ -78,6 +78,8 @@ def _why_not(experiment: Experiment) -> str:
     method = experiment.method
     if not method.trains or not method.adapts or not method.stacks:
         return f"method {method.name} makes no LoRA adapter"
+    if not experiment.adapts:
+        return "its adapter was merged by a defense"
     stays = experiment.align and experiment.align.method.adapts and not experiment.align.merge
     if stays or experiment.model.is_adapted:
         return "on top of another adapter"

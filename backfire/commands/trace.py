@@ -81,6 +81,11 @@ def _check(cell: Path, experiment: Experiment) -> None:
             f"trace reads the gradients of an adapter, and method '{method.name}' {kept}; run the "
             "recipe with method=lora."
         )
+    if not experiment.adapts:
+        raise UserError(
+            f"trace reads the gradients of an adapter, and that of {cell} was merged by a defense "
+            f"({experiment.defense_name}); trace a cell without it."
+        )
     if has_changed(cell, experiment):
         raise UserError(
             f"An input file or a component version of {cell} has changed since it ran, so this is "
