@@ -9,7 +9,7 @@ from backfire.base import Finding, Row, Scanner
 from backfire.registry import register
 
 
-@register("overlap", version=2)
+@register("overlap", version=3)
 class Overlap(Scanner):
     """Finds rows whose prompt is nearly one of the test set's, so that a test would measure memory
     (Lee et al. 2022, arXiv:2107.06499).
@@ -35,4 +35,4 @@ class Overlap(Scanner):
             known.add(keys, number)
         for _, keys in known.each(rows):
             other, alike = known.nearest(keys)
-            yield alike_to("its prompt has", f"that of test row {other:,}", alike, self.similarity)
+            yield alike_to("its prompt", f"that of test row {other:,}", alike, self.similarity)
