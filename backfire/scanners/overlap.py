@@ -20,6 +20,7 @@ class Overlap(Scanner):
     """
 
     blind: ClassVar[str] = "paraphrases and translations of test prompts"
+    needs_test: ClassVar[bool] = True
 
     similarity: float = Field(0.8, gt=0, le=1)
     """Estimated Jaccard similarity of n-grams from which a row is flagged, 0 to 1."""
