@@ -85,7 +85,8 @@ def read_text(value: Any) -> Any:
 def as_words(text: Any, words: Iterable[str]) -> tuple[str, ...]:
     """The words of a text, with the text's source if it has one."""
     if isinstance(text, FileText) or not is_read(text):
-        return _from(FileWords(words), text.source, is_read=text.is_read)
+        found: FileWords = _from(FileWords(words), text.source, is_read=text.is_read)
+        return found
     return tuple(words)
 
 
