@@ -341,7 +341,7 @@ def test_a_worker_leaves_when_others_have_the_rest(
     monkeypatch.setattr(claims, "BEAT", 0.02)
     monkeypatch.setattr(claims, "STALE", 0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "_place", lambda: "another host")
+        patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
     assert claim is not None
     assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}
