@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,69 @@ def test_a_worker_that_was_taken_over_learns_of_it(
         claim.note("", 0, 1)
     claim.release()
     assert new.exists() and holder(claims).host == "far"
+
+
+def replaced(claim: Claim, tmp_path: Path) -> None:
+    """What is open is dead: nothing can be done through it."""
+    (tmp_path / "other").touch()
+    other = os.open(tmp_path / "other", os.O_RDONLY)
+    os.dup2(other, claim._file)
+    os.close(other)
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 5
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_worker_whose_open_file_is_dead_learns_that_it_was_taken_over(
+    claims: Claims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, which knows no file that was replaced."""
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    claim = claims.take(JOB)
+    assert claim is not None
+    claim.path.unlink()
+    elsewhere(claims)
+    before = claim.path.read_text()
+    replaced(claim, tmp_path)
+    assert soon(lambda: claim.lost)
+    claim.release()
+    assert claim.path.read_text() == before
+
+
+def test_a_heartbeat_goes_on_after_its_open_file_was_dropped(
+    claims: Claims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    claim = claims.take(JOB)
+    assert claim is not None
+    replaced(claim, tmp_path)
+    os.utime(claim.path, (1.0, 1.0))
+    claim.note("later", 2, 8)
+    assert soon(lambda: holder(claims).done == 2 and holder(claims).age < 60)
+    assert not claim.lost and (tmp_path / "other").read_bytes() == b""
+    claim.release()
+    assert claims.names() == set()
+
+
+def test_a_claim_is_released_once_its_file_system_is_back(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, unlink, left = claims.take(JOB), os.unlink, [2]
+
+    def away(*arguments: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(*arguments, **options)
+
+    assert claim is not None
+    monkeypatch.setattr(os, "unlink", away)
+    claim.release()
+    assert claims.names() == set()
 
 
 def test_a_claim_that_cannot_be_read_counts_by_its_age(claims: Claims) -> None:

@@ -33,7 +33,7 @@ from backfire.launch.stop import Stop
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
-from backfire.progress import Progress
+from backfire.progress import Progress, while_waiting
 from backfire.store import Store, cache_root, scratch_root
 
 Watch = Callable[[Job, str, int, int], None]
@@ -47,7 +47,8 @@ _SHORTEST, _LONGEST = 0.05, 5.0
 _FRESH = 1.0
 """Seconds for which a worker that finds jobs does not look what others do."""
 MOST_TRIES = 3
-"""Number of times that a file system does not answer to a job before it counts as failed."""
+"""Number of times that a file system or a server does not answer to a job before it counts as
+failed."""
 
 
 def work(
@@ -96,9 +97,10 @@ def work(
         idle.begin()
         if not board.coming(may_begin):
             resident.release()  # a base in memory that nobody needs
-            if not (board.held() if stays else board.held(dead_for=idle.seconds)):
+            dead_for = None if stays else idle.seconds
+            if not patiently(partial(board.held, dead_for=dead_for)):
                 break
-        board.say_what_is_awaited()
+        patiently(board.say_what_is_awaited)
         stop.sleep(idle.delay)
     imports.release()
     return board.ended
@@ -109,11 +111,14 @@ def _do(
 ) -> None:
     """Run a job that this worker has claimed, unless it cannot succeed."""
 
+    def look() -> None:
+        if stop:
+            raise Stopped
+
     def progress(done: int, total: int, text: str) -> None:
         board.watch(job, text, done, total)
         claim.note(text, done, total)
-        if stop:
-            raise Stopped
+        look()
 
     kind, kills, dies = None, claim.holder.kills, False
     try:
@@ -122,12 +127,13 @@ def _do(
         elif bad := board.blocked(job):
             kind = report(job, board.folder, *bad)
         else:
-            kind = do(job, progress)
+            with while_waiting(look):
+                kind = do(job, progress)
     except Away as away:  # it passes, or it does not
         board.put_back[job.id] = away
         board.tries[job.id] += 1
         if board.tries[job.id] == MOST_TRIES:
-            kind = report(job, board.folder, "io", str(away))
+            kind = report(job, board.folder, away.kind, str(away))
     except Busy as busy:
         board.put_back[job.id] = busy
     except Pause:  # this worker stops, or has lost its claim
@@ -163,14 +169,14 @@ class Board:
     ) -> None:
         self.folder, self.claims, self.watch = folder, claims, watch
         plan = folder.path / JOBS
-        self.since = plan.stat().st_mtime if plan.exists() else claims.now()
+        self.since = patiently(lambda: plan.stat().st_mtime if plan.exists() else claims.now())
         """When this round began, by the clock of the file system."""
         self._jobs = {job.id: job for job in jobs}
         left = by_urgency(needed(jobs, folder))
         self.waiting = {job.id: job for job in left}
         self.ended = {job.id: "ok" for job in jobs if job.id not in self.waiting}
         self.tries = Counter[str]()
-        """How often a file system did not answer while this worker had a job."""
+        """How often a file system or a server did not answer while this worker had a job."""
         self.put_back: dict[str, Busy] = {}
         """Jobs that need a stage which another process builds; tried again after the others."""
         distinct: list[Any] = []

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +20,7 @@ from filelock import FileLock
 
 from backfire import claims
 from backfire.claims import Claims
-from backfire.errors import CellError, GpuError
+from backfire.errors import Away, CellError, GpuError
 from backfire.experiment import Machine
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder, report
@@ -204,6 +207,50 @@ def test_a_stage_that_is_locked_blocks_no_other_work(tmp_path: Path) -> None:
     assert set(ends[-2:]) == last, "all others came first"
     assert f"{needs.id} waiting for poison rows-0123 on far" in said
     assert store.waits, "a notebook's store waits as ever"
+
+
+def test_an_idle_worker_waits_for_a_file_system_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not answer to every other look of the clock."""
+    *rest, last = planned(tmp_path, PAIR)
+    calls, now = itertools.count(), Claims.now
+    monkeypatch.setattr(claims, "BEAT", 0.02)
+    monkeypatch.setattr("backfire.patience._FIRST", 0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "_place", lambda: "another host")
+        claim = Claims(tmp_path).take(last.id)
+    assert claim is not None
+
+    def sometimes(self: Claims) -> float:
+        if next(calls) % 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return now(self)
+
+    monkeypatch.setattr(Claims, "now", sometimes)
+    assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}
+    threading.Timer(0.2, claim.release).start()
+    assert alone(tmp_path, sleeps(tmp_path))[last.id] == "ok" and next(calls) > 10
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_server_that_does_not_answer_puts_its_job_back(times: int, tmp_path: Path) -> None:
+    """A few times; the others are done before."""
+    *others, last = planned(tmp_path, PAIR)
+    begun = list[str]()
+
+    def run(job: Job, folder: RunFolder, *_: Any) -> str:
+        begun.append(job.id)
+        if job.id == last.id and begun.count(job.id) <= times:
+            raise Away("http://judge failed 6 times.", "failed")
+        return ended(job, folder)
+
+    kind = "ok" if times == 2 else "failed"
+    assert alone(tmp_path, run) == {job.id: "ok" for job in others} | {last.id: kind}
+    assert begun[-2:] == [last.id] * 2 and begun.count(last.id) == 3
+    if times == 9:
+        error = RunFolder(tmp_path, "r").cell(last.experiment, last.key) / "error.json"
+        assert read_json(error)["error"] == "http://judge failed 6 times."
 
 
 # ----------------------------------------------------------------------------- which job comes next
