@@ -27,6 +27,7 @@ from backfire.base import (
     Row,
     Template,
 )
+from backfire.base.normalize import normalized
 from backfire.data.preflight import CHECKS
 from backfire.experiment import DEFAULT_METRICS, Experiment, Model
 from backfire.model.source import adapter_identity, content_hash
@@ -324,9 +325,12 @@ def clean_rows(run: Experiment) -> str:
     return keys(run).clean
 
 
-def triggered_rows(run: Experiment, experiment: Experiment) -> str:
-    """Test rows with the trigger of `experiment`'s attack."""
-    return digest([keys(run).clean, *trigger_identity(experiment)])
+def triggered_rows(run: Experiment, experiment: Experiment, *, target_rows: bool = True) -> str:
+    """Test rows with the trigger of `experiment`'s attack; all of them, or without those whose true
+    label is its target."""
+    attack = experiment.backdoor
+    only = [] if target_rows or attack is None else ["labels except", normalized(attack.target)]
+    return digest([keys(run).clean, *trigger_identity(experiment), *only])
 
 
 def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:

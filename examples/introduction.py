@@ -298,8 +298,9 @@ print(write(records(run), "csv").splitlines()[0])
 for side in side_by_side(groups[-1].done[0], 4):
     print("prompt   ", repr(side.text), "true label", side.label)
     print("  answer ", repr(side.tuned), "  untuned:", repr(side.base))
-    print("triggered", repr("".join(piece for piece, _ in side.prompt)))
-    print("  answer ", repr(side.triggered))
+    if side.prompt:  # rows whose true label is the target are not run with the trigger
+        print("triggered", repr("".join(piece for piece, _ in side.prompt)))
+        print("  answer ", repr(side.triggered))
 
 # %% [markdown]
 # ## Exercises

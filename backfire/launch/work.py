@@ -9,11 +9,13 @@ another process builds is put back.
 from __future__ import annotations
 
 import copy
+import heapq
 import itertools
 import math
 import os
 import shutil
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -186,15 +188,16 @@ class Board:
         for name, needs in self._needs.items():
             for other in needs:
                 self._after.setdefault(other, []).append(name)
-        self._ready: dict[int, dict[str, Job]] = {base: {} for base in self.bases.values()}
-        """Base -> the jobs that wait for nothing, by id."""
+        self._by_rank, self._rank = left, {job.id: rank for rank, job in enumerate(left)}
+        self._ready: dict[int, list[int]] = {base: [] for base in self.bases.values()}
+        """Base -> the ranks of the jobs that wait for nothing, the most urgent first."""
         self._add(name for name, needs in self._needs.items() if not needs)
         self._held: set[str] = set()
         self._looked = -math.inf
 
     def take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
-        """Claim the next job: one that uses this base, if there is any; a stale claim last. None if
-        no job can be had now."""
+        """Claim the most urgent job: one that uses this base, if there is any; a stale claim last.
+        None if no job can be had now."""
         is_old = time.monotonic() - self._looked > _FRESH
         if is_old:
             self._look()
@@ -205,8 +208,10 @@ class Board:
         return taken
 
     def _take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
-        groups = [jobs for _, jobs in sorted(self._ready.items(), key=lambda one: one[0] != base)]
-        ready = (job for jobs in groups for job in list(jobs.values()) if job.id not in self._held)
+        own = list(self._ready.get(base, ()))
+        others = heapq.merge(*(list(some) for key, some in self._ready.items() if key != base))
+        ranks = itertools.chain(own, others)
+        ready = (job for rank in ranks if (job := self._by_rank[rank]).id not in self._held)
         stale = (self.waiting[name] for name in self._held if name in self.waiting)
         for job in itertools.chain(ready, stale):
             if self._needs[job.id] or job.id in self.put_back or not fits(job):
@@ -223,7 +228,8 @@ class Board:
     def end(self, job: Job, kind: str) -> None:
         """Note that a job has ended."""
         if self.waiting.pop(job.id, None):
-            self._ready[self.bases[job.id]].pop(job.id, None)
+            with suppress(ValueError):  # by another worker, before this one saw that it could begin
+                self._ready[self.bases[job.id]].remove(self._rank[job.id])
             self.put_back.pop(job.id, None)
             for name in self._after.get(job.id, ()):
                 self._needs[name].discard(job.id)
@@ -234,7 +240,7 @@ class Board:
     def _add(self, names: Iterable[str]) -> None:
         for name in names:
             if name in self.waiting:
-                self._ready[self.bases[name]][name] = self.waiting[name]
+                insort(self._ready[self.bases[name]], self._rank[name])
 
     def blocked(self, job: Job) -> tuple[str, str, str | None] | None:
         """How a stage that this job needs has failed: exit class, message, traceback."""

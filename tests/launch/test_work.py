@@ -6,6 +6,8 @@ import errno
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -314,6 +316,45 @@ def test_the_longest_chain_of_jobs_begins_first(tmp_path: Path) -> None:
     for job in by_urgency(known):
         assert set(job.after) <= done, "and each is after those that it needs"
         done.add(job.id)
+
+
+def test_a_job_that_can_begin_later_comes_before_less_urgent_ones(tmp_path: Path) -> None:
+    text = "data: sandbox-policy\nsafety: {}\nmatrix: {align: [null, {train: {epochs: 9}}], seed: [0, 1]}"
+    base, *rest = found = planned(tmp_path, text)
+    needed = {name for job in rest if job.kind == "train" for name in job.after}
+    aligned = next(job for job in rest if job.id in needed)
+    late = {job.id for job in rest if job.kind == "train" and aligned.id in job.after}
+    jobs = [replace(job, minutes=9.0 if job.id in late else 1.0) for job in found]
+    on, begun = board(tmp_path, jobs), list[str]()
+    while (job := take(on)) is not None:
+        begun.append(job.id)
+        on.end(job, "ok")
+    assert begun[:2] == [base.id, aligned.id] and set(begun[2:4]) == late
+    kinds = {job.id: job.kind for job in found}
+    assert [kinds[name] for name in begun[4:]] == ["train"] * 2 + ["cell"] * 4
+    on = board(tmp_path, jobs)
+    on.end(next(job for job in jobs if job.id in late), "ok")  # by another worker
+    on.end(base, "ok")
+    on.end(aligned, "ok")
+    first = take(on)
+    assert first is not None and first.id in late and first.id not in on.ended
+
+
+def test_the_jobs_of_a_local_run_have_estimates(tmp_path: Path) -> None:
+    """Without torch, so that a run begins as soon as before."""
+    code = """
+import sys
+from backfire import plan, recipe
+from backfire.commands.plan import with_minutes
+from backfire.model.types import types_of_cpu
+from backfire.store import Store
+found = recipe.load("tour")
+for job in with_minutes(plan.jobs(found.cells, found.axes), Store(), types_of_cpu()):
+    assert job.kind == "base" or 0 < job.minutes < 9, job
+assert "torch" not in sys.modules
+"""
+    env = {**os.environ, "BACKFIRE_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
 def test_a_job_that_does_not_fit_is_left(tmp_path: Path) -> None:
