@@ -60,7 +60,7 @@ PURPOSES = {
     "page.html.j2": "Template of the report; everything that comes from a file is escaped",
     "audit.html.j2": "Template of the page of an audit",
     "scan.html.j2": "Template of the page of a scan",
-    "backfire/sandbox/model": "The embedded base: weights and tokenizer, as transformers saves them",
+    "backfire/sandbox/model": "The embedded base, as transformers saves it",
     "backfire/recipes": "Recipes: one YAML file per question",
     "docs": "Concepts, catalog, layout, papers, log, decisions, how to add a component",
     "tests": "Tests; the contract tests run over every component",

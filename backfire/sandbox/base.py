@@ -78,8 +78,8 @@ class Pretrain(Config):
 
 
 def shipped(key: str) -> Path | None:
-    """The folder of the embedded base that is part of the package; None if it has another key, since
-    its text or its pre-training was changed."""
+    """The folder of the embedded base that is part of the package; None if it has another key,
+    since its text or its pre-training was changed."""
     folder = Path(__file__).with_name("model")
     said = folder / "pretrain.json"
     return folder if said.is_file() and read_json(said)["key"] == key else None
