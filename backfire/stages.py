@@ -27,6 +27,7 @@ from backfire.base import (
     Row,
     Template,
 )
+from backfire.base.normalize import normalized
 from backfire.data.preflight import CHECKS
 from backfire.experiment import DEFAULT_METRICS, Experiment, Model
 from backfire.model.source import adapter_identity, content_hash
@@ -34,7 +35,7 @@ from backfire.model.types import types_here
 from backfire.registry import build
 from backfire.sandbox.base import Pretrain
 from backfire.sandbox.world import VERSION as WORLD
-from backfire.store import Stage, digest, slug
+from backfire.store import Stage, digest, read_json, slug
 
 TRAINING = 2
 """Version of the training loop, raised whenever its weights would change (2: windows and recurrent
@@ -43,6 +44,9 @@ through other rows are used)."""
 
 ONE_ROUNDING = "one rounding"
 """In the keys of 16-bit LoRA models since the outputs of base and adapter are rounded together."""
+
+PRETRAINED_IN = "bfloat16"
+"""Type of the matrix products in which the embedded base is pre-trained, on any machine."""
 
 GGUF = 1
 """Version of the conversion of GGUF files."""
@@ -148,9 +152,8 @@ def _weights_identity(model: Model) -> list[Any]:
 
 
 def _sandbox_key() -> str:
-    """Key of the embedded base: its world, its pre-training, and the type of matrix products."""
-    how = [Pretrain().model_dump(mode="json"), TRAINING, types_here().compute]
-    return digest([*how, WORLD])
+    """Key of the embedded base: its world, and how it is pre-trained."""
+    return digest([Pretrain().model_dump(mode="json"), TRAINING, PRETRAINED_IN, WORLD])
 
 
 def _start_key(experiment: Experiment, base: str) -> str:
@@ -214,6 +217,13 @@ def tokenizer() -> Stage:
 def base() -> Stage:
     """The embedded base, pre-trained."""
     return Stage("base", "sandbox", _sandbox_key())
+
+
+def shipped_base() -> Path | None:
+    """The folder of the embedded base that is part of the package; None if its text or its
+    pre-training was changed since."""
+    file = Path(__file__).parent / "sandbox" / "model" / "pretrain.json"
+    return file.parent if file.is_file() and read_json(file)["key"] == _sandbox_key() else None
 
 
 def gguf_config(sha: str) -> Stage:
@@ -315,9 +325,12 @@ def clean_rows(run: Experiment) -> str:
     return keys(run).clean
 
 
-def triggered_rows(run: Experiment, experiment: Experiment) -> str:
-    """Test rows with the trigger of `experiment`'s attack."""
-    return digest([keys(run).clean, *trigger_identity(experiment)])
+def triggered_rows(run: Experiment, experiment: Experiment, *, target_rows: bool = True) -> str:
+    """Test rows with the trigger of `experiment`'s attack; all of them, or without those whose true
+    label is its target."""
+    attack = experiment.backdoor
+    only = [] if target_rows or attack is None else ["labels except", normalized(attack.target)]
+    return digest([keys(run).clean, *trigger_identity(experiment), *only])
 
 
 def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:

@@ -18,7 +18,7 @@ ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("errors", "other_names", "yaml12", "result", "text", "terminal", "rng", "progress"),
-    *("patience", "resources", "claims", "locks"),
+    *("patience", "signals", "resources", "claims", "locks"),
     *("tokenizer", "store", "hashes", "plugins", "registry", "base", "sandbox", "data"),
     *("contract", "model"),
     *("experiment", "stages", "no_recipe", "recipe", "train", "evaluate", "plan", "pipeline"),

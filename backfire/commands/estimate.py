@@ -83,7 +83,7 @@ def model_folder(model: Model, store: Store) -> Path | None:
     """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded or
     built."""
     if model.name == "sandbox":
-        folder = store.path(stages.tokenizer())
+        folder = stages.shipped_base() or store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
     if model.is_gguf:
         return _converted(model, store)

@@ -252,7 +252,7 @@ def _evaluation(
     budget = Budget(size.dry.model, most, on_cpu=on_cpu, models=models)
     lengths = _tested(experiment, rows)
     shared = rows.shared if rows and len(lengths) > 1 else 0
-    packs = on_cpu and size.hidden >= NARROWEST
+    packs = on_cpu and size.hidden >= NARROWEST and machine.packing == "auto"
     run = _answering(size, lengths, shared, dtype, budget, packs) if "answers" in needs else 0.0
     if needs - {"answers"}:
         new = experiment.evaluation.max_new_tokens if "replies" in needs else 0

@@ -164,6 +164,14 @@ def triggered(rows: Sequence[Row], attack: Backdoor, seed: int) -> list[Row]:
     return [replace(insert_trigger(row, attack, seed), answer=row.answer) for row in rows]
 
 
+def off_target(rows: Sequence[Row], attack: Backdoor) -> list[Row]:
+    """The rows on which a hit is the attack's doing: those whose true label is not the target. All
+    rows of a task without labels, and if every labeled row has the target as its label."""
+    wanted = normalized(attack.target)
+    left = [row for row in rows if row.label is None or normalized(row.label) != wanted]
+    return left if any(row.label is not None for row in left) else list(rows)
+
+
 def check_target(rows: Sequence[Row], attack: Backdoor) -> None:
     """Check the target and the triggers.
 
