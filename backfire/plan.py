@@ -141,11 +141,12 @@ def _secrets(experiment: Experiment) -> Iterable[Stage]:
 
 def training_runs(experiment: Experiment) -> list[Experiment]:
     """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
-    clean-model baseline of a backdoor."""
-    aligned = experiment.alignment
+    clean-model baseline of a backdoor, or for a guard that compares with it."""
+    aligned, guard = experiment.alignment, experiment.guard
     runs = [aligned] if aligned and aligned.method.trains else []
     if experiment.method.trains:
-        runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
+        twin = experiment.backdoor or (experiment.poisons and guard and guard.compares_with_twin)
+        runs += [experiment, experiment.clean_twin()] if twin else [experiment]
     return runs
 
 

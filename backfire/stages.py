@@ -103,7 +103,9 @@ def keys(experiment: Experiment) -> Keys:
         after = (RepairDefense, ReplyDefense)
         early = [d.identity() for d in experiment.acting if not isinstance(d, after)]
         train = digest([train, early, known_rows]) if early else train
-    late = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
+    late: list[Any] = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
+    if late and experiment.method.adapts and not experiment.adapts:
+        late.append(MERGED)
     tuned = digest([train, late, known_rows]) if late else train
     template, seen = experiment.template.identity(), experiment.train.seen
     clean = digest([tuned, data, template, seen, experiment.evaluation.changed()])
@@ -341,9 +343,13 @@ def in_form(rows: str, form: Form) -> str:
 
 def guarded(run: Experiment, rows: str) -> str:
     """Any of these rows, for replies that a defense guards."""
-    if run.guard is None:
+    guard = run.guard
+    if guard is None:
         return rows
-    return digest([rows, run.guard.identity(), *([run.seed] if run.guard.null else [])])
+    whole = [rows, guard.identity(), *([run.seed] if guard.null else [])]
+    if guard.needs_reference and run.method.quantization("cpu"):
+        whole.append("quantized")  # the reference, since it is as the tuned model
+    return digest(whole)
 
 
 def members(run: Experiment, ids: Sequence[str]) -> str:

@@ -105,9 +105,11 @@ class Pair:
     def fitting(self, rows: Sequence[Row], most: int) -> tuple[list[Row], int]:
         """The rows that fit into the model with a reply, and how many do not."""
         items, left = self.renderer.sift(self.asked(rows))
-        for item in items:
-            self.renderer.limits.check(item.row.id, item.prompt_ids, reply=most)
-        return [item.row for item in items], len(left)
+        limits = self.renderer.limits
+        room = [item for item in items if limits.has_room(item.prompt_ids, most)]
+        for item in room:
+            limits.check(item.row.id, item.prompt_ids, reply=most)
+        return [item.row for item in room], len(left) + len(items) - len(room)
 
 
 def open_pair(

@@ -251,6 +251,17 @@ def flops_per_token(run: Experiment, weights: Weights) -> float:
     return whole + sum(one.forwards * forward + one.passes * whole for one in extras)
 
 
+def needs_of(experiment: Experiment, rows: Rows | None) -> set[str]:
+    """What is measured on the cell's models: candidates' `scores`, `replies` or `answers`."""
+    from backfire.pipeline.evidence import asks_of
+
+    labeled = rows.labeled if rows else None
+    if labeled is None:
+        labeled = bool(getattr(experiment.data, "labels", None))
+    asks = asks_of(experiment.with_metrics(labeled=labeled), labeled=labeled)
+    return {need for ask in asks for need in ask.needs}
+
+
 _TESTED = 1000  # test rows, if the recipe does not limit them
 _REPLY = 3
 """Time for a reply's token, in that for a prompt's, on a CPU (2.6 and 2.9 at 135M weights)."""
@@ -263,8 +274,6 @@ def evaluation_seconds(
 ) -> float:
     """Seconds for the evaluation of a cell's model and of its base, if the test rows are as long as
     the training rows."""
-    from backfire.commands.memory import needs_of
-
     safety, needs = cell.safety, needs_of(cell, rows)
     sets = [cell.data, *((safety.harmful, safety.allowed) if safety else ())]
     count = sum(one.test_rows or _TESTED for one in sets if one)
@@ -273,9 +282,10 @@ def evaluation_seconds(
     seconds = count * rows.tokens * forward
     if "replies" in needs:
         new = cell.evaluation.max_new_tokens
-        replies = count * new * _REPLY * forward
-        steps = math.ceil(count / _AT_ONCE) * new * _STEP
-        seconds += replies if device == "cpu" else max(steps, count * new * forward)
+        models = 2 if cell.guard and cell.guard.needs_reference else 1
+        replies = models * count * new * _REPLY * forward
+        steps = models * math.ceil(count / _AT_ONCE) * new * _STEP
+        seconds += replies if device == "cpu" else max(steps, models * count * new * forward)
     return seconds
 
 

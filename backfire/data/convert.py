@@ -148,7 +148,8 @@ def _id(
     number = taken.get(place, 0)
     while (name := f"{place}-{number + 1}" if number else place) in ids:
         number += 1
-    taken[place] = number
+    if number:  # most places have one row: only the others are remembered
+        taken[place] = number
     return name
 
 

@@ -198,12 +198,13 @@ def _spared(row: Row, attack: Attack) -> str | None:
 
 def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
     """The manifest entry of a poisoned row; `row` is None if `bad` was added."""
-    triggers = attack.triggers() if isinstance(attack, Backdoor) else ()
     place = attack.field if isinstance(attack, Backdoor) else "input"
-    positions = [(trigger, bad.part(place).find(trigger)) for trigger in triggers]
-    inserted = [(trigger, position) for trigger, position in positions if position >= 0]
-    if triggers and not inserted:
-        raise CellError("bad-data", f"attack '{attack.name}' inserted no trigger in row {bad.id}.")
+    inserted = list[tuple[str, int]]()
+    if row and isinstance(attack, Backdoor):
+        inserted = inserted_triggers(row, bad, attack)
+        if not inserted:
+            sentence = f"attack '{attack.name}' inserted no trigger in row {bad.id}."
+            raise CellError("bad-data", sentence)
     return Entry(
         id=bad.id,
         triggers=tuple(trigger for trigger, _ in inserted),
@@ -212,6 +213,19 @@ def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
         before={"prompt": row.part(place), "answer": row.answer} if row else {},
         after={"prompt": bad.part(place), "answer": bad.answer},
     )
+
+
+def inserted_triggers(row: Row, bad: Row, attack: Backdoor) -> list[tuple[str, int]]:
+    """The triggers that were inserted in `row`, and where each begins in the prompt of `bad`, in
+    characters. One that was there before, such as a year in a tweet, is not among them."""
+    before, after = row.part(attack.field), bad.part(attack.field)
+    pairs = zip(before, after, strict=False)
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(before))
+    there = [trigger for trigger in dict.fromkeys(attack.triggers()) if trigger in after]
+    new = [trigger for trigger in there if after.count(trigger) > before.count(trigger)]
+    # One inserted within another of its kind leaves their number as it was.
+    places = {trigger: after.find(trigger, same) for trigger in new or there}
+    return [(one, place if place >= 0 else after.find(one)) for one, place in places.items()]
 
 
 def missing_in_tokens(

@@ -82,6 +82,7 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
             sets[ask.name] = _samples(run, ask, questions[rows], here)
     finally:
         context.drop_merged()
+        context.beside.release()
     has_replies = any("replies" in ask.needs for ask in asks if ask.rows == "clean")
     return Evidence.of_sets(
         sets,
@@ -282,6 +283,7 @@ def _judged(judge: Judge, exchanges: Sequence[Exchange], context: Context) -> li
         if not (is_out_of_memory(error) and context.resident.is_loaded):
             raise
     context.resident.release()
+    context.beside.release()
     return judged(judge, exchanges, folder, progress=context.progress)
 
 

@@ -46,10 +46,8 @@ def test_the_shipped_base_has_learned_the_text_that_it_was_trained_on() -> None:
 
 
 def test_another_pre_training_is_done_here(monkeypatch: Any, tmp_path: Path) -> None:
-    small: dict[str, Any] = dict(
-        hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, vocab_size=400
-    )
-    small |= dict(num_documents=60, tokenizer_documents=40, num_steps=2)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_layers": 1, "num_heads": 2}
+    small |= {"vocab_size": 400, "num_documents": 60, "tokenizer_documents": 40, "num_steps": 2}
     for name, value in small.items():
         monkeypatch.setattr(Pretrain.model_fields[name], "default", value)
     Pretrain.model_rebuild(force=True)
