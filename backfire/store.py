@@ -134,8 +134,7 @@ def seal(folder: Path, *, hash_large: bool = True) -> None:
     """Write `done.json` last: sizes and hashes of all files in the folder, except checkpoints.
 
     Without `hash_large`, files that together are too large to be hashed by `intact` have no hash:
-    it would be the slowest part of writing them. All files are on the disk before the seal is: a
-    power cut could leave some empty that have the right size.
+    it would be the slowest part of writing them.
     """
     excluded = folder / CHECKPOINTS
     for file in folder.rglob(".*.tmp"):  # of a process that was killed in `write_atomic`
@@ -382,11 +381,15 @@ def mark_recent(file: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have all that is in a folder written to the disk, but not its checkpoints."""
+    """Have a large folder written to the disk, but not its checkpoints: after a power cut, files
+    may have the right size and nothing in them. In a smaller one, their hashes tell."""
+    found = list[Path]()
     for at, inside, names in os.walk(folder):
         if Path(at) == folder:
             inside[:] = [name for name in inside if name != CHECKPOINTS]
-        for path in (Path(at), *(Path(at, name) for name in names)):
+        found += [Path(at), *(Path(at, name) for name in names)]
+    if sum(path.stat().st_size for path in found) > _HASHED_ON_READ:
+        for path in found:
             _sync_path(path)
 
 
