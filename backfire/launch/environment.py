@@ -71,7 +71,8 @@ def _products(device: str) -> dict[str, str]:
         name: f"{name} {found[1]}" if (found := re.search(pattern, built)) else name
         for name, pattern in _LIBRARIES.items()
     }
-    mkl, onednn = torch.backends.mkl.is_available(), torch.backends.mkldnn.is_available()
+    backends: Any = torch.backends
+    mkl, onednn = backends.mkl.is_available(), backends.mkldnn.is_available()
     return {
         "float32": known["MKL"] if mkl else "BLAS",
         "bfloat16": known["oneDNN"] if onednn else "BLAS",
