@@ -61,7 +61,7 @@ def test_a_lost_gpu_is_left_out(
     *_, last = found = planned(tmp_path)
     monkeypatch.setattr(claims, "BEAT", 0.02)
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "_place", lambda: "another host")
+        patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
     assert claim is not None
 

@@ -216,7 +216,7 @@ def test_an_idle_worker_waits_for_a_file_system_that_is_away(
     monkeypatch.setattr(claims, "BEAT", 0.02)
     monkeypatch.setattr("backfire.patience._FIRST", 0.001)
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "_place", lambda: "another host")
+        patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
     assert claim is not None
 
