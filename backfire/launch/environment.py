@@ -71,10 +71,10 @@ def _products(device: str) -> dict[str, str]:
         name: f"{name} {found[1]}" if (found := re.search(pattern, built)) else name
         for name, pattern in _LIBRARIES.items()
     }
-    mkl, onednn = torch.backends.mkl.is_available(), torch.backends.mkldnn.is_available()
+    there: Any = torch.backends
     return {
-        "float32": known["MKL"] if mkl else "BLAS",
-        "bfloat16": known["oneDNN"] if onednn else "BLAS",
+        "float32": known["MKL"] if there.mkl.is_available() else "BLAS",
+        "bfloat16": known["oneDNN"] if there.mkldnn.is_available() else "BLAS",
     }
 
 

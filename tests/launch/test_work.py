@@ -319,7 +319,8 @@ def test_the_longest_chain_of_jobs_begins_first(tmp_path: Path) -> None:
 
 
 def test_a_job_that_can_begin_later_comes_before_less_urgent_ones(tmp_path: Path) -> None:
-    text = "data: sandbox-policy\nsafety: {}\nmatrix: {align: [null, {train: {epochs: 9}}], seed: [0, 1]}"
+    align = "[null, {train: {epochs: 9}}]"
+    text = f"data: sandbox-policy\nsafety: {{}}\nmatrix: {{align: {align}, seed: [0, 1]}}"
     base, *rest = found = planned(tmp_path, text)
     needed = {name for job in rest if job.kind == "train" for name in job.after}
     aligned = next(job for job in rest if job.id in needed)
