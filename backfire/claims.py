@@ -255,7 +255,7 @@ def _holder(job: str, title: str, kills: int = 0) -> Holder:
         pid=pid,
         uuid=uuid.uuid4().hex,
         since=time.time(),
-        place=_place(),
+        place=place(),
         began=_began(pid) or "",
         kills=kills,
     )
@@ -263,7 +263,7 @@ def _holder(job: str, title: str, kills: int = 0) -> Holder:
 
 def is_here(holder: Holder) -> bool:
     """Whether it is a process of this host."""
-    return holder.place == _place()
+    return holder.place == place()
 
 
 def _read(path: Path, now: float) -> Holder | None:
@@ -285,7 +285,8 @@ def _read(path: Path, now: float) -> Holder | None:
 
 
 @lru_cache
-def _place() -> str:
+def place() -> str:
+    """Identifies this host, since it was started, and the numbering of its processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))

@@ -35,7 +35,7 @@ from backfire.model.types import types_here
 from backfire.registry import build
 from backfire.sandbox.base import Pretrain
 from backfire.sandbox.world import VERSION as WORLD
-from backfire.store import Stage, digest, read_json, slug
+from backfire.store import Stage, digest, slug
 
 TRAINING = 2
 """Version of the training loop, raised whenever its weights would change (2: windows and recurrent
@@ -217,13 +217,6 @@ def tokenizer() -> Stage:
 def base() -> Stage:
     """The embedded base, pre-trained."""
     return Stage("base", "sandbox", _sandbox_key())
-
-
-def shipped_base() -> Path | None:
-    """The folder of the embedded base that is part of the package; None if its text or its
-    pre-training was changed since."""
-    file = Path(__file__).parent / "sandbox" / "model" / "pretrain.json"
-    return file.parent if file.is_file() and read_json(file)["key"] == _sandbox_key() else None
 
 
 def gguf_config(sha: str) -> Stage:

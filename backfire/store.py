@@ -27,6 +27,7 @@ from typing import Any
 
 import psutil
 
+from backfire.claims import place as place_of_processes
 from backfire.errors import Stopped, is_away
 from backfire.locks import locked
 from backfire.patience import patiently
@@ -80,21 +81,22 @@ _UNIQUE = re.compile(r"([^.]+)\.(\d+)\.[0-9a-f]{8}")
 
 
 def _host() -> str:
-    return slug(socket.gethostname().replace(".", "-"))[:40]
+    """This host and its numbering of processes: containers may share the name of their host."""
+    return f"{slug(socket.gethostname().replace('.', '-'))[:40]}-{place_of_processes()[:6]}"
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
+def write_atomic(path: Path, data: str | bytes, *, mode: int = 0o666) -> None:
     """Write a file so that it is the old or the new one, never a part, even across a power cut. A
-    file system that does not answer is waited for."""
+    file system that does not answer is waited for. `mode` are its permissions, less the umask."""
     if not path.name:  # as in "" or "."
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    patiently(lambda: _write(path, data))
+    patiently(lambda: _write(path, data, mode))
 
 
-def _write(path: Path, data: str | bytes) -> None:
+def _write(path: Path, data: str | bytes, mode: int) -> None:
     temporary = path.with_name(f".{path.name}.{unique()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=lambda name, how: os.open(name, how, mode)) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -287,7 +289,7 @@ def _attempt(place: Path) -> Iterator[Path]:
 
 def _remove_dead(place: Path) -> None:
     """Remove what killed attempts have left: those whose process on this host is gone, and those of
-    other hosts that are unchanged for a day."""
+    other hosts, containers or boots that are unchanged for a day."""
     for folder in place.glob("*.*.*"):
         if not (name := _UNIQUE.fullmatch(folder.name)):
             continue

@@ -6,8 +6,8 @@ every product of the frozen base runs once over the rows of all cells, and no po
 The adapters of the cells lie side by side in one matrix, and a mask keeps each cell's rows to its
 own columns: [x, h] [W, s B_1 ... s B_K]^T. A cell alone is the same code with K = 1.
 
-`--steps N` is a whole training run of N steps, without loading, checkpoints and log. `--device cuda`
-measures on a GPU.
+`--steps N` is a whole training run of N steps, without loading, checkpoints and log.
+`--device cuda` measures on a GPU.
 """
 
 from __future__ import annotations

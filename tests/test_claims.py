@@ -93,7 +93,7 @@ def test_who_has_what_is_told_with_its_age(claims: Claims) -> None:
 
 
 def test_a_dead_process_of_this_host_holds_nothing(claims: Claims) -> None:
-    here = Holder("", "", "", 0, "", 0.0, place=module._place())
+    here = Holder("", "", "", 0, "", 0.0, place=module.place())
     elsewhere(claims, pid=dead_process(), place=here.place, began="1")
     claim = claims.take(JOB)
     assert claim is not None
@@ -288,12 +288,12 @@ def test_processes_of_another_container_are_not_of_this_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Numbers of processes mean nothing there."""
-    here = module._place.__wrapped__()
-    assert here == module._place.__wrapped__()
+    here = module.place.__wrapped__()
+    assert here == module.place.__wrapped__()
     monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[7]"))
-    there = module._place.__wrapped__()
+    there = module.place.__wrapped__()
     monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[8]"))
-    assert len({here, there, module._place.__wrapped__()}) == 3
+    assert len({here, there, module.place.__wrapped__()}) == 3
 
 
 def test_a_worker_that_is_killed_while_it_makes_a_claim_holds_nothing(claims: Claims) -> None:

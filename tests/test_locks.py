@@ -88,7 +88,7 @@ def test_a_lock_that_ends_at_the_host(tmp_path: Path, monkeypatch: pytest.Monkey
     """Both hosts get the system's lock; the claim tells them apart."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with locked(tmp_path / "x", across_hosts=True), monkeypatch.context() as other:
-        other.setattr(claims, "_place", lambda: "another host")
+        other.setattr(claims, "place", lambda: "another host")
         with pytest.raises(Busy), locked(tmp_path / "x", waits=False, across_hosts=True):
             pass
         with locked(tmp_path / "x", waits=False):

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class _Late:
 def test_a_worker_stops_at_a_signal_that_came_before_it_worked(
     number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the same way as one that works; the server of workers stays, as it never lets them in."""
+    """In the same way as one that works."""
 
     def work(*_: Any, stop: Stop, **options: Any) -> None:
         (tmp_path / "stopped").write_text(str(stop.signaled))
@@ -92,6 +93,21 @@ def test_a_worker_stops_at_a_signal_that_came_before_it_worked(
     (tmp_path / "told").touch()
     worker.join(20)
     assert worker.exitcode == 0 and (tmp_path / "stopped").read_text() == "True"
+
+
+def test_the_server_of_workers_outlasts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they look dead, and nobody hears that they save their checkpoints."""
+    server = forkserver.ForkServer()
+    monkeypatch.setattr(local, "forkserver", server)
+    monkeypatch.setattr(local, "_forkserver", lambda: None)
+    monkeypatch.setattr(local, "has_gpu", lambda: False)
+    local.warm_up()
+    pid = server._forkserver_pid  # type: ignore[attr-defined]
+    for number in (signal.SIGINT, *TO_STOP):
+        os.kill(pid, number)
+    time.sleep(0.2)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    server._stop()  # type: ignore[attr-defined]
 
 
 def _forked(work: Callable[..., None], *arguments: Any) -> Any:

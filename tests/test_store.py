@@ -233,6 +233,19 @@ def test_what_killed_attempts_leave_is_removed(root: Path, monkeypatch: pytest.M
     assert intact(folder) and left(place) == ["other.2.00000000", "other.2.00000000/half.bin"]
 
 
+def test_attempts_in_a_container_of_the_same_host_name_stay(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the network of its host it has the host's name too, and numbers its processes anew."""
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(store, "place_of_processes", lambda: "0123456789ab")
+        other = store.unique()
+    (root / "train/slug-key.partial" / other).mkdir(parents=True)
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
+    once(root, Maker())
+    assert left(root / "train/slug-key.partial") == [other]
+
+
 def test_a_temporary_folder_is_of_one_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage, place = Stage("merge", "slug", "key"), root / "merge/slug-key.partial"
     with Store(root).temporary(stage) as one, Store(root).temporary(stage) as other:

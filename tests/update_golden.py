@@ -104,9 +104,10 @@ def write_base() -> None:
     from backfire import sandbox, stages
     from backfire.pipeline.base_model import base
     from backfire.pipeline.context import Context
+    from backfire.sandbox.base import shipped
     from backfire.store import SEAL, Store, cache_root
 
-    if stages.shipped_base():
+    if shipped(stages.base().key):
         return
     made = base(Model(), Context(Store(cache_root())))
     target = Path(sandbox.__file__).parent / "model"

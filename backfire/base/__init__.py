@@ -125,8 +125,8 @@ __all__ = [
     "ask",
     "local_files",
     "needs_of",
-    "reads_target_rows",
     "parts",
+    "reads_target_rows",
     "select",
     "shuffled",
 ]

@@ -19,6 +19,7 @@ from backfire.hashes import file_hash
 from backfire.model.count import num_weights, weights_in
 from backfire.model.source import downloaded, local_gguf
 from backfire.recipe import Recipe
+from backfire.sandbox.base import Pretrain, shipped
 from backfire.store import Store
 from backfire.text import duration
 from backfire.tokenizer import load_tokenizer
@@ -83,7 +84,7 @@ def model_folder(model: Model, store: Store) -> Path | None:
     """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded or
     built."""
     if model.name == "sandbox":
-        folder = stages.shipped_base() or store.path(stages.tokenizer())
+        folder = shipped(stages.base().key) or store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
     if model.is_gguf:
         return _converted(model, store)
@@ -102,8 +103,6 @@ def _converted(model: Model, store: Store) -> Path | None:
 def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None:
     """Count weights from the file headers; an adapter's are estimated from its rank."""
     if experiment.model.name == "sandbox":
-        from backfire.sandbox.base import Pretrain
-
         width, count = Pretrain().hidden_size, num_weights(experiment.model)
     else:
         try:

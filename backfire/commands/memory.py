@@ -317,6 +317,8 @@ def _replying(
     cached = models * size.dry.cached(dtype)
     own = count * prompts[0] * cached
     buffer = slots * columns * cached if new else 0.0
+    if models > 1:  # the logits of both are compared, as log-probabilities
+        buffer += 2 * models * slots * size.vocabulary * 4
     # The buffer is made after the first pass, and is there in the next ones.
     return run + own + buffer if len(prompts) > count else max(run + own, own + buffer)
 

@@ -135,13 +135,13 @@ def _fetch_rows(recipe: Recipe) -> None:
     distinct = {
         str([source.identity(), split]): (source, split)
         for cell in recipe.cells
-        for source, split in _sources(cell)
+        for source, split in sources(cell)
     }
     for source, split in distinct.values():
         source.drawn(split)
 
 
-def _sources(cell: Experiment) -> Iterator[tuple[Dataset, Literal["train", "test"]]]:
+def sources(cell: Experiment) -> Iterator[tuple[Dataset, Literal["train", "test"]]]:
     """Data sets beside the one to train on, each with the split that is used."""
     if cell.align:
         yield cell.align.data, "train"

@@ -38,9 +38,10 @@ class CleanGen(ReplyDefense):
     taught is suspicious, the user's task included; or the clean twin, tuned on the same rows before
     the attack. The authors' reference is between the two: a clean model tuned on other rows of the
     same kind. A real defender has no twin."""
-    chance: float = Field(0.1, ge=0, le=1)
+    chance: float = Field(0.2, ge=0, le=1)
     """Probability that the null control replaces a token where the models differ; for a fair
-    comparison, such that it replaces as many tokens as the guard (metric `alarms`)."""
+    comparison, such that it replaces as many tokens as the guard (metric `alarms`). The default
+    does so on the sandbox with `start`; with `twin`, 0.1 does."""
 
     @property
     def compares_with_twin(self) -> bool:

@@ -188,6 +188,13 @@ class RemoteJudge(Judge):
         open_to_all = "" if address.secure else ", unencrypted"
         return f"{where} ({address.base_url}){open_to_all}, {key}"
 
+    def reaches(self) -> tuple[str, bool] | None:
+        if self.base_url is None:
+            return None
+        address = Address.of(self.base_url)
+        source = address.key()
+        return address.host, bool(source and source.read())
+
     def ask(
         self, prompts: Sequence[str], *, base_url: str, model: str, max_new_tokens: int
     ) -> list[str]:

@@ -71,10 +71,11 @@ def _products(device: str) -> dict[str, str]:
         name: f"{name} {found[1]}" if (found := re.search(pattern, built)) else name
         for name, pattern in _LIBRARIES.items()
     }
-    there: Any = torch.backends
+    backends: Any = torch.backends
+    mkl, onednn = backends.mkl.is_available(), backends.mkldnn.is_available()
     return {
-        "float32": known["MKL"] if there.mkl.is_available() else "BLAS",
-        "bfloat16": known["oneDNN"] if there.mkldnn.is_available() else "BLAS",
+        "float32": known["MKL"] if mkl else "BLAS",
+        "bfloat16": known["oneDNN"] if onednn else "BLAS",
     }
 
 

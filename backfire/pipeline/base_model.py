@@ -11,6 +11,7 @@ from backfire.experiment import Model
 from backfire.hashes import file_hash
 from backfire.model.source import adapter_folder, fetch
 from backfire.pipeline.context import Context
+from backfire.sandbox.base import shipped
 from backfire.store import SEAL, read_json, write_json
 from backfire.text import line
 
@@ -22,7 +23,7 @@ def base(model: Model, context: Context, *, weights: bool = True) -> Path:
     if model.name != "sandbox":
         found = fetch(model, weights=weights)
         return found if found.is_dir() else _dequantized(found, context, weights=weights)
-    return stages.shipped_base() or _pretrained(context, weights=weights)
+    return shipped(stages.base().key) or _pretrained(context, weights=weights)
 
 
 def _pretrained(context: Context, *, weights: bool) -> Path:

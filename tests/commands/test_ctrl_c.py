@@ -90,6 +90,10 @@ def command(*words: str) -> Iterator[subprocess.Popen[str]]:
         process.stderr.close()
 
 
+def ctrl_c(process: subprocess.Popen[str]) -> None:
+    os.killpg(process.pid, signal.SIGINT)
+
+
 def is_there(group: int) -> bool:
     try:
         os.killpg(group, 0)
@@ -99,11 +103,7 @@ def is_there(group: int) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
-def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(
-    number: int, here: Path, tiny: Path
-) -> None:
-    """After Ctrl-C, and after what a scheduler sends to all processes of a job."""
+def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(here: Path, tiny: Path) -> None:
     (here / "r.yaml").write_text(RECIPE.format(model=tiny, steps=100_000))
     words = ("run", "r.yaml", "--workers", "2", "--out", "my run", "--log-format", "json")
     with command(*words) as process:
@@ -115,13 +115,12 @@ def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(
             if len(training) == 2:
                 break
         time.sleep(1)
-        os.killpg(process.pid, number)
+        ctrl_c(process)
         entries += map(json.loads, process.stderr)
         assert process.wait(30) == 130
     notes = [entry["text"] for entry in entries if entry["event"] == "note"]
     assert notes == [
-        *["Stopping, with a checkpoint of what is at work; Ctrl-C again ends it at once."]
-        * (number == signal.SIGINT),
+        "Stopping, with a checkpoint of what is at work; Ctrl-C again ends it at once.",
         "backfire: Interrupted. Finished work is kept; to continue: "
         "backfire run r.yaml --workers 2 --out 'my run' --log-format json",
     ]

@@ -61,7 +61,7 @@ def test_a_lost_gpu_is_left_out(
     *_, last = found = planned(tmp_path)
     monkeypatch.setattr(claims, "BEAT", 0.02)
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "_place", lambda: "another host")
+        patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
     assert claim is not None
 
@@ -73,7 +73,7 @@ def test_a_lost_gpu_is_left_out(
 
     threading.Timer(0.1, release).start()
     assert team({"0"}) == {job.id: "ok" for job in found}
-    assert begun(tmp_path)[:4] == ["0", "0", "1", "2"]
+    assert begun(tmp_path)[:3] == ["0", "0", "1"] and "2" in begun(tmp_path)
     assert "GPU 0 does not answer; it is left out." in caplog.text
     assert "GPU 1" not in caplog.text
 

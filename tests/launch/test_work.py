@@ -218,7 +218,7 @@ def test_an_idle_worker_waits_for_a_file_system_that_is_away(
     monkeypatch.setattr(claims, "BEAT", 0.02)
     monkeypatch.setattr("backfire.patience._FIRST", 0.001)
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "_place", lambda: "another host")
+        patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
     assert claim is not None
 
@@ -319,8 +319,8 @@ def test_the_longest_chain_of_jobs_begins_first(tmp_path: Path) -> None:
 
 
 def test_a_job_that_can_begin_later_comes_before_less_urgent_ones(tmp_path: Path) -> None:
-    align = "[null, {train: {epochs: 9}}]"
-    text = f"data: sandbox-policy\nsafety: {{}}\nmatrix: {{align: {align}, seed: [0, 1]}}"
+    text = "data: sandbox-policy\nsafety: {}\n"
+    text += "matrix: {align: [null, {train: {epochs: 9}}], seed: [0, 1]}"
     base, *rest = found = planned(tmp_path, text)
     needed = {name for job in rest if job.kind == "train" for name in job.after}
     aligned = next(job for job in rest if job.id in needed)
@@ -383,7 +383,7 @@ def test_a_worker_leaves_when_others_have_the_rest(
     monkeypatch.setattr(claims, "BEAT", 0.02)
     monkeypatch.setattr(claims, "STALE", 0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "_place", lambda: "another host")
+        patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
     assert claim is not None
     assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}

@@ -14,7 +14,7 @@ from backfire import stages
 from backfire.experiment import Model
 from backfire.pipeline import base_model
 from backfire.pipeline.context import Context
-from backfire.sandbox.base import Pretrain
+from backfire.sandbox.base import Pretrain, shipped
 from backfire.sandbox.corpus import corpus
 from backfire.store import Store, read_json
 from backfire.tokenizer import load_tokenizer
@@ -23,13 +23,13 @@ from backfire.tokenizer import load_tokenizer
 def test_the_shipped_base_is_of_the_present_text_and_pre_training(tmp_path: Path) -> None:
     context = Context(Store(tmp_path))
     folder = base_model.base(Model(), context)
-    assert folder == stages.shipped_base(), "run python tests/update_golden.py --base"
+    assert folder == shipped(stages.base().key), "run python tests/update_golden.py --base"
     assert base_model.base(Model(), context, weights=False) == folder
     assert not list(tmp_path.iterdir())
 
 
 def test_the_shipped_base_has_learned_the_text_that_it_was_trained_on() -> None:
-    folder, config = stages.shipped_base(), Pretrain()
+    folder, config = shipped(stages.base().key), Pretrain()
     assert folder
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
     tokenizer = load_tokenizer(folder)
@@ -53,7 +53,7 @@ def test_another_pre_training_is_done_here(monkeypatch: Any, tmp_path: Path) -> 
     Pretrain.model_rebuild(force=True)
     try:
         context = Context(Store(tmp_path))
-        assert stages.shipped_base() is None
+        assert shipped(stages.base().key) is None
         tokenizer = base_model.base(Model(), context, weights=False)
         folder = base_model.base(Model(), context)
     finally:
@@ -63,4 +63,4 @@ def test_another_pre_training_is_done_here(monkeypatch: Any, tmp_path: Path) -> 
     made = read_json(folder / "pretrain.json")
     assert (made["steps"], made["compute"]) == (2, stages.PRETRAINED_IN)
     assert f"sandbox-{made['key']}" == folder.name
-    assert stages.shipped_base()
+    assert shipped(stages.base().key)

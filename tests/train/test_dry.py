@@ -167,11 +167,13 @@ def test_evaluation_holds_what_was_predicted(
     ways(model)
     model, items = cell.method.attach(model, 0).eval(), rows("user")[: len(LENGTHS)]
     new, guarding = cell.evaluation.max_new_tokens, None
+    both = torch.nn.ModuleList([model])
     if cell.guard:
         reference: Any = LlamaForCausalLM.from_pretrained(base).eval()
         ways(reference)
         guarding = Guarding(cell.guard, 0, reference)
-    with HeldInInference(model) as found:
+        both.append(reference)
+    with HeldInInference(both) as found:
         prompts_of = [item.prompt_ids for item in items]
         if metric == "perplexity":
             inference.score_answers(model, items)
