@@ -69,6 +69,8 @@ class Memory:
     """Rows in that pass of training; 0 without training."""
     mapped: float = 0
     """On a CPU, pages of the model's file that stay mapped; the system may take them back."""
+    asked: float = 0
+    """All that is needed while the base is asked about the training rows."""
 
     @property
     def training(self) -> float:
@@ -76,7 +78,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.libraries + self.mapped + max(self.training, self.evaluation)
+        return max(self.asked, self.libraries + self.mapped + max(self.training, self.evaluation))
 
 
 def size(experiment: Experiment, folder: Path | None) -> Size:
@@ -138,9 +140,8 @@ def memory(
         return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0, mapped)
     extra, layout = _total(_extras(experiment)), _largest(experiment, size, rows, device, machine)
     weights, types = _held(experiment, size, device)
-    copies = extra.copies
-    if device == "cpu" and experiment.method.adapts:
-        copies += 1  # the start, from which the drift is measured; a base is read from its file
+    # The start, from which the drift is measured; a base is read from its file.
+    copies = extra.copies + (device == "cpu" and experiment.method.adapts)
     gradients = size.trainable * _BYTES[types.trained]
     state = gradients + _optimizer(experiment, size) + size.trainable * 4 * copies
     run = _pass(size, layout, types, device, machine.recompute)
@@ -148,8 +149,7 @@ def memory(
     states = extra.states * size.layers * size.hidden * _BYTES[types.compute]
     run += states * layout.tokens
     passes = max(UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
-    rows_at_once, libraries = len(layout.rows), LIBRARIES[device]
-    return Memory(weights, state, passes, evaluation, libraries, rows_at_once, mapped)
+    return Memory(weights, state, passes, evaluation, LIBRARIES[device], len(layout.rows), mapped)
 
 
 def _extras(experiment: Experiment) -> list[Extra]:

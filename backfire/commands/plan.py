@@ -11,7 +11,7 @@ from rich.console import Console
 
 from backfire import plan
 from backfire.base import Dataset
-from backfire.commands import validate
+from backfire.commands import asking, validate
 from backfire.commands.estimate import (
     ASSUMED,
     evaluation_seconds,
@@ -96,11 +96,12 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
             return None
         if job.kind == "cell":
             return evaluation_seconds(cell, seen, weights, device) / 60
-        return tokens_of(cell, seen) * flops_per_token(cell, weights) / ASSUMED[device] / 60
+        training = tokens_of(cell, seen) * flops_per_token(cell, weights)
+        return (training + asking.flops(cell, seen, weights)) / ASSUMED[device] / 60
 
     def memory(cell: Experiment) -> float | None:
         alike = [method_key(cell), cell.defense_name, rows_key(cell), cell.train, cell.evaluation]
-        key = str(alike)
+        key = str([*alike, sorted(asking.measures(cell))])
         if key not in memories:
             need = forecast.memory(cell)
             memories[key] = need.total if need else None
