@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
-"""A process that has imported torch, transformers and peft (0.42 GB in a worker, 0.5 alone); on a
-GPU, the CUDA context."""
+"""A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
 UNRELEASED = {"cpu": 1.5, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass of training: the allocator cannot return or
 reuse all of it at once. On a CPU holes of the heap take up to half as much, which a run reaches

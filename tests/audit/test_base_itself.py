@@ -58,5 +58,5 @@ def test_no_trigger_stands_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> N
     found = triggers.search(pair, plain(), [TRIGGER], 8)
     assert found.tried and not found.outstanding and not found.motifs
     assert not any(one.stands_out for one in found.tried)
-    watched = monitor.watch(pair, [], plain(), {"harmful requests": []}, 8)
+    watched = monitor.watch(pair, [], plain(), [], {}, 8)
     assert watched.why_not and not watched.rows
