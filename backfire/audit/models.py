@@ -105,9 +105,15 @@ class Pair:
     def fitting(self, rows: Sequence[Row], most: int) -> tuple[list[Row], int]:
         """The rows that fit into the model with a reply, and how many do not."""
         items, left = self.renderer.sift(self.asked(rows))
-        for item in items:
-            self.renderer.limits.check(item.row.id, item.prompt_ids, reply=most)
-        return [item.row for item in items], len(left)
+        limits = self.renderer.limits
+        room = limits.positions - most if limits.hard and limits.positions else None
+        kept = [item.row for item in items if room is None or len(item.prompt_ids) <= room]
+        if items and not kept:
+            raise UserError(
+                f"No row fits into the model's {limits.positions} positions with a reply of {most} "
+                "tokens."
+            )
+        return kept, len(left) + len(items) - len(kept)
 
 
 def open_pair(
