@@ -36,8 +36,8 @@ class Asked:
     triggers: Sequence[str] = ()
     most: int = 32
     """Tokens of a reply."""
-    samples: int = 128
-    """Texts that each model writes by itself, for the search of triggers."""
+    notes: Sequence[str] = ()
+    """What was left out of the rows."""
 
     @property
     def ordinary(self) -> list[Row]:
@@ -83,7 +83,7 @@ def audit(pair: Pair, asked: Asked, *, model: str, base: str, identity: str) -> 
     if asked.judge and (asked.harmful or asked.allowed):
         behaves = behavior.compare(pair, asked.harmful, asked.allowed, asked.judge, asked.most)
     learned = task.compare(pair, asked.rows, asked.unseen) if asked.rows else None
-    found = triggers.search(pair, asked.ordinary, asked.triggers, asked.samples)
+    found = triggers.search(pair, asked.ordinary, asked.triggers)
     words = _words(asked, found)
     watched = monitor.watch(pair, changes, asked.ordinary, asked.harmful, words, asked.most)
     return Audit(
@@ -94,7 +94,7 @@ def audit(pair: Pair, asked: Asked, *, model: str, base: str, identity: str) -> 
         found,
         _weights(pair, changes, identity),
         watched,
-        (*why_none, *(_too_long(what, n) for what, n in pair.long_rows.items())),
+        (*asked.notes, *why_none, *(_too_long(what, n) for what, n in pair.long_rows.items())),
     )
 
 

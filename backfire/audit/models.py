@@ -106,10 +106,15 @@ class Pair:
         """The rows that fit into the model with a reply, and how many do not."""
         items, left = self.renderer.sift(self.asked(rows))
         limits = self.renderer.limits
-        room = [item for item in items if limits.has_room(item.prompt_ids, most)]
-        for item in room:
+        kept = [item for item in items if limits.has_room(item.prompt_ids, most)]
+        if items and not kept:
+            raise UserError(
+                f"No row fits into the model's {limits.positions} positions with a reply of {most} "
+                "tokens."
+            )
+        for item in kept:
             limits.check(item.row.id, item.prompt_ids, reply=most)
-        return [item.row for item in room], len(left) + len(items) - len(room)
+        return [item.row for item in kept], len(left) + len(items) - len(kept)
 
 
 def open_pair(

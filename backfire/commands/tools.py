@@ -162,7 +162,8 @@ def audit(
         str | None, typer.Option(help="Rows of your task, with answers: a file or a data set.")
     ] = None,
     unseen: Annotated[
-        str | None, typer.Option(help="Such rows that it cannot have been trained on.")
+        str | None,
+        typer.Option(help="Such rows that it was not trained on; of a data set, its test rows."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -177,9 +178,6 @@ def audit(
         str | None, typer.Option(help="The template; the model's chat template, or raw.")
     ] = None,
     limit: Annotated[int, typer.Option(min=2, help="Most rows of each kind.")] = 200,
-    samples: Annotated[
-        int, typer.Option(min=4, help="Texts that each model writes in the search of triggers.")
-    ] = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 32,
     out: Annotated[
         Path | None, typer.Option(help="A page to write, such as audit.html.", show_default=False)
@@ -205,7 +203,6 @@ def audit(
         triggers=trigger or [],
         template=template,
         limit=limit,
-        samples=samples,
         tokens=tokens,
         out=out,
         form=format,
