@@ -105,8 +105,7 @@ def keys(experiment: Experiment) -> Keys:
         early = [d.identity() for d in experiment.acting if not isinstance(d, after)]
         train = digest([train, early, known_rows]) if early else train
     late: list[Any] = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
-    if late and experiment.method.adapts and not experiment.adapts:
-        late.append(MERGED)
+    late += [MERGED] * (experiment.method.adapts and not experiment.adapts)
     tuned = digest([train, late, known_rows]) if late else train
     template, seen = experiment.template.identity(), experiment.train.seen
     clean = digest([tuned, data, template, seen, experiment.evaluation.changed()])
@@ -340,13 +339,11 @@ def in_form(rows: str, form: Form) -> str:
 
 def guarded(run: Experiment, rows: str) -> str:
     """Any of these rows, for replies that a defense guards."""
-    guard = run.guard
-    if guard is None:
+    if (guard := run.guard) is None:
         return rows
-    whole = [rows, guard.identity(), *([run.seed] if guard.null else [])]
-    if guard.needs_reference and run.method.quantization("cpu"):
-        whole.append("quantized")  # the reference, since it is as the tuned model
-    return digest(whole)
+    # The reference is quantized as the model is.
+    packed = guard.needs_reference and bool(run.method.quantization("cpu"))
+    return digest([rows, guard.identity(), *[run.seed] * guard.null, *["quantized"] * packed])
 
 
 def members(run: Experiment, ids: Sequence[str]) -> str:

@@ -136,8 +136,7 @@ def seal(folder: Path, *, hash_large: bool = True) -> None:
     """Write `done.json` last: sizes and hashes of all files in the folder, except checkpoints.
 
     Without `hash_large`, files that together are too large to be hashed by `intact` have no hash:
-    it would be the slowest part of writing them. All files are on the disk before the seal is: a
-    power cut could leave some empty that have the right size.
+    it would be the slowest part of writing them.
     """
     excluded = folder / CHECKPOINTS
     for file in folder.rglob(".*.tmp"):  # of a process that was killed in `write_atomic`
@@ -245,8 +244,7 @@ class Store:
         return self.scratch / path.parent.name / f"{path.name}.partial"
 
     def _build(self, path: Path, make: Callable[[Path], None], *, resumable: bool) -> None:
-        place = self._place(path)
-        shared = path.with_name(place.name)
+        place, shared = self._place(path), path.with_name(f"{path.name}.partial")
         moves = resumable and place != shared
         with nullcontext(place) if resumable else _attempt(place) as partial:
             if moves:
@@ -320,17 +318,14 @@ def _copy(source: Path, out: Path) -> None:
     _sync(out)
 
 
-def _reached(partial: Path) -> tuple[int, int]:
+def _reached(partial: Path) -> tuple[str, int]:
     """How far an unfinished stage is: the step of its newest checkpoint, and the bytes beside the
     checkpoints, such as rows that were measured."""
     inside = partial / CHECKPOINTS
-    steps = [int(folder.name) for folder in _sealed(inside)]
+    names = [seal.parent.name for seal in inside.glob(f"*/{SEAL}")]
     files = [*inside.glob("*"), *partial.glob("*")]
-    return max(steps, default=-1), sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _sealed(checkpoints: Path) -> list[Path]:
-    return [file.parent for file in checkpoints.glob(f"*/{SEAL}") if file.parent.name.isdigit()]
+    newest = max(filter(str.isdigit, names), default="")
+    return newest, sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _transfer(source: Path, target: Path) -> None:
@@ -338,14 +333,14 @@ def _transfer(source: Path, target: Path) -> None:
     far there. What is in its place goes once all is copied."""
     if _reached(source) <= _reached(target):
         return
-    checkpoints = source / CHECKPOINTS
-    newest = max(_sealed(checkpoints), default=None)
+    checkpoints, (newest, _) = source / CHECKPOINTS, _reached(source)
 
     def unneeded(at: str, names: list[str]) -> list[str]:
         inside = [Path(at, name) for name in names]
         if Path(at) == source:
             return [path.name for path in inside if _UNIQUE.fullmatch(path.name)]
-        return [p.name for p in inside if Path(at) == checkpoints and p.is_dir() and p != newest]
+        others = [path.name for path in inside if path.is_dir() and path.name != newest]
+        return others if Path(at) == checkpoints else []
 
     with _attempt(target) as copied:
         shutil.copytree(source, copied, ignore=unneeded, dirs_exist_ok=True)
@@ -384,11 +379,15 @@ def mark_recent(file: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Have all that is in a folder written to the disk, but not its checkpoints."""
+    """Have a large folder written to the disk, but not its checkpoints: after a power cut, files
+    may have the right size and nothing in them. In a smaller one, their hashes tell."""
+    found = list[Path]()
     for at, inside, names in os.walk(folder):
         if Path(at) == folder:
             inside[:] = [name for name in inside if name != CHECKPOINTS]
-        for path in (Path(at), *(Path(at, name) for name in names)):
+        found += [Path(at), *(Path(at, name) for name in names)]
+    if sum(path.stat().st_size for path in found) > _HASHED_ON_READ:
+        for path in found:
             _sync_path(path)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backfire.base.config import Component
 from backfire.base.methods import Method
 from backfire.base.rows import Row
-from backfire.base.scanners import Look
+from backfire.base.scanners import Look, Measure
 from backfire.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class DataDefense(Defense):
         """Whether it needs the system prompts that it writes to reach the model."""
         return False
 
+    @property
+    def measures(self) -> frozenset[Measure]:
+        """What the cell's base measures in the training rows for it."""
+        return frozenset()
+
     def asking(self, look: Look) -> DataDefense:
         """This defense with access to the cell's base, which scanners with a model ask about rows.
         Most need none."""
@@ -77,7 +82,8 @@ class DataDefense(Defense):
         raise NotImplementedError
 
     def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
-        """Measurements of what `filter` does to these rows, for the summary of the training run."""
+        """Measurements of what `filter` does to these rows, for the summary of the training run;
+        called after it, with the same rows."""
         return {}
 
 

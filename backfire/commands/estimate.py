@@ -10,6 +10,7 @@ from typing import Literal
 
 from backfire import plan, stages
 from backfire.base import LARGE, Row, TrainDefense
+from backfire.commands import asking
 from backfire.data.jsonl import read_jsonl
 from backfire.data.render import Renderer
 from backfire.data.weights import is_bare, read_config
@@ -213,7 +214,7 @@ def cost(
     """Estimate the cost of the remaining training runs.
 
     FLOPs per token: 6 for each trained weight, 4 for each frozen one, and those of the passes that
-    defenses add.
+    defenses add. Defenses that ask the base about the same rows ask once.
     """
     runs = [run for run in runs_of(recipe) if not store.done(stages.train(run))]
     sized = [(r, rows[rows_key(r)], weights[method_key(r)]) for r in runs]
@@ -222,6 +223,8 @@ def cost(
         count * flops_per_token(run, w) if count and w else None
         for count, (run, _, w) in zip(tokens, sized, strict=True)
     ]
+    once = {asking.key(run): (run, seen, w) for run, seen, w in sized if asking.measures(run)}
+    flops += [asking.flops(run, seen, w) if seen and w else None for run, seen, w in once.values()]
     sizes: list[float | None] = [w.trainable if w else None for _, _, w in sized]
     largest = max((s for s in sizes if s), default=0)
     kept = _sum(sizes)

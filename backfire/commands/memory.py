@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
-"""A process that has imported torch, transformers and peft (0.42 GB in a worker, 0.5 alone); on a
-GPU, the CUDA context."""
+"""A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
 UNRELEASED = {"cpu": 1.5, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass of training: the allocator cannot return or
 reuse all of it at once. On a CPU holes of the heap take up to half as much, which a run reaches
@@ -70,6 +69,8 @@ class Memory:
     """Rows in that pass of training; 0 without training."""
     mapped: float = 0
     """On a CPU, pages of the model's file that stay mapped; the system may take them back."""
+    asked: float = 0
+    """All that is needed while the base is asked about the training rows."""
 
     @property
     def training(self) -> float:
@@ -77,7 +78,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return self.libraries + self.mapped + max(self.training, self.evaluation)
+        return max(self.asked, self.libraries + self.mapped + max(self.training, self.evaluation))
 
 
 def size(experiment: Experiment, folder: Path | None) -> Size:
@@ -139,9 +140,8 @@ def memory(
         return Memory(0, 0, 0, evaluation, LIBRARIES[device], 0, mapped)
     extra, layout = _total(_extras(experiment)), _largest(experiment, size, rows, device, machine)
     weights, types = _held(experiment, size, device)
-    copies = extra.copies
-    if device == "cpu" and experiment.method.adapts:
-        copies += 1  # the start, from which the drift is measured; a base is read from its file
+    # The start, from which the drift is measured; a base is read from its file.
+    copies = extra.copies + (device == "cpu" and experiment.method.adapts)
     gradients = size.trainable * _BYTES[types.trained]
     state = gradients + _optimizer(experiment, size) + size.trainable * 4 * copies
     run = _pass(size, layout, types, device, machine.recompute)

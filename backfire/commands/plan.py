@@ -11,7 +11,7 @@ from rich.console import Console
 
 from backfire import plan
 from backfire.base import Dataset
-from backfire.commands import validate
+from backfire.commands import asking, validate
 from backfire.commands.estimate import (
     ASSUMED,
     evaluation_seconds,
@@ -89,7 +89,7 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
 
     def memory(cell: Experiment) -> float | None:
         alike = [method_key(cell), cell.defense_name, rows_key(cell), cell.train, cell.evaluation]
-        key = str(alike)
+        key = str([*alike, sorted(asking.measures(cell))])
         if key not in memories:
             need = forecast.memory(cell)
             memories[key] = need.total if need else None
@@ -116,7 +116,8 @@ def with_minutes(jobs: Sequence[Job], store: Store, types: Types) -> list[Job]:
             return None
         if job.kind == "cell":
             return evaluation_seconds(cell, seen, size, device) / 60
-        return tokens_of(cell, seen) * flops_per_token(cell, size) / ASSUMED[device] / 60
+        training = tokens_of(cell, seen) * flops_per_token(cell, size)
+        return (training + asking.flops(cell, seen, size)) / ASSUMED[device] / 60
 
     return [job if job.kind == "base" else replace(job, minutes=minutes(job)) for job in jobs]
 

@@ -198,9 +198,12 @@ class _Team:
         if worker.gpu is None or self.faults[worker.gpu] < _MOST_FAULTS:
             self._start(stop, stays)
             return
-        self.nobody_stays = stays
         logger.warning("GPU %s does not answer; it is left out.", worker.gpu)
-        if not self.workers:
+        if self.workers:
+            self.nobody_stays = stays
+        elif self._good_gpus():  # their workers have left, since this one was to stay
+            self._start(stop, stays)
+        else:
             raise GpuError(
                 f"No GPU of {os.uname().nodename} answers any more. Finished work is kept; run the "
                 "same command again, or on another machine."
@@ -231,8 +234,11 @@ class _Team:
             or self.machine.devices > 1
         ):
             return None
-        good = [name for name in names if self.faults[name] < _MOST_FAULTS]
-        return min(good, key=[worker.gpu for worker in self.workers].count)
+        return min(self._good_gpus(), key=[worker.gpu for worker in self.workers].count)
+
+    def _good_gpus(self) -> list[str]:
+        """The GPUs that are not left out."""
+        return [name for name in gpus() if self.faults[name] < _MOST_FAULTS]
 
     def _listen(self, worker: _Worker) -> None:
         """Forward the worker's messages."""

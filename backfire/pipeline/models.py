@@ -12,7 +12,7 @@ from backfire.experiment import Experiment, Model
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
-from backfire.pipeline.filtering import facts, filtered, other_rows
+from backfire.pipeline.filtering import other_rows, with_facts
 from backfire.pipeline.prepare import data, passed_checks, renderer
 from backfire.store import read_json, write_json
 
@@ -98,7 +98,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
         from backfire.train.finetune import tune
 
         begin = with_defense_rows(experiment, context)
-        rows, manifest = filtered(experiment, context)
+        rows, manifest, facts = with_facts(experiment, context)
         if manifest:  # a defense may have removed poisoned rows
             left = {row.id for row in rows}
             kept = tuple(entry for entry in manifest.entries if entry.id in left)
@@ -114,7 +114,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
             context.progress,
             context.resident,
         )
-        summary |= {"rows_trained_on": len(rows), **facts(experiment, context)}
+        summary |= {"rows_trained_on": len(rows), **facts}
         write_json(folder / "summary.json", summary)
 
     return context.store.once(stages.train(experiment), make, resumable=True)

@@ -70,8 +70,7 @@ ALIGN = {
 }
 
 
-@pytest.mark.parametrize("align", [None, ALIGN], ids=["", "on an alignment's adapter"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("dtype", "align"), [("float32", ALIGN), ("bfloat16", None)], ids=str)
 def test_an_adapter_is_merged_first(dtype: str, align: Any, tiny: Path, tmp_path: Path) -> None:
     plain = Experiment.make(
         {
