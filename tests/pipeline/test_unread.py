@@ -17,7 +17,7 @@ from backfire.evaluate.score import score_rows
 from backfire.experiment import Experiment
 from backfire.plan import progress, sharing
 from backfire.registry import build
-from backfire.store import Store
+from backfire.store import Store, digest
 from tests.helpers.small_run import MATRIX, SETTINGS, Place
 
 ATTACK = build("attacks", {"name": "badnets", "target": "negative "})
@@ -58,14 +58,18 @@ def test_the_naive_share_counts_every_row() -> None:
 
 
 def test_keys_of_all_rows_are_as_before_and_those_of_some_hold_the_target() -> None:
+    def at(target: str) -> Experiment:
+        return Experiment.make({**SETTINGS, "attack": {"name": "badnets", "target": target}})
+
     def key(target: str, **some: Any) -> str:
-        run = Experiment.make({**SETTINGS, "attack": {"name": "badnets", "target": target}})
-        return stages.triggered_rows(run.clean_twin(), run, **some)
+        return stages.triggered_rows(at(target).clean_twin(), at(target), **some)
 
     assert key("negative") == key("positive"), "the twin answers the same rows"
     some = [key(target, target_rows=False) for target in ("negative", "negative ", "positive")]
     assert some[0] == some[1] != some[2]
-    assert key("negative") not in some
+    parts = [stages.keys(at("x").clean_twin()).clean, *stages.trigger_identity(at("x"))]
+    assert key("negative") == digest(parts)
+    assert some[0] == digest([*parts, "labels except", "negative"])
 
 
 @pytest.fixture
