@@ -106,7 +106,7 @@ def _write(path: Path, data: str | bytes, mode: int) -> None:
     finally:
         with contextlib.suppress(OSError):  # so that it does not hide the first error
             temporary.unlink(missing_ok=True)
-    _sync_path(path.parent)
+    sync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -363,7 +363,7 @@ def _rename(folder: Path, path: Path) -> None:
                 raise
 
     patiently(rename)
-    _sync_path(path.parent)
+    sync_path(path.parent)
 
 
 def _mark_used(path: Path) -> None:
@@ -388,10 +388,11 @@ def _sync(folder: Path) -> None:
         found += [Path(at), *(Path(at, name) for name in names)]
     if sum(path.stat().st_size for path in found) > _HASHED_ON_READ:
         for path in found:
-            _sync_path(path)
+            sync_path(path)
 
 
-def _sync_path(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
