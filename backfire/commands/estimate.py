@@ -25,7 +25,7 @@ from backfire.store import Store
 from backfire.text import duration
 from backfire.tokenizer import load_tokenizer
 
-_SAMPLE = 200  # number of rows whose tokens are counted
+_SAMPLE = 200  # rows whose tokens are counted
 
 
 @dataclass(frozen=True)
@@ -65,8 +65,8 @@ class Rows:
 
 def method_key(experiment: Experiment) -> str:
     """Equal for experiments with the same model and method, except for the learning rate."""
-    knobs = {k: v for k, v in experiment.method.spec().items() if k != "learning_rate"}
-    return str([experiment.model.spec(), knobs])
+    rest = {k: v for k, v in experiment.method.spec().items() if k != "learning_rate"}
+    return str([experiment.model.spec(), rest])
 
 
 def rows_key(experiment: Experiment) -> str:
@@ -82,8 +82,7 @@ def rows_by_key(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | N
 
 
 def model_folder(model: Model, store: Store) -> Path | None:
-    """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded or
-    built."""
+    """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded."""
     if model.name == "sandbox":
         folder = shipped(stages.base().key) or store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
@@ -180,10 +179,9 @@ def tokens_of(run: Experiment, rows: Rows) -> float:
 # ----------------------------------------------------------------------------- time and disk
 
 ASSUMED = {"cpu": 5e10, "gpu": 1.5e14}
-"""Assumed useful FLOP/s without a measurement: one CPU core with models of a few million weights
-(57 to 115 billion were measured), and a data-center GPU at about a sixth of its peak."""
-_CHECKPOINTS = 3  # two are kept while the next is written
-_STATE = 12  # bytes for each trained weight: itself and AdamW's two moments, in float32
+"""Assumed useful FLOP/s: one CPU core (57 to 115 billion were measured), a GPU's sixth of peak."""
+_CHECKPOINTS, _STATE = 3, 12
+"""Two are kept while the next is written; bytes per weight, with AdamW's two moments in float32."""
 
 
 @dataclass(frozen=True)
