@@ -13,12 +13,11 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Literal
 
-import numpy as np
-
 from backfire.base import Leak, Probe, Sample, Value, Verdict
 from backfire.base.normalize import contains, folded, is_dense, normalized, words
 from backfire.errors import CellError
 from backfire.evaluate.stats import Floats, Paired, bootstrap, class_scores, macro, wilson
+from backfire.late import np
 from backfire.result import Direction, Role, Unit
 
 LOOPS, LONGEST_LOOP_WORDS = 4, 8

@@ -62,6 +62,8 @@ def _products(device: str) -> dict[str, str]:
     """Type of matrix products -> the library that computes them on this device."""
     import torch
 
+    from backfire.model.products import mkl_is_slow
+
     if device == "cuda":
         library = f"hipBLAS {torch.version.hip}" if torch.version.hip else None
         both = library or f"cuBLAS {torch.version.cuda}"
@@ -74,7 +76,7 @@ def _products(device: str) -> dict[str, str]:
     backends: Any = torch.backends
     mkl, onednn = backends.mkl.is_available(), backends.mkldnn.is_available()
     return {
-        "float32": known["MKL"] if mkl else "BLAS",
+        "float32": known["oneDNN"] if mkl_is_slow() else known["MKL"] if mkl else "BLAS",
         "bfloat16": known["oneDNN"] if onednn else "BLAS",
     }
 

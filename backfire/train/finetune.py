@@ -30,6 +30,7 @@ from backfire.model.load import (
 )
 from backfire.model.memory import free, trim
 from backfire.model.placement import places
+from backfire.model.products import fast_products
 from backfire.model.quantize import parts
 from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
@@ -214,7 +215,8 @@ def _train(
     run: TrainingRun, precision: Precision, machine: Machine, progress: Progress
 ) -> dict[str, Any]:
     try:
-        with rounded_once(run.model, precision.compute):
+        compute = precision.compute
+        with rounded_once(run.model, compute), fast_products(run.model, compute):
             return train(
                 [run],
                 precision,
