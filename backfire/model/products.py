@@ -61,9 +61,10 @@ def _is_slow(weight: Tensor) -> bool:
 @lru_cache
 def mkl_is_slow() -> bool:
     """Whether this processor has wide vectors that MKL does not use."""
+    backends: Any = torch.backends
     return (
-        torch.backends.mkl.is_available()
-        and torch.backends.mkldnn.is_available()
+        backends.mkl.is_available()
+        and backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and cpu_info("vendor_id") != "GenuineIntel"
     )

@@ -199,7 +199,7 @@ class _Split(torch.autograd.Function):
     def forward(ctx: Any, line: Tensor, plan: Plan, keys: bool) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.keys = plan, keys
         index = plan.keyed if keys else plan.table
-        rows = line.index_select(0, index.flatten()).unflatten(0, index.shape)
+        rows = line.index_select(0, index.flatten()).reshape(*index.shape, *line.shape[1:])
         return line[: plan.shared].clone(), rows
 
     @staticmethod
@@ -224,7 +224,8 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, line: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         plan: Plan = ctx.plan
-        rows = line.index_select(0, plan.table.flatten()).unflatten(0, plan.table.shape)
+        rows = line.index_select(0, plan.table.flatten())
+        rows = rows.reshape(*plan.table.shape, *line.shape[1:])
         return line[: plan.shared], rows.masked_fill_(plan.after[..., None, None], 0), None
 
 
