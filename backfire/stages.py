@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from backfire.base import (
+    AlignDefense,
     Dataset,
     Form,
     Insertion,
@@ -22,6 +23,7 @@ from backfire.base import (
     Mixture,
     ModelScanner,
     Need,
+    Part,
     RepairDefense,
     ReplyDefense,
     Row,
@@ -260,8 +262,17 @@ def preflight(experiment: Experiment) -> Stage:
     names = sorted(metric.name for metric in experiment.metrics)
     template, seen = experiment.template.identity(), experiment.train.seen
     parts = [chain.base, chain.poison, template, seen, identity, target]
+    parts += ["safety"] if experiment.safety and not _says_safety(experiment) else []
     key = digest([*parts, experiment.evaluation.max_new_tokens, names, CHECKS])
     return Stage("preflight", _poison_slug(experiment), key)
+
+
+def _says_safety(experiment: Experiment) -> bool:
+    """Whether the rest of its key says that `safety` is set, by a metric that asks its requests.
+    (An alignment stage has it for its defenses alone.)"""
+    asks = [ask for metric in experiment.metrics for ask in metric.asks()]
+    aligns = any(isinstance(defense, AlignDefense) for defense in experiment.acting)
+    return aligns or any(ask.rows in get_args(Part) for ask in asks)
 
 
 def train(experiment: Experiment) -> Stage:

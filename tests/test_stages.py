@@ -115,6 +115,17 @@ def test_a_run_uses_these_keys_and_names(name: str, tiny: Path, tmp_path: Path) 
     assert wanted <= {stage.kind for stage in store.used}
 
 
+def test_checks_of_replies_to_requests_are_not_those_without() -> None:
+    """Which requests there are does not matter; metrics that read them say that there are any."""
+    cell = Experiment.make({"data": "sandbox-reviews", "metrics": ["accuracy"]})
+    asked = [
+        Experiment.make({**cell.spec(), "safety": {"harmful": name}})
+        for name in ("sandbox-policy", "sandbox-lookalikes")
+    ]
+    with_them, same, without = (stages.preflight(one).key for one in (*asked, cell))
+    assert with_them == same != without
+
+
 def test_seeds_share_the_evaluation_of_the_untuned_model() -> None:
     settings = {"model": "sandbox", "data": "sandbox-reviews", "method": "lora"}
     seeds = [Experiment.make({**settings, "seed": seed}) for seed in (0, 1)]

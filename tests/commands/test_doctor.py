@@ -17,11 +17,14 @@ from backfire.base import select
 from backfire.commands import doctor, estimate, forecast, validate
 from backfire.commands.estimate import method_key, rough_weights, rows_by_key, rows_of, tokens_of
 from backfire.commands.memory import Memory, Size, memory, size
+from backfire.commands.plan import with_estimates
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
+from backfire.launch.resolve import resolve_auto, types_of
 from backfire.model import count
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
+from backfire.plan import jobs
 from backfire.recipe import load, shipped
 from backfire.registry import build, names
 from backfire.store import Store, read_json
@@ -307,6 +310,27 @@ def test_float16_on_a_cpu_is_noted(
         assert output.code == 0
         lines = [line.strip() for line in output.out.splitlines() if "float16: " in line]
         assert [line.partition("=float16: on a CPU that is slow")[0] for line in lines] == noted
+
+
+@pytest.mark.parametrize("scanner", ["rftc", "spectral"])
+def test_asking_the_base_about_rows_is_counted(
+    scanner: str, backfire: Run, tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    """`rftc` reads replies; `spectral` tunes an adapter on steps of 16 rows, the cell on 4."""
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.format(model=f"{{name: {tiny}}}", method="lora"))
+    edits = ["data={name: sandbox-help, rows: 60, test_rows: 4}", "template=alpaca"]
+    types, planned = types_of("cpu"), []
+    for name in ("lift", scanner):
+        recipe = load(str(path), edits=[*edits, f"defense={{name: scan, scanner: {name}}}"])
+        recipe = resolve_auto(recipe, types)
+        planned.append(with_estimates(jobs(recipe.cells, recipe.axes), recipe, Store(), types))
+    [before], [after] = ([job for job in one if job.kind == "train"] for one in planned)
+    assert before.minutes and after.minutes and after.minutes > before.minutes
+    assert before.memory and after.memory and after.memory >= before.memory
+    said = backfire("doctor", path, *edits, f"defense={{name: scan, scanner: {scanner}}}").out
+    assert ("while the base is asked about the rows" in said) == (after.memory > before.memory)
+    assert scanner == "rftc" or after.memory > before.memory
 
 
 # ------------------------------------------------------------------------- against what happens
