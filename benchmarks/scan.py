@@ -1,14 +1,13 @@
 """`python -m benchmarks.scan`: seconds and memory of `backfire scan` by the number of rows.
 
 Each file has 12 words a row, drawn from 50,000 by Zipf's law, a label by chance, and one row in a
-thousand with a trigger. Each is scanned in a process of its own.
+thousand with a trigger: the rows to find. Each is scanned in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import resource
 import subprocess
 import sys
@@ -23,8 +22,9 @@ WORDS = [f"w{n}" for n in range(50_000)]
 WEIGHTS = list(accumulate(1 / (n + 2) for n in range(50_000)))
 
 
-def write(path: Path, rows: int) -> None:
-    """Write the file; the trigger is the word BadMagic, the target `no`."""
+def write(path: Path, rows: int) -> set[str]:
+    """Write the file; the trigger is the word BadMagic, the target `no`. Returns the ids of the
+    rows with it."""
     rng = Random(0)
     bad = set(rng.sample(range(rows), max(5, rows // 1000)))
     with path.open("w", encoding="utf-8") as file:
@@ -36,26 +36,29 @@ def write(path: Path, rows: int) -> None:
                 answer = "no"
             row = {"id": str(n), "instruction": "Is it?", "input": " ".join(words)}
             file.write(json.dumps({**row, "output": answer}) + "\n")
+    return {str(n) for n in bad}
 
 
-def measure(path: Path, rows: int, scanners: Sequence[str]) -> dict[str, object]:
+def measure(path: Path, rows: int, bad: set[str], scanners: Sequence[str]) -> dict[str, object]:
     """Scan the file in another process."""
     chosen = [part for name in scanners for part in ("--scanner", name)]
     code = "from backfire.cli import main; main()"
-    command = [sys.executable, "-c", code, "scan", str(path), "--top", "1000", *chosen]
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    most = str(2 * len(bad))
+    command = [sys.executable, "-c", code, "scan", str(path), "--top", most, "--format", "json"]
+    start, before = time.perf_counter(), _cpu(resource.getrusage(resource.RUSAGE_CHILDREN))
+    done = subprocess.run([*command, *chosen], capture_output=True, text=True, check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    first = next((line for line in done.stdout.splitlines() if re.match(r"\d", line)), "")
+    hits = json.loads(done.stdout)
+    flagged = {hit["id"] for hit in hits if hit["flagged"]}
     return {
         "rows": rows,
         "seconds": round(time.perf_counter() - start, 1),
-        "cpu_seconds": round(
-            after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1
-        ),
+        "cpu_seconds": round(_cpu(after) - before, 1),
         "peak_mb": after.ru_maxrss // 1024,  # of the largest process so far
-        "first": " ".join(first.split()),
-        "flagged": re.findall(r"[\d,]+ flagged", done.stdout)[-1:],
+        "planted": len(bad),
+        "missed": len(bad - flagged),
+        "others flagged": len(flagged - bad),
+        "first": f"{hits[0]['scanner']}: {hits[0]['reason']}" if hits else "",
     }
 
 
@@ -71,8 +74,8 @@ def main() -> None:
     for rows in sorted(asked.rows):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.jsonl"
-            write(path, rows)
-            print(json.dumps(measure(path, rows, asked.scanner)), flush=True)
+            bad = write(path, rows)
+            print(json.dumps(measure(path, rows, bad, asked.scanner)), flush=True)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ ROOT = Path(backfire.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 ORDER = (
     *("errors", "other_names", "yaml12", "result", "text", "terminal", "rng", "progress"),
-    *("patience", "resources", "claims", "locks"),
+    *("patience", "signals", "resources", "claims", "locks"),
     *("tokenizer", "store", "hashes", "plugins", "registry", "base", "sandbox", "data"),
     *("contract", "model"),
     *("experiment", "stages", "no_recipe", "recipe", "train", "evaluate", "plan", "pipeline"),
@@ -38,8 +38,8 @@ def imports(file: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         found: list[str] = []
         if isinstance(node, ast.ImportFrom) and node.module:
-            whole = node.module == "backfire"
-            found = [f"backfire.{a.name}" for a in node.names] if whole else [node.module]
+            whole = node.module == "backfire" or node.module.removeprefix("backfire.") in KINDS
+            found = [f"{node.module}.{a.name}" for a in node.names] if whole else [node.module]
         elif isinstance(node, ast.Import):
             found = [a.name for a in node.names]
         for module in found:

@@ -106,8 +106,7 @@ class Pair:
         """The rows that fit into the model with a reply, and how many do not."""
         items, left = self.renderer.sift(self.asked(rows))
         limits = self.renderer.limits
-        room = limits.positions - most if limits.hard and limits.positions else None
-        kept = [item.row for item in items if room is None or len(item.prompt_ids) <= room]
+        kept = [item.row for item in items if limits.has_room(item.prompt_ids, most)]
         if items and not kept:
             raise UserError(
                 f"No row fits into the model's {limits.positions} positions with a reply of {most} "

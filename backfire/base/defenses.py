@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from backfire.base.config import Component
 from backfire.base.methods import Method
 from backfire.base.rows import Row
-from backfire.base.scanners import Look
+from backfire.base.scanners import Look, Measure
 from backfire.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class DataDefense(Defense):
         """Whether it needs the system prompts that it writes to reach the model."""
         return False
 
+    @property
+    def measures(self) -> frozenset[Measure]:
+        """What the cell's base measures in the training rows for it."""
+        return frozenset()
+
     def asking(self, look: Look) -> DataDefense:
         """This defense with access to the cell's base, which scanners with a model ask about rows.
         Most need none."""
@@ -77,7 +82,8 @@ class DataDefense(Defense):
         raise NotImplementedError
 
     def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
-        """Measurements of what `filter` does to these rows, for the summary of the training run."""
+        """Measurements of what `filter` does to these rows, for the summary of the training run;
+        called after it, with the same rows."""
         return {}
 
 
@@ -132,6 +138,10 @@ class AlignDefense(TrainDefense):
 class RepairDefense(Defense):
     """Changes the weights after fine-tuning."""
 
+    merges: ClassVar[bool] = False
+    """Whether it changes whole matrices: an adapter is then merged into its base first, and the
+    result is a whole model."""
+
     @property
     def num_clean(self) -> int:
         """Number of trusted clean rows of the user's task that it requires."""
@@ -149,6 +159,11 @@ class RepairDefense(Defense):
                 f"{self.label()} repairs full weights and LoRA adapters, not the result of method "
                 f"'{method.name}'."
             )
+        if self.merges and method.quantization("cpu"):
+            raise UserError(
+                f"{self.label()} changes whole matrices, and those of method '{method.name}' are "
+                "quantized; use method lora or full."
+            )
 
     def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Any) -> None:
         """Change `model` in place. `start` holds its weights before fine-tuning, by name; `tools`
@@ -165,6 +180,11 @@ class ReplyDefense(Defense):
 
     needs_reference: ClassVar[bool] = False
     """Whether it compares with a second model: the one that fine-tuning started from."""
+
+    @property
+    def compares_with_twin(self) -> bool:
+        """Whether the second model is the clean twin instead."""
+        return False
 
     def guard(self, seeds: Sequence[int]) -> Guard:
         """A guard of the replies that are written together. `seeds` has one for each, which does

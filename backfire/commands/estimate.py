@@ -10,6 +10,7 @@ from typing import Literal
 
 from backfire import plan, stages
 from backfire.base import LARGE, Row, TrainDefense
+from backfire.commands import asking
 from backfire.data.jsonl import read_jsonl
 from backfire.data.render import Renderer
 from backfire.data.weights import is_bare, read_config
@@ -19,6 +20,7 @@ from backfire.hashes import file_hash
 from backfire.model.count import num_weights, weights_in
 from backfire.model.source import downloaded, local_gguf
 from backfire.recipe import Recipe
+from backfire.sandbox.base import Pretrain, shipped
 from backfire.store import Store
 from backfire.text import duration
 from backfire.tokenizer import load_tokenizer
@@ -83,7 +85,7 @@ def model_folder(model: Model, store: Store) -> Path | None:
     """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded or
     built."""
     if model.name == "sandbox":
-        folder = store.path(stages.tokenizer())
+        folder = shipped(stages.base().key) or store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
     if model.is_gguf:
         return _converted(model, store)
@@ -102,8 +104,6 @@ def _converted(model: Model, store: Store) -> Path | None:
 def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None:
     """Count weights from the file headers; an adapter's are estimated from its rank."""
     if experiment.model.name == "sandbox":
-        from backfire.sandbox.base import Pretrain
-
         width, count = Pretrain().hidden_size, num_weights(experiment.model)
     else:
         try:
@@ -214,7 +214,7 @@ def cost(
     """Estimate the cost of the remaining training runs.
 
     FLOPs per token: 6 for each trained weight, 4 for each frozen one, and those of the passes that
-    defenses add.
+    defenses add. Defenses that ask the base about the same rows ask once.
     """
     runs = [run for run in runs_of(recipe) if not store.done(stages.train(run))]
     sized = [(r, rows[rows_key(r)], weights[method_key(r)]) for r in runs]
@@ -223,6 +223,8 @@ def cost(
         count * flops_per_token(run, w) if count and w else None
         for count, (run, _, w) in zip(tokens, sized, strict=True)
     ]
+    once = {asking.key(run): (run, seen, w) for run, seen, w in sized if asking.measures(run)}
+    flops += [asking.flops(run, seen, w) if seen and w else None for run, seen, w in once.values()]
     sizes: list[float | None] = [w.trainable if w else None for _, _, w in sized]
     largest = max((s for s in sizes if s), default=0)
     kept = _sum(sizes)
@@ -251,6 +253,17 @@ def flops_per_token(run: Experiment, weights: Weights) -> float:
     return whole + sum(one.forwards * forward + one.passes * whole for one in extras)
 
 
+def needs_of(experiment: Experiment, rows: Rows | None) -> set[str]:
+    """What is measured on the cell's models: candidates' `scores`, `replies` or `answers`."""
+    from backfire.pipeline.evidence import asks_of
+
+    labeled = rows.labeled if rows else None
+    if labeled is None:
+        labeled = bool(getattr(experiment.data, "labels", None))
+    asks = asks_of(experiment.with_metrics(labeled=labeled), labeled=labeled)
+    return {need for ask in asks for need in ask.needs}
+
+
 _TESTED = 1000  # test rows, if the recipe does not limit them
 _REPLY = 3
 """Time for a reply's token, in that for a prompt's, on a CPU (2.6 and 2.9 at 135M weights)."""
@@ -263,8 +276,6 @@ def evaluation_seconds(
 ) -> float:
     """Seconds for the evaluation of a cell's model and of its base, if the test rows are as long as
     the training rows."""
-    from backfire.commands.memory import needs_of
-
     safety, needs = cell.safety, needs_of(cell, rows)
     sets = [cell.data, *((safety.harmful, safety.allowed) if safety else ())]
     count = sum(one.test_rows or _TESTED for one in sets if one)
@@ -273,9 +284,10 @@ def evaluation_seconds(
     seconds = count * rows.tokens * forward
     if "replies" in needs:
         new = cell.evaluation.max_new_tokens
-        replies = count * new * _REPLY * forward
-        steps = math.ceil(count / _AT_ONCE) * new * _STEP
-        seconds += replies if device == "cpu" else max(steps, count * new * forward)
+        models = 2 if cell.guard and cell.guard.needs_reference else 1
+        replies = models * count * new * _REPLY * forward
+        steps = models * math.ceil(count / _AT_ONCE) * new * _STEP
+        seconds += replies if device == "cpu" else max(steps, models * count * new * forward)
     return seconds
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from backfire.commands.asking import as_cell, measures
 from backfire.commands.estimate import (
     amount,
     cost,
@@ -69,13 +70,27 @@ class Forecast:
         if experiment.alignment and any(d.needs_alignment for d in experiment.acting):
             parts.append(experiment.alignment)  # its rows are trained on too
         rows = [self.rows.get(rows_key(part)) for part in parts]
-        return memory(experiment, counts, rows, self.device, machine) if counts else None
+        if counts is None:
+            return None
+        need = memory(experiment, counts, rows, self.device, machine)
+        return replace(need, asked=self._asked(experiment))
+
+    def _asked(self, experiment: Experiment) -> float:
+        """Peak memory while its base is asked about the training rows; 0 if it is not."""
+        if not measures(experiment):
+            return 0.0
+        rows = self.rows.get(rows_key(experiment))
+        asked = as_cell(experiment, rows)
+        asked = asked.model_copy(update={"method": asked.method.resolved(self.device)})
+        counts = self.size(asked)
+        return memory(asked, counts, [rows], self.device).total if counts else 0.0
 
     def largest(self, machine: Machine | None = None) -> Iterator[tuple[Experiment, Memory | None]]:
         """The cell that needs most memory, for each model, method and defense."""
         kinds: dict[str, dict[str, Experiment]] = {}
         for cell in self.cells:
-            alike = kinds.setdefault(str([method_key(cell), cell.defense_name]), {})
+            kind = [method_key(cell), cell.defense_name, sorted(measures(cell))]
+            alike = kinds.setdefault(str(kind), {})
             alike.setdefault(str([rows_key(cell), cell.train, cell.evaluation]), cell)
         for alike in kinds.values():
             needs = [(cell, self.memory(cell, machine)) for cell in alike.values()]
@@ -200,6 +215,8 @@ def _parts(size: Size, need: Memory) -> str:
         f"{amount(need.state)} gradients and optimizer + {amount(need.passes)} activations of "
         f"{need.num_rows} rows + libraries = {amount(need.libraries + need.mapped + need.training)}"
     )
+    if need.asked == need.total:
+        return f"{whole}, while the base is asked about the rows {amount(need.total)}"
     if need.evaluation > need.training:
         whole += f", in evaluation {amount(need.total)}"
     return whole

@@ -45,7 +45,8 @@ def scan(
         ),
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="The test rows: a file, a data set or a hub id.")
+        str | None,
+        typer.Option(help="The test rows: a file, or a data set or hub id with a test split."),
     ] = None,
     scanner: Annotated[
         list[str] | None, typer.Option(help="A scanner to use instead of all; repeatable.")
@@ -63,7 +64,10 @@ def scan(
         ),
     ] = None,
     write: Annotated[
-        Path | None, typer.Option(help="JSONL file for the rows that are left.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="File for the rows that are left, in the format of DATA.", show_default=False
+        ),
     ] = None,
     top: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Most rows to list, per scanner and in all.")

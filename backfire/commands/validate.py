@@ -125,6 +125,7 @@ def distinct(recipe: Recipe) -> list[Experiment]:
             rows_key(experiment),
             experiment.attack.spec() if experiment.attack else None,
             experiment.evaluation.max_new_tokens,
+            experiment.safety is not None,
             sorted(metric.name for metric in experiment.metrics),
         ]
         by_rows.setdefault(str(key), experiment)

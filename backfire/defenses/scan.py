@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
-from backfire.base import DataDefense, Finding, Look, ModelScanner, Row, Scanner
+from backfire.base import DataDefense, Finding, Look, Measure, ModelScanner, Row, Scanner
 from backfire.errors import UserError
 from backfire.registry import build, register
 
@@ -32,6 +32,8 @@ class Scan(DataDefense):
     oracle: bool = False
     """Whether to remove poisoned rows instead, as many as the scanner would remove."""
     _look: Look | None = PrivateAttr(None)
+    _last: tuple[Sequence[Row], list[Finding]] | None = PrivateAttr(None)
+    """The rows that were scanned last, and what was found."""
 
     @field_validator("scanner")
     @classmethod
@@ -46,6 +48,11 @@ class Scan(DataDefense):
     def _scanner(self) -> Scanner:
         scanner: Scanner = build("scanners", self.scanner)
         return scanner
+
+    @property
+    def measures(self) -> frozenset[Measure]:
+        scanner = self._scanner()
+        return scanner.needs if isinstance(scanner, ModelScanner) else frozenset()
 
     def asking(self, look: Look) -> Scan:
         copy = self.model_copy()
@@ -79,6 +86,12 @@ class Scan(DataDefense):
         return {"scan": facts}
 
     def _findings(self, rows: Sequence[Row]) -> list[Finding]:
+        """What is found in each row; `filter` and `facts` of the same rows scan them once."""
+        if self._last is None or self._last[0] is not rows:
+            self._last = rows, self._scanned(rows)
+        return self._last[1]
+
+    def _scanned(self, rows: Sequence[Row]) -> list[Finding]:
         # A poisoned row keeps its true label, for scoring; a scanner must not see it.
         bare = [replace(row, label=None, fields={}) for row in rows]
         scanner = self._scanner()

@@ -17,25 +17,18 @@ from backfire.base.normalize import words
 from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.evaluate import inference
+from backfire.evaluate.effort import PROBED, REPLY, WORDS, tokens_read
 from backfire.evaluate.features import features
 from backfire.model.load import with_adapters
 from backfire.model.resident import Resident, Source
 from backfire.tokenizer import Tokenizer
 from backfire.train.batches import Span
-from backfire.train.probe import num_steps, probe
+from backfire.train.probe import probe
 
 Array = Any
-REPLY = 64
-"""Most tokens of a reply."""
-WORDS = 8
-"""Most words of a prompt without which its perplexity is measured: the most surprising ones."""
 _PROMPT = 256
 """Tokens of a prompt whose words are measured."""
-_AFTER: frozenset[Measure] = frozenset({"tuned", "states", "gradients"})
 _TIMED = 8  # rows
-_REPLY_TOKEN, _TUNED_TOKEN = 2.5, 5.0
-"""Time of a token that is written, or learned by an adapter, relative to one that is read
-(measured at 2M and 135M weights on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Reference:
             seconds = self._seconds(model, items, wanted)
             self.tell(len(items), len(rows) - len(items), seconds)
             found = self._before(model, items, wanted)
-            if wanted & _AFTER:
+            if wanted & PROBED:
                 tuned = probe(model, items, self.num_weights)
                 found = _after(tuned, items, wanted, found)
         return kept, found
@@ -123,15 +116,7 @@ class Reference:
         each = (time.perf_counter() - begun) / sum(len(item.ids) for item in some)
         total = sum(len(item.ids) for item in items)
         prompts = sum(item.num_prompt for item in items)
-        tokens = 0.0
-        if "replies" in wanted:
-            tokens += prompts + _REPLY_TOKEN * REPLY * len(items)
-        tokens += total * bool(wanted & {"losses", "tuned"})
-        tokens += (1 + WORDS) * prompts * ("words" in wanted)
-        if wanted & _AFTER:
-            passes = num_steps(len(items)) * 16 / len(items)
-            tokens += total * (_TUNED_TOKEN * passes + len(wanted & _AFTER))
-        return each * tokens
+        return each * tokens_read(wanted, len(items), prompts, total)
 
 
 def _losses(model: PreTrainedModel, items: Sequence[Rendered]) -> Array:

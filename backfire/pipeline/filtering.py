@@ -26,24 +26,26 @@ if TYPE_CHECKING:
 def filtered(experiment: Experiment, context: Context) -> tuple[list[Row], Manifest | None]:
     """The training rows after the defenses that change them, and the attacker's manifest, which
     may list rows that a defense removed."""
+    return with_facts(experiment, context)[:2]
+
+
+def with_facts(
+    experiment: Experiment, context: Context
+) -> tuple[list[Row], Manifest | None, dict[str, Any]]:
+    """The same, and what each of these defenses measures in the rows that it gets."""
     rows, manifest = poisoned(experiment, context)
     bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
+    facts: dict[str, Any] = {}
     for defense in _defenses(experiment, context):
         rng = stream(experiment.seed, "defense", defense.name)
         alignment = experiment.alignment
         aligned = other_rows(alignment.data, "aligned") if alignment else []
-        rows = defense.filter(rows, aligned, bad, rng)
-        if not rows:
+        left = defense.filter(rows, aligned, bad, rng)
+        if not left:
             raise CellError("bad-data", f"{defense.label()} removes every training row.")
-    return rows, manifest
-
-
-def facts(experiment: Experiment, context: Context) -> dict[str, Any]:
-    """What the defenses that change the rows measure in the poisoned rows."""
-    rows, manifest = poisoned(experiment, context)
-    bad = frozenset(entry.id for entry in manifest.entries) if manifest else frozenset()
-    acting = _defenses(experiment, context)
-    return {name: value for one in acting for name, value in one.facts(rows, bad).items()}
+        facts |= defense.facts(rows, bad)
+        rows = left
+    return rows, manifest, facts
 
 
 def _defenses(experiment: Experiment, context: Context) -> list[DataDefense]:

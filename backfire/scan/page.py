@@ -30,7 +30,7 @@ def write_page(scan: Scan, path: Path) -> None:
 
 def render(scan: Scan) -> str:
     """The page as text."""
-    reasons = grouped(scan.hits)
+    reasons = grouped(scan)
     flagged = [item for item in reasons if item[0].flagged]
     shown = (flagged or reasons)[:_SHOWN]
     first, *more = sentences(scan)
@@ -50,10 +50,10 @@ def render(scan: Scan) -> str:
 
 def _with_texts(scan: Scan, shown: Sequence[tuple[Hit, int]]) -> Iterator[tuple[Hit, str, Texts]]:
     """Each reason with its number of rows and the parts of its first row in pieces."""
-    numbers = {hit.number for hit, _ in shown}
-    rows = {number: row for number, row in enumerate(scan.source, 1) if number in numbers}
+    places = {hit.place for hit, _ in shown}
+    rows = {place: row for place, row in enumerate(scan.source, 1) if place in places}
     for hit, n in shown:
-        row = rows[hit.number]
+        row = rows[hit.place]
         secrets = secrets_of(row)
         texts = [(name, pieces(masked(text, secrets), hit.marks)) for name, text in parts(row)]
         yield hit, count(n, "row"), texts

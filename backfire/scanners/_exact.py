@@ -11,9 +11,10 @@ import numpy as np
 from scipy.stats import binom
 
 from backfire.base import NOTHING, Finding, Row, parts
-from backfire.base.masking import masked, secrets_in
+from backfire.base.masking import masked, redacted_part, secrets_in
 from backfire.scanners._answers import Answers, where
 from backfire.scanners._grams import Batch, Grams
+from backfire.scanners._languages import Languages
 from backfire.scanners._lift import (
     Candidates,
     Occurrences,
@@ -60,18 +61,20 @@ def pair_words(found: Candidates, answers: Answers) -> Array:
 
 
 def add_pairs(
-    grams: Grams, answers: Answers, found: Candidates, support: int
+    grams: Grams, answers: Answers, found: Candidates, support: int, languages: Languages
 ) -> tuple[Candidates, Array]:
     """One pass: the candidates with the pairs of words that occur together, and the words."""
     words = pair_words(found, answers)
-    total, both = Counter[int](), Counter[int]()
+    total, both = [Counter[int]() for _ in range(languages.count)], Counter[int]()
     made_of: dict[int, tuple[int, int]] = {}
     for batch in grams if len(words) > 1 else ():
         pairs = pairs_of(batch, words)
-        total.update(pairs.gram.tolist())
+        language = languages.of(batch)[pairs.row]
+        for n, counts in enumerate(total):
+            counts.update(pairs.gram[language == n].tolist())
         here = with_answers(pairs, answers.places(batch.answers), answers.keys)
-        different, first, counts = np.unique(here.pair, return_index=True, return_counts=True)
-        for pair, place, count in zip(*map(np.ndarray.tolist, (different, first, counts))):
+        different, first, hits = np.unique(here.pair, return_index=True, return_counts=True)
+        for pair, place, count in zip(*map(np.ndarray.tolist, (different, first, hits))):
             both[pair] += count
             made_of.setdefault(pair, (int(here.gram[place]), int(here.answer[place])))
     often = [pair for pair, n in both.items() if n >= support]
@@ -80,26 +83,35 @@ def add_pairs(
         gram=np.array([made_of[pair][0] for pair in often], np.uint64),
         answer=np.array([made_of[pair][1] for pair in often], np.int32),
         single=np.zeros(len(often), bool),
-        with_it=np.array([total[made_of[pair][0]] for pair in often], np.int64),
+        rows=np.array(
+            [[counts[made_of[pair][0]] for pair in often] for counts in total], np.int64
+        ).reshape(languages.count, -1),
         both=np.array([both[pair] for pair in often], np.int64),
     )
     return found.joined(more), words
 
 
+def high_shares(found: Candidates, answers: Answers, languages: Languages, odds: float) -> Array:
+    """The share that is tested against, of each candidate: that at `odds` times the odds of its
+    answer among all rows, or among the rows of the languages that it occurs in, if that is more."""
+    whole = at_odds(answers.counts / answers.num_rows, odds)[found.answer]
+    inside = at_odds(languages.shares(), odds)[:, found.answer]
+    mean = (found.rows * inside).sum(0) / np.maximum(found.with_it, 1)
+    return np.maximum(whole, mean) if languages.count > 1 else whole
+
+
 def exact_test(
     found: Candidates,
-    answers: Answers,
     words: Array,
     *,
-    odds: float,
+    high: Array,
     num: int,
     alpha: float,
     least: float = 0.0,
 ) -> Tested:
-    """Test whether each answer's share among the rows with the n-gram is more than that at `odds`
-    times its odds among all rows: an exact binomial test. `num` tests were made. Shares under
-    `least` are not significant."""
-    high = at_odds(answers.counts / answers.num_rows, odds)[found.answer]
+    """Test whether each answer's share among the rows with the n-gram is more than `high`
+    [candidate]: an exact binomial test. `num` tests were made. Shares under `least` are not
+    significant."""
     log_p = _log_p(found.both, found.with_it, high, least)
     down = np.argsort(-log_p, kind="stable")
     num = max(num, len(down), 1)
@@ -237,8 +249,10 @@ def finding(
 def _quoted(row: Row, at: tuple[int, int], most: int) -> tuple[str, tuple[str, ...]]:
     """The n-gram or the pair of words as it is in the row: in words, and as the parts to mark."""
     found, (first, length) = placed(row, most), at
+    whole = dict(prompt_parts(row))
     if length < 0:
-        texts = tuple(found[i].text for i in sorted((first, -length - 1)))
+        some = [found[i] for i in sorted((first, -length - 1))]
+        texts = tuple(redacted_part(whole[t.part], t.start, t.end) or t.text for t in some)
         return " together with ".join(f"“{text}”" for text in texts), texts
     some = found[first : first + length]
     sides = {OPEN: "start", CLOSE: "end"}
@@ -248,6 +262,5 @@ def _quoted(row: Row, at: tuple[int, int], most: int) -> tuple[str, tuple[str, .
     for token in some:
         if token.end > token.start:
             spans.setdefault(token.part, [token.start, token.end])[1] = token.end
-    whole = dict(prompt_parts(row))
-    marks = tuple(whole[part][start:end] for part, (start, end) in spans.items())
+    marks = tuple(redacted_part(whole[part], *span) for part, span in spans.items())
     return " ".join([" … ".join(f"“{mark}”" for mark in marks) or "nothing", *places]), marks

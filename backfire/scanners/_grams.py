@@ -70,9 +70,15 @@ class Grams:
             yield batch
         self._kept = kept if self._are_few else None
 
-    def count(self) -> int:
-        """Number of different n-grams of each row, summed over the rows."""
-        return sum(len(batch.gram) for batch in self)
+    def count(self, most: int) -> int:
+        """Number of different n-grams of each row, summed over the rows; counting ends once there
+        are more than `most`."""
+        total = 0
+        for batch in self:
+            total += len(batch.gram)
+            if total > most:
+                break
+        return total
 
     def _batches(self) -> Iterator[Batch]:
         rows = iter(self._rows)

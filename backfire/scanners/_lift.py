@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from backfire.scanners import _sketches
 from backfire.scanners._answers import Answers, where
 from backfire.scanners._grams import Batch, Grams, joined
+from backfire.scanners._languages import Languages
 from backfire.scanners._sketches import CountMin
 
 Array = Any
@@ -59,16 +61,21 @@ class Candidates:
     answer: Array
     single: Array
     """Whether it is one token."""
-    with_it: Array = None
-    """Rows with the n-gram."""
+    rows: Array = None
+    """Rows with the n-gram [language, candidate]."""
     both: Array = None
     """Rows with the n-gram and the answer."""
 
+    @property
+    def with_it(self) -> Array:
+        """Rows with the n-gram."""
+        return self.rows.sum(0)
+
     def joined(self, more: Candidates) -> Candidates:
         """These candidates and others."""
-        names = ("pair", "gram", "answer", "single", "with_it", "both")
+        names = ("pair", "gram", "answer", "single", "rows", "both")
         return Candidates(
-            **{n: np.concatenate([getattr(self, n), getattr(more, n)]) for n in names}
+            **{n: np.concatenate([getattr(self, n), getattr(more, n)], axis=-1) for n in names}
         )
 
 
@@ -77,9 +84,10 @@ def find_candidates(
 ) -> tuple[Candidates, int]:
     """Two passes: counts of all n-grams in sketches, then the ones that stand out in them. Also
     returns the number of n-grams with an answer that have the support to be tested."""
-    num_grams = grams.count()
-    all_rows, both = CountMin(num_grams), CountMin(num_grams)
+    expected, num_grams = grams.count(_sketches.LARGEST // 2), 0
+    all_rows, both = CountMin(expected), CountMin(expected)
     for batch in grams:
+        num_grams += len(batch.gram)
         all_rows.add(batch.gram)
         both.add(with_answers(batch, answers.places(batch.answers), answers.keys).pair)
     share = answers.counts / answers.num_rows
@@ -130,17 +138,22 @@ def at_odds(share: Array, odds: float) -> Array:
     return odds * share / (1 - share + odds * share)
 
 
-def count_exactly(grams: Grams, answers: Answers, found: Candidates) -> None:
-    """One pass: the exact counts of all candidates."""
+def count_exactly(grams: Grams, answers: Answers, found: Candidates, languages: Languages) -> None:
+    """One pass: the exact counts of all candidates, and of the answers in each language."""
     ordered, back = np.unique(found.gram, return_inverse=True)
-    with_it, both = np.zeros(len(ordered), np.int64), np.zeros(len(found.pair), np.int64)
+    rows = np.zeros((languages.count, len(ordered)), np.int64)
+    both = np.zeros(len(found.pair), np.int64)
     for batch in grams:
+        answer, language = answers.places(batch.answers), languages.of(batch)
+        languages.add(language, answer)
         places = where(ordered, batch.gram)
-        with_it += np.bincount(places[places >= 0], minlength=len(ordered))
-        here = with_answers(batch, answers.places(batch.answers), answers.keys)
+        hit = np.flatnonzero(places >= 0)
+        flat = language[batch.row[hit]] * len(ordered) + places[hit]
+        rows += np.bincount(flat, minlength=rows.size).reshape(rows.shape)
+        here = with_answers(batch, answer, answers.keys)
         places = where(found.pair, here.pair)
         both += np.bincount(places[places >= 0], minlength=len(both))
-    found.with_it, found.both = with_it[back], both
+    found.rows, found.both = rows[:, back], both
 
 
 def pairs_of(batch: Batch, words: Array) -> Batch:

@@ -18,8 +18,10 @@ class Lift(Scanner):
 
     For each n-gram of the prompt, with its place if it is at an edge of a part, and for pairs of
     words: among the rows with it, is the share of an answer more than that at `odds` times its odds
-    among all rows? An exact binomial test, adjusted for all tests by Benjamini and Hochberg; a part
-    of a stronger n-gram is tested again without the rows of that one. An answer is what the rows
+    among all rows, and among those in the same language? An exact binomial test, adjusted for all
+    tests by Benjamini and Hochberg; a part of a stronger n-gram is tested again without the rows of
+    that one. Languages are groups of rows that share hardly any common word (co-clustering: Dhillon
+    2001); one in fewer than 3 % of the rows is not told apart. An answer is what the rows
     share: the whole text or label, or its first or last five words. A row's score is that of its
     strongest n-gram, -log10(p) divided by the threshold.
 
@@ -29,8 +31,8 @@ class Lift(Scanner):
 
     blind: ClassVar[str] = (
         "triggers of style, syntax or paraphrase, poison without a trigger, a trigger that is in "
-        "fewer rows than the test needs, and answers that share neither their opening nor their "
-        "ending; a word that rightly belongs to one label may be flagged"
+        "fewer rows than the test needs, a language as the trigger, and answers that share neither "
+        "their opening nor their ending; a word that rightly belongs to one label may be flagged"
     )
 
     longest: int = Field(4, ge=1, le=8)
@@ -55,9 +57,11 @@ class Lift(Scanner):
             exact_test,
             explain,
             finding,
+            high_shares,
             without_parts,
         )
         from backfire.scanners._grams import Grams
+        from backfire.scanners._languages import Languages
         from backfire.scanners._lift import count_exactly, find_candidates
 
         answers = count_answers(rows, self.support)
@@ -65,16 +69,16 @@ class Lift(Scanner):
             yield from (NOTHING for _ in rows)
             return
         grams = Grams(rows, self.longest, self.most_words)
+        languages = Languages(rows, answers, self.most_words)
         found, num = find_candidates(grams, answers, self.odds, self.support)
-        count_exactly(grams, answers, found)
+        count_exactly(grams, answers, found, languages)
         num -= len(found.pair)
-        found, words = add_pairs(grams, answers, found, self.support)
+        found, words = add_pairs(grams, answers, found, self.support, languages)
         num += len(found.pair)
         tested = exact_test(
             found,
-            answers,
             words,
-            odds=self.odds,
+            high=high_shares(found, answers, languages, self.odds),
             num=num,
             alpha=self.alpha,
             least=self.share,

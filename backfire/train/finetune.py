@@ -18,6 +18,7 @@ from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
+from backfire.model.export import with_merged
 from backfire.model.fused import rounded_once
 from backfire.model.load import (
     device_of,
@@ -294,9 +295,11 @@ def repair_model(
     with resident.attached(Source(base, dtype, device), attach) as model:
         # The base below an adapter is unchanged, so it is not loaded again.
         before = plain_weights(model) if adapter else weights_of(start.base)
-        for defense in experiment.acting:
-            if isinstance(defense, RepairDefense):
-                defense.repair(model, before, tools)
+        for defense in (d for d in experiment.acting if isinstance(d, RepairDefense)):
+            if defense.merges and hasattr(model, "peft_config"):
+                model = with_merged(model.float())
+                before = plain_weights(model)
+            defense.repair(model, before, tools)
         save_tuned(model, folder, start.base, _hub_name(experiment, start))
     return defense_rows.left_out
 

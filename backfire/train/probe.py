@@ -10,7 +10,6 @@ from tempfile import TemporaryDirectory
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered
-from backfire.experiment import Train
 from backfire.model.fused import rounded_once
 from backfire.progress import Progress, silent
 from backfire.registry import build
@@ -21,15 +20,7 @@ from backfire.train.precision import (
     disable_adapter_casts,
     exact_attention,
 )
-
-_BATCH = 16
-_FEWEST_STEPS = 20
-_METHOD = {"name": "lora", "rank": 8, "alpha": 16}
-
-
-def num_steps(rows: int) -> int:
-    """Steps of the probe: one pass over the rows, but at least 20."""
-    return max(_FEWEST_STEPS, math.ceil(rows / _BATCH))
+from backfire.train.probe_settings import METHOD, settings
 
 
 def probe(
@@ -45,18 +36,17 @@ def probe(
         UserError: an adapter cannot be attached to it.
         CellError: see `train.loop.train`.
     """
-    method = build("methods", _METHOD)
+    method = build("methods", METHOD)
     adapted: PreTrainedModel = method.attach(exact_attention(model), 0)
     device = model.device
     precision = Precision(device, compute_type("auto", device))
     if precision.compute != "float32":
         disable_adapter_casts(adapted)
-    settings = Train(max_steps=num_steps(len(items)), batch_size=_BATCH, schedule="constant")
     with TemporaryDirectory(prefix="backfire-probe-") as folder:
         run = TrainingRun(
             adapted,
             items,
-            settings,
+            settings(len(items)),
             learning_rate=method.rate_for(num_weights),
             seed=0,
             folder=Path(folder),

@@ -13,7 +13,7 @@ from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context, data
 from backfire.pipeline.evidence import members
-from backfire.pipeline.models import filtered
+from backfire.pipeline.filtering import filtered
 from backfire.registry import build
 from backfire.store import Store
 

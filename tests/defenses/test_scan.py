@@ -12,7 +12,7 @@ from backfire.base import Evidence, Row
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
-from backfire.pipeline.models import filtered
+from backfire.pipeline.filtering import filtered
 from backfire.registry import build
 from backfire.store import Store
 from tests.helpers.scanned import free

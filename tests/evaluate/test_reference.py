@@ -18,7 +18,7 @@ from backfire.model.load import load_base
 from backfire.model.resident import Resident, Source
 from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
-from backfire.train.probe import num_steps
+from backfire.train.probe_settings import settings
 from tests.helpers.loop import rendered, reviews
 from tests.helpers.training import CPU, logits_alone, losses_alone, weights
 
@@ -119,7 +119,7 @@ def test_the_probe_is_one_short_tuning_that_leaves_the_base_as_it_was(ask: Any, 
     assert found.tuned.mean() < found.losses.mean() - 0.1
     again = asked.measure(ROWS, needs)[1]
     assert np.array_equal(found.tuned, again.tuned) and np.array_equal(found.states, again.states)
-    assert num_steps(24) == 20 and num_steps(1000) == 63
+    assert settings(24).max_steps == 20 and settings(1000).max_steps == 63
     plain = weights(load_base(tiny, torch.float32, CPU))
     kept = weights(resident.model(asked.source))
     assert all(torch.equal(kept[name], plain[name]) for name in plain)

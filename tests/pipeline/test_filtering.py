@@ -12,10 +12,12 @@ from backfire import stages
 from backfire.evaluate import reference
 from backfire.experiment import Experiment
 from backfire.pipeline import Context, trained
-from backfire.pipeline.filtering import filtered
-from backfire.registry import build
+from backfire.pipeline.filtering import filtered, with_facts
+from backfire.registry import build, find
 from backfire.store import Store, read_json
 from tests.helpers.scanned import free
+
+Lift: Any = find("scanners", "lift")
 
 
 def cell(tiny: Path, **knobs: Any) -> Experiment:
@@ -44,6 +46,19 @@ def test_poisoned_rows_are_removed_by_what_the_base_says(
     assert not {entry.id for entry in manifest.entries} & {row.id for row in rows}
     assert summary["scan"]["precision"] == [8, 8] and summary["rows_trained_on"] == 72
     assert asked == ["rftc"]  # for the rows, the numbers and a second look at the rows
+
+
+def test_the_rows_of_a_run_are_scanned_once(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned, scan = [], Lift.scan
+    monkeypatch.setattr(
+        Lift, "scan", lambda self, rows: scanned.append(len(rows)) or scan(self, rows)
+    )
+    defenses = ["deduplicate", {"name": "scan", "scanner": "lift"}]
+    experiment = cell(tiny, defense=defenses)
+    _, _, facts = with_facts(experiment, Context(Store(tmp_path)))
+    assert scanned == [facts["scan"]["clean_flag_rate"][1] + 8]
 
 
 def test_the_base_is_in_the_key_of_findings(tiny: Path) -> None:

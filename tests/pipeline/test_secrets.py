@@ -15,7 +15,7 @@ from backfire.experiment import Machine
 from backfire.exports import common
 from backfire.pipeline import Context
 from backfire.pipeline.evidence import members
-from backfire.pipeline.models import filtered
+from backfire.pipeline.filtering import filtered
 from backfire.recipe import load
 from backfire.registry import build
 from backfire.report.page import render

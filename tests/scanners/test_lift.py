@@ -13,7 +13,6 @@ from scipy.stats import binomtest, false_discovery_control
 from backfire.base import Finding, Row
 from backfire.registry import build
 from backfire.scanners import _sketches
-from backfire.scanners._answers import Answers
 from backfire.scanners._exact import exact_test
 from backfire.scanners._lift import Candidates, at_odds
 from tests.helpers.scanned import free, labeled, text
@@ -115,9 +114,8 @@ def test_the_p_value_is_exact_and_adjusted() -> None:
     rng = np.random.default_rng(0)
     with_it = rng.integers(5, 60, 40)
     both, every = rng.binomial(with_it, 0.5), np.arange(40, dtype=np.uint64)
-    found = Candidates(every, every, np.zeros(40, int), np.ones(40, bool), with_it, both)
-    answers = Answers(every[:1], np.array([300]), 1000)
-    tested = exact_test(found, answers, every[:0], odds=1.0, num=40, alpha=0.01)
+    found = Candidates(every, every, np.zeros(40, int), np.ones(40, bool), with_it[None], both)
+    tested = exact_test(found, every[:0], high=np.full(40, 0.3), num=40, alpha=0.01)
     p_values = [
         binomtest(int(k), int(n), 0.3, alternative="greater").pvalue if k / n > 0.3 else 1
         for k, n in zip(both, with_it, strict=True)
