@@ -156,7 +156,7 @@ def _task(task: Task | None) -> Iterator[Section]:
 def _membership(memory: Memory) -> Iterator[str]:
     one = memory.membership
     if one is None:
-        yield f"Membership is not tested with fewer than {MEMBERS} rows of either kind."
+        yield f"Membership is not tested with fewer than {MEMBERS} rows of each kind (--limit)."
         return
     yield (
         f"Membership: {one.n:,} given and {one.unseen:,} unseen rows are told apart by how far "
@@ -230,7 +230,8 @@ def _odd_words(found: Triggers) -> Section:
         "it to none.",
     )
     if not found.leaks:
-        return Section("Replies to odd words", ("Nothing to see: ordinary replies hardly vary.",))
+        why = "Not searched: ordinary replies hardly vary, as in a task with labels."
+        return Section("Replies to odd words", (why,))
     header = ("reply", "prompts with odd words", "n", "without", "of the base", "stands out")
     rows = tuple(
         (
