@@ -48,7 +48,7 @@ def as_table(scan: Scan) -> str:
         parts = [f"{title} (1 is the threshold):", columns(_HEAD, list(map(_cells, shown)))]
     if len(flagged) > len(shown):
         parts.append(f"{len(flagged) - len(shown):,} more reasons: --format csv, or --out.\n")
-    parts.append(columns(_OF_SCANNERS, [scanner_line(one) for one in scan.summaries]))
+    parts.append(columns(_OF_SCANNERS, [scanner_line(scan, one) for one in scan.summaries]))
     parts.append("\n".join(sentences(scan)))
     return "\n".join(part.rstrip("\n") + "\n" for part in parts).rstrip("\n")
 
@@ -85,15 +85,15 @@ def grouped(hits: Sequence[Hit]) -> list[tuple[Hit, int]]:
     return [(hit, counts[key]) for key, hit in first.items()]
 
 
-def scanner_line(one: Summary) -> list[str]:
+def scanner_line(scan: Scan, one: Summary) -> list[str]:
     total = number("share", one.flagged / max(one.rows, 1), digits=2)
-    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(one)]
+    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(scan, one)]
 
 
-def false_alarms(one: Summary) -> str:
+def false_alarms(scan: Scan, one: Summary) -> str:
     """What the scanner flags where there should be nothing."""
     if one.chance is None:
-        return "not estimated"
+        return "not estimated" if scan.has_test else "not known without --test"
     flagged, rows, what = one.chance
     return f"{flagged:,} of {rows:,} ({what})"
 
@@ -113,8 +113,8 @@ def sentences(scan: Scan) -> Iterator[str]:
         + "."
     )
     yield (
-        "The estimates of false alarms count chance only, unless a test set is given. They leave "
-        "out rows flagged for regularities of ordinary text, such as a word that fits one label."
+        "The estimates of false alarms count chance only. They leave out rows flagged for "
+        "regularities of ordinary text, such as a word that fits one label; --test counts these."
         if not scan.has_test
         else "False alarms are counted on the test set, as if its rows were clean."
     )
