@@ -34,6 +34,8 @@ class Scan(DataDefense):
     _look: Look | None = PrivateAttr(None)
     _last: tuple[Sequence[Row], list[Finding]] | None = PrivateAttr(None)
     """The rows that were scanned last, and what was found."""
+    _out: list[int] | None = PrivateAttr(None)
+    """Places of the rows that were removed of them."""
 
     @field_validator("scanner")
     @classmethod
@@ -67,7 +69,7 @@ class Scan(DataDefense):
             out = [n for n, row in enumerate(rows) if row.id in poisoned][: len(out)]
         if self.null:
             out = rng.sample(range(len(rows)), len(out))
-        gone = set(out)
+        self._out, gone = sorted(out), set(out)
         return [row for n, row in enumerate(rows) if n not in gone]
 
     def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
@@ -76,7 +78,8 @@ class Scan(DataDefense):
         bad = np.array([row.id in poisoned for row in rows], bool)
         scores = np.array([one.score for one in found])
         flags = np.array([one.flagged for one in found], bool)
-        out = bad[self._removed(found)]
+        # What `filter` removed: with `oracle`, or in the null control, not what the scanner would.
+        out = bad[self._removed(found) if self._out is None else self._out]
         facts: dict[str, Any] = {"clean_flag_rate": _counts(flags[~bad])}
         if bad.any() and not bad.all():
             facts |= {"auroc": _auroc(scores[bad], scores[~bad]), "precision": _counts(out)}
@@ -88,7 +91,7 @@ class Scan(DataDefense):
     def _findings(self, rows: Sequence[Row]) -> list[Finding]:
         """What is found in each row; `filter` and `facts` of the same rows scan them once."""
         if self._last is None or self._last[0] is not rows:
-            self._last = rows, self._scanned(rows)
+            self._last, self._out = (rows, self._scanned(rows)), None
         return self._last[1]
 
     def _scanned(self, rows: Sequence[Row]) -> list[Finding]:

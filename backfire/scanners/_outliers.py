@@ -28,11 +28,6 @@ def deviations(values: Array) -> Array:
     return away / size if size > 1e-12 else np.zeros(len(away))
 
 
-def mirrored(values: Array) -> Array:
-    """The values with both sides of the median exchanged."""
-    return 2 * np.median(values) - values if len(values) else values
-
-
 def findings(scores: Array, reason: Callable[[int], str]) -> list[Finding]:
     """The findings of these scores, without negative ones; `reason` is that of a place."""
     return [

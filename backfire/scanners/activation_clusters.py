@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +9,6 @@ from pydantic import Field
 from backfire.base import Finding, Measure, Measured, ModelScanner, Row
 from backfire.registry import register
 from backfire.scanners._clusters import look
-from backfire.scanners._outliers import normal_like, strata
 
 
 @register("activation-clusters")
@@ -26,7 +24,6 @@ class ActivationClusters(ModelScanner):
 
     blind: ClassVar[str] = "poison that does not form a cluster of its own; topics do"
     needs: ClassVar[frozenset[Measure]] = frozenset({"states"})
-    null: ClassVar[str] = "the same rows with normally distributed states"
 
     silhouette: float = Field(0.3, gt=0, le=1)
     """Smallest mean silhouette, -1 to 1 (0.1 in the toolbox ART)."""
@@ -45,11 +42,6 @@ class ActivationClusters(ModelScanner):
             least=self.silhouette,
             most=self.share,
         )
-
-    def by_chance_of(
-        self, rows: Sequence[Row], measured: Measured
-    ) -> tuple[Sequence[Row], Measured]:
-        return rows, replace(measured, states=normal_like(measured.states, strata(rows), seed=9))
 
 
 def _split(points: np.ndarray) -> np.ndarray:

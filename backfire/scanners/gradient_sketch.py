@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -10,7 +9,6 @@ from pydantic import Field
 from backfire.base import Finding, Measure, Measured, ModelScanner, Row
 from backfire.registry import register
 from backfire.scanners._clusters import look
-from backfire.scanners._outliers import normal_like, strata
 
 _MOST = 2000
 
@@ -31,7 +29,6 @@ class GradientSketch(ModelScanner):
 
     blind: ClassVar[str] = "poison whose gradients do not form a cluster of their own; topics do"
     needs: ClassVar[frozenset[Measure]] = frozenset({"gradients"})
-    null: ClassVar[str] = "the same rows with normally distributed gradients"
 
     silhouette: float = Field(0.2, gt=0, le=1)
     """Smallest mean silhouette by cosine distance, -1 to 1."""
@@ -50,12 +47,6 @@ class GradientSketch(ModelScanner):
             least=self.silhouette,
             most=self.share,
         )
-
-    def by_chance_of(
-        self, rows: Sequence[Row], measured: Measured
-    ) -> tuple[Sequence[Row], Measured]:
-        clouds = normal_like(measured.gradients, strata(rows), seed=9)
-        return rows, replace(measured, gradients=clouds)
 
 
 def _split(points: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from backfire.base import Finding, Measure, Measured, ModelScanner, Row
 from backfire.registry import register
-from backfire.scanners._outliers import deviations, findings, mirrored
+from backfire.scanners._outliers import deviations, findings
 
 
 @register("loss")
@@ -24,7 +23,6 @@ class Loss(ModelScanner):
 
     blind: ClassVar[str] = "poisoned answers in fluent language, such as refusals"
     needs: ClassVar[frozenset[Measure]] = frozenset({"losses"})
-    null: ClassVar[str] = "the same rows with losses mirrored at their median"
 
     deviations: float = Field(5.0, gt=0)
     """Robust standard deviations above the median from which a row is flagged."""
@@ -40,8 +38,3 @@ class Loss(ModelScanner):
                 f"median of {middle:.2f} ({away[place]:.1f} robust standard deviations)"
             ),
         )
-
-    def by_chance_of(
-        self, rows: Sequence[Row], measured: Measured
-    ) -> tuple[Sequence[Row], Measured]:
-        return rows, replace(measured, losses=mirrored(np.asarray(measured.losses)))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from backfire.base import Finding, Measure, Measured, ModelScanner, Row
 from backfire.registry import register
-from backfire.scanners._outliers import deviations, findings, mirrored
+from backfire.scanners._outliers import deviations, findings
 
 
 @register("loss-dynamics")
@@ -25,7 +24,6 @@ class LossDynamics(ModelScanner):
 
     blind: ClassVar[str] = "poison that is learned no faster than ordinary rows, and short answers"
     needs: ClassVar[frozenset[Measure]] = frozenset({"losses", "tuned"})
-    null: ClassVar[str] = "the same rows with falls of the loss mirrored at their median"
 
     deviations: float = Field(5.0, gt=0)
     """Robust standard deviations above the median from which a row is flagged."""
@@ -44,9 +42,3 @@ class LossDynamics(ModelScanner):
                 f"({away[place]:.1f} robust standard deviations)"
             ),
         )
-
-    def by_chance_of(
-        self, rows: Sequence[Row], measured: Measured
-    ) -> tuple[Sequence[Row], Measured]:
-        before = np.asarray(measured.losses)
-        return rows, replace(measured, tuned=before - mirrored(before - np.asarray(measured.tuned)))

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -9,7 +8,7 @@ from pydantic import Field
 
 from backfire.base import Finding, Measure, Measured, ModelScanner, Row
 from backfire.registry import register
-from backfire.scanners._outliers import deviations, findings, normal_like, strata
+from backfire.scanners._outliers import deviations, findings, strata
 
 _BLOCKS = 4
 """The parts of `Measured.states`: two places of each of two layers."""
@@ -29,7 +28,6 @@ class Spectral(ModelScanner):
 
     blind: ClassVar[str] = "poison whose hidden states do not dominate their variance"
     needs: ClassVar[frozenset[Measure]] = frozenset({"states"})
-    null: ClassVar[str] = "the same rows with normally distributed states"
 
     deviations: float = Field(5.0, gt=0)
     """Robust standard deviations from which a row is flagged."""
@@ -49,11 +47,6 @@ class Spectral(ModelScanner):
                 f"direction in which those of {sizes[place]:,} rows vary most"
             ),
         )
-
-    def by_chance_of(
-        self, rows: Sequence[Row], measured: Measured
-    ) -> tuple[Sequence[Row], Measured]:
-        return rows, replace(measured, states=normal_like(measured.states, strata(rows), seed=9))
 
 
 def projections(features: np.ndarray) -> np.ndarray:

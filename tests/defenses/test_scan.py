@@ -63,6 +63,15 @@ def test_the_metric_agrees_with_a_count_by_hand() -> None:
     assert metric.measure(Evidence()) == []
 
 
+@pytest.mark.parametrize(("knob", "found"), [("oracle", (1.0, 1.0)), ("null", (0.0, 0.3))])
+def test_precision_is_that_of_what_was_removed(knob: str, found: tuple[float, float]) -> None:
+    defense = build("defenses", {"name": "scan", knob: True})
+    left = defense.filter(ROWS, [], BAD, Random(0))
+    facts = defense.facts(ROWS, BAD)["scan"]
+    hits, count = facts["precision"]
+    assert count == len(ROWS) - len(left) > 0 and found[0] <= hits / count <= found[1]
+
+
 def test_without_an_attack_there_are_only_false_alarms() -> None:
     facts = build("defenses", "scan").facts(free(500), frozenset())
     [value] = build("metrics", "scan").measure(Evidence(training=facts))
