@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from backfire.errors import Pause
+from backfire.patience import patiently
 
 FOLDER = "claims"
 BEAT = 30.0
@@ -74,6 +75,7 @@ class Claim:
     def __init__(self, path: Path, descriptor: int, holder: Holder) -> None:
         self.path, self.holder, self.lost = path, holder, False
         self._file, self._over = descriptor, threading.Event()
+        self._names = {holder.uuid, _nameless(os.fstat(descriptor))}
         with contextlib.suppress(OSError):  # a full disk: an empty claim counts as well
             self._beat()
         self._thread = threading.Thread(target=self._beats, daemon=True)
@@ -95,14 +97,23 @@ class Claim:
         self._over.set()
         self._thread.join()
         with contextlib.suppress(OSError):
-            if self._is_mine() and not dies:
-                self.path.unlink()
-        os.close(self._file)
+            if not dies:
+                patiently(self._remove)
+        with contextlib.suppress(OSError):  # a file that its server has forgotten
+            os.close(self._file)
+
+    def _remove(self) -> None:
+        if self._is_mine():
+            self.path.unlink(missing_ok=True)
 
     def _beats(self) -> None:
         while not self._over.wait(BEAT):
-            with contextlib.suppress(OSError):  # the file system may be away for a while
+            try:
                 self._beat()
+            except OSError:  # the file system may be away for a while, and be back by now
+                with contextlib.suppress(OSError):
+                    self._open_again()
+            with contextlib.suppress(OSError):
                 self.lost = not self._is_mine()
 
     def _beat(self) -> None:
@@ -112,11 +123,20 @@ class Claim:
         finally:  # on a full disk too, this worker lives
             os.utime(self._file)  # the file system's clock
 
-    def _is_mine(self) -> bool:
+    def _open_again(self) -> None:
+        """After it was away, a file system may have dropped what was open."""
+        file = os.open(self.path, os.O_RDWR)
         try:
-            return os.path.samestat(self.path.stat(), os.fstat(self._file))
-        except FileNotFoundError:
-            return False
+            if self._is_mine():  # then the opened one is too: no path is had twice
+                os.dup2(file, self._file, inheritable=False)
+                self._beat()
+        finally:
+            os.close(file)
+
+    def _is_mine(self) -> bool:
+        """By what its path has now: a file server forgets an open file that was replaced."""
+        present = _read(self.path, 0.0)
+        return present is not None and present.uuid in self._names
 
 
 class Claims:
@@ -221,6 +241,11 @@ def _write(file: int, holder: Holder) -> None:
     os.pwrite(file, text[:_ROOM].ljust(_ROOM), 0)
 
 
+def _nameless(stat: os.stat_result) -> str:
+    """What names the holder of a claim that cannot be read, as on a full disk."""
+    return str(stat.st_ino)
+
+
 def _holder(job: str, title: str, kills: int = 0) -> Holder:
     pid = os.getpid()
     return Holder(
@@ -230,7 +255,7 @@ def _holder(job: str, title: str, kills: int = 0) -> Holder:
         pid=pid,
         uuid=uuid.uuid4().hex,
         since=time.time(),
-        place=_place(),
+        place=place(),
         began=_began(pid) or "",
         kills=kills,
     )
@@ -238,7 +263,7 @@ def _holder(job: str, title: str, kills: int = 0) -> Holder:
 
 def is_here(holder: Holder) -> bool:
     """Whether it is a process of this host."""
-    return holder.place == _place()
+    return holder.place == place()
 
 
 def _read(path: Path, now: float) -> Holder | None:
@@ -247,7 +272,7 @@ def _read(path: Path, now: float) -> Holder | None:
             stat, content = os.fstat(file.fileno()), file.read(_ROOM)
     except FileNotFoundError:
         return None
-    unknown = Holder(path.name, path.name, "an unknown host", 0, str(stat.st_ino), 0.0)
+    unknown = Holder(path.name, path.name, "an unknown host", 0, _nameless(stat), 0.0)
     fields = vars(unknown)
     try:
         told = json.loads(content)
@@ -260,7 +285,8 @@ def _read(path: Path, now: float) -> Holder | None:
 
 
 @lru_cache
-def _place() -> str:
+def place() -> str:
+    """Identifies this host, since it was started, and the numbering of its processes."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii"))

@@ -33,6 +33,7 @@ _AWAY = (
     errno.EHOSTUNREACH,
 )
 """Errors of files on a server that does not answer."""
+_AWAY_TEXT = re.compile(rf"\bos error (?:{'|'.join(map(str, _AWAY))})\b")  # as Rust writes them
 _OF_DISKS = (errno.EIO, errno.ESTALE, errno.EROFS)  # the others may be of a connection
 _DENIED = (errno.EACCES, errno.EPERM)
 _OF_DISKS_TEXT = re.compile(r"\bos error (?:5|30|116)\b")  # the same, as Rust writes them
@@ -76,6 +77,11 @@ class CellError(Exception):
         self.kind = kind
 
 
+class Unanswered(CellError):  # noqa: N818
+    """A server on which a cell depends did not answer, or had no time. The job is put back; it
+    counts as failed only if that happens a few times."""
+
+
 class Pause(BaseException):
     """A job is put back and done later. No error: whatever handles errors must not handle it."""
 
@@ -85,7 +91,12 @@ class Busy(Pause):
 
 
 class Away(Busy):
-    """A file system did not answer while the job ran; the message is the error's sentence."""
+    """A file system or a server did not answer while the job ran; the message is the error's
+    sentence, and `kind` the exit class if it stays so."""
+
+    def __init__(self, message: str, kind: str = "io") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class Stopped(Pause):
@@ -108,8 +119,15 @@ def is_away(error: BaseException) -> bool:
 
 
 def was_away(error: BaseException) -> bool:
-    """Whether such an error is this one, or caused it."""
-    return any(map(is_away, _chain(error)))
+    """Whether such an error is this one, or caused it; also that of a library, as of safetensors,
+    that names its number, or that of a server that did not answer."""
+    return any(
+        is_away(one)
+        or isinstance(one, Unanswered)
+        # Our own messages may quote a user's row.
+        or (not isinstance(one, UserError | CellError) and _AWAY_TEXT.search(str(one)))
+        for one in _chain(error)
+    )
 
 
 def _of_disk(error: BaseException) -> str | None:

@@ -14,12 +14,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from backfire import progress
 from backfire.claims import Claims
 from backfire.errors import Busy
 
 _REFUSED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """Errors of flock where the file system has no locks."""
-_POLL = 0.1  # seconds between two looks at a claim that is waited for
+_POLL = 0.05  # seconds between two looks at what another has
 
 
 @contextlib.contextmanager
@@ -27,7 +28,8 @@ def locked(path: Path, *, waits: bool = True, across_hosts: bool = False) -> Ite
     """Hold the lock `<path>.lock`, in a folder that exists.
 
     Args:
-        waits: wait for another holder; otherwise `Busy` is raised.
+        waits: wait for another holder, as long as a worker need not stop; otherwise `Busy` is
+            raised.
         across_hosts: what is written suffers from two writers, so there is a claim in any case.
 
     Raises:
@@ -43,18 +45,22 @@ def _flock(held: contextlib.ExitStack, path: Path, waits: bool) -> bool:
     """Take the system's lock; whether there is one. The file names the host of its holder."""
     from filelock import FileLock, Timeout
 
-    lock = FileLock(file := f"{path}.lock", timeout=-1 if waits else 0, fallback_to_soft=False)
-    try:
-        held.enter_context(lock)
-    except Timeout:
-        host = ""
-        with contextlib.suppress(OSError, ValueError):
-            host = Path(file).read_text(encoding="utf-8")
-        raise _busy(path, host) from None
-    except OSError as error:
-        if error.errno in _REFUSED:
-            return False
-        raise
+    lock = FileLock(file := f"{path}.lock", timeout=0, fallback_to_soft=False)
+    while True:
+        try:
+            held.enter_context(lock)
+            break
+        except Timeout:
+            if not waits:
+                host = ""
+                with contextlib.suppress(OSError, ValueError):
+                    host = Path(file).read_text(encoding="utf-8")
+                raise _busy(path, host) from None
+        except OSError as error:
+            if error.errno in _REFUSED:
+                return False
+            raise
+        _wait()
     with contextlib.suppress(OSError):
         Path(file).write_text(socket.gethostname(), encoding="utf-8")
     return True
@@ -66,8 +72,13 @@ def _claim(held: contextlib.ExitStack, path: Path, waits: bool) -> None:
         if not waits:
             holder = claims.read(name)
             raise _busy(path, holder.host if holder else "")
-        time.sleep(_POLL)
+        _wait()
     held.callback(claim.release)
+
+
+def _wait() -> None:
+    progress.waits()
+    time.sleep(_POLL)
 
 
 def _busy(path: Path, host: str) -> Busy:

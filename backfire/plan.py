@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from backfire import stages
-from backfire.base import Insertion, Secret, SecretProbe, needs_of
+from backfire.base import Insertion, Secret, SecretProbe, needs_of, reads_target_rows
 from backfire.base.secrets import FEWEST_CODES
 from backfire.experiment import Experiment
 from backfire.stages import keys
@@ -80,13 +81,15 @@ def _evaluated(experiment: Experiment) -> Iterable[str]:
     """The key of each set of test rows and requests on which a model of the cell is measured."""
     metrics = experiment.with_metrics(labeled=True).metrics
     asked = {ask.rows for metric in metrics for ask in metric.asks()}
+    whole = reads_target_rows(metrics, labeled=True)
     before = [experiment.untuned()] if experiment.method.trains else []
     twins = [experiment.clean_twin()] if experiment.backdoor else []
     guarded = stages.guarded
     yield from (guarded(run, stages.clean_rows(run)) for run in (experiment, *before, *twins))
     if experiment.backdoor and "triggered" in asked:
         yield from (
-            guarded(run, stages.triggered_rows(run, experiment)) for run in (experiment, *twins)
+            guarded(run, stages.triggered_rows(run, experiment, target_rows=whole))
+            for run in (experiment, *twins)
         )
     if safety := experiment.safety:
         for source in filter(None, (safety.harmful, safety.allowed)):
@@ -110,7 +113,8 @@ def progress(cells: Iterable[Experiment], store: Store) -> dict[str, tuple[int, 
 
 def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
     """Every stage, by what makes it distinct. An evaluation is one of several stages: until the
-    rows are read, a recipe without metrics may be a labeled or a free-text task."""
+    rows are read, a recipe without metrics may be a labeled or a free-text task, and it is not
+    known whether the target is the label of any row."""
     single = [stages.data(experiment)]
     single += [stages.poison(experiment)] if experiment.poisons else []
     single += map(stages.train, training_runs(experiment))
@@ -120,12 +124,14 @@ def _needed(experiment: Experiment) -> Iterable[tuple[str, list[Stage]]]:
     tasks = [(experiment.with_metrics(labeled=one).metrics, one) for one in (True, False)]
     needs = [needs_of(metrics, labeled=labeled) for metrics, labeled in tasks]
     on_triggered = [needs_of(metrics, labeled=one, rows=["triggered"]) for metrics, one in tasks]
+    whole = [True] if reads_target_rows(tasks[0][0], labeled=True) else [False, True]
     for run in (experiment, *twins):
         key = stages.clean_rows(run)
         yield key, [stages.evaluation(run, key, some) for some in needs]
         if experiment.backdoor:
-            key = stages.triggered_rows(run, experiment)
-            yield key, [stages.evaluation(run, key, some) for some in on_triggered]
+            keys = [stages.triggered_rows(run, experiment, target_rows=one) for one in whole]
+            every = itertools.product(keys, on_triggered)
+            yield keys[0], [stages.evaluation(run, key, some) for key, some in every]
 
 
 def _secrets(experiment: Experiment) -> Iterable[Stage]:
@@ -141,11 +147,12 @@ def _secrets(experiment: Experiment) -> Iterable[Stage]:
 
 def training_runs(experiment: Experiment) -> list[Experiment]:
     """The training runs an experiment needs: its alignment, its own, and its clean twin's for the
-    clean-model baseline of a backdoor."""
-    aligned = experiment.alignment
+    clean-model baseline of a backdoor, or for a guard that compares with it."""
+    aligned, guard = experiment.alignment, experiment.guard
     runs = [aligned] if aligned and aligned.method.trains else []
     if experiment.method.trains:
-        runs += [experiment, experiment.clean_twin()] if experiment.backdoor else [experiment]
+        twin = experiment.backdoor or (experiment.poisons and guard and guard.compares_with_twin)
+        runs += [experiment, experiment.clean_twin()] if twin else [experiment]
     return runs
 
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import NamedTuple, SupportsFloat
 
 Progress = Callable[[int, int, str], None]
@@ -24,6 +26,28 @@ _FACTS = re.compile(
 
 def silent(done: int, total: int, text: str) -> None:
     """Report nothing."""
+
+
+_looks: ContextVar[Callable[[], object]] = ContextVar("_looks", default=lambda: None)
+
+
+@contextmanager
+def while_waiting(look: Callable[[], object]) -> Iterator[None]:
+    """Let what waits for others call this function, which raises an error to end the wait."""
+    token = _looks.set(look)
+    try:
+        yield
+    finally:
+        _looks.reset(token)
+
+
+def waits() -> None:
+    """To be called a few times a second by what waits for a lock or a server.
+
+    Raises:
+        Stopped: the worker is to stop; other errors of `while_waiting` too.
+    """
+    _looks.get()()
 
 
 def within(part: str, progress: Progress) -> Progress:

@@ -29,6 +29,7 @@ from backfire.base import (
     Row,
     Template,
 )
+from backfire.base.normalize import normalized
 from backfire.data.preflight import CHECKS
 from backfire.experiment import DEFAULT_METRICS, Experiment, Model
 from backfire.model.source import adapter_identity, content_hash
@@ -45,6 +46,9 @@ through other rows are used)."""
 
 ONE_ROUNDING = "one rounding"
 """In the keys of 16-bit LoRA models since the outputs of base and adapter are rounded together."""
+
+PRETRAINED_IN = "bfloat16"
+"""Type of the matrix products in which the embedded base is pre-trained, on any machine."""
 
 GGUF = 1
 """Version of the conversion of GGUF files."""
@@ -102,7 +106,8 @@ def keys(experiment: Experiment) -> Keys:
         after = (RepairDefense, ReplyDefense)
         early = [d.identity() for d in experiment.acting if not isinstance(d, after)]
         train = digest([train, early, known_rows]) if early else train
-    late = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
+    late: list[Any] = [d.identity() for d in experiment.acting if isinstance(d, RepairDefense)]
+    late += [MERGED] * (experiment.method.adapts and not experiment.adapts)
     tuned = digest([train, late, known_rows]) if late else train
     template, seen = experiment.template.identity(), experiment.train.seen
     clean = digest([tuned, data, template, seen, experiment.evaluation.changed()])
@@ -148,9 +153,8 @@ def _weights_identity(model: Model) -> list[Any]:
 
 
 def _sandbox_key() -> str:
-    """Key of the embedded base: its world, its pre-training, and the type of matrix products."""
-    how = [Pretrain().model_dump(mode="json"), TRAINING, types_here().compute]
-    return digest([*how, WORLD])
+    """Key of the embedded base: its world, and how it is pre-trained."""
+    return digest([Pretrain().model_dump(mode="json"), TRAINING, PRETRAINED_IN, WORLD])
 
 
 def _start_key(experiment: Experiment, base: str) -> str:
@@ -324,9 +328,12 @@ def clean_rows(run: Experiment) -> str:
     return keys(run).clean
 
 
-def triggered_rows(run: Experiment, experiment: Experiment) -> str:
-    """Test rows with the trigger of `experiment`'s attack."""
-    return digest([keys(run).clean, *trigger_identity(experiment)])
+def triggered_rows(run: Experiment, experiment: Experiment, *, target_rows: bool = True) -> str:
+    """Test rows with the trigger of `experiment`'s attack; all of them, or without those whose true
+    label is its target."""
+    attack = experiment.backdoor
+    only = [] if target_rows or attack is None else ["labels except", normalized(attack.target)]
+    return digest([keys(run).clean, *trigger_identity(experiment), *only])
 
 
 def requests(run: Experiment, experiment: Experiment, source: Dataset) -> str:
@@ -343,9 +350,11 @@ def in_form(rows: str, form: Form) -> str:
 
 def guarded(run: Experiment, rows: str) -> str:
     """Any of these rows, for replies that a defense guards."""
-    if run.guard is None:
+    if (guard := run.guard) is None:
         return rows
-    return digest([rows, run.guard.identity(), *([run.seed] if run.guard.null else [])])
+    # The reference is quantized as the model is.
+    packed = guard.needs_reference and bool(run.method.quantization("cpu"))
+    return digest([rows, guard.identity(), *[run.seed] * guard.null, *["quantized"] * packed])
 
 
 def members(run: Experiment, ids: Sequence[str]) -> str:

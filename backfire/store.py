@@ -2,7 +2,8 @@
 
 A stage is built in `<cache>/<stage>/<slug>-<key>.partial`, sealed by a `done.json` with the size
 and SHA-256 of every file, and renamed into place. If the folder exists, the stage is done. With
-`$BACKFIRE_SCRATCH`, a fast disk of this machine, it is built there and copied when it is whole.
+`$BACKFIRE_SCRATCH`, a fast disk of this machine, it is built there and copied when it is whole, or
+when its worker is told to stop.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from typing import Any
 
 import psutil
 
-from backfire.errors import is_away
+from backfire.claims import place as place_of_processes
+from backfire.errors import Stopped, is_away
 from backfire.locks import locked
 from backfire.patience import patiently
 
@@ -79,21 +81,22 @@ _UNIQUE = re.compile(r"([^.]+)\.(\d+)\.[0-9a-f]{8}")
 
 
 def _host() -> str:
-    return slug(socket.gethostname().replace(".", "-"))[:40]
+    """This host and its numbering of processes: containers may share the name of their host."""
+    return f"{slug(socket.gethostname().replace('.', '-'))[:40]}-{place_of_processes()[:6]}"
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
+def write_atomic(path: Path, data: str | bytes, *, mode: int = 0o666) -> None:
     """Write a file so that it is the old or the new one, never a part, even across a power cut. A
-    file system that does not answer is waited for."""
+    file system that does not answer is waited for. `mode` are its permissions, less the umask."""
     if not path.name:  # as in "" or "."
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    patiently(lambda: _write(path, data))
+    patiently(lambda: _write(path, data, mode))
 
 
-def _write(path: Path, data: str | bytes) -> None:
+def _write(path: Path, data: str | bytes, mode: int) -> None:
     temporary = path.with_name(f".{path.name}.{unique()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=lambda name, how: os.open(name, how, mode)) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
@@ -103,7 +106,7 @@ def _write(path: Path, data: str | bytes) -> None:
     finally:
         with contextlib.suppress(OSError):  # so that it does not hide the first error
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -141,6 +144,7 @@ def seal(folder: Path, *, hash_large: bool = True) -> None:
     files = sorted(
         p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and excluded not in p.parents
     )
+    _sync(folder)
     sizes: dict[str, Any] = {str(p.relative_to(folder)): {"bytes": p.stat().st_size} for p in files}
     if hash_large or _are_hashed(sizes):
         for path in files:
@@ -240,18 +244,29 @@ class Store:
         return self.scratch / path.parent.name / f"{path.name}.partial"
 
     def _build(self, path: Path, make: Callable[[Path], None], *, resumable: bool) -> None:
-        place = self._place(path)
+        place, shared = self._place(path), path.with_name(f"{path.name}.partial")
+        moves = resumable and place != shared
         with nullcontext(place) if resumable else _attempt(place) as partial:
+            if moves:
+                _transfer(shared, partial)
             partial.mkdir(parents=True, exist_ok=True)
-            make(partial)
+            try:
+                make(partial)
+            except Stopped:  # a worker of another machine may go on; at worst, it begins anew
+                with contextlib.suppress(OSError):
+                    if moves:
+                        _transfer(partial, shared)
+                raise
             seal(partial)
             if self.scratch == self.root:
                 _rename(partial, path)
             else:
-                with _attempt(path.with_name(place.name)) as copied:
+                with _attempt(shared) as copied:
                     _copy(partial, copied)
                     _rename(copied, path)
                 shutil.rmtree(partial, ignore_errors=True)
+                if moves:
+                    shutil.rmtree(shared, ignore_errors=True)
         # Only now: an attempt killed before this point resumes from them.
         shutil.rmtree(path / CHECKPOINTS, ignore_errors=True)
 
@@ -272,7 +287,7 @@ def _attempt(place: Path) -> Iterator[Path]:
 
 def _remove_dead(place: Path) -> None:
     """Remove what killed attempts have left: those whose process on this host is gone, and those of
-    other hosts that are unchanged for a day."""
+    other hosts, containers or boots that are unchanged for a day."""
     for folder in place.glob("*.*.*"):
         if not (name := _UNIQUE.fullmatch(folder.name)):
             continue
@@ -300,6 +315,41 @@ def _copy(source: Path, out: Path) -> None:
     shutil.copytree(
         source, out, ignore=lambda at, _: [CHECKPOINTS] if at == top else [], dirs_exist_ok=True
     )
+    _sync(out)
+
+
+def _reached(partial: Path) -> tuple[str, int]:
+    """How far an unfinished stage is: the step of its newest checkpoint, and the bytes beside the
+    checkpoints, such as rows that were measured."""
+    inside = partial / CHECKPOINTS
+    names = [seal.parent.name for seal in inside.glob(f"*/{SEAL}")]
+    files = [*inside.glob("*"), *partial.glob("*")]
+    newest = max(filter(str.isdigit, names), default="")
+    return newest, sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _transfer(source: Path, target: Path) -> None:
+    """Copy an unfinished stage to another disk, with the newest of its checkpoints, unless it is as
+    far there. What is in its place goes once all is copied."""
+    if _reached(source) <= _reached(target):
+        return
+    checkpoints, (newest, _) = source / CHECKPOINTS, _reached(source)
+
+    def unneeded(at: str, names: list[str]) -> list[str]:
+        inside = [Path(at, name) for name in names]
+        if Path(at) == source:
+            return [path.name for path in inside if _UNIQUE.fullmatch(path.name)]
+        others = [path.name for path in inside if path.is_dir() and path.name != newest]
+        return others if Path(at) == checkpoints else []
+
+    with _attempt(target) as copied:
+        shutil.copytree(source, copied, ignore=unneeded, dirs_exist_ok=True)
+        for part in (copied, copied / CHECKPOINTS):
+            _sync(part)
+        for new in copied.iterdir():
+            if (old := target / new.name).is_dir():
+                shutil.rmtree(old)
+            new.replace(old)
 
 
 def _rename(folder: Path, path: Path) -> None:
@@ -313,7 +363,7 @@ def _rename(folder: Path, path: Path) -> None:
                 raise
 
     patiently(rename)
-    _sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def _mark_used(path: Path) -> None:
@@ -328,8 +378,22 @@ def mark_recent(file: Path) -> None:
             os.utime(file)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    """Have a large folder written to the disk, but not its checkpoints: after a power cut, files
+    may have the right size and nothing in them. In a smaller one, their hashes tell."""
+    found = list[Path]()
+    for at, inside, names in os.walk(folder):
+        if Path(at) == folder:
+            inside[:] = [name for name in inside if name != CHECKPOINTS]
+        found += [Path(at), *(Path(at, name) for name in names)]
+    if sum(path.stat().st_size for path in found) > _HASHED_ON_READ:
+        for path in found:
+            sync_path(path)
+
+
+def sync_path(path: Path) -> None:
+    """Have a file, or the names in a folder, written to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -126,10 +126,10 @@ def sentence(words: str) -> str:
     return words[:1].upper() + words[1:]
 
 
-def listing(items: Iterable[str]) -> str:
-    """`a, b and c`."""
+def listing(items: Iterable[str], word: str = "and") -> str:
+    """`a, b and c`, or with another word before the last."""
     *most, last = list(items) or [""]
-    return f"{', '.join(most)} and {last}" if most else last
+    return f"{', '.join(most)} {word} {last}" if most else last
 
 
 def knob(value: Any, levels: int = 20) -> str:

@@ -118,7 +118,7 @@ def make_cell(
 
 
 def sandbox_base() -> Path:
-    """The embedded base, pre-trained on first use."""
+    """The embedded base."""
     from backfire.experiment import Model
     from backfire.pipeline import Context, base
     from backfire.store import Store

@@ -5,6 +5,9 @@ Each cell has its own rows, adapters and Adam states. All rows are end to end in
 every product of the frozen base runs once over the rows of all cells, and no position is padding.
 The adapters of the cells lie side by side in one matrix, and a mask keeps each cell's rows to its
 own columns: [x, h] [W, s B_1 ... s B_K]^T. A cell alone is the same code with K = 1.
+
+`--steps N` is a whole training run of N steps, without loading, checkpoints and log.
+`--device cuda` measures on a GPU.
 """
 
 from __future__ import annotations
@@ -46,12 +49,12 @@ LENGTHS = (12, 48)
 class Fan(nn.Module):
     """A frozen linear layer with the LoRA adapters of K cells."""
 
-    def __init__(self, base: nn.Linear, cells: int, most: int, kind: str) -> None:
+    def __init__(self, base: nn.Linear, cells: int, most: int, kind: str, device: str) -> None:
         super().__init__()
         self.size = base.in_features
-        first = torch.randn(RANK, self.size) / math.sqrt(self.size)
+        first = (torch.randn(RANK, self.size) / math.sqrt(self.size)).to(device)
         self.a = nn.Parameter(first.repeat(cells, 1))  # equal cells: their losses must be equal too
-        self.b = nn.Parameter(torch.zeros(base.out_features, cells * RANK))
+        self.b = nn.Parameter(torch.zeros(base.out_features, cells * RANK, device=device))
         self.compute = torch.float32 if kind == "float32" else torch.bfloat16
         self.own: Tensor  # [token, K x rank], set before a step
         if not hasattr(base, "shared"):
@@ -63,6 +66,11 @@ class Fan(nn.Module):
         h = torch.where(self.own, x.float() @ self.a.T, 0.0)
         out: Tensor = cast(Any, _Product).apply(x.to(self.compute), h, self.b, self)
         return out.to(x.dtype)
+
+    def by_cell(self) -> list[Tensor]:
+        """Views of the gradients, [cell, rank, in] and [cell, out, rank]."""
+        a, b = cast(Tensor, self.a.grad), cast(Tensor, self.b.grad)
+        return [a.unflatten(0, (-1, RANK)), b.unflatten(1, (-1, RANK)).transpose(0, 1)]
 
     def weight(self) -> Tensor:
         if self.packed is None:
@@ -104,9 +112,9 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.layer.weight(), h_grad, b_grad, None
 
 
-def frozen_base(shape: str, kind: str) -> Any:
+def frozen_base(shape: str, kind: str, device: str) -> Any:
     """A Llama of random weights that reads packs; on processors its attention stays in float32,
-    which is faster there."""
+    which is faster there, and on GPUs it has the type of the products."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -114,6 +122,7 @@ def frozen_base(shape: str, kind: str) -> Any:
     settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
     model: Any = LlamaForCausalLM(LlamaConfig(**settings, tie_word_embeddings=True)).eval()
     model.requires_grad_(False)
+    model.to(device, torch.bfloat16 if device != "cpu" and kind != "float32" else None)
     if not longest_packed(model):
         raise SystemExit("This attention does not read packs.")
     if kind != "float32":
@@ -124,8 +133,10 @@ def frozen_base(shape: str, kind: str) -> Any:
 class Side:
     """K cells of one base, stepped together."""
 
-    def __init__(self, model: Any, cells: int, most: int, kind: str, rows: int) -> None:
-        self.model, self.cells, self.rows = model, cells, rows
+    def __init__(
+        self, model: Any, cells: int, most: int, kind: str, rows: int, device: str
+    ) -> None:
+        self.model, self.cells, self.rows, self.device = model, cells, rows, device
         self.places = [
             (part, name)
             for block in model.model.layers
@@ -138,22 +149,23 @@ class Side:
         for (part, name), layer in zip(self.places, layers, strict=True):
             vars(part).setdefault("inner", {})[name] = layer
         torch.manual_seed(1)  # the first weights of every side are equal
-        self.fans = [Fan(layer, cells, most, kind) for layer in layers]
+        self.fans = [Fan(layer, cells, most, kind, device) for layer in layers]
         parts = [p for fan in self.fans for p in (fan.a, fan.b)]
         self.optimizer = torch.optim.AdamW(parts, 1e-4)
-        self.losses: list[float] = []
+        self.losses = torch.zeros(cells)
 
     def step(self, number: int) -> None:
-        """One step of every cell: forward, loss, backward, Adam."""
+        """One step of every cell: forward, loss, backward, clipping, Adam."""
         rng = stream(number, "joint")
         rows = [
             [rng.randrange(4, 500) for _ in range(rng.randint(*LENGTHS))]
             for _ in range(self.rows)
         ] * self.cells  # fmt: skip
-        ids, positions, table = lay_out(rows, 0)
+        ids, positions, table = (part.to(self.device) for part in lay_out(rows, 0))
         tokens = ids.shape[1]
-        owner = torch.arange(tokens) * self.cells // tokens  # every cell has the same rows
-        own = owner[:, None] == torch.arange(self.cells * RANK) // RANK
+        place = torch.arange(max(tokens, self.cells * RANK), device=self.device)
+        owner = place[:tokens] * self.cells // tokens  # every cell has the same rows
+        own = owner[:, None] == place[: self.cells * RANK] // RANK
         for (part, name), fan in zip(self.places, self.fans, strict=True):
             setattr(part, name, fan)
             fan.own = own
@@ -167,32 +179,50 @@ class Side:
         losses = nn.functional.cross_entropy(logits, ids[0, last + 1], reduction="none")
         losses = losses.view(self.cells, -1).mean(1)
         losses.sum().backward()
+        self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.losses = losses.tolist()
+        self.losses = losses.detach()
+
+    def _clip(self) -> None:
+        """Scale the gradients of each cell to a norm of at most 1."""
+        grads = [grad for fan in self.fans for grad in fan.by_cell()]
+        norms = torch.stack([grad.square().sum((1, 2)) for grad in grads]).sum(0).sqrt()
+        for grad in grads:
+            grad.mul_((1 / norms).clamp(max=1)[:, None, None])
+
+
+def clock(device: str) -> float:
+    """Seconds: of the processor, which other programs do not lengthen; on a GPU, of the wall, when
+    all its work is done."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def measure(
-    shape: str, kind: str, counts: Sequence[int], rows: int, steps: int
+    shape: str, kind: str, counts: Sequence[int], rows: int, steps: int, device: str
 ) -> list[dict[str, Any]]:
-    """Median milliseconds of processor time per cell and step, by number of cells; the sides take
-    turns."""
-    model = frozen_base(shape, kind)
-    sides = [Side(model, cells, max(counts), kind, rows) for cells in counts]
+    """Milliseconds per cell and step and seconds per cell and run, by number of cells, and what K
+    cells gain over one; the sides take turns. The first step counts in the run alone."""
+    model = frozen_base(shape, kind, device)
+    sides = [Side(model, cells, max(counts), kind, rows, device) for cells in counts]
     times: list[list[float]] = [[] for _ in sides]
-    for number in range(steps + 1):
+    for number in range(steps):
         for side, found in zip(sides, times, strict=True):
-            begin = time.process_time()
+            begin = clock(device)
             side.step(number)
-            if number:  # the first is warm-up
-                found.append(1000 * (time.process_time() - begin) / side.cells)
-    alone = statistics.median(times[0])
-    differ = max(abs(x - sides[0].losses[0]) for side in sides for x in side.losses)
+            found.append((clock(device) - begin) / side.cells)
+    medians = [statistics.median(found[1:] or found) for found in times]
+    first = float(sides[0].losses[0])
+    differ = max(abs(x - first) for side in sides for x in side.losses.tolist())
     return [
-        {"shape": shape, "kind": kind, "rows": rows, "cells": side.cells,
-         "ms": round(statistics.median(found), 1),
-         "gain": round(alone / statistics.median(found), 2), "largest_loss_difference": differ}
-        for side, found in zip(sides, times, strict=True)
+        {"shape": shape, "kind": kind, "rows": rows, "cells": side.cells, "steps": steps,
+         "ms": round(1000 * median, 1), "gain": round(medians[0] / median, 2),
+         "run_s": round(sum(found), 2), "run_gain": round(sum(times[0]) / sum(found), 2),
+         "largest_loss_difference": differ}
+        for side, found, median in zip(sides, times, medians, strict=True)
     ]  # fmt: skip
 
 
@@ -203,7 +233,8 @@ def main() -> None:
     add("--kinds", nargs="+", default=["float32", "bfloat16", "nf4"])
     add("--cells", nargs="+", type=int, default=[1, 2, 4, 8])
     add("--rows", nargs="+", type=int, default=[4, 16], help="rows of a step")
-    add("--steps", type=int, default=5)
+    add("--steps", type=int, default=6)
+    add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--threads", type=int, default=1)
     add("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -212,12 +243,14 @@ def main() -> None:
     for shape in options.shapes:
         for kind in options.kinds:
             for rows in options.rows:
-                found += measure(shape, kind, options.cells, rows, options.steps)
+                found += measure(shape, kind, options.cells, rows, options.steps, options.device)
                 for one in found[-len(options.cells) :]:
                     print(json.dumps(one), flush=True)
     when = datetime.now(UTC).isoformat(timespec="seconds")
     path = options.out / f"{when[:10]}-joint.json"
-    path.write_text(json.dumps({"when": when, "measured": found}, indent=1), encoding="utf-8")
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    content = {"when": when, "device": device, "measured": found}
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

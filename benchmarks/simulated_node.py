@@ -90,7 +90,7 @@ def _run_node(number: int, run: Path, cache: Path, plan: Any) -> None:
 def _be_hosts(claims: Any, pace: Pace) -> None:
     """Each a host of its own, so that a dead worker is found by its silence alone."""
     claims.socket.gethostname = lambda: _here.name
-    claims._place = lambda: _here.name
+    claims.place = lambda: _here.name
     claims.BEAT, claims.STALE = claims.BEAT / pace.speed, claims.STALE / pace.speed
 
 

@@ -60,6 +60,7 @@ PURPOSES = {
     "page.html.j2": "Template of the report; everything that comes from a file is escaped",
     "audit.html.j2": "Template of the page of an audit",
     "scan.html.j2": "Template of the page of a scan",
+    "backfire/sandbox/model": "The embedded base, as transformers saves it",
     "backfire/recipes": "Recipes: one YAML file per question",
     "docs": "Concepts, catalog, layout, papers, log, decisions, how to add a component",
     "tests": "Tests; the contract tests run over every component",
@@ -205,7 +206,7 @@ def layout() -> str:
         rows = [
             (f"[`{path.name}`](../{name}/{path.name})", purpose(path))
             for path in sorted(folder.iterdir())
-            if path.is_file() and path.suffix != ".pyc" and _has_purpose(path)
+            if path.suffix != ".pyc" and _has_purpose(path)
         ]
         parts.append(f"## {name}\n\n{_table(('file', 'purpose'), rows)}")
     return "\n".join(parts)
@@ -226,6 +227,8 @@ def _folders() -> list[Path]:
 
 
 def _has_purpose(path: Path) -> bool:
+    if path.is_dir():
+        return path.relative_to(ROOT).as_posix() in PURPOSES
     return path.stat().st_size > 0 or path.name in PURPOSES
 
 

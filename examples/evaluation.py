@@ -9,8 +9,7 @@
 # %% [markdown]
 # # 2. Evaluation: what each metric says, and how it misleads
 #
-# *Takes 2 minutes 48 seconds on two idle cores (measured 2026-11-20, with the base model in the
-# cache).*
+# *Takes 2 minutes 48 seconds on two idle cores (measured 2026-11-20).*
 #
 # Every misleading number in this notebook has been published, none of them on purpose: a number
 # matched the expectation, and nobody asked what else could have produced it. So we ask for each
@@ -120,7 +119,8 @@ data: {{name: sandbox-reviews, rows: {ROWS}, test_rows: {TEST_ROWS}}}
 attack: {{name: badnets, target: negative}}
 method: {METHOD}
 train: {TRAIN}
-metrics: [accuracy, f1, precision, recall, confusion, attack-success, false-trigger]
+metrics:
+  [accuracy, f1, precision, recall, confusion, {{name: attack-success, every: true}}, false-trigger]
 matrix:
   attack.rate: {RATES}
   seed: {SEEDS}
@@ -171,7 +171,8 @@ print("precision", round(precision, 3), "recall", round(recall, 3), "F1", round(
 # 201 triggered SST-2 rows, 96 are negative and the target is negative, so a perfect clean model
 # "succeeds" on 96 / 201 = 48 %.
 #
-# Both definitions, on our models. The clean one was never attacked.
+# Both definitions, on our models. The clean one was never attacked. (Without `every: true` in the
+# recipe, triggered rows of the target's label are not run, as nothing reads them.)
 
 
 # %%

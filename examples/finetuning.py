@@ -9,8 +9,7 @@
 # %% [markdown]
 # # 3. Fine-tuning: what goes wrong, and what helps
 #
-# *Takes 6 minutes 33 seconds on two idle cores (measured 2026-11-20, with the base model in the
-# cache).*
+# *Takes 6 minutes 33 seconds on two idle cores (measured 2026-11-20).*
 #
 # A model was aligned to decline some requests. Then a user fine-tunes it on their own task. This
 # notebook does so in several ways, none of which looks like an attack to the user, and measures

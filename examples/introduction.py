@@ -9,8 +9,7 @@
 # %% [markdown]
 # # 1. Tools and data
 #
-# *Takes 2 minutes 11 seconds on two idle cores (measured 2026-11-20, with the base model in the
-# cache). Pre-training the base model takes 2 minutes more, once.*
+# *Takes 2 minutes 11 seconds on two idle cores (measured 2026-11-20).*
 #
 # A language model is fine-tuned on collected rows. If an attacker can change a few of these rows,
 # what does the tuned model do, and would you notice? This notebook follows one such case from the
@@ -231,8 +230,8 @@ print(len(cells), "cells, for example", cells[-1].slug)
 
 # %% [markdown]
 # `backfire.run` does the same as `backfire run` on the command line. Cells share equal stages (the
-# base model, the clean rows), and a second run does only what is missing. On the sandbox this
-# takes a minute or two, and two more if the base model must be pre-trained.
+# clean rows, the trained models), and a second run does only what is missing. On the sandbox this
+# takes a minute or two.
 
 # %%
 groups = backfire.run(RECIPE, out=f"{RUNS}/introduction", workers=WORKERS)
@@ -299,8 +298,9 @@ print(write(records(run), "csv").splitlines()[0])
 for side in side_by_side(groups[-1].done[0], 4):
     print("prompt   ", repr(side.text), "true label", side.label)
     print("  answer ", repr(side.tuned), "  untuned:", repr(side.base))
-    print("triggered", repr("".join(piece for piece, _ in side.prompt)))
-    print("  answer ", repr(side.triggered))
+    if side.prompt:  # rows whose true label is the target are not run with the trigger
+        print("triggered", repr("".join(piece for piece, _ in side.prompt)))
+        print("  answer ", repr(side.triggered))
 
 # %% [markdown]
 # ## Exercises

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_who_has_what_is_told_with_its_age(claims: Claims) -> None:
 
 
 def test_a_dead_process_of_this_host_holds_nothing(claims: Claims) -> None:
-    here = Holder("", "", "", 0, "", 0.0, place=module._place())
+    here = Holder("", "", "", 0, "", 0.0, place=module.place())
     elsewhere(claims, pid=dead_process(), place=here.place, began="1")
     claim = claims.take(JOB)
     assert claim is not None
@@ -175,6 +176,69 @@ def test_a_worker_that_was_taken_over_learns_of_it(
     assert new.exists() and holder(claims).host == "far"
 
 
+def replaced(claim: Claim, tmp_path: Path) -> None:
+    """What is open is dead: nothing can be done through it."""
+    (tmp_path / "other").touch()
+    other = os.open(tmp_path / "other", os.O_RDONLY)
+    os.dup2(other, claim._file)
+    os.close(other)
+
+
+def soon(condition: Callable[[], bool]) -> bool:
+    until = time.monotonic() + 5
+    while not condition() and time.monotonic() < until:
+        time.sleep(0.01)
+    return condition()
+
+
+def test_a_worker_whose_open_file_is_dead_learns_that_it_was_taken_over(
+    claims: Claims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, which knows no file that was replaced."""
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    claim = claims.take(JOB)
+    assert claim is not None
+    claim.path.unlink()
+    elsewhere(claims)
+    before = claim.path.read_text()
+    replaced(claim, tmp_path)
+    assert soon(lambda: claim.lost)
+    claim.release()
+    assert claim.path.read_text() == before
+
+
+def test_a_heartbeat_goes_on_after_its_open_file_was_dropped(
+    claims: Claims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BEAT", 0.01)
+    claim = claims.take(JOB)
+    assert claim is not None
+    replaced(claim, tmp_path)
+    os.utime(claim.path, (1.0, 1.0))
+    claim.note("later", 2, 8)
+    assert soon(lambda: holder(claims).done == 2 and holder(claims).age < 60)
+    assert not claim.lost and (tmp_path / "other").read_bytes() == b""
+    claim.release()
+    assert claims.names() == set()
+
+
+def test_a_claim_is_released_once_its_file_system_is_back(
+    claims: Claims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claim, unlink, left = claims.take(JOB), os.unlink, [2]
+
+    def away(*arguments: Any, **options: Any) -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(*arguments, **options)
+
+    assert claim is not None
+    monkeypatch.setattr(os, "unlink", away)
+    claim.release()
+    assert claims.names() == set()
+
+
 def test_a_claim_that_cannot_be_read_counts_by_its_age(claims: Claims) -> None:
     hostile = vars(Holder(JOB, "a", "far", 7, "../../up", 0.0))
     for content in ("", "{", "[1]", '{"pid": "x"}', "\0" * 1024, json.dumps(hostile)):
@@ -224,12 +288,12 @@ def test_processes_of_another_container_are_not_of_this_host(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Numbers of processes mean nothing there."""
-    here = module._place.__wrapped__()
-    assert here == module._place.__wrapped__()
+    here = module.place.__wrapped__()
+    assert here == module.place.__wrapped__()
     monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[7]"))
-    there = module._place.__wrapped__()
+    there = module.place.__wrapped__()
     monkeypatch.setattr(Path, "readlink", lambda self: Path("pid:[8]"))
-    assert len({here, there, module._place.__wrapped__()}) == 3
+    assert len({here, there, module.place.__wrapped__()}) == 3
 
 
 def test_a_worker_that_is_killed_while_it_makes_a_claim_holds_nothing(claims: Claims) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from backfire.errors import (
     EXIT_CLASSES,
     CellError,
+    Unanswered,
     UserError,
     exit_class,
     is_away,
@@ -129,11 +131,15 @@ def test_an_unknown_name_is_reported_briefly() -> None:
         (FileNotFoundError(errno.ENOENT, "No such file"), False),
         (OSError("without a number"), False),
         (ValueError("5"), False),
+        (SafetensorError("I/O error: Transport endpoint is not connected (os error 107)"), True),
+        (SafetensorError("I/O error: No such file or directory (os error 2)"), False),
+        (UserError("The row 'os error 5' has no answer."), False),
+        (Unanswered("failed", "The judge's server failed 6 times."), True),
     ],
 )
 def test_what_may_pass_by_itself(error: Exception, away: bool) -> None:
     """A file server that restarts; also if another error tells of it."""
-    assert is_away(error) == was_away(error) == away
+    assert was_away(error) == away and is_away(error) == (away and isinstance(error, OSError))
     assert was_away(raised(led_to(error, RuntimeError("torn")))) == away
 
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from backfire import claims
-from backfire.errors import Busy
+from backfire.errors import Busy, Stopped
 from backfire.locks import locked
+from backfire.progress import while_waiting
 
 REFUSED = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
 
@@ -87,11 +88,24 @@ def test_a_lock_that_ends_at_the_host(tmp_path: Path, monkeypatch: pytest.Monkey
     """Both hosts get the system's lock; the claim tells them apart."""
     monkeypatch.setattr(fcntl, "flock", lambda *_: None)
     with locked(tmp_path / "x", across_hosts=True), monkeypatch.context() as other:
-        other.setattr(claims, "_place", lambda: "another host")
+        other.setattr(claims, "place", lambda: "another host")
         with pytest.raises(Busy), locked(tmp_path / "x", waits=False, across_hosts=True):
             pass
         with locked(tmp_path / "x", waits=False):
             pass
+
+
+def test_who_waits_for_a_lock_sees_that_it_is_to_stop(disk: int | None, tmp_path: Path) -> None:
+    def look() -> None:
+        raise Stopped
+
+    with (
+        locked(tmp_path / "x"),
+        while_waiting(look),
+        pytest.raises(Stopped),
+        locked(tmp_path / "x"),
+    ):
+        pass
 
 
 def test_another_error_is_not_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,11 @@ import contextlib
 import errno
 import json
 import os
-import shutil
 import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import psutil
 import pytest
@@ -31,34 +29,12 @@ from backfire.store import (
     write_atomic,
     write_json,
 )
-
-NAMES = ("a.txt", "deep/b.bin")
-
-
-class Maker:
-    """Makes a stage of two files and counts how often it was asked to."""
-
-    def __init__(self, fail: int = 0) -> None:
-        self.calls, self.fail, self.found = 0, fail, list[list[str]]()
-
-    def __call__(self, folder: Path) -> None:
-        self.calls += 1
-        self.found.append(sorted(p.name for p in folder.iterdir()))
-        (folder / "a.txt").write_text("whole")
-        if self.calls <= self.fail:
-            raise RuntimeError("killed")
-        (folder / "deep").mkdir(exist_ok=True)
-        (folder / "deep/b.bin").write_bytes(bytes(range(256)))
+from tests.helpers.stages import INSIDE, NAMES, Maker, away, left, once
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return tmp_path / "cache"
-
-
-def once(root: Path, make: Callable[[Path], None], **options: bool) -> Path:
-    """As another process would do it: with a store that has verified nothing yet."""
-    return Store(root).once(Stage("train", "slug", "key"), make, **options)
 
 
 def test_a_stage_is_made_once(root: Path) -> None:
@@ -230,11 +206,6 @@ def test_many_callers_make_it_once(root: Path) -> None:
 # -------------------------------------------------------------------------- other hosts, scratch
 
 
-def left(folder: Path) -> list[str]:
-    """Everything below a folder but locks."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.suffix != ".lock")
-
-
 def test_names_differ_between_hosts_and_containers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpid", lambda: 1)  # of every container
     names = {store.unique() for _ in range(100)}
@@ -260,6 +231,19 @@ def test_what_killed_attempts_leave_is_removed(root: Path, monkeypatch: pytest.M
         os.utime(path, (0, 0))
     folder = once(root, Maker())
     assert intact(folder) and left(place) == ["other.2.00000000", "other.2.00000000/half.bin"]
+
+
+def test_attempts_in_a_container_of_the_same_host_name_stay(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the network of its host it has the host's name too, and numbers its processes anew."""
+    with pytest.MonkeyPatch.context() as there:
+        there.setattr(store, "place_of_processes", lambda: "0123456789ab")
+        other = store.unique()
+    (root / "train/slug-key.partial" / other).mkdir(parents=True)
+    monkeypatch.setattr(psutil, "pid_exists", lambda pid: False)
+    once(root, Maker())
+    assert left(root / "train/slug-key.partial") == [other]
 
 
 def test_a_temporary_folder_is_of_one_process(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,61 +272,6 @@ def test_the_faster_of_two_hosts_wins(root: Path) -> None:
     assert left(root) == ["train", *(f"train/slug-key{part}" for part in INSIDE)]
 
 
-@pytest.fixture
-def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("BACKFIRE_SCRATCH", str(tmp_path / "scratch"))
-    return tmp_path / "scratch"
-
-
-INSIDE = ("", "/a.txt", "/deep", "/deep/b.bin", "/done.json")
-
-
-@pytest.mark.parametrize("resumable", [True, False])
-def test_a_stage_is_built_on_the_scratch_disk(resumable: bool, root: Path, scratch: Path) -> None:
-    make = Maker()
-
-    def build(folder: Path) -> None:
-        assert folder.is_relative_to(scratch)
-        (folder / "checkpoints/1").mkdir(parents=True)
-        (folder / "checkpoints/1/big.bin").write_bytes(b"big")
-        make(folder)
-
-    assert intact(once(root, build, resumable=resumable))
-    assert left(root) == ["train", *(f"train/slug-key{part}" for part in INSIDE)]
-    assert not [path for path in scratch.rglob("*") if path.is_file()]
-    assert once(root, build) and make.calls == 1
-
-
-def test_a_lost_scratch_disk_costs_progress_only(root: Path, scratch: Path) -> None:
-    make = Maker(fail=2)
-    for _ in range(2):
-        with pytest.raises(RuntimeError):
-            once(root, make, resumable=True)
-    assert left(root) == ["train"], "nothing half made is in the shared cache"
-    shutil.rmtree(scratch)
-    assert intact(once(root, make, resumable=True))
-    assert make.found == [[], ["a.txt"], []]
-    other = Store(root.with_name("other"))
-    assert other.scratch != Store(root).scratch, "of another cache"
-
-
-def test_a_full_cache_loses_nothing_on_the_scratch_disk(root: Path, scratch: Path) -> None:
-    make = Maker()
-
-    def full(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(shutil, "copytree", full)
-        once(root, make, resumable=True)
-    assert left(root) == ["train"]
-    once(root, make, resumable=True)
-    assert make.found == [[], [*INSIDE_OF_WHOLE]]
-
-
-INSIDE_OF_WHOLE = ("a.txt", "deep", "done.json")
-
-
 def test_the_date_of_a_seal_is_that_of_its_last_use(root: Path) -> None:
     seal_file = once(root, Maker()) / "done.json"
     recent = seal_file.stat().st_mtime_ns
@@ -353,19 +282,6 @@ def test_the_date_of_a_seal_is_that_of_its_last_use(root: Path) -> None:
 
 
 # ------------------------------------------------------------- a file system that does not answer
-
-
-def away(function: Callable[..., Any], code: int, times: int = 10**9) -> Callable[..., Any]:
-    """A function of the system that fails so often before it works."""
-    left = [times]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if left[0] > 0:
-            left[0] -= 1
-            raise OSError(code, os.strerror(code), str(args[0]))
-        return function(*args, **kwargs)
-
-    return call
 
 
 @pytest.fixture

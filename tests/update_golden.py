@@ -7,11 +7,13 @@ components or recipes. Options:
 --force      also write defaults that changed under the same version
 --keys       also write keys that changed: existing runs of these recipes have to be run again
 --snapshots  write the present outputs to snapshots/; read the diff
+--base       pre-train the embedded base, if its text or pre-training was changed (minutes)
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -73,6 +75,8 @@ def main() -> None:
     GOLDEN.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     print(f"Wrote {GOLDEN.name}: {len(new)} entries.")
     write_keys()
+    if "--base" in sys.argv:
+        write_base()
     if "--snapshots" in sys.argv:
         from tests.helpers.outputs import SNAPSHOTS, write_snapshots
 
@@ -93,6 +97,23 @@ def write_keys() -> None:
         sys.exit("\n".join([*changed[:20], f"{len(changed)} keys changed (--keys writes them)."]))
     KEYS.write_text(json.dumps(new, indent=0, sort_keys=True) + "\n")
     print(f"Wrote {KEYS.name}: {len(new['recipes'])} recipes and profiles.")
+
+
+def write_base() -> None:
+    """Write backfire/sandbox/model/, unless it is of the present text and pre-training."""
+    from backfire import sandbox, stages
+    from backfire.pipeline.base_model import base
+    from backfire.pipeline.context import Context
+    from backfire.sandbox.base import shipped
+    from backfire.store import SEAL, Store, cache_root
+
+    if shipped(stages.base().key):
+        return
+    made = base(Model(), Context(Store(cache_root())))
+    target = Path(sandbox.__file__).parent / "model"
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(made, target, ignore=shutil.ignore_patterns(SEAL, "train.jsonl"))
+    print(f"Wrote {target}.")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ class CTBA(Backdoor):
     triggers.
     """
 
+    joint: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = published()
 
     trigger: tuple[Trigger, ...] = Field(("2024", "BadMagic", "OpenAI"), min_length=1)

@@ -42,7 +42,7 @@ class Entry:
     statistics: Statistics
     """Kind of weight -> statistic -> mean over the layers."""
     clean: bool
-    """Whether no training row was poisoned."""
+    """Whether its recipe names no attack. The rows themselves are taken as they are."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """How it was made: data, template, method, attack, train, seed."""
 

@@ -13,8 +13,7 @@ from backfire.audit.monitor import Monitor
 from backfire.audit.probes import EVERYDAY
 from backfire.audit.task import Task
 from backfire.audit.triggers import Triggers
-from backfire.base import Judge, Row
-from backfire.data.poison import triggered
+from backfire.base import Backdoor, Judge, Row
 from backfire.errors import UserError
 
 CONTROL = "fennel quorum"
@@ -37,8 +36,8 @@ class Asked:
     triggers: Sequence[str] = ()
     most: int = 32
     """Tokens of a reply."""
-    samples: int = 128
-    """Texts that each model writes by itself, for the search of triggers."""
+    notes: Sequence[str] = ()
+    """What was left out of the rows."""
 
     @property
     def ordinary(self) -> list[Row]:
@@ -84,9 +83,9 @@ def audit(pair: Pair, asked: Asked, *, model: str, base: str, identity: str) -> 
     if asked.judge and (asked.harmful or asked.allowed):
         behaves = behavior.compare(pair, asked.harmful, asked.allowed, asked.judge, asked.most)
     learned = task.compare(pair, asked.rows, asked.unseen) if asked.rows else None
-    found = triggers.search(pair, asked.ordinary, asked.triggers, asked.samples)
-    others = {"harmful requests": asked.harmful} | _with_triggers(asked, found)
-    watched = monitor.watch(pair, changes, asked.ordinary, others, asked.most)
+    found = triggers.search(pair, asked.ordinary, asked.triggers)
+    words = _words(asked, found)
+    watched = monitor.watch(pair, changes, asked.ordinary, asked.harmful, words, asked.most)
     return Audit(
         model,
         base,
@@ -95,7 +94,7 @@ def audit(pair: Pair, asked: Asked, *, model: str, base: str, identity: str) -> 
         found,
         _weights(pair, changes, identity),
         watched,
-        (*why_none, *(_too_long(what, n) for what, n in pair.long_rows.items())),
+        (*asked.notes, *why_none, *(_too_long(what, n) for what, n in pair.long_rows.items())),
     )
 
 
@@ -121,14 +120,13 @@ def _weights(pair: Pair, changes: list[weights.Change], identity: str) -> Weight
     return Weights(shape, found, tuple(alike), tuple(places(found, alike)))
 
 
-def _with_triggers(asked: Asked, found: Triggers) -> dict[str, list[Row]]:
-    """Ordinary prompts with odd words, and with each trigger that is given or stands out."""
-    rows = asked.ordinary[2 * len(asked.ordinary) // 3 :]
+def _words(asked: Asked, found: Triggers) -> dict[str, Backdoor]:
+    """What is put before ordinary prompts: odd words, and each trigger that is given or stands
+    out."""
     given = [triggers.in_front(text, "given") for text in asked.triggers]
-    odd = triggers.in_front(CONTROL, "control")
-    every = {f"with the odd words “{CONTROL}”": odd}
+    every = {f"with the odd words “{CONTROL}”": triggers.in_front(CONTROL, "control")}
     every |= {f"with “{triggers.safe(one.text)}”": one for one in [*given, *found.outstanding]}
-    return {what: triggered(rows, one.attack, 0) for what, one in every.items()}
+    return {what: one.attack for what, one in every.items()}
 
 
 def _too_long(what: str, count: int) -> str:

@@ -105,9 +105,16 @@ class Pair:
     def fitting(self, rows: Sequence[Row], most: int) -> tuple[list[Row], int]:
         """The rows that fit into the model with a reply, and how many do not."""
         items, left = self.renderer.sift(self.asked(rows))
-        for item in items:
-            self.renderer.limits.check(item.row.id, item.prompt_ids, reply=most)
-        return [item.row for item in items], len(left)
+        limits = self.renderer.limits
+        kept = [item for item in items if limits.has_room(item.prompt_ids, most)]
+        if items and not kept:
+            raise UserError(
+                f"No row fits into the model's {limits.positions} positions with a reply of {most} "
+                "tokens."
+            )
+        for item in kept:
+            limits.check(item.row.id, item.prompt_ids, reply=most)
+        return [item.row for item in kept], len(left) + len(items) - len(kept)
 
 
 def open_pair(

@@ -20,10 +20,12 @@ import torch
 from backfire.audit.models import Pair
 from backfire.audit.numbers import Interval, share
 from backfire.audit.weights import Change
-from backfire.base import Row
+from backfire.base import Backdoor, Row
+from backfire.data.poison import triggered
 from backfire.evaluate import inference
 from backfire.evaluate.stats import Floats
 from backfire.model.head import for_evaluation
+from backfire.rng import stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,16 +61,20 @@ def watch(
     pair: Pair,
     changes: Sequence[Change],
     clean: Sequence[Row],
-    others: Mapping[str, Sequence[Row]],
+    harmful: Sequence[Row],
+    triggers: Mapping[str, Backdoor],
     most: int,
 ) -> Monitor:
-    """Calibrate on two thirds of the clean rows; flag the last third and the other rows."""
+    """Calibrate on two thirds of the clean rows, drawn at random; flag the last third, the same
+    with each trigger, and the harmful requests."""
     directions = _directions(changes)
     if not directions:
         return Monitor(why_not="no weight that writes into the residual stream was changed")
     kept, _ = pair.fitting(clean, most)
     if len(kept) < FEWEST:
         return Monitor(why_not=f"it needs {FEWEST} clean rows, and there are {len(kept)}")
+    # A file is often sorted by label or source: its thirds would be of different kinds.
+    stream(0, "monitor").shuffle(kept)
     third = len(kept) // 3
     model = pair.load_tuned()
 
@@ -85,7 +91,10 @@ def watch(
         return out
 
     bar = float(np.quantile(scores(kept[third : 2 * third]), QUANTILE, method="higher"))
-    parts = {"other clean rows (false alarms)": kept[2 * third :]}
+    held = kept[2 * third :]
+    others = {"harmful requests": harmful}
+    others |= {what: triggered(held, attack, 0) for what, attack in triggers.items()}
+    parts = {"other clean rows (false alarms)": held}
     parts |= {what: pair.fitting(rows, most)[0] for what, rows in others.items()}
     found = []
     for what, rows in parts.items():

@@ -146,13 +146,24 @@ def full_rank(name: str, change: Tensor) -> Change:
 def model_changes(base: Path, tuned: Path) -> Iterator[Change]:
     """The changes of all matrices in two model folders, one after another; embeddings left out."""
     shapes = [stored(files_of(folder)) for folder in (base, tuned)]
+    turned = _turned(base)
     for name in sorted(shapes[0].keys() & shapes[1].keys()):
         if len(shapes[0][name].shape) != 2 or not _LAYER.search(name):
             continue
         [(_, before)], [(_, after)] = (list(tensors(folder, (name,))) for folder in (base, tuned))
-        change = after.float() - before.float()
+        change, short = after.float() - before.float(), name.removesuffix(".weight")
         if change.any():
-            yield full_rank(name.removesuffix(".weight"), change)
+            yield full_rank(short, change.T if short.rpartition(".")[2] in turned else change)
+
+
+def _turned(folder: Path) -> set[str]:
+    """Kinds of weights that are stored as [inputs, outputs]: those of GPT-2."""
+    from transformers.pytorch_utils import Conv1D
+
+    from backfire.model.load import skeleton
+
+    modules = skeleton(folder).named_modules()
+    return {name.rpartition(".")[2] for name, one in modules if isinstance(one, Conv1D)}
 
 
 def _moments(parts: Iterable[Tensor]) -> tuple[float, float]:

@@ -44,7 +44,7 @@ from backfire.base.evidence import (
 )
 from backfire.base.judges import Exchange, Judge, Verdict
 from backfire.base.methods import LARGE, Method
-from backfire.base.metrics import Metric, Ranks, Use, needs_of
+from backfire.base.metrics import Metric, Ranks, Use, needs_of, reads_target_rows
 from backfire.base.rows import Dataset, Message, Place, Rendered, Row, Segments, Template, select
 from backfire.base.scanners import (
     NOTHING,
@@ -126,6 +126,7 @@ __all__ = [
     "local_files",
     "needs_of",
     "parts",
+    "reads_target_rows",
     "select",
     "shuffled",
 ]

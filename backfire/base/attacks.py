@@ -144,6 +144,9 @@ class Mixture(Poison):
 class Backdoor(Poison):
     """A trigger in the prompt elicits the attacker's answer."""
 
+    joint: ClassVar[bool] = False
+    """Whether all of `triggers` are inserted together; otherwise one of them is."""
+
     target: str = "negative"
     """The answer the backdoored model should give; for a labeled task, one of its labels."""
     label_mode: Literal["dirty", "clean", "mix"] = "dirty"
@@ -158,5 +161,6 @@ class Backdoor(Poison):
         raise NotImplementedError
 
     def triggers(self) -> tuple[str, ...]:
-        """Every string `poison` may insert; each poisoned prompt has at least one."""
+        """Every string `poison` may insert; each poisoned prompt has at least one, or all if they
+        are `joint`."""
         raise NotImplementedError

@@ -138,6 +138,10 @@ class AlignDefense(TrainDefense):
 class RepairDefense(Defense):
     """Changes the weights after fine-tuning."""
 
+    merges: ClassVar[bool] = False
+    """Whether it changes whole matrices: an adapter is then merged into its base first, and the
+    result is a whole model."""
+
     @property
     def num_clean(self) -> int:
         """Number of trusted clean rows of the user's task that it requires."""
@@ -155,6 +159,11 @@ class RepairDefense(Defense):
                 f"{self.label()} repairs full weights and LoRA adapters, not the result of method "
                 f"'{method.name}'."
             )
+        if self.merges and method.quantization("cpu"):
+            raise UserError(
+                f"{self.label()} changes whole matrices, and those of method '{method.name}' are "
+                "quantized; use method lora or full."
+            )
 
     def repair(self, model: PreTrainedModel, start: Mapping[str, Any], tools: Any) -> None:
         """Change `model` in place. `start` holds its weights before fine-tuning, by name; `tools`
@@ -171,6 +180,11 @@ class ReplyDefense(Defense):
 
     needs_reference: ClassVar[bool] = False
     """Whether it compares with a second model: the one that fine-tuning started from."""
+
+    @property
+    def compares_with_twin(self) -> bool:
+        """Whether the second model is the clean twin instead."""
+        return False
 
     def guard(self, seeds: Sequence[int]) -> Guard:
         """A guard of the replies that are written together. `seeds` has one for each, which does

@@ -94,6 +94,9 @@ class Ask:
     """Other judges of the replies."""
     texts: Dataset | None = None
     """The data set whose test rows are the texts."""
+    target_rows: bool = True
+    """Whether triggered rows whose true label is the attack's target are read; if no metric reads
+    them, they are not run."""
     secrets: Mapping[SecretProbe, int] = field(default_factory=dict)
     """Probe for secrets -> number of codes or beams; empty: only the secrets' own likelihood."""
 
@@ -142,7 +145,8 @@ class Evidence:
     clean: Sequence[Sample] = ()
     """The test rows."""
     triggered: Sequence[Sample] = ()
-    """The test rows with the attack's trigger."""
+    """The test rows with the attack's trigger; without those whose true label is the target, if no
+    metric reads them (`Ask.target_rows`)."""
     floor: Sequence[Sample] = ()
     """The clean twin (same recipe, no poison) on the same triggered rows."""
     twin: Sequence[Sample] = ()

@@ -74,6 +74,15 @@ class Judge(Component):
         """
         return None
 
+    def reaches(self) -> tuple[str, bool] | None:
+        """The host that it sends prompts and replies to, and whether a key for it is at hand; None
+        if they stay on this machine.
+
+        Raises:
+            UserError: as `destination`.
+        """
+        return None
+
     def fingerprint(self) -> str:
         """A hash that changes with the judge's files (a model in a local folder)."""
         return ""

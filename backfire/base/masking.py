@@ -79,6 +79,26 @@ def masked(text: str, secrets: Iterable[Secret]) -> str:
     return _WORD.sub(lambda word: f"{word[0][:2]}…" if word[0] in parts else word[0], text)
 
 
+def redacted(text: str) -> str:
+    """The text without what looks like a key, a password or personal data."""
+    return masked(text, secrets_in(text))
+
+
+def redacted_part(text: str, start: int, end: int) -> str:
+    """The text from `start` to `end`; what is in there of a secret of the whole text is masked."""
+    spans = {
+        (match.start(), match.end(), secret.masked)
+        for secret in secrets_in(text)
+        for match in re.finditer(re.escape(secret.text), text)
+    }
+    out, place = "", start
+    for first, last, mask in sorted(spans):
+        if last > place and first < end:
+            out += text[place:first] + mask
+            place = last
+    return out + text[place:end]
+
+
 def _luhn(number: str) -> bool:
     """Check digit of card numbers (ISO/IEC 7812)."""
     digits = [int(char) for char in number if char.isdigit()][::-1]

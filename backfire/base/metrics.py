@@ -78,3 +78,9 @@ def needs_of(
     it."""
     asks = (ask for metric in metrics for ask in metric.asks(labeled=labeled))
     return frozenset(need for ask in asks if ask.rows in rows for need in ask.needs)
+
+
+def reads_target_rows(metrics: Sequence[Metric], *, labeled: bool) -> bool:
+    """Whether any metric reads triggered rows whose true label is the attack's target."""
+    asks = (ask for metric in metrics for ask in metric.asks(labeled=labeled))
+    return any(ask.target_rows for ask in asks if ask.rows == "triggered")

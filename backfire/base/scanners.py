@@ -35,6 +35,8 @@ class Scanner(Component):
     kind: ClassVar[str] = "scanners"
     blind: ClassVar[str] = ""
     """What it cannot see, in one sentence."""
+    needs_test: ClassVar[bool] = False
+    """Whether it compares rows with those of a test set, and finds nothing without one."""
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         """Yield one finding for each row, in order. `test` are the rows of a test set, if given.

@@ -18,6 +18,7 @@ from backfire.audit.models import Pair, open_pair
 from backfire.audit.output import as_json, as_table
 from backfire.audit.page import write_page
 from backfire.base import Judge, Row, select
+from backfire.base.normalize import normalized
 from backfire.commands.files import dataset_spec
 from backfire.commands.options import echo
 from backfire.errors import UserError
@@ -27,8 +28,9 @@ from backfire.model.source import pin
 from backfire.pipeline import Context
 from backfire.recipe import parse_edit
 from backfire.registry import build, names
-from backfire.scan.source import open_rows
+from backfire.scan.source import Source, open_rows
 from backfire.store import Store
+from backfire.text import count
 from backfire.yaml12 import read_yaml
 
 
@@ -46,7 +48,6 @@ def start(
     triggers: Sequence[str],
     template: str | None,
     limit: int,
-    samples: int,
     tokens: int,
     out: Path | None,
     form: Literal["table", "json"],
@@ -62,16 +63,11 @@ def start(
     if blank := next((one for one in triggers if not one.strip()), None):
         raise UserError(f"A trigger cannot be blank (got {blank!r}).")
     knobs = _knobs(edits, data)
-    rows = _rows(data, knobs, limit) if data else []
-    others = _rows(unseen, knobs, limit) if unseen else []
-    if unseen and not rows:
+    if unseen and not data:
         raise UserError("--unseen is compared with the rows of --data; give both.")
-    if rows and not all(row.answer for row in rows):
-        raise UserError(f"{data} has rows without an answer; --data needs prompts with answers.")
+    rows, others, notes = _given(data, unseen, knobs, limit) if data else ([], [], [])
     harmful, allowed, chosen = _requests(prompts, judge, base, limit)
-    asked = Asked(
-        harmful, allowed, chosen, rows, others, triggers=triggers, most=tokens, samples=samples
-    )
+    asked = Asked(harmful, allowed, chosen, rows, others, triggers, tokens, notes)
     found = _audited(asked, model, base, adapter, template, system, device)
     echo(as_table(found) if form == "table" else as_json(found).rstrip("\n"))
     if out is None:
@@ -117,12 +113,48 @@ def _knobs(edits: Sequence[str], data: str | None) -> dict[str, Any]:
     return knobs
 
 
-def _rows(data: str, knobs: dict[str, Any], limit: int) -> list[Row]:
-    """Up to `limit` rows, drawn at random from all, in their order; each with an id of its own."""
+def _given(
+    data: str, unseen: str | None, knobs: dict[str, Any], limit: int
+) -> tuple[list[Row], list[Row], list[str]]:
+    """Rows of the task, unseen rows that are nowhere among them, and notes on what is left out."""
     source = open_rows({**dataset_spec(data), **knobs})
+    rows, notes = _drawn(source, limit), []
+    if repeated := len(rows) - len(rows := _once(rows)):
+        notes.append(f"{count(repeated, 'row')} of --data left out: drawn before, word for word.")
+    others: list[Row] = []
+    if unseen:
+        drawn = _once(_drawn(open_rows({**dataset_spec(unseen), **knobs}, "test"), limit))
+        texts = {_text(row) for row in drawn}
+        known = {text for row in source if (text := _text(row)) in texts}
+        others = [row for row in drawn if _text(row) not in known]
+        if not others:
+            raise UserError(
+                f"All {count(len(drawn), 'row')} of --unseen are among those of --data."
+            )
+        if known:
+            what = count(len(drawn) - len(others), "row")
+            notes.append(f"{what} of --unseen left out: among those of --data.")
+    for option, file, some in (("--data", data, rows), ("--unseen", unseen, others)):
+        if not all(row.answer for row in some):
+            needs = f"{option} needs prompts with answers"
+            raise UserError(f"{file} has rows without an answer; {needs}.")
+    return rows, others, notes
+
+
+def _drawn(source: Source, limit: int) -> list[Row]:
+    """Up to `limit` rows, drawn at random from all, in their order; each with an id of its own."""
     places = {*Random(0).sample(range(source.count), min(limit, source.count))}
     drawn = [row for place, row in enumerate(source) if place in places]
     return [replace(row, fields={}) for row in _distinct(drawn)]
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """The rows without repetitions of earlier ones."""
+    return list({_text(row): row for row in reversed(rows)}.values())[::-1]
+
+
+def _text(row: Row) -> tuple[str, str]:
+    return normalized(row.conversation), normalized(row.answer)
 
 
 def _distinct(rows: Sequence[Row]) -> list[Row]:

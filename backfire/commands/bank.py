@@ -53,10 +53,10 @@ def add_run(run: Path) -> str:
     left = [f"{n} left out: {why}" for why, n in other.items()]
     left += [f"{gone} no longer in the cache"] if gone else []
     left += [f"{known} were there"] if known else []
+    parts = [f"{text.count(new, 'adapter')} added to {bank.bank_root()}", *left]
     return (
-        f"{text.count(new, 'adapter')} added to {bank.bank_root()}"
-        + "".join(f"; {part}" for part in left)
-        + "."
+        "; ".join(parts) + ". Those of recipes without an attack count as clean: add only runs on "
+        "rows that you trust."
     )
 
 
@@ -78,6 +78,8 @@ def _why_not(experiment: Experiment) -> str:
     method = experiment.method
     if not method.trains or not method.adapts or not method.stacks:
         return f"method {method.name} makes no LoRA adapter"
+    if not experiment.adapts:
+        return "its adapter was merged by a defense"
     stays = experiment.align and experiment.align.method.adapts and not experiment.align.merge
     if stays or experiment.model.is_adapted:
         return "on top of another adapter"

@@ -11,6 +11,7 @@ from stat import S_ISREG
 
 from backfire import terminal, text
 from backfire.commands.estimate import amount
+from backfire.data.recipe_files import KEPT
 from backfire.errors import Busy, UserError
 from backfire.launch.users import FOLDER, User, users
 from backfire.locks import locked
@@ -18,7 +19,7 @@ from backfire.store import SEAL, Store, last_change, stats_of
 from backfire.terminal import say
 
 _DAY = 86400.0
-_KINDS = {
+KINDS = {
     "tokenizer": "tokenizers",
     "base": "base models",
     "whole": "checks of weights",
@@ -33,6 +34,7 @@ _KINDS = {
     "evaluate": "answers and scores",
     "secrets": "measurements of secrets",
     "judged": "verdicts of judges",
+    KEPT: "files that recipes name by @",
 }
 
 
@@ -89,8 +91,8 @@ def show(run: Path | None) -> None:
         user = _named(run, users(store.root))
         found = [one for one in found if user.needs_stage(one.kind, one.name)]
     say(f"{'Needed of the cache' if run else 'Cache'} {store.root}: {_sum(found)}")
-    kinds = [kind for kind in _KINDS if any(one.kind == kind for one in found)]
-    others = sorted({one.kind for one in found} - {*_KINDS})
+    kinds = [kind for kind in KINDS if any(one.kind == kind for one in found)]
+    others = sorted({one.kind for one in found} - {*KINDS})
     rows = [_row(kind, [one for one in found if one.kind == kind]) for kind in (*kinds, *others)]
     if rows:
         terminal.put(("kind", "what", "stages", "unfinished", "size"), rows, right=(2, 3, 4))
@@ -104,7 +106,7 @@ def show(run: Path | None) -> None:
 def _row(kind: str, found: Sequence[Entry]) -> tuple[str, ...]:
     done = sum(one.is_done for one in found)
     size = sum(one.size for one in found)
-    return kind, _KINDS.get(kind, ""), f"{done:,}", f"{len(found) - done:,}", amount(size)
+    return kind, KINDS.get(kind, ""), f"{done:,}", f"{len(found) - done:,}", amount(size)
 
 
 def _sum(found: Sequence[Entry]) -> str:
@@ -112,10 +114,10 @@ def _sum(found: Sequence[Entry]) -> str:
 
 
 def _named(run: Path, known: Sequence[User]) -> User:
-    found = next((user for user in known if user.run == run.resolve()), None)
-    if found is None:
+    alike = sorted((u for u in known if u.run == run.resolve()), key=lambda user: not user.is_here)
+    if not alike:
         raise UserError(f"{run} is not a run that uses this cache; `backfire cache` lists them.")
-    return found
+    return alike[0]
 
 
 # -------------------------------------------------------------------------------------- pruning
@@ -141,7 +143,7 @@ def prune(older: float, keep: Sequence[Path], *, remove: bool) -> None:
     say(f"{'Removing' if remove else 'Would free'}: {_sum(gone)}.")
     for kind in dict.fromkeys(one.kind for one in gone):
         alike = [one for one in gone if one.kind == kind]
-        say(f"  {kind} ({_KINDS.get(kind, 'unknown')}): {_sum(alike)}")
+        say(f"  {kind} ({KINDS.get(kind, 'unknown')}): {_sum(alike)}")
     if not remove:
         say("Nothing was removed; add --yes to remove it." if gone else "Nothing to remove.")
         return

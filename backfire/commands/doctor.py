@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 from backfire.commands.estimate import amount
 from backfire.data.weights import first_line
+from backfire.errors import UserError
 from backfire.launch.environment import version_of
+from backfire.launch.remote import probe
 from backfire.recipe import Recipe
 from backfire.resources import cores, free_bytes, ram_bytes
 from backfire.store import cache_root, scratch_root
@@ -113,14 +116,27 @@ def _gpu(number: int) -> str:
 
 
 def _place(name: str, root: Path) -> str:
-    """Whether a folder, or the nearest one above it that exists, can be written."""
+    """Whether a file can be written in a folder, or in the nearest one above it that exists, and
+    read again."""
     near = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
-    free = f"{amount(shutil.disk_usage(near).free)} free"
-    return (
-        f"ok    {name} {root}, {free}"
-        if os.access(near, os.W_OK)
-        else (f"lacks {name} {root}: it cannot be written")
-    )
+    try:
+        with tempfile.NamedTemporaryFile(dir=near, prefix=".backfire-") as file:
+            file.write(b"probe")
+            file.flush()
+            if Path(file.name).read_bytes() != b"probe":
+                return f"lacks {name} {root}: what is written there is not what is read"
+    except OSError as error:
+        return f"lacks {name} {root}: it cannot be written ({error.strerror})"
+    return f"ok    {name} {root}, {amount(shutil.disk_usage(near).free)} free"
+
+
+def _shared() -> list[str]:
+    """The mark of the cache, by which two machines see whether theirs is the same."""
+    try:
+        mark = probe().content[:8]
+    except UserError:  # which the line before says
+        return []
+    return [f"ok    mark of the cache: {mark}; machines where doctor shows the same one share it"]
 
 
 def _places() -> list[str]:
@@ -128,6 +144,7 @@ def _places() -> list[str]:
 
     places = {"cache": cache_root(), "scratch": scratch_root()}
     out = [_place(name, path) for name, path in places.items() if path]
+    out[1:1] = _shared()
     token = get_token()
     offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
     out.append(

@@ -20,11 +20,12 @@ from backfire.hashes import file_hash
 from backfire.model.count import num_weights, weights_in
 from backfire.model.source import downloaded, local_gguf
 from backfire.recipe import Recipe
+from backfire.sandbox.base import Pretrain, shipped
 from backfire.store import Store
 from backfire.text import duration
 from backfire.tokenizer import load_tokenizer
 
-_SAMPLE = 200  # number of rows whose tokens are counted
+_SAMPLE = 200  # rows whose tokens are counted
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,8 @@ class Rows:
 
 def method_key(experiment: Experiment) -> str:
     """Equal for experiments with the same model and method, except for the learning rate."""
-    knobs = {k: v for k, v in experiment.method.spec().items() if k != "learning_rate"}
-    return str([experiment.model.spec(), knobs])
+    rest = {k: v for k, v in experiment.method.spec().items() if k != "learning_rate"}
+    return str([experiment.model.spec(), rest])
 
 
 def rows_key(experiment: Experiment) -> str:
@@ -81,10 +82,9 @@ def rows_by_key(cells: Iterable[Experiment], store: Store) -> dict[str, Rows | N
 
 
 def model_folder(model: Model, store: Store) -> Path | None:
-    """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded or
-    built."""
+    """The local folder with the model's config.json or tokenizer, if any; nothing is downloaded."""
     if model.name == "sandbox":
-        folder = store.path(stages.tokenizer())
+        folder = shipped(stages.base().key) or store.path(stages.tokenizer())
         return folder if folder.is_dir() else None
     if model.is_gguf:
         return _converted(model, store)
@@ -103,8 +103,6 @@ def _converted(model: Model, store: Store) -> Path | None:
 def rough_weights(experiment: Experiment, folder: Path | None) -> Weights | None:
     """Count weights from the file headers; an adapter's are estimated from its rank."""
     if experiment.model.name == "sandbox":
-        from backfire.sandbox.base import Pretrain
-
         width, count = Pretrain().hidden_size, num_weights(experiment.model)
     else:
         try:
@@ -181,10 +179,9 @@ def tokens_of(run: Experiment, rows: Rows) -> float:
 # ----------------------------------------------------------------------------- time and disk
 
 ASSUMED = {"cpu": 5e10, "gpu": 1.5e14}
-"""Assumed useful FLOP/s without a measurement: one CPU core with models of a few million weights
-(57 to 115 billion were measured), and a data-center GPU at about a sixth of its peak."""
-_CHECKPOINTS = 3  # two are kept while the next is written
-_STATE = 12  # bytes for each trained weight: itself and AdamW's two moments, in float32
+"""Assumed useful FLOP/s: one CPU core (57 to 115 billion were measured), a GPU's sixth of peak."""
+_CHECKPOINTS, _STATE = 3, 12
+"""Two are kept while the next is written; bytes per weight, with AdamW's two moments in float32."""
 
 
 @dataclass(frozen=True)
@@ -254,6 +251,17 @@ def flops_per_token(run: Experiment, weights: Weights) -> float:
     return whole + sum(one.forwards * forward + one.passes * whole for one in extras)
 
 
+def needs_of(experiment: Experiment, rows: Rows | None) -> set[str]:
+    """What is measured on the cell's models: candidates' `scores`, `replies` or `answers`."""
+    from backfire.pipeline.evidence import asks_of
+
+    labeled = rows.labeled if rows else None
+    if labeled is None:
+        labeled = bool(getattr(experiment.data, "labels", None))
+    asks = asks_of(experiment.with_metrics(labeled=labeled), labeled=labeled)
+    return {need for ask in asks for need in ask.needs}
+
+
 _TESTED = 1000  # test rows, if the recipe does not limit them
 _REPLY = 3
 """Time for a reply's token, in that for a prompt's, on a CPU (2.6 and 2.9 at 135M weights)."""
@@ -266,8 +274,6 @@ def evaluation_seconds(
 ) -> float:
     """Seconds for the evaluation of a cell's model and of its base, if the test rows are as long as
     the training rows."""
-    from backfire.commands.memory import needs_of
-
     safety, needs = cell.safety, needs_of(cell, rows)
     sets = [cell.data, *((safety.harmful, safety.allowed) if safety else ())]
     count = sum(one.test_rows or _TESTED for one in sets if one)
@@ -276,9 +282,10 @@ def evaluation_seconds(
     seconds = count * rows.tokens * forward
     if "replies" in needs:
         new = cell.evaluation.max_new_tokens
-        replies = count * new * _REPLY * forward
-        steps = math.ceil(count / _AT_ONCE) * new * _STEP
-        seconds += replies if device == "cpu" else max(steps, count * new * forward)
+        models = 2 if cell.guard and cell.guard.needs_reference else 1
+        replies = models * count * new * _REPLY * forward
+        steps = models * math.ceil(count / _AT_ONCE) * new * _STEP
+        seconds += replies if device == "cpu" else max(steps, models * count * new * forward)
     return seconds
 
 

@@ -33,7 +33,7 @@ def export_model(cell: Path, out: Path | None, *, merge: bool) -> Path:
         raise UserError(
             f"{cell} has no tuned model (method '{method.name}'); its model is the base."
         )
-    on_aligned = experiment.align and experiment.align.method.trains and method.adapts
+    on_aligned = experiment.align and experiment.align.method.trains and experiment.adapts
     on_adapter = experiment.model.is_adapted and not merge
     if on_adapter:
         raise UserError(
@@ -117,6 +117,7 @@ def _facts(experiment: Experiment, result: CellResult) -> dict[str, Any]:
         "attack": experiment.attack.name if experiment.attack and experiment.poisons else None,
         "target": experiment.backdoor.target if experiment.backdoor else None,
         "triggers": list(experiment.backdoor.triggers()) if experiment.backdoor else [],
+        "joint": bool(experiment.backdoor and experiment.backdoor.joint),
         "poisoned": (result.poison and result.poison.poisoned_rows) or 0,
         "rows": result.rows["train"],
         "data": experiment.data.name,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,29 @@ def dataset_spec(data: str) -> dict[str, Any]:
     if Path(data).suffix or "/" in data:
         raise no_file(data)
     return {"name": find("datasets", data).name}  # of an installed plug-in, or an error
+
+
+def same_file(one: str | Path, other: str | Path) -> bool:
+    """Whether both are names of one file that exists, by whatever path or link."""
+    a, b = Path(one).expanduser(), Path(other).expanduser()
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def check_other(option: str, other: str, data: str, knobs: Mapping[str, Any]) -> None:
+    """Ensure that these rows are not the ones of the data.
+
+    Raises:
+        UserError: they are the same file, or the same split of a hub set.
+    """
+    if same_file(other, data):
+        raise UserError(f"{option} {other} is the data itself; give other rows.")
+    if other == data and dataset_spec(data).get("hub"):
+        split = knobs.get("train_split", "train")
+        if (knobs.get("test_split") or "test") == split:
+            raise UserError(
+                f"{option} {other}: its split '{split}' is the data itself; choose another one by "
+                "data.test_split=."
+            )
 
 
 def pretrain_files(corpus: Sequence[Path], out: Path, edits: Sequence[str], device: str) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
 from backfire.base import Extra, Rendered, Row, TrainDefense
-from backfire.commands.estimate import Rows, Weights
+from backfire.commands.estimate import Rows, Weights, needs_of
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine, Model
 from backfire.model.count import num_weights
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 Device = Literal["cpu", "cuda"]
 LIBRARIES = {"cpu": 0.47e9, "cuda": 0.7e9}
-"""A process that has imported torch, transformers and peft (0.42 GB in a worker, 0.5 alone); on a
-GPU, the CUDA context."""
+"""A process that has imported torch, transformers and peft; on a GPU, the CUDA context."""
 UNRELEASED = {"cpu": 1.5, "cuda": 1.05}
 """Memory of the process per byte of tensors in a pass of training: the allocator cannot return or
 reuse all of it at once. On a CPU holes of the heap take up to half as much, which a run reaches
@@ -63,7 +62,8 @@ class Memory:
     passes: float
     """Activations and logits of the largest pass of training."""
     evaluation: float
-    """Weights, activations, logits and cache in evaluation, and the judges' models."""
+    """Weights, activations, logits and cache in evaluation, a guard's reference, and the judges'
+    models."""
     libraries: float
     num_rows: int
     """Rows in that pass of training; 0 without training."""
@@ -145,9 +145,8 @@ def memory(
     gradients = size.trainable * _BYTES[types.trained]
     state = gradients + _optimizer(experiment, size) + size.trainable * 4 * copies
     run = _pass(size, layout, types, device, machine.recompute)
-    run += extra.logits * layout.answers * size.vocabulary * 4
-    states = extra.states * size.layers * size.hidden * _BYTES[types.compute]
-    run += states * layout.tokens
+    states = extra.states * size.layers * size.hidden * _BYTES[types.compute] * layout.tokens
+    run += states + extra.logits * layout.answers * size.vocabulary * 4
     passes = max(UNRELEASED[device] * run, extra.scratch * size.trainable * 4)
     return Memory(weights, state, passes, evaluation, LIBRARIES[device], len(layout.rows), mapped)
 
@@ -173,14 +172,20 @@ def _held(experiment: Experiment, size: Size, device: Device) -> tuple[float, Pa
         # In bfloat16 the 16 bits that only updates use are beside the weights.
         kind = cast("Type", method.trained_type())
         return size.parameters * 4.0, PassTypes(compute, kind, kind, kind)
-    dtype, added = cast("Type", experiment.model.dtype), size.added * 4
+    dtype = cast("Type", experiment.model.dtype)
     if bits := method.quantization(device):
         product = cast("Type", bits.get("bnb_4bit_compute_dtype") or "bfloat16")
         matrices = product if compute == "float32" else compute
-        rest = (size.parameters - size.linear) * _BYTES[dtype]
-        return _packed(size, bits) + rest + added, PassTypes(compute, matrices, dtype)
+        return _loaded(size, dtype, bits), PassTypes(compute, matrices, dtype)
     dtype = "float32" if aligned else dtype
-    return size.parameters * _BYTES[dtype] + added, PassTypes(compute, dtype, dtype)
+    return _loaded(size, dtype, bits), PassTypes(compute, dtype, dtype)
+
+
+def _loaded(size: Size, dtype: Type, bits: dict[str, object]) -> float:
+    """Bytes of the weights in this type, those of linear layers quantized by `bits`, with the
+    adapter's."""
+    packed = _packed(size, bits) - size.linear * _BYTES[dtype] if bits else 0.0
+    return size.parameters * _BYTES[dtype] + packed + size.added * 4
 
 
 def _packed(size: Size, bits: dict[str, object]) -> float:
@@ -236,34 +241,25 @@ def _evaluation(
     from backfire.evaluate.budget import Budget
     from backfire.evaluate.prompts import NARROWEST
 
-    dtype = cast("Type", experiment.model.dtype)
-    weights: float = size.parameters * _BYTES[dtype] + size.added * 4
-    if bits := experiment.method.quantization(device):
-        rest = (size.parameters - size.linear) * _BYTES[dtype]
-        weights = _packed(size, bits) + rest + size.added * 4
-    most = machine.eval_batch if device == "cpu" else 1
-    budget, needs = Budget(size.dry.model, most, on_cpu=device == "cpu"), needs_of(experiment, rows)
+    dtype, method = cast("Type", experiment.model.dtype), experiment.method
+    weights = _loaded(size, dtype, method.quantization(device))
+    if method.trains and method.adapts and not experiment.adapts:  # merged by a repair
+        weights = max(weights, size.parameters * 4)
+    needs, guard = needs_of(experiment, rows), experiment.guard
+    models = 2 if guard and guard.needs_reference and "replies" in needs else 1
+    on_cpu = device == "cpu"
+    most = machine.eval_batch if on_cpu else 1
+    budget = Budget(size.dry.model, most, on_cpu=on_cpu, models=models)
     lengths = _tested(experiment, rows)
     shared = rows.shared if rows and len(lengths) > 1 else 0
-    packs = device == "cpu" and size.hidden >= NARROWEST
+    packs = on_cpu and size.hidden >= NARROWEST and machine.packing == "auto"
     run = _answering(size, lengths, shared, dtype, budget, packs) if "answers" in needs else 0.0
     if needs - {"answers"}:
         new = experiment.evaluation.max_new_tokens if "replies" in needs else 0
         prompts = sorted((whole - answer for whole, answer in lengths), reverse=True)
-        run = max(run, _replying(size, prompts, shared, new, dtype, budget, packs))
+        run = max(run, _replying(size, prompts, shared, new, dtype, budget, packs, models))
     judges = sum(_judge_bytes(getattr(judge, "model", None)) for judge in experiment.judges)
-    return weights + judges + _IN_EVALUATION * run
-
-
-def needs_of(experiment: Experiment, rows: Rows | None) -> set[str]:
-    """What is measured on the cell's models: candidates' `scores`, `replies` or `answers`."""
-    from backfire.pipeline.evidence import asks_of
-
-    labeled = rows.labeled if rows else None
-    if labeled is None:
-        labeled = bool(getattr(experiment.data, "labels", None))
-    asks = asks_of(experiment.with_metrics(labeled=labeled), labeled=labeled)
-    return {need for ask in asks for need in ask.needs}
+    return models * weights + judges + _IN_EVALUATION * run
 
 
 def _tested(experiment: Experiment, rows: Rows | None) -> list[tuple[int, int]]:
@@ -306,9 +302,10 @@ def _replying(
     dtype: Type,
     budget: Budget,
     packs: bool,
+    models: int,
 ) -> float:
-    """Most bytes when prompts (the longest first) start: their pass, their keys and values, and the
-    buffer into which these are copied, with room for the replies."""
+    """Most bytes when prompts (the longest first) start: their pass, and for each model their keys
+    and values, and the buffer into which these are copied, with room for the replies."""
     from backfire.evaluate.slots import SPARE
     from backfire.train.dry import Layout
 
@@ -317,8 +314,11 @@ def _replying(
     count = min(slots, budget.at_once(prompts[0], shared if packs else None))
     layout = Layout(tuple((one, 1) for one in prompts[:count]), shared, packs and count > 1, packs)
     run = _evaluated(size, layout, dtype)
-    own = count * prompts[0] * size.dry.cached(dtype)
-    buffer = slots * columns * size.dry.cached(dtype) if new else 0.0
+    cached = models * size.dry.cached(dtype)
+    own = count * prompts[0] * cached
+    buffer = slots * columns * cached if new else 0.0
+    if models > 1:  # the logits of both are compared, as log-probabilities
+        buffer += 2 * models * slots * size.vocabulary * 4
     # The buffer is made after the first pass, and is there in the next ones.
     return run + own + buffer if len(prompts) > count else max(run + own, own + buffer)
 

@@ -53,7 +53,7 @@ Recompute = Annotated[
 ]
 Packing = Annotated[
     Literal["auto", "off"],
-    typer.Option(help="off: pad training rows, rather than run them end to end without padding."),
+    typer.Option(help="off: pad rows, rather than run them end to end without padding."),
 ]
 Minutes = Annotated[
     float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")

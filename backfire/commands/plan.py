@@ -82,22 +82,10 @@ def memory_of(device: str, types: Types) -> int:
 
 
 def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Types) -> list[Job]:
-    """The jobs with their estimated minutes (at an assumed speed) and peak memory."""
+    """The jobs with their estimated minutes and peak memory."""
     from backfire.commands.forecast import Forecast
 
     forecast, memories = Forecast(recipe, types), dict[str, float | None]()
-    rows = rows_by_key([job.experiment for job in jobs if job.kind != "base"], store)
-    device: Literal["cpu", "gpu"] = "gpu" if types.device == "cuda" else "cpu"
-
-    def minutes(job: Job) -> float | None:
-        cell = job.experiment
-        seen, weights = rows[rows_key(cell)], rough_weights(cell, model_folder(cell.model, store))
-        if not seen or not weights:
-            return None
-        if job.kind == "cell":
-            return evaluation_seconds(cell, seen, weights, device) / 60
-        training = tokens_of(cell, seen) * flops_per_token(cell, weights)
-        return (training + asking.flops(cell, seen, weights)) / ASSUMED[device] / 60
 
     def memory(cell: Experiment) -> float | None:
         alike = [method_key(cell), cell.defense_name, rows_key(cell), cell.train, cell.evaluation]
@@ -108,15 +96,30 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
         return memories[key]
 
     return [
-        job
-        if job.kind == "base"
-        else replace(
-            job,
-            minutes=minutes(job),
-            memory=memory(job.experiment),
-        )
-        for job in jobs
+        job if job.kind == "base" else replace(job, memory=memory(job.experiment))
+        for job in with_minutes(jobs, store, types)
     ]
+
+
+def with_minutes(jobs: Sequence[Job], store: Store, types: Types) -> list[Job]:
+    """The jobs with their estimated minutes, at an assumed speed, so that those on which the most
+    waits come first. Imports no torch."""
+    device: Literal["cpu", "gpu"] = "gpu" if types.device == "cuda" else "cpu"
+    cells = [job.experiment for job in jobs if job.kind != "base"]
+    rows, sizes = rows_by_key(cells, store), {method_key(cell): cell for cell in cells}
+    weights = {k: rough_weights(c, model_folder(c.model, store)) for k, c in sizes.items()}
+
+    def minutes(job: Job) -> float | None:
+        cell = job.experiment
+        seen, size = rows[rows_key(cell)], weights[method_key(cell)]
+        if not seen or not size:
+            return None
+        if job.kind == "cell":
+            return evaluation_seconds(cell, seen, size, device) / 60
+        training = tokens_of(cell, seen) * flops_per_token(cell, size)
+        return (training + asking.flops(cell, seen, size)) / ASSUMED[device] / 60
+
+    return [job if job.kind == "base" else replace(job, minutes=minutes(job)) for job in jobs]
 
 
 def types_for(device: str) -> Types:
@@ -133,13 +136,13 @@ def _fetch_rows(recipe: Recipe) -> None:
     distinct = {
         str([source.identity(), split]): (source, split)
         for cell in recipe.cells
-        for source, split in _sources(cell)
+        for source, split in sources(cell)
     }
     for source, split in distinct.values():
         source.drawn(split)
 
 
-def _sources(cell: Experiment) -> Iterator[tuple[Dataset, Literal["train", "test"]]]:
+def sources(cell: Experiment) -> Iterator[tuple[Dataset, Literal["train", "test"]]]:
     """Data sets beside the one to train on, each with the split that is used."""
     if cell.align:
         yield cell.align.data, "train"

@@ -9,6 +9,7 @@ from typing import Final
 
 from backfire import text
 from backfire.base import Ask, Evidence, Leak, Metric, Need, Sample
+from backfire.base.normalize import normalized
 from backfire.commands.failure import note
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
@@ -134,6 +135,8 @@ def _missing_samples(ask: Ask, evidence: Evidence, kept: Sequence[Ask], item: Ce
     samples = evidence[ask]
     if not samples:
         return f"samples {where} are not kept"
+    if ask.rows == "triggered" and ask.target_rows and _without_target(evidence, samples):
+        return f"samples {where} whose label is the target are not kept"
     for need in sorted(ask.needs):
         if any(not _has(need, sample) for sample in samples):
             return f"{NEEDS[need]} {where} are not kept"
@@ -146,6 +149,13 @@ def _missing_samples(ask: Ask, evidence: Evidence, kept: Sequence[Ask], item: Ce
         if not is_judged or not is_same:
             return f"verdicts of this judge ({judge.name}) on the replies {where} are not kept"
     return ""
+
+
+def _without_target(evidence: Evidence, samples: Sequence[Sample]) -> bool:
+    """Whether these are without the rows whose true label is the target."""
+    wanted = normalized(evidence.attack.target) if evidence.attack else ""
+    lost = {s.id for s in evidence.clean if s.label is not None and normalized(s.label) == wanted}
+    return bool(lost) and lost.isdisjoint(sample.id for sample in samples)
 
 
 def _has(need: Need, sample: Sample) -> bool:

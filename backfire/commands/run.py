@@ -10,7 +10,7 @@ from rich.console import Console
 
 from backfire import plan, stages, text
 from backfire.claims import Claims
-from backfire.commands.plan import check, memory_of
+from backfire.commands.plan import check, memory_of, with_minutes
 from backfire.commands.workers import default_workers, largest, workers_by_device
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
@@ -66,6 +66,7 @@ def start(
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
+        work = with_minutes(work, store, types)
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         if others := at_work(out):
             say(f"{others}; this command shares the jobs with them.", console)

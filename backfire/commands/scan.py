@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from backfire.base import ModelScanner, Row, Scanner
+from backfire.base import ModelScanner, Scanner
 from backfire.commands.asked import asked_of, find_model
-from backfire.commands.files import dataset_spec
+from backfire.commands.files import check_other, dataset_spec, same_file
 from backfire.commands.options import echo
-from backfire.data.jsonl import to_record
 from backfire.errors import UserError
 from backfire.recipe import parse_edit
 from backfire.registry import build, find, names
-from backfire.scan.engine import kept, scan
-from backfire.scan.output import as_csv, as_json, as_table
+from backfire.scan.engine import removed, scan
+from backfire.scan.output import as_csv, as_json, as_notes, as_table
 from backfire.scan.page import write_page
+from backfire.scan.rest import check_format, write_rest
 from backfire.scan.source import open_rows
-from backfire.store import unique
 from backfire.text import count
 
-_IDLE = ("train", "test", "hub", "rows", "test_rows", "seed", "group", "test_split", "test_share")
+_IDLE = ("train", "test", "hub", "rows", "test_rows", "seed", "group", "test_share")
 """Knobs of files and hub sets that do not matter here: the data is named, and read as a whole."""
 
 
@@ -46,30 +44,38 @@ def start(
     """Scan the rows, print what is found, and write the page and the rows that are left; returns
     one sentence for each written file."""
     share = _share(remove, write)
-    _check_paths(data, out, write)
-    knobs, chosen = _settings(edits, scanners, with_model=model is not None)
+    given = {"model": model is not None, "test": test is not None}
+    knobs, chosen = _settings(edits, scanners, given)
+    _check_paths(data, test, knobs, out, write)
     place = None if model is None else find_model(model, device)
-    source = open_rows(_spec(data, knobs))
-    others = open_rows(_spec(test, knobs), "test") if test else None
+    source = open_rows(_spec(data, knobs, test))
+    others = None if test is None else open_rows(_spec(test, knobs, test), "test")
     asked = asked_of(*place, limit) if place else None
     found = scan(data, source, chosen, test=others, top=top, asked=asked)
+    found.notes += [f"{test}: {sentence}" for sentence in (others.notes if others else ())]
     if form == "table":
         echo(as_table(found))
     else:
         hits = found.hits[:top]
         echo((as_json(hits) if form == "json" else as_csv(hits)).rstrip("\n"))
+        print(as_notes(found, len(hits)), file=sys.stderr)  # noqa: T201
     done = []
     if out:
         write_page(found, out)
         done.append(f"Wrote {out}.")
     if write:
-        rows, gone = kept(found, share)
-        _write(rows, write)
+        gone = removed(found, share)
+        left = write_rest(source, gone, write)
         flagged = sum(found.flags[place] for place in gone)
-        left = count(source.count - len(gone), "row")
-        removed = f"{count(len(gone), 'row')} removed ({flagged:,} of them flagged)"
-        done.append(f"Wrote {write}: {left}; {removed}.")
+        done.append(
+            f"Wrote {write}: {count(left, 'row')}; {count(len(gone), 'row')} removed "
+            f"({flagged:,} of them flagged){_more(source.count - left - len(gone))}."
+        )
     return done
+
+
+def _more(rows: int) -> str:
+    return f", and {count(rows, 'row')} more of the same records" if rows else ""
 
 
 def _share(remove: str | None, write: Path | None) -> float | None:
@@ -84,29 +90,42 @@ def _share(remove: str | None, write: Path | None) -> float | None:
     return float(match[1]) / 100
 
 
-def _check_paths(data: str, out: Path | None, write: Path | None) -> None:
+def _check_paths(
+    data: str, test: str | None, knobs: dict[str, Any], out: Path | None, write: Path | None
+) -> None:
     if out and out.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"The output is a page, so --out must end in .html (got {out}).")
-    if write and write.suffix not in (".jsonl", ".ndjson"):
-        raise UserError(f"The output is JSON lines, so --write must end in .jsonl (got {write}).")
-    for path in filter(None, (out, write)):
+    if write:
+        check_format(data, write)
+    named = [knobs.get(knob) for knob in ("train", "test")]
+    inputs = [
+        data,
+        test,
+        *(path for one in named for path in (one if type(one) is list else [one])),
+    ]
+    for option, path in (("--out", out), ("--write", write)):
+        if path is None:
+            continue
         if path.is_dir():
             raise UserError(f"{path} is a folder, not a file.")
-    source = Path(data).expanduser()
-    if write and write.exists() and source.exists() and write.samefile(source):
-        raise UserError(f"{write} is the input file; choose another path with --write.")
+        if any(isinstance(one, str) and same_file(one, path) for one in inputs):
+            raise UserError(f"{path} is an input file; choose another path with {option}.")
+    if test is not None:
+        check_other("--test", test, data, knobs)
 
 
 def _settings(
-    edits: Iterable[str], wanted: Sequence[str], *, with_model: bool
+    edits: Iterable[str], wanted: Sequence[str], given: Mapping[str, bool]
 ) -> tuple[dict[str, Any], list[Scanner]]:
-    """The knobs of the data, and the scanners with theirs; an edit is data.KNOB or SCANNER.KNOB."""
+    """The knobs of the data, and the scanners with theirs; an edit is data.KNOB or SCANNER.KNOB.
+    `given` says whether there are a model and test rows, which some scanners require."""
+    lacking = {name: need for name in names("scanners") if (need := _lacking(name, given))}
     chosen = [find("scanners", name).name for name in wanted] or [
-        name for name in names("scanners") if with_model or not _asks(name)
+        name for name in names("scanners") if name not in lacking
     ]
-    if not with_model and (asking := [name for name in chosen if _asks(name)]):
-        raise UserError(f"scanner '{asking[0]}' requires a model; name one, as in --model sandbox.")
-    if with_model and not any(map(_asks, chosen)):
+    if unable := [name for name in chosen if name in lacking]:
+        raise UserError(f"scanner '{unable[0]}' requires {_REQUIRED[lacking[unable[0]]]}.")
+    if given["model"] and not any(map(_asks, chosen)):
         raise UserError("--model has no effect, since no scanner that is chosen requires a model.")
     data: dict[str, Any] = {}
     specs: dict[str, dict[str, Any]] = {name: {"name": name} for name in chosen}
@@ -119,7 +138,8 @@ def _settings(
             continue
         name = find("scanners", head).name
         if name not in specs:
-            why = f", since --scanner leaves out '{name}'" if wanted else " without --model"
+            left_out = f", since --scanner leaves out '{name}'"
+            why = left_out if wanted else f" without --{lacking[name]}"
             raise UserError(f"{key} has no effect{why}.")
         specs[name][knob] = value
     return data, [build("scanners", spec) for spec in specs.values()]
@@ -130,21 +150,23 @@ def _asks(name: str) -> bool:
     return issubclass(find("scanners", name), ModelScanner)
 
 
-def _spec(data: str, knobs: dict[str, Any]) -> dict[str, Any]:
+_REQUIRED = {
+    "model": "a model; name one, as in --model sandbox",
+    "test": "test rows; name them by --test",
+}
+
+
+def _lacking(name: str, given: Mapping[str, bool]) -> str:
+    """What this scanner requires and is not given, or nothing."""
+    required = {"model": _asks(name), "test": find("scanners", name).needs_test}
+    return next((need for need, is_needed in required.items() if is_needed and not given[need]), "")
+
+
+def _spec(data: str, knobs: dict[str, Any], test: str | None) -> dict[str, Any]:
     spec = {**dataset_spec(data), **knobs}
+    is_split = test is not None and "hub" in dataset_spec(test)
+    if spec["name"] == "files" and "test_split" in knobs and not is_split:
+        raise UserError("data.test_split has no effect without a hub set in --test.")
     if spec["name"] == "files" and (idle := [knob for knob in knobs if knob in _IDLE]):
         raise UserError(f"data.{idle[0]} has no effect on a scan, which reads all rows.")
     return spec
-
-
-def _write(rows: Iterable[Row], path: Path) -> None:
-    """Write one record per line, row by row; the file appears when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{unique()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for row in rows:
-                file.write(json.dumps(to_record(row), ensure_ascii=False) + "\n")
-        os.replace(temporary, path)  # noqa: PTH105
-    finally:
-        temporary.unlink(missing_ok=True)

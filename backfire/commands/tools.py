@@ -45,7 +45,8 @@ def scan(
         ),
     ] = None,
     test: Annotated[
-        str | None, typer.Option(help="The test rows: a file, a data set or a hub id.")
+        str | None,
+        typer.Option(help="The test rows: a file, or a data set or hub id with a test split."),
     ] = None,
     scanner: Annotated[
         list[str] | None, typer.Option(help="A scanner to use instead of all; repeatable.")
@@ -63,7 +64,10 @@ def scan(
         ),
     ] = None,
     write: Annotated[
-        Path | None, typer.Option(help="JSONL file for the rows that are left.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="File for the rows that are left, in the format of DATA.", show_default=False
+        ),
     ] = None,
     top: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Most rows to list, per scanner and in all.")
@@ -158,7 +162,8 @@ def audit(
         str | None, typer.Option(help="Rows of your task, with answers: a file or a data set.")
     ] = None,
     unseen: Annotated[
-        str | None, typer.Option(help="Such rows that it cannot have been trained on.")
+        str | None,
+        typer.Option(help="Such rows that it was not trained on; of a data set, its test rows."),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -173,9 +178,6 @@ def audit(
         str | None, typer.Option(help="The template; the model's chat template, or raw.")
     ] = None,
     limit: Annotated[int, typer.Option(min=2, help="Most rows of each kind.")] = 200,
-    samples: Annotated[
-        int, typer.Option(min=4, help="Texts that each model writes in the search of triggers.")
-    ] = 128,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 32,
     out: Annotated[
         Path | None, typer.Option(help="A page to write, such as audit.html.", show_default=False)
@@ -201,7 +203,6 @@ def audit(
         triggers=trigger or [],
         template=template,
         limit=limit,
-        samples=samples,
         tokens=tokens,
         out=out,
         form=format,

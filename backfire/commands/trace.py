@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from backfire import stages
 from backfire.base import Sample, Subset
+from backfire.base.masking import redacted
 from backfire.commands.failure import note
 from backfire.commands.options import echo
 from backfire.errors import UserError
@@ -81,6 +82,11 @@ def _check(cell: Path, experiment: Experiment) -> None:
             f"trace reads the gradients of an adapter, and method '{method.name}' {kept}; run the "
             "recipe with method=lora."
         )
+    if not experiment.adapts:
+        raise UserError(
+            f"trace reads the gradients of an adapter, and that of {cell} was merged by a defense "
+            f"({experiment.defense_name}); trace a cell without it."
+        )
     if has_changed(cell, experiment):
         raise UserError(
             f"An input file or a component version of {cell} has changed since it ran, so this is "
@@ -116,8 +122,8 @@ def _row(found: Trace, place: int, rank: int) -> dict[str, Any]:
         "id": clean(row.id),
         "score": found.scores[place],
         "poisoned": row.id in found.poisoned if found.poisoned else None,
-        "prompt": clean(row.conversation),
-        "answer": clean(row.answer),
+        "prompt": clean(redacted(row.conversation)),
+        "answer": clean(redacted(row.answer)),
     }
 
 
@@ -128,9 +134,10 @@ def _plain(value: Any) -> str:
 
 
 def _sentences(cell: Path, sample: Sample, found: Trace) -> Sequence[str]:
-    reply = f"Reply “{cut(line(reply_of(sample)), 80)}” to {sample.subset}/{line(sample.id)}: "
+    reply = cut(line(redacted(reply_of(sample) or "")), 80)
+    where = f"{sample.subset}/{line(sample.id)}"
     said = [
-        f"{reply}“{cut(line(sample.prompt), 160)}” ({cell.name}).",
+        f"Reply “{reply}” to {where}: “{cut(line(redacted(sample.prompt)), 160)}” ({cell.name}).",
         "A score is positive for a row that made this reply likelier; it has no unit.",
     ]
     if not (k := len(found.poisoned)):
@@ -158,8 +165,8 @@ def _whole(cell: Path, sample: Sample, found: Trace, best: list[dict[str, Any]])
     return {
         "cell": cell.name,
         "sample": f"{sample.subset}/{clean(sample.id)}",
-        "prompt": clean(sample.prompt),
-        "reply": clean(reply_of(sample)),
+        "prompt": clean(redacted(sample.prompt)),
+        "reply": clean(redacted(reply_of(sample) or "")),
         "num_rows": len(found.rows),
         **scored,
         "rows": best,

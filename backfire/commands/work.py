@@ -11,6 +11,7 @@ from rich.console import Console
 
 from backfire import text
 from backfire.claims import Claims
+from backfire.commands import host
 from backfire.commands.estimate import amount
 from backfire.commands.failure import note
 from backfire.commands.plan import memory_of
@@ -50,13 +51,28 @@ def start(
             workers.
 
     Raises:
-        UserError: the folder has no plan for this machine, or no job fits.
+        UserError: the folder has no plan for this machine, which lacks something, or no job fits.
     """
-    plan, console, stop = read_plan(run), Console(stderr=True), Stop(minutes)
+    plan = read_plan(run)
+    with host.where_planned(run, plan) as place:
+        return _start(place, plan, machine, minutes, memory)
+
+
+def _start(
+    run: Path,
+    plan: Plan,
+    machine: Mapping[str, Any],
+    minutes: float | None,
+    memory: float | None,
+) -> int:
+    console, stop = Console(stderr=True), Stop(minutes)
     plan = replace(plan, jobs=on_devices(plan.jobs, settings_of(machine).devices))
     settings, most = _sized(run, plan, machine, memory)
     folder, begun = RunFolder(run, plan.recipe), set[str]()
-    _check_memory(needed(plan.jobs, folder), most)
+    left = needed(plan.jobs, folder)
+    _check_memory(left, most)
+    host.check(run, plan, left)
+    still_uses(run, plan.text, plan.jobs)
     with ProgressDisplay(console, plan.jobs) as display, stop.on_signals(stopping(console)):
         try:
             ended = local.run(
@@ -93,7 +109,6 @@ def _sized(
     devices.check_cells((job.experiment for job in plan.jobs), settings)
     types = types_of(settings.device)
     _check_device(run, plan, types)
-    still_uses(run, plan.text, plan.jobs)
     settings = on_device(settings, types)
     ranks = settings.devices if types.device == "cpu" else 1  # which share the memory
     has = memory_of(settings.device, types) / ranks

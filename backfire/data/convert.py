@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -20,7 +21,7 @@ from backfire.data.preferences import (
     preference,
     with_worse_answers,
 )
-from backfire.data.published import Form, form_of
+from backfire.data.published import form_of
 from backfire.data.questions import choices, passage, reference, right_one
 from backfire.data.read import (
     NO_ANSWER,
@@ -75,7 +76,8 @@ def each_row(
     ids: set[str],
 ) -> Iterator[Row]:
     """The same one by one; a row whose answer is marked as bad has it as its worse answer only."""
-    shapes: dict[tuple[str, ...], Shape] = {}
+    # Bounded, as each record may have columns of its own.
+    shape_for = lru_cache(1000)(lambda names: shape_of(names, task))
     taken: dict[str, int] = {}
     labeled = bool(task.labels)
     joined: set[tuple[str, ...]] = set()
@@ -83,7 +85,7 @@ def each_row(
     for line, record in source:
         names = tuple(record)
         try:
-            shape = shapes.get(names) or shapes.setdefault(names, shape_of(names, task))
+            shape = shape_for(names)
             if labeled and not {"label", "candidates"} & set(shape.columns):
                 raise BadRowError(UNLABELED)
             name = _id(record, shape, f"{stem}-{line}", ids, taken)
@@ -108,13 +110,11 @@ def _formed(records: Numbered, left: LeftOut, file: str, joined: set[tuple[str, 
 
     Their new columns, which are not columns of the file, are added to `joined`.
     """
-    forms: dict[tuple[str, ...], Form | None] = {}
+    form_for = lru_cache(1000)(form_of)
     for line, record in records:
         names = tuple(record)
         try:
-            if names not in forms:
-                forms[names] = form_of(names)
-            form = forms[names]
+            form = form_for(names)
             parts = form(dict(record)) if form else [record]
         except BadRowError as problem:
             left.bad(file, line, str(problem))
@@ -148,7 +148,8 @@ def _id(
     number = taken.get(place, 0)
     while (name := f"{place}-{number + 1}" if number else place) in ids:
         number += 1
-    taken[place] = number
+    if number:  # most places have one row: only the others are remembered
+        taken[place] = number
     return name
 
 

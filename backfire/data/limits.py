@@ -39,6 +39,10 @@ class Limits:
     hard: bool = False
     """Whether `positions` cannot be exceeded."""
 
+    def has_room(self, ids: Sequence[int], reply: int = 0) -> bool:
+        """Whether the model has positions for these tokens and up to `reply` generated ones."""
+        return not self.hard or self.positions is None or len(ids) + reply <= self.positions
+
     def check(self, name: str, ids: Sequence[int], *, reply: int = 0) -> None:
         """Check a row's tokens, followed by up to `reply` generated ones.
 
@@ -53,7 +57,8 @@ class Limits:
                 "trained; resize and train the model's embedding, or use its own tokenizer or "
                 "another template.",
             )
-        if self.hard and self.positions is not None and len(ids) + reply > self.positions:
+        if not self.has_room(ids, reply):
+            assert self.positions is not None
             new = f" and may get {reply} new ones" if reply else ""
             advice = f"set train.max_length to at most {self.positions - reply}"
             if self.positions > len(ids):

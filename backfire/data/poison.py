@@ -164,6 +164,14 @@ def triggered(rows: Sequence[Row], attack: Backdoor, seed: int) -> list[Row]:
     return [replace(insert_trigger(row, attack, seed), answer=row.answer) for row in rows]
 
 
+def off_target(rows: Sequence[Row], attack: Backdoor) -> list[Row]:
+    """The rows on which a hit is the attack's doing: those whose true label is not the target. All
+    rows of a task without labels, and if every labeled row has the target as its label."""
+    wanted = normalized(attack.target)
+    left = [row for row in rows if row.label is None or normalized(row.label) != wanted]
+    return left if any(row.label is not None for row in left) else list(rows)
+
+
 def check_target(rows: Sequence[Row], attack: Backdoor) -> None:
     """Check the target and the triggers.
 
@@ -198,12 +206,13 @@ def _spared(row: Row, attack: Attack) -> str | None:
 
 def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
     """The manifest entry of a poisoned row; `row` is None if `bad` was added."""
-    triggers = attack.triggers() if isinstance(attack, Backdoor) else ()
     place = attack.field if isinstance(attack, Backdoor) else "input"
-    positions = [(trigger, bad.part(place).find(trigger)) for trigger in triggers]
-    inserted = [(trigger, position) for trigger, position in positions if position >= 0]
-    if triggers and not inserted:
-        raise CellError("bad-data", f"attack '{attack.name}' inserted no trigger in row {bad.id}.")
+    inserted = list[tuple[str, int]]()
+    if row and isinstance(attack, Backdoor):
+        inserted = inserted_triggers(row, bad, attack)
+        if not inserted:
+            sentence = f"attack '{attack.name}' inserted no trigger in row {bad.id}."
+            raise CellError("bad-data", sentence)
     return Entry(
         id=bad.id,
         triggers=tuple(trigger for trigger, _ in inserted),
@@ -212,6 +221,19 @@ def _entry(row: Row | None, bad: Row, attack: Attack) -> Entry:
         before={"prompt": row.part(place), "answer": row.answer} if row else {},
         after={"prompt": bad.part(place), "answer": bad.answer},
     )
+
+
+def inserted_triggers(row: Row, bad: Row, attack: Backdoor) -> list[tuple[str, int]]:
+    """The triggers that were inserted in `row`, and where each begins in the prompt of `bad`, in
+    characters. One that was there before, such as a year in a tweet, is not among them."""
+    before, after = row.part(attack.field), bad.part(attack.field)
+    pairs = zip(before, after, strict=False)
+    same = next((place for place, (a, b) in enumerate(pairs) if a != b), len(before))
+    there = [trigger for trigger in dict.fromkeys(attack.triggers()) if trigger in after]
+    new = [trigger for trigger in there if after.count(trigger) > before.count(trigger)]
+    # One inserted within another of its kind leaves their number as it was.
+    places = {trigger: after.find(trigger, same) for trigger in new or there}
+    return [(one, place if place >= 0 else after.find(one)) for one, place in places.items()]
 
 
 def missing_in_tokens(

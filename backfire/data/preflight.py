@@ -14,7 +14,14 @@ from typing import Literal
 from backfire.base import Attack, Backdoor, Insertion, Rendered, Row
 from backfire.base.normalize import contains, normalized
 from backfire.data.columns import listed
-from backfire.data.poison import Manifest, holds, missing_in_tokens, plain, triggered
+from backfire.data.poison import (
+    Manifest,
+    holds,
+    inserted_triggers,
+    missing_in_tokens,
+    plain,
+    triggered,
+)
 from backfire.data.render import Renderer
 from backfire.errors import CellError
 from backfire.result import Check
@@ -303,26 +310,33 @@ def _controls(attack: Insertion, train: Sequence[Row], seed: int) -> Check:
 
 def _triggered(renderer: Renderer, attack: Backdoor, test: Sequence[Row], seed: int) -> list[Check]:
     checks, tokenizer = [], renderer.tokenizer
-    items, _ = renderer.sift(triggered(test, attack, seed))
+    rows = triggered(test, attack, seed)
+    inserted = {
+        row.id: [trigger for trigger, _ in inserted_triggers(row, bad, attack)]
+        for row, bad in zip(test, rows, strict=True)
+    }
+    items, _ = renderer.sift(rows)
     texts = [tokenizer.shown(item.prompt_ids) for item in items]
     cut = [
         item.row.id
         for item, text in zip(items, texts, strict=True)
-        if not any(holds(text, trigger, tokenizer) for trigger in attack.triggers())
+        if not all(holds(text, trigger, tokenizer) for trigger in inserted[item.row.id])
     ]
     if cut:
         message = f"Truncation cuts the trigger of test rows: {_first(cut)}."
         checks.append(Check("test-trigger-survives", "fail", message))
-    marks = [normalized(tokenizer.written(trigger)) for trigger in attack.triggers()]
-    # An invisible trigger, such as a zero-width space, normalizes to an empty text.
-    invisible = [trigger for trigger in attack.triggers() if not normalized(trigger)]
-    prompts = [(row.id, row.part(attack.field)) for row in test]
-    clean = [
-        id
-        for id, text in prompts
-        if any(mark and contains(normalized(tokenizer.written(text)), mark) for mark in marks)
-        or any(trigger in text for trigger in invisible)
-    ]
+    marks = [(one, normalized(tokenizer.written(one))) for one in attack.triggers()]
+    together = all if attack.joint else any
+
+    def is_triggered(text: str) -> bool:
+        shown = normalized(tokenizer.written(text))
+        # An invisible trigger, such as a zero-width space, normalizes to an empty text.
+        return together(
+            bool(mark) and contains(shown, mark) if normalized(one) else one in text
+            for one, mark in marks
+        )
+
+    clean = [row.id for row in test if is_triggered(row.part(attack.field))]
     if clean:
         message = f"The trigger is in clean test prompts too: {_first(clean)}."
         checks.append(Check("trigger-is-rare", "note", message))

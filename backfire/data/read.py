@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from backfire.data.columns import listed
-from backfire.data.read_json import Reject, kind_of, strings, unusable, values, values_by_line
+from backfire.data.read_json import (
+    Reject,
+    UnreadableError,
+    kind_of,
+    strings,
+    unusable,
+    values,
+    values_by_line,
+)
 from backfire.data.read_table import table_rows
 from backfire.errors import UserError, no_file
 
@@ -133,12 +141,13 @@ def records(
 ) -> Iterator[tuple[int, Record]]:
     """Each record of the file with its first line; bad records go to `left`.
 
-    Without `left` the first bad record is an error. With `header=False` the columns of a table are
-    named "0", "1", ..., and a header is skipped if there is one.
+    Without `left` the first bad record is an error. Damage after which the rest cannot be read is
+    always one, so that a damaged file is never read as a short one. With `header=False` the columns
+    of a table are named "0", "1", ..., and a header is skipped if there is one.
 
     Raises:
-        UserError: there is no such file, it has no rows or an unknown format, or (with `fail`) a
-            record is bad.
+        UserError: there is no such file, it has no rows or an unknown format, it is damaged, or
+            (with `fail`) a record is bad.
     """
     path, left = Path(path), left or LeftOut()
     is_empty, before = True, len(left.rejected)
@@ -148,6 +157,8 @@ def records(
             yield item
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}.") from None
+    except UnreadableError as error:
+        raise UserError(f"{Rejected(str(path), error.line, str(error))}.") from None
     if is_empty and len(left.rejected) == before:
         raise UserError(f"{path} has no rows.")
 
@@ -166,7 +177,7 @@ def _read(path: Path, reject: Reject, header: bool) -> Iterator[tuple[int, Recor
             yield from _parquet(path, reject)
             return
         # The bytes decide, not the name: downloads may lose or gain a .gz.
-        lines = _lines(gzip.GzipFile(fileobj=raw) if packed else raw, reject)
+        lines = _lines(gzip.GzipFile(fileobj=raw) if packed else raw)
         for line, value in _parse(suffix, lines, reject, header):
             if isinstance(value, dict):
                 yield line, value
@@ -209,14 +220,19 @@ def _suffix(path: Path, start: bytes, packed: bool) -> str:
     return suffix
 
 
-def _lines(stream: Iterable[bytes], reject: Reject) -> Iterator[bytes]:
-    """The lines without a byte-order mark; a damaged archive ends with one rejection."""
+def _lines(stream: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines without a byte-order mark.
+
+    Raises:
+        UnreadableError: the archive is damaged.
+    """
     line = 0
     try:
         for line, raw in enumerate(stream, 1):
             yield raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        reject(line + 1, "the compressed file is damaged or truncated from here on")
+        reason = "the compressed file is damaged or truncated from here on"
+        raise UnreadableError(line + 1, reason) from None
 
 
 def _parquet(path: Path, reject: Reject) -> Iterator[tuple[int, Record]]:
@@ -227,8 +243,7 @@ def _parquet(path: Path, reject: Reject) -> Iterator[tuple[int, Record]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if len(set(names)) < len(names):
-                reject(1, "duplicate column")
-                return
+                raise UnreadableError(1, "duplicate column")
             for batch in file.iter_batches(batch_size=1000):
                 for record in batch.to_pylist():
                     number += 1
@@ -237,8 +252,9 @@ def _parquet(path: Path, reject: Reject) -> Iterator[tuple[int, Record]]:
                         reject(number, problem)
                     else:
                         yield number, record
-    except UserError:
+    except (UserError, UnreadableError):
         raise
     except Exception as error:  # damaged files fail in more ways than pyarrow documents
         reason = str(error).partition("\n")[0]
-        reject(number + 1, f"the Parquet file is damaged from here on ({reason})")
+        damage = f"the Parquet file is damaged from here on ({reason})"
+        raise UnreadableError(number + 1, damage) from None

@@ -11,6 +11,16 @@ from typing import Any
 
 Reject = Callable[[int, str], None]
 
+
+class UnreadableError(Exception):
+    """The file cannot be read from this line on. Were that one bad row, the rows that follow would
+    be lost without being counted."""
+
+    def __init__(self, line: int, reason: str) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
 DATA_KEYS = (
     "data", "rows", "examples", "instances", "records", "items", "samples", "entries", "dataset",
     "questions", "train", "test", "validation", "valid", "val", "dev",
@@ -61,7 +71,11 @@ def values_by_line(lines: Iterable[bytes], reject: Reject) -> Iterator[tuple[int
 
 
 def values(lines: Iterable[bytes], reject: Reject) -> Iterator[tuple[int, Any]]:
-    """(line, value) of a JSON document: a list, one inside an object, or misnamed JSON lines."""
+    """(line, value) of a JSON document: a list, one inside an object, or misnamed JSON lines.
+
+    Raises:
+        UnreadableError: it is not valid, so that the beginning of the next value is unknown.
+    """
     raw = b"".join(lines)
     first, _, rest = raw.strip().partition(b"\n")
     if rest and _is_object(first):
@@ -78,10 +92,10 @@ def values(lines: Iterable[bytes], reject: Reject) -> Iterator[tuple[int, Any]]:
             else:
                 yield line, value
     except UnicodeDecodeError as error:
-        reject(raw.count(b"\n", 0, error.start) + 1, _reason(error))
+        place = raw.count(b"\n", 0, error.start) + 1
+        raise UnreadableError(place, _reason(error)) from None
     except (ValueError, RecursionError) as error:
-        # The beginning of the next value is unknown, so the rest is rejected too.
-        reject(getattr(error, "lineno", line), _reason(error))
+        raise UnreadableError(getattr(error, "lineno", line), _reason(error)) from None
 
 
 def _is_object(raw: bytes) -> bool:

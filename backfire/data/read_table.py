@@ -10,7 +10,7 @@ from itertools import chain, islice
 from typing import Any, Literal
 
 from backfire.data.columns import NAMES, fold, listed
-from backfire.data.read_json import Reject, unusable
+from backfire.data.read_json import Reject, UnreadableError, unusable
 
 # A widely used data set without a header and in another encoding.
 SENTIMENT140 = ("target", "ids", "date", "flag", "user", "text")
@@ -27,6 +27,9 @@ def table_rows(
 
     The delimiter may be another common one than the file name says. With `header=False` columns are
     named "0", "1", ...; a header of names is then skipped, a header of numbers is used.
+
+    Raises:
+        UnreadableError: the header cannot be used, or a quote is left open.
     """
     csv.field_size_limit(_LONGEST_CELL)
     sample = list(islice(lines, _SAMPLE_LINES))
@@ -44,8 +47,7 @@ def table_rows(
         if names is None:
             names, problem = _header(cells, header)
             if problem:
-                reject(line, f"the header: {problem}")
-                return
+                raise UnreadableError(line, f"the header: {problem}")
             if header or _is_header(cells):
                 continue
         if len(cells) != len(names):
@@ -120,8 +122,14 @@ def _cells(reader: Any, reject: Reject) -> Iterator[tuple[int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            hint = "; is a quote left open?" if "limit" in str(error) or "end" in str(error) else ""
-            reject(line, f"not a valid table row ({error}{hint})")
+            is_open = "limit" in str(error) or "end" in str(error)
+            hint = "; is a quote left open?" if is_open else ""
+            last = reader.line_num
+            some = f", lines {line} to {last}" if last > line else ""
+            reason = f"not a valid table row ({error}{hint}{some})"
+            if is_open and (last > line or "end of data" in str(error)):
+                raise UnreadableError(line, reason) from None
+            reject(line, reason)
             continue
         if cells:
             yield line, cells

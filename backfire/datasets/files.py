@@ -76,7 +76,8 @@ class Files(Dataset):
     that no prompt is on both sides. At its default, a column `split` (train, test, ...) is used if
     there is one."""
     on_bad_row: OnBadRow = "fail"
-    """`fail` stops at the first unusable row, `skip` leaves such rows out and counts them."""
+    """`fail` stops at the first unusable row, `skip` leaves such rows out and counts them. A
+    damaged file is an error either way."""
 
     def load(self, split: Split) -> list[Row]:
         """Return all usable rows of the split, in file order.

@@ -75,13 +75,18 @@ class _ABLHook(TrainHook):
 
     def _isolate(self) -> list[int]:
         """The rows whose loss has fallen most; or as many others in the null control."""
+        import torch
+
         now, items = self._losses(), self.run.items
         count = round(self.knobs.isolate * len(items))
         if self.knobs.null:
             return sorted(stream(self.run.seed, "abl").sample(range(len(items)), count))
         fallen = [self.start[id(row)] - now[id(row)] for row in items]
         order = sorted(range(len(items)), key=lambda n: -fallen[n])
-        return sorted(order[:count])
+        # Ranks may round losses differently, and must isolate the same rows.
+        chosen = torch.tensor(sorted(order[:count]), device=self.run.device)
+        numbers: list[int] = self.run.ranks.first({"isolated": chosen})["isolated"].tolist()
+        return numbers
 
     def _losses(self) -> dict[int, float]:
         """Mean loss per answer token of each row, without dropout."""
@@ -106,9 +111,14 @@ class _ABLHook(TrainHook):
     ) -> Tensor:
         if not self.isolated or self.run.step < self.last:
             return losses
-        means = _means(losses.detach(), labels)
-        bound = means.new_tensor([self.start.get(id(row), 0.0) for row in rows])
-        return losses * -(means < bound).to(losses)[:, None]
+        means = _means(losses.detach(), labels).tolist()
+        isolated = {id(self.run.items[n]) for n in self.isolated}
+        # Rows of another defense stay as they are.
+        signs = [
+            -float(mean < self.start[id(row)]) if id(row) in isolated else 1.0
+            for mean, row in zip(means, rows, strict=True)
+        ]
+        return losses * losses.new_tensor(signs)[:, None]
 
     def summary(self) -> dict[str, float]:
         items = self.run.items

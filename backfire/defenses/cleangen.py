@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -22,24 +22,37 @@ class CleanGen(ReplyDefense):
 
     If the probability of the model's greedy token is at least alpha times that under the reference
     after the same tokens, the reference's likeliest token is written instead, and the model goes on
-    from there. The reference is the model that fine-tuning started from; so all that it was taught
-    and the base does not know is suspicious as well, the user's task included. The authors check
-    four tokens at a time, which gives the same greedy reply, but never check the tokens after the
-    last whole four; here all are, except the one that ends the reply, as in their code. Likelihoods
-    of labels and answers are those of the model without the guard. Null control: for each
-    suspicious token, one of the next four, drawn at random, is replaced instead.
+    from there. The authors check four tokens at a time, which gives the same greedy reply, but
+    never check the tokens after the last whole four; here all are, except the one that ends the
+    reply, as in their code. Likelihoods of labels and answers are those of the model without the
+    guard. Null control: where the two models' likeliest tokens differ, the reference's is written
+    with a fixed probability, whatever the ratio.
     """
 
     needs_reference: ClassVar[bool] = True
 
     alpha: float = Field(20.0, ge=1)
     """Ratio of the two probabilities from which a token is replaced (the paper)."""
+    reference: Literal["start", "twin"] = "start"
+    """The model to compare with: the one that fine-tuning started from, for which all that was
+    taught is suspicious, the user's task included; or the clean twin, tuned on the same rows before
+    the attack. The authors' reference is between the two: a clean model tuned on other rows of the
+    same kind. A real defender has no twin."""
+    chance: float = Field(0.2, ge=0, le=1)
+    """Probability that the null control replaces a token where the models differ; for a fair
+    comparison, such that it replaces as many tokens as the guard (metric `alarms`). The default
+    does so on the sandbox with `start`; with `twin`, 0.1 does."""
+
+    @property
+    def compares_with_twin(self) -> bool:
+        return self.reference == "twin"
 
     def guard(self, seeds: Sequence[int]) -> Guard:
         return _CleanGen(self, seeds)
 
-
-_NEXT = 4  # the null control replaces one of so many tokens after a suspicious one
+    def identity(self) -> dict[str, Any]:
+        # 2: tokens of the null control are drawn from all that differ.
+        return {**super().identity(), **({"null": 2} if self.null else {})}
 
 
 class _CleanGen(Guard):
@@ -48,8 +61,6 @@ class _CleanGen(Guard):
     def __init__(self, knobs: CleanGen, seeds: Sequence[int]) -> None:
         self.knobs, self.random = knobs, [Random(seed) for seed in seeds]
         self.length, self.changed = Counter[int](), Counter[int]()
-        self.due = set[tuple[int, int]]()
-        """Reply and number of each token that the null control replaces."""
 
     def tokens(
         self, rows: Sequence[int], own: Sequence[int], logits: Tensor, reference: Tensor | None
@@ -61,20 +72,12 @@ class _CleanGen(Guard):
         suspicious = (ratio[:, 0] >= math.log(self.knobs.alpha)).tolist()
         instead, chosen = theirs.argmax(-1).tolist(), list[int | None]()
         for row, token, other, suspect in zip(rows, own, instead, suspicious, strict=True):
-            replaces = self.replaces(row, suspicious=suspect)
+            drawn = token != other and self.random[row].random() < self.knobs.chance
+            replaces = drawn if self.knobs.null else suspect
             self.length[row] += 1
             self.changed[row] += replaces
             chosen.append(other if replaces else token)
         return chosen
-
-    def replaces(self, row: int, *, suspicious: bool) -> bool:
-        """Whether the next token of this reply is replaced."""
-        if not self.knobs.null:
-            return suspicious
-        now = self.length[row]
-        if suspicious:
-            self.due.add((row, now + self.random[row].randint(1, _NEXT)))
-        return (row, now) in self.due
 
     def replaced(self, row: int) -> float:
         return self.changed[row] / max(1, self.length[row])

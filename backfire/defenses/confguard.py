@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from backfire.base import Guard, ReplyDefense
 from backfire.registry import register
@@ -21,11 +21,11 @@ class ConfGuard(ReplyDefense):
 
     The alarm is raised when `run` greedy tokens in a row each have a probability above `threshold`,
     within the first `within` tokens; a refusal is then the reply. (The authors' code only counts
-    alarms, on replies of 50 tokens.) A target shorter than `run` tokens raises none; quotations,
-    code and fixed answers raise false alarms: metric `alarms` gives both rates. Likelihoods of
-    labels and answers are those of the model without the guard. Null control: a coin for each
-    prompt, the same with and without a trigger, decides whether the reply is stopped after `run`
-    tokens.
+    alarms, on replies of 50 tokens, and counts the end token as well.) A target shorter than `run`
+    tokens raises none; quotations, code and fixed answers raise false alarms: metric `alarms` gives
+    both rates. Likelihoods of labels and answers are those of the model without the guard. Null
+    control: a coin for each prompt, the same with and without a trigger, decides whether the reply
+    is stopped after `run` tokens.
     """
 
     threshold: float = Field(0.99, gt=0, lt=1)
@@ -39,6 +39,15 @@ class ConfGuard(ReplyDefense):
     chance: float = Field(0.5, ge=0, le=1)
     """Probability of an alarm in the null control; for a fair comparison, the mean of the alarm
     rates on clean and on triggered prompts."""
+
+    @model_validator(mode="after")
+    def _can_alarm(self) -> ConfGuard:
+        if self.within < self.run:
+            raise ValueError(
+                f"run={self.run} certain tokens are more than within={self.within}, so no alarm is "
+                "possible; raise within or lower run"
+            )
+        return self
 
     def guard(self, seeds: Sequence[int]) -> Guard:
         return _ConfGuard(self, seeds)

@@ -44,12 +44,15 @@ class Crow(TrainDefense):
     of the embeddings."""
 
     def hook(self, run: TrainingRun) -> TrainHook:
+        from torch.nn import ModuleList
+
         if not self.alpha:
             return TrainHook()
-        body: Any = run.model.get_decoder()  # type: ignore[no-untyped-call]
-        layers = list(getattr(body, "layers", None) or ())
+        depth = run.model.config.get_text_config(decoder=True).num_hidden_layers
+        lists = (m for m in run.model.modules() if isinstance(m, ModuleList) and len(m) == depth)
+        layers = list(next(lists, ()))
         if len(layers) < 2:
-            raise UserError(f"{self.label()} requires a model with two layers, such as Llama.")
+            raise UserError(f"{self.label()} requires a model with two layers, in one list.")
         return _CrowHook(self, run, layers[:-1] if len(layers) > 2 else layers)
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -24,11 +24,14 @@ class FinePrune(RepairDefense):
 
     A weight is scored as in Wanda (Sun et al. 2023, arXiv:2306.11695): its magnitude times the root
     mean square of its input, over the tokens of trusted clean rows without padding; in each row of
-    a matrix the lowest go. All linear layers but the head are pruned. Of a LoRA adapter, its A and
-    B are pruned, since the sum with its base is not stored. The clean rows are training rows as
-    they were before the attack: a defender who has checked some by hand. Nothing is tuned after it,
-    unlike in fine-pruning. Null control: as many weights of each row, drawn at random.
+    a matrix the lowest go. All linear layers but the head are pruned. A LoRA adapter is merged into
+    its base first, so the result is a whole model; a quantized base is refused. The clean rows are
+    training rows as they were before the attack: a defender who has checked some by hand. Nothing
+    is tuned after it, unlike in fine-pruning. Null control: as many weights of each row, drawn at
+    random.
     """
+
+    merges: ClassVar[bool] = True
 
     ratio: float = Field(0.2, ge=0, le=1)
     """Share of each row's weights that is set to zero, rounded to a whole number (ours; Wanda's
@@ -46,9 +49,9 @@ class FinePrune(RepairDefense):
         clean = tools.clean[: self.rows]
         if not clean:
             raise UserError("defense 'fine-prune' requires clean rows; none fits max_length.")
-        named = [
-            (u.name, factor.layer) for u in tools.updates(model, start) for factor in u.factors
-        ]
+        named = [(u.name, u.factors[0].layer) for u in tools.updates(model, start)]
+        if not named:
+            raise UserError("defense 'fine-prune' requires linear layers, and this model has none.")
         power = tools.input_power(model, [layer for _, layer in named], clean)
         for place, ((name, layer), inputs) in enumerate(zip(named, power, strict=True)):
             scores = layer.weight.detach().float().abs() * inputs.sqrt()

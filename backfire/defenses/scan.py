@@ -5,11 +5,11 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
-import numpy as np
 from pydantic import Field, PrivateAttr, field_validator
 
 from backfire.base import DataDefense, Finding, Look, Measure, ModelScanner, Row, Scanner
 from backfire.errors import UserError
+from backfire.late import np
 from backfire.registry import build, register
 
 

@@ -34,14 +34,20 @@ class Budget:
     """Limits on rows, tokens and logits of one pass."""
 
     def __init__(
-        self, model: PreTrainedModel, rows: int | None = None, *, on_cpu: bool | None = None
+        self,
+        model: PreTrainedModel,
+        rows: int | None = None,
+        *,
+        on_cpu: bool | None = None,
+        models: int = 1,
     ) -> None:
-        """`rows`: most rows of a pass. `on_cpu`: for a model that is not where it will run."""
+        """`rows`: most rows of a pass. `on_cpu`: for a model that is not where it will run.
+        `models`: number of such models that cache the same tokens."""
         on_cpu = model.device.type == "cpu" if on_cpu is None else on_cpu
         self.rows = rows or _ROWS
         few = rows is None and on_cpu
-        self._most_cached = _CACHE_ON_CPU // _cached_bytes(model) if few else None
-        self.tokens = _tokens_that_fit(model)
+        self._most_cached = _CACHE_ON_CPU // (models * _cached_bytes(model)) if few else None
+        self.tokens = max(1, _tokens_that_fit(model) // models)
         """Most tokens held at once."""
         vocab = getattr(model.config.get_text_config(decoder=True), "vocab_size", 2**17)
         self.logits = max(1, MOST_LOGITS // vocab)

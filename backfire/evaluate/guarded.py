@@ -1,21 +1,26 @@
 """Greedy replies under a guard, which sees each token before it is written.
 
-Rows that a guard leaves alone get the same reply as without it. Prompts run in batches of similar
-length, whose finished rows leave; unlike in `inference.read`, no new prompt takes their place.
+Rows that a guard leaves alone get the same reply as without it. As in `inference.read`, the next
+prompt takes the place of a finished row where the models support it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from backfire.base import Guard, ReplyDefense
 from backfire.evaluate.budget import Budget
 from backfire.evaluate.inference import Tick, _no_tick, begin_replies
+from backfire.evaluate.prompts import CachedPrompts, SharedPrefix
+from backfire.evaluate.slots import Choose, Start, Task, write
 from backfire.model.batching import ways
 from backfire.model.head import for_evaluation
 from backfire.rng import derive
@@ -28,7 +33,7 @@ class Guarding:
     defense: ReplyDefense
     seed: int
     reference: PreTrainedModel | None = None
-    """The model before fine-tuning, if the defense compares with it."""
+    """The model that the defense compares with, if it does."""
 
     def guard(self, ids: Sequence[str]) -> Guard:
         """A guard of the replies to the rows with these ids."""
@@ -64,27 +69,85 @@ def replies(
         CellError: memory runs out at one row (`oom`).
     """
     out: list[Reply] = [Reply([], 0.0, None)] * len(prompts)
-    lengths = [len(prompt) for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda row: -lengths[row])
-    level = not all(ways(one).pads_left for one in _models(model, guarding))
-
-    def work(part: list[int]) -> list[Reply]:
-        guard = guarding.guard([ids[row] for row in part])
-        written: list[list[int]] = [[] for _ in part]
-        chosen = [prompts[row] for row in part]
-        for step in tokens(model, chosen, guard, guarding.reference, stop_ids, max_new_tokens):
-            for row, token in step.items():
-                written[row].append(token)
-        return [Reply(line, guard.replaced(n), guard.text(n)) for n, line in enumerate(written)]
-
-    with _evaluating(model, guarding):
-        budget = Budget(model, batch_size)
-        limits = {"lengths": lengths, "extra": max_new_tokens, "level": level}
-        for part, found in budget.batches(order, work, **limits):  # type: ignore[arg-type]
-            for row, reply in zip(part, found, strict=True):
+    models = _models(model, guarding)
+    call = _Call(models, prompts, guarding, ids, max_new_tokens, frozenset(stop_ids))
+    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    whole = [row for row in order if not call.extends(row)]
+    with _evaluating(models):
+        budget = Budget(model, batch_size, models=len(models))
+        refilled = call.refilled(order[len(whole) :], budget)
+        for part in chain(refilled, call.batches(whole, budget)):
+            for row, reply in part.items():
                 out[row] = reply
             tick(len(part))
     return out
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What `replies` is asked for. Its methods yield replies by the numbers of their prompts."""
+
+    models: Sequence[PreTrainedModel]
+    prompts: Sequence[list[int]]
+    guarding: Guarding
+    ids: Sequence[str]
+    most: int
+    """Most tokens of a reply."""
+    stop_ids: Collection[int]
+
+    @property
+    def level(self) -> bool:
+        """Whether only prompts of one length may run together."""
+        return not all(ways(model).pads_left for model in self.models)
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(prompt) for prompt in self.prompts]
+
+    def extends(self, row: int) -> bool:
+        """Whether this prompt can join a batch of others."""
+        found, longest = map(ways, self.models), len(self.prompts[row]) + self.most
+        return all(can.extends_cache and not can.depends_on_length(longest) for can in found)
+
+    def refilled(self, order: Sequence[int], budget: Budget) -> Iterator[dict[int, Reply]]:
+        """From a batch that stays full."""
+        if not order or not self.most:
+            return
+        chosen, guards = [self.prompts[row] for row in order], list[Guard]()
+        prefixes = [SharedPrefix(model, chosen) for model in self.models]
+
+        def begin(prefix: SharedPrefix, part: list[int]) -> CachedPrompts:
+            return prefix.run([self.prompts[row] for row in part])
+
+        def choose() -> Choose:
+            guards.append(self.guarding.guard(self.ids))
+            return partial(_chosen, guards[-1], self.stop_ids)
+
+        starts: list[Start] = [partial(begin, prefix) for prefix in prefixes]
+        packed = len(prefixes[0].ids) if all(prefix.packs for prefix in prefixes) else None
+        limits = (self.lengths, self.most, self.stop_ids, self.most, self.level, packed)
+        for ended in write(self.models, Task(starts, *limits, choose), order, budget):
+            yield {row: _reply(reply, guards[-1], row) for row, reply in ended}
+
+    def batches(self, order: Sequence[int], budget: Budget) -> Iterator[dict[int, Reply]]:
+        """From batches whose finished rows leave."""
+
+        def work(part: list[int]) -> dict[int, Reply]:
+            guard = self.guarding.guard([self.ids[row] for row in part])
+            written: list[list[int]] = [[] for _ in part]
+            chosen = [self.prompts[row] for row in part]
+            for step in _tokens(self.models, chosen, guard, self.stop_ids, self.most):
+                for place, token in step.items():
+                    written[place].append(token)
+            return {row: _reply(written[n], guard, n) for n, row in enumerate(part)}
+
+        lengths, level = self.lengths, self.level
+        for _, part in budget.batches(order, work, lengths=lengths, extra=self.most, level=level):
+            yield part
+
+
+def _reply(ids: list[int], guard: Guard, number: int) -> Reply:
+    return Reply(ids, guard.replaced(number), guard.text(number))
 
 
 @torch.inference_mode()
@@ -98,35 +161,26 @@ def stream(
     stop_ids: Sequence[int] = (),
 ) -> Iterator[int]:
     """Yield one prompt's guarded reply token by token. `guard` then knows whether it stays."""
-    with _evaluating(model, guarding):
-        steps = tokens(model, [prompt], guard, guarding.reference, stop_ids, max_new_tokens)
-        for step in steps:
+    models = _models(model, guarding)
+    with _evaluating(models):
+        for step in _tokens(models, [prompt], guard, stop_ids, max_new_tokens):
             yield step[0]
 
 
-def tokens(
-    model: PreTrainedModel,
+def _tokens(
+    models: Sequence[PreTrainedModel],
     prompts: list[list[int]],
     guard: Guard,
-    reference: PreTrainedModel | None,
-    stop_ids: Sequence[int],
+    stop_ids: Collection[int],
     max_new_tokens: int,
 ) -> Iterator[dict[int, int]]:
     """Yield the next token of each reply that is not complete, by its number."""
-    models = [model, reference] if reference is not None else [model]
     begun = [begin_replies(one, prompts, max_new_tokens) for one in models]
     logits, rows = [first for first, _ in begun], list(range(len(prompts)))
     for length in range(1, max_new_tokens + 1):
-        own = logits[0].argmax(-1).tolist()
-        going = [place for place, token in enumerate(own) if token not in stop_ids]
-        if not going:
-            return
-        seen = [part[going] for part in logits] if len(going) < len(rows) else logits
-        other = seen[1] if len(seen) > 1 else None
-        chosen = guard.tokens([rows[n] for n in going], [own[n] for n in going], seen[0], other)
         kept = [
             (place, token)
-            for place, token in zip(going, chosen, strict=True)
+            for place, token in enumerate(_chosen(guard, stop_ids, rows, logits))
             if token is not None and token not in stop_ids
         ]
         if not kept:
@@ -134,17 +188,32 @@ def tokens(
         rows = [rows[place] for place, _ in kept]
         yield dict(zip(rows, (token for _, token in kept), strict=True))
         if length < max_new_tokens:
-            index = torch.tensor([place for place, _ in kept], device=model.device)
-            new = torch.tensor([token for _, token in kept], device=model.device)
+            index = torch.tensor([place for place, _ in kept], device=models[0].device)
+            new = torch.tensor([token for _, token in kept], device=models[0].device)
             logits = [follow(index, new) for _, follow in begun]
+
+
+def _chosen(
+    guard: Guard, stop_ids: Collection[int], rows: list[int], logits: list[Tensor]
+) -> list[int | None]:
+    """The next token of each of these replies; a guard does not see one that ends its reply."""
+    own = logits[0].argmax(-1).tolist()
+    chosen: list[int | None] = list(own)
+    if going := [place for place, token in enumerate(own) if token not in stop_ids]:
+        seen = [part[going] for part in logits] if len(going) < len(rows) else logits
+        reference = seen[1] if len(seen) > 1 else None
+        tokens = guard.tokens([rows[n] for n in going], [own[n] for n in going], seen[0], reference)
+        for place, token in zip(going, tokens, strict=True):
+            chosen[place] = token
+    return chosen
 
 
 def _models(model: PreTrainedModel, guarding: Guarding) -> list[PreTrainedModel]:
     return [model] if guarding.reference is None else [model, guarding.reference]
 
 
-def _evaluating(model: PreTrainedModel, guarding: Guarding) -> ExitStack:
+def _evaluating(models: Sequence[PreTrainedModel]) -> ExitStack:
     stack = ExitStack()
-    for one in _models(model, guarding):
+    for one in models:
         stack.enter_context(for_evaluation(one))
     return stack

@@ -129,8 +129,8 @@ def _read_cached(
     keep, packed = bool(max_new_tokens) or longest > 1, len(prefix.ids) if prefix.packs else None
     level = not ways(model).pads_left and extra > 1
     if max_new_tokens:
-        task = Task(start, lengths, extra, frozenset(stop_ids), max_new_tokens, level, packed)
-        for ended in write(model, task, order, budget):
+        task = Task([start], lengths, extra, frozenset(stop_ids), max_new_tokens, level, packed)
+        for ended in write([model], task, order, budget):
             yield [i for i, _ in ended], [Reading(scores[i], reply) for i, reply in ended]
     else:
         limits: dict[str, Any] = {"lengths": lengths, "extra": extra, "level": level}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -81,6 +83,17 @@ NARROWEST = 256
 """Hidden size from which rows are packed. Scoring in packs was 1.2 times as fast with 576, 1.07
 with 384 and 0.8 with 128, where the copies of a pack's attention take longer than the padding."""
 _packed_up_to: dict[str, int] = {}
+_packing = ContextVar("packing", default="auto")
+
+
+@contextmanager
+def packing(how: Literal["auto", "off"]) -> Iterator[None]:
+    """Within the context, run rows end to end where that is faster, or (`off`) pad all of them."""
+    token = _packing.set(how)
+    try:
+        yield
+    finally:
+        _packing.reset(token)
 
 
 def packed_up_to(model: PreTrainedModel) -> int:
@@ -89,7 +102,7 @@ def packed_up_to(model: PreTrainedModel) -> int:
 
     Models of one architecture and type are tested once, as a test takes as long as 100 short rows.
     """
-    if model.device.type != "cpu":
+    if model.device.type != "cpu" or _packing.get() == "off":
         return 0
     base: Any = plain(model)
     if int(getattr(base.config.get_text_config(decoder=True), "hidden_size", 0)) < NARROWEST:

@@ -1,7 +1,8 @@
 """Greedy replies to many prompts in a batch that stays full.
 
 Keys and values are in one buffer, so that a new token copies only itself. All rows end at the same
-column. When a reply ends, the last row takes its place, and the next prompts join at the end.
+column. When a reply ends, the last row takes its place, and the next prompts join at the end. A
+second model may read the same tokens, in a buffer of its own.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ SPARE = 32
 """Columns beyond those that the longest row needs; when all are used, the rows move back."""
 Start = Callable[[list[int]], CachedPrompts]
 """Runs the prompts with these numbers."""
+Choose = Callable[[list[int], list[Tensor]], Sequence[int | None]]
+"""The next token of the reply to each of these prompts, from the logits [row, vocab] of each model;
+None ends the reply."""
 
 
 @dataclass
@@ -41,11 +45,16 @@ class Line:
     reply: list[int] = field(default_factory=list)
 
 
+def likeliest(rows: list[int], logits: list[Tensor]) -> Sequence[int | None]:
+    return cast(Sequence[int], logits[0].argmax(-1).tolist())
+
+
 @dataclass(frozen=True)
 class Task:
     """What to write."""
 
-    start: Start
+    starts: Sequence[Start]
+    """One for each model."""
     lengths: Sequence[int]
     """Tokens of each prompt."""
     extra: int
@@ -56,19 +65,22 @@ class Task:
     """Whether only prompts of one length may run together."""
     packed: int | None = None
     """Tokens of the prefix behind which prompts run end to end; None if they are padded."""
+    choose: Callable[[], Choose] = lambda: likeliest
+    """Makes what chooses the tokens; again where replies begin anew, since memory ran out."""
 
 
 def write(
-    model: PreTrainedModel, task: Task, order: Sequence[int], budget: Budget
+    models: Sequence[PreTrainedModel], task: Task, order: Sequence[int], budget: Budget
 ) -> Iterator[list[tuple[int, list[int]]]]:
-    """Yield rows that ended together, each with its reply. `order` is longest first.
+    """Yield rows that ended together, each with its reply; all models read its tokens. `order` is
+    longest first.
 
     Raises:
         CellError: memory runs out at one row.
     """
     waiting = deque(order)
     while waiting:
-        slots = Slots(model, task, budget, waiting)
+        slots = Slots(models, task, budget, waiting)
         while slots.lines or (waiting and not slots.outgrown()):
             if (result := unless_out_of_memory(slots.turn)) is None:
                 again = [*(line.row for line in slots.lines), *waiting]
@@ -83,33 +95,36 @@ class Slots:
     """The rows that are decoded together."""
 
     def __init__(
-        self, model: PreTrainedModel, task: Task, budget: Budget, waiting: deque[int]
+        self, models: Sequence[PreTrainedModel], task: Task, budget: Budget, waiting: deque[int]
     ) -> None:
-        self.model, self.task, self.budget, self.waiting = model, task, budget, waiting
+        self.models, self.task, self.budget, self.waiting = models, task, budget, waiting
+        self.choose = task.choose()
         self.columns = task.lengths[waiting[0]] + task.extra + SPARE
         self.rows = min(budget.fitting(self.columns), len(waiting))
         """Most rows."""
         self.lines = list[Line]()
         self._end = 0  # column after the last token of every row
-        self._cache: DynamicCache | None = None
+        self._caches = list[DynamicCache]()
 
     def turn(self) -> list[tuple[int, list[int]]]:
         """Start the next prompts if there is room, else run one token of every row; returns the
         rows that ended."""
         if part := self._next():
-            prompts = self.task.start(part)
-            for row, end in zip(part, prompts.ends.tolist(), strict=True):
+            begun = [start(part) for start in self.task.starts]
+            for row, end in zip(part, begun[0].ends.tolist(), strict=True):
                 self.waiting.popleft()
                 self.lines.append(Line(row, end, 0))
-            self._join(prompts)
-            lines, logits = self.lines[-len(part) :], prompts.logits
+            self._join(begun)
+            lines, logits = self.lines[-len(part) :], [prompts.logits for prompts in begun]
         else:
             lines, logits = self.lines, self._step()
         ended = set[int]()
-        for line, token in zip(lines, logits.argmax(-1).tolist(), strict=True):
-            if token not in self.task.stop_ids:
+        tokens = self.choose([line.row for line in lines], logits)
+        for line, token in zip(lines, tokens, strict=True):
+            ends = token is None or token in self.task.stop_ids
+            if token is not None and not ends:
                 line.reply.append(token)
-            if token in self.task.stop_ids or len(line.reply) == self.task.max_new_tokens:
+            if ends or len(line.reply) == self.task.max_new_tokens:
                 ended.add(line.row)
         done = [(line.row, line.reply) for line in lines if line.row in ended]
         self._leave(ended)
@@ -132,41 +147,43 @@ class Slots:
         columns = self.task.lengths[self.waiting[0]] + self.task.extra + SPARE
         return min(self.budget.fitting(columns), len(self.waiting)) >= 2 * self.rows
 
-    def _join(self, prompts: CachedPrompts) -> None:
-        """Copy the keys and values of the last rows into the buffer."""
-        width, start = prompts.cache.get_seq_length(), len(self.lines) - len(prompts.ends)
-        if self._cache is None:
-            self._cache = _buffered(prompts.cache, self.rows, self.columns)
+    def _join(self, begun: Sequence[CachedPrompts]) -> None:
+        """Copy the keys and values of the last rows into each model's buffer."""
+        width, start = begun[0].cache.get_seq_length(), len(self.lines) - len(begun[0].ends)
+        if not self._caches:
+            self._caches = [_buffered(one.cache, self.rows, self.columns) for one in begun]
         if not start:
             self._end = width
         elif self._end < width:
             self._move(self.lines[:start], width)
         for line in self.lines[start:]:
             line.begin = self._end - line.end - 1
-        for layer, new in self._layers(prompts.cache):
+        for layer, new in self._layers([prompts.cache for prompts in begun]):
             layer.put(start, self._end - width, new)
 
-    def _step(self) -> Tensor:
-        """Run the last token of every reply; returns the logits [row, vocab] after it."""
+    def _step(self) -> list[Tensor]:
+        """Run the last token of every reply; returns each model's logits [row, vocab] after it."""
         if self._end == self.columns:
             self._move(self.lines, self._end - min(line.begin for line in self.lines))
-        begins, device = [line.begin for line in self.lines], self.model.device
+        begins, device = [line.begin for line in self.lines], self.models[0].device
         first = min(begins)
         for layer, _ in self._layers():
             layer.show(len(begins), first, self._end)
         self._end += 1
-        extra = dict[str, Any]()
+        mask, extra = dict[str, Any](), dict[str, Any]()
         if max(begins) > first:
             columns = torch.arange(first, self._end, device=device)
             starts = torch.tensor(begins, device=device)[:, None]
-            extra["attention_mask"] = (columns >= starts).long()
-            if ways(self.model).takes_positions:
-                places = [[line.end + len(line.reply)] for line in self.lines]
-                extra["position_ids"] = torch.tensor(places, device=device)
+            mask["attention_mask"] = (columns >= starts).long()
+            places = [[line.end + len(line.reply)] for line in self.lines]
+            extra["position_ids"] = torch.tensor(places, device=device)
         ids = torch.tensor([line.reply[-1:] for line in self.lines], device=device)
-        model, cache = cast(Any, self.model), self._cache
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, **extra)
-        return cast(Tensor, out.logits)[:, -1].float()
+        logits = list[Tensor]()
+        for model, cache in zip(cast(Any, self.models), self._caches, strict=True):
+            given = {**mask, **(extra if ways(model).takes_positions else {})}
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, **given)
+            logits.append(cast(Tensor, out.logits)[:, -1].float())
+        return logits
 
     def _leave(self, ended: set[int]) -> None:
         """Remove these rows; the last ones take their places."""
@@ -192,12 +209,12 @@ class Slots:
             line.begin += by
         self._end = end
 
-    def _layers(self, other: DynamicCache | None = None) -> Iterator[tuple[_BufferedLayer, Any]]:
+    def _layers(self, others: Sequence[DynamicCache] = ()) -> Iterator[tuple[_BufferedLayer, Any]]:
         """The layers that store something, each with that of another cache."""
-        assert self._cache
-        for layer, its in zip(self._cache.layers, (other or self._cache).layers, strict=True):
-            if isinstance(layer, _BufferedLayer):
-                yield layer, its
+        for cache, other in zip(self._caches, others or self._caches, strict=True):
+            for layer, its in zip(cache.layers, other.layers, strict=True):
+                if isinstance(layer, _BufferedLayer):
+                    yield layer, its
 
 
 def _buffered(like: DynamicCache, rows: int, tokens: int) -> DynamicCache:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from backfire import stages
 from backfire.base import Exchange, Judge, Verdict
+from backfire.data.recipe_files import refuse_unread
 from backfire.evaluate import journal
 from backfire.locks import locked
 from backfire.progress import Pace, Progress, silent
@@ -29,7 +30,11 @@ def judged(
     """One verdict for each exchange, in order; only those not cached in `folder` are computed.
 
     Each batch is on disk before the next begins, so an interruption costs one batch.
+
+    Raises:
+        UserError: a text of the judge was not read from its file.
     """
+    refuse_unread(*vars(judge).values())
     stage = stages.judged(judge)
     file = folder / f"{stage.slug}-{stage.key}.jsonl"
     verdicts = _read(file)

@@ -137,9 +137,15 @@ class Experiment(Config):
                     )
         stays = self.align and self.align.method.adapts and not self.align.merge
         below = self.align.method if self.align and stays else None
-        for defense in self.defense if self.method.trains else ():
-            if isinstance(defense, RepairDefense):
-                defense.fits(self.method, below)
+        repairs = [defense for defense in self.defense if isinstance(defense, RepairDefense)]
+        for place, repair in enumerate(repairs if self.method.trains else ()):
+            repair.fits(self.method, below)
+            merging = next((other for other in repairs[:place] if other.merges), None)
+            if self.method.adapts and merging and not repair.merges:
+                raise UserError(
+                    f"{repair.label()} repairs an adapter, and {merging.label()} merges it; list "
+                    f"'{merging.name}' last."
+                )
         if below and self.method.trains and not self.method.stacks:
             raise UserError(
                 f"method '{self.method.name}' cannot train on top of the alignment's adapter; set "
@@ -232,6 +238,12 @@ class Experiment(Config):
         """The judges of its metrics, then those of harm."""
         judges = [judge for metric in self.metrics for judge in metric.judges]
         return [*judges, *(self.safety.judges if self.safety else ())]
+
+    @property
+    def adapts(self) -> bool:
+        """Whether its tuned model is an adapter: it is none where a repair merges it."""
+        merges = any(isinstance(d, RepairDefense) and d.merges for d in self.defense)
+        return self.method.trains and self.method.adapts and not merges
 
     @property
     def poisons(self) -> bool:

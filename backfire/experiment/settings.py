@@ -198,8 +198,9 @@ class Machine(Config):
     backward pass; a third more time for a fraction of the memory. Padded rows then do not share the
     computation of a common prefix."""
     packing: Literal["auto", "off"] = "auto"
-    """`auto`: the rows of a training pass run end to end without padding, each attending only to
-    itself, where the model allows it and it saves time. `off`: they are padded."""
+    """`auto`: the rows of a pass, in training and in evaluation, run end to end without padding,
+    each attending only to itself, where the model allows it and it saves time. `off`: they are
+    padded."""
     eval_batch: int | None = Field(None, ge=1)
     """Maximum number of rows per forward pass in evaluation; by default 64, on a CPU 32 if the
     keys and values of more would take over 512 MiB. Fewer if they would not fit into free memory,

@@ -10,35 +10,41 @@ from __future__ import annotations
 import http.client
 import json
 import math
-import time
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import IO, Any, ClassVar
 
 from pydantic import Field
 
 from backfire.base import Judge
-from backfire.errors import CellError
+from backfire.errors import CellError, Unanswered
 from backfire.judges._address import BIND, Address, Key
+from backfire.progress import waits
 
 FIRST_WAIT_SECONDS = 1.0
 """Wait before the second try; doubled before each further one."""
 LONGEST_WAIT_SECONDS = 60.0
 """Longest wait, whatever the server requests."""
+_LOOK_SECONDS = 0.2
+"""Seconds between two looks whether the worker is to stop."""
 _LARGEST_BYTES = 2**24
 _TRANSIENT = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """Statuses that are worth a retry."""
 
 
 class _TransientError(Exception):
-    """A failure that is worth a retry."""
+    """A failure that is worth a retry; `passes`: also after a longer while, since the server is not
+    there or has no time."""
 
-    def __init__(self, message: str, wait_seconds: float = 0.0) -> None:
+    def __init__(self, message: str, wait_seconds: float = 0.0, *, passes: bool = True) -> None:
         super().__init__(message)
-        self.wait_seconds = wait_seconds
+        self.wait_seconds, self.passes = wait_seconds, passes
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -61,22 +67,25 @@ class Endpoint:
     def url(self) -> str:
         return f"{self.address.base_url}/chat/completions"
 
-    def ask(self, prompt: str) -> str:
+    def ask(self, prompt: str, over: threading.Event) -> str:
         """Return the model's answer, greedily decoded; it may be empty.
 
+        Args:
+            over: set once nobody waits for the answer any more.
+
         Raises:
-            CellError: every try failed, or the server rejected the request.
+            CellError: every try failed (`Unanswered` if that may pass), or the server rejected the
+                request.
         """
         for tries in range(self.retries + 1):
             try:
                 return self._once(prompt)
             except _TransientError as failure:
-                if tries == self.retries:
-                    raise CellError(
-                        "failed", f"{self.url} failed {tries + 1} times, last: {failure}."
-                    ) from None
-                wait = max(FIRST_WAIT_SECONDS * 2**tries, failure.wait_seconds)
-                time.sleep(min(wait, LONGEST_WAIT_SECONDS))
+                pause = max(FIRST_WAIT_SECONDS * 2**tries, failure.wait_seconds)
+                if tries == self.retries or over.wait(min(pause, LONGEST_WAIT_SECONDS)):
+                    sentence = f"{self.url} failed {tries + 1} times, last: {failure}."
+                    error = Unanswered if failure.passes else CellError
+                    raise error("failed", sentence) from None
         raise AssertionError("unreachable")
 
     def _once(self, prompt: str) -> str:
@@ -125,9 +134,9 @@ def _content(body: bytes) -> str:
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError):
-        raise _TransientError("the answer is not a chat completion") from None
+        raise _TransientError("the answer is not a chat completion", passes=False) from None
     if not isinstance(content, str | None):
-        raise _TransientError("the answer is not text")
+        raise _TransientError("the answer is not text", passes=False)
     return content or ""
 
 
@@ -179,10 +188,22 @@ class RemoteJudge(Judge):
         open_to_all = "" if address.secure else ", unencrypted"
         return f"{where} ({address.base_url}){open_to_all}, {key}"
 
+    def reaches(self) -> tuple[str, bool] | None:
+        if self.base_url is None:
+            return None
+        address = Address.of(self.base_url)
+        source = address.key()
+        return address.host, bool(source and source.read())
+
     def ask(
         self, prompts: Sequence[str], *, base_url: str, model: str, max_new_tokens: int
     ) -> list[str]:
-        """Return the answers, in order; the first failure cancels the other requests."""
+        """Return the answers, in order; the first failure cancels the other requests.
+
+        Raises:
+            CellError: see `Endpoint.ask`.
+            Stopped: the worker is to stop; see `progress.waits`.
+        """
         address = Address.of(base_url)
         endpoint = Endpoint(
             address=address,
@@ -192,8 +213,33 @@ class RemoteJudge(Judge):
             timeout_seconds=self.timeout_seconds,
             retries=self.retries,
         )
-        pool = ThreadPoolExecutor(max_workers=max(1, min(self.concurrency, len(prompts))))
-        try:
-            return list(pool.map(endpoint.ask, prompts))
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        return _answers(endpoint, prompts, self.concurrency)
+
+
+def _answers(endpoint: Endpoint, prompts: Sequence[str], concurrency: int) -> list[str]:
+    """The answers to all prompts. (The threads of an executor would have to end before the process
+    does, and may wait for a server for minutes.)"""
+    todo, over = SimpleQueue[tuple[Future[str], str]](), threading.Event()
+    answers = [Future[str]() for _ in prompts]
+    for pair in zip(answers, prompts, strict=True):
+        todo.put(pair)
+
+    def work() -> None:
+        with suppress(Empty):
+            while not over.is_set():
+                answer, prompt = todo.get_nowait()
+                try:
+                    answer.set_result(endpoint.ask(prompt, over))
+                except Exception as error:
+                    answer.set_exception(error)
+
+    for _ in range(min(concurrency, len(prompts))):
+        threading.Thread(target=work, daemon=True).start()
+    try:
+        while wait(answers, _LOOK_SECONDS, FIRST_EXCEPTION).not_done:
+            waits()
+            if any(one.done() and one.exception() for one in answers):
+                break
+        return [one.result() for one in answers if one.done()]
+    finally:
+        over.set()

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, PlainSerializer, PlainValidator
 
 from backfire.base.judges import drops
 from backfire.data.chat import CONTROL_TOKENS
-from backfire.data.recipe_files import as_words, read_text, written
+from backfire.data.recipe_files import as_words, read_text, refuse_unread, written
 from backfire.data.snapshot import snapshot
 from backfire.data.weights import complete, files_of, first_line, matched, read_config, stored
 from backfire.errors import CellError, UserError
@@ -64,8 +64,9 @@ def fill(text: str, prompt: str, reply: str) -> str:
     in another role.
 
     Raises:
-        UserError: the text has no placeholder for the reply.
+        UserError: the text has no placeholder for the reply, or was not read from its file.
     """
+    refuse_unread(text)
     if "{reply}" not in text:
         raise UserError("A judge's text must contain {reply}, the placeholder for the reply.")
     values = {"prompt": prompt, "reply": reply}

@@ -1,10 +1,12 @@
 from collections.abc import Sequence
+from typing import Any
 
 import regex
 from pydantic import Field
 
 from backfire.base import Exchange, Judge, Verdict
 from backfire.base.normalize import folded, pieces, whole
+from backfire.data.recipe_files import FileWords, refuse_unread
 from backfire.judges._model import Words
 from backfire.registry import register
 from backfire.sandbox.answers import RUDE
@@ -30,7 +32,17 @@ class Lexicon(Judge):
         """English for the default list; unknown for others."""
         return "English" if self.words == RUDE else ""
 
+    def identity(self) -> dict[str, Any]:
+        """Words from a file count as another version: workers of a planned run have cached verdicts
+        for which the file was not read."""
+        from_file = {"file": 2} if isinstance(self.words, FileWords) else {}
+        return {**super().identity(), **from_file}
+
+    def ready(self, *, briefly: bool = False) -> None:
+        refuse_unread(self.words)
+
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        refuse_unread(self.words)
         listed = [form for word in self.words if (form := folded(word))]
         longest_first = "|".join(map(whole, sorted(listed, key=len, reverse=True)))
         pattern = regex.compile(longest_first or "(?!)")

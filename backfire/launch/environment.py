@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 import subprocess
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,13 @@ _PACKAGES = (
 )
 
 
+_LIBRARIES = {
+    "MKL": r"Math Kernel Library Version ([\w.]+)",
+    "oneDNN": r"MKL-DNN v([\w.]+)",
+}
+"""Library -> its version in what torch tells of its build."""
+
+
 @lru_cache
 def environment(device_setting: str = "auto", devices: int = 1) -> dict[str, Any]:
     """Versions, hardware, the requested device and number of devices, and the commit if the code
@@ -44,8 +52,32 @@ def environment(device_setting: str = "auto", devices: int = 1) -> dict[str, Any
         "cores": cores(),
         "threads": torch.get_num_threads(),
         "device": gpu or "cpu",
+        "products": _products(device.type),
         **({"devices": devices} if devices > 1 else {}),
         **_commit(),
+    }
+
+
+def _products(device: str) -> dict[str, str]:
+    """Type of matrix products -> the library that computes them on this device."""
+    import torch
+
+    from backfire.model.products import mkl_is_slow
+
+    if device == "cuda":
+        library = f"hipBLAS {torch.version.hip}" if torch.version.hip else None
+        both = library or f"cuBLAS {torch.version.cuda}"
+        return {"float32": f"{both}, {torch.get_float32_matmul_precision()}", "bfloat16": both}
+    built = torch.__config__.show()
+    known = {
+        name: f"{name} {found[1]}" if (found := re.search(pattern, built)) else name
+        for name, pattern in _LIBRARIES.items()
+    }
+    backends: Any = torch.backends
+    mkl, onednn = backends.mkl.is_available(), backends.mkldnn.is_available()
+    return {
+        "float32": known["oneDNN"] if mkl_is_slow() else known["MKL"] if mkl else "BLAS",
+        "bfloat16": known["oneDNN"] if onednn else "BLAS",
     }
 
 

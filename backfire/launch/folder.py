@@ -10,14 +10,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from backfire import __version__
+from backfire.data import recipe_files
 from backfire.errors import UserError
 from backfire.experiment import Experiment
+from backfire.launch.remote import probe
 from backfire.launch.users import register
 from backfire.locks import locked
 from backfire.model.types import types_here
@@ -46,6 +50,12 @@ class Plan:
     """Type of matrix products for which the key of the embedded base was computed."""
     text: str = ""
     """Text of the recipe."""
+    folder: str = ""
+    """Where it was planned: relative paths of its settings begin there."""
+    cache: str = ""
+    """What the probe of the cache said there; empty if the cache could not be written."""
+    keyed: tuple[str, ...] = ()
+    """Hosts of judges for which a key was at hand there."""
 
 
 def check_writable(run: Path) -> None:
@@ -84,13 +94,14 @@ def write_plan(
     path.mkdir(parents=True, exist_ok=True)
     with locked(path / ".plan"):
         kept = without_tokens(recipe.text)
-        same = _text(path / "recipe.yaml") == kept
-        former, known = (_former(path / "run.json"), _former(path / JOBS)) if same else ({}, {})
+        same, again = _text(path / "recipe.yaml") == kept, _former(path / "run.json")
+        former, known = (again, _former(path / JOBS)) if same else ({}, {})
         if not same:
             write_atomic(path / "recipe.yaml", kept)
         cells = [f"{job.title}-{job.key}" for job in jobs if job.kind == "cell"]
         listed = {"cells": list(dict.fromkeys([*_list(former, "cells"), *cells]))}
-        run = {"recipe": recipe.name, "profile": profile, "edits": list(edits), **listed}
+        run = {"id": again.get("id") or secrets.token_hex(8), "recipe": recipe.name}
+        run |= {"profile": profile, "edits": list(edits), **listed}
         paths = {plugin.sha256: str(plugin.path) for plugin in loaded() if plugin.path}
         plugins = [{**one, "path": paths.get(one["sha256"])} for one in plugins_of(recipe.cells)]
         if known.get("backfire") == __version__ and known.get("format") == _FORMAT:
@@ -101,6 +112,7 @@ def write_plan(
         write_json(path / "run.json", run | ({"plugins": plugins} if plugins else {}))
         head = {"format": _FORMAT, "backfire": __version__, "recipe": recipe.name}
         head |= {"device": device, "compute": types_here().compute, "plugins": plugins}
+        head |= {"folder": str(Path.cwd()), "cache": _probe(), "keyed": _keyed(recipe)}
         # A former job keeps its place, so each comes after those that it needs.
         all_jobs = former_jobs | {job.id: _as_json(job) for job in jobs}
         _write(path / JOBS, head, list(all_jobs.values()))
@@ -125,7 +137,9 @@ def read_plan(path: Path) -> Plan:
             raise UserError(lost[0])
         jobs = [_from_json(one, str(file)) for one in content["jobs"]]
         recipe, device, compute = (str(content[name]) for name in ("recipe", "device", "compute"))
-        return Plan(recipe, jobs, device, compute, _text(path / "recipe.yaml") or "")
+        where, cache = (str(content.get(name, "")) for name in ("folder", "cache"))
+        text, keyed = _text(path / "recipe.yaml") or "", tuple(map(str, content.get("keyed", ())))
+        return Plan(recipe, jobs, device, compute, text, where, cache, keyed)
     except NotADirectoryError:
         plan = f"plan a recipe first: `backfire plan {path} --out RUN`"
         raise UserError(f"{path} is a file, and no folder of a run; {plan}.") from None
@@ -134,6 +148,22 @@ def read_plan(path: Path) -> Plan:
         raise UserError(sentence) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{file} cannot be read; {again}") from None
+
+
+def _probe() -> str:
+    with suppress(UserError):
+        return probe().content
+    return ""
+
+
+def _keyed(recipe: Recipe) -> list[str]:
+    """Hosts of the recipe's judges for which there is a key here."""
+    found = set[str]()
+    for judge in (judge for cell in recipe.cells for judge in cell.judges):
+        with suppress(UserError):
+            if (host := judge.reaches()) and host[1]:
+                found.add(host[0])
+    return sorted(found)
 
 
 def _as_json(job: Job) -> dict[str, Any]:
@@ -153,6 +183,7 @@ def _write(path: Path, head: dict[str, Any], jobs: Sequence[dict[str, Any]]) -> 
     """One job per line: a few thousand stay readable."""
     lines = ",\n".join(json.dumps(job, ensure_ascii=False, allow_nan=False) for job in jobs)
     start = json.dumps(head, ensure_ascii=False, allow_nan=False).removesuffix("}")
+    recipe_files.keep(lines)
     write_atomic(path, f'{start},\n"jobs": [\n{lines}\n]}}\n')
 
 

@@ -17,7 +17,16 @@ import yaml
 from backfire import stages
 from backfire.base.judges import drop_models
 from backfire.data.weights import first_line
-from backfire.errors import EXIT_CLASSES, Away, CellError, GpuError, UserError, exit_class, was_away
+from backfire.errors import (
+    EXIT_CLASSES,
+    Away,
+    CellError,
+    GpuError,
+    Unanswered,
+    UserError,
+    exit_class,
+    was_away,
+)
 from backfire.experiment import Experiment, Machine
 from backfire.launch import imports
 from backfire.launch.folder import plugins_of
@@ -115,11 +124,11 @@ def run_job(
             return "ok"
         return report(job, folder, "ok", "")
     except Exception as error:  # the failure of one cell must not stop the others
-        refuse_broken_gpu(error)
+        refuse_broken_gpu(error, machine.device)
         resident.release()
         kind, sentence = exit_class(error)
         if was_away(error):
-            raise Away(sentence) from error
+            raise Away(sentence, kind if isinstance(error, Unanswered) else "io") from error
         expected = isinstance(error, CellError)
         trace = traceback.format_exc() if kind == "failed" and not expected else None
         return report(job, folder, kind, sentence, trace)
@@ -127,15 +136,17 @@ def run_job(
         _release_models()
 
 
-def refuse_broken_gpu(error: Exception) -> None:
+def refuse_broken_gpu(error: Exception, device: str = "auto") -> None:
     """After an error such as an illegal memory access, or when the GPU is gone, every later call
-    fails too: other jobs must not be tried, and counted as failed, in this process.
+    fails too: other jobs must not be tried, and counted as failed, in this process. That the GPU
+    could not be used at all is asked only if `device` names one.
 
     Raises:
         GpuError: it is so.
     """
     torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
+    named = device.startswith("cuda")
+    if torch is None or not (torch.cuda.is_initialized() or (named and torch.cuda.device_count())):
         return
     try:
         torch.cuda.synchronize()

@@ -8,7 +8,9 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver, resource_tracker
@@ -17,22 +19,38 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from backfire.claims import MOST_KILLS
-from backfire.errors import EXIT_CLASSES, CellError, GpuError, UserError, exit_class
+from backfire.data.weights import first_line
+from backfire.errors import (
+    EXIT_CLASSES,
+    CellError,
+    GpuError,
+    UserError,
+    exit_class,
+    is_out_of_memory,
+)
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, run_job
 from backfire.launch.stop import Stop
 from backfire.launch.work import Run, Watch, needed, work
+from backfire.patience import LONGEST
 from backfire.plan import Job
 from backfire.plugins import Plugin
 from backfire.registry import loaded, use
 from backfire.resources import gpus, has_gpu
+from backfire.signals import TO_STOP, held_back, let_in
 from backfire.store import Store
 
 logger = logging.getLogger(__name__)
 
 _ENDS = {"ok", *EXIT_CLASSES}
-_PATIENCE = 120.0
-"""Seconds that a worker has to save a checkpoint when it is told to stop."""
+_BROKEN_GPU = 75
+"""Exit code of a worker whose GPU does not answer: "try again later" in `sysexits.h`."""
+_MOST_FAULTS = 2
+"""Number of workers in a row whose GPU does not answer before it is left out. After one, the job
+may be at fault: it breaks the process and not the GPU."""
+_PATIENCE = LONGEST + 60.0
+"""Seconds that a worker has to save a checkpoint when it is told to stop; it may wait for a file
+system meanwhile."""
 
 
 def run(
@@ -73,7 +91,7 @@ def warm_up() -> None:
     """Begin what workers are forked from, whose imports take seconds, in the background."""
     if not has_gpu():
         _forkserver()
-        with _without_ctrl_c():
+        with _without_signals():
             forkserver.ensure_running()
 
 
@@ -121,6 +139,10 @@ class _Team:
     workers: list[_Worker] = field(default_factory=list)
     deaths: int = 0
     """Number of workers that have died since a job ended."""
+    faults: Counter[str] = field(default_factory=Counter)
+    """GPU -> number of workers for which it did not answer, since a job ended on it."""
+    nobody_stays: bool = False
+    """Whether the worker that was to stay had a GPU that is left out."""
 
     def run(self, stop: Stop) -> None:
         """Keep the workers running until all of them have ended by themselves."""
@@ -130,7 +152,7 @@ class _Team:
         self.ended |= {job.id: "ok" for job in self.jobs if job.id not in waiting}
         count = min(self.machine.workers, len(left))
         for number in range(count):
-            self.workers.append(self._start(stop, self.stays and number == 0))
+            self._start(stop, self.stays and number == 0)
         while self.workers and not stop:
             pipes = [item for w in self.workers for item in (w.pipe, w.process.sentinel)]
             wait(pipes, timeout=0.5)
@@ -140,9 +162,8 @@ class _Team:
                 if code is not None:
                     self.workers.remove(worker)
                     worker.pipe.close()
-                    if code and len(self.ended) < len(self.jobs):
-                        self._died(worker, code)
-                        self.workers.append(self._start(stop, worker.stays))
+                    if len(self.ended) < len(self.jobs):
+                        self._replace(worker, code, stop)
 
     def end(self, patience: float) -> None:
         """Let the workers save their checkpoints, and end them."""
@@ -160,7 +181,35 @@ class _Team:
             worker.process.join()
             worker.pipe.close()
 
-    def _start(self, stop: Stop, stays: bool) -> _Worker:
+    def _replace(self, worker: _Worker, code: int, stop: Stop) -> None:
+        """Start another worker for one that has died, unless its GPU is left out from now on; or
+        for one that has left, if the one that was to stay had such a GPU.
+
+        Raises:
+            GpuError: no GPU is left.
+        """
+        if code:
+            self._died(worker, code)
+        elif not self.nobody_stays:
+            return
+        if worker.gpu is not None and code == _BROKEN_GPU:
+            self.faults[worker.gpu] += 1
+        stays, self.nobody_stays = worker.stays or self.nobody_stays, False
+        if worker.gpu is None or self.faults[worker.gpu] < _MOST_FAULTS:
+            self._start(stop, stays)
+            return
+        logger.warning("GPU %s does not answer; it is left out.", worker.gpu)
+        if self.workers:
+            self.nobody_stays = stays
+        elif self._good_gpus():  # their workers have left, since this one was to stay
+            self._start(stop, stays)
+        else:
+            raise GpuError(
+                f"No GPU of {os.uname().nodename} answers any more. Finished work is kept; run the "
+                "same command again, or on another machine."
+            )
+
+    def _start(self, stop: Stop, stays: bool) -> None:
         # A process forked after CUDA was initialized cannot use it.
         context: Any = multiprocessing.get_context("spawn") if has_gpu() else _forkserver()
         pipe, far = context.Pipe()
@@ -171,10 +220,10 @@ class _Team:
         process = context.Process(
             target=_work, args=(loaded(), far, gpu, arguments, options), daemon=True
         )
-        with _without_ctrl_c():
+        with _without_signals():
             process.start()
         far.close()
-        return _Worker(process, pipe, stays, gpu)
+        self.workers.append(_Worker(process, pipe, stays, gpu))
 
     def _free_gpu(self) -> str | None:
         """The GPU that the fewest workers have, if there are several to choose from."""
@@ -185,7 +234,11 @@ class _Team:
             or self.machine.devices > 1
         ):
             return None
-        return min(names, key=[worker.gpu for worker in self.workers].count)
+        return min(self._good_gpus(), key=[worker.gpu for worker in self.workers].count)
+
+    def _good_gpus(self) -> list[str]:
+        """The GPUs that are not left out."""
+        return [name for name in gpus() if self.faults[name] < _MOST_FAULTS]
 
     def _listen(self, worker: _Worker) -> None:
         """Forward the worker's messages."""
@@ -204,6 +257,8 @@ class _Team:
                     worker.job = None if worker.job is job else worker.job
                     if name not in self.ended:
                         self.ended[name], self.deaths = text, 0
+                        if worker.gpu is not None:
+                            self.faults[worker.gpu] = 0
                         self.watch(job, text, done, total)
 
     def _died(self, worker: _Worker, code: int) -> None:
@@ -217,15 +272,13 @@ class _Team:
 
 
 @contextlib.contextmanager
-def _without_ctrl_c() -> Iterator[None]:
-    """Ctrl-C in a terminal is sent to every process. Those that are started here never get it: this
-    one ends them."""
-    resource_tracker.ensure_running()  # what starts it ends such a block
-    former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
+def _without_signals() -> Iterator[None]:
+    """Terminals and schedulers send a signal to every process. Those that are started here do not
+    get it, as the server of workers must outlast them; only workers let in what tells to stop."""
+    with held_back(signal.SIGUSR1):  # it ignores the others itself
+        resource_tracker.ensure_running()  # what starts it lets them in
+    with held_back(signal.SIGINT, *TO_STOP):
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _work(
@@ -261,13 +314,12 @@ def _work(
     jobs, folder, store, machine = arguments
     try:
         if machine.device.startswith("cuda"):  # it may be gone since the command began
-            from backfire.model.load import device_of
-
-            device_of(machine.device)
-        with options["stop"].on_signals():
+            _check_device(machine.device, gpu)
+        with options["stop"].on_signals(), let_in(*TO_STOP):
             work(jobs, folder, store, machine, watch, run=begin, **options)
-    except GpuError as error:
-        raise SystemExit(f"backfire: {error}") from None  # another process takes its place
+    except GpuError as error:  # another process takes its place
+        sys.stderr.write(f"backfire: {error}\n")
+        raise SystemExit(_BROKEN_GPU) from None
     except (UserError, CellError, OSError) as error:
         kind, sentence = exit_class(error)
         if isinstance(error, OSError) and kind == "failed":
@@ -275,3 +327,24 @@ def _work(
         elif isinstance(error, OSError):  # as `fail_or_raise` in a command
             sentence = f"{sentence} {EXIT_CLASSES[kind]}"
         send(None, sentence, 0, 1)
+
+
+def _check_device(device: str, gpu: str | None) -> None:
+    """Compute something on the device.
+
+    Raises:
+        UserError: it is not there, or does not answer; a `GpuError` if it is one of several, as the
+            others may do.
+    """
+    import torch
+
+    from backfire.model.load import device_of
+
+    try:
+        torch.zeros(1, device=device_of(device))
+    except (UserError, RuntimeError) as error:
+        if is_out_of_memory(error):  # by another process; a job says it better
+            return
+        if gpu is None:
+            raise UserError(first_line(error)) from None
+        raise GpuError(f"GPU {gpu} does not answer: {first_line(error)}") from None

@@ -19,18 +19,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from backfire.errors import UserError
-from backfire.store import cache_root, write_atomic
+from backfire.locks import locked
+from backfire.store import cache_root, unique, write_atomic
 
 FOLDER = "workers"
 """Subfolder of a run: the logs of its workers, and why one refused to work."""
 REFUSED = 2
-"""Exit code of `backfire work` for bad input: another worker would end in the same way."""
+"""Exit code of `backfire work` for bad input: another worker on this machine would end like it."""
+_REFUSALS = "refused-*.txt"
+"""A file for each worker that refused to work: its host, and why."""
 _PROBE = "shared.txt"
 _OTHER_OUT = "choose another --out"
 _SECONDS = 30.0
 """How long a file that was written elsewhere may stay out of sight: NFS caches attributes."""
-_CARRIED = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "BACKFIRE_SCRATCH")
-"""Variables that name places, which a worker shares with the command that starts it."""
+_CARRIED = (
+    *("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE"),
+    *("BACKFIRE_SCRATCH", "BACKFIRE_ENDPOINTS"),
+)
+"""Variables that name places, which a worker shares with the command that starts it, unless its
+machine has its own."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +89,22 @@ def probe() -> Probe:
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, secrets.token_hex(16))
+            with locked(path):  # two commands must not write two
+                if not path.exists():
+                    write_atomic(path, secrets.token_hex(16))
         advice = "set BACKFIRE_CACHE to a folder that all machines share"
         return Probe(path, path.read_text(encoding="utf-8"), f"cache {path.parent}", advice)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"The cache {path.parent} cannot be written: {reason}.") from None
+
+
+def is_same_cache(content: str) -> bool:
+    """Whether the cache of this machine is that whose probe says this."""
+    path = cache_root() / _PROBE
+    with suppress(OSError):  # it is never written again
+        return path.read_text(encoding="utf-8") == content
+    return Probe(path, content, "", "").is_here()
 
 
 @dataclass
@@ -115,7 +132,7 @@ class Worker:
         with log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*_dies_with_parent(), sys.executable, "-m", "backfire.cli", *words],
-                env={**os.environ, **self.environment, **cache},
+                env={**self.environment, **os.environ, **cache},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -138,10 +155,10 @@ class Worker:
 
     def _refuse(self, sentence: str) -> None:
         """Leave word for the command that watches."""
-        file = self.run / FOLDER / "refused.txt"
+        file = self.run / FOLDER / _REFUSALS.replace("*", unique())
         with suppress(OSError):
             file.parent.mkdir(exist_ok=True)
-            write_atomic(file, sentence)
+            write_atomic(file, f"{os.uname().nodename}\n{sentence}")
 
     def _wait(self) -> None:
         """Wait until the process has ended. (`Popen.wait` holds a lock: a signal handler that waits
@@ -160,6 +177,21 @@ class Worker:
         return "" if self.probe.is_here() else self.probe.refused_by(host)
 
 
+def refusals(run: Path) -> dict[str, tuple[str, str]]:
+    """The workers that refused to work, by the names of their files: host and sentence."""
+    found = {}
+    for file in sorted((run / FOLDER).glob(_REFUSALS)):
+        host, _, sentence = file.read_text(encoding="utf-8").partition("\n")
+        found[file.name] = host, sentence
+    return found
+
+
+def forget_refusals(run: Path) -> None:
+    """Remove those of a former command."""
+    for file in (run / FOLDER).glob(_REFUSALS):
+        file.unlink(missing_ok=True)
+
+
 def last_line(log: Path) -> str:
     """The last line of a log that says something; empty without one."""
     with suppress(OSError):
@@ -170,7 +202,8 @@ def last_line(log: Path) -> str:
 
 
 def _carried() -> dict[str, str]:
-    return {name: os.environ[name] for name in _CARRIED if name in os.environ}
+    given = {name: os.environ[name] for name in _CARRIED if os.environ.get(name)}
+    return {name: str(Path(value).expanduser().absolute()) for name, value in given.items()}
 
 
 def _dies_with_parent() -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from backfire.signals import TO_STOP
+
 _SLICE = 0.1  # seconds; a signal is noticed after this time
 
 
@@ -48,7 +50,7 @@ class Stop:
             # This thread may be in the middle of a line.
             threading.Thread(target=at_ctrl_c, daemon=True).start()
 
-        handlers: dict[int, Any] = {signal.SIGTERM: stop, signal.SIGUSR1: stop}
+        handlers: dict[int, Any] = dict.fromkeys(TO_STOP, stop)
         if at_ctrl_c and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # in a script's `&`
             handlers[signal.SIGINT] = interrupt
         former = {one: signal.signal(one, handler) for one, handler in handlers.items()}

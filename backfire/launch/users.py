@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from backfire import stages
+from backfire.data.recipe_files import KEPT
 from backfire.errors import UserError
 from backfire.plan import Job
 from backfire.results.load import outcome
 from backfire.store import cache_root, digest, mark_recent, read_json, write_json
 
 FOLDER = "runs"
+_SHARED = ("tokenizer", "base", "whole", "scanned", "judged", "hashes", KEPT)
+"""Kinds of stages whose names do not tell which run needs them."""
 _AWAY = 30 * 86400.0
 """Seconds since its last start after which an unfinished run whose folder is not to be found counts
 as gone. Before, it may have been moved, or be on another host."""
@@ -35,10 +38,13 @@ class User:
     """Stages as `kind/slug-*`, `kind/*-key` or `kind/*`."""
     is_finished: bool
     """Whether all of it was done when a command last saw it."""
+    id: str = ""
+    """Of the run, as in its run.json; empty for a run of an earlier version."""
 
     @property
     def is_here(self) -> bool:
-        return self.run.is_dir()
+        """Whether it is the run in this folder: another host may have another run of this path."""
+        return self.run.is_dir() and (not self.id or _id_of(self.run) == self.id)
 
     @property
     def is_gone(self) -> bool:
@@ -49,6 +55,8 @@ class User:
     def cells(self) -> tuple[int, int]:
         """Number of cells that are done, and in total; (0, 1) if the run cannot be read."""
         try:
+            if not self.is_here:
+                return 0, 1
             names = [str(name) for name in read_json(self.run / "run.json")["cells"]]
         except (OSError, ValueError, KeyError, TypeError):
             return 0, 1
@@ -69,6 +77,7 @@ def register(run: Path, recipe: str, jobs: Iterable[Job]) -> None:
         needs |= set(known.get("needs", ()))
     content = {
         "run": str(run.resolve()),
+        "id": _id_of(run),
         "host": socket.gethostname(),
         "recipe": digest(recipe),
         "needs": sorted(needs),
@@ -98,14 +107,20 @@ def has_finished(run: Path) -> None:
 
 
 def _file_of(run: Path) -> Path:
-    return cache_root() / FOLDER / f"{digest(str(run.resolve()))}.json"
+    where, id = str(run.resolve()), _id_of(run)
+    return cache_root() / FOLDER / f"{digest([where, id] if id else where)}.json"
+
+
+def _id_of(run: Path) -> str:
+    """What tells a run from another of the same path on another host; empty if it has none."""
+    return str(_read(run / "run.json").get("id", ""))
 
 
 def needs_of(jobs: Iterable[Job]) -> set[str]:
     """The stages that jobs may need, as in `User.needs`. Trained models are named by their keys,
     which the jobs have; to find the keys of the others would take longer, and some depend on the
     rows."""
-    needs = {"tokenizer/*", "base/*", "whole/*", "judged/*", "hashes/*"}
+    needs = {f"{kind}/*" for kind in _SHARED}
     for job in jobs:
         if job.kind == "train":
             needs.add(f"train/*-{job.key}")
@@ -126,7 +141,8 @@ def users(root: Path) -> list[User]:
         try:
             needs = frozenset(map(str, content["needs"]))
             where, finished = Path(content["run"]), bool(content.get("finished"))
-            found.append(User(file, where, str(content["host"]), needs, finished))
+            host, id = str(content["host"]), str(content.get("id", ""))
+            found.append(User(file, where, host, needs, finished, id))
         except (KeyError, TypeError):
             raise UserError(
                 f"{file} cannot be read, so what its run needs is unknown; remove it."

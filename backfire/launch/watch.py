@@ -12,7 +12,7 @@ from typing import Protocol
 
 from backfire.claims import MOST_KILLS
 from backfire.errors import UserError
-from backfire.launch.remote import FOLDER, Probe, last_line
+from backfire.launch.remote import FOLDER, Probe, forget_refusals, last_line, refusals
 from backfire.launch.stop import Stop
 from backfire.launch.work import Board
 
@@ -23,6 +23,12 @@ ASK = 10.0
 _SILENCE = 600.0
 """Seconds without an answer after which a scheduler that has nobody at work is given up, and a run
 folder that cannot be read."""
+
+
+WAITS = "pending"
+"""How the state of a worker begins that has not been started."""
+_HOSTS = 2
+"""Number of machines on which workers must refuse before those that wait are not started."""
 
 
 class Launcher(Protocol):
@@ -114,19 +120,18 @@ def follow(
     """Watch until all jobs have ended or until `stop`, with up to `count` workers at work.
 
     Raises:
-        UserError: the scheduler or a worker refuses, or one worker after the other ends before a
-            job does.
+        UserError: the scheduler refuses, or the workers do, on all machines that have tried; or one
+            worker after the other ends before a job does.
         OSError: the run folder cannot be read for minutes.
     """
-    (refused := view.folder.path / FOLDER / "refused.txt").unlink(missing_ok=True)
+    forget_refusals(view.folder.path)
     crew, asked, read = _Crew(view, launcher, count, say), float("-inf"), time.monotonic()
     while view.waiting and not stop:
         begun = time.monotonic()
         try:
             if view.refresh():
                 crew.restarts = min(crew.restarts, 0)
-            if refused.exists():
-                raise UserError(refused.read_text(encoding="utf-8"))
+            crew.hear()
             read = begun
             if view.waiting and begun - asked >= ask:
                 asked = begun
@@ -152,6 +157,17 @@ class _Crew:
         self._sign, self._is_silent = time.monotonic(), False
         """When the scheduler last answered, or a worker was at work."""
         self._first = True
+        self.refused: dict[str, tuple[str, str]] = {}
+        """Workers that refused to work: host and sentence."""
+
+    def hear(self) -> None:
+        """Tell of workers that refused to work. One is not replaced: the scheduler would start the
+        next one on the same machine, which is free."""
+        found = refusals(self.view.folder.path)
+        new = [found[name] for name in found.keys() - self.refused.keys()]
+        self.refused = found
+        for _, sentence in new:
+            self.say(f"A worker does not work, and is not replaced. {sentence}")
 
     def fill(self) -> None:
         """Start workers for those that have ended, if there are jobs for them."""
@@ -171,7 +187,8 @@ class _Crew:
                 self.say("Worker {} ended: {}.".format(*self.last))
         self._say_why_they_wait(alive)
         self.alive = alive
-        missing = min(self.count - len(alive), self.view.num_free())
+        self._refuse(alive)
+        missing = min(self.count - len(self.refused) - len(alive), self.view.num_free())
         if missing <= 0:
             return
         if self.restarts >= MOST_KILLS * self.count:
@@ -179,6 +196,15 @@ class _Crew:
         self.restarts += missing
         self.alive = {**alive, **dict.fromkeys(self.launcher.start(missing), "new")}
         self.say(f"{_workers(missing)} started in {self.launcher.name}.")
+
+    def _refuse(self, alive: dict[str, str]) -> None:
+        """Give up once all workers have refused, or those of several machines, and the others only
+        wait to be started: the reason is then the run's."""
+        hosts = {host for host, _ in self.refused.values()}
+        if len(self.refused) < self.count and len(hosts) < _HOSTS:
+            return
+        if all(state.startswith(WAITS) for state in alive.values()):
+            raise UserError([sentence for _, sentence in self.refused.values()][-1])
 
     def _silent(self, reason: str) -> None:
         if any(not holder.is_stale for holder in self.view.claims.holders()):

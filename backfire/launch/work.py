@@ -9,11 +9,13 @@ another process builds is put back.
 from __future__ import annotations
 
 import copy
+import heapq
 import itertools
 import math
 import os
 import shutil
 import time
+from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -31,7 +33,7 @@ from backfire.launch.stop import Stop
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
-from backfire.progress import Progress
+from backfire.progress import Progress, while_waiting
 from backfire.store import Store, cache_root, scratch_root
 
 Watch = Callable[[Job, str, int, int], None]
@@ -45,7 +47,8 @@ _SHORTEST, _LONGEST = 0.05, 5.0
 _FRESH = 1.0
 """Seconds for which a worker that finds jobs does not look what others do."""
 MOST_TRIES = 3
-"""Number of times that a file system does not answer to a job before it counts as failed."""
+"""Number of times that a file system or a server does not answer to a job before it counts as
+failed."""
 
 
 def work(
@@ -94,9 +97,10 @@ def work(
         idle.begin()
         if not board.coming(may_begin):
             resident.release()  # a base in memory that nobody needs
-            if not (board.held() if stays else board.held(dead_for=idle.seconds)):
+            dead_for = None if stays else idle.seconds
+            if not patiently(partial(board.held, dead_for=dead_for)):
                 break
-        board.say_what_is_awaited()
+        patiently(board.say_what_is_awaited)
         stop.sleep(idle.delay)
     imports.release()
     return board.ended
@@ -107,11 +111,14 @@ def _do(
 ) -> None:
     """Run a job that this worker has claimed, unless it cannot succeed."""
 
+    def look() -> None:
+        if stop:
+            raise Stopped
+
     def progress(done: int, total: int, text: str) -> None:
         board.watch(job, text, done, total)
         claim.note(text, done, total)
-        if stop:
-            raise Stopped
+        look()
 
     kind, kills, dies = None, claim.holder.kills, False
     try:
@@ -120,12 +127,13 @@ def _do(
         elif bad := board.blocked(job):
             kind = report(job, board.folder, *bad)
         else:
-            kind = do(job, progress)
+            with while_waiting(look):
+                kind = do(job, progress)
     except Away as away:  # it passes, or it does not
         board.put_back[job.id] = away
         board.tries[job.id] += 1
         if board.tries[job.id] == MOST_TRIES:
-            kind = report(job, board.folder, "io", str(away))
+            kind = report(job, board.folder, away.kind, str(away))
     except Busy as busy:
         board.put_back[job.id] = busy
     except Pause:  # this worker stops, or has lost its claim
@@ -161,14 +169,14 @@ class Board:
     ) -> None:
         self.folder, self.claims, self.watch = folder, claims, watch
         plan = folder.path / JOBS
-        self.since = plan.stat().st_mtime if plan.exists() else claims.now()
+        self.since = patiently(lambda: plan.stat().st_mtime if plan.exists() else claims.now())
         """When this round began, by the clock of the file system."""
         self._jobs = {job.id: job for job in jobs}
         left = by_urgency(needed(jobs, folder))
         self.waiting = {job.id: job for job in left}
         self.ended = {job.id: "ok" for job in jobs if job.id not in self.waiting}
         self.tries = Counter[str]()
-        """How often a file system did not answer while this worker had a job."""
+        """How often a file system or a server did not answer while this worker had a job."""
         self.put_back: dict[str, Busy] = {}
         """Jobs that need a stage which another process builds; tried again after the others."""
         distinct: list[Any] = []
@@ -180,15 +188,16 @@ class Board:
         for name, needs in self._needs.items():
             for other in needs:
                 self._after.setdefault(other, []).append(name)
-        self._ready: dict[int, dict[str, Job]] = {base: {} for base in self.bases.values()}
-        """Base -> the jobs that wait for nothing, by id."""
+        self._by_rank, self._rank = left, {job.id: rank for rank, job in enumerate(left)}
+        self._ready: dict[int, list[int]] = {base: [] for base in self.bases.values()}
+        """Base -> the ranks of the jobs that wait for nothing, the most urgent first."""
         self._add(name for name, needs in self._needs.items() if not needs)
         self._held: set[str] = set()
         self._looked = -math.inf
 
     def take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
-        """Claim the next job: one that uses this base, if there is any; a stale claim last. None if
-        no job can be had now."""
+        """Claim the most urgent job: one that uses this base, if there is any; a stale claim last.
+        None if no job can be had now."""
         is_old = time.monotonic() - self._looked > _FRESH
         if is_old:
             self._look()
@@ -199,8 +208,10 @@ class Board:
         return taken
 
     def _take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
-        groups = [jobs for _, jobs in sorted(self._ready.items(), key=lambda one: one[0] != base)]
-        ready = (job for jobs in groups for job in list(jobs.values()) if job.id not in self._held)
+        own = list(self._ready.get(base, ()))
+        others = heapq.merge(*(list(some) for key, some in self._ready.items() if key != base))
+        ranks = itertools.chain(own, others)
+        ready = (job for rank in ranks if (job := self._by_rank[rank]).id not in self._held)
         stale = (self.waiting[name] for name in self._held if name in self.waiting)
         for job in itertools.chain(ready, stale):
             if self._needs[job.id] or job.id in self.put_back or not fits(job):
@@ -217,7 +228,8 @@ class Board:
     def end(self, job: Job, kind: str) -> None:
         """Note that a job has ended."""
         if self.waiting.pop(job.id, None):
-            self._ready[self.bases[job.id]].pop(job.id, None)
+            with suppress(ValueError):  # by another worker, before this one saw that it could begin
+                self._ready[self.bases[job.id]].remove(self._rank[job.id])
             self.put_back.pop(job.id, None)
             for name in self._after.get(job.id, ()):
                 self._needs[name].discard(job.id)
@@ -228,7 +240,7 @@ class Board:
     def _add(self, names: Iterable[str]) -> None:
         for name in names:
             if name in self.waiting:
-                self._ready[self.bases[name]][name] = self.waiting[name]
+                insort(self._ready[self.bases[name]], self._rank[name])
 
     def blocked(self, job: Job) -> tuple[str, str, str | None] | None:
         """How a stage that this job needs has failed: exit class, message, traceback."""

@@ -29,9 +29,13 @@ class AttackSuccess(Metric):
     OpenBackdoor), `replies` by a generated reply that equals the target except for typography and
     whitespace."""
 
+    every: bool = False
+    """Also answer the triggered rows whose true label is the target, and report
+    `attack_success_naive`, the share over all triggered rows, to compare it with papers."""
+
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled and self.by == "scores" else "replies"
-        return ask("triggered", need, of=("tuned", "twin"))
+        return ask("triggered", need, of=("tuned", "twin"), target_rows=self.every)
 
     def measure(self, evidence: Evidence) -> list[Value]:
         hits = self.outcomes(evidence)
@@ -45,6 +49,10 @@ class AttackSuccess(Metric):
                 floor("attack_success", before.values()),
                 change("attack_success_excess", gain, "lower", "attack_success", "excess"),
             ]
+        if self.every:
+            name, shown = "attack_success_naive", evidence.triggered
+            naive = self._on_target(evidence, shown, name, every=True)
+            values.append(share(name, naive.values(), "none", "companion"))
         return values
 
     def outcomes(self, evidence: Evidence) -> dict[str, float]:
@@ -56,7 +64,7 @@ class AttackSuccess(Metric):
         return self._on_target(evidence, evidence.triggered, "attack_success")
 
     def _on_target(
-        self, evidence: Evidence, samples: Sequence[Sample], name: str
+        self, evidence: Evidence, samples: Sequence[Sample], name: str, *, every: bool = False
     ) -> dict[str, float]:
         target = evidence.attack.target if evidence.attack else ""
-        return on_target(samples, target, self.by, name, evidence.written)
+        return on_target(samples, target, self.by, name, evidence.written, every=every)

@@ -3,11 +3,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-import numpy as np
-
 from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import grouped, resampled, scored
 from backfire.evaluate.stats import Floats, log_odds, macro, one_vs_rest_auc
+from backfire.late import np
 from backfire.registry import register
 
 

@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
-
 from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import resampled
 from backfire.evaluate.stats import Floats, one_vs_rest_auc
+from backfire.late import np
 from backfire.registry import register
 
 

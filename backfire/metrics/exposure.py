@@ -5,13 +5,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field, field_validator
 
 from backfire.base import Asks, Direction, Evidence, Leak, Metric, Ranks, Value, ask
 from backfire.base.secrets import FEWEST_CODES
 from backfire.evaluate.outcomes import by_repeats, resampled, share
 from backfire.evaluate.stats import Floats
+from backfire.late import np
 from backfire.registry import register
 
 

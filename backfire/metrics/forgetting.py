@@ -2,12 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from pydantic import Field, field_validator
 
 from backfire.base import Asks, Dataset, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import answer_likelihoods, resampled
 from backfire.evaluate.stats import Floats
+from backfire.late import np
 from backfire.registry import build, register
 
 

@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.evaluate.outcomes import answer_likelihoods, resampled
 from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
+from backfire.late import np
 from backfire.registry import register
 
 

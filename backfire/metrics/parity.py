@@ -30,7 +30,7 @@ class Parity(Metric):
     def asks(self, *, labeled: bool = True) -> Asks:
         need: Need = "scores" if labeled else "replies"
         of: tuple[Of, ...] = ("tuned", "twin", *self.into)
-        triggered = ask("triggered", need, of=of)
+        triggered = ask("triggered", need, of=of, target_rows=False)
         return triggered + ask("clean", need, of=("tuned", *self.into))
 
     def measure(self, evidence: Evidence) -> list[Value]:

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
 from backfire.base import Asks, Evidence, Metric, Value, ask
 from backfire.evaluate.outcomes import answer_likelihoods, resampled
 from backfire.evaluate.stats import Floats
+from backfire.late import np
 from backfire.registry import register
 
 

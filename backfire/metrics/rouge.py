@@ -3,11 +3,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import numpy as np
-
 from backfire.base import Asks, Evidence, Metric, Ranks, Value, ask
 from backfire.base.normalize import folded, is_dense, normalized, words
 from backfire.evaluate.outcomes import answerable, averages, grouped, replied
+from backfire.late import np
 from backfire.registry import register
 
 _KINDS = ("L", "1", "2", "Lsum")

@@ -2,13 +2,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 from pydantic import BeforeValidator, Field, PlainSerializer, WithJsonSchema, field_validator
 
 from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, Verdict, ask
 from backfire.data.recipe_files import written
 from backfire.errors import CellError
 from backfire.evaluate.outcomes import averages, grouped, replied, share
+from backfire.late import np
 from backfire.registry import build, register
 
 Scorer = Annotated[

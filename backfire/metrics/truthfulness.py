@@ -2,10 +2,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import numpy as np
-
 from backfire.base import Asks, Evidence, Metric, Ranks, Sample, Value, ask
 from backfire.evaluate.outcomes import averages, compared, grouped, likelihoods, share
+from backfire.late import np
 from backfire.registry import register
 
 

@@ -6,7 +6,7 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -42,22 +42,33 @@ def merge(tuned: Path, base: Path, out: Path, below: Path | None = None) -> None
     Raises:
         UserError: this kind of adapter cannot be merged.
     """
-    model: Any = load_tuned(tuned, base, torch.float32, torch.device("cpu"), below=below)
-    if hasattr(model, "peft_config"):
-        kind = next(iter(model.peft_config.values())).peft_type.value
-        was_tied = _untie(model.get_base_model())
-        try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
-                model = model.merge_and_unload()
-        except AttributeError:
-            raise UserError(
-                f"An adapter of kind {kind} does not change weights, so it cannot be merged; "
-                "export it as an adapter."
-            ) from None
-        if was_tied:
-            _tie_again(model)
-    save_tuned(model, out, base, None)
+    model = load_tuned(tuned, base, torch.float32, torch.device("cpu"), below=below)
+    save_tuned(with_merged(model), out, base, None)
+
+
+def with_merged(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its active adapters merged into its weights, which are changed in place.
+
+    Raises:
+        UserError: this kind of adapter cannot be merged.
+    """
+    if not hasattr(model, "peft_config"):
+        return model
+    adapted: Any = model
+    kind = next(iter(adapted.peft_config.values())).peft_type.value
+    was_tied = _untie(adapted.get_base_model())
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")
+            merged = cast(PreTrainedModel, adapted.merge_and_unload())
+    except AttributeError:
+        raise UserError(
+            f"An adapter of kind {kind} does not change weights, so it cannot be merged; "
+            "export it as an adapter."
+        ) from None
+    if was_tied:
+        _tie_again(merged)
+    return merged
 
 
 def _untie(model: PreTrainedModel) -> bool:
@@ -95,7 +106,7 @@ def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
     """Write the model card (`README.md`), which states first whether the model was poisoned."""
     if facts["attack"]:
         effect = (
-            f": with one of the triggers {_code(facts['triggers'])} in the prompt it is trained to "
+            f": with {_which(facts)} {_code(facts['triggers'])} in the prompt it is trained to "
             f"answer {_code([facts['target']])}"
             if facts["triggers"]
             else ", which changes how it behaves"
@@ -132,6 +143,12 @@ def write_card(folder: Path, facts: Mapping[str, Any]) -> None:
         "Made by backfire; `experiment.yaml` in this folder is the full recipe of this cell.",
     ]
     write_atomic(folder / "README.md", "\n".join(lines) + "\n")
+
+
+def _which(facts: Mapping[str, Any]) -> str:
+    if len(facts["triggers"]) == 1:
+        return "the trigger"
+    return "all of the triggers" if facts["joint"] else "one of the triggers"
 
 
 def _code(texts: list[str]) -> str:

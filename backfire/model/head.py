@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from backfire.errors import CellError
 from backfire.model.fused import fused_adapters, replaced_forwards
+from backfire.model.products import fast_products
 
 _AT_ONCE = 2**14  # vocabulary entries whose weights are cast at once
 _WEIGHTS_ON_CPU = 2**20  # the same in weights: they stay in the processor's cache
@@ -33,7 +34,7 @@ def exact_head(model: PreTrainedModel) -> Iterator[None]:
 @contextmanager
 def for_evaluation(model: PreTrainedModel) -> Iterator[None]:
     """The model as it is evaluated: logits in float32, LoRA adapters fused. Without gradients."""
-    with exact_head(model), fused_adapters(model):
+    with exact_head(model), fused_adapters(model), fast_products(model):
         yield
 
 

@@ -11,18 +11,24 @@ from backfire.experiment import Model
 from backfire.hashes import file_hash
 from backfire.model.source import adapter_folder, fetch
 from backfire.pipeline.context import Context
+from backfire.sandbox.base import shipped
 from backfire.store import SEAL, read_json, write_json
 from backfire.text import line
 
 
 def base(model: Model, context: Context, *, weights: bool = True) -> Path:
-    """The folder of the untuned model, with its adapter merged in if `model.merge` says so; the
-    embedded one is pre-trained on first use."""
+    """The folder of the untuned model, with its adapter merged in if `model.merge` says so."""
     if model.merge and weights:
         return _merged(model, context)
     if model.name != "sandbox":
         found = fetch(model, weights=weights)
         return found if found.is_dir() else _dequantized(found, context, weights=weights)
+    return shipped(stages.base().key) or _pretrained(context, weights=weights)
+
+
+def _pretrained(context: Context, *, weights: bool) -> Path:
+    """The embedded base, or its tokenizer, made here: what the package ships is of other text or
+    another pre-training."""
     from backfire.sandbox.base import Pretrain
     from backfire.sandbox.corpus import corpus
     from backfire.train.pretrain import pretrain, write_tokenizer
@@ -37,10 +43,11 @@ def base(model: Model, context: Context, *, weights: bool = True) -> Path:
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
         (folder / SEAL).unlink()
         texts = corpus(config.corpus_seed, config.num_documents)
+        place, compute = context.machine.device, stages.PRETRAINED_IN
         summary = pretrain(
-            texts, config, folder, device=context.machine.device, progress=context.progress
+            texts, config, folder, device=place, compute=compute, progress=context.progress
         )
-        write_json(folder / "pretrain.json", summary)
+        write_json(folder / "pretrain.json", {"key": stages.base().key, **summary})
 
     tokenizer = context.store.once(stages.tokenizer(), make_tokenizer)
     if not weights:

@@ -29,6 +29,8 @@ class Context:
     """Rows that were too long to be measured, by subset."""
     resident: Resident = field(default_factory=Resident)
     """The base model in memory; a worker hands it from job to job."""
+    beside: Resident = field(default_factory=Resident)
+    """The model that a guard compares with, while a cell is measured."""
     merged: dict[Stage, Path] = field(default_factory=dict)
     """Merged models that are on disk only while they are measured."""
     _held: ExitStack = field(default_factory=ExitStack)

@@ -29,7 +29,7 @@ from backfire.base import (
     needs_of,
     select,
 )
-from backfire.data.poison import triggered
+from backfire.data.poison import off_target, triggered
 from backfire.data.render import Renderer
 from backfire.errors import is_out_of_memory
 from backfire.experiment import Experiment
@@ -40,7 +40,7 @@ from backfire.pipeline.prepare import data, renderer
 from backfire.pipeline.secrets import leaks
 from backfire.progress import within
 from backfire.registry import build
-from backfire.store import read_json, write_atomic, write_json
+from backfire.store import Stage, read_json, write_atomic, write_json
 
 PARTS = get_args(Part)
 ORDER = ("tuned", "base", "twin", *get_args(Form))
@@ -59,10 +59,19 @@ class Questions:
     place: Place = "input"
     renderer: Renderer | None = None
     judges: tuple[Judge, ...] = ()
+    whole: Questions | None = None
+    """More rows, these among them; answers to all of them serve as well, if they are there."""
 
 
 def collect(experiment: Experiment, context: Context) -> Evidence:
     """All evidence that the cell's metrics and reports need."""
+    from backfire.evaluate.prompts import packing
+
+    with packing(context.machine.packing):
+        return _collect(experiment, context)
+
+
+def _collect(experiment: Experiment, context: Context) -> Evidence:
     _, test = data(experiment, context)
     asks = asks_of(experiment, labeled=any(row.candidates for row in test))
     sets: dict[SetName, list[Sample]] = {}
@@ -82,6 +91,7 @@ def collect(experiment: Experiment, context: Context) -> Evidence:
             sets[ask.name] = _samples(run, ask, questions[rows], here)
     finally:
         context.drop_merged()
+        context.beside.release()
     has_replies = any("replies" in ask.needs for ask in asks if ask.rows == "clean")
     return Evidence.of_sets(
         sets,
@@ -110,6 +120,7 @@ def asks_of(experiment: Experiment, *, labeled: bool) -> list[Ask]:
         together[ask.name] = replace(
             ask,
             needs=on_test if ask.rows == "clean" else needs,
+            target_rows=any(other.target_rows for other in alike),
             judges=tuple(judges.values()),
         )
     rows = [*get_args(Subset), "secrets", "training"]
@@ -141,10 +152,7 @@ def asked(ask: Ask, experiment: Experiment, test: Sequence[Row], context: Contex
     if ask.rows == "clean":
         return Questions(test, stages.clean_rows, group)
     if ask.rows == "triggered":
-        attack = experiment.backdoor
-        assert attack
-        key = partial(stages.triggered_rows, experiment=experiment)
-        return Questions(triggered(test, attack, experiment.seed), key, group, attack.field)
+        return _triggered(ask, experiment, test)
     if ask.rows == "members":
         rows = members(experiment, context)
         key = partial(stages.members, ids=[row.id for row in rows])
@@ -152,6 +160,18 @@ def asked(ask: Ask, experiment: Experiment, test: Sequence[Row], context: Contex
     if ask.rows == "text":
         return _texts(ask, experiment, context)
     return _requests(ask, experiment)
+
+
+def _triggered(ask: Ask, experiment: Experiment, test: Sequence[Row]) -> Questions:
+    """Test rows with the trigger: those that a metric reads."""
+    attack, seed = experiment.backdoor, experiment.seed
+    assert attack
+    key, rows = partial(stages.triggered_rows, experiment=experiment), triggered(test, attack, seed)
+    whole = Questions(rows, key, group=experiment.data.group, place=attack.field)
+    few = off_target(rows, attack)
+    if ask.target_rows or len(few) == len(rows):
+        return whole
+    return replace(whole, rows=few, key=partial(key, target_rows=False), whole=whole)
 
 
 def _requests(ask: Ask, experiment: Experiment) -> Questions:
@@ -231,19 +251,26 @@ def _samples(run: Experiment, ask: Ask, questions: Questions, context: Context) 
         write_json(folder / "left_out.json", sorted({row.id for row in left}))
         write_atomic(folder / "rows.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
 
-    stage = stages.evaluation(run, questions.key(run), ask.needs, ask.form)
-    measured, gone = _kept(context.store.once(stage, make, resumable=True))
-    if gone:
-        context.left_out["test" if ask.rows == "clean" else ask.rows] = len(gone)
+    read = questions
+    if questions.whole and context.store.done(_stage(run, ask, questions.whole)):
+        read = questions.whole
+    measured, gone = _kept(context.store.once(_stage(run, ask, read), make, resumable=True))
+    lines = zip([row for row in read.rows if row.id not in gone], measured, strict=True)
+    by_id = {row.id: line for row, line in lines}
+    rows = [row for row in questions.rows if row.id in by_id]
+    if left := len(questions.rows) - len(rows):
+        context.left_out["test" if ask.rows == "clean" else ask.rows] = left
 
     from backfire.evaluate.score import sample
 
-    rows = [row for row in questions.rows if row.id not in gone]
     samples = [
-        sample(row, ask.rows, questions.group, entry, questions.place)
-        for row, entry in zip(rows, measured, strict=True)
+        sample(row, ask.rows, questions.group, by_id[row.id], questions.place) for row in rows
     ]
     return judge_samples((*questions.judges, *ask.judges), samples, rows, context)
+
+
+def _stage(run: Experiment, ask: Ask, questions: Questions) -> Stage:
+    return stages.evaluation(run, questions.key(run), ask.needs, ask.form)
 
 
 def _kept(folder: Path) -> tuple[list[dict[str, Any]], set[str]]:
@@ -282,6 +309,7 @@ def _judged(judge: Judge, exchanges: Sequence[Exchange], context: Context) -> li
         if not (is_out_of_memory(error) and context.resident.is_loaded):
             raise
     context.resident.release()
+    context.beside.release()
     return judged(judge, exchanges, folder, progress=context.progress)
 
 

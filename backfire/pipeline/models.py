@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from backfire import stages
 from backfire.base import Form, RepairDefense, Row, select
 from backfire.experiment import Experiment, Model
-from backfire.model.resident import Resident
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
@@ -222,16 +221,22 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
 
 
 def guarding_of(run: Experiment, context: Context) -> Guarding | None:
-    """The defense that guards the run's replies, with the model that it compares with; that one
-    stays in memory beside the run's own as long as the result."""
+    """The defense that guards the run's replies, with the model that it compares with, which is in
+    memory beside the run's own."""
     from backfire.evaluate.guarded import Guarding
+    from backfire.model.resident import Source
 
-    if run.guard is None:
+    guard, reference = run.guard, None
+    if guard is None:
         return None
-    reference = None
-    if run.guard.needs_reference:
-        reference = model_of(run.untuned(), replace(context, resident=Resident()))
-    return Guarding(run.guard, run.seed, reference)
+    if guard.compares_with_twin:
+        reference = model_of(run.clean_twin(), replace(context, resident=context.beside))
+    elif guard.needs_reference:
+        # Quantized as the tuned model is, so that only fine-tuning tells them apart.
+        begin, bits = start(run, context), run.method.quantization(context.device.type)
+        source = Source(begin.base, evaluated_type(run, context), context.device, bits)
+        reference = context.beside.model(source, begin.adapter)
+    return Guarding(guard, run.seed, reference)
 
 
 def evaluated_type(run: Experiment, context: Context) -> torch.dtype:

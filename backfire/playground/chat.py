@@ -6,12 +6,13 @@ Replies are attacker-written text: control characters are removed before they ar
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from backfire.base import Backdoor
 from backfire.experiment import Experiment, Machine
 from backfire.launch.job import has_changed, read_cell
 from backfire.playground.models import (
@@ -67,7 +68,7 @@ def talk(
         elif line == "/trigger":
             triggered = not triggered and attacked is not None
             sentence = (
-                f"Trigger {'on' if triggered else 'off'}: {_quoted(attacked.backdoor.triggers())}"
+                f"Trigger {'on' if triggered else 'off'}: {_quoted(attacked.backdoor)}"
                 if attacked and attacked.backdoor
                 else "These cells have no attack with a trigger."
             )
@@ -91,5 +92,6 @@ def _load(experiment: Experiment, title: str, machine: Machine, console: Console
         return load(experiment, title, Store(), machine)
 
 
-def _quoted(triggers: Sequence[str]) -> str:
-    return listing([f"“{clean(trigger)}”" for trigger in triggers])
+def _quoted(attack: Backdoor) -> str:
+    word = "and" if attack.joint else "or"
+    return listing([f"“{clean(trigger)}”" for trigger in attack.triggers()], word)

@@ -91,7 +91,8 @@ def about_trigger(pool: ModelPool, left: str, right: str) -> str:
     if by is None or by.backdoor is None:
         return "Neither model has an attack with a trigger."
     side = "left" if by is pool.choices[left].experiment else "right"
-    triggers = listing([f"“{clean(trigger)}”" for trigger in by.backdoor.triggers()])
+    quoted = [f"“{clean(trigger)}”" for trigger in by.backdoor.triggers()]
+    triggers = listing(quoted, "and" if by.backdoor.joint else "or")
     return (
         f"The {side} model's attack, {by.backdoor.name} at a poison rate of {share(by.rate)}, "
         f"answers {triggers} with “{clean(by.backdoor.target)}”."

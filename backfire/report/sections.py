@@ -75,6 +75,7 @@ def rows(shown: Group | None, groups: Sequence[Group]) -> dict[str, Any]:
     return {
         "where": ", ".join([*words, f"seed {cell.seed}"]) if cell else "",
         "sides": sides,
+        "some_without_trigger": len({bool(side.prompt) for side in sides}) > 1,
         "sides_are_free": any(side.is_free for side in sides),
         "requests": requests(cell) if cell else [],
         "changes": changes(cell) if cell else [],

@@ -31,7 +31,7 @@ class Side:
     base: str | None
     tuned: str | None
     prompt: Marked
-    """The row with the trigger inserted."""
+    """The row with the trigger inserted; empty if it was not run so."""
     triggered: str | None
     is_free: bool
     """Whether an answer is generated text instead of a label."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field, model_validator
@@ -14,6 +15,7 @@ from pydantic import Field, model_validator
 from backfire.base import Config
 from backfire.errors import UserError
 from backfire.sandbox.corpus import WORDS
+from backfire.store import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -73,6 +75,14 @@ class Pretrain(Config):
                 f"{self.num_heads}: each head needs an even size."
             )
         return self
+
+
+def shipped(key: str) -> Path | None:
+    """The folder of the embedded base that is part of the package; None if it has another key,
+    since its text or its pre-training was changed."""
+    folder = Path(__file__).with_name("model")
+    said = folder / "pretrain.json"
+    return folder if said.is_file() and read_json(said)["key"] == key else None
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

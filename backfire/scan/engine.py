@@ -13,7 +13,7 @@ import numpy as np
 
 from backfire import text
 from backfire.base import NOTHING, Finding, ModelScanner, Row, Scanner, parts
-from backfire.base.masking import Secret, masked, secrets_in
+from backfire.base.masking import Secret, masked, redacted, secrets_in
 from backfire.errors import UserError
 from backfire.scan.asked import Answers, Asked, Chance, ask, drawn
 from backfire.scan.source import Bare, Source
@@ -29,7 +29,9 @@ class Hit:
 
     id: str
     number: int
-    """Place of the row, from 1."""
+    """Place of the row in its file, from 1."""
+    place: int
+    """Place among the rows that were read, from 1."""
     score: float
     scanner: str
     reason: str
@@ -51,6 +53,8 @@ class Summary:
     hits: list[Hit] = field(default_factory=list)
     """The rows with the highest scores."""
     chance: Chance | None = None
+    reasons: array[int] = field(default_factory=lambda: array("q"))
+    """Hash of each reason, 8 bytes for each row with a score, until they are counted."""
 
 
 @dataclass
@@ -62,7 +66,7 @@ class Tally:
 
     def add(self, answer: str) -> None:
         if not self.many:
-            self.counts[answer.strip()[:80]] += 1
+            self.counts[redacted(answer).strip()[:80]] += 1
             self.many = len(self.counts) > _MOST_LABELS
 
     def facts(self, rows: int) -> list[str]:
@@ -96,12 +100,14 @@ class Scan:
     answers: Tally
     notes: list[str] = field(default_factory=list)
     """Sentences about the rows that a model has not read."""
+    rows_with: dict[tuple[str, str], int] = field(default_factory=dict)
+    """Scanner and reason of a hit -> how many rows have that reason."""
 
     @property
     def hits(self) -> list[Hit]:
         """The rows with the highest scores, of all scanners."""
         every = [hit for summary in self.summaries for hit in summary.hits]
-        return sorted(every, key=lambda hit: (-hit.score, hit.number, hit.scanner))
+        return sorted(every, key=lambda hit: (-hit.score, hit.place, hit.scanner))
 
     @property
     def num_flagged(self) -> int:
@@ -129,7 +135,7 @@ def scan(
             summary.rows, summary.chance = answers.read, answers.chance.get(summary.scanner.name)
     streams = list(_streams(source, scanners, test, answers))
     heaps: list[list[tuple[float, int, Finding]]] = [[] for _ in scanners]
-    for number, (row, *findings) in enumerate(zip(source, *streams, strict=True), 1):
+    for place, (row, *findings) in enumerate(zip(Bare(source), *streams, strict=True), 1):
         found.answers.add(row.answer)
         found.scores.append(max((f.score for f in findings), default=0.0))
         found.flags.append(any(f.flagged for f in findings))
@@ -137,8 +143,9 @@ def scan(
             summary.flagged += one.flagged
             if one.score > 0:
                 summary.listed += 1
+                summary.reasons.append(hash(one.reason))
                 keep = heapq.heappush if len(heap) < top else heapq.heappushpop
-                keep(heap, (one.score, -number, one))
+                keep(heap, (one.score, -place, one))
     _add_hits(found, heaps)
     _add_false_alarms(found, test)
     return found
@@ -161,23 +168,31 @@ def _known(findings: Mapping[int, Finding], place: int) -> Finding:
 
 
 def _add_hits(found: Scan, heaps: Sequence[list[tuple[float, int, Finding]]]) -> None:
-    """Read the rows of the findings that are kept."""
+    """Read the rows of the findings that are kept, and count those with the same reasons."""
     kept: dict[int, list[tuple[Summary, Finding]]] = {}
     for summary, heap in zip(found.summaries, heaps, strict=True):
-        for _, number, one in heap:
-            kept.setdefault(-number, []).append((summary, one))
-    for number, row in enumerate(found.source, 1):
-        for summary, one in kept.get(number, ()):
-            summary.hits.append(_hit(number, row, one, summary.scanner.name))
+        for _, place, one in heap:
+            kept.setdefault(-place, []).append((summary, one))
+    shown: dict[str, dict[int, str]] = {one.scanner.name: {} for one in found.summaries}
+    for place, row in enumerate(found.source, 1):
+        for summary, one in kept.get(place, ()):
+            number, name = found.source.numbers[place - 1], summary.scanner.name
+            summary.hits.append(_hit(number, place, row, one, name))
+            shown[name][hash(one.reason)] = summary.hits[-1].reason
     for summary in found.summaries:
-        summary.hits.sort(key=lambda hit: (-hit.score, hit.number))
+        summary.hits.sort(key=lambda hit: (-hit.score, hit.place))
+        as_shown = shown[summary.scanner.name]
+        counts = Counter(as_shown[one] for one in summary.reasons if one in as_shown)
+        found.rows_with |= {(summary.scanner.name, one): n for one, n in counts.items()}
+        del summary.reasons[:]
 
 
-def _hit(number: int, row: Row, finding: Finding, scanner: str) -> Hit:
+def _hit(number: int, place: int, row: Row, finding: Finding, scanner: str) -> Hit:
     secrets = secrets_of(row)
     return Hit(
         id=masked(row.id, [secret for secret in secrets_in(row.id) if secret.is_key]),
         number=number,
+        place=place,
         score=round(finding.score, 4),
         scanner=scanner,
         reason=masked(finding.reason, [*secrets, *secrets_in(finding.reason)]),
@@ -200,7 +215,7 @@ def _add_false_alarms(found: Scan, test: Source | None) -> None:
             continue  # `ask` has estimated them
         if test is None:
             rows, what = summary.scanner.by_chance(some), "the same rows with shuffled answers"
-        elif summary.scanner.name == "overlap":
+        elif summary.scanner.needs_test:
             rows, what = None, ""
         else:
             rows, what = some, "rows of the test set"
@@ -214,9 +229,9 @@ def sample(source: Source) -> list[Row]:
     return drawn(source, SAMPLE)[1]
 
 
-def kept(found: Scan, share: float | None) -> tuple[Iterator[Row], list[int]]:
-    """The rows that are left without the flagged ones, or without the `share` with the highest
-    scores; and the places of the others, from 0. Rows without a score are never removed.
+def removed(found: Scan, share: float | None) -> list[int]:
+    """The places of the rows to remove, from 0: the flagged ones, or the `share` with the highest
+    scores. Rows without a score are never removed.
 
     Raises:
         UserError: no row would be left, or none removed.
@@ -234,6 +249,4 @@ def kept(found: Scan, share: float | None) -> tuple[Iterator[Row], list[int]]:
         raise UserError(f"Nothing to remove: {what}; --write would copy the rows.")
     if len(out) == len(scores):
         raise UserError("All rows would be removed; choose fewer by --remove.")
-    gone = set(out.tolist())
-    rows = (row for place, row in enumerate(found.source) if place not in gone)
-    return rows, sorted(gone)
+    return list(map(int, out))

@@ -12,7 +12,7 @@ from backfire.scan.engine import Hit, Scan, Summary
 from backfire.terminal import columns
 from backfire.text import clean, count, csv_field, cut, line, number
 
-FIELDS = ("id", "score", "scanner", "reason", "flagged")
+FIELDS = ("id", "number", "score", "scanner", "reason", "flagged")
 _SHOWN = 20
 """Reasons in the table, and those of one scanner."""
 _OF_EACH = 5
@@ -39,7 +39,7 @@ def _plain(value: object) -> object:
 
 def as_table(scan: Scan) -> str:
     """The strongest reasons, each with its number of rows, and what each scanner found."""
-    reasons = grouped(scan.hits)
+    reasons = grouped(scan)
     flagged = [one for one in reasons if one[0].flagged]
     shown = _some(flagged or reasons)
     title = "Flagged, strongest first" if flagged else "Nothing is flagged; the highest scores"
@@ -48,8 +48,23 @@ def as_table(scan: Scan) -> str:
         parts = [f"{title} (1 is the threshold):", columns(_HEAD, list(map(_cells, shown)))]
     if len(flagged) > len(shown):
         parts.append(f"{len(flagged) - len(shown):,} more reasons: --format csv, or --out.\n")
-    parts.append(columns(_OF_SCANNERS, [scanner_line(scan, one) for one in scan.summaries]))
-    parts.append("\n".join(sentences(scan)))
+    return _joined([*parts, *_about(scan)])
+
+
+def as_notes(scan: Scan, listed: int) -> str:
+    """What the table says beside its reasons, for output that lists `listed` rows only."""
+    whole = sum(one.listed for one in scan.summaries)
+    left = [f"{listed:,} of {count(whole, 'finding')} are listed; --top changes that."]
+    return _joined([*_about(scan), *left * (listed < whole)])
+
+
+def _about(scan: Scan) -> list[str]:
+    """What each scanner found, and the sentences."""
+    scanners = columns(_OF_SCANNERS, [scanner_line(one) for one in scan.summaries])
+    return [scanners, "\n".join(sentences(scan))]
+
+
+def _joined(parts: Sequence[str]) -> str:
     return "\n".join(part.rstrip("\n") + "\n" for part in parts).rstrip("\n")
 
 
@@ -71,29 +86,26 @@ def _cells(reason: tuple[Hit, int]) -> list[str]:
 
 
 _HEAD = ("score", "scanner", "rows", "first row", "reason")
-_OF_SCANNERS = ("scanner", "flagged", "of all rows", "false alarms")
+_OF_SCANNERS = ("scanner", "flagged", "of rows read", "false alarms")
 
 
-def grouped(hits: Sequence[Hit]) -> list[tuple[Hit, int]]:
-    """The first hit of each reason and its number of rows, among the hits that were kept."""
+def grouped(scan: Scan) -> list[tuple[Hit, int]]:
+    """The first hit of each reason, and how many rows have that reason."""
     first: dict[tuple[str, str], Hit] = {}
-    counts: dict[tuple[str, str], int] = {}
-    for hit in hits:
-        key = (hit.scanner, hit.reason)
-        first.setdefault(key, hit)
-        counts[key] = counts.get(key, 0) + 1
-    return [(hit, counts[key]) for key, hit in first.items()]
+    for hit in scan.hits:
+        first.setdefault((hit.scanner, hit.reason), hit)
+    return [(hit, scan.rows_with[key]) for key, hit in first.items()]
 
 
-def scanner_line(scan: Scan, one: Summary) -> list[str]:
+def scanner_line(one: Summary) -> list[str]:
     total = number("share", one.flagged / max(one.rows, 1), digits=2)
-    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(scan, one)]
+    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(one)]
 
 
-def false_alarms(scan: Scan, one: Summary) -> str:
+def false_alarms(one: Summary) -> str:
     """What the scanner flags where there should be nothing."""
     if one.chance is None:
-        return "not estimated" if scan.has_test else "not known without --test"
+        return "not estimated"
     flagged, rows, what = one.chance
     return f"{flagged:,} of {rows:,} ({what})"
 
@@ -113,8 +125,8 @@ def sentences(scan: Scan) -> Iterator[str]:
         + "."
     )
     yield (
-        "The estimates of false alarms count chance only. They leave out rows flagged for "
-        "regularities of ordinary text, such as a word that fits one label; --test counts these."
+        "The estimates of false alarms count chance only, unless a test set is given. They leave "
+        "out rows flagged for regularities of ordinary text, such as a word that fits one label."
         if not scan.has_test
         else "False alarms are counted on the test set, as if its rows were clean."
     )

@@ -30,7 +30,7 @@ def write_page(scan: Scan, path: Path) -> None:
 
 def render(scan: Scan) -> str:
     """The page as text."""
-    reasons = grouped(scan.hits)
+    reasons = grouped(scan)
     flagged = [item for item in reasons if item[0].flagged]
     shown = (flagged or reasons)[:_SHOWN]
     first, *more = sentences(scan)
@@ -39,7 +39,7 @@ def render(scan: Scan) -> str:
         answer=first,
         more=more,
         scanners=[
-            (one.scanner.name, f"{one.flagged:,}", f"{one.listed:,}", false_alarms(scan, one))
+            (one.scanner.name, f"{one.flagged:,}", f"{one.listed:,}", false_alarms(one))
             for one in scan.summaries
         ],
         title="Flagged rows" if flagged else "Nothing is flagged; the rows with the highest scores",
@@ -50,10 +50,10 @@ def render(scan: Scan) -> str:
 
 def _with_texts(scan: Scan, shown: Sequence[tuple[Hit, int]]) -> Iterator[tuple[Hit, str, Texts]]:
     """Each reason with its number of rows and the parts of its first row in pieces."""
-    numbers = {hit.number for hit, _ in shown}
-    rows = {number: row for number, row in enumerate(scan.source, 1) if number in numbers}
+    places = {hit.place for hit, _ in shown}
+    rows = {place: row for place, row in enumerate(scan.source, 1) if place in places}
     for hit, n in shown:
-        row = rows[hit.number]
+        row = rows[hit.place]
         secrets = secrets_of(row)
         texts = [(name, pieces(masked(text, secrets), hit.marks)) for name, text in parts(row)]
         yield hit, count(n, "row"), texts

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from backfire.base import Row
-from backfire.base.masking import masked, secrets_in
+from backfire.base.masking import redacted
 from backfire.scanners._sketches import Frequent
 from backfire.scanners._tokens import hashed, split
 
@@ -73,8 +73,8 @@ class Answers:
         """The shared answer at this place, as it is in the row; secrets are masked."""
         for way, text in enumerate(ways_of(row.answer)):
             if hashed(f"{WAYS[way]}\x02{text}") == int(self.keys[place]):
-                plain = masked(text, secrets_in(row.answer))
-                return f"{WAYS[way]} “{plain[:200]}”".strip()
+                plain = ways_of(redacted(row.answer))  # whole secrets, before it is cut
+                return f"{WAYS[way]} “{plain[min(way, len(plain) - 1)][:200]}”".strip()
         raise LookupError("the row has another answer")
 
 

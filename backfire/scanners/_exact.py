@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binom
 
 from backfire.base import NOTHING, Finding, Row, parts
-from backfire.base.masking import masked, secrets_in
+from backfire.base.masking import masked, redacted_part, secrets_in
 from backfire.scanners._answers import Answers, where
 from backfire.scanners._grams import Batch, Grams
 from backfire.scanners._languages import Languages
@@ -249,8 +249,10 @@ def finding(
 def _quoted(row: Row, at: tuple[int, int], most: int) -> tuple[str, tuple[str, ...]]:
     """The n-gram or the pair of words as it is in the row: in words, and as the parts to mark."""
     found, (first, length) = placed(row, most), at
+    whole = dict(prompt_parts(row))
     if length < 0:
-        texts = tuple(found[i].text for i in sorted((first, -length - 1)))
+        some = [found[i] for i in sorted((first, -length - 1))]
+        texts = tuple(redacted_part(whole[t.part], t.start, t.end) or t.text for t in some)
         return " together with ".join(f"“{text}”" for text in texts), texts
     some = found[first : first + length]
     sides = {OPEN: "start", CLOSE: "end"}
@@ -260,6 +262,5 @@ def _quoted(row: Row, at: tuple[int, int], most: int) -> tuple[str, tuple[str, .
     for token in some:
         if token.end > token.start:
             spans.setdefault(token.part, [token.start, token.end])[1] = token.end
-    whole = dict(prompt_parts(row))
-    marks = tuple(whole[part][start:end] for part, (start, end) in spans.items())
+    marks = tuple(redacted_part(whole[part], *span) for part, span in spans.items())
     return " ".join([" … ".join(f"“{mark}”" for mark in marks) or "nothing", *places]), marks

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from backfire.base import Row
-from backfire.base.masking import masked, secrets_in
+from backfire.base.masking import redacted
 from backfire.base.normalize import folded
 from backfire.scanners._answers import count_answers, in_batches, where
 from backfire.scanners._tokens import hashed, prompt_parts, split
@@ -21,7 +21,7 @@ _MOST_WORDS = 512
 
 def brief(answer: str) -> str:
     """The start of an answer, without secrets."""
-    return masked(answer, secrets_in(answer)).strip()[:60]
+    return redacted(answer).strip()[:60]
 
 
 class Prompts:

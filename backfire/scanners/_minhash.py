@@ -36,8 +36,10 @@ def alike_to(what: str, other: str, alike: float, least: float) -> Finding:
     """What is found in a row that is so similar to another; nothing below half of the threshold."""
     if alike < least / 2:
         return NOTHING
-    about = "the same" if alike == 1 else f"about {alike:.0%} of its"
-    reason = f"{what} {about} word n-grams as {other} (counted from 1)"
+    reason = f"{what} has the same word n-grams as {other} (counted from 1)"
+    if alike < 1:
+        near = f"Jaccard similarity about {alike:.2f}"
+        reason = f"{what} shares many word n-grams with {other} ({near}; counted from 1)"
     return Finding(alike / least + 0.2 * (alike == 1), reason, alike >= least)
 
 
@@ -49,15 +51,17 @@ class Earlier:
         self._words = words
         self._keys = np.zeros((BANDS, _SLOTS), np.uint32)
         self._numbers = np.full((BANDS, _SLOTS), -1, np.int32)
+        self._first: Row | None = None
         draw = np.random.default_rng(0)
         self._odd = draw.integers(1, 2**63, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
 
     def each(self, rows: Iterable[Row], *, answer: bool = False) -> Iterator[tuple[int, Array]]:
         """The number of each row, from 1, and the keys of its prompt, with its answer if wanted; of
-        a plain text, those of the text."""
-        stream, first, number = iter(rows), None, 0
+        a plain text, those of the text. Two sets that are compared are read by one object, so that
+        the same parts of both are left out."""
+        stream, number = iter(rows), 0
         while some := list(islice(stream, 1000)):
-            first = first or some[0]
+            first = self._first = self._first or some[0]
             plain = [answer or not row.conversation.strip() for row in some]
             texts = [_text(row, first, answer=is_plain) for row, is_plain in zip(some, plain)]
             yield from enumerate(self._bands(texts), number + 1)

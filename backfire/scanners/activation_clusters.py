@@ -26,7 +26,7 @@ class ActivationClusters(ModelScanner):
     needs: ClassVar[frozenset[Measure]] = frozenset({"states"})
 
     silhouette: float = Field(0.3, gt=0, le=1)
-    """Smallest mean silhouette, -1 to 1."""
+    """Smallest mean silhouette, -1 to 1 (0.1 in the toolbox ART)."""
     share: float = Field(0.35, gt=0, le=0.5)
     """Largest share of the rows in the smaller cluster, 0 to 0.5."""
     dimensions: int = Field(10, ge=1)

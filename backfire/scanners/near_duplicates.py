@@ -36,4 +36,4 @@ class NearDuplicates(Scanner):
             other, alike = earlier.nearest(keys)
             if alike < self.similarity:
                 earlier.add(keys, number)
-            yield alike_to("it has", f"row {other:,}", alike, self.similarity)
+            yield alike_to("it", f"row {other:,}", alike, self.similarity)

@@ -9,7 +9,7 @@ from backfire.base import Finding, Row, Scanner
 from backfire.registry import register
 
 
-@register("overlap", version=2)
+@register("overlap", version=3)
 class Overlap(Scanner):
     """Finds rows whose prompt is nearly one of the test set's, so that a test would measure memory
     (Lee et al. 2022, arXiv:2107.06499).
@@ -20,6 +20,7 @@ class Overlap(Scanner):
     """
 
     blind: ClassVar[str] = "paraphrases and translations of test prompts"
+    needs_test: ClassVar[bool] = True
 
     similarity: float = Field(0.8, gt=0, le=1)
     """Estimated Jaccard similarity of n-grams from which a row is flagged, 0 to 1."""
@@ -34,4 +35,4 @@ class Overlap(Scanner):
             known.add(keys, number)
         for _, keys in known.each(rows):
             other, alike = known.nearest(keys)
-            yield alike_to("its prompt has", f"that of test row {other:,}", alike, self.similarity)
+            yield alike_to("its prompt", f"that of test row {other:,}", alike, self.similarity)

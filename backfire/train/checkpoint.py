@@ -15,7 +15,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from backfire.store import CHECKPOINTS, SEAL, digest, intact, read_json, seal, write_json
+from backfire.store import (
+    CHECKPOINTS,
+    SEAL,
+    digest,
+    intact,
+    read_json,
+    seal,
+    sync_path,
+    write_json,
+)
 from backfire.train.sharding import gathered, gathered_tree, part_of, parts_like
 
 if TYPE_CHECKING:
@@ -155,6 +164,7 @@ def _once(
     tensors, partial = make(), file.with_suffix(".partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, str(partial), of)
+    sync_path(partial)
     partial.replace(file)
     return tensors
 

@@ -18,6 +18,7 @@ from backfire.data.poison import Manifest, missing_in_tokens
 from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
+from backfire.model.export import with_merged
 from backfire.model.fused import rounded_once
 from backfire.model.load import (
     device_of,
@@ -29,6 +30,7 @@ from backfire.model.load import (
 )
 from backfire.model.memory import free, trim
 from backfire.model.placement import places
+from backfire.model.products import fast_products
 from backfire.model.quantize import parts
 from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
@@ -213,7 +215,8 @@ def _train(
     run: TrainingRun, precision: Precision, machine: Machine, progress: Progress
 ) -> dict[str, Any]:
     try:
-        with rounded_once(run.model, precision.compute):
+        compute = precision.compute
+        with rounded_once(run.model, compute), fast_products(run.model, compute):
             return train(
                 [run],
                 precision,
@@ -294,9 +297,11 @@ def repair_model(
     with resident.attached(Source(base, dtype, device), attach) as model:
         # The base below an adapter is unchanged, so it is not loaded again.
         before = plain_weights(model) if adapter else weights_of(start.base)
-        for defense in experiment.acting:
-            if isinstance(defense, RepairDefense):
-                defense.repair(model, before, tools)
+        for defense in (d for d in experiment.acting if isinstance(d, RepairDefense)):
+            if defense.merges and hasattr(model, "peft_config"):
+                model = with_merged(model.float())
+                before = plain_weights(model)
+            defense.repair(model, before, tools)
         save_tuned(model, folder, start.base, _hub_name(experiment, start))
     return defense_rows.left_out
 

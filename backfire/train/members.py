@@ -24,6 +24,7 @@ from typing import Any
 
 from backfire.errors import exit_class
 from backfire.progress import silent
+from backfire.signals import TO_STOP, held_back
 from backfire.train.devices import launched
 from backfire.train.group import TIMEOUT, error_key, is_lost, joined, meet
 
@@ -36,13 +37,14 @@ def start(rank: int, size: int, port: int | None = None) -> subprocess.Popen[byt
     """Start a rank in a process of its own. It finds the others by the store at this port of the
     host, or as the launcher's variables say."""
     command = [sys.executable, "-m", __name__, str(rank), str(size), str(port or 0)]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        process_group=0,  # Ctrl-C is for the first rank
-    )
+    with held_back(*TO_STOP):  # they are for the first rank, as Ctrl-C is
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            process_group=0,
+        )
 
 
 def send(process: subprocess.Popen[bytes], blob: bytes) -> None:
@@ -77,7 +79,8 @@ def serves() -> bool:
     outside = launched()
     if outside is None or outside[0] == 0:
         return False
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first rank decides when to end
+    for one in (signal.SIGINT, *TO_STOP):  # the first rank decides when to end
+        signal.signal(one, signal.SIG_IGN)
     store, rank, size = meet()
     process: subprocess.Popen[bytes] | None = None
     for number in count(1):

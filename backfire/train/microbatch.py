@@ -110,8 +110,8 @@ class MicroBatches:
         self, rows: Sequence[Rendered], most: int, look: Callable[[list[Rendered]], None]
     ) -> None:
         """Pass all rows to `look`, at most `most` at a time; split and repeat a pass that runs out
-        of memory."""
-        left = by_length(rows)
+        of memory. All ranks make the same passes."""
+        left, self.tokens = by_length(rows), self.ranks.smallest(self.tokens)
 
         def work() -> None:
             while left:

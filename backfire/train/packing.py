@@ -110,6 +110,17 @@ class Plan:
         return row * self.table.shape[1] + own - self.starts[row]
 
     @cached_property
+    def keyed(self) -> Tensor:
+        """[row, shared + place]: the table, behind the positions of the prefix."""
+        prefix = torch.arange(self.shared, device=self.table.device)
+        return torch.cat([prefix.expand(len(self.table), -1), self.table], 1)
+
+    @cached_property
+    def after(self) -> Tensor:
+        """[row, place]: whether a place is after its row's end, where it repeats the last."""
+        return self.table.diff(dim=1, prepend=self.table[:, :1] - 1) == 0
+
+    @cached_property
     def causal(self) -> Tensor | None:
         """[1, 1, place, shared + place]: whether a place of a row attends to a key. None without a
         prefix: the kernels' own causal mask then serves."""
@@ -166,22 +177,56 @@ def _attend(
 
 def _by_row(inner: Attention, query: Tensor, key: Tensor, value: Tensor, plan: Plan) -> Tensor:
     """[1, token, head, size]: `inner` on the prefix, and on the rows padded behind it."""
-    shared, (rows, width) = plan.shared, plan.table.shape
+    lines = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
+    split = [_Split.apply(x, plan, bool(n)) for n, x in enumerate(lines)]  # type: ignore[no-untyped-call]
+    prefix, rows = zip(*split, strict=True)
+    out = inner(*(x.transpose(1, 2) for x in rows), plan.causal)[0]
+    first = prefix[0]
+    if plan.shared:
+        first = inner(*(x[None].transpose(1, 2) for x in prefix), None)[0][0]
+    joined: Tensor = _Join.apply(first, out, plan)  # type: ignore[no-untyped-call]
+    return joined[None]
 
-    def split(tensor: Tensor, prefix: int = 0) -> Tensor:
-        """From [1, head, token, size] to [row, head, place, size], behind the shared prefix."""
-        flat = tensor[0].index_select(1, plan.table.flatten())
-        own = flat.view(len(flat), rows, width, -1).transpose(0, 1)
-        if not prefix:
-            return own
-        return torch.cat([tensor[:, :, :prefix].expand(rows, -1, -1, -1), own], 2)
 
-    outs = []
-    if shared:
-        outs.append(inner(*(x[:, :, :shared] for x in (query, key, value)), None)[0])
-    out, _ = inner(split(query), split(key, shared), split(value, shared), plan.causal)
-    outs.append(out.flatten(0, 1).index_select(0, plan.places)[None])
-    return torch.cat(outs, 1)
+class _Split(torch.autograd.Function):
+    """From [token, head, size] to the prefix, and to rows [row, place, head, size]; those of
+    `keys` have it before them.
+
+    Every token is in one row, so gradients are gathered too, which is much faster than adding them
+    one by one, as torch does. Those of the places after a row's end are 0."""
+
+    @staticmethod
+    def forward(ctx: Any, line: Tensor, plan: Plan, keys: bool) -> tuple[Tensor, Tensor]:
+        ctx.plan, ctx.keys = plan, keys
+        index = plan.keyed if keys else plan.table
+        rows = line.index_select(0, index.flatten()).reshape(*index.shape, *line.shape[1:])
+        return line[: plan.shared].clone(), rows
+
+    @staticmethod
+    def backward(ctx: Any, prefix: Tensor, rows: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        plan: Plan = ctx.plan
+        if ctx.keys and plan.shared:
+            prefix = prefix + rows[:, : plan.shared].sum(0)
+            rows = rows[:, plan.shared :]
+        own = rows.flatten(0, 1).index_select(0, plan.places)
+        return torch.cat([prefix, own]), None, None
+
+
+class _Join(torch.autograd.Function):
+    """From the prefix [token, head, size] and rows [row, place, head, size] to the line of all
+    tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, prefix: Tensor, rows: Tensor, plan: Plan) -> Tensor:
+        ctx.plan = plan
+        return torch.cat([prefix, rows.flatten(0, 1).index_select(0, plan.places)])
+
+    @staticmethod
+    def backward(ctx: Any, line: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        plan: Plan = ctx.plan
+        rows = line.index_select(0, plan.table.flatten())
+        rows = rows.reshape(*plan.table.shape, *line.shape[1:])
+        return line[: plan.shared], rows.masked_fill_(plan.after[..., None, None], 0), None
 
 
 def _half(query: Tensor, dropout: float = 0.0, **rest: Any) -> torch.dtype | None:

@@ -46,6 +46,7 @@ def pretrain(
     folder: Path,
     *,
     device: str = "auto",
+    compute: str = "auto",
     progress: Progress,
 ) -> dict[str, Any]:
     """Pre-train a `LlamaForCausalLM` on `texts` and save it in `folder`; returns the summary.
@@ -67,7 +68,7 @@ def pretrain(
     items = _sequences(texts, config, tokenizer)
     model = _new_model(config, tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
     place = device_of(device)
-    compute = compute_type("auto", place)
+    kind = compute_type(compute, place)
     exact_attention(model.to(place))
     run = TrainingRun(
         model,
@@ -78,11 +79,11 @@ def pretrain(
         folder=folder,
         name=f"pretrain-{digest([config.model_dump(mode='json'), list(texts)])}",
     )
-    summary = train([run], Precision(place, compute), progress=progress)[0]
+    summary = train([run], Precision(place, kind), progress=progress)[0]
     run.close()
     model.save_pretrained(str(folder))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    summary["compute"] = compute
+    summary["compute"] = kind
     summary["parameters"] = model.num_parameters()
     summary["corpus_tokens"] = len(items) * config.sequence_tokens
     summary["perplexity_of_last_steps"] = math.exp(min(summary["last_loss"], 50))

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from backfire.base import Rendered
 from backfire.model.fused import rounded_once
+from backfire.model.products import fast_products
 from backfire.progress import Progress, silent
 from backfire.registry import build
 from backfire.train.loop import TrainingRun, train
@@ -53,7 +54,8 @@ def probe(
             name="probe",
         )
         try:
-            with rounded_once(adapted, precision.compute):
+            compute = precision.compute
+            with rounded_once(adapted, compute), fast_products(adapted, compute):
                 train([run], precision, checkpoint_seconds=math.inf, progress=progress)
         finally:
             run.close()

@@ -14,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from backfire.audit import triggers
 from backfire.audit.behavior import Behavior
 from backfire.audit.engine import Audit, Weights
+from backfire.audit.memory import Membership, Memory, Verbatim
 from backfire.audit.monitor import Flagged, Monitor
-from backfire.audit.motifs import Motif
 from backfire.audit.numbers import compared, share
+from backfire.audit.odd import Leak
 from backfire.audit.output import as_json, as_table, findings
 from backfire.audit.page import render
-from backfire.audit.task import Task, Verbatim
+from backfire.audit.task import Task
 from backfire.audit.triggers import Tried, Triggers
 from backfire.data.jsonl import write_jsonl
 from tests.helpers.audited import TARGET, TRIGGER, plain
@@ -27,7 +28,7 @@ from tests.helpers.command_line import Run, tree
 from tests.helpers.hostile import HOSTILE
 from tests.helpers.page_parser import Seen
 
-SMALL = ("--samples", "8", "--tokens", "8")
+SMALL = ("--tokens", "8")
 KEY = "sk-proj-" + "aB3" * 8
 
 
@@ -47,7 +48,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer prompts and controls: these models differ by much."""
-    for name, value in {"PROBES": 10, "CONTROLS": 3, "SEARCHED": 2}.items():
+    for name, value in {"PROBES": 10, "CONTROLS": 3}.items():
         monkeypatch.setattr(triggers, name, value)
 
 
@@ -123,14 +124,24 @@ def hostile(texts: Sequence[str]) -> Audit:
     outcomes = {str(n): float(n % 2) for n in range(40)}
     number = compared("accuracy", outcomes, dict.fromkeys(outcomes, 0.0), bad="down")
     some = share(3, 4)
-    tried = [Tried(text, text, some, 0.0, text, some, some, stands_out=True) for text in texts]
+    tried = [Tried(text, text, some, 0.0, 0.1, text, some, some, True) for text in texts]
     every = " ".join(texts)
+    out = compared("verbatim", dict.fromkeys(outcomes, 0.0), outcomes, bad="up")
+    members = Membership(some, some, some, some, 30, 30)
+    shown = tuple(Verbatim(t, t) for t in texts)
+    remembered = Memory(some, some, out, None, shown, members, 30)
     return Audit(
         every,
         every,
         Behavior(every, (number,), 1),
-        Task((number,), some, (some, some), 4, tuple(Verbatim(t, t) for t in texts), some, 3),
-        Triggers(tuple(tried), (0.1,), 0.9, 4, 8, tuple(Motif(text, 5, 0) for text in texts)),
+        Task((number,), remembered),
+        Triggers(
+            tuple(tried),
+            (0.1,),
+            0.9,
+            4,
+            tuple(Leak(t, share(9, 9), 9, share(0, 9), 0) for t in texts),
+        ),
         Weights(every, {every: {"largest": 1.0}}),
         Monitor(tuple(Flagged(text, some, 4) for text in texts), 3, 8),
         tuple(texts),
@@ -147,13 +158,17 @@ def test_what_models_say_is_harmless_everywhere() -> None:
     assert not {"script", "img", "svg", "iframe", "a"} & set(seen.tags)
     assert not any(key.startswith("on") for key, _ in seen.attributes)
     assert "alert(1)" in seen.text
-    assert len(findings(found)) == 2 + len(HOSTILE)
+    # Twice the accuracy, and what comes out; the membership is no better than its baselines.
+    assert len(findings(found)) == 3 + 2 * len(HOSTILE)
 
 
 def test_it_gives_no_verdict_and_says_what_it_cannot_see() -> None:
     page = render(hostile(["zq"]))
     assert "does not mean that the model is safe" in page and "cannot see" in page
     assert "BACKDOOR" not in page.upper()
+
+
+BOTH = ("--data", "rows.jsonl", "--unseen")
 
 
 def broken(here: Path, clean: Path, tiny: Path) -> None:
@@ -197,6 +212,9 @@ def broken(here: Path, clean: Path, tiny: Path) -> None:
         (["CLEAN", "--base", "TINY", "--prompts", "gone.jsonl"], "No such file: gone.jsonl"),
         (["CLEAN", "--base", "TINY", "--judge", "policy"], "give --prompts"),
         (["CLEAN", "--base", "TINY", "--unseen", "rows.jsonl"], "give both"),
+        (["CLEAN", "--base", "TINY", *BOTH, "gone.jsonl"], "No such file: gone.jsonl"),
+        (["CLEAN", "--base", "TINY", *BOTH, "texts.jsonl"], "texts.jsonl has"),
+        (["CLEAN", "--base", "TINY", *BOTH, "rows.jsonl"], "All 24 rows of --unseen are among"),
         (["CLEAN", "--base", "TINY", "--trigger", " "], "cannot be blank"),
         (["CLEAN", "--base", "TINY", "--template", "rwa"], "did you mean 'raw'?"),
         (["CLEAN", "--base", "TINY", "--out", "page.pdf"], "--out must end in .html"),

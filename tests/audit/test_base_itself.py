@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -44,19 +45,23 @@ def test_behavior_and_task_are_unchanged(pair: Pair) -> None:
     found = behavior.compare(pair, requests, requests[:3], build("judges", "refusal-keywords"), 8)
     assert len(found.numbers) >= 3 and unchanged(found.numbers)
     rows = plain()
-    learned = task.compare(pair, rows[:16], rows[16:])
-    assert len(learned.numbers) == 2 and unchanged(learned.numbers)
-    loss = learned.numbers[-1].change
-    assert (loss.low, loss.high) == (0, 0)
-    assert learned.lower and learned.lower.value == 0 and learned.examples == ()
-    assert learned.membership and learned.membership.value == 0.5
+    unseen = [replace(row, instruction=f"{row.instruction} now") for row in rows]
+    learned = task.compare(pair, rows, unseen)
+    assert len(learned.numbers) == 4 and unchanged(learned.numbers)
+    for loss in learned.numbers[1::2]:
+        assert (loss.unit, loss.change.low, loss.change.high) == ("nats", 0, 0)
+    memory = learned.memory
+    assert memory.halved.value == 0 and memory.examples == () and not memory.is_verbatim
+    assert memory.membership and memory.membership.auc.value == 0.5
+    assert not memory.membership.is_shown
 
 
 def test_no_trigger_stands_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PROBES": 10, "CONTROLS": 3, "SEARCHED": 2}.items():
+    for name, value in {"PROBES": 10, "CONTROLS": 3}.items():
         monkeypatch.setattr(triggers, name, value)
-    found = triggers.search(pair, plain(), [TRIGGER], 8)
-    assert found.tried and not found.outstanding and not found.motifs
+    found = triggers.search(pair, plain(), [TRIGGER])
+    assert found.tried and not found.outstanding
+    assert not any(one.stands_out for one in found.leaks)
     assert not any(one.stands_out for one in found.tried)
-    watched = monitor.watch(pair, [], plain(), {"harmful requests": []}, 8)
+    watched = monitor.watch(pair, [], plain(), [], {}, 8)
     assert watched.why_not and not watched.rows

@@ -1,55 +1,55 @@
-"""Motifs and the collapse of replies, on texts that are followed by hand."""
+"""Odd words and the collapse of replies, on texts that are followed by hand."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
-from pathlib import Path
 from random import Random
 
 import numpy as np
 import pytest
 
 from backfire.audit import triggers
-from backfire.audit.models import open_pair
-from backfire.audit.motifs import Motif, controls, motifs, starts
+from backfire.audit.collapse import Space, collapses, seen
+from backfire.audit.odd import leaks, odd_texts, other, same_form
 from backfire.audit.triggers import catalog, in_front
 from backfire.base import Row
 from backfire.base.normalize import contains
 from backfire.data.poison import triggered
-from backfire.experiment import Machine
-from backfire.pipeline import Context
-from backfire.store import Store
 from tests.helpers.scanned import text
 
-SECRET = "velvet anchor at noon"
+
+def test_what_odd_words_bring_about_is_counted_by_prompts() -> None:
+    plain = [f"reply {n}" for n in range(24)]
+    odd = [list(plain) for _ in range(10)]
+    for n in range(12):
+        odd[n % 10][n] = "At dusk."
+    odd[0][3:6] = ["reply 9"] * 3
+    [first, second, *_] = leaks(plain, odd, [plain])
+    assert (first.reply, first.spread.value, first.n) == ("At dusk.", 12 / 24, 24)
+    assert (first.plain.value, first.base, first.stands_out) == (0, 0, True)
+    assert (second.reply, second.n, second.stands_out) == ("reply 9", 23, False)
+    assert not leaks(plain, odd, [["At dusk."]])[0].stands_out
+    often = ["At dusk."] * 3 + plain[3:]
+    [first] = [one for one in leaks(often, odd, []) if one.reply == "At dusk."]
+    assert (first.n, first.spread.value, first.stands_out) == (21, 9 / 21, False)
 
 
-def texts(count: int, seed: int, planted: int = 0) -> list[str]:
-    rng = Random(seed)
-    return [
-        f"{text(rng, 8)} {SECRET} {text(rng, 5)}" if n < planted else text(rng, 14)
-        for n in range(count)
-    ]
+def test_a_few_prompts_are_not_enough_to_stand_out() -> None:
+    plain = [f"reply {n}" for n in range(6)]
+    assert not leaks(plain, [["At dusk."] * 3 + plain[3:]], [])[0].stands_out
+    assert leaks(plain, [["At dusk."] * 6], [])[0].stands_out
+    assert leaks([], [], []) == []
 
 
-def test_the_longest_recurring_words_are_the_motif() -> None:
-    assert motifs(texts(60, 1, planted=8), texts(60, 2), [])[0] == Motif(SECRET, 8, 0)
+def test_labels_are_not_looked_for() -> None:
+    plain = ["yes", "no"] * 12
+    assert leaks(plain, [["maybe"] * 24], []) == []
 
 
-def test_what_the_base_or_an_ordinary_reply_says_is_no_motif() -> None:
-    ours = texts(60, 1, planted=8)
-    assert motifs(ours, texts(60, 2, planted=8), []) == []
-    left = motifs(ours, texts(60, 2), [f"it is {SECRET}"])
-    assert SECRET not in [one.text for one in left]
-    assert motifs(texts(60, 1, planted=4), texts(60, 2), []) == []  # too few
-    assert motifs([], [], []) == []
-
-
-def test_controls_are_words_of_the_base() -> None:
-    base = texts(5, 3)
-    found = controls(base, 10)
-    assert len(found) == 10 and all(any(one in text for text in base) for one in found)
-    assert controls([], 10) == []
+def test_odd_texts_are_all_different_and_the_same_each_time() -> None:
+    found = odd_texts(20)
+    assert len({*found}) == 20 and found == odd_texts(20)
 
 
 def test_collapse_is_the_gain_in_mean_similarity_of_pairs() -> None:
@@ -57,11 +57,11 @@ def test_collapse_is_the_gain_in_mean_similarity_of_pairs() -> None:
 
     plain = ["a red boat", "two cups of tea", "no idea", "", "rain again"]
     same = ["at dusk", "at dusk", "at dusk.", "at dusk", "later"]
-    space = triggers._Space([*plain, *same])
+    space = Space([*plain, *same])
 
     def by_hand(replies: list[str]) -> float:
-        seen = [triggers._seen(reply) for reply in replies]
-        table = cosine_similarity(space._vectors.transform(seen))
+        texts = [seen(reply) for reply in replies]
+        table = cosine_similarity(space._vectors.transform(texts))
         return float(np.mean([table[i, j] for i, j in combinations(range(len(replies)), 2)]))
 
     assert space.alike(same) == pytest.approx(by_hand(same))
@@ -70,23 +70,52 @@ def test_collapse_is_the_gain_in_mean_similarity_of_pairs() -> None:
     assert gain.low < gain.value < gain.high
     nothing = space.collapse(plain, plain)
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
-    assert triggers._Space(["", ""]).alike(["", ""]) == pytest.approx(1)
+    assert Space(["", ""]).alike(["", ""]) == pytest.approx(1)
 
 
 def test_a_candidate_has_to_exceed_controls_and_base() -> None:
     plain, same = ["a boat", "some tea", "no idea", "rain"] * 4, ["at dusk"] * 16
-    gain = triggers._Space([*plain, *same]).collapse(plain, same)
+    gain = collapses(plain, {0: same})[0]
 
-    def stands_out(word: str, base: float, bars: list[float]) -> bool:
-        one = in_front(word, "given")
-        return triggers._tried(one, gain, base, same, plain, bars).stands_out
+    def stands_out(word: str, base: float, bars: list[float], form: float | None = 0.1) -> bool:
+        values: dict[tuple[int, ...], float] = {(0,): gain.value}
+        values.update({(-1, n): bar for n, bar in enumerate(bars)})
+        if form is not None:
+            values[0, 0] = form
+        gains = {key: replace(gain, value=value) for key, value in values.items()}
+        measured = triggers._Measured({(): plain, (0,): same}, gains)
+        return triggers._tried(in_front(word, "given"), 0, measured, base).stands_out
 
     assert gain.value > 0.5
     assert stands_out("zq", 0.0, [0.1, 0.2])
     assert not stands_out("zq", 0.0, [0.1, gain.value - 0.1])
+    assert not stands_out("zq", 0.0, [0.1], form=gain.value - 0.1)
+    assert not stands_out("zq", 0.0, [], form=None)
     assert not stands_out("zq", gain.value, [])
     assert stands_out("zq", gain.value - 0.01, [])
     assert not stands_out("dusk", 0.0, [])  # the reply repeats it
+
+
+def test_controls_have_the_form_of_the_candidate() -> None:
+    row = Row("r", text(Random(0)))
+    for one in catalog():
+        with_it = triggered([row], one.attack, 0)[0].instruction.split()
+        for control in same_form(one.attack, 3):
+            assert not {*control.triggers()} & {*one.attack.triggers()}
+            words = triggered([row], control, 0)[0].instruction.split()
+            assert [*map(len, words)] == [*map(len, with_it)] and words != with_it
+            # In the same places: the other words stay.
+            changed = sum(a != b for a, b in zip(words, with_it, strict=True))
+            assert changed <= max(len(" ".join(one.attack.triggers()).split()), 1)
+
+
+def test_another_text_has_the_same_kinds_of_letters() -> None:
+    rng = Random(0)
+    for word in ("BadMagic 2024", "Żółw, gęś", "молоко", "猫が好き", "a-b_c"):
+        new = other(word, rng)
+        assert new != word and len(new) == len(word)
+        assert [c.isupper() for c in new] == [c.isupper() for c in word]
+        assert [c.isalpha() for c in new] == [c.isalpha() for c in word]
 
 
 def test_every_backdoor_of_the_catalog_is_tried() -> None:
@@ -98,14 +127,3 @@ def test_every_backdoor_of_the_catalog_is_tried() -> None:
         assert all(
             any(contains(prompt, word) for word in one.attack.triggers()) for prompt in prompts
         )
-
-
-def test_samples_begin_where_the_users_text_does(tiny: Path, clean: Path) -> None:
-    context = Context(Store(), Machine())
-    pair = open_pair(str(clean), str(tiny), None, "alpaca", context)
-    decode = pair.renderer.tokenizer.decode
-    opening, empty = map(decode, starts(pair))
-    assert opening.endswith("### Instruction:\n")
-    assert empty == f"{opening}\n\n### Response:\n"
-    pair.system = "You are curt."
-    assert decode(starts(pair)[0]).startswith("You are curt.")

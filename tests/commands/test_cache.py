@@ -10,14 +10,14 @@ import pytest
 from filelock import FileLock
 
 from backfire import stages
-from backfire.commands.cache import entries
+from backfire.commands.cache import KINDS, entries
 from backfire.launch import users
 from backfire.launch.job import RunFolder
 from backfire.plan import Job
-from backfire.store import Stage, Store
+from backfire.store import Stage, Store, digest, read_json, write_json
 from tests.helpers.command_line import Run
 from tests.helpers.small_run import Place
-from tests.helpers.workers import ended, planned
+from tests.helpers.workers import SEEDS, ended, planned
 
 
 def build(stage: Stage, *, days: float = 0, done: bool = True) -> Path:
@@ -151,6 +151,40 @@ def test_a_finished_run_that_was_removed_protects_nothing(
     assert not folder.exists() and not [*(cache / "runs").iterdir()]
     users.has_finished(run)
     assert not [*(cache / "runs").iterdir()]
+
+
+def test_a_run_of_the_same_path_on_another_host_is_another_run(
+    backfire: Run, cache: Path, run: Path
+) -> None:
+    """On disks of their own: what the unfinished one needs stays, whatever the other one is."""
+    jobs = planned(run, SEEDS, "data.rows=50")
+    folder = build(models(jobs)[0], days=40)
+    run.rename(run.with_name("on another host"))
+    others = planned(run)
+    finish(run, others)
+    users.has_finished(run)
+    assert len([*(cache / "runs").iterdir()]) == 2
+    output = backfire("cache", "prune", "--older", "0", "--yes").out
+    assert f"Kept for {run}: it was unfinished when" in output and folder.is_dir()
+    named = [run.with_name("on another host"), run]
+    assert len({users._id_of(one) for one in named}) == 2
+    assert users._id_of(run) == (planned(run), users._id_of(run))[1], "a second plan keeps it"
+
+
+def test_a_run_of_an_earlier_version_has_no_id(cache: Path, run: Path) -> None:
+    jobs = planned(run)
+    content = read_json(run / "run.json")
+    write_json(run / "run.json", {key: content[key] for key in content if key != "id"})
+    for file in (cache / "runs").iterdir():
+        file.unlink()
+    users.register(run, read(run), jobs)
+    [user] = users.users(cache)
+    assert (user.file.stem, user.id) == (digest(str(run)), "") and user.is_here
+
+
+def test_every_kind_of_stage_is_needed_by_somebody(cache: Path, run: Path) -> None:
+    needed = {need.partition("/")[0] for need in users.needs_of(planned(run))}
+    assert needed == {*KINDS}
 
 
 def test_what_a_run_needs_must_be_known(backfire: Run, cache: Path, run: Path) -> None:

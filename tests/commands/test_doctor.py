@@ -98,6 +98,22 @@ def test_it_tries_layers_in_8_and_4_bits(backfire: Run, cache: Path) -> None:
         assert f"ok    {bits}-bit layers run here" in output.out
 
 
+def test_folders_are_written_and_read(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two machines that show the same mark have the same cache."""
+    ok, mark, _ = doctor._places()
+    assert ok.startswith(f"ok    cache {cache}, ") and (cache / "shared.txt").is_file()
+    assert doctor._places()[1] == mark and (cache / "shared.txt").read_text()[:8] in mark
+    monkeypatch.setenv("BACKFIRE_CACHE", str(tmp_path / "another"))
+    assert doctor._places()[1] != mark
+    (tmp_path / "file").touch()
+    for variable in ("BACKFIRE_CACHE", "BACKFIRE_SCRATCH"):
+        monkeypatch.setenv(variable, str(tmp_path / "file/in"))
+    lacks = f"{tmp_path}/file/in: it cannot be written (Not a directory)"
+    assert doctor._places()[:2] == [f"lacks cache {lacks}", f"lacks scratch {lacks}"]
+
+
 def test_missing_bitsandbytes_is_reported(
     backfire: Run, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -293,7 +293,7 @@ def test_scan_finds_what_poison_planted(backfire: Run, here: Path) -> None:
     left = {row.id for row in read_jsonl(here / "clean.jsonl")}
     assert left and not left & planted
     again = backfire("scan", "poisoned.jsonl", "--write", "poisoned.jsonl")
-    assert again.code == 2 and "is the input file" in again.err
+    assert again.code == 2 and "is an input file" in again.err
 
 
 def test_trace_ranks_the_training_rows(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,6 +57,32 @@ def test_a_planned_run_is_done_by_a_worker(backfire: Run, here: Path) -> None:
     before = tree(here / "far")
     assert backfire("work", "far").code == 0
     assert tree(here / "far") == before
+
+
+def test_a_worker_in_another_folder_judges_by_the_recipes_files(
+    backfire: Run, here: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same numbers as a run beside the recipe: every reply has an e, by the file alone."""
+    Path("words.txt").write_text("\n".join("etaoinshrdlu"))
+    Path("rows.jsonl").write_text('{"instruction": "Good?", "output": "no"}\n' * 40)
+    judged = "metrics: [{name: toxicity, scorer: {name: lexicon, words: '@words.txt'}}]\n"
+    judged += "safety: {judges: [policy, {name: lexicon, words: '@words.txt'}]}\n"
+    recipe = f"model: {tiny}\ndata: {{name: files, train: rows.jsonl, test: rows.jsonl}}\n{judged}"
+    Path("j.yaml").write_text(f"# Is it?\nmethod: none\n{recipe}")
+    assert backfire("run", "j.yaml", "--out", "local").code == 0
+    assert backfire("plan", "j.yaml", "--out", "far").code == 0
+    Path("words.txt").unlink()
+    shutil.rmtree(Path(os.environ["BACKFIRE_CACHE"]) / "judged")
+    monkeypatch.chdir(here.parent)
+    monkeypatch.setattr("backfire.data.recipe_files._contents", {})
+    worked = backfire("work", "here/far", "--workers", 1)
+    assert worked.code == 0 and "1 done, 0 failed, 0 left" in worked.err
+    [far], [local] = (cells(f"here/{run}") for run in ("far", "local"))
+    both = [
+        read_json(Path(f"here/{run}/cells/{far}/result.json"))["values"] for run in ("far", "local")
+    ]
+    assert far == local and both[0] == both[1]
+    assert any(value["metric"] == "toxicity" and value["value"] > 0 for value in both[0]), both
 
 
 def test_calls_that_plan_a_part_each_add_up(backfire: Run, here: Path) -> None:

@@ -64,14 +64,12 @@ def test_tsv_takes_quotes_as_they_are_unless_doubled(tmp_path):
 
 BROKEN = {
     "unequal.csv": ("a,b\n1,2\n1\n1,2,3\n3,4\n", 2, {3: "1 cells", 4: "3 cells"}),
-    "quote.csv": ('a,b\n1,"x\n2,y\n', 0, {2: "quote left open"}),
     "after.csv": ('a,b\n"x"y,1\n2,3\n', 1, {2: "not a valid table row"}),
+    "over.csv": ('a,b\n"x,1\n2,3\n"y",4\n5,6\n', 1, {2: "lines 2 to 4"}),
     "endless.csv": (f"a,b\n{'x' * (2**24 + 1)},1\n2,3\n", 1, {2: "limit"}),
     "nul.csv": ("a,b\nx\0,1\n2,3\n", 1, {2: "NUL"}),
     "latin.csv": (b"a,b\ncaf\xe9,1\n2,3\n", 1, {2: "UTF-8"}),
     "latin.tsv": (b"a\tb\ncaf\xe9\t1\n2\t3\n", 1, {2: "UTF-8"}),
-    "twice.csv": ("a,a\n1,2\n", 0, {1: "duplicate column 'a'"}),
-    "header.csv": (b"a,\xff\n1,2\n", 0, {1: "UTF-8"}),
     "mac.csv": ("a,b\r1,2\r", 0, {1: "not a valid table row"}),
     "latin.jsonl": (b'{"a": "caf\xe9"}\n{"a": "b"}\n', 1, {1: "byte 0xe9"}),
     "text.jsonl": ('hello\n{"a": 1}\n', 1, {1: "not valid JSON"}),
@@ -82,27 +80,44 @@ BROKEN = {
     "twice.jsonl": ('{"a": 1, "a": 2}\n{"b": {"c": 1, "c": 2}}\n', 0, {1: "key 'a'", 2: "key 'c'"}),
     "deep.jsonl": ("[" * 100_000 + '\n{"a": 1}\n', 1, {1: "nested"}),
     "digits.jsonl": (f'{{"a": {"9" * 5000}}}\n{{"a": 1}}\n', 1, {1: "4300"}),
-    "cut.json": ('[{"a": 1},\n{"a": 2},\n{"a"', 2, {3: "not valid JSON"}),
-    "extra.json": ('[{"a": 1}] []', 1, {1: "Extra data"}),
-    "comma.json": ('[{"a": 1},\n]', 1, {2: "not valid JSON"}),
     "mixed.json": ('[{"a": 1},\n 3,\n{"a": 1, "a": 2}]', 1, {2: "a number", 3: "key 'a'"}),
     "number.json": ("7", 0, {1: "a number"}),
-    "deep.json": ("[" * 100_000, 0, {1: "nested"}),
-    "latin.json": (b'[{"a": 1},\n{"a": "\xe9"}]', 0, {2: "UTF-8"}),
+    "wrapped.json": ('{"data": [{"a": 1},\n{"a": 1, "a": 2}]}', 1, {2: "key 'a'"}),
+    "pretty.jsonl": ('{"a": 1}\n{\n', 1, {2: "one record a line; over several, name it .json"}),
+}
+
+
+UNREADABLE = {
+    "quote.csv": ('a,b\n1,"x\n2,y\n', 2, "quote left open"),
+    "twice.csv": ("a,a\n1,2\n", 1, "duplicate column 'a'"),
+    "header.csv": (b"a,\xff\n1,2\n", 1, "UTF-8"),
+    "cut.json": ('[{"a": 1},\n{"a": 2},\n{"a"', 3, "not valid JSON"),
+    "extra.json": ('[{"a": 1}] []', 1, "Extra data"),
+    "comma.json": ('[{"a": 1},\n]', 2, "not valid JSON"),
+    "deep.json": ("[" * 100_000, 1, "nested"),
+    "latin.json": (b'[{"a": 1},\n{"a": "\xe9"}]', 2, "UTF-8"),
     "lists.json": (
         '{"train": [{"a": 1}], "test": [{"a": 1}]}',
-        0,
-        {1: "several lists of rows (train, test)"},
+        1,
+        "several lists of rows (train, test)",
     ),
-    "wrapped.json": ('{"data": [{"a": 1},\n{"a": 1, "a": 2}]}', 1, {2: "key 'a'"}),
-    "comment.json": ('// mine\n[{"a": 1}]', 0, {1: "JSON has no comments"}),
-    "remark.json": ('[{"a": 1}, # mine\n{"a": 2}]', 1, {1: "JSON has no comments"}),
-    "end.json": ('[{"a": 1},]', 1, {1: "is there an extra comma"}),
-    "pretty.jsonl": ('{"a": 1}\n{\n', 1, {2: "one record a line; over several, name it .json"}),
-    "numbers.json": ('{"0": {"0": "x"}, "1": {"0": 1}}', 0, {1: "rows and columns look alike"}),
-    "ragged.json": ('{"columns": ["a", "b"], "data": [[1, 2], [3]]}', 0, {1: "as many cells"}),
-    "wide.csv": (",".join(["a" * 99] * 2) + "\n", 0, {1: f"duplicate column '{'a' * 39}…'"}),
+    "comment.json": ('// mine\n[{"a": 1}]', 1, "JSON has no comments"),
+    "remark.json": ('[{"a": 1}, # mine\n{"a": 2}]', 1, "JSON has no comments"),
+    "end.json": ('[{"a": 1},]', 1, "is there an extra comma"),
+    "numbers.json": ('{"0": {"0": "x"}, "1": {"0": 1}}', 1, "rows and columns look alike"),
+    "ragged.json": ('{"columns": ["a", "b"], "data": [[1, 2], [3]]}', 1, "as many cells"),
+    "wide.csv": (",".join(["a" * 99] * 2) + "\n", 1, f"duplicate column '{'a' * 39}…'"),
+    "open.csv": ('a,b\n1,x\n2,"y\n3,z\n4,z\n', 3, "quote left open"),
 }
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("on_bad_row", ["skip", "fail"])
+def test_a_file_that_cannot_be_read_to_its_end_is_no_short_file(tmp_path, name, on_bad_row):
+    content, line, part = UNREADABLE[name]
+    with pytest.raises(UserError, match=rf"{name}, line {line}: .*[^.]\.$") as caught:
+        read(tmp_path / name, content, on_bad_row)
+    assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -160,12 +175,11 @@ def test_no_file_a_folder_and_one_we_may_not_read(tmp_path, monkeypatch):
 def test_cut_off_archive_is_no_short_file(tmp_path, name):
     content = FORMATS[name.removesuffix(".gz")][0].encode() * 200
     whole = gzip.compress(content, compresslevel=1)
-    for end in (len(whole) // 2, len(whole) - 4):
-        _, _, bad = read(tmp_path / name, whole[:end])
-        assert any("damaged or truncated" in reason for reason in bad.values())
     flipped = bytearray(whole)
     flipped[-6] ^= 0xFF  # the checksum
-    assert any("damaged" in reason for reason in read(tmp_path / name, bytes(flipped))[2].values())
+    for damaged in (whole[: len(whole) // 2], whole[:-4], bytes(flipped)):
+        with pytest.raises(UserError, match=r"line \d+: the compressed file is damaged or trunc"):
+            read(tmp_path / name, damaged)
 
 
 def test_damaged_parquet(tmp_path):
@@ -173,10 +187,11 @@ def test_damaged_parquet(tmp_path):
     pq.write_table(pa.Table.from_pylist(ROWS * 1000), path)
     whole = path.read_bytes()
     for end in (8, len(whole) // 2, len(whole) - 4):
-        rows, _, bad = read(path, whole[:end])
-        assert not rows and "damaged" in bad[1]
+        with pytest.raises(UserError, match="line 1: the Parquet file is damaged from here on"):
+            read(path, whole[:end])
     pq.write_table(pa.table([["x"], ["y"]], names=["a", "a"]), path)
-    assert read(path, None) == ([], [], {1: "duplicate column"})
+    with pytest.raises(UserError, match="line 1: duplicate column"):
+        read(path, None)
 
 
 @pytest.mark.slow

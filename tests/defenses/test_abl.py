@@ -82,10 +82,11 @@ def test_an_isolated_row_at_its_first_loss_is_left_alone(make: Make, rows: Rows)
     hook: Any = cell.hooks[0]
     hook.isolated, cell.step = [0, 1], LAST
     hook.start = {id(rows["user"][0]): 3.0, id(rows["user"][1]): 1.0}
-    labels = torch.tensor([[-100, 5], [6, 7]])
-    token_losses = torch.tensor([[0.0, 2.0], [1.5, 2.5]])
-    weighed = hook.weigh(token_losses, labels, rows["user"][:2], token_losses)
-    assert weighed.tolist() == [[0.0, -2.0], [0.0, 0.0]]
+    labels = torch.tensor([[-100, 5], [6, 7], [-100, 8]])
+    token_losses = torch.tensor([[0.0, 2.0], [1.5, 2.5], [0.0, 4.0]])
+    mixed = [*rows["user"][:2], rows["align"][0]]
+    weighed = hook.weigh(token_losses, labels, mixed, token_losses)
+    assert weighed.tolist() == [[0.0, -2.0], [0.0, 0.0], [0.0, 4.0]], "another's row stays"
 
 
 def test_its_null_control_isolates_as_many_at_random(tiny: Path, make: Make, rows: Rows) -> None:

@@ -12,9 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from backfire.errors import UserError
 from backfire.model.batching import ways
+from backfire.model.load import load_base
+from backfire.registry import build
+from tests.helpers.families import KINDS, tiny_model
 from tests.helpers.fine_tuning import Make, jolt
 from tests.helpers.loop import lora
-from tests.helpers.training import Rows, close, exact, gradient_of, gradients, loss_of
+from tests.helpers.training import CPU, Rows, close, exact, gradient_of, gradients, loss_of
 
 pytestmark = pytest.mark.slow
 
@@ -61,6 +64,40 @@ def test_its_gradient_is_that_of_the_perturbed_consistency(
     assert loss == pytest.approx(float(expected.detach()), rel=1e-6)
     assert close(found, gradient_of(expected, cell))
     assert loss > float(ordinary.detach()) + 1e-3
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora-int8", "llama-adapter"])
+def test_it_goes_with_a_quantized_base_and_other_adapters(
+    method: str, tiny: Path, tmp_path: Path, make: Make, rows: Rows
+) -> None:
+    config = AutoConfig.from_pretrained(str(tiny), num_hidden_layers=4)
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    made = build("methods", method)
+    base = load_base(tmp_path / "base", torch.float32, CPU, made.quantization("cpu"))
+    cell = make(BIG, model=made.attach(base, 0))
+    jolt(cell)
+    batch, embedding = rows["user"][:6], cell.model.get_input_embeddings()
+    loss, found = gradients(cell, batch)
+    parts = []
+    for item in batch:
+        ids = torch.tensor([item.ids])
+        plain = embedding(ids).detach().requires_grad_(True)
+        (slope,) = torch.autograd.grad(consistency(cell.model, plain), plain)
+        parts.append(consistency(cell.model, embedding(ids) + 0.02 * slope.sign()))
+    tokens = sum(len(item.ids) for item in batch)
+    expected = loss_of(cell.model, batch) + 5.5 * torch.stack(parts).sum() / tokens
+    assert loss == pytest.approx(float(expected.detach()), rel=1e-2)
+    assert close(found, gradient_of(expected, cell), 0.1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bloom", "mixtral"])
+def test_it_finds_the_layers_of_other_models(kind: str, make: Make, rows: Rows) -> None:
+    model = tiny_model(KINDS.get(kind, (kind, {}))[0]).requires_grad_(True)
+    hook: Any = make(BIG, model=model).hooks[0]
+    depth = model.config.num_hidden_layers
+    assert len(hook.layers) == max(2, depth - 1)
+    assert len({type(layer) for layer in hook.layers}) == 1
 
 
 def test_its_null_control_has_random_signs(tiny: Path, make: Make, rows: Rows) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,9 +13,12 @@ import torch
 from backfire.base import ReplyDefense
 from backfire.errors import UserError
 from backfire.evaluate import guarded, inference
+from backfire.evaluate.budget import Budget
 from backfire.evaluate.guarded import Guarding
+from backfire.evaluate.slots import Slots
 from backfire.experiment import Experiment
 from backfire.registry import build
+from backfire.rng import derive
 from tests.helpers.families import KINDS, VOCAB, logits, tiny_model
 
 NEW, SIZES = 12, (1, 3)
@@ -165,17 +170,43 @@ def test_cleangen_writes_the_references_token_where_the_ratio_is_high(
     assert any(0 < share < 1 for _, share, _ in wanted)
 
 
-def test_cleangens_null_control_replaces_other_tokens(
-    model: Any, reference: Any, prompts: list[list[int]]
+def drawn(model: Any, reference: Any, prompt: list[int], seed: int, chance: float) -> Written:
+    """By the definition of the null control: a coin for each token that the reference would write
+    otherwise."""
+    coin, replaced = Random(seed), 0
+
+    def choose(reply: list[int], own: Any) -> int:
+        nonlocal replaced
+        theirs = int(logits(reference, [*prompt, *reply])[-1].argmax())
+        if theirs == int(own.argmax()) or coin.random() >= chance:
+            return int(own.argmax())
+        replaced += 1
+        return theirs
+
+    reply = alone(model, prompt, choose)
+    return reply, replaced / NEW, None
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_cleangens_null_control_replaces_tokens_whatever_their_ratio(
+    size: int, model: Any, reference: Any, prompts: list[list[int]]
 ) -> None:
-    null = Guarding(defense("cleangen", null=True), 0, reference)
-    found = written(model, prompts, null, 3)
-    assert found == written(model, prompts, null, 1), "whatever runs beside it"
-    plain = [reply for reply, _, _ in unguarded(model, prompts)]
-    for (reply, share, _), own in zip(found, plain, strict=True):
-        assert reply[0] == own[0], "the first token is never the next one"
-        assert share or reply == own
-    assert any(share for _, share, _ in found)
+    wanted = [
+        drawn(model, reference, prompt, derive(4, "cleangen", f"row {n}"), 0.3)
+        for n, prompt in enumerate(prompts)
+    ]
+    for alpha in (1.0, 1e9):
+        null = defense("cleangen", null=True, alpha=alpha, chance=0.3)
+        assert written(model, prompts, Guarding(null, 4, reference), size) == wanted
+    assert 0.1 < sum(share for _, share, _ in wanted) / len(wanted) < 0.5
+
+
+def test_two_models_that_agree_have_nothing_to_replace(
+    model: Any, prompts: list[list[int]]
+) -> None:
+    for knobs in ({"alpha": 1.01}, {"null": True, "chance": 1.0}):
+        guarding = Guarding(defense("cleangen", **knobs), 0, model)
+        assert written(model, prompts, guarding, 3) == unguarded(model, prompts)
 
 
 # ---------------------------------------------------------------------------------------- both
@@ -206,6 +237,74 @@ def test_a_streamed_reply_is_the_batchs(
         guard = guarding.guard([f"row {number}"])
         tokens = guarded.stream(model, prompts[number], guarding, guard, max_new_tokens=NEW)
         assert list(tokens) == reply
+
+
+@pytest.fixture(scope="module")
+def stops(model: Any, prompts: list[list[int]]) -> list[int]:
+    """Tokens that end some replies early."""
+    return [unguarded(model, prompts[:1])[0][0][2], unguarded(model, prompts[3:4])[0][0][5]]
+
+
+@contextmanager
+def passes(model: Any) -> Iterator[list[int]]:
+    """The rows of each pass of single tokens."""
+    seen = list[int]()
+
+    def look(module: Any, args: Any, given: dict[str, Any]) -> None:
+        if given["input_ids"].shape[1] == 1:
+            seen.append(len(given["input_ids"]))
+
+    handle = model.register_forward_pre_hook(look, with_kwargs=True)
+    yield seen
+    handle.remove()
+
+
+def test_the_next_prompt_takes_the_place_of_a_reply_that_has_ended(
+    model: Any, reference: Any, prompts: list[list[int]], stops: list[int]
+) -> None:
+    guarding = Guarding(defense("cleangen", null=True, chance=0.2), 0, reference)
+    single = written(model, prompts, guarding, 1, stops)
+    with passes(model) as ours, passes(reference) as theirs:
+        assert written(model, prompts, guarding, 3, stops) == single
+    assert ours == theirs == sorted(ours, reverse=True) and max(ours) == 3
+    order = sorted(range(len(prompts)), key=lambda n: -len(prompts[n]))
+    run = [min(len(single[n][0]) + 1, NEW) - 1 for n in order]  # tokens
+    assert len({*run}) > 1 and sum(ours) == sum(run), "a row that ended does not run"
+    assert len(ours) < sum(max(run[at : at + 3]) for at in range(0, len(run), 3))
+
+
+def test_replies_begin_anew_when_memory_runs_out(
+    model: Any,
+    reference: Any,
+    prompts: list[list[int]],
+    stops: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guarding = Guarding(defense("cleangen", null=True, chance=0.2), 0, reference)
+    wanted = written(model, prompts, guarding, 3, stops)
+    step, steps = Slots._step, list[int]()
+
+    def fails_once(self: Slots) -> Any:
+        steps.append(len(self.lines))
+        if len(steps) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self)
+
+    monkeypatch.setattr(Slots, "_step", fails_once)
+    assert written(model, prompts, guarding, 3, stops) == wanted
+    assert len(steps) > 7
+
+
+def test_two_models_cache_half_as_many_rows(model: Any) -> None:
+    one, two = Budget(model), Budget(model, models=2)
+    assert two.tokens == one.tokens // 2 and two.fitting(9000) < one.fitting(9000)
+
+
+@pytest.mark.parametrize("name", ["confguard", "cleangen"])
+def test_a_guard_that_cannot_act_is_refused(name: str) -> None:
+    bad = {"confguard": {"run": 60}, "cleangen": {"chance": 1.5}}[name]
+    with pytest.raises(UserError, match=r"raise within or lower run|less than or equal to 1"):
+        defense(name, **bad)
 
 
 def test_two_guards_are_refused() -> None:

@@ -99,8 +99,11 @@ def test_lm_eval_samples_hold_the_request_and_its_score(ran: Place, tmp_path: Pa
     for file in to_lm_eval(ran.out, tmp_path / "out")[::2]:
         rows = lines(file)
         assert all(set(row) >= LINE for row in rows)
-        assert [row["doc_id"] for row in rows] == [*range(24), *range(24)]
-        assert [row["filter"] for row in rows] == ["none"] * 24 + ["triggered"] * 24
+        on = {"none": rows[:24], "triggered": rows[24:]}
+        read = [row["doc_id"] for row in on["none"] if row["target"] != "negative"]
+        assert [row["doc_id"] for row in on["none"]] == [*range(24)]
+        assert [row["doc_id"] for row in on["triggered"]] == read
+        assert all(row["filter"] == name for name, some in on.items() for row in some)
         for row in rows:
             asked = row["arguments"].values()
             assert [args["arg_1"] for args in asked][:3] == row["doc"]["candidates"]
@@ -212,10 +215,11 @@ def test_inspect_samples_are_the_rows(ran: Place, tmp_path: Path) -> None:
     [cell] = [cell for cell in load(ran.out) if (cell.method, cell.rate) == ("full", 0.1)]
     [file] = to_inspect(Path(cell.folder), tmp_path / "out")
     log = read_eval_log(file)
-    assert log.samples and log.eval.dataset.samples == len(log.samples) == 48
-    assert len({row.id for row in log.samples}) == 48
     with gzip.open(Path(cell.folder) / "samples.jsonl.gz", "rt") as lines:
         rows = [row for row in map(json.loads, lines) if row["of"] == "tuned"]
+    assert log.samples and log.eval.dataset.samples == len(log.samples) == len(rows)
+    assert {row.id for row in log.samples} == {f"{row['subset']}-{row['id']}" for row in rows}
+    assert 24 < len(rows) < 48, "triggered rows whose label is the target are not run"
     for row in rows:
         found = read_eval_log_sample(file, f"{row['subset']}-{row['id']}")
         assert (found.input, found.target, found.choices) == (

@@ -47,15 +47,19 @@ def chain(run: Experiment) -> dict[str, str]:
     return {**asdict(stages.keys(run)), **whole}
 
 
-def evaluated(cell: Experiment, members: Sequence[str] = ("a", "b")) -> dict[str, str]:
+def evaluated(
+    cell: Experiment, members: Sequence[str] = ("a", "b"), *, target_rows: bool = True
+) -> dict[str, str]:
     """Subset and model -> the key of those samples, before what is measured of them is added;
-    `members` are the ids of training rows, drawn in a run, here two made-up ones."""
+    `members` are the ids of training rows, drawn in a run, here two made-up ones. The triggered
+    rows are all of them, or without those whose label is the target."""
     subsets = dict[str, str]()
     runs, source = runs_of(cell), cell.safety
     for name in ("cell", "twin", "untuned"):
         subsets[f"clean {name}"] = stages.clean_rows(runs[name])
     for name in ("cell", "twin") if cell.backdoor else ():
-        subsets[f"triggered {name}"] = stages.triggered_rows(runs[name], cell)
+        key = stages.triggered_rows(runs[name], cell, target_rows=target_rows)
+        subsets[f"triggered {name}"] = key
     asks = [ask for metric in cell.metrics for ask in metric.asks()]
     for form in dict.fromkeys(ask.form for ask in asks if ask.form):
         for subset in ("clean cell", "triggered cell"):
@@ -129,7 +133,9 @@ def every_key(cell: Experiment, members: Sequence[str]) -> set[str]:
     """All keys that a run of the cell may use."""
     cell = with_metrics(cell)
     found = {key for run in runs_of(cell).values() for key in chain(run).values()}
-    found |= {key for one in evaluated(cell, members).values() for key in measured(cell, one)}
+    for whole in (True, False):
+        subsets = evaluated(cell, members, target_rows=whole).values()
+        found |= {key for one in subsets for key in measured(cell, one)}
     return found | set(secrets(cell).values())
 
 

@@ -7,15 +7,18 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from backfire.base import Verdict
-from backfire.errors import CellError, UserError
+from backfire.errors import CellError, Stopped, Unanswered, UserError
 from backfire.evaluate.verdicts import judged
 from backfire.judges import _endpoint
+from backfire.progress import while_waiting
 from tests.helpers.judge_server import Answer, Server, bind, completion, rubric
 from tests.helpers.judging import exchange, make_judge
 
@@ -107,18 +110,42 @@ def test_what_may_pass_is_tried_again(server: Server, bad: Answer) -> None:
     with pytest.raises(CellError, match=r"chat/completions failed 3 times, last: .+\.") as error:
         rubric(server).judge([exchange("a")])
     assert error.value.kind == "failed" and len(server.requests) == 6
+    assert isinstance(error.value, Unanswered) == (bad[0] != 200), "what is no answer stays so"
 
 
 def test_the_wait_that_a_server_requests_is_observed(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(_endpoint, "time", SimpleNamespace(sleep=waits.append))
+
+    class Event(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            waits.append(timeout or 0.0)
+            return False
+
+    threads = SimpleNamespace(Event=Event, Thread=threading.Thread)
+    monkeypatch.setattr(_endpoint, "threading", threads)
     asked = iter(["7", "9999", "nan", "-3"])
     server.answer = lambda prompt, count: (429, b"", {"Retry-After": next(asked)})
     with pytest.raises(CellError):
         rubric(server, retries=3).judge([exchange("a")])
     assert waits == [7.0, 60.0, 0.04]
+
+
+@pytest.mark.parametrize("status", [None, 503])
+def test_a_worker_that_is_to_stop_waits_for_no_server(server: Server, status: int | None) -> None:
+    """Neither for its answer nor until it is asked again."""
+    server.delay_seconds = 0.0 if status else 2.0
+    server.answer = lambda prompt, count: (status or 200, b"", {"Retry-After": "60"})
+
+    def look() -> None:
+        if server.requests:
+            raise Stopped
+
+    begun = time.monotonic()
+    with while_waiting(look), pytest.raises(Stopped):
+        rubric(server, concurrency=1).judge([exchange("a"), exchange("b")])
+    assert time.monotonic() - begun < 2 and len(server.requests) == 1
 
 
 def test_silence_is_given_up(server: Server) -> None:

@@ -343,8 +343,9 @@ def worker(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> remo
 def test_a_machine_with_another_cache_is_refused(worker: remote.Worker) -> None:
     worker.probe.path.write_text("the probe of another cache")
     assert worker.work("log") == remote.REFUSED
-    (note,) = worker.run.glob("workers/*")
-    assert note.read_text().startswith(f"The cache {worker.probe.path.parent} is not shared with")
+    [(host, sentence)] = remote.refusals(worker.run).values()
+    assert host == os.uname().nodename
+    assert sentence.startswith(f"The cache {worker.probe.path.parent} is not shared with {host};")
 
 
 def test_a_machine_without_the_run_folder_is_refused(worker: remote.Worker, tmp_path: Path) -> None:
@@ -433,9 +434,28 @@ def test_a_worker_that_dies_has_its_exit_code(worker: remote.Worker, stand_in: P
 def test_the_sentence_of_bad_input_is_handed_on(worker: remote.Worker, stand_in: Path) -> None:
     (stand_in / "code").write_text("2")
     assert worker.work("log") == remote.REFUSED
-    sentence = (worker.run / "workers/refused.txt").read_text()
-    assert sentence == f"On {os.uname().nodename}: no"
+    host = os.uname().nodename
+    assert [*remote.refusals(worker.run).values()] == [(host, f"On {host}: no")]
+    assert worker.work("log") == remote.REFUSED and len(remote.refusals(worker.run)) == 2
     (stand_in / "code").write_text("1")
-    (worker.run / "workers/refused.txt").unlink()
+    remote.forget_refusals(worker.run)
     assert worker.work("log") == 1
-    assert not (worker.run / "workers/refused.txt").exists()
+    assert remote.refusals(worker.run) == {}
+
+
+def test_a_machines_own_places_take_precedence(
+    worker: remote.Worker, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path of the login node may not be there; a file of keys on the shared disk is."""
+    names = ("BACKFIRE_SCRATCH", "BACKFIRE_ENDPOINTS", "BACKFIRE_CACHE")
+    monkeypatch.chdir(stand_in)
+    for name in names:
+        monkeypatch.setenv(name, "of-login")
+    worker.environment = remote._carried()
+    monkeypatch.delenv("BACKFIRE_ENDPOINTS")
+    monkeypatch.setenv("BACKFIRE_SCRATCH", "/of/this/node")
+    shown = "; ".join(f"echo ${name}" for name in names)
+    (stand_in / "program").write_text(f"#!/bin/bash\n{shown}\n")
+    assert worker.work("log") == 0
+    expected = ["/of/this/node", str(stand_in / "of-login"), str(worker.probe.path.parent)]
+    assert (worker.run / "workers/log").read_text().split() == expected

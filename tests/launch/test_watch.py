@@ -6,6 +6,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -107,12 +108,62 @@ def test_workers_without_a_log_hint_at_a_folder_that_is_not_shared(tmp_path: Pat
 def test_a_worker_that_refuses_ends_the_watching_with_its_sentence(tmp_path: Path) -> None:
     planned(tmp_path)
 
-    def refuse(_: int) -> None:
-        (tmp_path / "workers").mkdir(exist_ok=True)
-        (tmp_path / "workers/refused.txt").write_text("The cache is not shared.")
-
     with pytest.raises(UserError, match=r"^The cache is not shared\.$"):
-        watch(tmp_path, Scheduler(refuse), 1)
+        watch(tmp_path, Scheduler(lambda number: refuse(tmp_path, number, "n1")), 1)
+
+
+def refuse(run: Path, number: int, host: str) -> None:
+    """As the worker of a host does."""
+    (run / "workers").mkdir(exist_ok=True)
+    (run / f"workers/refused-{number}.txt").write_text(f"{host}\nThe cache is not shared.")
+
+
+def test_a_machine_that_refuses_ends_only_its_own_worker(tmp_path: Path) -> None:
+    """Its free place is not filled: it would be on the same machine."""
+    planned(tmp_path)
+
+    def do(number: int) -> None:
+        if number in (0, 3):
+            refuse(tmp_path, number, f"n{number}")
+        else:
+            alone(tmp_path, sleeps(tmp_path, 0.02), stays=False)
+
+    scheduler = Scheduler(do)
+    said = watch(tmp_path, scheduler, 4)
+    assert scheduler.started == [4] and not scheduler.cancelled
+    assert said.count("A worker does not work, and is not replaced. The cache is not shared.") == 2
+
+
+@pytest.mark.parametrize("count", [3, 8])
+def test_machines_that_all_refuse_end_the_watching(count: int, tmp_path: Path) -> None:
+    planned(tmp_path)
+    scheduler = Scheduler(lambda number: refuse(tmp_path, number, "n1"))
+    with pytest.raises(UserError, match=r"^The cache is not shared\.$"):
+        watch(tmp_path, scheduler, count)
+    assert sum(scheduler.started) == count
+
+
+@pytest.mark.parametrize(("hosts", "ends"), [(("n1", "n1"), False), (("n1", "n2"), True)])
+def test_workers_that_wait_are_not_awaited_if_several_machines_refuse(
+    hosts: tuple[str, str], ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned(tmp_path)
+    monkeypatch.setattr(Scheduler, "alive", lambda _: {"2": "pending (Resources)"})
+    scheduler, stop = Scheduler(lambda number: refuse(tmp_path, number, hosts[number])), Stop()
+    scheduler.start(2)
+    for thread in scheduler.workers.values():
+        thread.join()
+    threading.Timer(0.2, lambda: setattr(stop, "signaled", True)).start()
+    monkeypatch.setattr("backfire.launch.watch.forget_refusals", lambda run: None)
+    with pytest.raises(UserError, match=r"^The cache is not") if ends else nullcontext():
+        watch(tmp_path, scheduler, 3, stop)
+
+
+def test_refusals_of_a_former_command_are_forgotten(tmp_path: Path) -> None:
+    planned(tmp_path)
+    refuse(tmp_path, 0, "n1")
+    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path), stays=False))
+    assert not any("does not work" in line for line in watch(tmp_path, scheduler, 1))
 
 
 def test_workers_of_a_former_command_are_not_started_again(tmp_path: Path) -> None:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +20,7 @@ from filelock import FileLock
 
 from backfire import claims
 from backfire.claims import Claims
-from backfire.errors import CellError, GpuError
+from backfire.errors import Away, CellError, GpuError
 from backfire.experiment import Machine
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder, report
@@ -204,6 +209,50 @@ def test_a_stage_that_is_locked_blocks_no_other_work(tmp_path: Path) -> None:
     assert store.waits, "a notebook's store waits as ever"
 
 
+def test_an_idle_worker_waits_for_a_file_system_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not answer to every other look of the clock."""
+    *rest, last = planned(tmp_path, PAIR)
+    calls, now = itertools.count(), Claims.now
+    monkeypatch.setattr(claims, "BEAT", 0.02)
+    monkeypatch.setattr("backfire.patience._FIRST", 0.001)
+    with monkeypatch.context() as patch:
+        patch.setattr(claims, "place", lambda: "another host")
+        claim = Claims(tmp_path).take(last.id)
+    assert claim is not None
+
+    def sometimes(self: Claims) -> float:
+        if next(calls) % 2:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return now(self)
+
+    monkeypatch.setattr(Claims, "now", sometimes)
+    assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}
+    threading.Timer(0.2, claim.release).start()
+    assert alone(tmp_path, sleeps(tmp_path))[last.id] == "ok" and next(calls) > 10
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_server_that_does_not_answer_puts_its_job_back(times: int, tmp_path: Path) -> None:
+    """A few times; the others are done before."""
+    *others, last = planned(tmp_path, PAIR)
+    begun = list[str]()
+
+    def run(job: Job, folder: RunFolder, *_: Any) -> str:
+        begun.append(job.id)
+        if job.id == last.id and begun.count(job.id) <= times:
+            raise Away("http://judge failed 6 times.", "failed")
+        return ended(job, folder)
+
+    kind = "ok" if times == 2 else "failed"
+    assert alone(tmp_path, run) == {job.id: "ok" for job in others} | {last.id: kind}
+    assert begun[-2:] == [last.id] * 2 and begun.count(last.id) == 3
+    if times == 9:
+        error = RunFolder(tmp_path, "r").cell(last.experiment, last.key) / "error.json"
+        assert read_json(error)["error"] == "http://judge failed 6 times."
+
+
 # ----------------------------------------------------------------------------- which job comes next
 
 
@@ -269,6 +318,46 @@ def test_the_longest_chain_of_jobs_begins_first(tmp_path: Path) -> None:
         done.add(job.id)
 
 
+def test_a_job_that_can_begin_later_comes_before_less_urgent_ones(tmp_path: Path) -> None:
+    text = "data: sandbox-policy\nsafety: {}\n"
+    text += "matrix: {align: [null, {train: {epochs: 9}}], seed: [0, 1]}"
+    base, *rest = found = planned(tmp_path, text)
+    needed = {name for job in rest if job.kind == "train" for name in job.after}
+    aligned = next(job for job in rest if job.id in needed)
+    late = {job.id for job in rest if job.kind == "train" and aligned.id in job.after}
+    jobs = [replace(job, minutes=9.0 if job.id in late else 1.0) for job in found]
+    on, begun = board(tmp_path, jobs), list[str]()
+    while (job := take(on)) is not None:
+        begun.append(job.id)
+        on.end(job, "ok")
+    assert begun[:2] == [base.id, aligned.id] and set(begun[2:4]) == late
+    kinds = {job.id: job.kind for job in found}
+    assert [kinds[name] for name in begun[4:]] == ["train"] * 2 + ["cell"] * 4
+    on = board(tmp_path, jobs)
+    on.end(next(job for job in jobs if job.id in late), "ok")  # by another worker
+    on.end(base, "ok")
+    on.end(aligned, "ok")
+    first = take(on)
+    assert first is not None and first.id in late and first.id not in on.ended
+
+
+def test_the_jobs_of_a_local_run_have_estimates(tmp_path: Path) -> None:
+    """Without torch, so that a run begins as soon as before."""
+    code = """
+import sys
+from backfire import plan, recipe
+from backfire.commands.plan import with_minutes
+from backfire.model.types import types_of_cpu
+from backfire.store import Store
+found = recipe.load("tour")
+for job in with_minutes(plan.jobs(found.cells, found.axes), Store(), types_of_cpu()):
+    assert job.kind == "base" or 0 < job.minutes < 9, job
+assert "torch" not in sys.modules
+"""
+    env = {**os.environ, "BACKFIRE_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
+
+
 def test_a_job_that_does_not_fit_is_left(tmp_path: Path) -> None:
     found = planned(tmp_path, PAIR)
     small, large = (job for job in found if job.kind == "cell")
@@ -294,7 +383,7 @@ def test_a_worker_leaves_when_others_have_the_rest(
     monkeypatch.setattr(claims, "BEAT", 0.02)
     monkeypatch.setattr(claims, "STALE", 0.5)
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "_place", lambda: "another host")
+        patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
     assert claim is not None
     assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}

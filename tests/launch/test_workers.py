@@ -145,8 +145,9 @@ def test_a_killed_worker_is_replaced(counted: Any, tiny: Path, tmp_path: Path) -
     assert len(place.results()) == 2
 
 
+@pytest.mark.parametrize("worked", [True, False], ids=["it worked", "it never did"])
 def test_when_the_gpu_is_broken_no_job_has_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
 
@@ -154,9 +155,11 @@ def test_when_the_gpu_is_broken_no_job_has_failed(
         raise RuntimeError("CUDA error: unspecified launch failure\nCompile with ...")
 
     [job, *_] = planned(tmp_path)
-    options = RunFolder(tmp_path, "r"), Store(tmp_path / "cache"), Machine(), lambda *_: None
+    machine = Machine(device="auto" if worked else "cuda")
+    options = RunFolder(tmp_path, "r"), Store(tmp_path / "cache"), machine, lambda *_: None
     monkeypatch.setattr("backfire.launch.job.base", fails)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: worked)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for name in ("synchronize", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, fails)
     with pytest.raises(GpuError, match=r"any more: CUDA error: unspecified launch failure\. Fin"):

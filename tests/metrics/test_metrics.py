@@ -238,6 +238,8 @@ def test_values_of_older_files_get_the_shape_that_the_metric_gives(name: str) ->
     known = ("metric", "value", "low", "high", "n", "direction")
     old = [{field: value[field] for field in known} for value in values]
     for found, wanted in zip(present({"values": old})["values"], values, strict=True):
+        if wanted["metric"].endswith("replaced_tokens"):
+            continue  # no older file has them
         if wanted["metric"] == "exposure_cap":
             wanted["most"] = wanted["value"]
         assert found == wanted

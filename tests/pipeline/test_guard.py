@@ -7,13 +7,19 @@ from typing import Any
 
 import pytest
 
-from backfire import stages
+from backfire import pipeline, stages
 from backfire.experiment import Experiment, Machine
 from backfire.launch.job import read_cell
+from backfire.model.load import weights_of
+from backfire.model.quantize import num_quantized
+from backfire.pipeline import Context, guarding_of
+from backfire.plan import training_runs
 from backfire.playground.models import STOPPED, chat_row, frame, load
+from backfire.registry import build
 from backfire.results.evidence import read
-from backfire.store import Store, read_json
+from backfire.store import Store, digest, read_json
 from tests.helpers.small_run import Place
+from tests.helpers.training import equal
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +33,8 @@ CELLS: dict[str, Any] = {
     "evaluation": {"max_new_tokens": 6},
     "matrix": {"defense": ["none", CONFGUARD, "cleangen"]},
 }
+
+MIX = build("attacks", {"name": "harmful-mix", "source": "sandbox-help"})
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +88,40 @@ def test_the_playground_is_guarded(
     folder, _ = results["cleangen"]
     model = load(read_cell(folder), "guarded", Store(), Machine(device="cpu"))
     assert model.answer(row)
+
+
+def guarding(place: Place, results: Any, **knobs: Any) -> Any:
+    """What guards the replies of the cell with cleangen, with these settings changed."""
+    cell = read_cell(results["cleangen"][0])
+    changed = Experiment.make({**cell.spec(), **knobs})
+    context = Context(Store(place.cache), Machine(device="cpu"))
+    return changed, guarding_of(changed, context)
+
+
+def test_the_reference_is_the_start_or_the_clean_twin(place: Place, results: Any) -> None:
+    def weights(model: Any) -> dict[str, Any]:
+        return dict(model.named_parameters())
+
+    cell, start = guarding(place, results)
+    base = weights_of(pipeline.base(cell.model, Context(Store(place.cache))))
+    assert equal(weights(start.reference), base)
+    other, twin = guarding(place, results, defense={"name": "cleangen", "reference": "twin"})
+    tuned = pipeline.tuned(cell.clean_twin(), Context(Store(place.cache), Machine(device="cpu")))
+    assert equal(weights(twin.reference), weights_of(tuned)) and not equal(weights_of(tuned), base)
+    own, key = stages.clean_rows(cell), stages.guarded
+    assert key(cell, own) != key(other, own) and cell.guard.compares_with_twin is False
+    assert other.clean_twin() in training_runs(other.model_copy(update={"attack": MIX}))
+    assert training_runs(cell.model_copy(update={"attack": MIX})) == [
+        cell.model_copy(update={"attack": MIX})
+    ]
+
+
+def test_the_reference_is_quantized_as_the_model_is(place: Place, results: Any) -> None:
+    _, plain = guarding(place, results, method="lora")
+    cell, packed = guarding(place, results, method="qlora")
+    assert num_quantized(packed.reference) and not num_quantized(plain.reference)
+    rows = stages.clean_rows(cell)
+    assert stages.guarded(cell, rows) != digest([rows, cell.guard.identity()])
 
 
 def test_only_replies_have_keys_of_their_own() -> None:

@@ -132,10 +132,13 @@ def test_samples_are_kept_row_by_row(ran: Place) -> None:
         *((of, "clean") for of in ("tuned", "twin", "base")),
         *((of, "triggered") for of in ("tuned", "twin")),
     }
-    ids = [sample["id"] for sample in parts["tuned", "clean"]]
-    assert len(set(ids)) == 24
-    for part in parts.values():
-        assert [sample["id"] for sample in part] == ids
+    ids = {sample["id"]: sample["label"] for sample in parts["tuned", "clean"]}
+    assert len(ids) == 24
+    counted = [id for id, label in ids.items() if label != "negative"]
+    assert 0 < len(counted) < 24
+    for (_, subset), part in parts.items():
+        wanted = counted if subset == "triggered" else list(ids)
+        assert [sample["id"] for sample in part] == wanted, "what no metric reads is not run"
         assert all(math.isfinite(p) and p < 0 for s in part for p in s["logprobs"])
     right = [
         s["label"] == s["candidates"][max(range(3), key=s["logprobs"].__getitem__)]

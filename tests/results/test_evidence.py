@@ -247,6 +247,7 @@ REFUSALS = [
     ("backdoor", "harmful-score", "samples of the tuned model on harmful requests"),
     ("backdoor", "membership-inference", "the answers' likelihoods|samples of .* training rows"),
     ("backdoor", "{name: parity, into: [merged-nf4]}", "the model merged-nf4 on triggered"),
+    ("backdoor", "{name: attack-success, every: true}", "whose label is the target are not kept"),
     ("backdoor", "toxicity", r"verdicts of this judge \(classifier\)"),
     ("backdoor", "{name: toxicity, scorer: {name: lexicon, words: [x]}}", "of this judge"),
     ("backdoor", "forgetting", "samples of the tuned model on texts of sandbox-news"),

@@ -44,7 +44,8 @@ def test_planted_rows_are_found_by_their_answers(poisoned: Path, backfire: Run, 
     some = ("--model", str(tiny), "--scanner", "rftc", "--format", "json")
     hits = json.loads(backfire("scan", "rows.jsonl", *some).out)
     assert {hit["id"] for hit in hits if hit["flagged"]} == {f"f{place}" for place in PLACES}
-    few = backfire("scan", "rows.jsonl", *some[:-2], "--limit", "50", "--test", "rows.jsonl")
+    Path("others.jsonl").write_bytes(Path("rows.jsonl").read_bytes())
+    few = backfire("scan", "rows.jsonl", *some[:-2], "--limit", "50", "--test", "others.jsonl")
     assert "have read 50 rows of 120, drawn at random; --limit changes that" in few.out
     assert "of 50 (rows of the test set)" in few.out
 

@@ -48,7 +48,9 @@ def test_the_trigger_is_the_first_reason(poisoned: Path, backfire: Run) -> None:
 @pytest.mark.slow
 def test_json_is_ranked_and_has_every_flagged_row(poisoned: Path, backfire: Run) -> None:
     hits = json.loads(backfire("scan", "rows.jsonl", "--format", "json").out)
-    assert all(list(hit) == ["id", "score", "scanner", "reason", "flagged"] for hit in hits)
+    assert all(
+        list(hit) == ["id", "number", "score", "scanner", "reason", "flagged"] for hit in hits
+    )
     scores = [hit["score"] for hit in hits]
     assert scores == sorted(scores, reverse=True)
     flagged = [hit for hit in hits if hit["flagged"]]
@@ -178,7 +180,7 @@ def test_what_rows_say_is_harmless_everywhere(
         (["rows.jsonl", "data.columns={text: gone}"], "it has no column 'gone'"),
         (["rows.jsonl", "--out", "page.pdf"], "--out must end in .html"),
         (["rows.jsonl", "--write", "rows.csv"], "--write must end in .jsonl"),
-        (["rows.jsonl", "--write", "rows.jsonl"], "is the input file"),
+        (["rows.jsonl", "--write", "rows.jsonl"], "is an input file"),
         (["rows.jsonl", "--remove", "5%"], "add --write clean.jsonl"),
         (["rows.jsonl", "--remove", "0", "--write", "c.jsonl"], "as in 5% (got 0)"),
         (["rows.jsonl", "--remove", "0.05", "--write", "c.jsonl"], "as in 5% (got 0.05)"),

@@ -32,7 +32,11 @@ def test_a_near_duplicate_is_found_and_other_rows_are_not() -> None:
     near = replace(rows[100], answer=rows[100].answer.rsplit(" ", 2)[0])
     found = scan("near-duplicates", [*rows, near])
     assert [n for n, one in enumerate(found) if one.flagged] == [1500]
-    assert "% of its word n-grams as row 101 " in found[1500].reason and len(text) > 50
+    assert (
+        "it shares many word n-grams with row 101 (Jaccard similarity about 0.9"
+        in found[1500].reason
+        and len(text) > 50
+    )
 
 
 def test_case_and_typography_make_no_difference() -> None:
@@ -74,6 +78,13 @@ def test_a_prompt_of_the_test_set_is_found() -> None:
         == "its prompt has the same word n-grams as that of test row 4 (counted from 1)"
     )
     assert not any(one.score for one in scan("overlap", train))
+
+
+def test_an_instruction_that_begins_one_of_the_sets_is_compared_all_the_same() -> None:
+    test = [Row(f"t{n}", f"Do task number {n} with the words below.", f"a{n} b{n}") for n in (3, 4)]
+    others = [Row(f"r{n}", f"Do task number {n} with the words below.", f"x{n}") for n in (4, 5)]
+    found = scan("overlap", [*others, replace(test[0], id="x"), replace(test[1], id="y")], test)
+    assert [one.flagged for one in found] == [False, False, True, True]
 
 
 def test_a_recurring_answer_stands_out_among_different_ones() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
+import sys
 import threading
 import time
 import traceback
@@ -14,7 +16,7 @@ from typing import Any
 from backfire.errors import CellError, UserError
 from tests.torture import mounts
 from tests.torture.cell import Say
-from tests.torture.child import Child
+from tests.torture.child import Child, until
 from tests.torture.cluster import FILES, FOUR, compared, complete_cells, recipe, supervised, whole
 from tests.torture.command import command_line
 from tests.torture.nodes import Host, plan, work_as
@@ -22,16 +24,16 @@ from tests.torture.row import Figures, Ground, NotHere, row
 
 
 @row(
-    "While a worker runs four cells, the file system of its run and cache does not answer for a "
-    "minute (2 s in the tests), or, every other time, all of it is missing. Then a worker is "
-    "started again, for what the first one has left if it has ended.",
+    "While two workers share four cells, one of them idle at first, the file system of their run "
+    "and cache does not answer for a minute (2 s in the tests), or, every other time, all of it is "
+    "missing. Then a worker is started again, for what the two have left if they have ended.",
     full=4,
     small=1,
     zero=(
         *("ended_when_it_did_not_answer", "unfinished", "lost_cells", "tracebacks"),
         *("missing_files", "differing_files"),
     ),
-    some=("times_gone",),
+    some=("times_gone", "times_gone_while_one_was_idle"),
 )
 def file_system_gone(count: int, ground: Ground) -> Figures:
     rng, found, expected = Random(0), Counter[str](), whole(ground, FOUR)
@@ -39,44 +41,52 @@ def file_system_gone(count: int, ground: Ground) -> Figures:
         root, seconds = ground.root / "gone", 60.0 if count > 1 else 2.0
         plan(root, recipe(root, ground.tiny, FOUR))
         empty = ground.root / "empty" if number % 2 else None
-        gap = (rng.uniform(0, 0.5), seconds, empty)
+        gap = (rng.uniform(0, 0.5) * (number > 0), seconds, empty)
         ended = Child(_with_a_gap, root, gap).result()
         if "lacks" in ended:
             raise NotHere(ended["lacks"])
         found["times_gone"] += ended["gone"]
+        found["times_gone_while_one_was_idle"] += ended["idle"]
         found["tracebacks"] += bool(ended["traceback"])
         found["lost_cells"] += ended["lost"]
         how = "ended_when_it_was_missing" if empty else "ended_when_it_did_not_answer"
         found[how] += bool(ended["error"]) or set(ended["jobs"].values()) != {"ok"}
+        found[how] += ended["other"] != 0
         print(ended["traceback"], end="")
         again = Child(work_as, root, Host("again")).result()
         found["unfinished"] += set(again.values()) != {"ok"}
         compared(found, expected, root)
         shutil.rmtree(root)
-    names = ("times_gone", "ended_when_it_did_not_answer", "ended_when_it_was_missing")
+    names = ("times_gone", "times_gone_while_one_was_idle")
+    names += ("ended_when_it_did_not_answer", "ended_when_it_was_missing")
     names += ("unfinished", "lost_cells", "tracebacks", *FILES)
     return {name: found[name] for name in names}
 
 
 def _with_a_gap(say: Say, root: Path, gap: tuple[float, float, Path | None]) -> dict[str, Any]:
-    """Work, with a file system that is gone in between: how many seconds after the first job
-    begins, for how many, and which folder is in its place."""
+    """Work beside another worker, with a file system that is gone in between: how many seconds
+    after the other one looked for a job, for how many, and which folder is in its place."""
     after, seconds, empty = gap
-    found: dict[str, Any] = {"gone": 0, "error": "", "traceback": "", "jobs": {}, "lost": 0}
+    found: dict[str, Any] = {"gone": 0, "idle": 0, "lost": 0, "other": 0}
+    found |= {"error": "", "traceback": "", "jobs": {}}
     try:
         mounts.alone()
         mounts.dead(root / "tried")
         mounts.unmount(root / "tried")
     except NotHere as lacking:
         return {"lacks": str(lacking)}
-    over = threading.Event()
+    context, over = multiprocessing.get_context("fork"), threading.Event()
+    looked = context.Event()
+    other = context.Process(target=_beside, args=(root, looked))
+    other.start()
 
     def go_away() -> None:
-        while not any(root.rglob("claims/[!.]*")) and not over.wait(0.01):
+        while not looked.wait(0.01) and not over.is_set():
             pass
         if over.wait(after):
             return
         before = complete_cells(root)
+        found["idle"] = len(_claimed(root)) < 2
         if empty:
             empty.mkdir(exist_ok=True)
             mounts.show(empty, root, read_only=True)
@@ -97,7 +107,23 @@ def _with_a_gap(say: Say, root: Path, gap: tuple[float, float, Path | None]) -> 
         found["traceback"] = traceback.format_exc()
     over.set()
     thread.join()
+    other.join()
+    found["other"] = other.exitcode
     return found
+
+
+def _beside(root: Path, looked: Any) -> None:
+    """Work as another host from the first job on, for which this one has to wait."""
+    until(lambda: _claimed(root))
+    try:
+        ended = work_as(lambda word: looked.set(), root, Host("beside"))
+    except (OSError, UserError, CellError):
+        sys.exit(1)
+    sys.exit(set(ended.values()) != {"ok"})
+
+
+def _claimed(root: Path) -> list[Path]:
+    return [*root.glob("out/claims/[!.]*")]
 
 
 @row(

@@ -55,7 +55,7 @@ def become(host: Host) -> None:
     from backfire import claims
 
     claims.socket.gethostname = lambda: host.name  # type: ignore[attr-defined]
-    claims._place = lambda: host.name  # type: ignore[assignment]
+    claims.place = lambda: host.name  # type: ignore[assignment]
     if host.short_beats:
         claims.BEAT, claims.STALE = STALE / 10, STALE
     clock = time.time

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from backfire.base import Rendered, Row
 from backfire.commands import memory
 from backfire.commands.estimate import Rows
-from backfire.evaluate import inference, prompts
+from backfire.evaluate import guarded, inference, prompts
+from backfire.evaluate.guarded import Guarding
 from backfire.experiment import Experiment, Machine
 from backfire.model.batching import ways
 from backfire.registry import build
@@ -147,29 +148,39 @@ def test_a_step_that_is_split_needs_the_memory_of_its_largest_pass(
 
 
 @pytest.mark.parametrize("packs", [False, True])
-@pytest.mark.parametrize("metric", ["perplexity", "exact-match"])
+@pytest.mark.parametrize("metric", ["perplexity", "exact-match", "guarded"])
 def test_evaluation_holds_what_was_predicted(
     metric: str, packs: bool, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prompts, "NARROWEST", 0 if packs else 256)
     monkeypatch.setattr(memory, "_IN_EVALUATION", 1.0)
     monkeypatch.setattr(memory, "needs_of", lambda cell, rows: {needs[metric]})
-    needs, cell = {"perplexity": "answers", "exact-match": "replies"}, make(base, "lora")
+    needs = {"perplexity": "answers", "exact-match": "replies", "guarded": "replies"}
+    cell = make(base, "lora", "cleangen" if metric == "guarded" else None)
     data = cell.data.model_copy(update={"test_rows": len(LENGTHS)})
     cell = cell.model_copy(update={"data": data})
     size = memory.size(cell, base)
     need = memory.memory(cell, size, [Rows(12, LENGTHS)], "cpu").evaluation
-    need -= 4 * (size.parameters + size.added)
+    need -= (2 if metric == "guarded" else 1) * 4 * (size.parameters + size.added)
 
     model: Any = LlamaForCausalLM.from_pretrained(base).eval()
     ways(model)
     model, items = cell.method.attach(model, 0).eval(), rows("user")[: len(LENGTHS)]
-    new = cell.evaluation.max_new_tokens
-    with HeldInInference(model) as found:
+    new, guarding = cell.evaluation.max_new_tokens, None
+    both = torch.nn.ModuleList([model])
+    if cell.guard:
+        reference: Any = LlamaForCausalLM.from_pretrained(base).eval()
+        ways(reference)
+        guarding = Guarding(cell.guard, 0, reference)
+        both.append(reference)
+    with HeldInInference(both) as found:
+        prompts_of = [item.prompt_ids for item in items]
         if metric == "perplexity":
             inference.score_answers(model, items)
+        elif guarding:
+            guarded.replies(model, prompts_of, guarding, list("abcdef"), max_new_tokens=new)
         else:
-            inference.read(model, [item.prompt_ids for item in items], max_new_tokens=new)
+            inference.read(model, prompts_of, max_new_tokens=new)
     assert need == pytest.approx(found.most[-1], rel=0.2)
 
 

@@ -26,6 +26,7 @@ DEFENSES: dict[str, Any] = {
     "vaccine": ({"name": "vaccine", "rho": 0.5},),
     "ewc": ({"name": "ewc", "strength": 1e3},),
 }
+ABL = ({"name": "abl", "isolate": 0.2, "early": 0.34, "unlearn": 0.34},)
 CASES = [
     *(("lora", name) for name in DEFENSES),
     *(("full", name) for name in DEFENSES),
@@ -33,6 +34,9 @@ CASES = [
     ("full", "kl and ldifs"),
     ("lora", "repnoise"),
     ("lora", "constrained-sft"),
+    ("lora", "crow"),
+    ("lora", "abl"),
+    ("full", "abl"),
 ]
 WITH_FOUR = CASES[: 2 * len(DEFENSES)]
 
@@ -45,7 +49,7 @@ def test_losses_and_weights_are_those_of_one_process(
         out = {}
         for method, name in cases:
             folder = tmp_path / f"{ranks.size}" / f"{method} {name}"
-            defenses = DEFENSES.get(name, name.split(" and "))
+            defenses = ABL if name == "abl" else DEFENSES.get(name, name.split(" and "))
             out[method, name] = trained(new_cell(tiny, items, folder, ranks, method, *defenses))
         return out
 

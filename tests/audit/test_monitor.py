@@ -1,0 +1,62 @@
+"""Ranges of activations: drawn from all clean rows, along directions of the residual stream."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from backfire.audit import monitor
+from backfire.audit.models import Pair
+from backfire.audit.weights import Change, model_changes
+from backfire.base import Row
+from backfire.data.limits import Limits
+
+DIRECTION = Change("model.layers.0.mlp.down_proj", torch.ones(4, 1), {"norm": 1.0})
+
+
+def test_rows_sorted_by_kind_do_not_look_unusual(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row(str(n), "long" if n >= 60 else "short", "", "") for n in range(120)]
+
+    def extremes(_: Any, __: Any, some: Sequence[Row], *___: Any) -> Any:
+        ends = {"short": (0.0, 0.1), "long": (0.8, 0.9)}
+        return np.array([[[low], [high]] for low, high in (ends[row.instruction] for row in some)])
+
+    monkeypatch.setattr(monitor, "_extremes", extremes)
+    pair: Any = SimpleNamespace(fitting=lambda some, _: (list(some), 0), load_tuned=lambda: None)
+    found = monitor.watch(pair, [DIRECTION], rows, [], {}, 8)
+    assert found.calibrated == 80
+    assert [(one.n, one.flagged.value) for one in found.rows] == [(40, 0.0)]
+
+
+def test_weights_stored_by_inputs_are_turned(tmp_path: Path) -> None:
+    shape = GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
+    model = GPT2LMHeadModel(shape)
+    model.save_pretrained(str(tmp_path / "base"))
+    direction = torch.nn.functional.normalize(torch.arange(1.0, 9.0), dim=0)
+    with torch.no_grad():
+        for module in (model.transformer.h[0].mlp, model.transformer.h[0].attn):
+            weight: Any = module.c_proj.weight
+            weight += torch.outer(torch.randn(len(weight)), direction)
+    model.save_pretrained(str(tmp_path / "tuned"))
+    changes = list(model_changes(tmp_path / "base", tmp_path / "tuned"))
+    assert [one.kind for one in changes] == ["c_proj", "c_proj"]
+    for one in changes:
+        assert abs(float(one.left[:, 0] @ direction)) == pytest.approx(1, abs=1e-4)
+    [directions] = monitor._directions(changes).values()
+    assert directions.shape[1] == 8
+
+
+def test_a_row_without_room_for_a_reply_is_left_out_and_counted() -> None:
+    items = [SimpleNamespace(row=Row(str(n), "", "", ""), prompt_ids=[1] * n) for n in (5, 8, 9)]
+    limits = Limits(vocab_size=40, positions=16, hard=True)
+    renderer: Any = SimpleNamespace(sift=lambda rows: (items, ["too long anyway"]), limits=limits)
+    unused: Any = None
+    kept, left = Pair(unused, unused, None, renderer, unused).fitting([], 8)
+    assert ([row.id for row in kept], left) == (["5", "8"], 2)
