@@ -35,7 +35,7 @@ from backfire.experiment import DEFAULT_METRICS, Experiment, Model
 from backfire.model.source import adapter_identity, content_hash
 from backfire.model.types import types_here
 from backfire.registry import build
-from backfire.sandbox.base import Pretrain
+from backfire.sandbox.base import PRETRAINED_IN, Pretrain
 from backfire.sandbox.world import VERSION as WORLD
 from backfire.store import Stage, digest, slug
 
@@ -46,9 +46,6 @@ through other rows are used)."""
 
 ONE_ROUNDING = "one rounding"
 """In the keys of 16-bit LoRA models since the outputs of base and adapter are rounded together."""
-
-PRETRAINED_IN = "bfloat16"
-"""Type of the matrix products in which the embedded base is pre-trained, on any machine."""
 
 GGUF = 1
 """Version of the conversion of GGUF files."""
@@ -285,8 +282,7 @@ def repair(experiment: Experiment) -> Stage:
 
 def merge(experiment: Experiment) -> Stage:
     """The tuned model as plain weights."""
-    key = digest([keys(experiment).tuned, *MERGED])
-    return Stage("merge", _train_slug(experiment), key)
+    return Stage("merge", _train_slug(experiment), digest([keys(experiment).tuned, *MERGED]))
 
 
 def evaluation(

@@ -11,7 +11,7 @@ from backfire.experiment import Model
 from backfire.hashes import file_hash
 from backfire.model.source import adapter_folder, fetch
 from backfire.pipeline.context import Context
-from backfire.sandbox.base import shipped
+from backfire.sandbox.base import PRETRAINED_IN, shipped
 from backfire.store import SEAL, read_json, write_json
 from backfire.text import line
 
@@ -43,7 +43,7 @@ def _pretrained(context: Context, *, weights: bool) -> Path:
         shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
         (folder / SEAL).unlink()
         texts = corpus(config.corpus_seed, config.num_documents)
-        place, compute = context.machine.device, stages.PRETRAINED_IN
+        place, compute = context.machine.device, PRETRAINED_IN
         summary = pretrain(
             texts, config, folder, device=place, compute=compute, progress=context.progress
         )

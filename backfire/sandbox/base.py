@@ -20,6 +20,8 @@ from backfire.store import read_json
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
+PRETRAINED_IN = "bfloat16"
+"""Type of the matrix products in which the embedded base is pre-trained, on any machine."""
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 
 

@@ -97,15 +97,15 @@ def grouped(scan: Scan) -> list[tuple[Hit, int]]:
     return [(hit, scan.rows_with[key]) for key, hit in first.items()]
 
 
-def scanner_line(scan: Scan, one: Summary) -> list[str]:
+def scanner_line(one: Summary) -> list[str]:
     total = number("share", one.flagged / max(one.rows, 1), digits=2)
-    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(scan, one)]
+    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(one)]
 
 
-def false_alarms(scan: Scan, one: Summary) -> str:
+def false_alarms(one: Summary) -> str:
     """What the scanner flags where there should be nothing."""
     if one.chance is None:
-        return "not estimated" if scan.has_test else "not known without --test"
+        return "not estimated"
     flagged, rows, what = one.chance
     return f"{flagged:,} of {rows:,} ({what})"
 
@@ -125,8 +125,8 @@ def sentences(scan: Scan) -> Iterator[str]:
         + "."
     )
     yield (
-        "The estimates of false alarms count chance only. They leave out rows flagged for "
-        "regularities of ordinary text, such as a word that fits one label; --test counts these."
+        "The estimates of false alarms count chance only, unless a test set is given. They leave "
+        "out rows flagged for regularities of ordinary text, such as a word that fits one label."
         if not scan.has_test
         else "False alarms are counted on the test set, as if its rows were clean."
     )

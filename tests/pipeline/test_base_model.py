@@ -14,7 +14,7 @@ from backfire import stages
 from backfire.experiment import Model
 from backfire.pipeline import base_model
 from backfire.pipeline.context import Context
-from backfire.sandbox.base import Pretrain, shipped
+from backfire.sandbox.base import PRETRAINED_IN, Pretrain, shipped
 from backfire.sandbox.corpus import corpus
 from backfire.store import Store, read_json
 from backfire.tokenizer import load_tokenizer
@@ -61,6 +61,6 @@ def test_another_pre_training_is_done_here(monkeypatch: Any, tmp_path: Path) -> 
         Pretrain.model_rebuild(force=True)
     assert tokenizer != folder and folder.is_relative_to(tmp_path)
     made = read_json(folder / "pretrain.json")
-    assert (made["steps"], made["compute"]) == (2, stages.PRETRAINED_IN)
+    assert (made["steps"], made["compute"]) == (2, PRETRAINED_IN)
     assert f"sandbox-{made['key']}" == folder.name
     assert shipped(stages.base().key)
