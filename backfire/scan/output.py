@@ -60,7 +60,7 @@ def as_notes(scan: Scan, listed: int) -> str:
 
 def _about(scan: Scan) -> list[str]:
     """What each scanner found, and the sentences."""
-    scanners = columns(_OF_SCANNERS, [scanner_line(scan, one) for one in scan.summaries])
+    scanners = columns(_OF_SCANNERS, [scanner_line(one) for one in scan.summaries])
     return [scanners, "\n".join(sentences(scan))]
 
 
