@@ -33,7 +33,7 @@ from tests.torture.row import Figures, Ground, NotHere, row
         *("ended_when_it_did_not_answer", "unfinished", "lost_cells", "tracebacks"),
         *("missing_files", "differing_files"),
     ),
-    some=("times_gone", "times_gone_while_one_was_idle"),
+    some=("times_gone",),
 )
 def file_system_gone(count: int, ground: Ground) -> Figures:
     rng, found, expected = Random(0), Counter[str](), whole(ground, FOUR)
