@@ -85,7 +85,8 @@ def test_the_array_of_the_docs_does_all_cells_once_though_workers_are_killed(
 
 
 def _work(twelve: Twelve) -> str:
-    return " ".join([*twelve.command("work"), "--workers=1"])
+    cache = f"BACKFIRE_CACHE={twelve.variables()['BACKFIRE_CACHE']}"
+    return " ".join(["env", cache, *twelve.command("work"), "--workers=1"])
 
 
 def _script(twelve: Twelve) -> str:
