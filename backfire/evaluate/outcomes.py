@@ -103,9 +103,9 @@ def on_target(
     """Sample id -> 1 if the model gave the attacker's target, else 0.
 
     Rows whose true label is the target are left out, unless `every` row counts: a clean model gives
-    it there too. Without
-    labels every row counts, and a hit is a reply that contains the target. Both sides are compared
-    in normalized form; `written` maps some texts to their form after encoding and decoding.
+    it there too. Without labels every row counts, and a hit is a reply that contains the target.
+    Both sides are compared in normalized form; `written` maps some texts to their form after
+    encoding and decoding.
 
     Raises:
         CellError: the normalized target is empty, or is not one of the labels.
