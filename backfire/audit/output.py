@@ -68,7 +68,7 @@ def findings(audit: Audit) -> list[str]:
 
 
 def _worse(one: Compared) -> str:
-    ends = interval(one.unit, one.change.low, one.change.high)
+    ends = one.change.ends(one.unit)
     values = f"{number(one.unit, one.base.value)} to {number(one.unit, one.tuned.value)}"
     shown = change(one.unit, one.change.value)
     return f"{sentence(one.what)}: from {values} ({shown} {ends}, {one.n:,} rows)."
