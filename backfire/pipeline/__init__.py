@@ -28,6 +28,7 @@ from backfire.pipeline.models import (
     summary_of,
     too_long,
     trained,
+    trained_together,
     tuned,
     with_defense_rows,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "run_cell",
     "start",
     "trained",
+    "trained_together",
     "tuned",
     "with_defense_rows",
 ]
