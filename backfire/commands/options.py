@@ -55,10 +55,20 @@ Packing = Annotated[
     Literal["auto", "off"],
     typer.Option(help="off: pad rows, rather than run them end to end without padding."),
 ]
+
+
+def _join(value: str) -> str:
+    if value in ("auto", "off") or (value.isdecimal() and 1 <= int(value) <= 64):
+        return value
+    raise typer.BadParameter("auto, off, or a number from 1 to 64 is needed.")
+
+
 Join = Annotated[
     str,
     typer.Option(
-        help="Most LoRA runs of one base that are trained together: auto, off or a number."
+        help="Most LoRA runs of one base that are trained together: auto, off or a number.",
+        callback=_join,
+        metavar="auto|off|N",
     ),
 ]
 Minutes = Annotated[

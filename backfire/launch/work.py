@@ -106,7 +106,7 @@ def work(
             idle.end()
             claims.leave()
             base = board.bases[taken[0].id]
-            others = patiently(partial(board.join, *taken, may_begin, machine, memory))
+            others = board.join(*taken, may_begin, machine, memory)
             _do([taken, *others], board, stop, do)
             continue
         idle.begin()
@@ -273,8 +273,11 @@ class Board:
         ranks = list(self._ready[self.bases[job.id]])
         ready = (other for rank in ranks if (other := self._by_rank[rank]).id not in without)
         free = (other for other in ready if self._may_begin(other, fits))
-        workers = self.claims.free_workers(machine.workers)
-        return list(self._claimed(chosen(job, free, machine, workers, memory)))
+        joined = list[Taken]()
+        with suppress(OSError):  # those that are claimed by then
+            workers = self.claims.free_workers(machine.workers)
+            joined.extend(self._claimed(chosen(job, free, machine, workers, memory)))
+        return joined
 
     def put(self, job: Job, busy: Busy) -> str | None:
         """Put a job back. What does not answer passes, or it does not: after a few times the job

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from backfire import stages
 from backfire.base import Evidence, Insertion
@@ -89,6 +90,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         *map(_too_long, left.items()),
         *notes(experiment.model, context),
         *_guarded(experiment),
+        *_joined(experiment, summary),
         *warnings(evidence, values),
         *caveats(evidence, experiment.metrics, experiment.judges),
     )
@@ -149,6 +151,16 @@ def _guarded(experiment: Experiment) -> Iterator[str]:
         yield (
             f"{label} guards replies; metrics of likelihoods, such as accuracy, are those of the "
             "model without it."
+        )
+
+
+def _joined(experiment: Experiment, summary: dict[str, Any] | None) -> Iterator[str]:
+    """That the cost of a training run is not its own."""
+    joined = summary and summary.get("joined")
+    if joined and any(metric.name == "cost" for metric in experiment.metrics):
+        yield (
+            f"{joined} runs were trained together: seconds and memory of training are those of all "
+            "of them; --join off measures each alone."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from backfire.claims import Claims
-from backfire.cli import app
+from backfire.commands.cluster import _options
 from backfire.commands.run import settings_of
 from backfire.errors import Away, Busy, GpuError, Stopped, UserError
 from backfire.experiment import Machine
@@ -24,6 +25,7 @@ from backfire.plan import Job, jobs
 from backfire.recipe import parse
 from tests.helpers.workers import SEEDS, alone, ended, names, planned, ran, sleeps, start
 
+LORA = f"{SEEDS}method: lora\n"
 GPU, CPU = Machine(device="cuda"), Machine(device="cpu")
 ALL = Machine(join=8)
 
@@ -34,7 +36,8 @@ def trainings(text: str) -> list[Job]:
 
 
 def one(text: str = "", **known: Any) -> Job:
-    return replace(trainings(f"attack: none\n{text}")[-1], **known)
+    method = "" if "method" in text else "method: lora\n"
+    return replace(trainings(f"attack: none\n{method}{text}")[-1], **known)
 
 
 # --------------------------------------------------------------------------------- which jobs join
@@ -72,7 +75,7 @@ def test_a_defense_of_the_alignment_keeps_only_the_alignment_alone() -> None:
 
 
 def test_jobs_of_other_kinds_do_not_join() -> None:
-    recipe = parse("r", SEEDS)
+    recipe = parse("r", LORA)
     found = jobs(recipe.cells, recipe.axes)
     assert {job.kind for job in found if can_join(job, GPU)} == {"train"}
 
@@ -197,7 +200,7 @@ def test_a_worker_claims_a_group(tmp_path: Path, joint: Any) -> None:
         time.sleep(0.001)
 
     joint(end)
-    found, begun = planned(tmp_path), list[str]()
+    found, begun = planned(tmp_path, LORA), list[str]()
     everything = alone(
         tmp_path,
         sleeps(tmp_path),
@@ -215,14 +218,14 @@ def test_a_worker_claims_a_group(tmp_path: Path, joint: Any) -> None:
 
 def test_two_workers_share_the_jobs(tmp_path: Path, joint: Any) -> None:
     joint(lambda job: time.sleep(0.5))
-    found = planned(tmp_path, SEEDS.replace("4, 5, 6, 7", ""))
+    found = planned(tmp_path, LORA.replace(", 4, 5, 6, 7", ""))
     machine = Machine(join=8, workers=2)
     workers = [start(tmp_path, sleeps(tmp_path), machine=machine) for _ in range(2)]
     for worker in workers:
         worker.join(20)
         assert worker.exitcode == 0
     assert sorted(map(len, groups(tmp_path))) == [2, 2]
-    assert sorted(sum(groups(tmp_path), [])) == sorted(train_ids(found))
+    assert sorted(itertools.chain(*groups(tmp_path))) == sorted(train_ids(found))
 
 
 def test_how_many_workers_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,8 +251,7 @@ def test_how_many_workers_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_each_job_of_a_group_ends_by_itself(tmp_path: Path, joint: Any) -> None:
     """One fails; what was put back is tried again, alone."""
-    *_, folder = tmp_path, RunFolder(tmp_path, "r")
-    found = planned(tmp_path)
+    found, folder = planned(tmp_path, LORA), RunFolder(tmp_path, "r")
     bad, busy, away, *_ = train_ids(found)
 
     def end(job: Job) -> Any:
@@ -266,7 +268,7 @@ def test_each_job_of_a_group_ends_by_itself(tmp_path: Path, joint: Any) -> None:
 
 
 def test_a_group_that_is_stopped_is_given_back(tmp_path: Path, joint: Any) -> None:
-    planned(tmp_path)
+    planned(tmp_path, LORA)
     stop = Stop()
 
     def end(job: Job) -> None:
@@ -279,7 +281,7 @@ def test_a_group_that_is_stopped_is_given_back(tmp_path: Path, joint: Any) -> No
 
 
 def test_jobs_with_which_a_worker_died_run_alone(tmp_path: Path, joint: Any) -> None:
-    found = planned(tmp_path)
+    found = planned(tmp_path, LORA)
     joint(lambda job: os.kill(os.getpid(), signal.SIGKILL))
     worker = start(tmp_path, sleeps(tmp_path), machine=ALL)
     worker.join(20)
@@ -293,7 +295,7 @@ def test_a_gpu_that_breaks_leaves_all_claims(tmp_path: Path, joint: Any) -> None
     def breaks(job: Job) -> None:
         raise GpuError("The GPU does not answer any more.")
 
-    found = planned(tmp_path)
+    found = planned(tmp_path, LORA)
     joint(breaks)
     worker = start(tmp_path, sleeps(tmp_path), machine=ALL)
     worker.join(20)
@@ -301,7 +303,7 @@ def test_a_gpu_that_breaks_leaves_all_claims(tmp_path: Path, joint: Any) -> None
     assert {one.job for one in Claims(tmp_path).holders() if one.is_stale} == {*train_ids(found)}
 
 
-# ---------------------------------------------------------------------------------------- the option
+# --------------------------------------------------------------------------------------- the option
 
 
 def test_the_option() -> None:
@@ -310,3 +312,5 @@ def test_the_option() -> None:
     for wrong in ("0", "-1", "some", "65"):
         with pytest.raises(UserError, match="join"):
             settings_of({"join": wrong})
+    assert "--join=4" in _options({"join": "4"}, "cpu", 1, None)
+    assert not any("join" in option for option in _options({"join": "auto"}, "cpu", 1, None))
