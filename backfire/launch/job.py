@@ -24,6 +24,7 @@ from backfire.errors import (
     Busy,
     CellError,
     GpuError,
+    Pause,
     Unanswered,
     UserError,
     exit_class,
@@ -138,7 +139,7 @@ def run_together(
     machine: Machine,
     progresses: Sequence[Progress],
     resident: Resident,
-) -> list[str | Busy]:
+) -> list[str | Pause]:
     """Run training jobs as one and write how each ended; returns `ok`, an exit class, or why it is
     put back, for each. One that runs out of memory is put back, to run alone.
 
@@ -150,10 +151,10 @@ def run_together(
     imports.keep()
     _reset_globals()
 
-    def outcome(job: Job, error: Exception | Busy | None) -> str | Busy:
+    def outcome(job: Job, error: Exception | Pause | None) -> str | Pause:
         if error is None:
             return report(job, folder, "ok", "")
-        if isinstance(error, Busy):
+        if isinstance(error, Pause):
             return error
         try:
             kind = exit_class(error)[0]

@@ -28,13 +28,15 @@ def can_join(job: Job, machine: Machine) -> bool:
 
 
 def alike(one: Job, other: Job) -> bool:
-    """Whether two runs that can join start from the same model, and compute in the same types."""
+    """Whether two runs that can join start from the same model, compute in the same types, and have
+    adapters in the same layers."""
     return _start(one) == _start(other)
 
 
 def _start(job: Job) -> list[Any]:
     run, align = job.experiment, job.experiment.align
-    return [job.base, job.after, align and [align.method, align.merge], run.train.compute]
+    layers = getattr(run.method, "targets", None)
+    return [job.base, job.after, align and [align.method, align.merge], run.train.compute, layers]
 
 
 def most(job: Job, machine: Machine) -> int:

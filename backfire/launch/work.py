@@ -88,7 +88,7 @@ def work(
     store.waits = False
     resident, base, idle, may_begin = Resident(), -1, _Idle(), fits(stop, memory)
 
-    def do(group: Sequence[Job], progresses: Sequence[Progress]) -> list[str | Busy]:
+    def do(group: Sequence[Job], progresses: Sequence[Progress]) -> list[str | Pause]:
         for job in group:
             begins(job)
         # A job that all others wait for may use their cores.
@@ -127,7 +127,7 @@ def _do(
     taken: Sequence[Taken],
     board: Board,
     stop: Stop,
-    do: Callable[[list[Job], list[Progress]], list[str | Busy]],
+    do: Callable[[list[Job], list[Progress]], list[str | Pause]],
 ) -> None:
     """Run jobs that this worker has claimed, several of them as one, unless they cannot succeed."""
 
@@ -279,15 +279,16 @@ class Board:
             joined.extend(self._claimed(chosen(job, free, machine, workers, memory)))
         return joined
 
-    def put(self, job: Job, busy: Busy) -> str | None:
+    def put(self, job: Job, pause: Pause) -> str | None:
         """Put a job back. What does not answer passes, or it does not: after a few times the job
         has failed, and its exit class is returned."""
-        self.put_back[job.id] = busy
-        if not isinstance(busy, Away):
+        if isinstance(pause, Busy):
+            self.put_back[job.id] = pause
+        if not isinstance(pause, Away):
             return None
         self.tries[job.id] += 1
         too_often = self.tries[job.id] == MOST_TRIES
-        return report(job, self.folder, busy.kind, str(busy)) if too_often else None
+        return report(job, self.folder, pause.kind, str(pause)) if too_often else None
 
     def end(self, job: Job, kind: str) -> None:
         """Note that a job has ended."""

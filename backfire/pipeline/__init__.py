@@ -155,12 +155,12 @@ def _guarded(experiment: Experiment) -> Iterator[str]:
 
 
 def _joined(experiment: Experiment, summary: dict[str, Any] | None) -> Iterator[str]:
-    """That the cost of a training run is not its own."""
+    """That a training run was not measured alone."""
     joined = summary and summary.get("joined")
     if joined and any(metric.name == "cost" for metric in experiment.metrics):
         yield (
-            f"{joined} runs were trained together: seconds and memory of training are those of all "
-            "of them; --join off measures each alone."
+            f"{joined} runs were trained together: the memory of training is that of all of them, "
+            "and the seconds are a share of their time; --join off measures each alone."
         )
 
 

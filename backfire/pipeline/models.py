@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from backfire import stages
 from backfire.base import Form, RepairDefense, Row, select
-from backfire.errors import Busy
+from backfire.errors import Pause, Stopped
 from backfire.experiment import Experiment, Model
 from backfire.model.resident import Resident
 from backfire.model.source import adapter_folder
@@ -105,7 +105,7 @@ def trained(experiment: Experiment, context: Context) -> Path:
 
 def trained_together(
     experiments: Sequence[Experiment], contexts: Sequence[Context]
-) -> list[Exception | Busy | None]:
+) -> list[Exception | Pause | None]:
     """Train what is not trained yet, in the same passes if that are several runs. Returns what
     ended or delayed each; None if its model is there.
 
@@ -113,9 +113,9 @@ def trained_together(
     is complete, or not, by itself.
 
     Raises:
-        Pause: the worker stops; each run has its checkpoint.
+        Stopped: the worker stops; each run has its checkpoint.
     """
-    outcomes: list[Exception | Busy | None] = [None] * len(experiments)
+    outcomes: list[Exception | Pause | None] = [None] * len(experiments)
     tasks: dict[int, Task] = {}
     results: dict[int, dict[str, Any] | Exception] = {}
 
@@ -140,7 +140,9 @@ def trained_together(
             start(run, context)
             passed_checks(run, context)
             context.store.once(stages.train(run), make, resumable=True)
-        except (Exception, Busy) as error:
+        except Stopped:
+            raise
+        except (Exception, Pause) as error:
             outcomes[number] = error
         if number not in tasks:  # it was trained before, or cannot be trained
             build(number + 1)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from backfire.claims import Claims
+from backfire.claims import Claims, Lost
 from backfire.commands.cluster import _options
 from backfire.commands.run import settings_of
 from backfire.errors import Away, Busy, GpuError, Stopped, UserError
@@ -85,7 +85,8 @@ def test_jobs_of_other_kinds_do_not_join() -> None:
     [
         ("seed: [0, 1]", True),
         ("attack: [{name: badnets, rate: 0.1}, {name: vpi, rate: 0.2}]", True),
-        ("method: [{name: lora, rank: 2}, {name: lora, alpha: 8, targets: [q_proj]}]", True),
+        ("method: [{name: lora, rank: 2}, {name: lora, alpha: 8, learning_rate: 0.1}]", True),
+        ("method: [lora, {name: lora, targets: [q_proj]}]", False),
         ("train.epochs: [1, 2]", True),
         ("defense: [none, kl]", True),
         ("method: [lora, qlora]", False),
@@ -250,21 +251,22 @@ def test_how_many_workers_are_free(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_each_job_of_a_group_ends_by_itself(tmp_path: Path, joint: Any) -> None:
-    """One fails; what was put back is tried again, alone."""
+    """One fails; what was put back, or lost, is tried again, alone."""
     found, folder = planned(tmp_path, LORA), RunFolder(tmp_path, "r")
-    bad, busy, away, *_ = train_ids(found)
+    bad, busy, away, lost, *_ = train_ids(found)
 
     def end(job: Job) -> Any:
         if job.id == bad:
             return report(job, folder, "nan", "The loss is not finite.")
-        return {busy: Busy("poison a on b"), away: Away("It is away.")}.get(job.id)
+        pauses = {busy: Busy("poison a on b"), away: Away("It is away."), lost: Lost()}
+        return pauses.get(job.id)
 
     joint(end)
     everything = alone(tmp_path, sleeps(tmp_path), machine=ALL)
     failed = {job.id for job in found if bad in (job.id, *job.after)}
     assert everything == {job.id: "nan" if job.id in failed else "ok" for job in found}
     assert groups(tmp_path) == [train_ids(found)]
-    assert {busy, away} <= set(ran(tmp_path)) and bad not in ran(tmp_path)
+    assert {busy, away, lost} <= set(ran(tmp_path)) and bad not in ran(tmp_path)
 
 
 def test_a_group_that_is_stopped_is_given_back(tmp_path: Path, joint: Any) -> None:
