@@ -90,7 +90,7 @@ def test_jobs_of_other_kinds_do_not_join() -> None:
         ("train.epochs: [1, 2]", True),
         ("defense: [none, kl]", True),
         ("method: [lora, qlora]", False),
-        ("method: [qlora, {name: qlora, compute: float32}]", False),
+        ("method: [{name: qlora, compute: bfloat16}, {name: qlora, compute: float32}]", False),
         ("method: [lora, lora-int8]", False),
         ("model.dtype: [float32, bfloat16]", False),
         ("train.compute: [float32, bfloat16]", False),
