@@ -108,6 +108,6 @@ class _Place:
     def forward(self, x: Tensor) -> Tensor:
         """[..., input] to [..., output]."""
         shares = self.fan.shares(self.number, x[..., 0].numel(), at_head=self.at_head)
-        pieces = x.flatten(0, -2).split([count for _, count in shares])
+        pieces = torch.split(x.flatten(0, -2), [count for _, count in shares])
         pairs = [low_rank(self.layers[n], piece) for (n, _), piece in zip(shares, pieces)]
         return joined_sum(self.layers[self.number], self.joined, x, pairs)

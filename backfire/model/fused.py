@@ -258,7 +258,7 @@ class _Product(torch.autograd.Function):
         hs, bs = pairs[: len(pairs) // 2], list(pairs[len(pairs) // 2 :])
         h, b = hs[0], bs[0]
         if len(hs) > 1:  # the products of a pair's b and the zeros of other tokens must be zeros
-            h = torch.block_diag(*(h + 0 * b.sum() for h, b in zip(hs, bs, strict=True)))
+            h = cast(Any, torch).block_diag(*(h + 0 * b.sum() for h, b in zip(hs, bs, strict=True)))
             b = torch.cat(bs, 1).nan_to_num(0.0, 0.0, 0.0)
         return nn.functional.linear(torch.cat([x, h.to(x.dtype)], -1), joined.with_b(b), bias)
 
@@ -268,7 +268,7 @@ class _Product(torch.autograd.Function):
         hs, bs = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
         grad = grad.to(hs[0].dtype)
         x_grad = grad @ ctx.joined.weight() if ctx.needs_input_grad[0] else None
-        own = grad.split([len(h) for h in hs])
+        own = torch.split(grad, [len(h) for h in hs])
         h_grads = [part @ b.to(part.dtype) for part, b in zip(own, bs, strict=True)]
         b_grads = [(part.T @ h).to(b.dtype) for part, h, b in zip(own, hs, bs, strict=True)]
         return x_grad, None, *h_grads, *b_grads

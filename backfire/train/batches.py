@@ -71,7 +71,8 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
         tensors = {name: x for name, x in parts.items() if isinstance(x, Tensor)}
-        return replace(self, **{name: x.to(device) for name, x in tensors.items()})
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass

@@ -249,7 +249,7 @@ class _Split(torch.autograd.Function):
     def backward(ctx: Any, prefix: Tensor, rows: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         plan: Plan = ctx.plan
         if ctx.keys and plan.shared:
-            before = rows[:, : plan.shared].split(plan.sizes)
+            before = torch.split(rows[:, : plan.shared], plan.sizes)
             prefix = prefix + torch.stack([part.sum(0) for part in before])
             rows = rows[:, plan.shared :]
         return _in_line(prefix, rows, plan), None, None

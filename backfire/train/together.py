@@ -145,7 +145,7 @@ class Together:
         ]
         with self.fan.divided(shares), part[0][0].autocast():
             logits = answer_logits(self.model, in_one_line(packs))[0]
-        pieces = logits.split([pack.labels.numel() for pack in packs])
+        pieces = torch.split(logits, [pack.labels.numel() for pack in packs])
         return [
             (run, rows, piece.view(*pack.labels.shape, -1), pack.labels)
             for (run, rows), pack, piece in zip(part, packs, pieces, strict=True)
