@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainHook
-from backfire.model.batching import same_ways
 from backfire.model.fan import Fan, Share
-from backfire.train import packing, steps
+from backfire.train import steps
 from backfire.train.batches import Span, answer_logits, in_one_line, packed, shared_prefix
 from backfire.train.microbatch import unless_out_of_memory
 from backfire.train.passes import loss_of, num_supervised, reads_flat
@@ -28,12 +26,6 @@ if TYPE_CHECKING:
 
 _MOST_TOKENS = {"cpu": 512, "cuda": 8192}
 """Most tokens of a pass of several runs: with more, a processor gains nothing (see docs/log)."""
-
-
-def share_tests(twin: PreTrainedModel, base: PreTrainedModel) -> None:
-    """Let a model with the weights of another have the results of its tests."""
-    same_ways(twin, base)
-    packing.same_packs(twin, base)
 
 
 class Together:
