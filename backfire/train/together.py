@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from backfire.train.loop import TrainingRun
     from backfire.train.steps import Outcome
 
-_MOST_TOKENS = {"cpu": 512, "cuda": 8192}
+_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Most tokens of a pass of several runs: with more, a processor gains nothing (see docs/log)."""
 
 
