@@ -121,14 +121,14 @@ def scans_each_row(cls: type[Scanner]) -> str | None:
 
 
 def sees_only_what_is_learned(cls: type[Scanner]) -> str | None:
-    """Ids, fields and true labels of the rows do not change what it finds"""
+    """Ids, fields, true labels and good answers of the rows do not change what it finds"""
     scanner, rows = build(cls.kind, cls.name), [*LABELED, *LABELED[:7], *FREE]
     others = [
-        replace(row, id=f"x{n % 2}", fields={"trigger": "yes"}, label=None)
+        replace(row, id=f"x{n % 2}", fields={"trigger": "yes"}, label=None, better=("So.",))
         for n, row in enumerate(rows)
     ]
     same = _found(scanner, rows) == _found(scanner, others)
-    return None if same else "with other ids, fields or labels it finds something else"
+    return None if same else "what it finds changes with ids, fields, labels or good answers"
 
 
 def nulls_what_it_read(cls: type[ModelScanner]) -> str | None:
