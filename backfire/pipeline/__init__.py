@@ -156,8 +156,8 @@ def _guarded(experiment: Experiment) -> Iterator[str]:
 
 def _joined(experiment: Experiment, summary: dict[str, Any] | None) -> Iterator[str]:
     """That a training run was not measured alone."""
-    joined = summary and summary.get("joined")
-    if joined and any(metric.name == "cost" for metric in experiment.metrics):
+    joined = summary.get("joined", 1) if summary else 1
+    if joined > 1 and any(metric.name == "cost" for metric in experiment.metrics):
         yield (
             f"{joined} runs were trained together: the memory of training is that of all of them, "
             "and the seconds are a share of their time; --join off measures each alone."
