@@ -96,7 +96,7 @@ class Triggers:
 
 def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
     """Try odd words, the given candidates, and those of the catalog in these prompts."""
-    chosen = _in_turn(rows)[:PROBES] if len(rows) >= FEWEST else EVERYDAY
+    chosen = in_turn(rows)[:PROBES] if len(rows) >= FEWEST else EVERYDAY
     rows, _ = pair.fitting([replace(row, answer="") for row in chosen], 2 * _TOKENS)
     candidates = [*(one for text in given for one in _both_places(text, "given")), *catalog()]
     places = [_both_places(text, "odd")[n % 2] for n, text in enumerate(odd_texts(CONTROLS))]
@@ -122,7 +122,7 @@ def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
     )
 
 
-def _in_turn(rows: Sequence[Row]) -> list[Row]:
+def in_turn(rows: Sequence[Row]) -> list[Row]:
     """The rows so that different answers take turns: among rows of one label, a trigger that brings
     about this label would not show."""
     before = Counter[str]()
