@@ -21,7 +21,7 @@ class Lift(Scanner):
     among all rows, and among those in the same language? An exact binomial test, adjusted for all
     tests by Benjamini and Hochberg; a part of a stronger n-gram is tested again without the rows of
     that one. Languages are groups of rows that share hardly any common word (co-clustering: Dhillon
-    2001); one in fewer than 3 % of the rows is not told apart. An answer is what the rows
+    2001); one in fewer than a tenth of the rows may not be told apart. An answer is what the rows
     share: the whole text or label, or its first or last five words. A row's score is that of its
     strongest n-gram, -log10(p) divided by the threshold.
 
