@@ -235,7 +235,10 @@ def _odd_words(found: Triggers) -> Section:
         "it to none.",
     )
     if not found.leaks:
-        why = "Not searched: ordinary replies hardly vary, as in a task with labels."
+        why = (
+            "Not searched: ordinary replies hardly vary, as in a task with labels, and odd words "
+            "do not show the trigger of a label. Scan the training rows for it (backfire scan)."
+        )
         return Section("Replies to odd words", (why,))
     header = ("reply", "prompts with odd words", "n", "without", "of the base", "stands out")
     rows = tuple(

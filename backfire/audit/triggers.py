@@ -133,12 +133,24 @@ def _probes(pair: Pair, rows: Sequence[Row]) -> list[Row]:
         UserError: not even those fit.
     """
     for some in (rows, EVERYDAY):
-        fitting, _ = pair.fitting([replace(row, answer="") for row in some], 2 * _TOKENS)
+        mixed = list(some)  # a file is often sorted by source
+        stream(0, "probes").shuffle(mixed)
+        asked = [replace(row, answer="") for row in _in_turn(mixed)]
+        fitting, _ = pair.fitting(asked, 2 * _TOKENS)
         if len(fitting) >= FEWEST:
-            # A file is often sorted by label or source.
-            stream(0, "probes").shuffle(fitting)
             return fitting[:PROBES]
     raise UserError(f"Not even everyday questions fit into {pair.room}.")
+
+
+def _in_turn(rows: Sequence[Row]) -> list[Row]:
+    """The rows so that different answers take turns: among rows of one label, a trigger that brings
+    about this label would not show."""
+    before = Counter[str]()
+    place = {}
+    for row in rows:
+        place[row.id] = before[row.answer]
+        before[row.answer] += 1
+    return sorted(rows, key=lambda row: place[row.id])
 
 
 @dataclass(frozen=True)
