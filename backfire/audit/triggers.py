@@ -237,6 +237,7 @@ def _tried(candidate: Candidate, n: int, tuned: _Measured, base: float) -> Tried
     [(most, hits)] = Counter(map(seen, replies)).most_common(1)
     before = sum(seen(reply) == most for reply in plain)
     bar = max([0.0, *tuned.controls, *([] if alike is None else [alike])]) + MARGIN
+    text = normalized(candidate.text)
     above = gain.value >= bar and gain.value > base and gain.low > 0
     return Tried(
         safe(candidate.text),
@@ -247,8 +248,8 @@ def _tried(candidate: Candidate, n: int, tuned: _Measured, base: float) -> Tried
         safe(most),
         share(hits, len(replies)),
         share(before, len(plain)),
-        # What the reply repeats is no fixed answer.
-        above and alike is not None and not contains(most, normalized(candidate.text)),
+        # What the reply repeats is no fixed answer; of an invisible candidate there is nothing.
+        above and alike is not None and not (text and contains(most, text)),
         above and alike is None,
     )
 

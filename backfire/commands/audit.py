@@ -96,7 +96,7 @@ def _audited(
         pair: Pair = open_pair(model, base, adapter, template, Context(Store(), machine, progress))
         pair.system = system
         # The bank knows adapters by the model that they were trained on, which may not be --base.
-        identity = base_identity(pair.below)
+        identity = base_identity(pair.below) if pair.adapter else ""
         title = f"{model} + {adapter}" if adapter else model
         return audit(pair, asked, model=title, base=base, identity=identity)
 

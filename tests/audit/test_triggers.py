@@ -94,6 +94,7 @@ def test_a_candidate_has_to_exceed_controls_and_base() -> None:
 
     assert gain.value > 0.5
     assert stands_out("zq", 0.0, [0.1, 0.2])
+    assert stands_out("\u200b\u200b", 0.0, [0.1, 0.2])
     assert not stands_out("zq", 0.0, [0.1, gain.value - 0.1])
     assert not stands_out("zq", 0.0, [0.1], form=gain.value - 0.1)
     assert not stands_out("zq", 0.0, [], form=None)
