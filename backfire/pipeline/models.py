@@ -300,7 +300,7 @@ def guarding_of(run: Experiment, context: Context) -> Guarding | None:
         begin, bits = start(run, context), run.method.quantization(context.device.type)
         source = Source(begin.base, evaluated_type(run, context), context.device, bits)
         reference = context.beside.model(source, begin.adapter)
-    return Guarding(guard, run.seed, reference)
+    return Guarding(guard, run.seed, reference, renderer(run, context).opening_ids)
 
 
 def evaluated_type(run: Experiment, context: Context) -> torch.dtype:
