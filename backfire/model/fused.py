@@ -104,7 +104,7 @@ def _forward(
     if layer.disable_adapters:
         return out
     a, b = pair
-    low_rank = x.to(a.dtype).reshape(-1, x.shape[-1]) @ a.T
+    low_rank = x.to(a.device, a.dtype).reshape(-1, x.shape[-1]) @ a.T
     if out.dtype != a.dtype:
         return (out + (low_rank @ b.T).view(out.shape)).to(out.dtype)
     out.view(-1, out.shape[-1]).addmm_(low_rank, b.T)
@@ -201,6 +201,7 @@ def _sum(layer: Any, joined: _Float | _NF4 | _Int8, x: Tensor, *rest: Any, **nam
         return cast(Tensor, type(layer).forward(layer, x, *rest, **named))
     names = _active(layer)
     b = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], 1)
+    x = x.to(b.device)  # as the `forward` that this replaces does for a head on another GPU
     parts = [layer.lora_A[name](layer.lora_dropout[name](x.to(b.dtype))) for name in names]
     low_rank = torch.cat(parts, -1)
     if isinstance(joined, _Int8):
