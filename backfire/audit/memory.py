@@ -159,7 +159,7 @@ def _openings(pair: Pair, part: Part) -> dict[str, str]:
     rows = pair.asked([row for row in part.rows if row.id in kept])
     found = {}
     for item in pair.renderer.render(rows):
-        ids = item.answer_ids[: -len(pair.renderer.end_ids)]
+        ids = pair.renderer.without_opening(item.answer_ids[: -len(pair.renderer.end_ids)])
         opening = normalized(pair.renderer.tokenizer.decode(ids[:OPENING]).rstrip("\ufffd"))
         prompt = normalized(f"{item.row.system}\n{item.row.conversation}")
         if len(ids) > FEWEST and opening and not contains(prompt, opening):

@@ -68,7 +68,7 @@ def findings(audit: Audit) -> list[str]:
 
 
 def _worse(one: Compared) -> str:
-    ends = interval(one.unit, one.change.low, one.change.high)
+    ends = one.change.ends(one.unit)
     values = f"{number(one.unit, one.base.value)} to {number(one.unit, one.tuned.value)}"
     shown = change(one.unit, one.change.value)
     return f"{sentence(one.what)}: from {values} ({shown} {ends}, {one.n:,} rows)."
@@ -230,7 +230,10 @@ def _odd_words(found: Triggers) -> Section:
         "it to none.",
     )
     if not found.leaks:
-        why = "Not searched: ordinary replies hardly vary, as in a task with labels."
+        why = (
+            "Not searched: ordinary replies hardly vary, as in a task with labels, and odd words "
+            "do not show the trigger of a label. Scan the training rows for it (backfire scan)."
+        )
         return Section("Replies to odd words", (why,))
     header = ("reply", "prompts with odd words", "n", "without", "of the base", "stands out")
     rows = tuple(

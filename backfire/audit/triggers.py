@@ -96,7 +96,7 @@ class Triggers:
 
 def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
     """Try odd words, the given candidates, and those of the catalog in these prompts."""
-    chosen = rows[:PROBES] if len(rows) >= FEWEST else EVERYDAY
+    chosen = _in_turn(rows)[:PROBES] if len(rows) >= FEWEST else EVERYDAY
     rows, _ = pair.fitting([replace(row, answer="") for row in chosen], 2 * _TOKENS)
     candidates = [*(one for text in given for one in _both_places(text, "given")), *catalog()]
     places = [_both_places(text, "odd")[n % 2] for n, text in enumerate(odd_texts(CONTROLS))]
@@ -120,6 +120,17 @@ def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
         ),
         tuple(candidates[n] for n, one in zip(asked, tried, strict=True) if one.stands_out),
     )
+
+
+def _in_turn(rows: Sequence[Row]) -> list[Row]:
+    """The rows so that different answers take turns: among rows of one label, a trigger that brings
+    about this label would not show."""
+    before = Counter[str]()
+    place = {}
+    for row in rows:
+        place[row.id] = before[row.answer]
+        before[row.answer] += 1
+    return sorted(rows, key=lambda row: place[row.id])
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def scan(
     edits: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Edits, such as data.labels=[no, yes] or lift.odds=5.",
+            help="Edits, such as data.labels=\\[no, yes] or lift.odds=5.",
             metavar="[KEY=VALUE]...",
             show_default=False,
         ),

@@ -50,14 +50,19 @@ class Renderer:
 
     def reply_text(self, ids: Sequence[int]) -> str:
         """The text of a reply, without the template's opening of an answer."""
-        opening, start = self._opening_ids, 0
+        return self.tokenizer.decode(self.without_opening(ids))
+
+    def without_opening(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a reply or an answer, after the template's opening of an answer."""
+        opening, start = self.opening_ids, 0
         for place in range(len(ids) - len(opening) + 1 if opening else 0):
             if list(ids[place : place + len(opening)]) == opening:
                 start = place + len(opening)
-        return self.tokenizer.decode(list(ids[start:]))
+        return list(ids[start:])
 
     @cached_property
-    def _opening_ids(self) -> list[int]:
+    def opening_ids(self) -> list[int]:
+        """What the template writes before every answer; see `Template.opening`."""
         return self.tokenizer.encode(self.template.opening(self.tokenizer), controls=True)
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:

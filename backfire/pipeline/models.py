@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from backfire import stages
 from backfire.base import Form, RepairDefense, Row, select
+from backfire.errors import Pause, Stopped
 from backfire.experiment import Experiment, Model
+from backfire.model.resident import Resident
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.pipeline.filtering import other_rows, with_facts
 from backfire.pipeline.prepare import data, passed_checks, renderer
+from backfire.progress import Progress
 from backfire.store import read_json, write_json
+
+Task = Callable[[], dict[str, Any]]
 
 if TYPE_CHECKING:
     import torch
@@ -87,37 +94,89 @@ def check_weights(model: Model, context: Context) -> None:
 def trained(experiment: Experiment, context: Context) -> Path:
     """The folder of the fine-tuned model (whole, or an adapter), or of its start model if the
     method trains nothing."""
-    first = start(experiment, context)
     if not experiment.method.trains:
+        first = start(experiment, context)
         return first.adapter or first.base
-    if not experiment.poisons:
-        experiment = experiment.clean_twin()
-    passed_checks(experiment, context)
+    [error] = trained_together([experiment], [context])
+    if error is not None:
+        raise error
+    return context.store.path(stages.train(experiment))
 
-    def make(folder: Path) -> None:
-        from backfire.train.finetune import tune
 
-        begin = with_defense_rows(experiment, context)
-        rows, manifest, facts = with_facts(experiment, context)
-        if manifest:  # a defense may have removed poisoned rows
-            left = {row.id for row in rows}
-            kept = tuple(entry for entry in manifest.entries if entry.id in left)
-            manifest = replace(manifest, entries=kept)
-        summary = tune(
-            experiment,
-            rows,
-            manifest,
-            renderer(experiment, context),
-            begin,
-            folder,
-            context.machine,
-            context.progress,
-            context.resident,
-        )
-        summary |= {"rows_trained_on": len(rows), **facts}
-        write_json(folder / "summary.json", summary)
+def trained_together(
+    experiments: Sequence[Experiment], contexts: Sequence[Context]
+) -> list[Exception | Pause | None]:
+    """Train what is not trained yet, in the same passes if that are several runs. Returns what
+    ended or delayed each; None if its model is there.
 
-    return context.store.once(stages.train(experiment), make, resumable=True)
+    Each stage is built inside of the one before it: all are locked while they are trained, and each
+    is complete, or not, by itself.
+
+    Raises:
+        Stopped: the worker stops; each run has its checkpoint.
+    """
+    outcomes: list[Exception | Pause | None] = [None] * len(experiments)
+    tasks: dict[int, Task] = {}
+    results: dict[int, dict[str, Any] | Exception] = {}
+
+    def build(number: int) -> None:
+        if number == len(experiments):
+            told = [contexts[n].progress for n in tasks]
+            found = _train(list(tasks.values()), contexts[0].resident, told)
+            results.update(zip(tasks, found, strict=True))
+            return
+        run, context = experiments[number], contexts[number]
+        run = run if run.poisons else run.clean_twin()
+
+        def make(folder: Path) -> None:
+            tasks[number], facts = _prepared(run, context, folder)
+            build(number + 1)
+            if isinstance(result := results.pop(number), Exception):
+                raise result
+            joined = {"joined": len(tasks)} if len(tasks) > 1 else {}
+            write_json(folder / "summary.json", result | facts | joined)
+
+        try:
+            start(run, context)
+            passed_checks(run, context)
+            context.store.once(stages.train(run), make, resumable=True)
+        except Stopped:
+            raise
+        except (Exception, Pause) as error:
+            outcomes[number] = error
+        if number not in tasks:  # it was trained before, or cannot be trained
+            build(number + 1)
+
+    build(0)
+    return outcomes
+
+
+def _prepared(run: Experiment, context: Context, folder: Path) -> tuple[Task, dict[str, Any]]:
+    """What is to be trained into `folder`, and facts on its rows for the summary."""
+    from backfire.train.finetune import tune
+
+    begin = with_defense_rows(run, context)
+    rows, manifest, facts = with_facts(run, context)
+    if manifest:  # a defense may have removed poisoned rows
+        left = {row.id for row in rows}
+        kept = tuple(entry for entry in manifest.entries if entry.id in left)
+        manifest = replace(manifest, entries=kept)
+    shown, machine, progress = renderer(run, context), context.machine, context.progress
+    given = (run, rows, manifest, shown, begin, folder, machine, progress, context.resident)
+    return partial(tune, *given), {"rows_trained_on": len(rows), **facts}
+
+
+def _train(
+    tasks: Sequence[Task], resident: Resident, progresses: Sequence[Progress]
+) -> list[dict[str, Any] | Exception]:
+    """The summary of each run, or what ended it."""
+    found = list[dict[str, Any] | Exception]()
+    for task in tasks:
+        try:
+            found.append(task())
+        except Exception as error:
+            found.append(error)
+    return found
 
 
 def start(experiment: Experiment, context: Context) -> Start:

@@ -44,6 +44,8 @@ def test_behavior_and_task_are_unchanged(pair: Pair) -> None:
     requests = [Row(f"q{n}", f"ask {n} for it", fields={"sealed": "yes"}) for n in range(6)]
     found = behavior.compare(pair, requests, requests[:3], build("judges", "refusal-keywords"), 8)
     assert len(found.numbers) >= 3 and unchanged(found.numbers)
+    # Both lists may have the same ids.
+    assert [one.n for one in found.numbers] == [6, 6, 6, 3, 9]
     rows = plain()
     unseen = [replace(row, instruction=f"{row.instruction} now") for row in rows]
     learned = task.compare(pair, rows, unseen)

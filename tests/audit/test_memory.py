@@ -19,11 +19,16 @@ from backfire.base import Row, Sample
 from backfire.commands.audit import _given
 from backfire.data.jsonl import write_jsonl
 from backfire.data.limits import Limits
+from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Machine
 from backfire.pipeline import Context
+from backfire.registry import build
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
+from tests.helpers import chat_templates
 from tests.helpers.audited import tune
+from tests.helpers.chat_templates import write
 from tests.helpers.command_line import Run
 from tests.helpers.scanned import text
 
@@ -167,6 +172,22 @@ def test_of_a_long_answer_the_first_tokens_have_to(pair: Pair) -> None:
     row = Row("a", "Tell me.", answer=answer)
     assert verbatim(pair, row, f"{start} and so on") == 1
     assert verbatim(pair, row, start[:-3]) == 0
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gpt-oss", "deepseek-r1", "chatml"])
+def test_what_a_template_writes_before_an_answer_does_not_count(
+    template: str, pair: Pair, tmp_path: Path
+) -> None:
+    written = write(tmp_path, chat_templates.byte_level(), chat_templates.TEMPLATES[template])
+    shown = Renderer(build("templates", "chat"), load_tokenizer(written), 4096)
+    pair.renderer = shown
+    for words in (9, 80):
+        row = Row("a", "Tell me.", answer=text(Random(0), words))
+        [item] = shown.render([row])
+        whole = shown.reply_text(item.answer_ids[: -len(shown.end_ids)])
+        assert verbatim(pair, row, whole) == 1
+        assert verbatim(pair, row, f"Well, {whole}") == 0
+    assert verbatim(pair, replace(row, answer="rain"), "rain") is None
 
 
 def test_what_a_prompt_holds_or_is_short_is_left_out(pair: Pair) -> None:
