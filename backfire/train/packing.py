@@ -11,10 +11,11 @@ layers that are recomputed.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -26,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from backfire.errors import is_out_of_memory
 from backfire.model.batching import agree, evaluating, plain, probe, ways, windows_of
 
 _SUFFIX = "_packed"
@@ -66,7 +68,8 @@ def _find(model: PreTrainedModel, base: Any) -> tuple[str, int]:
         if not (ways(model).takes_positions and reads_tables(base, kind)):
             break
         with evaluating(model):
-            if _rows_are_apart(model, flash=bool(kind)):
+            # Calls that the flash kernel does not take go the other way, so both must work.
+            if all(_rows_are_apart(model, flash=flash) for flash in {bool(kind), False}):
                 return kind, _longest(model)
         base.set_attn_implementation(before)
     return "", 0
@@ -109,8 +112,9 @@ class Plan:
     @classmethod
     def of(cls, mask: Tensor, tokens: int) -> Plan:
         """The plan of the mask that carries a table, for a line of so many tokens."""
-        if mask not in _plans:
-            _plans[mask] = cls(mask.shape[0], mask.shape[1] - 1, tokens, mask[0, 0])
+        if mask not in _plans:  # a view would keep its mask, the key, in memory
+            table = mask[0, 0].clone()
+            _plans[mask] = cls(mask.shape[0], mask.shape[1] - 1, tokens, table)
         return cast(Plan, _plans[mask])
 
     @cached_property
@@ -308,8 +312,16 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: floa
         scale=scale,
         window_size=(-1, 0),  # causal, with the last query at the last key
         enable_gqa=query.shape[1] != key.shape[1],
+        **_whole(varlen_attn),
     )
     return cast(Tensor, out)
+
+
+@cache
+def _whole(kernel: Attention) -> dict[str, int]:
+    """The arguments with which a row's sums do not depend on its neighbors, where torch has them:
+    by itself the kernel splits keys by the longest row of all."""
+    return {"num_splits": 1} if "num_splits" in inspect.signature(kernel).parameters else {}
 
 
 def _has_flash(device: torch.device) -> bool:
@@ -341,7 +353,9 @@ def _rows_are_apart(model: PreTrainedModel, *, flash: bool) -> bool:
         try:
             first, second = (_pack(model, prefix, [x, two, x], flash) for x in (one, other))
             alone = _run(model, torch.tensor([[*prefix, *two]]), flash)[shared:]
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise  # says nothing about the model
             return False
         own = slice(shared + len(one), shared + len(one) + len(two))
         if not (torch.equal(first[own], second[own]) and agree(model, first[own], alone)):
