@@ -113,6 +113,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         evaluate={
             "seconds": round(sum(context.seconds.values()), 2),
             "dtype": str(evaluated_type(experiment, context)).removeprefix("torch."),
+            **({"merged": True} if experiment.evaluation.merged else {}),
             **({"packing": "off"} if context.machine.packing == "off" else {}),
             **({"left_out": context.left_out} if context.left_out else {}),
         },

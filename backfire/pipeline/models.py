@@ -270,6 +270,8 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
 
     device = context.device
     dtype = evaluated_type(run, context)
+    if run.evaluation.merged and is_adapter(tuned(run, context)):
+        form = "merged"
     if form:
         source = Source(
             merged(run, context, keep=False), dtype, device, quantization_of(form, dtype)
