@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from backfire.base import Rendered, TrainHook
+from backfire.experiment import JOINED_TOKENS
 from backfire.model.fan import Fan, Share
 from backfire.train import steps
 from backfire.train.batches import Span, answer_logits, in_one_line, packed, shared_prefix
@@ -23,9 +24,6 @@ from backfire.train.passes import loss_of, num_supervised, reads_flat
 if TYPE_CHECKING:
     from backfire.train.loop import TrainingRun
     from backfire.train.steps import Outcome
-
-_MOST_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Most tokens of a pass of several runs: with more, a processor gains nothing (see docs/log)."""
 
 
 class Together:
@@ -42,7 +40,7 @@ class Together:
         device = runs[0].device.type
         # The kernel for rows of unequal length takes one prefix only.
         self.share = device == "cpu" and all(run.layout.share for run in runs)
-        self.tokens = _MOST_TOKENS.get(device, 0) if tokens is None else tokens
+        self.tokens = JOINED_TOKENS.get(device, 0) if tokens is None else tokens
         self.most = 1
         """Number of runs in the largest pass so far."""
 
