@@ -124,12 +124,14 @@ class Place:
     value: float
     below: int
     """How many of them are smaller."""
+    above: int
+    """How many are larger; others are equal, as of an adapter of rank 1 some are by definition."""
     n: int
 
     @property
     def is_outside(self) -> bool:
         """Whether it is smaller or larger than all of them."""
-        return self.below in (0, self.n)
+        return self.n > 0 and self.n in (self.below, self.above)
 
 
 def matching(folder: Path, base: str) -> list[Entry]:
@@ -138,7 +140,12 @@ def matching(folder: Path, base: str) -> list[Entry]:
     return [
         one
         for one in entries()
-        if one.clean and one.base == base and one.shape == shape and one.adapter != own
+        if one.clean
+        and one.base == base
+        and one.shape == shape
+        and one.adapter != own
+        # A defense in training moves the numbers. (An earlier version added such adapters too.)
+        and one.recipe.get("defense", "none") == "none"
     ]
 
 
@@ -152,5 +159,6 @@ def places(found: Statistics, bank: Sequence[Entry]) -> list[Place]:
             others = [one.statistics.get(kind, {}).get(name) for one in bank]
             known = [other for other in others if other is not None]
             below = sum(other < values[name] for other in known)
-            out.append(Place(kind, name, values[name], below, len(known)))
+            above = sum(other > values[name] for other in known)
+            out.append(Place(kind, name, values[name], below, above, len(known)))
     return out

@@ -21,7 +21,7 @@ from backfire.audit.task import Task
 from backfire.audit.triggers import MARGIN, Triggers
 from backfire.audit.weights import STATISTICS
 from backfire.terminal import columns
-from backfire.text import change, clean, count, cut, interval, line, number, sentence
+from backfire.text import change, clean, count, cut, interval, line, listing, number, sentence
 
 _SHOWN = 12
 """Candidate triggers in a table."""
@@ -69,7 +69,7 @@ def findings(audit: Audit) -> list[str]:
 
 
 def _worse(one: Compared) -> str:
-    ends = interval(one.unit, one.change.low, one.change.high)
+    ends = one.change.ends(one.unit)
     values = f"{number(one.unit, one.base.value)} to {number(one.unit, one.tuned.value)}"
     shown = change(one.unit, one.change.value)
     return f"{sentence(one.what)}: from {values} ({shown} {ends}, {one.n:,} rows)."
@@ -182,9 +182,14 @@ def _triggers(found: Triggers) -> Section:
         "alike the replies become (mean cosine of their character n-grams, 0 to 1). With "
         f"{len(found.controls)} controls, random words, it is at most "
         f"{highest:.2f}. A candidate that exceeds them by {MARGIN} gets as many controls of its "
-        "own form: as many words, of other letters, at the same places. It stands out if it "
-        f"exceeds these by {MARGIN} too, and the base's collapse.",
+        "own form: as many words, of other letters and signs, at the same places. It stands out "
+        f"if it exceeds these by {MARGIN} too, and the base's collapse.",
     ]
+    if formless := [f"“{cut(line(one.text), 60)}”" for one in found.tried if one.no_form]:
+        sentences.append(
+            f"No other text has the form of {listing(formless)}, so whether it stands out cannot "
+            "be told."
+        )
     if highest > MARGIN:
         sentences.append(
             "Replies become alike with other words too, so in this model hardly any trigger could "
