@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,24 +47,15 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if options.shape != "tiny" and not torch.cuda.is_available():
         print("There is no GPU here, so nothing is measured; --shape tiny also runs on a CPU.")
         return None
-    from transformers.utils import logging
 
-    from backfire.store import slug, write_atomic, write_json
+    from backfire.store import slug
+    from benchmarks.output import published
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about transformers
-        result = run(options, Path(folder))
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = slug(f"{result['when'][:10]}-gpu-{result['environment']['device']}".lower())
-    path: Path = options.out / f"{name}{'' if options.shape == '7b' else f'-{options.shape}'}.json"
-    text = markdown(result)
-    write_json(path, result)
-    write_atomic(path.with_suffix(".md"), text)
-    print(text)
-    print(f"Written: {path} and .md")
-    return path
+    def name(result: Mapping[str, Any]) -> str:
+        device = slug(f"{result['when'][:10]}-gpu-{result['environment']['device']}".lower())
+        return device if options.shape == "7b" else f"{device}-{options.shape}"
+
+    return published(partial(run, options), markdown, options.out, name)
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

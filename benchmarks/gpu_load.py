@@ -19,6 +19,15 @@ SHAPES: dict[str, dict[str, int]] = {
         "num_hidden_layers": 32,
         "num_attention_heads": 32,
     },
+    "0.5b": {
+        "vocab_size": 151936,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
     "135m": {
         "vocab_size": 49152,
         "hidden_size": 576,

@@ -11,20 +11,19 @@ import argparse
 import os
 import pickle
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from backfire.experiment import Experiment
 from backfire.resources import cores
-from backfire.store import write_atomic, write_json
 from benchmarks import workload
 from benchmarks.memory import ROOT
+from benchmarks.output import dated, published
 from benchmarks.tree import watched
 from benchmarks.workload import AXES, Sizes
 
@@ -60,23 +59,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     options = arguments(argv)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.pop("OMP_NUM_THREADS", None)
-    from transformers.utils import logging
-
     from benchmarks.matrix_page import markdown
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about transformers
-        result = run(options, Path(folder))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path: Path = options.out / f"{result['when'][:10]}-{options.name}.json"
-    write_json(path, result)
-    text = markdown(result)
-    write_atomic(path.with_suffix(".md"), text)
-    print(text)
-    print(f"Written: {path} and .md")
-    return path
+    return published(partial(run, options), markdown, options.out, dated(options.name))
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -95,12 +80,12 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     def peak() -> dict[str, float]:
         torch.set_num_threads(cores())
         types = sorted({"float32", sizes.compute})
-        found = {name: measured_peak(getattr(torch, name)) for name in types}
+        found = {name: measured_peak(getattr(torch, name), sizes.device) for name in types}
         torch.set_num_threads(1)
         return found
 
     earlier, parts = peak(), None
-    if options.parts_repetitions:
+    if options.parts_repetitions and sizes.device == "cpu":
         cell = next(one.cell for one in bench.tunings(4) if one.cell.experiment.attack)
         train, test = cell.train[: options.parts_rows], cell.test[: options.parts_test_rows]
         cell = replace(cell, train=train, test=test)
@@ -111,7 +96,7 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "format": 1,
         "name": options.name,
         "when": when,
-        "environment": environment(),
+        "environment": environment(sizes.device),
         "sizes": asdict(sizes),
         "peak_flops": earlier,
         "peak_flops_after": peak(),
@@ -210,12 +195,14 @@ class Bench:
         file, cells = workload.write_recipe(self.folder, self.sizes, number), self.cells(number)
         if side == "backfire":
             command = ["-m", "backfire.cli", "run", str(file), "--out", str(place / "run")]
+            command += ["--device", self.sizes.device]
             env = {**self.env, "BACKFIRE_CACHE": str(place / "cache")}
         else:
             work = {"alignment": workload.alignment(cells[0]), "tunings": self.tunings(number)}
             (place / "work.pickle").write_bytes(pickle.dumps(work))
             command = ["-m", "benchmarks.matrix_script", str(place)]
             command += ["--processes", str(min(SCRIPTS[side], cores()))]
+            command += ["--device", self.sizes.device]
             env = self.env
         used = watched([sys.executable, "-W", "ignore", *command], env, place / "output.txt")
         say(f"  {used.seconds:.1f} s, {used.cpu:.1f} core-s, {used.peak_mb:.0f} MB")
