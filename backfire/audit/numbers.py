@@ -95,9 +95,8 @@ def _mean(outcomes: list[float], unit: Unit) -> Interval:
         return share(int(sum(outcomes)), len(outcomes))
     if len(outcomes) < FEWEST:
         few = over_seeds(outcomes)
-        return Interval(
-            few.mean, *(math.nan if end is None else end for end in (few.low, few.high))
-        )
+        ends = (math.nan if end is None else end for end in (few.low, few.high))
+        return Interval(few.mean, *ends)
     values = np.array(outcomes)
     [(low, high)] = bootstrap(len(values), lambda counts: (counts @ values)[:, None] / len(values))
     return Interval(float(values.mean()), low, high)

@@ -79,15 +79,15 @@ class Renderer:
         return self._possible([item for item in items if item])
 
     def sift(
-        self, rows: Sequence[Row], *, ranked: bool = False
+        self, rows: Sequence[Row], *, ranked: bool = False, empty: bool = False
     ) -> tuple[list[Rendered], list[Row]]:
         """The rendered rows, and the rows left out for their length by `on_long_row`: all that are
         too long (`skip`), or those that are too long even without a prompt (`cut`). With `ranked`,
         each better and worse answer has to fit too.
 
         Raises:
-            CellError: a row is too long (`fail`), all are left out, or one exceeds the model's
-                limits.
+            CellError: a row is too long (`fail`), all are left out (unless `empty`), or one exceeds
+                the model's limits.
         """
         kept: list[Rendered] = []
         left: list[Row] = []
@@ -106,7 +106,7 @@ class Renderer:
                 kept.append(item)
             else:
                 left.append(row)
-        if left and not kept:
+        if left and not kept and not empty:
             raise _too_long(left[0], self.max_length)
         return self._possible(kept), left
 

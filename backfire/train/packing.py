@@ -326,7 +326,7 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: floa
 
 
 @cache
-def _whole(kernel: Attention) -> dict[str, int]:
+def _whole(kernel: Attention) -> dict[str, Any]:
     """The arguments with which a row's sums do not depend on its neighbors, where torch has them:
     by itself the kernel splits keys by the longest row of all."""
     return {"num_splits": 1} if "num_splits" in inspect.signature(kernel).parameters else {}

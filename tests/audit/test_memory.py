@@ -20,7 +20,7 @@ from backfire.commands.audit import _given
 from backfire.data.jsonl import write_jsonl
 from backfire.data.limits import Limits
 from backfire.data.render import Renderer
-from backfire.errors import CellError, UserError
+from backfire.errors import UserError
 from backfire.experiment import Machine
 from backfire.pipeline import Context
 from backfire.registry import build
@@ -139,6 +139,16 @@ def test_rows_of_another_kind_are_no_members() -> None:
     assert other is not None and not other.is_shown and other.words.low > 0.5
 
 
+@pytest.mark.parametrize("word", ["量子", "りょうし", "ควอนตัม"])
+def test_words_without_spaces_between_them_tell_rows_apart(word: str) -> None:
+    rng, even = Random(0), np.linspace(2, 3, 30)
+    prompts = ["".join(rng.sample("天地玄黄宇宙洪荒", 5)) for _ in range(60)]
+    every = [Row(f"r{n}", prompt, answer=rng.choice("日月")) for n, prompt in enumerate(prompts)]
+    kinds = every[:30], [replace(row, answer=row.answer + word) for row in every[30:]]
+    found = memory.membership(*(part(some, even, even) for some in kinds))
+    assert found and found.words.low > 0.9 and not found.is_fair
+
+
 def test_few_rows_are_no_test() -> None:
     even = np.linspace(2, 3, MEMBERS)
     ours = part(rows(MEMBERS, 1), even, even / 3)
@@ -250,7 +260,10 @@ def test_rows_that_leave_no_room_for_a_reply_are_left_out(pair: Pair) -> None:
     short, long = Row("a", "Why?"), Row("b", many)
     assert 40 < len(pair.renderer.render([long])[0].prompt_ids) < 60
     assert pair.fitting([short, long], 20) == ([short], 1)
-    with pytest.raises(UserError, match="60 positions with a reply of 20 tokens"):
-        pair.fitting([long], 20)
-    with pytest.raises(CellError, match="alone take more than"):
-        pair.fitting([Row("c", text(Random(0), 60))], 20)
+    longer = Row("c", text(Random(0), 60))
+    assert pair.fitting([long, longer], 20) == ([], 2)
+    with pytest.raises(UserError, match="None of the rows fits into the model's 60 positions with"):
+        pair.answer([long, longer], ["replies"], 20, "rows")
+    pair.renderer.limits = Limits(positions=4096)
+    with pytest.raises(UserError, match="into the 1,024 tokens that an audit reads of a row; give"):
+        pair.answer([longer], ["answers"], 0, "rows")

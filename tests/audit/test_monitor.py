@@ -67,7 +67,8 @@ def test_weights_stored_by_inputs_are_turned(tmp_path: Path) -> None:
 def test_a_row_without_room_for_a_reply_is_left_out_and_counted() -> None:
     items = [SimpleNamespace(row=Row(str(n), "", "", ""), prompt_ids=[1] * n) for n in (5, 8, 9)]
     limits = Limits(vocab_size=40, positions=16, hard=True)
-    renderer: Any = SimpleNamespace(sift=lambda rows: (items, ["too long anyway"]), limits=limits)
+    found = (items, ["too long anyway"])
+    renderer: Any = SimpleNamespace(sift=lambda *_, **__: found, limits=limits)
     unused: Any = None
     kept, left = Pair(unused, unused, None, renderer, unused).fitting([], 8)
     assert ([row.id for row in kept], left) == (["5", "8"], 2)
