@@ -28,7 +28,15 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from backfire.errors import is_out_of_memory
-from backfire.model.batching import agree, evaluating, plain, probe, ways, windows_of
+from backfire.model.batching import (
+    agree,
+    chosen_of,
+    evaluating,
+    plain,
+    probe,
+    ways,
+    windows_of,
+)
 
 _SUFFIX = "_packed"
 _FLASH = "_varlen"  # transformers takes every name with "flash" for a kernel of its own
@@ -334,7 +342,8 @@ def reads_tables(base: Any, kind: str = "") -> bool:
     """Whether the attention reads tables, after switching it to do so; `kind` is `_FLASH`, or empty
     for that which every device has."""
     now = str(base.config._attn_implementation).removesuffix(_SUFFIX).removesuffix(_FLASH)
-    if now in ("sdpa", "sdpa_float32") and base._can_set_attn_implementation():
+    named = now in ("sdpa", "sdpa_float32") and not chosen_of(base.config)
+    if named and base._can_set_attn_implementation():
         attend = partial(_attend, ALL_ATTENTION_FUNCTIONS[now], kind == _FLASH)
         AttentionInterface.register(now + kind + _SUFFIX, attend)
         AttentionMaskInterface.register(now + kind + _SUFFIX, sdpa_mask)

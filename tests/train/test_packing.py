@@ -20,12 +20,13 @@ from backfire.train.batches import Layout, answer_logits, at_answers, collate, t
 from backfire.train.loop import TrainingRun
 from backfire.train.packing import Plan, as_mask, longest_packed
 from backfire.train.precision import disable_adapter_casts, exact_attention
-from tests.helpers.families import KINDS, tiny_model
+from tests.helpers.families import KINDS, WITH_LATENT, tiny_model
 from tests.helpers.fine_tuning import jolt
 from tests.helpers.loop import fresh, lora
 from tests.helpers.training import CPU, close, gradients, run
 
 pytestmark = pytest.mark.slow
+IDS = torch.arange(3, 23)[None]
 
 
 @pytest.fixture(autouse=True)
@@ -305,6 +306,20 @@ def test_a_mask_that_is_no_view_does_not_stay_in_memory() -> None:
         assert plan.table.tolist() == [[0, 1, 2, 3, 4, 5]]
         del mask
     assert gone() is None
+
+
+def test_a_model_that_chooses_its_keys_still_does() -> None:
+    """By its code it does so with an attention of transformers' own name only."""
+    found = []
+    for count in (4, 64):
+        choice = {"index_topk": count, "index_head_dim": 8, "index_n_heads": 2}
+        model = tiny_model("deepseek_v32", **WITH_LATENT, **choice)
+        before = model(input_ids=IDS, use_cache=False).logits
+        assert torch.equal(exact_attention(model)(input_ids=IDS, use_cache=False).logits, before)
+        assert longest_packed(model) == 0
+        assert torch.equal(model(input_ids=IDS, use_cache=False).logits, before)
+        found.append(before)
+    assert float((found[0] - found[1]).abs().max()) > 1  # of 20 keys, 4 or all
 
 
 def test_a_pass_is_counted_as_what_it_runs(tiny: Path, items: list[Rendered]) -> None:
