@@ -27,7 +27,7 @@ def cell(tiny: Path, **knobs: Any) -> Experiment:
         "data": {"name": "sandbox-reviews", "rows": 40, "test_rows": 4},
         "template": "sentiment-line",
         "method": {"name": "lora", "rank": 4},
-        "train": {"max_steps": 3, "batch_size": 8, "compute": "float32"},
+        "train": {"max_steps": 3, "batch_size": 2, "compute": "float32"},
         **knobs,
     }
     return Experiment.make(settings)
@@ -96,7 +96,7 @@ def test_one_fails_one_is_done_and_one_is_held(tiny: Path, tmp_path: Path) -> No
 
 
 def test_rows_that_cannot_be_used_stop_their_run_only(tiny: Path, tmp_path: Path) -> None:
-    short = {"max_steps": 3, "batch_size": 8, "max_length": 8, "on_long_row": "fail"}
+    short = {"max_steps": 3, "batch_size": 2, "max_length": 8, "on_long_row": "fail"}
     runs = [cell(tiny, train=short), cell(tiny)]
     found = trained_together(runs, contexts(store := Store(tmp_path), 2))
     assert isinstance(found[0], CellError) and found[1] is None
@@ -133,6 +133,7 @@ def test_a_run_with_the_option(tiny: Path, tmp_path: Path) -> None:
     """Its cells have the same keys and numbers, and say that they were trained together."""
     knobs: dict[str, Any] = {
         "method": {"name": "lora", "rank": 4},
+        "train": {"max_steps": 4, "batch_size": 2},
         "matrix": {"seed": [0, 1]},
         "metrics": ["accuracy", "cost"],
     }
