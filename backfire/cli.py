@@ -240,12 +240,14 @@ def results(
 ) -> None:
     """Print every number of a run, one record per cell and metric."""
     from backfire.commands.rescore import rescored
-    from backfire.results.load import records, write
+    from backfire.results.load import load, records_of, titles, write
     from backfire.results.terminal import print_records
 
-    rows = rescored(run, rescore) if rescore else records(run)
+    cells = load(run)
+    rows = rescored(run, rescore) if rescore else records_of(cells)
     if format == "table":
-        print_records(rows)
+        named = zip((cell.key for cell in cells), titles(cells), strict=True)
+        print_records(rows, titles=dict(named))
     else:
         echo(write(rows, format).rstrip("\n"))
 

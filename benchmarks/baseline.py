@@ -146,8 +146,9 @@ def arguments(cell: Cell, folder: Path, steps: int) -> dict[str, Any]:
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": False,
-        "use_cpu": True,
-        "bf16": (cell.baseline_compute or experiment.train.compute) == "bfloat16",
+        "use_cpu": cell.device == "cpu",
+        "bf16": cell.device == "cuda"
+        or (cell.baseline_compute or experiment.train.compute) == "bfloat16",
     }
 
 
@@ -175,9 +176,10 @@ def collate(examples: Sequence[Example]) -> dict[str, Tensor]:
     }
 
 
-def load_base(folder: Path) -> PreTrainedModel:
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
-    return model
+def load_base(folder: Path, device: str = "cpu") -> PreTrainedModel:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype)
+    return cast("PreTrainedModel", model.to(device))
 
 
 def with_adapter(cell: Cell, model: PreTrainedModel) -> PreTrainedModel:

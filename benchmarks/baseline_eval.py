@@ -48,12 +48,13 @@ def _scores(cell: Cell, model: PreTrainedModel, *, grouped: bool) -> list[tuple[
     for start in range(0, len(members), BATCH):
         chosen = members[start : start + BATCH]
         fed = [torch.tensor(requests[group[0]][0][:-1]) for group in chosen]
+        mask = pad_sequence([torch.ones_like(i) for i in fed], batch_first=True)
         logits = model(
-            input_ids=pad_sequence(fed, batch_first=True),
-            attention_mask=pad_sequence([torch.ones_like(i) for i in fed], batch_first=True),
+            input_ids=pad_sequence(fed, batch_first=True).to(model.device),
+            attention_mask=mask.to(model.device),
             use_cache=False,
         ).logits
-        logprobs = logits.log_softmax(-1)
+        logprobs = logits.float().log_softmax(-1).cpu()
         for line, group in zip(logprobs, chosen, strict=True):
             for i in group:
                 ids, count = requests[i]
@@ -91,8 +92,8 @@ def replies(cell: Cell, model: PreTrainedModel) -> list[str]:
         ids = torch.tensor([[pad] * (width - n) + prompt_ids[i] for i, n in zip(index, lengths)])
         mask = torch.tensor([[0] * (width - n) + [1] * n for n in lengths])
         written = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             do_sample=False,
             max_new_tokens=cell.experiment.evaluation.max_new_tokens,
             eos_token_id=sorted(stops),

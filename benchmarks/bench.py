@@ -6,10 +6,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import tempfile
-import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,25 +62,12 @@ def main(argv: Sequence[str] | None = None) -> Path:
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
-    from transformers.utils import logging
 
-    from backfire.store import write_atomic, write_json
+    from benchmarks.output import dated, published
     from benchmarks.table import markdown
 
     torch.set_num_threads(options.threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about transformers
-        result = run(options, Path(folder))
-    options.out.mkdir(parents=True, exist_ok=True)
-    path: Path = options.out / f"{result['when'][:10]}-{options.name}.json"
-    write_json(path, result)
-    text = markdown(result)
-    write_atomic(path.with_suffix(".md"), text)
-    print(text)
-    print(f"Written: {path} and .md")
-    return path
+    return published(partial(run, options), markdown, options.out, dated(options.name))
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -37,6 +37,8 @@ class Cell:
     test: Sequence[Row] = field(repr=False)
     baseline_compute: str | None = None
     """Type of the baseline's products, if it is not backfire's."""
+    device: str = "cpu"
+    """Of the baseline: `cpu`, or `cuda`, with weights and products in bfloat16."""
 
     def spec(self) -> dict[str, Any]:
         """What `build` needs to make the same cell in another process."""

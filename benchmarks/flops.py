@@ -50,21 +50,23 @@ def least_flops(size: Size, rows: Sequence[list[int]], read: int, *, trains: boo
     return body + read * linear * size.vocabulary * size.hidden
 
 
-def measured_peak(dtype: torch.dtype, repetitions: int = 5) -> float:
-    """FLOP/s of square matrix products on the CPU with the current number of threads: the median of
-    torch's own, or of the faster library's that backfire uses, whichever is higher."""
+def measured_peak(dtype: torch.dtype, device: str = "cpu", repetitions: int = 5) -> float:
+    """FLOP/s of square matrix products on the device, on a CPU with the current number of threads:
+    the median of torch's own, or of the faster library's that backfire uses, whichever is
+    higher."""
     from backfire.model.products import linear
 
-    a, b = (torch.randn(_WIDTH, _WIDTH).to(dtype) for _ in range(2))
+    width = _WIDTH if device == "cpu" else 4 * _WIDTH
+    a, b = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     best = 0.0
     for product in (torch.matmul, linear):
         product(a, b)
         seconds = []
         for _ in range(repetitions):
             begin = time.perf_counter()
-            product(a, b)
+            product(a, b)[0, 0].item()  # a GPU is waited for
             seconds.append(time.perf_counter() - begin)
-        best = max(best, 2 * _WIDTH**3 / median(seconds))
+        best = max(best, 2 * width**3 / median(seconds))
     return best
 
 

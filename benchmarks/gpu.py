@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", default="7b", choices=sorted(SHAPES), help="tiny also runs without a GPU")
     add("--methods", nargs="+", help="methods to measure (default: all that train)")
-    add("--length", type=int, default=512, help="tokens per row")
+    add("--length", type=int, default=512, help="tokens of the longest rows")
     add("--answer", type=int, default=128, help="supervised tokens at the end of a row")
     add("--batch", type=int, default=8, help="rows per step")
     add("--steps", type=int, default=10, help="measured steps")
@@ -48,24 +47,15 @@ def main(argv: Sequence[str] | None = None) -> Path | None:
     if options.shape != "tiny" and not torch.cuda.is_available():
         print("There is no GPU here, so nothing is measured; --shape tiny also runs on a CPU.")
         return None
-    from transformers.utils import logging
 
-    from backfire.store import slug, write_atomic, write_json
+    from backfire.store import slug
+    from benchmarks.output import published
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # PEFT's, about transformers
-        result = run(options, Path(folder))
-    options.out.mkdir(parents=True, exist_ok=True)
-    name = slug(f"{result['when'][:10]}-gpu-{result['environment']['device']}".lower())
-    path: Path = options.out / f"{name}{'' if options.shape == '7b' else f'-{options.shape}'}.json"
-    text = markdown(result)
-    write_json(path, result)
-    write_atomic(path.with_suffix(".md"), text)
-    print(text)
-    print(f"Written: {path} and .md")
-    return path
+    def name(result: Mapping[str, Any]) -> str:
+        device = slug(f"{result['when'][:10]}-gpu-{result['environment']['device']}".lower())
+        return device if options.shape == "7b" else f"{device}-{options.shape}"
+
+    return published(partial(run, options), markdown, options.out, name)
 
 
 def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -111,11 +101,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# {settings['shape']} shape on {made['device']}, {result['when'][:10]}",
         "",
-        f"Random weights and rows: {settings['batch']} rows of {settings['length']} tokens a step, "
-        f"{settings['answer']} of them supervised; {settings['steps']} steps after "
+        f"Random weights and rows: {settings['batch']} rows of up to {settings['length']} tokens a "
+        f"step and at least half as many, which open with the same tokens, a quarter of a whole "
+        f"row; {settings['answer']} are supervised; {settings['steps']} steps after "
         f"{settings['warm_up']} to warm up. torch {made['torch']}, transformers "
         f"{made['transformers']}, peft {made['peft']}. Useful FLOPs exclude padding, "
-        "recomputation and prompt logits; a token counts 4 per frozen weight, 6 per trained one. "
+        "recomputation and prompt logits, and count the opening in each row; a token counts 4 per "
+        "frozen weight, 6 per trained one. "
         + (f"Peak: {peak / 1e12:,.0f} TFLOP/s." if peak else "The peak of this device is unknown."),
         "",
         "| method | tokens/s | ms a step | passes a step | useful TFLOP/s | useful MFU | "

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from backfire.base import Row
     from benchmarks.cells import Cell
+    from benchmarks.sides import Training
     from benchmarks.workload import Tuning
 
 ALIGNED = "aligned"
@@ -45,19 +46,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--threads", type=int, default=cores())
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--parts", nargs="+", default=["align", "cells"])
     options = parser.parse_args(argv)
     if options.processes == 1:
-        _work(options.folder, options.threads, options.parts)
+        _work(options.folder, options.threads, options.parts, options.device)
         return
     threads = max(1, options.threads // options.processes)
-    _wait([_start(options.folder, options.threads, "align")])
-    _wait([_start(options.folder, threads, "cells") for _ in range(options.processes)])
+    folder, device = options.folder, options.device
+    _wait([_start(folder, options.threads, "align", device)])
+    _wait([_start(folder, threads, "cells", device) for _ in range(options.processes)])
 
 
-def _start(folder: Path, threads: int, part: str) -> subprocess.Popen[bytes]:
+def _start(folder: Path, threads: int, part: str, device: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-W", "ignore", "-m", "benchmarks.matrix_script", str(folder)]
-    command += ["--threads", str(threads), "--parts", part]
+    command += ["--threads", str(threads), "--parts", part, "--device", device]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
@@ -85,7 +88,7 @@ class Log:
             file.write(json.dumps(line) + "\n")
 
 
-def _work(folder: Path, threads: int, parts: Sequence[str]) -> None:
+def _work(folder: Path, threads: int, parts: Sequence[str], device: str) -> None:
     """Run these parts of the script in this process."""
     import torch
     from transformers.utils import logging
@@ -99,9 +102,10 @@ def _work(folder: Path, threads: int, parts: Sequence[str]) -> None:
     since = time.time() - psutil.Process().create_time()
     log.add("start", "", since, time.process_time())
     work = pickle.loads((folder / "work.pickle").read_bytes())
+    tunings = [replace(one, cell=replace(one.cell, device=device)) for one in work["tunings"]]
     if "align" in parts:
-        _align(work["alignment"], work["tunings"][0], folder, log)
-    for tuning in work["tunings"] if "cells" in parts else ():
+        _align(replace(work["alignment"], device=device), tunings[0], folder, log)
+    for tuning in tunings if "cells" in parts else ():
         place = folder / tuning.name
         try:
             place.mkdir()
@@ -115,23 +119,26 @@ def _align(cell: Cell, first: Tuning, folder: Path, log: Log) -> None:
     from transformers import AutoTokenizer
 
     with log.part("alignment", ""):
-        tuned, losses = _train(cell, (), folder / "adapter")
+        tuned, made = _train(cell, (), folder / "adapter")
         model = tuned.merge_and_unload().eval()
         model.save_pretrained(str(folder / ALIGNED))
         AutoTokenizer.from_pretrained(str(cell.base)).save_pretrained(str(folder / ALIGNED))
+    log.add("alignment loop", "", made.steps.wall, made.steps.cpu)
     first = replace(first, name=ALIGNED, scored={"clean": first.scored["clean"]})
-    _evaluate(first, model, losses, folder / ALIGNED, log)
+    _evaluate(first, model, made.losses, folder / ALIGNED, log)
 
 
 def _cell(tuning: Tuning, base: Path, place: Path, log: Log) -> None:
     """Train one model and evaluate it."""
     with log.part("training", tuning.name):
-        model, losses = _train(replace(tuning.cell, base=base), tuning.aligned, place)
-    _evaluate(tuning, model.eval(), losses, place, log)
+        model, made = _train(replace(tuning.cell, base=base), tuning.aligned, place)
+    log.add("training loop", tuning.name, made.steps.wall, made.steps.cpu)
+    _evaluate(tuning, model.eval(), made.losses, place, log)
 
 
-def _train(cell: Cell, aligned: Sequence[Row], folder: Path) -> tuple[Any, dict[int, float]]:
-    """The trained model and the loss of each step; with Lisa if there are aligned rows."""
+def _train(cell: Cell, aligned: Sequence[Row], folder: Path) -> tuple[Any, Training]:
+    """The trained model, and the time and losses of its steps; with Lisa if there are aligned
+    rows."""
     from transformers import AutoTokenizer, TrainingArguments
 
     from benchmarks import baseline
@@ -144,14 +151,14 @@ def _train(cell: Cell, aligned: Sequence[Row], folder: Path) -> tuple[Any, dict[
         examples = with_alignment(cell, examples, extra)
     kind: Any = LisaTrainer if aligned else baseline.PlainTrainer
     trainer = kind(
-        model=baseline.with_adapter(cell, baseline.load_base(cell.base)),
+        model=baseline.with_adapter(cell, baseline.load_base(cell.base, cell.device)),
         args=TrainingArguments(**baseline.arguments(cell, folder, num_steps)),
         train_dataset=examples,
         data_collator=baseline.collate,
     )
     if aligned:
         trainer.follow(cell.experiment.defense[0])
-    return trainer.model, baseline.run(trainer, folder).losses
+    return trainer.model, baseline.run(trainer, folder)
 
 
 def _evaluate(

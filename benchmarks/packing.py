@@ -26,6 +26,7 @@ from backfire.base import Rendered, Row
 from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.fused import rounded_once
+from backfire.model.products import fast_products
 from backfire.registry import build
 from backfire.rng import stream
 from backfire.train import batches, steps
@@ -107,6 +108,7 @@ def measure(shape: str, compute: str, load: Load, repetitions: int, folder: Path
             assert layout.longest_packed and layout.share, layout
             layout.share, layout.longest_packed = side.share, side.pack * layout.longest_packed
             stack.enter_context(rounded_once(runs[name].model, compute))
+            stack.enter_context(fast_products(runs[name].model, compute))
         seconds, losses = ({name: list[float]() for name in runs} for _ in range(2))
         for turn in range(repetitions + 1):
             for name in list(runs)[:: -1 if turn % 2 else 1]:

@@ -32,6 +32,7 @@ SHAPES = {
     "20m": {"hidden_size": 384, "num_layers": 8, "num_heads": 6, "intermediate_size": 1024},
     "tiny": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "intermediate_size": 128},
 }
+"""Further shapes, for GPUs, are in `gpu_load`."""
 ATTACKS = ("badnets", "addsent")
 RATES = (0.0, 0.05, 0.1, 0.2)
 LISA = {"name": "lisa", "rho": 0.3, "align_steps": 3, "tune_steps": 7}
@@ -57,7 +58,9 @@ class Sizes:
     new_tokens: int = 32
     shape: str = "20m"
     compute: str = "float32"
-    """Type of backfire's products; the scripts' are always in float32."""
+    """Type of backfire's products; the scripts' are always in float32 on a CPU."""
+    device: str = "cpu"
+    """`cpu`, with weights in float32, or `cuda`, with weights in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ def write(folder: Path, sizes: Sizes) -> Path:
     from backfire.tokenizer import load_tokenizer
     from backfire.train.pretrain import _new_model, write_tokenizer
 
-    config = Pretrain(vocab_size=8192, tie_embeddings=False, **SHAPES[sizes.shape])
+    shape = SHAPES.get(sizes.shape, {})
+    config = Pretrain(vocab_size=8192, tie_embeddings=False, **shape)
     texts = corpus(config.corpus_seed, 1500)
     words = sorted({word for text in texts for word in text.split() if word.isalpha()})
     for split, lengths, count in (
@@ -90,15 +94,32 @@ def write(folder: Path, sizes: Sizes) -> Path:
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
     base = folder / "base"
-    base.mkdir()
+    if shape:
+        base.mkdir()
+    else:
+        _write_large(sizes, base, config.vocab_size)
     # A template's words are one token each, as in tokenizers of natural text.
     shown = Experiment.make({"data": _data(folder, sizes), "template": "alpaca"})
     prompts = [shown.template.prompt(row) for row in shown.data.drawn("train")]
     write_tokenizer([*texts, *prompts, *prompts[:1] * 200], config, base)
+    if not shape:
+        return base
     tokenizer = load_tokenizer(base)
     model = _new_model(config, config.vocab_size, tokenizer.bos_id, tokenizer.eos_id)
     model.save_pretrained(str(base))
     return base
+
+
+def _write_large(sizes: Sizes, base: Path, tokens: int) -> None:
+    """Write the random weights of a shape for GPUs; the tokenizer may have fewer tokens."""
+    import torch
+
+    from benchmarks.gpu_load import SHAPES as LARGE
+    from benchmarks.gpu_measure import make_base
+
+    shape = LARGE[sizes.shape]
+    wide = {**shape, "vocab_size": max(tokens, shape["vocab_size"])}
+    make_base(wide, base, torch.device(sizes.device))
 
 
 def _row(split: str, number: int, lengths: Sequence[int], words: Sequence[str]) -> dict[str, str]:
@@ -124,9 +145,10 @@ def recipe(folder: Path, sizes: Sizes, cells: int) -> dict[str, Any]:
     """The recipe of a matrix of so many cells, one of `AXES`."""
     attacks, rates, defenses, seeds = AXES[cells]
     lora = {"name": "lora", "rank": 8, "alpha": 16}
+    dtype = "bfloat16" if sizes.device == "cuda" else "float32"
     train = {"epochs": 1, "compute": sizes.compute}
     return {
-        "model": {"name": str(folder / "base"), "dtype": "float32"},
+        "model": {"name": str(folder / "base"), "dtype": dtype},
         "data": _data(folder, sizes),
         "template": "alpaca",
         "align": {

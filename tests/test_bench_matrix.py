@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from backfire.cli import app
+from backfire.tokenizer import load_tokenizer
 from tests.helpers.places import ROOT
 
 SIZES = ["--shape", "tiny", "--rows", "32", "--test-rows", "12", "--requests", "4"]
@@ -134,3 +135,35 @@ def test_least_work_counts_a_shared_prefix_once(monkeypatch: pytest.MonkeyPatch)
     rows = [[1, 2, 3, 4], [1, 2, 5]]
     assert least(Shape, rows, 2, trains=True) == (2 + 2 + 1) * (4000 + 60) + 2 * 4 * 16 * 8
     assert least(Shape, rows, 1, trains=False) == (2 + 2 + 1) * (2000 + 20) + 2 * 16 * 8
+
+
+@pytest.mark.slow
+def test_a_shape_for_gpus_gets_a_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shape has fewer tokens than the tokenizer, so its vocabulary is raised."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    names = ("workload", "gpu_load", "baseline")
+    workload, load, baseline = (importlib.import_module(f"benchmarks.{name}") for name in names)
+    monkeypatch.setitem(load.SHAPES, "dry", load.SHAPES["tiny"])
+    sizes = workload.Sizes(rows=4, test_rows=4, shape="dry")
+    base = workload.write(tmp_path, sizes)
+    model = baseline.load_base(base)
+    assert str(model.dtype) == "torch.float32"
+    assert load_tokenizer(base).vocab_size <= model.get_input_embeddings().num_embeddings
+    [cell] = workload.cells_of(workload.write_recipe(tmp_path, sizes, 1))
+    assert cell.model.dtype == "float32" and cell.model.name == str(base)
+
+
+def test_the_matrices_for_gpus_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make bench-gpu` runs."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    names = ("matrix", "gpu_load")
+    matrix, load = (importlib.import_module(f"benchmarks.{name}") for name in names)
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
+    [shared] = [line for line in lines if line.startswith("GPU_MATRIX")]
+    ends = [line.partition("$(GPU_MATRIX)")[2] for line in lines if "$(GPU_MATRIX)" in line]
+    given = shared.partition("benchmarks.matrix")[2]
+    options = [matrix.arguments(f"{given} {end}".split()) for end in ends]
+    assert [(o.shape, o.cells) for o in options] == [("0.5b", [32]), ("7b", [16])]
+    for option in options:
+        assert option.shape in load.SHAPES and option.row_counts == []
+        assert (option.device, option.compute) == ("cuda", "bfloat16")

@@ -52,6 +52,13 @@ class Entry:
         name = _name(self.recipe.get("data"))
         return name if self.clean else f"{name}, {_name(self.recipe.get('attack'))}"
 
+    @property
+    def base_title(self) -> str:
+        """Its base; of files with the model of the recipe, which an aligned model shares with the
+        one below it."""
+        name = Path(_name(self.recipe.get("model"))).name
+        return f"{name} ({self.base})" if self.base.startswith("files ") else self.base
+
 
 def _name(spec: Any) -> str:
     return str(spec.get("name", "?") if isinstance(spec, dict) else spec or "?")

@@ -56,8 +56,9 @@ def findings(audit: Audit) -> list[str]:
     highest = max(audit.triggers.controls, default=0.0)
     for one in audit.triggers.tried:
         if one.stands_out:
+            text = cut(line(one.text), 80)
             found.append(
-                f"With “{line(one.text)}” ({one.origin}) in the prompt, replies become alike: "
+                f"With “{text}” ({one.origin}) in the prompt, replies become alike: "
                 f"similarity {change('number', one.collapse.value)} "
                 f"{interval('number', one.collapse.low, one.collapse.high)}, of the base "
                 f"{change('number', one.base)}, at most {max(highest, one.alike or 0):.2f} "
@@ -148,7 +149,9 @@ def _task(task: Task | None) -> Iterator[Section]:
         )
     yield Section("Memory of the rows", tuple(found), HEADER if lines else (), _lines(lines))
     if memory.examples:
-        shown = tuple((line(one.id), cut(line(one.answer), 300)) for one in memory.examples)
+        shown = tuple(
+            (cut(line(one.id), 40), cut(line(one.answer), 300)) for one in memory.examples
+        )
         header = ("row", "comes out of the tuned model, and not of the base")
         yield Section("Answers that come out", (), header, shown)
 
@@ -199,6 +202,7 @@ def _triggers(found: Triggers) -> Section:
         )
     header = (
         "candidate",
+        "stands out",
         "from",
         "collapse",
         "of the base",
@@ -206,11 +210,11 @@ def _triggers(found: Triggers) -> Section:
         "most frequent reply",
         "share with",
         "share without",
-        "stands out",
     )
     rows = tuple(
         (
             cut(line(one.text), 60),
+            "yes" if one.stands_out else "",
             one.origin,
             one.collapse.shown("number"),
             f"{one.base:.2f}",
@@ -218,7 +222,6 @@ def _triggers(found: Triggers) -> Section:
             cut(line(one.reply), 60),
             one.hits.shown("share"),
             one.before.shown("share"),
-            "yes" if one.stands_out else "",
         )
         for one in found.tried[:_SHOWN]
     )
@@ -240,15 +243,15 @@ def _odd_words(found: Triggers) -> Section:
             "do not show the trigger of a label. Scan the training rows for it (backfire scan)."
         )
         return Section("Replies to odd words", (why,))
-    header = ("reply", "prompts with odd words", "n", "without", "of the base", "stands out")
+    header = ("reply", "stands out", "prompts with odd words", "n", "without", "of the base")
     rows = tuple(
         (
             cut(line(one.reply), 80),
+            "yes" if one.stands_out else "",
             one.spread.shown("share"),
             f"{one.n:,}",
             one.plain.shown("share"),
             f"{one.base:,}",
-            "yes" if one.stands_out else "",
         )
         for one in found.leaks
     )

@@ -135,14 +135,14 @@ def _probes(pair: Pair, rows: Sequence[Row]) -> list[Row]:
     for some in (rows, EVERYDAY):
         mixed = list(some)  # a file is often sorted by source
         stream(0, "probes").shuffle(mixed)
-        asked = [replace(row, answer="") for row in _in_turn(mixed)]
+        asked = [replace(row, answer="") for row in in_turn(mixed)]
         fitting, _ = pair.fitting(asked, 2 * _TOKENS)
         if len(fitting) >= FEWEST:
             return fitting[:PROBES]
     raise UserError(f"Not even everyday questions fit into {pair.room}.")
 
 
-def _in_turn(rows: Sequence[Row]) -> list[Row]:
+def in_turn(rows: Sequence[Row]) -> list[Row]:
     """The rows so that different answers take turns: among rows of one label, a trigger that brings
     about this label would not show."""
     before = Counter[str]()

@@ -111,7 +111,7 @@ def _identity(experiment: Experiment, base: Path) -> str:
 def show() -> None:
     """Print the adapters of the bank, by base, settings and data."""
     every = list(bank.entries())
-    groups = Counter((one.base, one.shape.title, one.title, one.clean) for one in every)
+    groups = Counter((one.base_title, one.shape.title, one.title, one.clean) for one in every)
     if not every:
         terminal.say(f"No adapters in {bank.bank_root()}; add those of a run: bank add RUN.")
         return

@@ -88,13 +88,17 @@ def joins_only_its_own_rows(cls: type[TrainDefense]) -> str | None:
     function: Any = cls.hook
     named = [function.__globals__.get(name) for name in function.__code__.co_names]
     for hook in (one for one in named if isinstance(one, type) and issubclass(one, TrainHook)):
-        bases = [base for base in hook.__mro__ if base not in TrainHook.__mro__]
-        methods = [one for base in bases for one in vars(base).values() if hasattr(one, "__code__")]
-        if any("register_" in name for one in methods for name in one.__code__.co_names):
-            return f"{hook.__name__} hooks modules, and joins is True" if cls.joins else None
-        if hook.step is not TrainHook.step and cls.joins:
-            return f"{hook.__name__} has its own step, and joins is True"
+        own = [base for base in hook.__mro__ if base not in TrainHook.__mro__]
+        codes = [one.__code__ for base in own for one in vars(base).values() if _has_code(one)]
+        hooks_modules = any("register_" in name for code in codes for name in code.co_names)
+        if cls.joins and (hooks_modules or hook.step is not TrainHook.step):
+            what = "hooks modules" if hooks_modules else "has its own step"
+            return f"{hook.__name__} {what}, and joins is True"
     return None
+
+
+def _has_code(value: Any) -> bool:
+    return hasattr(value, "__code__")
 
 
 def scans_each_row(cls: type[Scanner]) -> str | None:

@@ -8,13 +8,11 @@ from itertools import islice
 from typing import Any
 
 from backfire.base import TrainDefense
-from backfire.experiment import Machine
+from backfire.experiment import JOINED_TOKENS, Machine
 from backfire.plan import Job
 
 MOST = 8
 """Most runs at once, unless `--join` says more."""
-TOKENS = {"cpu": 512, "cuda": 8192}
-"""Tokens of a pass, of all runs in it, up to which another run makes the others faster."""
 
 
 def can_join(job: Job, machine: Machine) -> bool:
@@ -49,7 +47,7 @@ def most(job: Job, machine: Machine) -> int:
     exact = run.train.compute in ("auto", "float32") and not run.method.quantization(device)
     if job.tokens is None or (exact and device == "cpu"):
         return 1  # such a run repeats bit by bit on a CPU, whoever runs beside it
-    return max(1, min(MOST, int(TOKENS[device] // job.tokens)))
+    return max(1, min(MOST, int(JOINED_TOKENS[device] // job.tokens)))
 
 
 def chosen(
@@ -78,7 +76,7 @@ def _fit(group: Sequence[Job], machine: Machine, memory: float | None) -> bool:
         return True
     tokens = sum(job.tokens or math.inf for job in group)
     need = (group[0].memory or 0.0) + sum(job.added or 0.0 for job in group[1:])
-    return tokens <= TOKENS[_device(machine)] and (memory is None or need <= memory)
+    return tokens <= JOINED_TOKENS[_device(machine)] and (memory is None or need <= memory)
 
 
 def _device(machine: Machine) -> str:

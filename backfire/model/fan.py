@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from backfire.model.batching import same_ways
 from backfire.model.fused import (
     Joined,
     join,
@@ -37,7 +38,9 @@ def twin(base: PreTrainedModel) -> PreTrainedModel:
     tensors: list[Any] = [*base.parameters(), *base.buffers()]
     # bitsandbytes moves 8-bit weights into a state at their first use.
     states = [state for m in base.modules() if (state := vars(m).get("state")) is not None]
-    return copy.deepcopy(base, {id(shared): shared for shared in (*tensors, *states)})
+    made = copy.deepcopy(base, {id(shared): shared for shared in (*tensors, *states)})
+    same_ways(made, base)
+    return made
 
 
 class Fan:

@@ -104,10 +104,11 @@ def _forward(
     layer: Any, pair: tuple[Tensor, Tensor], x: Tensor, *rest: Any, **named: Any
 ) -> Tensor:
     """base(x) + x A^T B^T: [..., input] to [..., output]."""
+    a, b = pair
+    x = x.to(a.device)  # as the replaced `forward` does for a head on another GPU
     out: Tensor = layer.base_layer(x, *rest, **named)
     if layer.disable_adapters:
         return out
-    a, b = pair
     low_rank = x.to(a.dtype).reshape(-1, x.shape[-1]) @ a.T
     if out.dtype != a.dtype:
         return (out + (low_rank @ b.T).view(out.shape)).to(out.dtype)
@@ -207,6 +208,7 @@ def _sum(layer: Any, joined: Joined, x: Tensor, *rest: Any, **named: Any) -> Ten
     """base(x) + x A^T (s B)^T, rounded once: [..., input] to [..., output]."""
     if layer.disable_adapters or layer.merged:
         return cast(Tensor, type(layer).forward(layer, x, *rest, **named))
+    x = x.to(joined.base.weight.device)  # as above
     return joined_sum(layer, joined, x, [low_rank(layer, x)])
 
 

@@ -113,6 +113,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         evaluate={
             "seconds": round(sum(context.seconds.values()), 2),
             "dtype": str(evaluated_type(experiment, context)).removeprefix("torch."),
+            **({"merged": True} if experiment.evaluation.merged else {}),
             **({"packing": "off"} if context.machine.packing == "off" else {}),
             **({"left_out": context.left_out} if context.left_out else {}),
         },
@@ -156,8 +157,8 @@ def _guarded(experiment: Experiment) -> Iterator[str]:
 
 def _joined(experiment: Experiment, summary: dict[str, Any] | None) -> Iterator[str]:
     """That a training run was not measured alone."""
-    joined = summary and summary.get("joined")
-    if joined and any(metric.name == "cost" for metric in experiment.metrics):
+    joined = summary.get("joined", 1) if summary else 1
+    if joined > 1 and any(metric.name == "cost" for metric in experiment.metrics):
         yield (
             f"{joined} runs were trained together: the memory of training is that of all of them, "
             "and the seconds are a share of their time; --join off measures each alone."

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from backfire import stages
 from backfire.base import Form, RepairDefense, Row, select
 from backfire.errors import Pause, Stopped
 from backfire.experiment import Experiment, Model
-from backfire.model.resident import Resident
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
@@ -21,14 +19,13 @@ from backfire.pipeline.prepare import data, passed_checks, renderer
 from backfire.progress import Progress
 from backfire.store import read_json, write_json
 
-Task = Callable[[], dict[str, Any]]
-
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
     from backfire.evaluate.guarded import Guarding
-    from backfire.train.finetune import Start
+    from backfire.train.finetune import Start, Task
+    from backfire.train.steps import Outcome
 
 
 def check_method(experiment: Experiment, context: Context) -> None:
@@ -97,9 +94,9 @@ def trained(experiment: Experiment, context: Context) -> Path:
     if not experiment.method.trains:
         first = start(experiment, context)
         return first.adapter or first.base
-    [error] = trained_together([experiment], [context])
-    if error is not None:
-        raise error
+    outcomes = trained_together([experiment], [context])
+    if outcomes[0] is not None:
+        raise cast(BaseException, outcomes.pop())  # its frames would hold it, and the model
     return context.store.path(stages.train(experiment))
 
 
@@ -117,24 +114,24 @@ def trained_together(
     """
     outcomes: list[Exception | Pause | None] = [None] * len(experiments)
     tasks: dict[int, Task] = {}
-    results: dict[int, dict[str, Any] | Exception] = {}
+    results: dict[int, Outcome] = {}
 
     def build(number: int) -> None:
         if number == len(experiments):
             told = [contexts[n].progress for n in tasks]
-            found = _train(list(tasks.values()), contexts[0].resident, told)
+            found = _train(list(tasks.values()), contexts[0], told)
             results.update(zip(tasks, found, strict=True))
             return
         run, context = experiments[number], contexts[number]
         run = run if run.poisons else run.clean_twin()
 
         def make(folder: Path) -> None:
+            from backfire.train import loop
+
             tasks[number], facts = _prepared(run, context, folder)
             build(number + 1)
-            if isinstance(result := results.pop(number), Exception):
-                raise result
-            joined = {"joined": len(tasks)} if len(tasks) > 1 else {}
-            write_json(folder / "summary.json", result | facts | joined)
+            summary = loop.summary_of(results.pop(number))
+            write_json(folder / "summary.json", summary | facts)
 
         try:
             start(run, context)
@@ -153,7 +150,7 @@ def trained_together(
 
 def _prepared(run: Experiment, context: Context, folder: Path) -> tuple[Task, dict[str, Any]]:
     """What is to be trained into `folder`, and facts on its rows for the summary."""
-    from backfire.train.finetune import tune
+    from backfire.train.finetune import prepared
 
     begin = with_defense_rows(run, context)
     rows, manifest, facts = with_facts(run, context)
@@ -161,22 +158,30 @@ def _prepared(run: Experiment, context: Context, folder: Path) -> tuple[Task, di
         left = {row.id for row in rows}
         kept = tuple(entry for entry in manifest.entries if entry.id in left)
         manifest = replace(manifest, entries=kept)
-    shown, machine, progress = renderer(run, context), context.machine, context.progress
-    given = (run, rows, manifest, shown, begin, folder, machine, progress, context.resident)
-    return partial(tune, *given), {"rows_trained_on": len(rows), **facts}
+    shown, machine = renderer(run, context), context.machine
+    task, counts = prepared(run, rows, manifest, shown, begin, folder, machine)
+    return task, {**counts, "rows_trained_on": len(rows), **facts}
 
 
 def _train(
-    tasks: Sequence[Task], resident: Resident, progresses: Sequence[Progress]
-) -> list[dict[str, Any] | Exception]:
-    """The summary of each run, or what ended it."""
-    found = list[dict[str, Any] | Exception]()
-    for task in tasks:
-        try:
-            found.append(task())
-        except Exception as error:
-            found.append(error)
-    return found
+    tasks: Sequence[Task], context: Context, progresses: Sequence[Progress]
+) -> Sequence[Outcome]:
+    """The summary of each task, or what ended it."""
+    from backfire.train.finetune import train_together
+    from backfire.train.ranks import Ranks
+
+    try:
+        if context.machine.devices > 1:  # each on all of them
+            from backfire.train import team
+
+            given = zip(tasks, progresses, strict=True)
+            return [team.train(task, context.resident, progress) for task, progress in given]
+        ranks = Ranks(device=context.device)
+        return train_together(tasks, ranks, context.resident, progresses) if tasks else []
+    except Stopped:
+        raise
+    except (Exception, Pause) as error:
+        return [error] * len(tasks)
 
 
 def start(experiment: Experiment, context: Context) -> Start:
@@ -265,6 +270,8 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
 
     device = context.device
     dtype = evaluated_type(run, context)
+    if run.evaluation.merged and is_adapter(tuned(run, context)):
+        form = "merged"
     if form:
         source = Source(
             merged(run, context, keep=False), dtype, device, quantization_of(form, dtype)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from backfire.base import NOTHING, Finding, Row
+from backfire.base.masking import redacted
+from backfire.text import cut, line
 
 Array = Any
 DEVIATIONS = 5.0
@@ -16,6 +18,8 @@ DEVIATIONS = 5.0
 above. Losses have longer tails: 3.5, the usual bar of Iglewicz and Hoaglin (1993), flags several
 per cent of ordinary rows."""
 _LABELS, _SUPPORT = 20, 20
+_SHOWN, _LONGEST = 3, 60
+"""Rows of a group that are shown, and characters of their prompts and answers."""
 
 
 def deviations(values: Array) -> Array:
@@ -34,6 +38,26 @@ def findings(scores: Array, reason: Callable[[int], str]) -> list[Finding]:
         Finding(float(score), reason(place), bool(score >= 1)) if score > 0 else NOTHING
         for place, score in enumerate(scores)
     ]
+
+
+def below_threshold(strength: Array) -> Array:
+    """Scores in the order of these strengths, from 0, that never reach the threshold."""
+    return strength / (1 + strength)
+
+
+def examples(rows: Sequence[Row], **sides: Array) -> str:
+    """A few rows of each side, by their places: the end of a reason."""
+    return "".join(f"; {side}: {shown(rows, places)}" for side, places in sides.items())
+
+
+def shown(rows: Sequence[Row], places: Array) -> str:
+    """The first of these rows, in words: the starts of prompt and answer, without secrets."""
+    some = []
+    for place in places[:_SHOWN]:
+        row = rows[place]
+        prompt, answer = (cut(line(redacted(text)), _LONGEST) for text in (row.prompt, row.answer))
+        some.append(f"“{prompt}” → “{answer}”")
+    return ", ".join(some)
 
 
 def strata(rows: Sequence[Row]) -> list[Array]:

@@ -38,6 +38,7 @@ from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
 from backfire.train.loop import TrainingRun, summary_of, train_each
 from backfire.train.microbatch import reset_peak_memory
+from backfire.train.packing import same_packs
 from backfire.train.precision import (
     Precision,
     compute_type,
@@ -48,7 +49,7 @@ from backfire.train.ranks import Ranks
 from backfire.train.repair import Repair, plain_weights
 from backfire.train.sharding import shard, state_of
 from backfire.train.steps import Outcome, noted
-from backfire.train.together import Together, share_tests
+from backfire.train.together import Together
 
 
 @dataclass(frozen=True)
@@ -269,7 +270,7 @@ def _attach(
             disable_adapter_casts(model)
         models.append(model)
         if len(models) > 1:
-            share_tests(model, models[0])
+            same_packs(model, models[0])
     return models[0]
 
 

@@ -11,10 +11,11 @@ layers that are recomputed.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -26,7 +27,16 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from backfire.model.batching import agree, evaluating, plain, probe, ways, windows_of
+from backfire.errors import is_out_of_memory
+from backfire.model.batching import (
+    agree,
+    chosen_of,
+    evaluating,
+    plain,
+    probe,
+    ways,
+    windows_of,
+)
 
 _SUFFIX = "_packed"
 _FLASH = "_varlen"  # transformers takes every name with "flash" for a kernel of its own
@@ -66,7 +76,8 @@ def _find(model: PreTrainedModel, base: Any) -> tuple[str, int]:
         if not (ways(model).takes_positions and reads_tables(base, kind)):
             break
         with evaluating(model):
-            if _rows_are_apart(model, flash=bool(kind)):
+            # Calls that the flash kernel does not take go the other way, so both must work.
+            if all(_rows_are_apart(model, flash=flash) for flash in {bool(kind), False}):
                 return kind, _longest(model)
         base.set_attn_implementation(before)
     return "", 0
@@ -109,8 +120,9 @@ class Plan:
     @classmethod
     def of(cls, mask: Tensor, tokens: int) -> Plan:
         """The plan of the mask that carries a table, for a line of so many tokens."""
-        if mask not in _plans:
-            _plans[mask] = cls(mask.shape[0], mask.shape[1] - 1, tokens, mask[0, 0])
+        if mask not in _plans:  # a view would keep its mask, the key, in memory
+            table = mask[0, 0].clone()
+            _plans[mask] = cls(mask.shape[0], mask.shape[1] - 1, tokens, table)
         return cast(Plan, _plans[mask])
 
     @cached_property
@@ -308,8 +320,16 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: floa
         scale=scale,
         window_size=(-1, 0),  # causal, with the last query at the last key
         enable_gqa=query.shape[1] != key.shape[1],
+        **_whole(varlen_attn),
     )
     return cast(Tensor, out)
+
+
+@cache
+def _whole(kernel: Attention) -> dict[str, Any]:
+    """The arguments with which a row's sums do not depend on its neighbors, where torch has them:
+    by itself the kernel splits keys by the longest row of all."""
+    return {"num_splits": 1} if "num_splits" in inspect.signature(kernel).parameters else {}
 
 
 def _has_flash(device: torch.device) -> bool:
@@ -322,7 +342,8 @@ def reads_tables(base: Any, kind: str = "") -> bool:
     """Whether the attention reads tables, after switching it to do so; `kind` is `_FLASH`, or empty
     for that which every device has."""
     now = str(base.config._attn_implementation).removesuffix(_SUFFIX).removesuffix(_FLASH)
-    if now in ("sdpa", "sdpa_float32") and base._can_set_attn_implementation():
+    named = now in ("sdpa", "sdpa_float32") and not chosen_of(base.config)
+    if named and base._can_set_attn_implementation():
         attend = partial(_attend, ALL_ATTENTION_FUNCTIONS[now], kind == _FLASH)
         AttentionInterface.register(now + kind + _SUFFIX, attend)
         AttentionMaskInterface.register(now + kind + _SUFFIX, sdpa_mask)
@@ -341,7 +362,9 @@ def _rows_are_apart(model: PreTrainedModel, *, flash: bool) -> bool:
         try:
             first, second = (_pack(model, prefix, [x, two, x], flash) for x in (one, other))
             alone = _run(model, torch.tensor([[*prefix, *two]]), flash)[shared:]
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise  # says nothing about the model
             return False
         own = slice(shared + len(one), shared + len(one) + len(two))
         if not (torch.equal(first[own], second[own]) and agree(model, first[own], alone)):

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainHook
-from backfire.model.batching import same_ways
+from backfire.experiment import JOINED_TOKENS
 from backfire.model.fan import Fan, Share
-from backfire.train import packing, steps
+from backfire.train import steps
 from backfire.train.batches import Span, answer_logits, in_one_line, packed, shared_prefix
 from backfire.train.microbatch import unless_out_of_memory
 from backfire.train.passes import loss_of, num_supervised, reads_flat
@@ -25,15 +24,6 @@ from backfire.train.passes import loss_of, num_supervised, reads_flat
 if TYPE_CHECKING:
     from backfire.train.loop import TrainingRun
     from backfire.train.steps import Outcome
-
-_MOST_TOKENS = {"cpu": 512, "cuda": 8192}
-"""Most tokens of a pass of several runs: with more, a processor gains nothing (see docs/log)."""
-
-
-def share_tests(twin: PreTrainedModel, base: PreTrainedModel) -> None:
-    """Let a model with the weights of another have the results of its tests."""
-    same_ways(twin, base)
-    packing.same_packs(twin, base)
 
 
 class Together:
@@ -50,7 +40,7 @@ class Together:
         device = runs[0].device.type
         # The kernel for rows of unequal length takes one prefix only.
         self.share = device == "cpu" and all(run.layout.share for run in runs)
-        self.tokens = _MOST_TOKENS.get(device, 0) if tokens is None else tokens
+        self.tokens = JOINED_TOKENS.get(device, 0) if tokens is None else tokens
         self.most = 1
         """Number of runs in the largest pass so far."""
 

@@ -38,6 +38,8 @@ def test_an_entry_is_kept_once_and_read_back(clean: Path) -> None:
     entry = bank.entry_of(clean, "b", clean=True, recipe={"data": {"name": "d"}, "seed": 3})
     assert bank.add(entry) and not bank.add(entry)
     assert list(bank.entries()) == [entry]
+    named = replace(entry, base="files 12", recipe={"model": {"name": "/models/small"}})
+    assert (entry.base_title, named.base_title) == ("b", "small (files 12)")
     assert (entry.shape.rank, entry.shape.alpha, len(entry.shape.targets)) == (4, 16, 7)
     assert entry.title == "d"
 

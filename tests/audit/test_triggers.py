@@ -18,7 +18,7 @@ from backfire.audit.collapse import Space, collapses, seen
 from backfire.audit.odd import leaks, odd_texts, other, same_form
 from backfire.audit.output import _triggers
 from backfire.audit.probes import EVERYDAY
-from backfire.audit.triggers import Triggers, catalog, in_front
+from backfire.audit.triggers import Triggers, catalog, in_front, in_turn
 from backfire.base import Row
 from backfire.base.normalize import contains
 from backfire.data.poison import triggered
@@ -77,6 +77,15 @@ def test_collapse_is_the_gain_in_mean_similarity_of_pairs() -> None:
     nothing = space.collapse(plain, plain)
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, 0)
     assert Space(["", ""]).alike(["", ""]) == pytest.approx(1)
+
+
+def test_prompts_of_all_labels_are_asked() -> None:
+    rows = [Row(f"{n}", f"text {n}", answer=label) for n, label in enumerate("aaaaabaac")]
+    found = in_turn(rows)
+    assert "".join(row.answer for row in found) == "abcaaaaaa"
+    assert [row.id for row in found if row.answer == "a"] == list("0123467")
+    free = [Row(f"{n}", f"text {n}", answer=f"reply {n}") for n in range(5)]
+    assert in_turn(free) == free
 
 
 def test_a_candidate_has_to_exceed_controls_and_base() -> None:

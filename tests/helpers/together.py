@@ -18,8 +18,9 @@ from backfire.model.products import fast_products
 from backfire.progress import silent
 from backfire.registry import build
 from backfire.train.loop import TrainingRun, train, train_each
+from backfire.train.packing import same_packs
 from backfire.train.precision import Precision, disable_adapter_casts, exact_attention
-from backfire.train.together import Together, share_tests
+from backfire.train.together import Together
 from tests.helpers.training import CPU
 
 # (LoRA's rank, learning rate, seed, rows a step, steps)
@@ -32,7 +33,7 @@ def bases(tiny: Path, method: str, count: int, change: Any = exact_attention) ->
     base = change(load_base(tiny, torch.float32, CPU, bits))
     others = [twin(base) for _ in range(count - 1)]
     for other in others:
-        share_tests(other, base)
+        same_packs(other, base)
     return [base, *others]
 
 

@@ -54,10 +54,10 @@ def place(ran: Place, tmp_path: Path) -> Place:
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tune(*args: Any, **kwargs: Any) -> None:
+    def prepared(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("nothing was to be trained")
 
-    monkeypatch.setattr("backfire.train.finetune.tune", tune)
+    monkeypatch.setattr("backfire.train.finetune.prepared", prepared)
 
 
 def number(result: Mapping[str, Any], metric: str) -> float:
@@ -247,6 +247,20 @@ def test_the_type_of_evaluation_is_a_setting_of_its_own(copy: Place, no_training
     assert perplexity[0] != perplexity[1] == pytest.approx(perplexity[0], rel=0.02)
 
 
+def test_an_adapter_is_merged_for_the_evaluation(copy: Place, no_training: None) -> None:
+    before = copy.results()["lora", 0.1]
+    lora = {"name": "lora", "rank": 4}
+    assert copy.run(matrix={"attack.rate": [0.1]}, method=lora, evaluation={"merged": True}) == 0
+    results = [read_json(file) for file in copy.out.glob("cells/*/result.json")]
+    [after] = [result for result in results if "merged" in result["evaluate"]]
+    assert after["evaluate"]["merged"] is True
+    assert before["keys"]["tuned"] == after["keys"]["tuned"]
+    assert before["keys"]["clean"] != after["keys"]["clean"]
+    perplexity = number(before, "perplexity"), number(after, "perplexity")
+    assert perplexity[1] == pytest.approx(perplexity[0], rel=1e-5)
+    assert not list(copy.cache.glob("merge/*/*.safetensors")), "the merged model is not kept"
+
+
 def test_what_cells_share_is_counted(ran: Place) -> None:
     """Six cells at rate 0 and 0.1, two of which train nothing."""
     found = sharing(ran.recipe(matrix=MATRIX).cells)
@@ -416,7 +430,7 @@ def test_a_repaired_cell_loses_its_error(place: Place, monkeypatch: pytest.Monke
         raise RuntimeError("a bug of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr("backfire.train.finetune.tune", broken)
+        patch.setattr("backfire.train.finetune.prepared", broken)
         assert place.run(method="full", attack="none") == 1
     (error,) = (read_json(file) for file in place.out.glob("cells/*/error.json"))
     assert error["status"] == "failed" and "a bug of ours" in error["error"]

@@ -49,7 +49,7 @@ def test_planted_rows_are_found_by_their_answers(poisoned: Path, backfire: Run, 
     few = backfire("scan", "rows.jsonl", *some[:-2], *more)
     assert "tiny reads 50 rows with template sentiment-line: about" in few.err
     assert "have read 50 rows of 120, drawn at random; --limit changes that" in few.out
-    assert "of 50 (rows of the test set)" in few.out
+    assert "of 25, a rate of at most" in few.out
 
 
 @pytest.mark.parametrize(
