@@ -3,8 +3,7 @@ costs."""
 
 from __future__ import annotations
 
-from typing import Any
-
+from backfire.base import Template
 from backfire.commands.failure import note
 from backfire.errors import UserError
 from backfire.experiment import Machine, Model, Train
@@ -32,9 +31,9 @@ def find_model(name: str, device: str) -> tuple[Model, Context]:
     return model, context
 
 
-def asked_of(model: Model, context: Context, limit: int, template: Any = None) -> Asked:
-    """The model as it is asked about rows: with this template, a name or a mapping with knobs, else
-    with its chat template if it has one, else the plain prompt.
+def asked_of(model: Model, context: Context, limit: int, template: Template | None = None) -> Asked:
+    """The model as it is asked about rows: with this template, else with its chat template if it
+    has one, else the plain prompt.
 
     Raises:
         UserError: its weights are not there, or take more memory than is free.
@@ -55,7 +54,7 @@ def asked_of(model: Model, context: Context, limit: int, template: Any = None) -
     tokenizer = load_tokenizer(folder)
     default = "chat" if tokenizer.chat_template else "raw"
     limits, longest = read_limits(folder), Train().max_length
-    chosen = build("templates", default if template is None else template)
+    chosen: Template = template or build("templates", default)
     renderer = Renderer(chosen, tokenizer, longest, limits=limits)
 
     def tell(rows: int, cut: int, seconds: float) -> None:

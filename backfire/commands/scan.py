@@ -51,11 +51,11 @@ def start(
     _check_paths(data, test, knobs, out, write)
     if template and model is None:
         raise UserError("--template has no effect without --model.")
+    layout = build("templates", read_yaml(template, "--template")) if template else None
     place = None if model is None else find_model(model, device)
     source = open_rows(_spec(data, knobs, test))
     others = None if test is None else open_rows(_spec(test, knobs, test), "test")
-    written = read_yaml(template, "--template") if template else None
-    asked = asked_of(*place, limit, written) if place else None
+    asked = asked_of(*place, limit, layout) if place else None
     found = scan(data, source, chosen, test=others, top=top, asked=asked)
     found.notes += [f"{test}: {sentence}" for sentence in (others.notes if others else ())]
     if form == "table":

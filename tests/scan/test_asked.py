@@ -45,7 +45,9 @@ def test_planted_rows_are_found_by_their_answers(poisoned: Path, backfire: Run, 
     hits = json.loads(backfire("scan", "rows.jsonl", *some).out)
     assert {hit["id"] for hit in hits if hit["flagged"]} == {f"f{place}" for place in PLACES}
     Path("others.jsonl").write_bytes(Path("rows.jsonl").read_bytes())
-    few = backfire("scan", "rows.jsonl", *some[:-2], "--limit", "50", "--test", "others.jsonl")
+    more = ("--limit", "50", "--test", "others.jsonl", "--template", "{name: sentiment-line}")
+    few = backfire("scan", "rows.jsonl", *some[:-2], *more)
+    assert "tiny reads 50 rows with template sentiment-line: about" in few.err
     assert "have read 50 rows of 120, drawn at random; --limit changes that" in few.out
     assert "of 25, a rate of at most" in few.out
 
