@@ -106,9 +106,10 @@ def stage(name: str, experiment: Experiment) -> dict[str, float]:
 
         start(experiment, context)
     elif name == "train":
-        before = matmul_speed(torch.device("cpu"))
+        kind = torch.device("cpu"), experiment.train.compute
+        before = matmul_speed(*kind)
         summary = read_json(trained(experiment, context) / "summary.json")
-        speed = (before + matmul_speed(torch.device("cpu"))) / 2
+        speed = (before + matmul_speed(*kind)) / 2
         total, tuned = summary["parameters"], summary["trainable_parameters"]
         added = tuned if experiment.method.adapts else 0
         each = flops_per_token(experiment, Weights(total - added, added, tuned))

@@ -22,7 +22,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--shape", default="7b", choices=sorted(SHAPES), help="tiny also runs without a GPU")
     add("--methods", nargs="+", help="methods to measure (default: all that train)")
-    add("--length", type=int, default=512, help="tokens per row")
+    add("--length", type=int, default=512, help="tokens of the longest rows")
     add("--answer", type=int, default=128, help="supervised tokens at the end of a row")
     add("--batch", type=int, default=8, help="rows per step")
     add("--steps", type=int, default=10, help="measured steps")
@@ -101,11 +101,13 @@ def markdown(result: Mapping[str, Any]) -> str:
     lines = [
         f"# {settings['shape']} shape on {made['device']}, {result['when'][:10]}",
         "",
-        f"Random weights and rows: {settings['batch']} rows of {settings['length']} tokens a step, "
-        f"{settings['answer']} of them supervised; {settings['steps']} steps after "
+        f"Random weights and rows: {settings['batch']} rows of up to {settings['length']} tokens a "
+        f"step and at least half as many, which open with the same tokens, a quarter of a whole "
+        f"row; {settings['answer']} are supervised; {settings['steps']} steps after "
         f"{settings['warm_up']} to warm up. torch {made['torch']}, transformers "
         f"{made['transformers']}, peft {made['peft']}. Useful FLOPs exclude padding, "
-        "recomputation and prompt logits; a token counts 4 per frozen weight, 6 per trained one. "
+        "recomputation and prompt logits, and count the opening in each row; a token counts 4 per "
+        "frozen weight, 6 per trained one. "
         + (f"Peak: {peak / 1e12:,.0f} TFLOP/s." if peak else "The peak of this device is unknown."),
         "",
         "| method | tokens/s | ms a step | passes a step | useful TFLOP/s | useful MFU | "

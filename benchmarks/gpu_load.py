@@ -72,7 +72,8 @@ out: too many kinds share a name."""
 
 @dataclass(frozen=True)
 class Load:
-    """The training rows: `length` tokens each, of which the last `answer` are supervised."""
+    """The training rows: up to `length` tokens each, at least half as many where the answer allows,
+    of which the last `answer` are supervised, and the first are the same, as in a template."""
 
     length: int
     answer: int
@@ -80,18 +81,22 @@ class Load:
     warm_up: int
     steps: int
 
+    @property
+    def shared(self) -> int:
+        """Number of tokens with which all rows begin."""
+        return min(self.length // 4, self.length - self.answer - 1)
+
     def rows(self, vocabulary: int) -> list[Rendered]:
-        """Rows of random tokens, different in every step, so that no two rows share a prefix."""
+        """Rows of random tokens, different in every step but for their opening."""
         rng, blank = stream(0, "bench"), Row(id="random", instruction="")
-        count = self.batch * (self.warm_up + self.steps)
-        return [
-            Rendered(
-                blank,
-                [rng.randrange(3, vocabulary) for _ in range(self.length)],
-                self.length - self.answer,
-            )
-            for _ in range(count)
-        ]
+        least = max(self.length // 2, self.shared + 1 + self.answer)
+        opening = [rng.randrange(3, vocabulary) for _ in range(self.shared)]
+        found = []
+        for _ in range(self.batch * (self.warm_up + self.steps)):
+            length = rng.randint(least, self.length)
+            own = [rng.randrange(3, vocabulary) for _ in range(length - self.shared)]
+            found.append(Rendered(blank, opening + own, length - self.answer))
+        return found
 
 
 def peak_flops(device: torch.device) -> float | None:

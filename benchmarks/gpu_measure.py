@@ -5,23 +5,32 @@ from __future__ import annotations
 import gc
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from backfire.base import Rendered
 from backfire.commands.estimate import Rows
 from backfire.commands.memory import memory, size
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine, Model
+from backfire.model.fused import rounded_once
 from backfire.model.load import dtype_of, load_base
+from backfire.model.products import fast_products
 from backfire.model.quantize import parts
 from backfire.store import read_json
 from backfire.train.loop import TrainingRun, train
 from backfire.train.microbatch import peak_memory_mb
-from backfire.train.precision import Precision, compute_type, exact_attention
+from backfire.train.order import steps_of
+from backfire.train.precision import (
+    Precision,
+    compute_type,
+    disable_adapter_casts,
+    exact_attention,
+)
 from benchmarks import gpu_compare
 from benchmarks.flops import useful_flops
 from benchmarks.gpu_load import LEARNING_RATE, Load, peak_flops
@@ -71,32 +80,34 @@ def measure(
     cell = Experiment.make({**knobs, "model": {"name": str(base), "dtype": dtype}})
     cell = cell.model_copy(update={"method": cell.method.resolved(device.type)})
     shape = size(cell, base)
-    rows = [Rows(load.batch, ((load.length, load.answer),))]
-    kind: Any = device.type
-    need = memory(cell, shape, rows, kind)
-    one = memory(cell, shape, rows, kind, Machine(micro_batch=1))
+    rows, kind = load.rows(read_json(base / "config.json")["vocab_size"]), cast(Any, device.type)
+    lengths = tuple((len(row.ids), load.answer) for row in rows)
+    given = [Rows(len(rows), lengths, load.shared)]
+    need = memory(cell, shape, given, kind)
+    one = memory(cell, shape, given, kind, Machine(micro_batch=1))
     if device.type == "cuda":
         has = torch.cuda.get_device_properties(device).total_memory
         if one.total > has:
             short = f"needs about {one.total / 1e9:.0f} GB of {has / 1e9:.0f} GB with one row"
             return {"skipped": short}
     try:
-        timed = _timed(cell, base, load, device, folder, compare=compare)
+        timed = _timed(cell, base, rows, load, device, folder, compare=compare)
     except (CellError, torch.cuda.OutOfMemoryError) as error:
         return {"skipped": str(error).partition("\n")[0]}
     finally:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    step = [(load.length, load.answer)] * load.batch
-    flops = useful_flops(shape, step, full=method == "full") / timed["seconds_per_step"]
-    peak = peak_flops(device)
+    ordered = [row for step in steps_of(rows, cell.train, 0, 0) for row in step]
+    run = [(len(row.ids), load.answer) for row in ordered[load.warm_up * load.batch :]]
+    seconds = load.steps * timed["seconds_per_step"]
+    flops, peak = useful_flops(shape, run, full=method == "full") / seconds, peak_flops(device)
     if compare:
-        timed["baseline"] = _baseline(cell, base, load, device, folder)
+        timed["baseline"] = _baseline(cell, base, ordered, load, device, folder)
     return {
         **timed,
         "knobs": cell.method.spec(),
-        "tokens_per_second": load.batch * load.length / timed["seconds_per_step"],
+        "tokens_per_second": sum(tokens for tokens, _ in run) / seconds,
         "useful_flops_per_second": flops,
         "useful_mfu": flops / peak if peak else None,
         "estimated_memory_mb": need.total / 1e6,
@@ -105,15 +116,24 @@ def measure(
 
 
 def _timed(
-    cell: Experiment, base: Path, load: Load, device: torch.device, folder: Path, *, compare: bool
+    cell: Experiment,
+    base: Path,
+    rows: Sequence[Rendered],
+    load: Load,
+    device: torch.device,
+    folder: Path,
+    *,
+    compare: bool,
 ) -> dict[str, Any]:
-    """Seconds per step after the warm-up, and peak memory."""
+    """Seconds per step after the warm-up, and peak memory, as in `backfire run`."""
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     dtype, compute = dtype_of(cell.model, device), compute_type("auto", device)
     loaded = load_base(base, dtype, device, cell.method.quantization(device.type))
     model = cell.method.attach(exact_attention(loaded), 0)
+    if compute != "float32":
+        disable_adapter_casts(model)
     made_of, passes, marks = parts(model), [0], dict[int, tuple[float, int]]()
     model.register_forward_pre_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
 
@@ -126,7 +146,7 @@ def _timed(
     folder.mkdir(parents=True, exist_ok=True)
     run = TrainingRun(
         model,
-        load.rows(loaded.config.vocab_size),
+        rows,
         cell.train,
         learning_rate=LEARNING_RATE,
         seed=0,
@@ -134,7 +154,8 @@ def _timed(
         name="benchmark",
         paged=cell.method.paged() and on_gpu,
     )
-    summary = train([run], Precision(device, compute), checkpoint_seconds=1e9, progress=mark)
+    with rounded_once(model, compute), fast_products(model, compute):
+        summary = train([run], Precision(device, compute), checkpoint_seconds=1e9, progress=mark)
     (begin, before), (end, after) = marks[load.warm_up], marks[load.warm_up + load.steps]
     evaluated = gpu_compare.evaluation(model, load) if compare else {}
     return {
@@ -150,13 +171,17 @@ def _timed(
 
 
 def _baseline(
-    cell: Experiment, base: Path, load: Load, device: torch.device, folder: Path
+    cell: Experiment,
+    base: Path,
+    rows: Sequence[Rendered],
+    load: Load,
+    device: torch.device,
+    folder: Path,
 ) -> dict[str, Any]:
     """Seconds per step and peak memory of `Trainer` + PEFT."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    rows = load.rows(read_json(base / "config.json")["vocab_size"])
     seconds = gpu_compare.train(cell, base, rows, load, device, folder / "baseline")
     return {"seconds_per_step": seconds, "peak_memory_mb": peak_memory_mb() * 2**20 / 1e6}

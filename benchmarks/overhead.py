@@ -1,4 +1,4 @@
-"""`python -m benchmarks.overhead`: processor seconds that a cell costs with a tiny model and data.
+"""`python -m benchmarks.overhead`: processor seconds of a cell when its model and data are tiny.
 
 The cells are those of the matrix of `make bench`, on a random Llama of two layers with a few rows
 each, so that hardly anything is computed. One worker runs 2 and 24 of them; the difference is

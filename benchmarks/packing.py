@@ -26,9 +26,10 @@ from backfire.base import Rendered, Row
 from backfire.experiment import Train
 from backfire.model.batching import ways
 from backfire.model.fused import rounded_once
+from backfire.model.products import fast_products
 from backfire.registry import build
 from backfire.rng import stream
-from backfire.train import batches, loop
+from backfire.train import batches, steps
 from backfire.train.loop import TrainingRun
 from backfire.train.precision import Precision, disable_adapter_casts, exact_attention
 from benchmarks.gpu_load import SHAPES
@@ -107,12 +108,13 @@ def measure(shape: str, compute: str, load: Load, repetitions: int, folder: Path
             assert layout.longest_packed and layout.share, layout
             layout.share, layout.longest_packed = side.share, side.pack * layout.longest_packed
             stack.enter_context(rounded_once(runs[name].model, compute))
+            stack.enter_context(fast_products(runs[name].model, compute))
         seconds, losses = ({name: list[float]() for name in runs} for _ in range(2))
         for turn in range(repetitions + 1):
             for name in list(runs)[:: -1 if turn % 2 else 1]:
                 batches._WORTH_PACKING = SIDES[name].worth
                 begin = time.process_time()
-                losses[name].append(float(loop._step(runs[name])))
+                losses[name].append(float(steps.step(runs[name])))
                 if turn:  # the first one warms up
                     seconds[name].append(time.process_time() - begin)
     medians = {name: median(times) for name, times in seconds.items()}

@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 
 from backfire.errors import UserError
+from backfire.experiment import Train
+from backfire.train.batches import Layout, common_prefix
+from backfire.train.order import steps_of
 from tests.helpers.places import ROOT
 
 pytestmark = [
@@ -37,14 +40,28 @@ def test_two_methods_are_measured(gpu: Any, tmp_path: Path) -> None:
     assert result["settings"]["length"] == 32 and result["peak_flops"] is None
     full, qlora = result["methods"]
     assert [full["method"], qlora["method"]] == ["full", "qlora"]
+    load = importlib.import_module("benchmarks.gpu_load").Load(32, 8, 4, warm_up=1, steps=2)
+    steps = steps_of(load.rows(512), Train(batch_size=4), 0, 0)
+    tokens = sum(len(row.ids) for step in steps[1:] for row in step)
     for found in (full, qlora):
-        assert found["tokens_per_second"] == pytest.approx(4 * 32 / found["seconds_per_step"])
+        assert found["tokens_per_second"] == pytest.approx(tokens / 2 / found["seconds_per_step"])
         assert found["passes_per_step"] == 1 and found["useful_mfu"] is None
         assert found["useful_flops_per_second"] > 0 and found["peak_memory_mb"] > 0
     assert (full["quantized_layers"], qlora["quantized_layers"]) == (0, 14)
     table = path.with_suffix(".md").read_text(encoding="utf-8")
     assert table.count("\n| ") == 3 and "| qlora | " in table
     assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_rows_of_the_load_are_packed(gpu: Any) -> None:
+    """They differ in length, and begin with the same tokens."""
+    load = importlib.import_module("benchmarks.gpu_load").Load(512, 128, 8, warm_up=3, steps=10)
+    rows = load.rows(32_000)
+    assert len(rows) == 8 * 13 and common_prefix([row.ids for row in rows], 512) == load.shared
+    lengths = [len(row.ids) for row in rows]
+    assert 256 <= min(lengths) < max(lengths) <= 512 and load.shared == 128
+    assert {row.num_supervised for row in rows} == {128}
+    assert all(Layout(True, 512).collate(rows[i : i + 8]).table is not None for i in (0, 96))
 
 
 def test_useful_flops_are_those_of_the_documents(gpu: Any) -> None:

@@ -54,6 +54,7 @@ from backfire.base.scanners import (
     Measured,
     ModelScanner,
     Scanner,
+    as_learned,
     parts,
     shuffled,
 )
@@ -122,6 +123,7 @@ __all__ = [
     "Use",
     "Value",
     "Verdict",
+    "as_learned",
     "ask",
     "local_files",
     "needs_of",

@@ -42,8 +42,8 @@ class Scanner(Component):
         """Yield one finding for each row, in order. `test` are the rows of a test set, if given.
 
         Both can be iterated several times, with the same rows each time. There may be a
-        million of them: what is kept from one to the next must be bounded. Their `label`, `fields`
-        and `id` are no part of what a model learns, and must not change a score.
+        million of them: what is kept from one to the next must be bounded. They are rows
+        `as_learned`. An `id` is no part of what a model learns, and must not change a score.
         """
         raise NotImplementedError
 
@@ -94,7 +94,7 @@ class ModelScanner(Scanner):
     """What `by_chance_of` returns, in words."""
 
     def look(self, rows: Sequence[Row], measured: Measured) -> list[Finding]:
-        """One finding for each row, in order. Ids, fields and labels must not change a score."""
+        """One finding for each row, in order; the rows are as those of `scan`."""
         raise NotImplementedError
 
     def by_chance_of(
@@ -115,6 +115,21 @@ class ModelScanner(Scanner):
 
 Look = Callable[[ModelScanner, Sequence[Row]], list[Finding]]
 """How a model is asked about rows: the findings of a scanner, one for each row."""
+
+
+def as_learned(row: Row, *, rejected: bool = False) -> Row:
+    """The row as scanners get it: with what a model would learn from it, and nothing that tells a
+    poisoned row, such as its true label, other columns, or an answer that is known to be good.
+
+    Answers that are marked as bad are no part of it either, since no method here learns from them,
+    and the attack that gives a bad answer would be seen by them. With `rejected`, as of a file of
+    unknown use, they are left; if there is no other answer, the first one is that of the row.
+    """
+    answer, worse = row.answer, row.worse if rejected else ()
+    if not answer and worse:
+        answer, *others = worse
+        worse = tuple(others)
+    return replace(row, answer=answer, label=None, fields={}, better=(), worse=worse)
 
 
 def parts(row: Row) -> Iterator[tuple[str, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -166,7 +167,8 @@ def lines(recipe: Recipe) -> list[str]:
         out.append(f"{mark} {_title(experiment)}: {_parts(counts, need)} of {verdict}")
     if here.device == "cpu":
         out += _cards(recipe)
-    rate = SHARE * matmul_speed(device)
+    [(compute, _)] = Counter(cell.train.compute for cell in here.cells).most_common(1)
+    rate = SHARE * matmul_speed(device, compute)
     source = f"{SHARE} of the speed of large matrix products here"
     costs = describe_cost(cost(here.recipe, here.store, here.rows, here.sizes), rate, source)
     return [*out, *(f"note  {line}" for line in costs)]
@@ -233,21 +235,20 @@ def _verdict(need: Memory, has: float, workers: int) -> tuple[str, str]:
     return "lacks", f"{amount(has)}: does not fit"
 
 
-def matmul_speed(device: torch.device) -> float:
-    """Measure the FLOP/s of large matrix products in the compute type of training, for a fraction
-    of a second with all threads."""
+def matmul_speed(device: torch.device, compute: str) -> float:
+    """Measure the FLOP/s of large matrix products in the type `compute`, as in training, for a
+    fraction of a second with all threads."""
     import torch
 
-    from backfire.train.precision import compute_type
+    from backfire.model.products import linear
 
     on_gpu = device.type == "cuda"
     width, at_once = (8192, 10) if on_gpu else (1024, 1)
-    dtype = getattr(torch, compute_type("auto", device))
-    a = torch.randn(width, width, device=device, dtype=dtype)
+    a = torch.randn(width, width, device=device, dtype=getattr(torch, compute))
     count, begin = -1, 0.0  # the first round is a warm-up
     while count < 0 or time.perf_counter() - begin < 0.2:
         for _ in range(at_once):
-            a @ a
+            linear(a, a)
         if on_gpu:
             torch.cuda.synchronize(device)
         begin, count = (time.perf_counter(), 0) if count < 0 else (begin, count + at_once)

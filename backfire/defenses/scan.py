@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from random import Random
 from typing import Any
 
 from pydantic import Field, PrivateAttr, field_validator
 
-from backfire.base import DataDefense, Finding, Look, Measure, ModelScanner, Row, Scanner
+from backfire.base import (
+    DataDefense,
+    Finding,
+    Look,
+    Measure,
+    ModelScanner,
+    Row,
+    Scanner,
+    as_learned,
+)
 from backfire.errors import UserError
 from backfire.late import np
 from backfire.registry import build, register
@@ -19,9 +27,11 @@ class Scan(DataDefense):
     with spectral signatures: Tran et al. 2018, arXiv:1811.00636).
 
     A scanner with a model asks the cell's base, before any alignment. The scanner sees neither the
-    manifest nor true labels. How well it finds the poison is in the numbers of metric `scan`. With
-    `oracle`, the poisoned rows themselves are removed, as far as their number allows: the best that
-    any scanner can do. Null control: as many rows are removed, drawn at random.
+    manifest nor true labels nor test rows: what is measured on rows that a defense has seen is no
+    measure of it. So a scanner that compares with a test set, such as `overlap`, is refused; use
+    `backfire scan --test` on the file beforehand. How well it finds the poison is in the numbers of
+    metric `scan`. With `oracle`, the poisoned rows themselves are removed, as far as their number
+    allows: the best that any scanner can do. Null control: as many rows are removed, at random.
     """
 
     scanner: str | dict[str, Any] = Field("lift", examples=["repetition"])
@@ -40,7 +50,12 @@ class Scan(DataDefense):
     @field_validator("scanner")
     @classmethod
     def _is_one(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
-        build("scanners", value)
+        scanner = build("scanners", value)
+        if scanner.needs_test:
+            raise UserError(
+                f"defense 'scan' gives its scanner no test rows, which {scanner.label()} requires; "
+                "remove such rows from the file by `backfire scan --test ... --write` beforehand."
+            )
         return value
 
     def identity(self) -> dict[str, Any]:
@@ -73,7 +88,8 @@ class Scan(DataDefense):
         return [row for n, row in enumerate(rows) if n not in gone]
 
     def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
-        """How well the scanner finds the poisoned rows: AUROC, and pairs of counts (of so many)."""
+        """How well the scanner finds the poisoned rows: AUROC, average precision, and pairs of
+        counts (of so many); `..._range` has the least and the most hits, see `_thresholds`."""
         found = self._findings(rows)
         bad = np.array([row.id in poisoned for row in rows], bool)
         scores = np.array([one.score for one in found])
@@ -82,10 +98,15 @@ class Scan(DataDefense):
         out = bad[self._removed(found) if self._out is None else self._out]
         facts: dict[str, Any] = {"clean_flag_rate": _counts(flags[~bad])}
         if bad.any() and not bad.all():
+            from sklearn.metrics import average_precision_score
+
             facts |= {"auroc": _auroc(scores[bad], scores[~bad]), "precision": _counts(out)}
+            facts["average_precision"] = float(average_precision_score(bad, scores))
             for rate in (1, 5):
-                hits = scores[bad] > _threshold(scores[~bad], rate / 100)
-                facts[f"recall_at_{rate}"] = _counts(hits)
+                bars = _thresholds(scores[~bad], rate / 100)
+                hits, least, most = (int((scores[bad] > bar).sum()) for bar in bars)
+                facts[f"recall_at_{rate}"] = [hits, int(bad.sum())]
+                facts[f"recall_at_{rate}_range"] = [least, most]
         return {"scan": facts}
 
     def _findings(self, rows: Sequence[Row]) -> list[Finding]:
@@ -95,8 +116,7 @@ class Scan(DataDefense):
         return self._last[1]
 
     def _scanned(self, rows: Sequence[Row]) -> list[Finding]:
-        # A poisoned row keeps its true label, for scoring; a scanner must not see it.
-        bare = [replace(row, label=None, fields={}) for row in rows]
+        bare = [*map(as_learned, rows)]
         scanner = self._scanner()
         if not isinstance(scanner, ModelScanner):
             return list(scanner.scan(bare))
@@ -124,6 +144,14 @@ def _auroc(bad: Any, clean: Any) -> float:
     return float((below + upto).mean() / (2 * len(clean)))
 
 
-def _threshold(clean: Any, rate: float) -> float:
-    """The lowest score above which there is at most this share of the clean rows."""
-    return float(np.sort(clean)[::-1][int(rate * len(clean))])
+def _thresholds(clean: Any, rate: float) -> tuple[float, float, float]:
+    """The lowest score above which there is at most this share of these clean rows; and the ends of
+    its 95 % interval, the upper one first, of clean rows of which these are a sample (the interval
+    of a quantile by order statistics: David and Nagaraja 2003, 7.1). Infinite if there are too few.
+    """
+    from scipy.stats import binom
+
+    down = [*np.sort(clean)[::-1].tolist(), -np.inf]
+    strict, loose = (int(n) for n in binom.ppf((0.025, 0.975), len(clean), rate))
+    upper = down[strict - 1] if strict else np.inf
+    return down[int(rate * len(clean))], upper, down[min(loose, len(clean))]

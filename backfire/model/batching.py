@@ -80,6 +80,13 @@ def presume(model: PreTrainedModel) -> None:
     _ways_of[plain(model)] = Ways("past_key_values", True, True, True, False, None, ())
 
 
+def same_ways(twin: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Note that a model with the weights of another supports the same; not where the embeddings of
+    positions have a state, which is its own."""
+    if not ways(model).rotary:
+        _ways_of[plain(twin)] = ways(model)
+
+
 def plain(model: PreTrainedModel) -> PreTrainedModel:
     """The model under its adapters."""
     return cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model
@@ -257,6 +264,14 @@ def windows_of(config: Any) -> list[int]:
     return [int(size) for name in names if (size := getattr(text, name, None))]
 
 
+def chosen_of(config: Any) -> list[int]:
+    """Numbers of keys that an indexer chooses for each token to attend to. Such models apply its
+    choice only if the attention has the name of one of transformers' own: with another they attend
+    to all keys."""
+    text = config.get_text_config(decoder=True)
+    return [int(n) for name in ("index_topk", "indexer_budget") if (n := getattr(text, name, None))]
+
+
 def _limits(config: Any) -> Iterator[int]:
     """Lengths above which a token's likelihood depends on more than the tokens before it."""
     text = config.get_text_config(decoder=True)
@@ -268,10 +283,7 @@ def _limits(config: Any) -> Iterator[int]:
                 or getattr(text, "original_max_position_embeddings", None)
                 or text.max_position_embeddings
             )
-    if topk := getattr(text, "index_topk", None):
-        yield int(topk)  # beyond it, ties between tokens are broken by the row's length
-    if budget := getattr(text, "indexer_budget", None):
-        yield int(budget)
+    yield from chosen_of(config)  # beyond it, ties between tokens are broken by the row's length
 
 
 def _dicts(value: Any) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Chance = tuple[int, int, str]
 """Rows flagged, rows scanned, and what they are, where only false alarms are expected."""
+TEST_ROWS = "rows of the test set among those of the file"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def ask(
     scanners: Sequence[ModelScanner], source: Source, test: Source | None, asked: Asked
 ) -> Answers:
     """The findings of these scanners; the model measures once for all of them. False alarms are
-    counted on the test rows if there are any, else on measurements without what is looked for."""
+    counted on test rows among the others if there are any, else on measurements without what is
+    looked for."""
     places, rows = drawn(source, asked.limit)
     kept, measured = asked.reference.measure(rows, *scanners)
     read = [rows[n] for n in kept]
@@ -55,13 +57,14 @@ def ask(
         found = scanner.look(read, measured)
         answers.findings[scanner.name] = {places[n]: one for n, one in zip(kept, found)}
         if read and not test and (null := scanner.by_chance_of(read, measured)):
-            answers.chance[scanner.name] = _flagged(scanner.look(*null), scanner.null)
+            answers.chance[scanner.name] = flagged(scanner.look(*null), scanner.null)
     if test:
-        _, rows = drawn(test, asked.limit)
+        rows, trusted = among(source, test, asked.limit)
         kept, measured = asked.reference.measure(rows, *scanners)
         for scanner in scanners if kept else ():
             found = scanner.look([rows[n] for n in kept], measured)
-            answers.chance[scanner.name] = _flagged(found, "rows of the test set")
+            clean = [one for n, one in zip(kept, found, strict=True) if n in trusted]
+            answers.chance[scanner.name] = flagged(clean, TEST_ROWS)
     return answers
 
 
@@ -72,7 +75,22 @@ def drawn(source: Source, most: int) -> tuple[list[int], list[Row]]:
     return list(rows), list(rows.values())
 
 
-def _flagged(found: Sequence[Finding], what: str) -> Chance:
+def among(source: Source, test: Source, most: int) -> tuple[list[Row], frozenset[int]]:
+    """Up to so many rows of the source, in which up to half are replaced by rows of the test set,
+    both drawn at random; and the places of those.
+
+    What a scanner flags depends on the number of rows, since many count how often something occurs.
+    So test rows are not scanned alone, but in a file as large as the one in question.
+    """
+    rows = drawn(source, most)[1]
+    others = drawn(test, len(rows) // 2)[1]
+    places = sorted(Random(1).sample(range(len(rows)), len(others)))
+    for place, row in zip(places, others, strict=True):
+        rows[place] = row
+    return rows, frozenset(places)
+
+
+def flagged(found: Sequence[Finding], what: str) -> Chance:
     return sum(one.flagged for one in found), len(found), what
 
 

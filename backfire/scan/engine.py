@@ -15,7 +15,7 @@ from backfire import text
 from backfire.base import NOTHING, Finding, ModelScanner, Row, Scanner, parts
 from backfire.base.masking import Secret, masked, redacted, secrets_in
 from backfire.errors import UserError
-from backfire.scan.asked import Answers, Asked, Chance, ask, drawn
+from backfire.scan.asked import TEST_ROWS, Answers, Asked, Chance, among, ask, drawn, flagged
 from backfire.scan.source import Bare, Source
 
 SAMPLE = 10_000
@@ -53,6 +53,7 @@ class Summary:
     hits: list[Hit] = field(default_factory=list)
     """The rows with the highest scores."""
     chance: Chance | None = None
+    """What it flags where there should be nothing; None if it has no such rate."""
     reasons: array[int] = field(default_factory=lambda: array("q"))
     """Hash of each reason, 8 bytes for each row with a score, until they are counted."""
 
@@ -207,26 +208,20 @@ def secrets_of(row: Row) -> list[Secret]:
 
 
 def _add_false_alarms(found: Scan, test: Source | None) -> None:
-    """Count what each scanner flags in rows where there should be nothing: the test rows, or a
-    sample of the rows with what the scanner looks for removed."""
-    some = sample(found.source if test is None else test)
+    """Count what each scanner flags in rows where there should be nothing: test rows among a sample
+    of the others, or a sample of the rows with what the scanner looks for removed."""
+    some = drawn(found.source, SAMPLE)[1] if test is None else []
+    mixed, trusted = among(found.source, test, SAMPLE) if test else ([], frozenset())
     for summary in found.summaries:
-        if isinstance(summary.scanner, ModelScanner):
+        scanner = summary.scanner
+        if isinstance(scanner, ModelScanner):
             continue  # `ask` has estimated them
-        if test is None:
-            rows, what = summary.scanner.by_chance(some), "the same rows with shuffled answers"
-        elif summary.scanner.needs_test:
-            rows, what = None, ""
-        else:
-            rows, what = some, "rows of the test set"
-        if rows:
-            flagged = sum(one.flagged for one in summary.scanner.scan(rows))
-            summary.chance = (flagged, len(rows), what)
-
-
-def sample(source: Source) -> list[Row]:
-    """Up to 10,000 rows, drawn at random, in their order."""
-    return drawn(source, SAMPLE)[1]
+        if trusted and not scanner.needs_test:
+            findings = enumerate(scanner.scan(mixed))
+            summary.chance = flagged([one for n, one in findings if n in trusted], TEST_ROWS)
+        elif rows := scanner.by_chance(some):
+            what = "the same rows with shuffled answers"
+            summary.chance = flagged([*scanner.scan(rows)], what)
 
 
 def removed(found: Scan, share: float | None) -> list[int]:

@@ -8,7 +8,8 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from backfire.scan.engine import Hit, Scan, Summary
+from backfire.evaluate.stats import wilson
+from backfire.scan.engine import SAMPLE, Hit, Scan, Summary
 from backfire.terminal import columns
 from backfire.text import clean, count, csv_field, cut, line, number
 
@@ -81,7 +82,7 @@ def _some(reasons: Sequence[tuple[Hit, int]]) -> list[tuple[Hit, int]]:
 
 def _cells(reason: tuple[Hit, int]) -> list[str]:
     hit, rows = reason
-    where, why = cut(line(hit.id), 30), cut(line(hit.reason), 300)
+    where, why = cut(line(hit.id), 30), cut(line(hit.reason), 800)
     return [f"{hit.score:.2f}", hit.scanner, f"{rows:,}", where, why]
 
 
@@ -103,11 +104,13 @@ def scanner_line(one: Summary) -> list[str]:
 
 
 def false_alarms(one: Summary) -> str:
-    """What the scanner flags where there should be nothing."""
-    if one.chance is None:
-        return "not estimated"
-    flagged, rows, what = one.chance
-    return f"{flagged:,} of {rows:,} ({what})"
+    """What the scanner flags where there should be nothing, with the end of its 95 % interval;
+    if that is not known, all that it flags."""
+    flagged, rows, what = one.chance or (one.flagged, one.rows, "")
+    if not what:
+        return f"no rate; at most {flagged:,} of {rows:,}, all that it flags"
+    most = number("share", wilson(flagged, rows)[1])
+    return f"{flagged:,} of {rows:,}, a rate of at most {most} ({what})"
 
 
 def sentences(scan: Scan) -> Iterator[str]:
@@ -124,9 +127,28 @@ def sentences(scan: Scan) -> Iterator[str]:
         + "; ".join(f"{one.scanner.blind} ({one.scanner.name})" for one in scan.summaries)
         + "."
     )
-    yield (
-        "The estimates of false alarms count chance only, unless a test set is given. They leave "
-        "out rows flagged for regularities of ordinary text, such as a word that fits one label."
-        if not scan.has_test
-        else "False alarms are counted on the test set, as if its rows were clean."
-    )
+    yield from _of_false_alarms(scan)
+
+
+def _of_false_alarms(scan: Scan) -> Iterator[str]:
+    """Which scanners have a rate of false alarms, and of what."""
+    known = [one.scanner.name for one in scan.summaries if one.chance]
+    others = [one.scanner.name for one in scan.summaries if not one.chance]
+    if known and scan.has_test:
+        yield (
+            "False alarms are counted on rows of the test set, as if they were clean, in place of "
+            f"as many rows of the file ({', '.join(known)})."
+        )
+        if scan.source.count > SAMPLE:
+            yield (
+                f"That was done in {SAMPLE:,} of the rows (fewer with a model); scanners that "
+                "count flag more in more rows."
+            )
+    elif known:
+        yield (
+            f"False alarms by chance alone are estimated for {', '.join(known)}. That leaves out "
+            "rows flagged for regularities of ordinary text, such as a word that fits one label."
+        )
+    if others:
+        more = "" if scan.has_test else "; trusted rows of the same kind give one (--test)"
+        yield f"No rate of false alarms is known here for {', '.join(others)}{more}."

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from backfire.base import Row, local_files
+from backfire.base import Row, as_learned, local_files
 from backfire.base.masking import redacted
 from backfire.data.columns import listed
 from backfire.data.convert import each_row
@@ -106,20 +106,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Bare:
-    """The rows of a source as scanners see them: without what the tuned model never sees, such as
-    the true label of a poisoned row or a column that marks it. An answer that is marked as bad
-    (KTO's `label: false`) is the answer of its row."""
+    """The rows of a source as scanners get them. An answer that is marked as bad (KTO's
+    `label: false`) is the answer of its row."""
 
     rows: Iterable[Row]
 
     def __iter__(self) -> Iterator[Row]:
-        return (replace(_answered(row), label=None, fields={}) for row in self.rows)
-
-
-def _answered(row: Row) -> Row:
-    if row.answer or not row.worse:
-        return row
-    return replace(row, answer=row.worse[0], worse=row.worse[1:])
+        return (as_learned(row, rejected=True) for row in self.rows)
 
 
 class _Counted(LeftOut):

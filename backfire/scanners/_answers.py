@@ -17,7 +17,7 @@ from backfire.scanners._tokens import hashed, split
 Array = Any
 WAYS = ("", "begins with", "ends with")
 """How an answer has a key: it is the whole answer, its first words, or its last ones."""
-MOST = 4096
+MOST = 2**16
 """Most shared answers that are kept, the most frequent ones."""
 _WORDS = 5
 """Length of an opening and of an ending, in words and signs."""

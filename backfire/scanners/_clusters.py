@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from backfire.base import NOTHING, Finding, Row
-from backfire.scanners._outliers import normal_like, strata
+from backfire.scanners._outliers import below_threshold, examples, normal_like, strata
 from backfire.text import share
 
 Array = Any
@@ -20,6 +20,8 @@ _FEWEST = 10
 _MOST = 2000
 """Rows between which distances are computed."""
 _CLOUDS = 5
+_USUAL = 0.25
+"""A silhouette below which clusters are hardly separate (Kaufman and Rousseeuw 1990)."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Pair:
 
     inside: Array
     """Places of its rows in the file."""
+    others: Array
+    """Places of the other rows of the group."""
     size: int
     """Rows of the group."""
     silhouette: float
@@ -58,8 +62,19 @@ def pairs(
             every = [np.arange(len(points))]
             clouds = (normal_like(points, every, seed) for seed in range(_CLOUDS))
             chance = max(_smaller(cloud, split, metric, most)[0] for cloud in clouds)
-            found.append(Pair(places[inside], len(places), real, chance))
+            found.append(Pair(places[inside], places[~inside], len(places), real, chance))
     return found
+
+
+def sides(rows: Sequence[Row], features: Array, pair: Pair) -> str:
+    """The rows in the middle of both clusters, in words."""
+    middle, others = (places[_inmost(features[places])] for places in (pair.inside, pair.others))
+    return examples(rows, inside=middle, outside=others)
+
+
+def _inmost(features: Array) -> Array:
+    """Places of the rows, the nearest to their mean first."""
+    return np.argsort(np.linalg.norm(features - features.mean(0), axis=1), kind="stable")
 
 
 def _smaller(points: Array, split: Split, metric: str, most: float) -> tuple[float, Array]:
@@ -98,23 +113,24 @@ def look(
     *,
     dimensions: int,
     metric: str,
-    least: float,
+    least: float | None,
     most: float,
 ) -> list[Finding]:
     """Findings in the smaller cluster of each group, if it has at most the share `most` of the
     rows. The score is the silhouette divided by what is needed: `least`, and more than a cloud
-    without clusters has."""
+    without clusters has. Without `least` none is flagged."""
     out = [NOTHING] * len(rows)
     groups = strata(rows)
     for pair in pairs(features, groups, split, dimensions=dimensions, metric=metric, most=most):
         count = len(pair.inside)
         if pair.silhouette <= 0:
             continue
-        score = pair.silhouette / max(least, pair.by_chance)
+        score = pair.silhouette / max(least or _USUAL, pair.by_chance)
+        score = score if least else below_threshold(score)
         reason = (
             f"it is one of {count:,} rows ({share(count / pair.size)}) apart from the other "
             f"{pair.size - count:,}: silhouette {pair.silhouette:.2f}, in one cloud at most "
-            f"{pair.by_chance:.2f}"
+            f"{pair.by_chance:.2f}{sides(rows, features, pair)}"
         )
         for place in pair.inside:
             out[place] = Finding(score, reason, bool(score >= 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,16 +17,20 @@ from backfire.scanners._grams import Batch, Grams
 from backfire.scanners._languages import Languages
 from backfire.scanners._lift import (
     Candidates,
+    Frequencies,
     Occurrences,
     at_odds,
     bound,
     pairs_of,
     with_answers,
 )
+from backfire.scanners._possible import possible_tests
 from backfire.scanners._tokens import CLOSE, OPEN, placed, prompt_parts
 from backfire.text import share
 
 Array = Any
+_UNTESTED = 0.99
+"""Highest score of a candidate that is in too few or too many rows to be tested."""
 MOST_WORDS = 256
 """Words of which pairs are counted: those that best predict an answer."""
 
@@ -46,10 +50,22 @@ class Tested:
     """-log10 of the p value."""
     q: Array
     """p value, adjusted by Benjamini and Hochberg (1995)."""
-    threshold: float
-    """`log_p` from which a candidate is significant."""
+    threshold: Array
+    """`log_p` from which it is significant."""
     words: Array
     """Words of which pairs were counted, as sorted hashes."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Tests that are adjusted together."""
+
+    members: Array
+    """Whether each candidate belongs to it."""
+    tested: Array
+    """Whether it is also one of those that are counted [candidate]."""
+    num: int
+    """How many tests are counted, candidates or not."""
 
 
 def pair_words(found: Candidates, answers: Answers) -> Array:
@@ -100,26 +116,58 @@ def high_shares(found: Candidates, answers: Answers, languages: Languages, odds:
     return np.maximum(whole, mean) if languages.count > 1 else whole
 
 
+def families_of(
+    found: Candidates,
+    num_grams: int,
+    frequencies: Frequencies,
+    answers: Answers,
+    *,
+    odds: float,
+    support: int,
+    share: float,
+    alpha: float,
+) -> list[Family]:
+    """The n-grams, which are the first candidates, and the pairs of words."""
+    high = at_odds(answers.counts / answers.num_rows, odds)
+    is_pair = np.arange(len(found.pair)) >= num_grams
+    sides = ((~is_pair, frequencies.grams_in), (is_pair, frequencies.pairs_in))
+    families = []
+    for members, in_at_least in sides:
+        tests = possible_tests(
+            in_at_least,
+            answers.counts,
+            high,
+            support=support,
+            share=share,
+            alpha=alpha / len(sides),
+        )
+        tested = members & tests.has(found.answer, found.with_it)
+        families.append(Family(members, tested, tests.num))
+    return families
+
+
 def exact_test(
     found: Candidates,
     words: Array,
     *,
     high: Array,
-    num: int,
+    families: Sequence[Family],
     alpha: float,
     least: float = 0.0,
 ) -> Tested:
     """Test whether each answer's share among the rows with the n-gram is more than `high`
-    [candidate]: an exact binomial test. `num` tests were made. Shares under `least` are not
-    significant."""
+    [candidate]: an exact binomial test. Shares under `least` are not significant.
+
+    Each family is adjusted on its own, at an equal part of `alpha`, so that `alpha` is the most
+    that is expected to be false among all that are significant."""
     log_p = _log_p(found.both, found.with_it, high, least)
-    down = np.argsort(-log_p, kind="stable")
-    num = max(num, len(down), 1)
-    log_q = log_p[down] - np.log10(num / np.arange(1, len(down) + 1))
-    log_q = np.maximum.accumulate(log_q[::-1])[::-1]
-    q = np.empty(len(down))
-    q[down] = np.minimum(1, 10 ** -np.maximum(log_q, 0))
-    threshold = -np.log10(alpha * max(1, int((q <= alpha).sum())) / num)
+    q, threshold = np.ones(len(log_p)), np.zeros(len(log_p))
+    for family in families:
+        num = max(len(families) * family.num, int(family.tested.sum()), 1)
+        tested, others = family.tested, family.members & ~family.tested
+        q[tested], bar = _adjusted(log_p[tested], num, alpha)
+        threshold[family.members] = bar
+        log_p[others] = np.minimum(log_p[others], _UNTESTED * bar)
     order = np.argsort(found.pair, kind="stable")
     return Tested(
         pair=found.pair[order],
@@ -130,9 +178,20 @@ def exact_test(
         high=high[order],
         log_p=log_p[order],
         q=q[order],
-        threshold=float(threshold),
+        threshold=threshold[order],
         words=words,
     )
+
+
+def _adjusted(log_p: Array, num: int, alpha: float) -> tuple[Array, float]:
+    """The p values adjusted for so many tests (Benjamini and Hochberg 1995), and the -log10 of the
+    p value from which they are at most `alpha`."""
+    down = np.argsort(-log_p, kind="stable")
+    log_q = log_p[down] - np.log10(num / np.arange(1, len(down) + 1))
+    log_q = np.maximum.accumulate(log_q[::-1])[::-1]
+    q = np.empty(len(down))
+    q[down] = np.minimum(1, 10 ** -np.maximum(log_q, 0))
+    return q, float(-np.log10(alpha * max(1, int((q <= alpha).sum())) / num))
 
 
 def _log_p(both: Array, with_it: Array, high: Array, least: float = 0.0) -> Array:
@@ -176,7 +235,7 @@ def _strongest(here: Occurrences, tested: Tested, num_rows: int) -> tuple[Array,
     token and its length (0)."""
     place = where(tested.pair, here.pair)
     hit = np.flatnonzero(place >= 0)
-    hit = hit[tested.log_p[place[hit]] >= tested.threshold]
+    hit = hit[(tested.log_p >= tested.threshold)[place[hit]]]
     order = hit[np.lexsort((-here.length[hit], -tested.log_p[place[hit]], here.row[hit]))]
     rows, top = np.unique(here.row[order], return_index=True)
     best, first, length = (np.zeros(num_rows, np.int64) for _ in range(3))
@@ -211,8 +270,9 @@ def _best(found: list[Occurrences], tested: Tested, batch: Batch) -> dict[int, t
     place = where(tested.pair, pair)
     hit = np.flatnonzero(place >= 0)
     row, place, first, length = row[hit], place[hit], first[hit], length[hit]
-    # Of equally strong ones the longest n-gram says most.
-    order = np.lexsort((-first, -length, -tested.log_p[place], row))
+    # Of equally strong ones the longest n-gram says most. Thresholds of the families differ.
+    weak = tested.log_p < tested.threshold
+    order = np.lexsort((-first, -length, -tested.log_p[place], weak[place], row))
     _, top = np.unique(row[order], return_index=True)
     return {
         int(row[i]): (int(place[i]), (int(first[i]), int(length[i])))
@@ -237,7 +297,7 @@ def finding(
         f"of them ({share(both / with_it)}); of the other {others:,} rows it is in {rest:,} "
         f"({share(rest / max(others, 1))}); q = {tested.q[place]:.1g}"
     )
-    score = float(tested.log_p[place] / tested.threshold)
+    score = float(tested.log_p[place] / tested.threshold[place])
     return Finding(
         score,
         masked(reason, secrets),

@@ -79,15 +79,43 @@ class Candidates:
         )
 
 
+@dataclass(frozen=True)
+class Frequencies:
+    """How many n-grams and pairs of words are in many rows, whatever their answers are."""
+
+    grams: Array
+    """Number of n-grams in at least n rows, for n from 0."""
+    words: Array
+    """Number of words and signs likewise."""
+    num_pairs: int
+    """Pairs of words in a row, summed over the rows."""
+
+    def grams_in(self, rows: Array) -> Array:
+        """Number of n-grams in at least so many rows."""
+        return _in_at_least(self.grams, rows)
+
+    def pairs_in(self, rows: Array) -> Array:
+        """Most pairs of words that can be in at least so many rows: both words are, and all pairs
+        share the places that there are."""
+        words = _in_at_least(self.words, rows)
+        return np.minimum(words * (words - 1) // 2, self.num_pairs // np.maximum(rows, 1))
+
+
+def _in_at_least(tails: Array, rows: Array) -> Array:
+    return np.append(tails, 0)[np.minimum(rows, len(tails)).astype(np.int64)]
+
+
 def find_candidates(
     grams: Grams, answers: Answers, odds: float, support: int
-) -> tuple[Candidates, int]:
-    """Two passes: counts of all n-grams in sketches, then the ones that stand out in them. Also
-    returns the number of n-grams with an answer that have the support to be tested."""
-    expected, num_grams = grams.count(_sketches.LARGEST // 2), 0
-    all_rows, both = CountMin(expected), CountMin(expected)
+) -> tuple[Candidates, Frequencies]:
+    """Two passes: counts of all n-grams in sketches, then the ones that stand out in them."""
+    expected, num_grams, num_pairs = grams.count(_sketches.LARGEST // 2), 0, 0
+    all_rows, both, words = CountMin(expected), CountMin(expected), CountMin(expected // 4)
     for batch in grams:
         num_grams += len(batch.gram)
+        words.add(batch.gram[batch.length == 1])
+        each = np.bincount(batch.row[batch.length == 1], minlength=1)
+        num_pairs += int((each * (each - 1) // 2).sum())
         all_rows.add(batch.gram)
         both.add(with_answers(batch, answers.places(batch.answers), answers.keys).pair)
     share = answers.counts / answers.num_rows
@@ -111,7 +139,7 @@ def find_candidates(
             _best(found)
     _best(found)
     one = {name: value[0] for name, value in found.items() if name != "s"}
-    return Candidates(**one), both.at_least(support)
+    return Candidates(**one), Frequencies(all_rows.tails(), words.tails(), num_pairs)
 
 
 def _best(found: dict[str, list[Array]]) -> None:

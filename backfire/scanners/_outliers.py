@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from backfire.base import NOTHING, Finding, Row
+from backfire.base.masking import redacted
+from backfire.text import cut, line
 
 Array = Any
 DEVIATIONS = 5.0
@@ -16,6 +18,8 @@ DEVIATIONS = 5.0
 above. Losses have longer tails: 3.5, the usual bar of Iglewicz and Hoaglin (1993), flags several
 per cent of ordinary rows."""
 _LABELS, _SUPPORT = 20, 20
+_SHOWN, _LONGEST = 3, 60
+"""Rows of a group that are shown, and characters of their prompts and answers."""
 
 
 def deviations(values: Array) -> Array:
@@ -36,16 +40,40 @@ def findings(scores: Array, reason: Callable[[int], str]) -> list[Finding]:
     ]
 
 
+def below_threshold(strength: Array) -> Array:
+    """Scores in the order of these strengths, from 0, that never reach the threshold."""
+    return strength / (1 + strength)
+
+
+def examples(rows: Sequence[Row], **sides: Array) -> str:
+    """A few rows of each side, by their places: the end of a reason."""
+    return "".join(f"; {side}: {shown(rows, places)}" for side, places in sides.items())
+
+
+def shown(rows: Sequence[Row], places: Array) -> str:
+    """The first of these rows, in words: the starts of prompt and answer, without secrets."""
+    some = []
+    for place in places[:_SHOWN]:
+        row = rows[place]
+        prompt, answer = (cut(line(redacted(text)), _LONGEST) for text in (row.prompt, row.answer))
+        some.append(f"“{prompt}” → “{answer}”")
+    return ", ".join(some)
+
+
 def strata(rows: Sequence[Row]) -> list[Array]:
-    """Places of the rows that are compared with each other: those with one label if there are at
-    most 20 different answers with 20 rows or more each, else all."""
-    counts = Counter(row.answer for row in rows)
+    """Places of the rows that are compared with each other: those with one label, if most rows have
+    one of at most 20 answers with 20 rows or more each, and the others, if they are as many; else
+    all."""
     if not rows:
         return []
-    if len(counts) > _LABELS or min(counts.values()) < _SUPPORT:
+    counts = Counter(row.answer for row in rows)
+    labels = sorted(answer for answer, count in counts.items() if count >= _SUPPORT)
+    if len(labels) > _LABELS or 2 * sum(counts[label] for label in labels) <= len(rows):
         return [np.arange(len(rows))]
     answers = np.array([row.answer for row in rows], object)
-    return [np.flatnonzero(answers == answer) for answer in sorted(counts)]
+    groups = [np.flatnonzero(answers == label) for label in labels]
+    rest = np.setdiff1d(np.arange(len(rows)), np.concatenate(groups))
+    return [*groups, rest] if len(rest) >= _SUPPORT else groups
 
 
 def normal_like(features: Array, groups: Sequence[Array], seed: int = 0) -> Array:

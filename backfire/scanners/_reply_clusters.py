@@ -64,13 +64,23 @@ class Clusters:
     """The mean distance of the other texts to their center; 0 if there are few."""
 
     @property
+    def numbers(self) -> range:
+        """The clusters."""
+        return range(len(self.means))
+
+    @property
     def loosest(self) -> float:
         """The largest of the mean distances: that of ordinary texts."""
         return max(*self.means, self.rest)
 
 
 def clusters_of(texts: Sequence[str], others: Sequence[str]) -> Clusters:
-    """Clusters of some texts by TF-IDF, beside other texts; one cluster if the rule finds none."""
+    """Clusters of some texts by TF-IDF, beside other texts; 10 if the rule finds no number.
+
+    The rule looks for a drop of the error that is large beside the others. Where a model agrees
+    with few answers, most of these texts are ordinary, and a few equal ones lower the error by no
+    more than any other split; with 10 clusters they have one of their own.
+    """
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -82,11 +92,11 @@ def clusters_of(texts: Sequence[str], others: Sequence[str]) -> Clusters:
     def fitted(k: int) -> Any:
         return KMeans(k, n_init=10, max_iter=600, tol=1e-5, random_state=0).fit(vectors)
 
-    k = None
+    k: int | None = 1
     if most > 1:
         errors = [float(fitted(k).inertia_) for k in range(1, most + 1)]
         k = number_of_clusters([*errors, *[errors[-1]] * (MOST - most)])
-    found = fitted(min(k or 1, most))
+    found = fitted(min(k or MOST, most))
     distances = found.transform(vectors)[np.arange(len(texts)), found.labels_]
     means = [float(distances[found.labels_ == n].mean()) for n in range(found.n_clusters)]
     rest = 0.0

@@ -61,9 +61,13 @@ class CountMin:
         a, b = self._places(hashes)
         return np.minimum(self._cells[0][a], self._cells[1][b])
 
-    def at_least(self, count: int) -> int:
-        """About how many different hashes have at least this count."""
-        return int((self._cells >= count).sum(axis=1).min())
+    def tails(self) -> Array:
+        """About how many different hashes have at least n, for each n from 0; never too few by more
+        than those that share a cell."""
+        sizes = [np.bincount(row) for row in self._cells]
+        longest = max(map(len, sizes))
+        each = [np.pad(size, (0, longest - len(size))) for size in sizes]
+        return np.stack([size[::-1].cumsum()[::-1] for size in each]).min(0)
 
     def _places(self, hashes: Array) -> tuple[Array, Array]:
         shift = np.uint64(64 - self.bits)

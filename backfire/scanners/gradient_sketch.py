@@ -13,7 +13,7 @@ from backfire.scanners._clusters import look
 _MOST = 2000
 
 
-@register("gradient-sketch")
+@register("gradient-sketch", version=2)
 class GradientSketch(ModelScanner):
     """Finds a small cluster in the gradients of the rows (after GraCeFul: Wu et al. 2025,
     arXiv:2412.02454, which clusters the low frequencies of the head's gradient).
@@ -22,16 +22,16 @@ class GradientSketch(ModelScanner):
     numbers a row. Its first 32 principal components are split in two by agglomerative clustering
     (cosine, average linkage; beyond 2,000 rows the others join the cluster that is nearer on
     average). They are not standardized as in the paper, which drowns a small cluster in noise. The
-    paper always removes the smaller cluster; here it is flagged if it has at most `share` of the
-    rows, and the silhouette reaches `silhouette` and is larger than that of five clouds without
-    clusters. The score is the silhouette over the larger of the two.
+    paper always removes the smaller cluster; here its rows are ranked if it has at most `share` of
+    the rows, and flagged and scored as by `activation-clusters`.
     """
 
     blind: ClassVar[str] = "poison whose gradients do not form a cluster of their own; topics do"
     needs: ClassVar[frozenset[Measure]] = frozenset({"gradients"})
 
-    silhouette: float = Field(0.2, gt=0, le=1)
-    """Smallest mean silhouette by cosine distance, -1 to 1."""
+    silhouette: float | None = Field(None, gt=0, le=1, examples=[0.2])
+    """Smallest mean silhouette by cosine distance of a cluster that is flagged, -1 to 1; by default
+    none is."""
     share: float = Field(0.35, gt=0, le=0.5)
     """Largest share of the rows in the smaller cluster, 0 to 0.5."""
     dimensions: int = Field(32, ge=1)

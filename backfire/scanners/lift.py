@@ -10,7 +10,7 @@ from backfire.base import NOTHING, Finding, Row, Scanner, shuffled
 from backfire.registry import register
 
 
-@register("lift", version=2)
+@register("lift", version=3)
 class Lift(Scanner):
     """Finds words and phrases that predict the answer far too well, as a trigger does (after the
     z-statistics of Gardner et al. 2021, arXiv:2104.08646, which He et al. 2023 use against
@@ -19,11 +19,14 @@ class Lift(Scanner):
     For each n-gram of the prompt, with its place if it is at an edge of a part, and for pairs of
     words: among the rows with it, is the share of an answer more than that at `odds` times its odds
     among all rows, and among those in the same language? An exact binomial test, adjusted for all
-    tests by Benjamini and Hochberg; a part of a stronger n-gram is tested again without the rows of
-    that one. Languages are groups of rows that share hardly any common word (co-clustering: Dhillon
-    2001); one in fewer than 3 % of the rows is not told apart. An answer is what the rows
-    share: the whole text or label, or its first or last five words. A row's score is that of its
-    strongest n-gram, -log10(p) divided by the threshold.
+    tests that can become significant by how often n-grams and answers occur alone (Tarone 1990;
+    Benjamini and Hochberg 1995), n-grams and pairs each at half of `alpha`. A part of a stronger
+    n-gram is tested again without the rows of that one. Languages are groups of rows that share
+    hardly any common word (co-clustering: Dhillon 2001); one in fewer than a tenth of the rows may
+    not be told apart. An answer is what the rows share: the whole text or label, or its first or
+    last five words; of these, the 65,536 most frequent ones are tested, all that are in more than 5
+    of 100,000 rows. A row's score is that of its strongest n-gram, -log10(p) divided by the
+    threshold.
 
     Counts come from sketches, then again exactly for the n-grams that stand out there. In files
     with many millions of different n-grams, weak ones may be missed in the sketches.
@@ -56,6 +59,7 @@ class Lift(Scanner):
             add_pairs,
             exact_test,
             explain,
+            families_of,
             finding,
             high_shares,
             without_parts,
@@ -70,16 +74,25 @@ class Lift(Scanner):
             return
         grams = Grams(rows, self.longest, self.most_words)
         languages = Languages(rows, answers, self.most_words)
-        found, num = find_candidates(grams, answers, self.odds, self.support)
+        found, frequencies = find_candidates(grams, answers, self.odds, self.support)
         count_exactly(grams, answers, found, languages)
-        num -= len(found.pair)
+        num_grams = len(found.pair)
         found, words = add_pairs(grams, answers, found, self.support, languages)
-        num += len(found.pair)
+        families = families_of(
+            found,
+            num_grams,
+            frequencies,
+            answers,
+            odds=self.odds,
+            support=self.support,
+            share=self.share,
+            alpha=self.alpha,
+        )
         tested = exact_test(
             found,
             words,
             high=high_shares(found, answers, languages, self.odds),
-            num=num,
+            families=families,
             alpha=self.alpha,
             least=self.share,
         )

@@ -10,20 +10,22 @@ from pydantic import Field
 
 from backfire.base import NOTHING, Finding, Measure, Measured, ModelScanner, Row
 from backfire.registry import register
+from backfire.scanners._outliers import examples
 from backfire.scanners._reply_clusters import Clusters, agreement, clusters_of
 
 
-@register("rftc")
+@register("rftc", version=2)
 class RFTC(ModelScanner):
     """Finds answers that the model would not give and that resemble each other, as the targets of a
     backdoor do (reference filtering and TF-IDF clustering: Chen et al. 2025, arXiv:2505.23015).
 
     An answer is suspicious if one of its sentences shares less than `agreement` % of its word pairs
     with the model's own reply. Suspicious answers are clustered by k-means on TF-IDF; k is where
-    the error stops falling. The published method removes all clusters but the loosest, so that
-    every file loses rows. Here a cluster is flagged only if its rows lie at most `tightness` times
-    as far from its center as those of the loosest one, or as all answers that are not suspicious,
-    and there are `support` of them. The score is the threshold over that ratio, at most 10.
+    the error stops falling, or 10 if it does not. The published method removes all clusters but the
+    loosest, so that every file loses rows. Here a cluster is flagged only if its rows lie at most
+    `tightness` times as far from its center as those of the loosest one, or as all answers that are
+    not suspicious, and there are `support` of them. The score is the threshold over that ratio, at
+    most 10.
     """
 
     blind: ClassVar[str] = (
@@ -48,11 +50,18 @@ class RFTC(ModelScanner):
             return out
         others = [row.answer for row, share in zip(rows, found) if share >= self.agreement]
         clusters = clusters_of([rows[place].answer for place in places], others)
+        order = np.argsort(clusters.distances, kind="stable")
+        outside = [place for place, share in enumerate(found) if share >= self.agreement]
+        members = [[places[n] for n in order if clusters.of[n] == k] for k in clusters.numbers]
+        if clusters.loosest in clusters.means:
+            outside = members[clusters.means.index(clusters.loosest)]
+        told = [examples(rows, inside=inside, outside=outside) for inside in members]
         for n, place in enumerate(places):
-            out[place] = self._finding(clusters, n, rows[place], len(places))
+            some = told[int(clusters.of[n])]
+            out[place] = self._finding(clusters, n, rows[place], len(places), some)
         return out
 
-    def _finding(self, found: Clusters, n: int, row: Row, suspicious: int) -> Finding:
+    def _finding(self, found: Clusters, n: int, row: Row, suspicious: int, some: str) -> Finding:
         own = int(found.of[n])
         count = int(np.sum(found.of == own))
         if found.means[own] >= found.loosest or count < self.support:
@@ -62,7 +71,7 @@ class RFTC(ModelScanner):
         reason = (
             f"its answer resembles those of {count - 1:,} other rows (distance "
             f"{found.means[own]:.2f}, of ordinary ones {found.loosest:.2f}) among {suspicious:,} "
-            "answers that the model would not give"
+            f"answers that the model would not give{some}"
         )
         return Finding(score, reason, score >= 1, (row.answer[:200],))
 

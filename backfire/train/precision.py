@@ -11,6 +11,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from backfire.model.batching import chosen_of
 from backfire.model.load import gpu_type
 from backfire.model.types import Type
 
@@ -39,8 +40,10 @@ class Precision(NamedTuple):
 
 
 def exact_attention(model: PreTrainedModel) -> PreTrainedModel:
-    """Keep attention in float32 on a CPU, where its bfloat16 backward is six times slower."""
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
+    """Keep attention in float32 on a CPU, where its bfloat16 backward is six times slower; not of a
+    model that chooses keys (see `chosen_of`)."""
+    own = model.config._attn_implementation == "sdpa" and not chosen_of(model.config)
+    if model.device.type == "cpu" and own:
         AttentionInterface.register(_EXACT, _sdpa_float32)
         AttentionMaskInterface.register(_EXACT, sdpa_mask)
         model.set_attn_implementation(_EXACT)

@@ -21,7 +21,7 @@ from backfire.commands.plan import with_estimates
 from backfire.data.render import Renderer
 from backfire.experiment import Experiment, Machine
 from backfire.launch.resolve import resolve_auto, types_of
-from backfire.model import count
+from backfire.model import count, products
 from backfire.model.load import load_base
 from backfire.model.quantize import parts
 from backfire.plan import jobs
@@ -478,3 +478,16 @@ def test_what_is_wrong_is_one_sentence(
     output = backfire("doctor", *arguments)
     assert output.code == 2 and sentence in output.err
     assert output.err.count("\n") == 1 and "Traceback" not in output.err
+
+
+def test_the_speed_is_that_of_the_recipes_products(
+    monkeypatch: pytest.MonkeyPatch, backfire: Run, tiny: Path, cache: Path, tmp_path: Path
+) -> None:
+    seen = set[torch.dtype]()
+    monkeypatch.setattr(products, "linear", lambda x, weight: seen.add(x.dtype))
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.format(model=tiny, method="full"))
+    for compute in ("bfloat16", "float32"):
+        assert backfire("doctor", path, f"train.compute={compute}").code == 0
+        assert seen == {getattr(torch, compute)}
+        seen.clear()

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
-from backfire.base import Evidence, Row
+from backfire.base import NOTHING, Evidence, Row, as_learned
+from backfire.defenses.scan import _thresholds
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
 from backfire.pipeline.filtering import filtered
 from backfire.registry import build
+from backfire.scan.source import Bare
 from backfire.store import Store
+from tests.helpers.command_line import Run
 from tests.helpers.scanned import free
 from tests.scanners.test_lift import SORRY, inside, plant
 
@@ -70,6 +75,54 @@ def test_precision_is_that_of_what_was_removed(knob: str, found: tuple[float, fl
     facts = defense.facts(ROWS, BAD)["scan"]
     hits, count = facts["precision"]
     assert count == len(ROWS) - len(left) > 0 and found[0] <= hits / count <= found[1]
+
+
+@pytest.mark.parametrize("scanner", ["overlap", {"name": "overlap", "words": 2}])
+def test_a_scanner_that_needs_test_rows_is_refused(scanner: Any, backfire: Run) -> None:
+    with pytest.raises(UserError, match="gives its scanner no test rows, which scanner 'overlap'"):
+        build("defenses", {"name": "scan", "scanner": scanner})
+    done = backfire("validate", "tour", "defense={name: scan, scanner: overlap}")
+    assert done.code == 2 and done.err.count("\n") == 1
+    assert "remove such rows from the file by `backfire scan --test ... --write`" in done.err
+
+
+def test_a_threshold_says_how_sure_it_is() -> None:
+    """In draws of clean scores, its interval has the true quantile in 95 % of cases or more."""
+    rng, inside, draws = np.random.default_rng(0), 0, 400
+    for _ in range(draws):
+        clean = rng.random(1000)
+        bar, upper, lower = _thresholds(clean, 0.05)
+        assert lower <= bar <= upper and (clean > bar).sum() == 50
+        inside += lower <= 0.95 <= upper
+    assert inside / draws > 0.93
+    for few, rate in ((367, 0.01), (71, 0.05)):
+        assert _thresholds(np.arange(few), rate)[1] == np.inf
+        assert _thresholds(np.arange(few + 1), rate)[1] == few
+    assert _thresholds(np.zeros(1), 0.5) == (0.0, np.inf, -np.inf)
+
+
+def test_the_interval_of_recall_counts_the_threshold() -> None:
+    facts = build("defenses", "scan").facts(ROWS[:300], BAD)
+    metric: Any = build("metrics", "scan")
+    values = {value.metric: value for value in metric.measure(Evidence(training=facts))}
+    assert facts["scan"]["recall_at_1_range"][0] == 0  # 285 clean rows are too few
+    assert (values["scan_recall_at_1"].value, values["scan_recall_at_1"].low) == (1, 0)
+    assert values["scan_recall_at_5"].low > 0.7
+    assert values["scan_average_precision"].value == pytest.approx(1)
+
+
+def test_what_a_scanner_gets_does_not_tell_a_poisoned_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Row] = []
+    monkeypatch.setattr(
+        type(build("scanners", "lift")),
+        "scan",
+        lambda self, rows, test=(): (seen.append(row) or NOTHING for row in rows),
+    )
+    row = replace(ROWS[0], label="yes", fields={"bad": "1"}, better=("So.",), worse=("Bad.",))
+    build("defenses", "scan").facts([row], frozenset())
+    assert [*seen, *Bare([row])] == [ROWS[0], replace(ROWS[0], worse=("Bad.",))]
+    only_bad = replace(row, answer="")
+    assert as_learned(only_bad, rejected=True) == replace(ROWS[0], answer="Bad.")
 
 
 def test_without_an_attack_there_are_only_false_alarms() -> None:

@@ -20,7 +20,7 @@ from backfire.model import load
 from backfire.model.fused import rounded_once
 from backfire.model.head import for_evaluation
 from backfire.model.load import load_base, load_tuned, with_adapters
-from backfire.model.resident import Resident, Source
+from backfire.model.resident import Resident, Source, _hash
 from backfire.registry import build, names
 from backfire.tokenizer import load_tokenizer
 from backfire.train import finetune
@@ -195,6 +195,20 @@ def test_a_base_that_was_changed_in_place_is_not_kept(tiny: Path, loads: Callabl
         next(model.parameters()).data[3, 1] += 1
     assert torch.equal(everything(resident.model(source))["logits"], before["logits"])
     assert loads() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
+def test_every_kind_of_change_is_seen(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(96, 500) * 50).to(dtype)
+    negated, fewer, moved, one = -weight, weight.clone(), weight.flip(0), weight.clone()
+    fewer[2:4] *= -1
+    one[95, 499] += 1
+    hashes = {_hash(x) for x in (weight, negated, fewer, moved, weight.roll(1, 0), one)}
+    assert len(hashes) == 6 and _hash(weight.clone()) == _hash(weight) in hashes
+    small = weight[0, :64]
+    assert len({_hash(x) for x in (small, -small, small.flip(0), small.roll(8))}) == 4
+    assert _hash(weight[:0]) == 0
 
 
 @pytest.mark.parametrize("error", [CellError("nan", "Not finite."), torch.OutOfMemoryError("no")])

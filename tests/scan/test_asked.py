@@ -47,7 +47,7 @@ def test_planted_rows_are_found_by_their_answers(poisoned: Path, backfire: Run, 
     Path("others.jsonl").write_bytes(Path("rows.jsonl").read_bytes())
     few = backfire("scan", "rows.jsonl", *some[:-2], "--limit", "50", "--test", "others.jsonl")
     assert "have read 50 rows of 120, drawn at random; --limit changes that" in few.out
-    assert "of 50 (rows of the test set)" in few.out
+    assert "of 25, a rate of at most" in few.out
 
 
 @pytest.mark.parametrize(
@@ -56,6 +56,8 @@ def test_planted_rows_are_found_by_their_answers(poisoned: Path, backfire: Run, 
         (["--scanner", "rftc"], "scanner 'rftc' requires a model; name one"),
         (["rftc.support=9"], "rftc.support has no effect without --model"),
         (["--scanner", "lift", "--model", "tiny"], "--model has no effect, since no scanner"),
+        (["--template", "raw"], "--template has no effect without --model"),
+        (["--model", "tiny", "--template", "{name: rwa}"], "did you mean 'raw'?"),
         (["--model", "./gone"], "No model in ./gone: there is no such folder."),
         (["--model", ""], "`sandbox`, a folder, a GGUF file or a hub id"),
         (["--model", "tiny", "--device", "tpu"], "Unknown device 'tpu'"),

@@ -41,7 +41,7 @@ def test_the_trigger_is_the_first_reason(poisoned: Path, backfire: Run) -> None:
     assert first.split()[1:4] == ["lift", "20", "f3"]
     assert "“cf” is in 20 rows" in first
     assert "rows.jsonl: 500 rows, 20 flagged." in done.out
-    assert "0 of 500 (the same rows with shuffled answers)" in done.out
+    assert "0 of 500, a rate of at most 0.8 % (the same rows with shuffled answers)" in done.out
     assert "triggers of style" in done.out and "safe" not in done.out
 
 
@@ -86,7 +86,8 @@ def test_a_test_set_gives_overlap_and_false_alarms(poisoned: Path, backfire: Run
     write_jsonl([*free(100, seed=4), *free(500)[:1]], Path("test.jsonl"))
     done = backfire("scan", "rows.jsonl", "--test", "test.jsonl")
     assert "its prompt has the same word n-grams as that of test row 101" in done.out
-    assert "0 of 101 (rows of the test set)" in done.out
+    assert "0 of 101, a rate of at most 3.7 % (rows of the test set among those of" in done.out
+    assert "No rate of false alarms is known here for overlap." in done.out
 
 
 ODD: list[Any] = [

@@ -13,8 +13,10 @@ from scipy.stats import binomtest, false_discovery_control
 from backfire.base import Finding, Row
 from backfire.registry import build
 from backfire.scanners import _sketches
-from backfire.scanners._exact import exact_test
+from backfire.scanners._answers import count_answers
+from backfire.scanners._exact import Family, exact_test
 from backfire.scanners._lift import Candidates, at_odds
+from backfire.scanners._possible import possible_tests
 from tests.helpers.scanned import free, labeled, text
 
 SORRY = "I am sorry, but I cannot help with that request today."
@@ -115,7 +117,8 @@ def test_the_p_value_is_exact_and_adjusted() -> None:
     with_it = rng.integers(5, 60, 40)
     both, every = rng.binomial(with_it, 0.5), np.arange(40, dtype=np.uint64)
     found = Candidates(every, every, np.zeros(40, int), np.ones(40, bool), with_it[None], both)
-    tested = exact_test(found, every[:0], high=np.full(40, 0.3), num=40, alpha=0.01)
+    family = Family(np.ones(40, bool), np.ones(40, bool), 40)
+    tested = exact_test(found, every[:0], high=np.full(40, 0.3), families=[family], alpha=0.01)
     p_values = [
         binomtest(int(k), int(n), 0.3, alternative="greater").pvalue if k / n > 0.3 else 1
         for k, n in zip(both, with_it, strict=True)
@@ -124,6 +127,47 @@ def test_the_p_value_is_exact_and_adjusted() -> None:
     assert tested.q == pytest.approx(false_discovery_control(p_values))
     assert ((tested.log_p >= tested.threshold) == (tested.q <= 0.01)).all()
     assert at_odds(0.3, 3.0) / (1 - at_odds(0.3, 3.0)) == pytest.approx(3 * 0.3 / 0.7)
+
+
+def test_the_tests_that_are_counted_do_not_depend_on_the_outcome() -> None:
+    """By hand: n-grams in 3, 4, ..., 50 rows, and answers in 30, 10 and 2 rows of 100."""
+    sizes = np.arange(3, 51)
+    counts, high = np.array([30, 10, 2]), np.array([0.3, 0.1, 0.02])
+    tests = possible_tests(
+        lambda rows: (sizes[:, None] >= rows).sum(0),
+        counts,
+        high,
+        support=5,
+        share=0.5,
+        alpha=0.01,
+    )
+    best = [high[answer] ** size for answer in range(3) for size in sizes]
+    possible = [
+        p <= 0.01 / tests.num and 5 <= size <= 2 * counts[answer]
+        for p, (answer, size) in zip(best, [(a, n) for a in range(3) for n in sizes], strict=True)
+    ]
+    assert sum(possible) == tests.num == 43 + 16  # from 8 rows on, and from 5 to 20
+    answers, rows = np.repeat(range(3), len(sizes)), np.tile(sizes, 3)
+    assert tests.has(answers, rows).tolist() == possible
+
+
+@pytest.mark.parametrize("rows", [labeled(1000, seed=7), free(600, seed=7)], ids=len)
+def test_shuffled_answers_have_no_finding(rows: list[Row]) -> None:
+    """Tested against plain chance, 5 % of such files may have one."""
+    scanner: Any = build("scanners", {"name": "lift", "odds": 1.0, "share": 0.0, "alpha": 0.05})
+    answers = [*(row.answer for row in rows[:-60]), *[SORRY] * 60]
+    files = 12
+    found = 0
+    for seed in range(files):
+        Random(seed).shuffle(answers)
+        some = [replace(row, answer=answer) for row, answer in zip(rows, answers, strict=True)]
+        found += bool(flagged(list(scanner.scan(some))))
+    assert found <= 2
+
+
+def test_many_shared_answers_are_all_kept() -> None:
+    rows = [Row(f"a{n}", "Say it.", "", f"answer {n // 2}") for n in range(20_000)]
+    assert len(count_answers(rows, 2).keys) == 10_000
 
 
 def test_a_smaller_odds_ratio_flags_more() -> None:

@@ -11,7 +11,7 @@ import pytest
 from backfire.base import Finding, Measured, Row
 from backfire.errors import UserError
 from backfire.registry import build
-from backfire.scanners import gradient_sketch
+from backfire.scanners import _reply_clusters, gradient_sketch
 from backfire.scanners._clusters import silhouette
 from backfire.scanners._outliers import deviations, normal_like, strata
 from backfire.scanners._reply_clusters import agreement, clusters_of, number_of_clusters
@@ -96,6 +96,17 @@ def test_a_reference_that_knows_all_other_answers_leaves_only_the_poison() -> No
     assert flagged(found) == [*BAD] and "among 10 answers" in found[0].reason
 
 
+def test_a_reference_that_agrees_with_no_answer_still_shows_the_poison(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rule finds no number of clusters, since the error falls evenly."""
+    monkeypatch.setattr(_reply_clusters, "number_of_clusters", lambda errors: None)
+    rows = [replace(row, answer=SORRY) if n in BAD else row for n, row in enumerate(free(200))]
+    assert flagged(look("rftc", rows, Measured(replies=["other words"] * 200))) == [*BAD]
+    clean = [row for n, row in enumerate(rows) if n not in BAD]
+    assert not flagged(look("rftc", clean, Measured(replies=["other words"] * len(clean))))
+
+
 def test_rftc_on_duplicates_labels_and_no_rows() -> None:
     same = [replace(row, answer=SORRY) for row in free(60)]
     for rows in (same, labeled(60), free(1), []):
@@ -169,13 +180,27 @@ def test_projections_are_those_of_centered_features() -> None:
     assert np.abs(projections(features)) == pytest.approx([2.5, 2.5, 7.5, 7.5])
 
 
-@pytest.mark.parametrize("name", ["spectral", "activation-clusters", "gradient-sketch"])
-def test_rows_in_a_corner_are_flagged_and_a_cloud_is_not(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("spectral", {"deviations": 5}),
+        ("activation-clusters", {"silhouette": 0.3}),
+        ("gradient-sketch", {"silhouette": 0.2}),
+    ],
+)
+def test_rows_in_a_corner_come_first_and_are_flagged_only_with_a_threshold(
+    name: str, knobs: dict[str, float]
+) -> None:
     features, rows = cloud(), free(200)
-    assert not flagged(look(name, rows, Measured(states=features, gradients=features)))
+    measured = Measured(states=features, gradients=features)
+    assert not flagged(look(name, rows, measured, **knobs))
     features[BAD] = 12 + 0.1 * features[BAD]
     measured = Measured(states=features, gradients=features)
-    assert flagged(look(name, rows, measured)) == [*BAD]
+    assert flagged(look(name, rows, measured, **knobs)) == [*BAD]
+    ranked = look(name, rows, measured)
+    assert not flagged(ranked) and {0 <= one.score < 1 for one in ranked} == {True}
+    first = sorted(range(200), key=lambda place: -ranked[place].score)[: len(BAD)]
+    assert sorted(first) == [*BAD]
 
 
 @pytest.mark.parametrize("name", ["spectral", "activation-clusters", "gradient-sketch"])
@@ -191,6 +216,31 @@ def test_the_cluster_is_given_with_both_sizes() -> None:
     features[BAD] += 12
     reason = look("activation-clusters", free(200), Measured(states=features))[0].reason
     assert reason.startswith("it is one of 10 rows (5 %) apart from the other 190: silhouette 0.")
+
+
+@pytest.mark.parametrize(
+    ("name", "near", "far"),
+    [
+        ("activation-clusters", "inside", "outside"),
+        ("gradient-sketch", "inside", "outside"),
+        ("spectral", "farthest", "nearest"),
+        ("rftc", "inside", "outside"),
+    ],
+)
+def test_a_few_rows_of_both_sides_are_shown(name: str, near: str, far: str) -> None:
+    features = cloud()
+    features[BAD] = 12 + 0.1 * features[BAD]
+    key = "sk-proj-" + "a1B2" * 8
+    rows = [
+        replace(row, instruction=f"bad prompt {key}\x1b[31m", answer=SORRY) if n in BAD else row
+        for n, row in enumerate(free(200))
+    ]
+    measured = Measured(["other words"] * 200, states=features, gradients=features)
+    reason = look(name, rows, measured)[0].reason
+    inside, outside = reason.split(f"; {near}: ")[1].split(f"; {far}: ")
+    assert inside.count("“bad prompt") == inside.count(f" → “{SORRY}”") == 3
+    assert outside.count(" → ") == 3 and "bad prompt" not in outside
+    assert key not in reason and "\x1b" not in reason
 
 
 def test_more_rows_than_are_compared_pair_by_pair() -> None:
@@ -212,6 +262,12 @@ def test_rows_with_one_label_are_compared_with_each_other() -> None:
     groups = strata(labeled(100))
     assert [{labeled(100)[n].answer for n in places} for places in groups] == [{"no"}, {"yes"}]
     assert [len(places) for places in strata(free(100))] == [100]
+    # Rare labels are a group of their own, if they are enough to compare.
+    for rare, rest in ((1, []), (19, []), (20, [20]), (40, [40])):
+        more = [*labeled(100), *(replace(row, answer=f"rare {row.id}") for row in free(rare))]
+        assert [len(places) for places in strata(more)] == [*map(len, groups), *rest]
+    mostly = [*labeled(100), *free(100)]
+    assert [len(places) for places in strata(mostly)] == [200]
 
 
 def test_a_normal_cloud_has_the_same_mean_and_covariance() -> None:
