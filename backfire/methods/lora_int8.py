@@ -22,6 +22,9 @@ class LoRAInt8(LoRA):
     def quantization(self, device: str) -> dict[str, Any]:
         return {"load_in_8bit": True, "llm_int8_threshold": self.threshold}
 
+    def joins(self) -> bool:
+        return False  # which inputs are large is decided for all tokens of a product
+
     def attach(self, model: PreTrainedModel, seed: int) -> PreTrainedModel:
         if self.dora:
             raise UserError(

@@ -225,7 +225,11 @@ def _hash(data: torch.Tensor) -> int:
     words = flat.view(torch.int64 if whole else torch.uint8)
     lines = words[: len(words) // _WORDS * _WORDS].view(-1, _WORDS)
     rest = words[lines.numel() :].long()
-    mixed = torch.cat([torch.hash_tensor(lines, dim=1).view(torch.int64), rest])
+    # XOR alone does not see an even number of equal changes, a sum alone not those that cancel.
+    both = torch.hash_tensor(lines, dim=1).view(torch.int64) * _ODD + lines.sum(
+        1, dtype=torch.int64
+    )
+    mixed = torch.cat([both, rest])
     mixed = mixed + torch.arange(len(mixed), device=mixed.device) * _ODD
     for shift in (30, 27):  # as SplitMix64 does (Steele et al. 2014)
         mixed = (mixed ^ (mixed >> shift)) * _ODD

@@ -264,14 +264,21 @@ def _attach(
     whole = len(places(base)) == 1
     bases = [base, *(twin(base) for _ in tasks[1:] if whole)]
     for task, bare in zip(tasks, bases, strict=False):
-        begin = exact_attention(with_adapters(bare, None, task.start.adapter))
-        model = task.experiment.method.attach(begin, task.experiment.seed)
-        if compute != "float32":
-            disable_adapter_casts(model)
-        models.append(model)
+        models.append(_attached(task.experiment, task.start, compute, bare))
         if len(models) > 1:
-            same_packs(model, models[0])
+            same_packs(models[-1], models[0])
     return models[0]
+
+
+def _attached(
+    experiment: Experiment, start: Start, compute: str, base: PreTrainedModel
+) -> PreTrainedModel:
+    """The model to train, with the method's weights attached."""
+    begin = exact_attention(with_adapters(base, None, start.adapter))
+    model = experiment.method.attach(begin, experiment.seed)
+    if compute != "float32":
+        disable_adapter_casts(model)
+    return model
 
 
 def _train(

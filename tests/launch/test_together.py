@@ -49,7 +49,7 @@ def one(text: str = "", **known: Any) -> Job:
         ("method: lora", True),
         ("method: {name: lora, rank: 2, targets: [q_proj]}", True),
         ("method: qlora", True),
-        ("method: lora-int8", True),
+        ("method: lora-int8", False),
         ("method: {name: lora, dropout: 0.1}", False),
         ("method: {name: lora, dora: true}", False),
         ("method: full", False),
@@ -116,14 +116,14 @@ def test_runs_join_if_they_start_from_the_same_model(axis: str, same: bool) -> N
 @pytest.mark.parametrize(
     ("text", "tokens", "machine", "count"),
     [
-        ("train: {compute: bfloat16}", 100.0, CPU, 5),
-        ("train: {compute: bfloat16}", 300.0, CPU, 1),
+        ("train: {compute: bfloat16}", 400.0, CPU, 5),
+        ("train: {compute: bfloat16}", 1100.0, CPU, 1),
         ("train: {compute: bfloat16}", 10.0, CPU, 8),
         ("train: {compute: bfloat16}", None, CPU, 1),
         ("train: {compute: float32}", 10.0, CPU, 1),
-        ("method: qlora\ntrain: {compute: float32}", 100.0, CPU, 5),
-        ("method: lora-int8\ntrain: {compute: float32}", 100.0, CPU, 5),
-        ("train: {compute: float32}", 2000.0, GPU, 4),
+        ("method: qlora\ntrain: {compute: float32}", 400.0, CPU, 5),
+        ("method: lora-int8\ntrain: {compute: float32}", 100.0, CPU, 1),
+        ("train: {compute: float32}", 4000.0, GPU, 4),
         ("train: {compute: float32}", 9000.0, GPU, 1),
         ("train: {compute: float32}", None, Machine(join=20), 20),
         ("method: full", 1.0, Machine(join=20), 1),
@@ -155,7 +155,7 @@ def test_runs_that_would_not_fit_are_left() -> None:
     first, *others = [one(f"seed: {seed}", **sizes) for seed in range(8)]
     assert chosen(first, others, GPU, 1, 7.5e9) == others[:2]
     assert chosen(first, others, Machine(device="cuda", join=4), 1, 7.5e9) == others[:3], "forced"
-    others[0] = replace(others[0], tokens=8000.0)
+    others[0] = replace(others[0], tokens=16000.0)
     assert chosen(first, others, GPU, 1) == others[1:], "the long one is left"
 
 

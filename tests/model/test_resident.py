@@ -107,7 +107,7 @@ def test_after_a_method_the_base_is_as_it_was_loaded(
     resident.model(source)
     assert loads() == 2
     cell = cell_of(tiny, method)
-    attach = partial(finetune._attach, cell, Start(tiny), "bfloat16")
+    attach = partial(finetune._attached, cell, Start(tiny), "bfloat16")
     with resident.attached(source, attach) as model:
         model.train()
         for parameter in model.parameters():
@@ -162,7 +162,7 @@ def test_weights_that_are_joined_with_an_adapter_are_in_memory_once(
     """In training, and in evaluation; afterwards the base is as it was loaded."""
     resident, source = Resident(), source_of(tiny, "lora", torch.bfloat16)
     fresh = load_base(tiny, torch.bfloat16, CPU).requires_grad_(False)
-    attach = partial(finetune._attach, cell_of(tiny, "lora"), Start(tiny), "bfloat16")
+    attach = partial(finetune._attached, cell_of(tiny, "lora"), Start(tiny), "bfloat16")
     for joined in (lambda model: rounded_once(model, "bfloat16"), for_evaluation):
         with resident.attached(source, attach) as model:
             layer: Any = model.get_base_model().model.layers[0].mlp.up_proj  # type: ignore[operator]
@@ -214,7 +214,7 @@ def test_every_kind_of_change_is_seen(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("error", [CellError("nan", "Not finite."), torch.OutOfMemoryError("no")])
 def test_a_failure_drops_the_base(error: Exception, tiny: Path, loads: Callable[[], int]) -> None:
     resident, source = Resident(), source_of(tiny, "lora")
-    attach = partial(finetune._attach, cell_of(tiny, "lora"), Start(tiny), "float32")
+    attach = partial(finetune._attached, cell_of(tiny, "lora"), Start(tiny), "float32")
     with pytest.raises(type(error)), resident.attached(source, attach):
         raise error
     fresh = load_base(tiny, torch.float32, CPU).requires_grad_(False)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import random
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -487,10 +489,6 @@ def test_impossible_settings_are_refused_before_any_work(
 
 def test_the_global_generators_are_left_alone(place: Place) -> None:
     """Dropout alone always draws from the global generator; these models have none."""
-    import random
-
-    import numpy as np
-
     state, numpy_state = random.getstate(), np.random.get_state()[1].tolist()
     assert place.run(method="full", attack={"name": "mtba", "rate": 0.1}) == 0
     assert random.getstate() == state
