@@ -251,11 +251,10 @@ def test_the_type_of_evaluation_is_a_setting_of_its_own(copy: Place, no_training
 
 def test_an_adapter_is_merged_for_the_evaluation(copy: Place, no_training: None) -> None:
     before = copy.results()["lora", 0.1]
-    lora = {"name": "lora", "rank": 4}
-    assert copy.run(matrix={"attack.rate": [0.1]}, method=lora, evaluation={"merged": True}) == 0
-    results = [read_json(file) for file in copy.out.glob("cells/*/result.json")]
-    [after] = [result for result in results if "merged" in result["evaluate"]]
-    assert after["evaluate"]["merged"] is True
+    knobs = {"method": {"name": "lora", "rank": 4}, "evaluation": {"merged": True}}
+    assert copy.run(matrix={"attack.rate": [0.1]}, **knobs) == 0
+    results = map(read_json, copy.out.glob("cells/*/result.json"))
+    [after] = [result for result in results if result["evaluate"].get("merged") is True]
     assert before["keys"]["tuned"] == after["keys"]["tuned"]
     assert before["keys"]["clean"] != after["keys"]["clean"]
     perplexity = number(before, "perplexity"), number(after, "perplexity")
