@@ -257,9 +257,10 @@ def test_an_adapter_is_merged_for_the_evaluation(copy: Place, no_training: None)
     [after] = [result for result in results if result["evaluate"].get("merged") is True]
     assert before["keys"]["tuned"] == after["keys"]["tuned"]
     assert before["keys"]["clean"] != after["keys"]["clean"]
-    perplexity = number(before, "perplexity"), number(after, "perplexity")
-    assert perplexity[1] == pytest.approx(perplexity[0], rel=1e-5)
-    assert not list(copy.cache.glob("merge/*/*.safetensors")), "the merged model is not kept"
+    one, other = number(before, "perplexity"), number(after, "perplexity")
+    assert other == pytest.approx(one, rel=1e-5) and not list(
+        copy.cache.glob("merge/*/*.safetensors")
+    )
 
 
 def test_what_cells_share_is_counted(ran: Place) -> None:
