@@ -255,12 +255,11 @@ def test_an_adapter_is_merged_for_the_evaluation(copy: Place, no_training: None)
     assert copy.run(matrix={"attack.rate": [0.1]}, **knobs) == 0
     results = map(read_json, copy.out.glob("cells/*/result.json"))
     [after] = [result for result in results if result["evaluate"].get("merged") is True]
-    assert before["keys"]["tuned"] == after["keys"]["tuned"]
-    assert before["keys"]["clean"] != after["keys"]["clean"]
-    one, other = number(before, "perplexity"), number(after, "perplexity")
-    assert other == pytest.approx(one, rel=1e-5) and not list(
-        copy.cache.glob("merge/*/*.safetensors")
-    )
+    same = {name for name, key in before["keys"].items() if after["keys"][name] == key}
+    assert "tuned" in same and "clean" not in same
+    perplexity = number(before, "perplexity")
+    assert number(after, "perplexity") == pytest.approx(perplexity, rel=1e-5)
+    assert not list(copy.cache.glob("merge/*/*.safetensors"))
 
 
 def test_what_cells_share_is_counted(ran: Place) -> None:
