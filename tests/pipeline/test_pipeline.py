@@ -257,8 +257,7 @@ def test_an_adapter_is_merged_for_the_evaluation(copy: Place, no_training: None)
     [after] = [result for result in results if result["evaluate"].get("merged") is True]
     same = {name for name, key in before["keys"].items() if after["keys"][name] == key}
     assert "tuned" in same and "clean" not in same
-    perplexity = number(before, "perplexity")
-    assert number(after, "perplexity") == pytest.approx(perplexity, rel=1e-5)
+    assert number(after, "perplexity") == pytest.approx(number(before, "perplexity"), rel=1e-5)
     assert not list(copy.cache.glob("merge/*/*.safetensors"))
 
 
