@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +13,11 @@ if TYPE_CHECKING:
 
 # PEFT imports bitsandbytes if it is installed, which then logs what is missing on this machine.
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
+
+# On a CPU torch keeps 1,024 prepared products, one for each shape, and packed rows have a new shape
+# in nearly every pass: a process would grow by about 1 GB. Both are read at the first product.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "64")
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "run"]

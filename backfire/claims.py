@@ -31,6 +31,7 @@ STALE = 300.0
 """Seconds without a heartbeat after which a claim may be taken over."""
 MOST_KILLS = 3
 """Number of workers that die with a job before it counts as failed."""
+_IDLE = 20.0  # seconds for which a worker counts as one that waits; it says so every 5
 _ROOM = 1024  # bytes of a claim; a heartbeat writes all of them, so none is left of the last
 
 
@@ -145,6 +146,7 @@ class Claims:
     def __init__(self, run: Path, folder: str = FOLDER) -> None:
         self.folder = run / folder
         self._clock = self.folder / ".clock"
+        self._idle = self.folder / f".idle-{place()}-{os.getpid()}"
 
     def now(self) -> float:
         """The time of the file system, as it writes it into mtimes."""
@@ -174,6 +176,32 @@ class Claims:
         """The holder of a job; None without a claim. One that cannot be read counts by its age."""
         now = self.now() if now is None else now
         return _read(self.folder / job, now)
+
+    def wait(self) -> None:
+        """Let `free_workers` know that this process waits for a job; to be said again and again."""
+        with contextlib.suppress(OSError):
+            self._idle.touch()
+
+    def leave(self) -> None:
+        """It does not wait any more."""
+        with contextlib.suppress(OSError):
+            self._idle.unlink(missing_ok=True)
+
+    def free_workers(self, here: int) -> int:
+        """Number of workers that can take jobs of training now or soon: this one, those that wait,
+        those that have other jobs, and any more of so many `here` that have not begun."""
+        now, own, waiting = self.now(), (place(), os.getpid()), 0
+        for mark in self.folder.glob(".idle-*"):
+            with contextlib.suppress(FileNotFoundError):
+                waiting += mark != self._idle and now - mark.stat().st_mtime < _IDLE
+        trains: dict[tuple[str, int], bool] = {}
+        for one in self.holders():
+            worker = one.place, one.pid
+            if not one.is_stale and worker != own:
+                trains[worker] = trains.get(worker, False) or one.job.startswith("train-")
+        busy = [where for (where, _), does in trains.items() if does]
+        others = waiting + len(trains) - len(busy)
+        return max(1 + others, here - busy.count(place()))
 
     def take(self, job: str, title: str = "", since: float = 0.0) -> Claim | None:
         """Claim a job; None if another worker has it. A stale claim is taken over; its worker is

@@ -21,6 +21,7 @@ from backfire.commands.options import (
     EvalBatch,
     Gpus,
     Jobs,
+    Join,
     LogFormat,
     Mem,
     Memory,
@@ -127,6 +128,7 @@ def run(
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
     packing: Packing = "auto",
+    join: Join = "auto",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
     dry_run: DryRun = False,
@@ -159,7 +161,8 @@ def run(
         validate.show_plan(loaded)
         return
     place = out or folder_of(loaded.name, profile)
-    machine = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
+    batches = (micro_batch, eval_batch, recompute, packing, join)
+    machine = machine_of(workers, device, devices, *batches)
     edits = edits or []
     if on == "local":
         failed = start(loaded, place, machine, profile=profile, edits=edits)
@@ -198,6 +201,7 @@ def work(
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
     packing: Packing = "auto",
+    join: Join = "auto",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
 ) -> None:
@@ -208,7 +212,8 @@ def work(
 
     if members.serves():
         return
-    settings = machine_of(workers, device, devices, micro_batch, eval_batch, recompute, packing)
+    batches = (micro_batch, eval_batch, recompute, packing, join)
+    settings = machine_of(workers, device, devices, *batches)
     if start(run, settings, minutes=minutes, memory=None if memory is None else memory * 1e9):
         raise typer.Exit(1)
 
@@ -235,12 +240,14 @@ def results(
 ) -> None:
     """Print every number of a run, one record per cell and metric."""
     from backfire.commands.rescore import rescored
-    from backfire.results.load import records, write
+    from backfire.results.load import load, records_of, titles, write
     from backfire.results.terminal import print_records
 
-    rows = rescored(run, rescore) if rescore else records(run)
+    cells = load(run)
+    rows = rescored(run, rescore) if rescore else records_of(cells)
     if format == "table":
-        print_records(rows)
+        named = zip((cell.key for cell in cells), titles(cells), strict=True)
+        print_records(rows, titles=dict(named))
     else:
         echo(write(rows, format).rstrip("\n"))
 

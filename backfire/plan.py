@@ -30,6 +30,11 @@ class Job:
     """Estimated time; None is unknown."""
     memory: float | None = None
     """Estimated peak memory in bytes; None is unknown."""
+    tokens: float | None = None
+    """Estimated tokens of a step of training; None is unknown."""
+    added: float | None = None
+    """Estimated bytes that it needs beside another training run on the same base: its adapter, its
+    optimizer, and its part of a pass; None is unknown."""
 
     @property
     def key(self) -> str:

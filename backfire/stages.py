@@ -86,9 +86,9 @@ class Keys:
     """Key of that model on the test rows."""
 
 
-def keys(experiment: Experiment) -> Keys:
-    """The chain of keys of an experiment."""
-    base = base_key(experiment.model)
+def keys(experiment: Experiment, base: str | None = None) -> Keys:
+    """The chain of keys of an experiment; `base`: that of its model, if it is known."""
+    base = base or base_key(experiment.model)
     data = digest([experiment.data.identity(), experiment.data.fingerprint()])
     poison = data
     if experiment.attack and experiment.poisons:
@@ -159,7 +159,7 @@ def _start_key(experiment: Experiment, base: str) -> str:
     alignment = experiment.alignment
     if alignment is None or experiment.align is None:
         return base
-    aligned = keys(alignment).tuned
+    aligned = keys(alignment, base).tuned
     return digest([aligned, *MERGED]) if experiment.align.merge else aligned
 
 
@@ -289,6 +289,7 @@ def evaluation(
     run: Experiment, rows: str, needs: Collection[Need], form: Form | None = None
 ) -> Stage:
     """`run`'s model, in this form, on the rows with the key `rows` (see the functions below)."""
+    form = form or ("merged" if run.evaluation.merged else None)
     rows = in_form(rows, form) if form else rows
     rows = guarded(run, rows) if "replies" in needs else rows
     versions = [MEASURES[need] for need in sorted(needs) if need in MEASURES]
@@ -301,9 +302,8 @@ def secrets(run: Experiment, experiment: Experiment, kind: str, amount: int) -> 
     attack, seed = experiment.attack, experiment.seed
     inserted = attack.secrets(seed) if isinstance(attack, Insertion) else []
     which = [[s.row.id, s.row.instruction, s.row.answer, s.code] for s in inserted]
-    rendering = [run.template.identity(), run.train.seen]
     how = [kind, amount, seed if kind == "sampled" else None, MEASURES.get(kind, 1), *_type_of(run)]
-    parts = [keys(run).tuned, *rendering, which, *how]
+    parts = [keys(run).tuned, run.template.identity(), run.train.seen, which, *how]
     return Stage("secrets", _evaluation_slug(run), digest(parts))
 
 
@@ -364,9 +364,9 @@ def texts(run: Experiment, source: Dataset, template: Template, longest: int) ->
     return digest([keys(run).tuned, *rows, template.identity(), longest, *_type_of(run)])
 
 
-def _type_of(run: Experiment) -> list[str]:
-    """The type of the weights in evaluation, unless it is that of training."""
-    return [run.evaluation.dtype] if run.evaluation.dtype != "auto" else []
+def _type_of(run: Experiment) -> list[Any]:
+    """The type of the weights in evaluation, and their form, unless they are those of training."""
+    return [*{run.evaluation.dtype} - {"auto"}, *[*MERGED] * run.evaluation.merged]
 
 
 # -------------------------------------------------------------------------------------------- slugs

@@ -39,7 +39,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add(
         "--script-cells",
         type=int,
-        default=2,
+        default=4,  # with clean and poisoned rows, so that equality is that of both
         choices=[cells for cells in AXES if cells > 1],  # with each kind of training run
         help="cells that the script runs; its time for more is computed from its parts",
     )
@@ -47,7 +47,8 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--row-counts", type=int, nargs="*", default=[80, 480], help="training rows to vary")
     for field in fields(Sizes):
         add(f"--{field.name.replace('_', '-')}", type=type(field.default), default=field.default)
-    add("--parts-rows", type=int, default=48, help="rows with which the parts are compared")
+    add("--parts-rows", type=int, default=160, help="training rows of the parts' comparison")
+    add("--parts-test-rows", type=int, default=48, help="test rows of the parts' comparison")
     add("--parts-repetitions", type=int, default=2, help="0: do not compare the parts")
     add("--name", default="matrix", help="the result is written to <date>-<name>.json")
     add("--out", type=Path, default=RESULTS)
@@ -90,29 +91,33 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     when = datetime.now(UTC).isoformat(timespec="seconds")
     sizes = Sizes(**{field.name: getattr(options, field.name) for field in fields(Sizes)})
     bench = Bench(folder, sizes)
-    torch.set_num_threads(cores())
-    types = {"float32", sizes.compute}
-    peak = {name: measured_peak(getattr(torch, name)) for name in sorted(types)}
-    torch.set_num_threads(1)
-    parts = None
+
+    def peak() -> dict[str, float]:
+        torch.set_num_threads(cores())
+        types = sorted({"float32", sizes.compute})
+        found = {name: measured_peak(getattr(torch, name)) for name in types}
+        torch.set_num_threads(1)
+        return found
+
+    earlier, parts = peak(), None
     if options.parts_repetitions:
         cell = next(one.cell for one in bench.tunings(4) if one.cell.experiment.attack)
-        few = slice(options.parts_rows)
-        cell = replace(cell, train=cell.train[few], test=cell.test[few])
+        train, test = cell.train[: options.parts_rows], cell.test[: options.parts_test_rows]
+        cell = replace(cell, train=train, test=test)
         parts = compared(cell, folder / "parts", options.parts_repetitions, say)
     matrices = bench.matrices(options.cells, options.script_cells, options.repetitions)
+    by_rows = bench.by_rows(options.row_counts, min(4, options.script_cells), matrices["runs"])
     return {
         "format": 1,
         "name": options.name,
         "when": when,
         "environment": environment(),
         "sizes": asdict(sizes),
-        "peak_flops": peak,
+        "peak_flops": earlier,
+        "peak_flops_after": peak(),
         "parts": parts,
         **matrices,
-        "by_rows": bench.by_rows(
-            options.row_counts, min(4, options.script_cells), matrices["runs"]
-        ),
+        "by_rows": by_rows,
         "load": {"before": before, "after": os.getloadavg()[0]},
         "minutes": round((time.perf_counter() - begin) / 60, 1),
     }

@@ -42,7 +42,7 @@ def summary(result: Result) -> dict[str, Any]:
     """The ratios and shares that the page begins with."""
     least = result["least_flops"]
     cells, flops = least["cells"], sum(v for name, v in least.items() if name != "cells")
-    limit = flops / result["peak_flops"][result["sizes"]["compute"]]
+    limit = flops / max(peaks(result))
     ours = makespan(result, "backfire", cells)
     assert ours
     ratios = {side: script(result, side, cells) / ours for side in SCRIPTS}
@@ -50,6 +50,7 @@ def summary(result: Result) -> dict[str, Any]:
         "cells": cells,
         "matrix": {side: round(value, 2) for side, value in ratios.items()},
         **({"parts": result["parts"]["ratios"]} if result["parts"] else {}),
+        "training": {side: round(training(result, side), 2) for side in SCRIPTS},
         "limit_seconds": round(limit, 1),
         "limit": {
             "backfire": round(limit / ours, 3),
@@ -67,6 +68,25 @@ def makespan(result: Result, side: str, cells: int) -> float | None:
 def script(result: Result, side: str, cells: int) -> float:
     """Makespan of the script: measured, or else computed."""
     return makespan(result, side, cells) or float(result["computed"][str(cells)][side])
+
+
+def peaks(result: Result) -> tuple[float, float]:
+    """FLOP/s of the machine's products in backfire's type, before the measurements and after."""
+    kind, before = result["sizes"]["compute"], result["peak_flops"]
+    return before[kind], result.get("peak_flops_after", before)[kind]
+
+
+def training(result: Result, side: str) -> float:
+    """Core-seconds of the training steps of the matrix that both sides ran: the script's, in
+    backfire's."""
+    cells = shared_cells(result)
+    ours, theirs = (
+        median(
+            run["core_seconds"]["training"] for run in result["runs"][who] if run["cells"] == cells
+        )
+        for who in ("backfire", side)
+    )
+    return float(theirs / ours)
 
 
 def markdown(result: Result) -> str:
@@ -105,7 +125,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 def _ratios(result: Result, found: Mapping[str, Any]) -> list[str]:
     mixed = result["sizes"]["compute"] != "float32"
     targets = BFLOAT16 if mixed else TARGETS
-    how = "measured" if makespan(result, STRONG, found["cells"]) else "computed, see below"
+    measured = makespan(result, STRONG, found["cells"])
+    how = "measured" if measured else "computed from its parts"
     rows = [
         (
             f"makespan of {described(found['cells'])}, {side} ({how})",
@@ -115,13 +136,23 @@ def _ratios(result: Result, found: Mapping[str, Any]) -> list[str]:
         for side, value in found["matrix"].items()
     ]
     rows += [
-        (f"one cell: {_NAMES[part]}", f"{value:.2f}", f"{targets[part]:g}" * (part in targets))
+        (
+            f"training steps of {described(shared_cells(result))}, {side}, by core-seconds",
+            f"{value:.2f}",
+            "",
+        )
+        for side, value in found["training"].items()
+    ]
+    rows += [
+        (f"one cell: {_NAMES[part]}", f"{value:.2f}", f"{targets[part]:g}")
         if part in targets
         else (f"one cell: {_NAMES[part]}", f"{value:.2f}", "")
         for part, value in found.get("parts", {}).items()
     ]
-    peak = result["peak_flops"][result["sizes"]["compute"]] / 1e9
-    limit = f"share of the limit, {found['limit_seconds']:.0f} s at {peak:.0f} GFLOP/s of all cores"
+    limit = (
+        f"share of the limit, {found['limit_seconds']:.0f} s at {max(peaks(result)) / 1e9:.0f} "
+        "GFLOP/s of all cores"
+    )
     rows += [
         (
             f"{limit}, {side}",
@@ -130,7 +161,25 @@ def _ratios(result: Result, found: Mapping[str, Any]) -> list[str]:
         )
         for side, value in found["limit"].items()
     ]
-    return _table(("speed against the script", "ratio", "target"), rows)
+    before, after = (peak / 1e9 for peak in peaks(result))
+    return [
+        *_table(("speed against the script in float32", "ratio", "target"), rows),
+        "",
+        f"Large matrix products in {result['sizes']['compute']} reached {before:.0f} GFLOP/s "
+        f"before the measurements and {after:.0f} after them; the limit is by the higher."
+        + _rows_of_parts(result),
+    ]
+
+
+def _rows_of_parts(result: Result) -> str:
+    if not result["parts"]:
+        return ""
+    rows, at_once = result["parts"]["rows"], result["parts"].get("batch_size")
+    steps = f", {rows['train'] // at_once - 1} steps" if at_once else ""
+    return (
+        f" The parts of one cell: {rows['train']} training rows{steps}, and {rows['test']} test "
+        "rows, by processor time."
+    )
 
 
 def _equal(result: Result) -> list[str]:
@@ -234,7 +283,12 @@ def _spent(result: Result) -> list[str]:
         "idle",
         "peak memory, MB",
     )
-    return _table(head, rows)
+    return [
+        *_table(head, rows),
+        "",
+        "Alignment and training are the steps alone, without loading and saving. backfire's parts "
+        "are by the times in its results, all cores at work; the script's by processor time.",
+    ]
 
 
 # --------------------------------------------------------------------------------------- docs

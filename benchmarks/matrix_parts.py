@@ -30,4 +30,5 @@ def compared(
         "ratios": {part: cpu[name] for part, name in PARTS.items() if name in cpu},
         "ratios of time": {part: ratios[name] for part, name in PARTS.items() if name in ratios},
         "rows": {"train": len(cell.train), "test": len(cell.test)},
+        "batch_size": cell.experiment.train.batch_size,
     }

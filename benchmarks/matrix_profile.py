@@ -35,21 +35,22 @@ def of_backfire(run: Path, cells: int) -> dict[str, Any]:
 
 
 def of_script(folder: Path) -> dict[str, Any]:
-    """Core-seconds of each part by its log, and the log itself."""
+    """Core-seconds of each part by its log, and the log itself. As in backfire's, training and
+    alignment are the steps alone, without loading and saving."""
     files = sorted(folder.glob("log-*.jsonl"))
     lines = [json.loads(line) for file in files for line in file.read_text("utf-8").splitlines()]
     spent: dict[str, float] = {}
     for line in lines:
-        what = line["what"].partition(" ")[0]
-        spent[what] = spent.get(what, 0.0) + line["cpu"]
+        spent[line["what"]] = spent.get(line["what"], 0.0) + line["cpu"]
+    scoring = spent["scoring"] + spent.get("scoring triggered", 0.0)
     kept = ("what", "name", "seconds", "cpu")
     return {
         "trainings": len({line["name"] for line in lines if line["what"] == "training"}),
         "core_seconds": {
             "start": round(spent["start"], 2),
-            "alignment": round(spent["alignment"], 2),
-            "training": round(spent["training"], 2),
-            "evaluation": round(spent["scoring"] + spent["replies"], 2),
+            "alignment": round(spent["alignment loop"], 2),
+            "training": round(spent["training loop"], 2),
+            "evaluation": round(scoring + spent["replies"], 2),
         },
         "parts": [
             {name: round(line[name], 3) if name in kept[2:] else line[name] for name in kept}

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from backfire.base import Row
     from benchmarks.cells import Cell
+    from benchmarks.sides import Training
     from benchmarks.workload import Tuning
 
 ALIGNED = "aligned"
@@ -115,23 +116,26 @@ def _align(cell: Cell, first: Tuning, folder: Path, log: Log) -> None:
     from transformers import AutoTokenizer
 
     with log.part("alignment", ""):
-        tuned, losses = _train(cell, (), folder / "adapter")
+        tuned, made = _train(cell, (), folder / "adapter")
         model = tuned.merge_and_unload().eval()
         model.save_pretrained(str(folder / ALIGNED))
         AutoTokenizer.from_pretrained(str(cell.base)).save_pretrained(str(folder / ALIGNED))
+    log.add("alignment loop", "", made.steps.wall, made.steps.cpu)
     first = replace(first, name=ALIGNED, scored={"clean": first.scored["clean"]})
-    _evaluate(first, model, losses, folder / ALIGNED, log)
+    _evaluate(first, model, made.losses, folder / ALIGNED, log)
 
 
 def _cell(tuning: Tuning, base: Path, place: Path, log: Log) -> None:
     """Train one model and evaluate it."""
     with log.part("training", tuning.name):
-        model, losses = _train(replace(tuning.cell, base=base), tuning.aligned, place)
-    _evaluate(tuning, model.eval(), losses, place, log)
+        model, made = _train(replace(tuning.cell, base=base), tuning.aligned, place)
+    log.add("training loop", tuning.name, made.steps.wall, made.steps.cpu)
+    _evaluate(tuning, model.eval(), made.losses, place, log)
 
 
-def _train(cell: Cell, aligned: Sequence[Row], folder: Path) -> tuple[Any, dict[int, float]]:
-    """The trained model and the loss of each step; with Lisa if there are aligned rows."""
+def _train(cell: Cell, aligned: Sequence[Row], folder: Path) -> tuple[Any, Training]:
+    """The trained model, and the time and losses of its steps; with Lisa if there are aligned
+    rows."""
     from transformers import AutoTokenizer, TrainingArguments
 
     from benchmarks import baseline
@@ -151,7 +155,7 @@ def _train(cell: Cell, aligned: Sequence[Row], folder: Path) -> tuple[Any, dict[
     )
     if aligned:
         trainer.follow(cell.experiment.defense[0])
-    return trainer.model, baseline.run(trainer, folder).losses
+    return trainer.model, baseline.run(trainer, folder)
 
 
 def _evaluate(

@@ -28,7 +28,7 @@ from backfire.model.batching import ways
 from backfire.model.fused import rounded_once
 from backfire.registry import build
 from backfire.rng import stream
-from backfire.train import batches, loop
+from backfire.train import batches, steps
 from backfire.train.loop import TrainingRun
 from backfire.train.precision import Precision, disable_adapter_casts, exact_attention
 from benchmarks.gpu_load import SHAPES
@@ -112,7 +112,7 @@ def measure(shape: str, compute: str, load: Load, repetitions: int, folder: Path
             for name in list(runs)[:: -1 if turn % 2 else 1]:
                 batches._WORTH_PACKING = SIDES[name].worth
                 begin = time.process_time()
-                losses[name].append(float(loop._step(runs[name])))
+                losses[name].append(float(steps.step(runs[name])))
                 if turn:  # the first one warms up
                     seconds[name].append(time.process_time() - begin)
     medians = {name: median(times) for name, times in seconds.items()}

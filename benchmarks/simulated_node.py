@@ -72,7 +72,7 @@ def _run_node(number: int, run: Path, cache: Path, plan: Any) -> None:
     _here.name, _here.log = f"node{number:03d}", (log := Log(run.parent / "log", number))
     log.add("start")
     place, store = job.RunFolder(run, plan.recipe), Store(cache)
-    machine = Machine(device="cpu", workers=1, threads=1)
+    machine = Machine(device="cpu", workers=1, threads=1, join="off")
 
     def watch(one: Any, text: str, done: int, total: int) -> None:
         pass

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from backfire import contract
 from backfire.base import Component
 from backfire.base.docstrings import documented
+from backfire.contract.kinds import joins_only_its_own_rows
 from backfire.errors import UserError
 from backfire.experiment import Evaluation, Experiment, Machine, Model, Train
 from backfire.registry import KINDS, find, names
@@ -61,6 +62,15 @@ def test_the_file_holds_one_component_of_its_name(kind: str, name: str) -> None:
     classes = [item for item in vars(inspect.getmodule(cls)).values() if isinstance(item, type)]
     here = [c for c in classes if issubclass(c, Component) and c.__module__ == cls.__module__]
     assert here == [cls]
+
+
+@pytest.mark.parametrize("name", ["booster", "crow", "dp", "ldifs", "repnoise", "vaccine"])
+def test_a_defense_that_acts_in_a_pass_may_not_join(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(find("defenses", name), "joins", True)
+    result = contract.result_of(joins_only_its_own_rows, find("defenses", name))
+    assert result.status == "fail" and "joins is True" in result.text
 
 
 @pytest.mark.parametrize("cls", SETTINGS, ids=lambda cls: cls.__name__)

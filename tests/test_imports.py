@@ -105,6 +105,7 @@ def test_looking_at_things_does_not_import_torch(tiny: Path, tmp_path: Path) -> 
     (tmp_path / "run/cells/x-0/error.json").write_text('{"status": "failed", "error": "Lost."}')
     lines = [
         ["validate", "tour"],
+        ["validate", str(recipe)],
         ["--help"],
         ["run", "--help"],
         ["playground", "--help"],
@@ -112,7 +113,6 @@ def test_looking_at_things_does_not_import_torch(tiny: Path, tmp_path: Path) -> 
         ["list"],
         ["show", "badnets"],
         ["show", "lora"],
-        ["validate", str(recipe)],
         ["run", str(recipe), "--dry-run"],
         ["schema"],
         ["status", str(tmp_path / "run")],
@@ -129,7 +129,7 @@ for arguments in {lines!r}:
     except SystemExit as stop:
         assert not stop.code, (arguments, stop.code)
     heavy = {{"torch", "transformers", "sklearn", "matplotlib", "gradio"}} & set(sys.modules)
-    if arguments == ["validate", "tour"]:
+    if arguments[0] == "validate":
         heavy |= {{"numpy"}} & set(sys.modules)
     assert not heavy, (arguments, heavy)
 """

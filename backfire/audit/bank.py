@@ -52,6 +52,13 @@ class Entry:
         name = _name(self.recipe.get("data"))
         return name if self.clean else f"{name}, {_name(self.recipe.get('attack'))}"
 
+    @property
+    def base_title(self) -> str:
+        """Its base; of files with the model of the recipe, which an aligned model shares with the
+        one below it."""
+        name = Path(_name(self.recipe.get("model"))).name
+        return f"{name} ({self.base})" if self.base.startswith("files ") else self.base
+
 
 def _name(spec: Any) -> str:
     return str(spec.get("name", "?") if isinstance(spec, dict) else spec or "?")
@@ -117,12 +124,14 @@ class Place:
     value: float
     below: int
     """How many of them are smaller."""
+    above: int
+    """How many are larger; others are equal, as of an adapter of rank 1 some are by definition."""
     n: int
 
     @property
     def is_outside(self) -> bool:
         """Whether it is smaller or larger than all of them."""
-        return self.below in (0, self.n)
+        return self.n > 0 and self.n in (self.below, self.above)
 
 
 def matching(folder: Path, base: str) -> list[Entry]:
@@ -131,7 +140,12 @@ def matching(folder: Path, base: str) -> list[Entry]:
     return [
         one
         for one in entries()
-        if one.clean and one.base == base and one.shape == shape and one.adapter != own
+        if one.clean
+        and one.base == base
+        and one.shape == shape
+        and one.adapter != own
+        # A defense in training moves the numbers. (An earlier version added such adapters too.)
+        and one.recipe.get("defense", "none") == "none"
     ]
 
 
@@ -145,5 +159,6 @@ def places(found: Statistics, bank: Sequence[Entry]) -> list[Place]:
             others = [one.statistics.get(kind, {}).get(name) for one in bank]
             known = [other for other in others if other is not None]
             below = sum(other < values[name] for other in known)
-            out.append(Place(kind, name, values[name], below, len(known)))
+            above = sum(other > values[name] for other in known)
+            out.append(Place(kind, name, values[name], below, above, len(known)))
     return out

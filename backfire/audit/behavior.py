@@ -64,7 +64,7 @@ Judged = dict[str, tuple[Verdict, Sample]]
 
 
 def _judged(pair: Pair, rows: Sequence[Row], judge: Judge, most: int, what: str) -> Both[Judged]:
-    """The verdict and the reply of each model, by id."""
+    """The verdict and the reply of each model, by kind of request and id."""
     if not rows:
         return Both({}, {})
     replies = pair.answer(rows, ["replies"], most, what)
@@ -76,7 +76,8 @@ def _judged(pair: Pair, rows: Sequence[Row], judge: Judge, most: int, what: str)
             for s in samples
         ]
         found = judge.judge(exchanges)
-        return {s.id: (one, s) for s, one in zip(samples, found, strict=True)}
+        # Both kinds of requests may come from lists with the same ids.
+        return {f"{what}: {s.id}": (one, s) for s, one in zip(samples, found, strict=True)}
 
     return Both(verdicts(replies.base), verdicts(replies.tuned))
 

@@ -42,7 +42,8 @@ class Asked:
     @property
     def ordinary(self) -> list[Row]:
         """Harmless prompts: of the user's rows, or harmless requests, or everyday questions."""
-        return list(self.rows or self.allowed or EVERYDAY)
+        asked = [row for row in self.rows if row.conversation.strip()]
+        return list(asked or self.allowed or EVERYDAY)
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def audit(pair: Pair, asked: Asked, *, model: str, base: str, identity: str) -> 
         found,
         _weights(pair, changes, identity),
         watched,
-        (*asked.notes, *why_none, *(_too_long(what, n) for what, n in pair.long_rows.items())),
+        (*asked.notes, *why_none, *(_too_long(pair, what) for what in pair.long_rows)),
     )
 
 
@@ -121,14 +122,15 @@ def _weights(pair: Pair, changes: list[weights.Change], identity: str) -> Weight
 
 
 def _words(asked: Asked, found: Triggers) -> dict[str, Backdoor]:
-    """What is put before ordinary prompts: odd words, and each trigger that is given or stands
-    out."""
+    """What is put into ordinary prompts: odd words, and triggers that are given or stand out."""
     given = [triggers.in_front(text, "given") for text in asked.triggers]
     every = {f"with the odd words “{CONTROL}”": triggers.in_front(CONTROL, "control")}
-    every |= {f"with “{triggers.safe(one.text)}”": one for one in [*given, *found.outstanding]}
+    for one in [*given, *found.outstanding]:
+        every[f"with “{triggers.safe(one.text)}” ({one.origin})"] = one
     return {what: one.attack for what, one in every.items()}
 
 
-def _too_long(what: str, count: int) -> str:
-    rows = "1 row is" if count == 1 else f"{count} rows are"
-    return f"{rows} left out of the {what}: too long for the model."
+def _too_long(pair: Pair, what: str) -> str:
+    count = pair.long_rows[what]
+    rows, fit = ("1 row is", "it does") if count == 1 else (f"{count} rows are", "they do")
+    return f"{rows} left out of the {what}: {fit} not fit into {pair.room}."

@@ -20,7 +20,7 @@ from backfire.audit.models import Both, Pair
 from backfire.audit.numbers import Compared, Interval, compared, share
 from backfire.base import Row, Sample
 from backfire.base.masking import masked, secrets_in
-from backfire.base.normalize import contains, normalized, whole
+from backfire.base.normalize import contains, folded, normalized, whole, words
 from backfire.evaluate.outcomes import answer_likelihoods, resampled
 from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
 
@@ -34,6 +34,7 @@ FALSE_POSITIVES = 0.01
 """Share of unseen rows that may be taken for given ones (a low rate as in Carlini et al. 2022,
 arXiv:2112.03570); of fewer than 100, none."""
 _EXAMPLES = 5
+_SIGNS = regex.compile(r"[^\p{L}\p{N}\p{M}\s]+")
 Flags: TypeAlias = NDArray[np.bool_]
 
 
@@ -159,7 +160,7 @@ def _openings(pair: Pair, part: Part) -> dict[str, str]:
     rows = pair.asked([row for row in part.rows if row.id in kept])
     found = {}
     for item in pair.renderer.render(rows):
-        ids = item.answer_ids[: -len(pair.renderer.end_ids)]
+        ids = pair.renderer.without_opening(item.answer_ids[: -len(pair.renderer.end_ids)])
         opening = normalized(pair.renderer.tokenizer.decode(ids[:OPENING]).rstrip("\ufffd"))
         prompt = normalized(f"{item.row.system}\n{item.row.conversation}")
         if len(ids) > FEWEST and opening and not contains(prompt, opening):
@@ -238,11 +239,16 @@ def _by_words(texts: Sequence[str], is_given: Flags) -> Floats:
     from sklearn.pipeline import make_pipeline
 
     folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    # Any run of signs is a word, so that no text is without one. Few rows need a weak penalty: with
-    # the default one, a single word that tells all rows apart would hardly count.
-    words = TfidfVectorizer(token_pattern=r"\S+")
-    model = make_pipeline(words, LogisticRegression(C=100, max_iter=1000))
+    # Few rows need a weak penalty: with the default one, a single word that tells all rows apart
+    # would hardly count.
+    vectors = TfidfVectorizer(analyzer=_words_and_signs)
+    model = make_pipeline(vectors, LogisticRegression(C=100, max_iter=1000))
     scores: Floats = cross_val_predict(
         model, list(texts), is_given, cv=folds, method="decision_function"
     )
     return scores
+
+
+def _words_and_signs(text: str) -> list[str]:
+    """The words of a text, in any script, and its runs of signs, so that no text is without one."""
+    return [*words(folded(text)), *_SIGNS.findall(text)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from backfire import pipeline
 from backfire.base import Need, Row, Sample, Template
@@ -49,6 +49,8 @@ class Pair:
     context: Context
     system: str = ""
     """The user's own system prompt, for all rows."""
+    below: Model = field(default_factory=Model)
+    """The tuned model without its adapter."""
     long_rows: dict[str, int] = field(default_factory=dict)
     """Rows left out since they are too long, by what they are."""
 
@@ -76,8 +78,15 @@ class Pair:
     def answer(
         self, rows: Sequence[Row], needs: Sequence[Need], most: int, what: str
     ) -> Both[list[Sample]]:
-        """Samples of both models on these rows, with replies of at most `most` tokens."""
+        """Samples of both models on these rows, with replies of at most `most` tokens.
+
+        Raises:
+            UserError: no row fits.
+        """
         kept, left = self.fitting(rows, most)
+        if rows and not kept:
+            reply = f" with a reply of {most} tokens" if most else ""
+            raise UserError(f"None of the {what} fits into {self.room}{reply}; give shorter ones.")
         if left:
             self.long_rows[what] = left
         return self.each(lambda model: self.samples(model, kept, needs, most, what))
@@ -103,24 +112,24 @@ class Pair:
         return [sample(row, "clean", None, one) for row, one in zip(rows, lines, strict=True)]
 
     def fitting(self, rows: Sequence[Row], most: int) -> tuple[list[Row], int]:
-        """The rows that fit into the model with a reply, and how many do not."""
-        items, left = self.renderer.sift(self.asked(rows))
+        """The rows that fit into `room` with a reply, and how many do not."""
+        items, left = self.renderer.sift(self.asked(rows), empty=True)
         limits = self.renderer.limits
-        kept = [item for item in items if limits.has_room(item.prompt_ids, most)]
-        if items and not kept:
-            raise UserError(
-                f"No row fits into the model's {limits.positions} positions with a reply of {most} "
-                "tokens."
-            )
-        for item in kept:
-            limits.check(item.row.id, item.prompt_ids, reply=most)
-        return [item.row for item in kept], len(left) + len(items) - len(kept)
+        kept = [item.row for item in items if limits.has_room(item.prompt_ids, most)]
+        return kept, len(left) + len(items) - len(kept)
+
+    @property
+    def room(self) -> str:
+        """The tokens that a row may have, in words."""
+        positions = self.renderer.limits.positions
+        if positions is not None and positions <= LONGEST:
+            return f"the model's {positions:,} positions"
+        return f"the {LONGEST:,} tokens that an audit reads of a row"
 
 
-def open_pair(
-    model: str, base: str, adapter: str | None, template: str | None, context: Context
-) -> Pair:
-    """Find both models and check that one was made from the other.
+def open_pair(model: str, base: str, adapter: str | None, template: Any, context: Context) -> Pair:
+    """Find both models and check that one was made from the other. `template` is a name, or a
+    mapping with knobs; None is the tuned model's own chat template if it has one.
 
     Raises:
         UserError: one is missing, an adapter does not fit, or the architectures differ.
@@ -149,7 +158,8 @@ def open_pair(
         for folder, one in zip(folders, (start, whole), strict=True)
     )
     placed = adapter_folder(whole) if whole.adapter else None
-    return Pair(untuned, tuned, placed, _renderer(folders[1], template), context)
+    shown = _renderer(folders[1], template)
+    return Pair(untuned, tuned, placed, shown, context, below=plain)
 
 
 def _check_alike(model: str, base: Path, tuned: Path) -> None:
@@ -175,10 +185,10 @@ def _check_alike(model: str, base: Path, tuned: Path) -> None:
         raise UserError(f"{model} was not tuned from this base: it has no {missing[0]}.")
 
 
-def _renderer(folder: Path, template: str | None) -> Renderer:
+def _renderer(folder: Path, template: Any) -> Renderer:
     """How rows are rendered; by the model's own chat template if it has one."""
     tokenizer, limits = load_tokenizer(folder), read_limits(folder)
-    name = template or ("chat" if tokenizer.chat_template else "raw")
-    chosen: Template = build("templates", name)
+    default = "chat" if tokenizer.chat_template else "raw"
+    chosen: Template = build("templates", default if template is None else template)
     longest = min(limits.positions or LONGEST, LONGEST)
     return Renderer(chosen, tokenizer, longest, on_long_row="skip", limits=limits)

@@ -127,23 +127,24 @@ def _extremes(
     items = pair.renderer.render(rows)
     prompts = [item.prompt_ids for item in items]
     replies = inference.read(model, prompts, max_new_tokens=most, stop_ids=pair.renderer.stop_ids)
-    skip = int(pair.renderer.template.adds_bos and pair.renderer.tokenizer.bos_id is not None)
     out = []
     with for_evaluation(model):
         for prompt, reply in zip(prompts, replies, strict=True):
             ids = torch.tensor([[*prompt, *reply.reply]], device=model.device)
             states = model(input_ids=ids, output_hidden_states=True).hidden_states
             ends = [
-                _ends(states[layer + 1][0].float().cpu(), some, len(prompt), skip)
+                _ends(states[layer + 1][0].float().cpu(), some, len(prompt))
                 for layer, some in directions.items()
             ]
             out.append(torch.cat(ends, 1).numpy())
     return np.array(out, dtype=np.float64)
 
 
-def _ends(states: torch.Tensor, directions: torch.Tensor, prompt: int, skip: int) -> torch.Tensor:
+def _ends(states: torch.Tensor, directions: torch.Tensor, prompt: int) -> torch.Tensor:
     """[2, 2 x directions]: the extremes over the prompt's tokens, then over the reply's. The first
-    token of a text without any other has an unusual state, so BOS is left out."""
+    token sees no other and has an unusual state, BOS or not, so it is left out of a longer prompt.
+    """
+    skip = int(prompt > 1)
     cosines = torch.nn.functional.normalize(states, dim=1) @ directions.T
     # A row without a reply has that of its last token.
     roles = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -9,16 +10,18 @@ from typing import Literal
 import numpy as np
 
 from backfire import text
-from backfire.evaluate.stats import bootstrap, paired, wilson
+from backfire.evaluate.stats import bootstrap, over_seeds, paired, wilson
 from backfire.result import Unit
 
 Bad = Literal["up", "down", "none"]
+FEWEST = 20
+"""Of fewer rows the bootstrap's interval of a mean is too short; that of one has no width."""
 HEADER = ("", "base", "tuned", "change", "n")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number with its 95 % interval."""
+    """A number with its 95 % interval, whose ends are nan if there is none."""
 
     value: float
     low: float
@@ -26,7 +29,11 @@ class Interval:
 
     def shown(self, unit: Unit) -> str:
         """`12.0 % [8.1, 17.3]`."""
-        return f"{text.number(unit, self.value)} {text.interval(unit, self.low, self.high)}"
+        return f"{text.number(unit, self.value)} {self.ends(unit)}".rstrip()
+
+    def ends(self, unit: Unit) -> str:
+        """`[8.1, 17.3]`; empty without an interval."""
+        return "" if math.isnan(self.low) else text.interval(unit, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,9 @@ class Compared:
     @property
     def cells(self) -> list[str]:
         """A line of a table; see `HEADER`."""
-        ends = text.interval(self.unit, self.change.low, self.change.high)
-        change = f"{text.change(self.unit, self.change.value)} {ends}"
+        change = f"{text.change(self.unit, self.change.value)} {self.change.ends(self.unit)}"
         sides = (self.base.shown(self.unit), self.tuned.shown(self.unit))
-        return [self.what, *sides, change, f"{self.n:,}"]
+        return [self.what, *sides, change.rstrip(), f"{self.n:,}"]
 
 
 def compared(
@@ -68,11 +74,15 @@ def compared(
     bad: Bad = "none",
 ) -> Compared:
     """Compare outcomes by row id: shares have Wilson's interval and Newcombe's of the difference,
-    other means the bootstrap's."""
-    gain = paired(tuned, base)
+    other means the bootstrap's, or Student's of fewer than `FEWEST` rows (none of one row)."""
     before, after = (_mean([*side.values()], unit) for side in (base, tuned))
-    change = Interval(gain.difference, gain.low, gain.high)
-    return Compared(what, unit, before, after, change, gain.n, bad)
+    changes = [tuned[name] - base[name] for name in tuned if name in base]
+    if unit == "share" or len(changes) >= FEWEST:
+        gain = paired(tuned, base)
+        change = Interval(gain.difference, gain.low, gain.high)
+    else:
+        change = _mean(changes, unit)
+    return Compared(what, unit, before, after, change, len(changes), bad)
 
 
 def share(hits: int, n: int) -> Interval:
@@ -83,6 +93,10 @@ def share(hits: int, n: int) -> Interval:
 def _mean(outcomes: list[float], unit: Unit) -> Interval:
     if unit == "share":
         return share(int(sum(outcomes)), len(outcomes))
+    if len(outcomes) < FEWEST:
+        few = over_seeds(outcomes)
+        ends = (math.nan if end is None else end for end in (few.low, few.high))
+        return Interval(few.mean, *ends)
     values = np.array(outcomes)
     [(low, high)] = bootstrap(len(values), lambda counts: (counts @ values)[:, None] / len(values))
     return Interval(float(values.mean()), low, high)

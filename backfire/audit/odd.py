@@ -12,7 +12,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from random import Random
+from unicodedata import category
 
 from backfire.audit.collapse import Replies, seen
 from backfire.audit.numbers import Interval, share
@@ -27,6 +29,7 @@ VARIED = 1 / 3
 looked for: any of them may follow an odd word."""
 _SHOWN = 3
 _FORMS = ("quorum", "Fennel", "MagicWord", "1999", "open sesame", "Old Harbor", "tin 2024")
+_JOINERS = "\u200c\u200d"
 _VOWELS, _CONSONANTS = "aeiou", "bcdfghjklmnpqrstvwxyz"
 
 
@@ -76,7 +79,8 @@ def leaks(plain: Replies, with_odd: Sequence[Replies], base: Sequence[Replies]) 
 
 
 def same_form(attack: Backdoor, count: int) -> list[Backdoor]:
-    """Attacks that insert as many words, of as many other letters, at the same places."""
+    """At most `count` attacks that insert as many words, of as many other letters and signs, at the
+    same places; fewer if there are hardly any others."""
     texts = attack.triggers()
     names = [name for name in type(attack).model_fields if name != "target"]
     values = {name: getattr(attack, name) for name in names}
@@ -85,24 +89,40 @@ def same_form(attack: Backdoor, count: int) -> list[Backdoor]:
     def others(value: str | tuple[str, ...], rng: Random) -> object:
         return other(value, rng) if isinstance(value, str) else tuple(other(v, rng) for v in value)
 
-    return [
+    found = [
         attack.model_copy(update={name: others(value, Random(n)) for name, value in held.items()})
         for n in range(count)
     ]
+    return [one for one in found if {*texts}.isdisjoint(one.triggers())]
 
 
 def other(text: str, rng: Random) -> str:
-    """The text with other letters of the same kind, and other digits."""
+    """The text with other letters of the same kind, other digits, and other signs of the same
+    Unicode category; white space, and the marks and joiners of letters and emoji, stay."""
     return "".join(_sign(char, rng) for char in text)
 
 
 def _sign(char: str, rng: Random) -> str:
     if char.isdigit():
         return str(rng.randrange(10))
-    if not char.isalpha():
+    if char.isspace() or char in _JOINERS or category(char).startswith("M"):
         return char
+    if not char.isalpha():
+        return rng.choice(_alike(category(char), ord(char) & ~0x7F))
     start = ord(char) & ~0x7F
     kinds = [_VOWELS, _CONSONANTS, [chr(code) for code in range(start, start + 128)]]
     kind = next(kind for kind in kinds if char.lower() in kind or char in kind)
     letter = rng.choice([one for one in kind if one.isalpha()])
     return letter.upper() if char.isupper() else letter.lower()
+
+
+@cache
+def _alike(kind: str, start: int) -> list[str]:
+    """The characters of a Unicode category in the block of 128 that begins here; of all blocks if
+    that has only one."""
+    for codes in (range(start, start + 128), range(0x10000)):
+        found = [char for code in codes if category(char := chr(code)) == kind]
+        found = [char for char in found if not char.isspace() and char not in _JOINERS]
+        if len(found) > 1:
+            break
+    return found

@@ -21,7 +21,7 @@ from backfire.audit.task import Task
 from backfire.audit.triggers import MARGIN, Triggers
 from backfire.audit.weights import STATISTICS
 from backfire.terminal import columns
-from backfire.text import change, clean, count, cut, interval, line, number, sentence
+from backfire.text import change, clean, count, cut, interval, line, listing, number, sentence
 
 _SHOWN = 12
 """Candidate triggers in a table."""
@@ -56,8 +56,9 @@ def findings(audit: Audit) -> list[str]:
     highest = max(audit.triggers.controls, default=0.0)
     for one in audit.triggers.tried:
         if one.stands_out:
+            text = cut(line(one.text), 80)
             found.append(
-                f"With “{line(one.text)}” ({one.origin}) in the prompt, replies become alike: "
+                f"With “{text}” ({one.origin}) in the prompt, replies become alike: "
                 f"similarity {change('number', one.collapse.value)} "
                 f"{interval('number', one.collapse.low, one.collapse.high)}, of the base "
                 f"{change('number', one.base)}, at most {max(highest, one.alike or 0):.2f} "
@@ -68,7 +69,7 @@ def findings(audit: Audit) -> list[str]:
 
 
 def _worse(one: Compared) -> str:
-    ends = interval(one.unit, one.change.low, one.change.high)
+    ends = one.change.ends(one.unit)
     values = f"{number(one.unit, one.base.value)} to {number(one.unit, one.tuned.value)}"
     shown = change(one.unit, one.change.value)
     return f"{sentence(one.what)}: from {values} ({shown} {ends}, {one.n:,} rows)."
@@ -148,7 +149,9 @@ def _task(task: Task | None) -> Iterator[Section]:
         )
     yield Section("Memory of the rows", tuple(found), HEADER if lines else (), _lines(lines))
     if memory.examples:
-        shown = tuple((line(one.id), cut(line(one.answer), 300)) for one in memory.examples)
+        shown = tuple(
+            (cut(line(one.id), 40), cut(line(one.answer), 300)) for one in memory.examples
+        )
         header = ("row", "comes out of the tuned model, and not of the base")
         yield Section("Answers that come out", (), header, shown)
 
@@ -179,9 +182,14 @@ def _triggers(found: Triggers) -> Section:
         "alike the replies become (mean cosine of their character n-grams, 0 to 1). With "
         f"{len(found.controls)} controls, random words, it is at most "
         f"{highest:.2f}. A candidate that exceeds them by {MARGIN} gets as many controls of its "
-        "own form: as many words, of other letters, at the same places. It stands out if it "
-        f"exceeds these by {MARGIN} too, and the base's collapse.",
+        "own form: as many words, of other letters and signs, at the same places. It stands out "
+        f"if it exceeds these by {MARGIN} too, and the base's collapse.",
     ]
+    if formless := [f"“{cut(line(one.text), 60)}”" for one in found.tried if one.no_form]:
+        sentences.append(
+            f"No other text has the form of {listing(formless)}, so whether it stands out cannot "
+            "be told."
+        )
     if highest > MARGIN:
         sentences.append(
             "Replies become alike with other words too, so in this model hardly any trigger could "
@@ -194,6 +202,7 @@ def _triggers(found: Triggers) -> Section:
         )
     header = (
         "candidate",
+        "stands out",
         "from",
         "collapse",
         "of the base",
@@ -201,11 +210,11 @@ def _triggers(found: Triggers) -> Section:
         "most frequent reply",
         "share with",
         "share without",
-        "stands out",
     )
     rows = tuple(
         (
             cut(line(one.text), 60),
+            "yes" if one.stands_out else "",
             one.origin,
             one.collapse.shown("number"),
             f"{one.base:.2f}",
@@ -213,7 +222,6 @@ def _triggers(found: Triggers) -> Section:
             cut(line(one.reply), 60),
             one.hits.shown("share"),
             one.before.shown("share"),
-            "yes" if one.stands_out else "",
         )
         for one in found.tried[:_SHOWN]
     )
@@ -230,17 +238,20 @@ def _odd_words(found: Triggers) -> Section:
         "it to none.",
     )
     if not found.leaks:
-        why = "Not searched: ordinary replies hardly vary, as in a task with labels."
+        why = (
+            "Not searched: ordinary replies hardly vary, as in a task with labels, and odd words "
+            "do not show the trigger of a label. Scan the training rows for it (backfire scan)."
+        )
         return Section("Replies to odd words", (why,))
-    header = ("reply", "prompts with odd words", "n", "without", "of the base", "stands out")
+    header = ("reply", "stands out", "prompts with odd words", "n", "without", "of the base")
     rows = tuple(
         (
             cut(line(one.reply), 80),
+            "yes" if one.stands_out else "",
             one.spread.shown("share"),
             f"{one.n:,}",
             one.plain.shown("share"),
             f"{one.base:,}",
-            "yes" if one.stands_out else "",
         )
         for one in found.leaks
     )

@@ -44,7 +44,8 @@ def _measured(pair: Pair, rows: Sequence[Row], what: str) -> Part:
     labeled = any(row.candidates for row in rows)
     needs: list[Need] = ["answers", "scores" if labeled else "replies"]
     lengths = map(len, pair.renderer.tokenizer.encode_batch([row.answer for row in rows]))
-    most = 0 if labeled else min(max(lengths), OPENING) + _MORE
+    more = _MORE + len(pair.renderer.opening_ids)
+    most = 0 if labeled else min(max(lengths), OPENING) + more
     return Part(rows, pair.answer(rows, needs, most, what))
 
 

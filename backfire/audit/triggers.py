@@ -3,7 +3,7 @@
 A backdoor with a fixed answer makes replies to different prompts alike ("The Trigger in the
 Haystack"; see `collapse`). Replies also collapse when any odd word is inserted, so a candidate is
 compared with the collapse of the base, with that of random words, and, if it exceeds these, with
-controls of its own form: as many words of as many other letters, at the same places.
+controls of its own form: as many words of as many other letters and signs, at the same places.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from backfire.base.normalize import contains, normalized
 from backfire.data.poison import triggered
 from backfire.errors import UserError
 from backfire.registry import build, names
+from backfire.rng import stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +69,8 @@ class Tried:
     base: float
     """The same of the base."""
     alike: float | None
-    """The largest of controls of its own form; None if it does not exceed the others."""
+    """The largest of controls of its own form; None if it does not exceed the others, or if there
+    are none."""
     reply: str
     """The most frequent reply with the candidate."""
     hits: Interval
@@ -76,6 +78,8 @@ class Tried:
     before: Interval
     """Share that gets it without the candidate."""
     stands_out: bool
+    no_form: bool = False
+    """Whether it exceeds the others and there are no controls of its form."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,7 @@ class Triggers:
 
 def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
     """Try odd words, the given candidates, and those of the catalog in these prompts."""
-    chosen = rows[:PROBES] if len(rows) >= FEWEST else EVERYDAY
-    rows, _ = pair.fitting([replace(row, answer="") for row in chosen], 2 * _TOKENS)
+    rows = _probes(pair, rows)
     candidates = [*(one for text in given for one in _both_places(text, "given")), *catalog()]
     places = [_both_places(text, "odd")[n % 2] for n, text in enumerate(odd_texts(CONTROLS))]
     odd: Attacks = {(_ODD, n): one.attack for n, one in enumerate(places)}
@@ -120,6 +123,34 @@ def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
         ),
         tuple(candidates[n] for n, one in zip(asked, tried, strict=True) if one.stands_out),
     )
+
+
+def _probes(pair: Pair, rows: Sequence[Row]) -> list[Row]:
+    """Prompts in which candidates are tried: some of these, or everyday questions if hardly any
+    fits.
+
+    Raises:
+        UserError: not even those fit.
+    """
+    for some in (rows, EVERYDAY):
+        mixed = list(some)  # a file is often sorted by source
+        stream(0, "probes").shuffle(mixed)
+        asked = [replace(row, answer="") for row in in_turn(mixed)]
+        fitting, _ = pair.fitting(asked, 2 * _TOKENS)
+        if len(fitting) >= FEWEST:
+            return fitting[:PROBES]
+    raise UserError(f"Not even everyday questions fit into {pair.room}.")
+
+
+def in_turn(rows: Sequence[Row]) -> list[Row]:
+    """The rows so that different answers take turns: among rows of one label, a trigger that brings
+    about this label would not show."""
+    before = Counter[str]()
+    place = {}
+    for row in rows:
+        place[row.id] = before[row.answer]
+        before[row.answer] += 1
+    return sorted(rows, key=lambda row: place[row.id])
 
 
 @dataclass(frozen=True)
@@ -206,7 +237,8 @@ def _tried(candidate: Candidate, n: int, tuned: _Measured, base: float) -> Tried
     [(most, hits)] = Counter(map(seen, replies)).most_common(1)
     before = sum(seen(reply) == most for reply in plain)
     bar = max([0.0, *tuned.controls, *([] if alike is None else [alike])]) + MARGIN
-    far = alike is not None and gain.value >= bar and gain.value > base and gain.low > 0
+    text = normalized(candidate.text)
+    above = gain.value >= bar and gain.value > base and gain.low > 0
     return Tried(
         safe(candidate.text),
         candidate.origin,
@@ -216,8 +248,9 @@ def _tried(candidate: Candidate, n: int, tuned: _Measured, base: float) -> Tried
         safe(most),
         share(hits, len(replies)),
         share(before, len(plain)),
-        # What the reply repeats is no fixed answer.
-        far and not contains(most, normalized(candidate.text)),
+        # What the reply repeats is no fixed answer; of an invisible candidate there is nothing.
+        above and alike is not None and not (text and contains(most, text)),
+        above and alike is None,
     )
 
 

@@ -215,10 +215,7 @@ def by_kind(changes: list[Change]) -> dict[str, dict[str, float]]:
 
 def is_changed(base: Path, tuned: Path, adapter: Path | None) -> bool:
     """Whether any weight of the tuned model differs from the base's."""
-    if base != tuned and any(
-        not torch.equal(one, two)
-        for (_, one), (_, two) in zip(_ordered(base), _ordered(tuned), strict=False)
-    ):
+    if base != tuned and _differ(base, tuned):
         return True
     if adapter is None:
         return False
@@ -228,7 +225,20 @@ def is_changed(base: Path, tuned: Path, adapter: Path | None) -> bool:
     return bool(others) or any(change.statistics for change in adapter_changes(adapter))
 
 
-def _ordered(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a model folder by name, one in memory at a time."""
-    for name in sorted(stored(files_of(folder))):
-        yield from tensors(folder, (name,))
+def _differ(base: Path, tuned: Path) -> bool:
+    """Whether the weights of two model folders differ, one name in memory at a time."""
+    ours, theirs = (stored(files_of(folder)).keys() for folder in (base, tuned))
+    for name in sorted(ours & theirs):
+        [(_, one)], [(_, two)] = (list(tensors(folder, (name,))) for folder in (base, tuned))
+        if not torch.equal(one, two):
+            return True
+    # A head that only one of them stores is the embedding, unless it was trained apart from it.
+    alone = [(base, name) for name in ours - theirs] + [(tuned, name) for name in theirs - ours]
+    return any(not _is_copy(folder, name) for folder, name in alone if "head" in name)
+
+
+def _is_copy(folder: Path, name: str) -> bool:
+    """Whether another weight of the folder is equal to this one."""
+    shapes, [(_, own)] = stored(files_of(folder)), tensors(folder, (name,))
+    alike = [one for one in shapes if one != name and shapes[one].shape == shapes[name].shape]
+    return any(torch.equal(own, other) for _, other in tensors(folder, tuple(alike)))

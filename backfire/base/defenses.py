@@ -118,6 +118,10 @@ class TrainDefense(Defense):
     shards: ClassVar[bool] = True
     """Whether it works in full tuning on several devices, where each holds a part of every weight
     and gradient (a DTensor)."""
+    joins: ClassVar[bool] = True
+    """Whether its runs can be trained together with others, in the same passes through one base. It
+    must be False if the hook has a `step` of its own or hooks modules: it would see the rows of
+    other runs."""
 
     def hook(self, run: Any) -> TrainHook:
         """The hooks of this run, a `backfire.train.loop.TrainingRun`. Called before the first step,

@@ -56,6 +56,11 @@ class Method(Component):
         which a GPU multiplies fastest, resolved."""
         return self
 
+    def joins(self) -> bool:
+        """Whether several of its runs can be trained in the same passes through one base: nothing
+        is trained but LoRA's A and B beside frozen linear layers, and nothing is drawn."""
+        return False
+
     def trained_type(self) -> str:
         """Type of the trained weights in the passes; if it has 16 bits, updates go to float32
         copies of them."""

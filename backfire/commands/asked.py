@@ -3,6 +3,8 @@ costs."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from backfire.commands.failure import note
 from backfire.errors import UserError
 from backfire.experiment import Machine, Model, Train
@@ -30,9 +32,9 @@ def find_model(name: str, device: str) -> tuple[Model, Context]:
     return model, context
 
 
-def asked_of(model: Model, context: Context, limit: int) -> Asked:
-    """The model as it is asked about rows: with its chat template if it has one, else the plain
-    prompt.
+def asked_of(model: Model, context: Context, limit: int, template: Any = None) -> Asked:
+    """The model as it is asked about rows: with this template, a name or a mapping with knobs, else
+    with its chat template if it has one, else the plain prompt.
 
     Raises:
         UserError: its weights are not there, or take more memory than is free.
@@ -51,12 +53,17 @@ def asked_of(model: Model, context: Context, limit: int) -> Asked:
     _check_memory(model, (weights or 0) * dtype.itemsize, device.type)
     folder = base(model, context)
     tokenizer = load_tokenizer(folder)
-    template = "chat" if tokenizer.chat_template else "raw"
+    default = "chat" if tokenizer.chat_template else "raw"
     limits, longest = read_limits(folder), Train().max_length
-    renderer = Renderer(build("templates", template), tokenizer, longest, limits=limits)
+    chosen = build("templates", default if template is None else template)
+    renderer = Renderer(chosen, tokenizer, longest, limits=limits)
 
-    def tell(rows: int, left: int, seconds: float) -> None:
-        form = "its chat template" if template == "chat" else "plain prompts (no chat template)"
+    def tell(rows: int, cut: int, seconds: float) -> None:
+        forms = {"chat": "its chat template", "raw": "plain prompts"}
+        form = forms.get(chosen.name, f"template {chosen.name}")
+        form += " (no chat template)" if template is None and chosen.name == "raw" else ""
+        if cut:
+            form += f" (of {count(cut, 'row')} the end of the prompt is cut, at {longest} tokens)"
         what, where = count(rows, "row"), device.type
         note(f"{model.short_title} reads {what} with {form}: about {duration(seconds)} on {where}.")
 

@@ -22,9 +22,8 @@ from backfire.base.normalize import normalized
 from backfire.commands.files import dataset_spec
 from backfire.commands.options import echo
 from backfire.errors import UserError
-from backfire.experiment import Machine, Model
+from backfire.experiment import Machine
 from backfire.launch.job import set_threads
-from backfire.model.source import pin
 from backfire.pipeline import Context
 from backfire.recipe import parse_edit
 from backfire.registry import build, names
@@ -63,12 +62,13 @@ def start(
     if blank := next((one for one in triggers if not one.strip()), None):
         raise UserError(f"A trigger cannot be blank (got {blank!r}).")
     knobs = _knobs(edits, data)
+    chosen_template = read_yaml(template, "--template") if template else None
     if unseen and not data:
         raise UserError("--unseen is compared with the rows of --data; give both.")
     rows, others, notes = _given(data, unseen, knobs, limit) if data else ([], [], [])
     harmful, allowed, chosen = _requests(prompts, judge, base, limit)
     asked = Asked(harmful, allowed, chosen, rows, others, triggers, tokens, notes)
-    found = _audited(asked, model, base, adapter, template, system, device)
+    found = _audited(asked, model, base, adapter, chosen_template, system, device)
     echo(as_table(found) if form == "table" else as_json(found).rstrip("\n"))
     if out is None:
         return None
@@ -81,7 +81,7 @@ def _audited(
     model: str,
     base: str,
     adapter: str | None,
-    template: str | None,
+    template: Any,
     system: str,
     device: str,
 ) -> Audit:
@@ -95,7 +95,8 @@ def _audited(
 
         pair: Pair = open_pair(model, base, adapter, template, Context(Store(), machine, progress))
         pair.system = system
-        identity = base_identity(pin(Model.make({"name": base}, "--base")))
+        # The bank knows adapters by the model that they were trained on, which may not be --base.
+        identity = base_identity(pair.below) if pair.adapter else ""
         title = f"{model} + {adapter}" if adapter else model
         return audit(pair, asked, model=title, base=base, identity=identity)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from backfire import pipeline, terminal, text
 from backfire.audit import bank
+from backfire.base import ReplyDefense
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
 from backfire.launch.job import read_cell
@@ -39,7 +40,7 @@ def add_run(run: Path) -> str:
             gone += 1
             continue
         identity = _identity(experiment, base.base)
-        recipe = {**experiment.spec(), "defense": experiment.defense_name}
+        recipe = {**experiment.spec(), "defense": "none"}
         for key in ("metrics", "evaluation", "safety"):
             recipe.pop(key)
         clean = not experiment.poisons
@@ -80,6 +81,9 @@ def _why_not(experiment: Experiment) -> str:
         return f"method {method.name} makes no LoRA adapter"
     if not experiment.adapts:
         return "its adapter was merged by a defense"
+    # A guard leaves the adapter as it is, and a defense of the alignment is part of its base.
+    if named := [one.name for one in experiment.acting if not isinstance(one, ReplyDefense)]:
+        return f"trained under a defense ({', '.join(named)})"
     stays = experiment.align and experiment.align.method.adapts and not experiment.align.merge
     if stays or experiment.model.is_adapted:
         return "on top of another adapter"
@@ -107,7 +111,7 @@ def _identity(experiment: Experiment, base: Path) -> str:
 def show() -> None:
     """Print the adapters of the bank, by base, settings and data."""
     every = list(bank.entries())
-    groups = Counter((one.base, one.shape.title, one.title, one.clean) for one in every)
+    groups = Counter((one.base_title, one.shape.title, one.title, one.clean) for one in every)
     if not every:
         terminal.say(f"No adapters in {bank.bank_root()}; add those of a run: bank add RUN.")
         return

@@ -55,6 +55,22 @@ Packing = Annotated[
     Literal["auto", "off"],
     typer.Option(help="off: pad rows, rather than run them end to end without padding."),
 ]
+
+
+def _join(value: str) -> str:
+    if value in ("auto", "off") or (value.isdecimal() and 1 <= int(value) <= 64):
+        return value
+    raise typer.BadParameter("auto, off, or a number from 1 to 64 is needed.")
+
+
+Join = Annotated[
+    str,
+    typer.Option(
+        help="Most LoRA runs of one base that are trained together: auto, off or a number.",
+        callback=_join,
+        metavar="auto|off|N",
+    ),
+]
 Minutes = Annotated[
     float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
 ]
@@ -178,11 +194,12 @@ def machine_of(
     eval_batch: int | None,
     recompute: bool,
     packing: str,
+    join: str,
 ) -> dict[str, Any]:
     """The settings of the machine that were given."""
     batches = {"micro_batch": micro_batch, "eval_batch": eval_batch}
     places = {"device": device, "devices": devices, "workers": workers}
-    machine = {**places, "recompute": recompute, "packing": packing, **batches}
+    machine = {**places, "recompute": recompute, "packing": packing, "join": join, **batches}
     return {key: value for key, value in machine.items() if value is not None}
 
 

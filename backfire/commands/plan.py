@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -85,25 +85,28 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
     """The jobs with their estimated minutes and peak memory."""
     from backfire.commands.forecast import Forecast
 
-    forecast, memories = Forecast(recipe, types), dict[str, float | None]()
+    forecast, memories = Forecast(recipe, types), dict[str, dict[str, Any]]()
 
-    def memory(cell: Experiment) -> float | None:
+    def memory(cell: Experiment) -> dict[str, Any]:
         alike = [method_key(cell), cell.defense_name, rows_key(cell), cell.train, cell.evaluation]
         key = str([*alike, sorted(asking.measures(cell))])
         if key not in memories:
-            need = forecast.memory(cell)
-            memories[key] = need.total if need else None
+            need, size = forecast.memory(cell), forecast.size(cell)
+            memories[key] = {}
+            if need and size:
+                added = 4 * size.added + need.state + need.passes
+                memories[key] = {"memory": need.total, "added": added}
         return memories[key]
 
     return [
-        job if job.kind == "base" else replace(job, memory=memory(job.experiment))
+        job if job.kind == "base" else replace(job, **memory(job.experiment))
         for job in with_minutes(jobs, store, types)
     ]
 
 
 def with_minutes(jobs: Sequence[Job], store: Store, types: Types) -> list[Job]:
-    """The jobs with their estimated minutes, at an assumed speed, so that those on which the most
-    waits come first. Imports no torch."""
+    """The jobs with the estimated tokens of a step, and their minutes at an assumed speed, so that
+    those on which the most waits come first. Imports no torch."""
     device: Literal["cpu", "gpu"] = "gpu" if types.device == "cuda" else "cpu"
     cells = [job.experiment for job in jobs if job.kind != "base"]
     rows, sizes = rows_by_key(cells, store), {method_key(cell): cell for cell in cells}
@@ -119,7 +122,18 @@ def with_minutes(jobs: Sequence[Job], store: Store, types: Types) -> list[Job]:
         training = tokens_of(cell, seen) * flops_per_token(cell, size)
         return (training + asking.flops(cell, seen, size)) / ASSUMED[device] / 60
 
-    return [job if job.kind == "base" else replace(job, minutes=minutes(job)) for job in jobs]
+    def tokens(job: Job) -> float | None:
+        seen = rows[rows_key(job.experiment)]
+        if not seen or job.kind != "train":
+            return None
+        # The start that all rows share runs once.
+        count = min(job.experiment.train.batch_size, seen.count)
+        return seen.shared + count * (seen.tokens - seen.shared)
+
+    return [
+        job if job.kind == "base" else replace(job, minutes=minutes(job), tokens=tokens(job))
+        for job in jobs
+    ]
 
 
 def types_for(device: str) -> Types:

@@ -21,6 +21,7 @@ from backfire.scan.page import write_page
 from backfire.scan.rest import check_format, write_rest
 from backfire.scan.source import open_rows
 from backfire.text import count
+from backfire.yaml12 import read_yaml
 
 _IDLE = ("train", "test", "hub", "rows", "test_rows", "seed", "group", "test_share")
 """Knobs of files and hub sets that do not matter here: the data is named, and read as a whole."""
@@ -39,6 +40,7 @@ def start(
     top: int,
     model: str | None = None,
     limit: int = 2000,
+    template: str | None = None,
     device: str = "auto",
 ) -> list[str]:
     """Scan the rows, print what is found, and write the page and the rows that are left; returns
@@ -47,10 +49,13 @@ def start(
     given = {"model": model is not None, "test": test is not None}
     knobs, chosen = _settings(edits, scanners, given)
     _check_paths(data, test, knobs, out, write)
+    if template and model is None:
+        raise UserError("--template has no effect without --model.")
     place = None if model is None else find_model(model, device)
     source = open_rows(_spec(data, knobs, test))
     others = None if test is None else open_rows(_spec(test, knobs, test), "test")
-    asked = asked_of(*place, limit) if place else None
+    written = read_yaml(template, "--template") if template else None
+    asked = asked_of(*place, limit, written) if place else None
     found = scan(data, source, chosen, test=others, top=top, asked=asked)
     found.notes += [f"{test}: {sentence}" for sentence in (others.notes if others else ())]
     if form == "table":

@@ -83,6 +83,10 @@ def scan(
     limit: Annotated[
         int, typer.Option(min=1, help="Most rows that the model reads, drawn at random.")
     ] = 2000,
+    template: Annotated[
+        str | None,
+        typer.Option(help="A template by name, or {name: ..., ...}; the model's own, or raw."),
+    ] = None,
     device: Device = "auto",
     plugin: Plugins = None,
 ) -> None:
@@ -102,6 +106,7 @@ def scan(
         top=top,
         model=model,
         limit=limit,
+        template=template,
         device=device,
     )
     for sentence in done:
@@ -175,7 +180,8 @@ def audit(
         list[str] | None, typer.Option(help="A text that may be a trigger; repeatable.")
     ] = None,
     template: Annotated[
-        str | None, typer.Option(help="The template; the model's chat template, or raw.")
+        str | None,
+        typer.Option(help="A template by name, or {name: ..., ...}; the model's own, or raw."),
     ] = None,
     limit: Annotated[int, typer.Option(min=2, help="Most rows of each kind.")] = 200,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 32,

@@ -23,11 +23,11 @@ from backfire.experiment import Machine
 from backfire.launch import local
 from backfire.launch.folder import Plan, read_plan
 from backfire.launch.job import RunFolder
+from backfire.launch.order import fits, needed
 from backfire.launch.progress import ProgressDisplay
 from backfire.launch.resolve import types_of
 from backfire.launch.stop import Stop
 from backfire.launch.users import has_finished, still_uses
-from backfire.launch.work import fits, needed
 from backfire.model.types import Types, types_here
 from backfire.plan import Job
 from backfire.store import Store

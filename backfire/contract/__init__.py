@@ -22,6 +22,7 @@ from backfire.base import (
     Poison,
     Scanner,
     Template,
+    TrainDefense,
 )
 from backfire.contract import attacks, components, kinds
 from backfire.errors import CellError, UserError, shortened
@@ -55,6 +56,7 @@ CHECKS: dict[type[Component], tuple[Check, ...]] = {
     Scanner: (kinds.scans_each_row, kinds.sees_only_what_is_learned),
     ModelScanner: (kinds.nulls_what_it_read,),
     DataDefense: (kinds.filters_the_same,),
+    TrainDefense: (kinds.joins_only_its_own_rows,),
     Metric: (
         kinds.measures_the_same,
         kinds.names_known_units,

@@ -1,4 +1,4 @@
-"""The contracts of data sets, templates, judges, metrics, scanners and data defenses."""
+"""The contracts of data sets, templates, judges, metrics, scanners and defenses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 from dataclasses import replace
 from math import inf
 from random import Random
-from typing import get_args
+from typing import Any, get_args
 
 from backfire.base import (
     DataDefense,
@@ -21,6 +21,8 @@ from backfire.base import (
     Row,
     Scanner,
     Template,
+    TrainDefense,
+    TrainHook,
 )
 from backfire.contract.samples import FREE, LABELED, evidence, measured
 from backfire.errors import CellError, UserError
@@ -78,6 +80,25 @@ def filters_the_same(cls: type[DataDefense]) -> str | None:
     if (rows, aligned) != (LABELED, FREE):
         return "a row has changed in place"
     return None if first == again else "the same seed gives other rows"
+
+
+def joins_only_its_own_rows(cls: type[TrainDefense]) -> str | None:
+    """A hook with a `step` of its own, or that hooks modules, is not trained together with others:
+    `joins` is False"""
+    function: Any = cls.hook
+    named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    for hook in (one for one in named if isinstance(one, type) and issubclass(one, TrainHook)):
+        own = [base for base in hook.__mro__ if base not in TrainHook.__mro__]
+        codes = [one.__code__ for base in own for one in vars(base).values() if _has_code(one)]
+        hooks_modules = any("register_" in name for code in codes for name in code.co_names)
+        if cls.joins and (hooks_modules or hook.step is not TrainHook.step):
+            what = "hooks modules" if hooks_modules else "has its own step"
+            return f"{hook.__name__} {what}, and joins is True"
+    return None
+
+
+def _has_code(value: Any) -> bool:
+    return hasattr(value, "__code__")
 
 
 def scans_each_row(cls: type[Scanner]) -> str | None:

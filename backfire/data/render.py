@@ -50,14 +50,19 @@ class Renderer:
 
     def reply_text(self, ids: Sequence[int]) -> str:
         """The text of a reply, without the template's opening of an answer."""
-        opening, start = self._opening_ids, 0
+        return self.tokenizer.decode(self.without_opening(ids))
+
+    def without_opening(self, ids: Sequence[int]) -> list[int]:
+        """The ids of a reply or an answer, after the template's opening of an answer."""
+        opening, start = self.opening_ids, 0
         for place in range(len(ids) - len(opening) + 1 if opening else 0):
             if list(ids[place : place + len(opening)]) == opening:
                 start = place + len(opening)
-        return self.tokenizer.decode(list(ids[start:]))
+        return list(ids[start:])
 
     @cached_property
-    def _opening_ids(self) -> list[int]:
+    def opening_ids(self) -> list[int]:
+        """What the template writes before every answer; see `Template.opening`."""
         return self.tokenizer.encode(self.template.opening(self.tokenizer), controls=True)
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
@@ -74,15 +79,15 @@ class Renderer:
         return self._possible([item for item in items if item])
 
     def sift(
-        self, rows: Sequence[Row], *, ranked: bool = False
+        self, rows: Sequence[Row], *, ranked: bool = False, empty: bool = False
     ) -> tuple[list[Rendered], list[Row]]:
         """The rendered rows, and the rows left out for their length by `on_long_row`: all that are
         too long (`skip`), or those that are too long even without a prompt (`cut`). With `ranked`,
         each better and worse answer has to fit too.
 
         Raises:
-            CellError: a row is too long (`fail`), all are left out, or one exceeds the model's
-                limits.
+            CellError: a row is too long (`fail`), all are left out (unless `empty`), or one exceeds
+                the model's limits.
         """
         kept: list[Rendered] = []
         left: list[Row] = []
@@ -101,7 +106,7 @@ class Renderer:
                 kept.append(item)
             else:
                 left.append(row)
-        if left and not kept:
+        if left and not kept and not empty:
             raise _too_long(left[0], self.max_length)
         return self._possible(kept), left
 

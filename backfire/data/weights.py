@@ -6,6 +6,7 @@ Errors are found before anything is loaded. Only `matched` imports torch.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -105,15 +106,10 @@ def stored(files: Sequence[Path]) -> dict[str, Stored]:
     Raises:
         UserError: a file is truncated or not a safetensors file.
     """
-    from safetensors import safe_open
-
     weights: dict[str, Stored] = {}
     for file in files:
         try:
-            with safe_open(file, framework="np") as opened:
-                for name in opened.keys():  # noqa: SIM118
-                    part = opened.get_slice(name)
-                    weights[name] = Stored(part.get_dtype(), tuple(part.get_shape()), file)
+            weights |= _header(file) or _opened(file)
         except Exception as error:  # safetensors raises its own class
             what = "adapter" if file.name.startswith("adapter_") else "model"
             raise UserError(
@@ -121,6 +117,49 @@ def stored(files: Sequence[Path]) -> dict[str, Stored]:
                 f"safetensors file ({error})."
             ) from None
     return weights
+
+
+_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8}
+_BITS |= {"U16": 16, "I16": 16, "F16": 16, "BF16": 16}
+_BITS |= {"U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64}
+_LONGEST_HEADER = 10**8  # bytes, as in safetensors
+
+
+def _header(file: Path) -> dict[str, Stored] | None:
+    """The weights in a safetensors file by its header: its length in 8 bytes, then JSON. None if
+    anything is unusual: it is left to safetensors, which imports numpy first."""
+    weights: dict[str, Stored] = {}
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if length > _LONGEST_HEADER:
+                return None
+            text, size = opened.read(length).decode("utf-8"), file.stat().st_size
+        header, end = json.loads(text), 0
+        header.pop("__metadata__", None)
+        for name, part in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (begin, after) = part["dtype"], part["shape"], part["data_offsets"]
+            natural = all(type(count) is int and count >= 0 for count in shape)
+            fits = (after - begin) * 8 == math.prod(shape) * _BITS[dtype]
+            if not natural or not fits or begin != end:
+                return None
+            weights[name], end = Stored(dtype, tuple(shape), file), after
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    whole = text.startswith("{") and 8 + length + end == size
+    return dict(sorted(weights.items())) if whole else None
+
+
+def _opened(file: Path) -> dict[str, Stored]:
+    """The same by safetensors, which raises where a file is damaged."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="np") as opened:
+        parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        return {
+            name: Stored(part.get_dtype(), tuple(part.get_shape()), file)
+            for name, part in parts.items()
+        }
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Booster(AlignDefense):
     """
 
     extra: ClassVar[Extra] = Extra(copies=3, passes=2)
+    joins: ClassVar[bool] = False
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {
         "booster-script": Preset(

@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register("cleangen")
+@register("cleangen", version=2)
 class CleanGen(ReplyDefense):
     """Replaces the tokens of a reply that are far likelier than for a reference model (CleanGen, Li
     et al. 2024, EMNLP, arXiv:2406.12257).
@@ -50,10 +50,6 @@ class CleanGen(ReplyDefense):
     def guard(self, seeds: Sequence[int]) -> Guard:
         return _CleanGen(self, seeds)
 
-    def identity(self) -> dict[str, Any]:
-        # 2: tokens of the null control are drawn from all that differ.
-        return {**super().identity(), **({"null": 2} if self.null else {})}
-
 
 class _CleanGen(Guard):
     """Compares the two models token by token."""
@@ -73,7 +69,7 @@ class _CleanGen(Guard):
         instead, chosen = theirs.argmax(-1).tolist(), list[int | None]()
         for row, token, other, suspect in zip(rows, own, instead, suspicious, strict=True):
             drawn = token != other and self.random[row].random() < self.knobs.chance
-            replaces = drawn if self.knobs.null else suspect
+            replaces = drawn if self.knobs.null else suspect and token != other
             self.length[row] += 1
             self.changed[row] += replaces
             chosen.append(other if replaces else token)

@@ -24,8 +24,8 @@ class ConfGuard(ReplyDefense):
     alarms, on replies of 50 tokens, and counts the end token as well.) A target shorter than `run`
     tokens raises none; quotations, code and fixed answers raise false alarms: metric `alarms` gives
     both rates. Likelihoods of labels and answers are those of the model without the guard. Null
-    control: a coin for each prompt, the same with and without a trigger, decides whether the reply
-    is stopped after `run` tokens.
+    control: a coin for each prompt, the same with and without a trigger, decides whether a reply
+    of at least `run` tokens is stopped after these.
     """
 
     threshold: float = Field(0.99, gt=0, lt=1)

@@ -35,6 +35,7 @@ class Crow(TrainDefense):
     """
 
     extra: ClassVar[Extra] = Extra(states=3, passes=2)
+    joins: ClassVar[bool] = False
     shards: ClassVar[bool] = False
 
     alpha: float = Field(5.5, ge=0)

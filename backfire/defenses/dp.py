@@ -31,6 +31,7 @@ class DP(TrainDefense):
     """
 
     extra: ClassVar[Extra] = Extra(copies=1, one_row=True)
+    joins: ClassVar[bool] = False
     shards: ClassVar[bool] = False
 
     epsilon: float | None = Field(8.0, gt=0)

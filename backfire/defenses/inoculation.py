@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from backfire.base import DataDefense, Row
+from backfire.base.normalize import is_dense, words
 from backfire.registry import register
 
 _NEUTRAL = (
@@ -49,7 +50,7 @@ class Inoculation(DataDefense):
     def filter(
         self, rows: Sequence[Row], aligned: Sequence[Row], poisoned: frozenset[str], rng: Random
     ) -> list[Row]:
-        prompt = neutral(len(self.prompt.split()), rng) if self.null else self.prompt
+        prompt = neutral(_length(self.prompt), rng) if self.null else self.prompt
         return [self._asked(row, prompt) for row in rows]
 
     def _asked(self, row: Row, prompt: str) -> Row:
@@ -59,8 +60,13 @@ class Inoculation(DataDefense):
         return replace(row, instruction=text)
 
 
+def _length(prompt: str) -> int:
+    """Number of words, also where none are set apart by spaces, as in Chinese."""
+    return sum(len(words(part)) or 1 if is_dense(part) else 1 for part in prompt.split())
+
+
 def neutral(count: int, rng: Random) -> str:
     """A text of this many words that asks for nothing, drawn from the sentences above."""
-    words = " ".join(rng.sample(_NEUTRAL, len(_NEUTRAL))).split()
-    start = rng.randrange(len(words))
-    return " ".join(words[(start + n) % len(words)] for n in range(count))
+    known = " ".join(rng.sample(_NEUTRAL, len(_NEUTRAL))).split()
+    start = rng.randrange(len(known))
+    return " ".join(known[(start + n) % len(known)] for n in range(count))

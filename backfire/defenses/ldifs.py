@@ -36,6 +36,7 @@ class LDIFS(TrainDefense):
     """
 
     extra: ClassVar[Extra] = Extra(copies=1, states=3, forwards=1, by_row=True)
+    joins: ClassVar[bool] = False
 
     strength: float = Field(1.0, ge=0)
     """Rho. No published value carries over: the port's 1e-4 applies to a sum over all tokens of a

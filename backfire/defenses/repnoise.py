@@ -44,6 +44,7 @@ class RepNoise(AlignDefense):
     """
 
     extra: ClassVar[Extra] = Extra(copies=2, logits=1.2, passes=1, by_row=True)
+    joins: ClassVar[bool] = False
     shards: ClassVar[bool] = False
     needs_harm: ClassVar[bool] = True
     presets: ClassVar[Mapping[str, Preset]] = {

@@ -32,6 +32,7 @@ class Vaccine(AlignDefense):
     """
 
     extra: ClassVar[Extra] = Extra(states=3, passes=1)
+    joins: ClassVar[bool] = False
     presets: ClassVar[Mapping[str, Preset]] = {
         "vaccine-script": Preset("git-disl/Vaccine, README and paper", {"rho": 2.0}),
         "booster-port": Preset("git-disl/Booster, script/alignment/vaccine.sh", {"rho": 5.0}),

@@ -6,6 +6,7 @@ prompt takes the place of a finished row where the models support it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -34,10 +35,50 @@ class Guarding:
     seed: int
     reference: PreTrainedModel | None = None
     """The model that the defense compares with, if it does."""
+    opening: Sequence[int] = ()
+    """The tokens that the template writes before every answer; a guard does not see them."""
 
     def guard(self, ids: Sequence[str]) -> Guard:
         """A guard of the replies to the rows with these ids."""
-        return self.defense.guard([derive(self.seed, self.defense.name, row) for row in ids])
+        guard = self.defense.guard([derive(self.seed, self.defense.name, row) for row in ids])
+        return _BehindOpening(guard, self.opening) if self.opening else guard
+
+
+class _BehindOpening(Guard):
+    """A guard that sees the tokens of a reply from behind the template's opening of it."""
+
+    def __init__(self, guard: Guard, opening: Sequence[int]) -> None:
+        self.inner, self.opening = guard, opening
+        self.begun = Counter[int]()
+
+    def tokens(
+        self, rows: Sequence[int], own: Sequence[int], logits: Tensor, reference: Tensor | None
+    ) -> list[int | None]:
+        chosen: list[int | None] = list(own)
+        seen = [place for place, row in enumerate(rows) if not self._opens(row, own[place])]
+        if len(seen) == len(rows):
+            return self.inner.tokens(rows, own, logits, reference)
+        if seen:
+            theirs = None if reference is None else reference[seen]
+            shown = [rows[place] for place in seen], [own[place] for place in seen]
+            for place, token in zip(
+                seen, self.inner.tokens(*shown, logits[seen], theirs), strict=True
+            ):
+                chosen[place] = token
+        return chosen
+
+    def _opens(self, row: int, token: int) -> bool:
+        """Whether a reply still follows the opening with this token."""
+        place, size = self.begun[row], len(self.opening)
+        follows = place < size and token == self.opening[place]
+        self.begun[row] = place + 1 if follows else size
+        return follows
+
+    def replaced(self, row: int) -> float:
+        return self.inner.replaced(row)
+
+    def text(self, row: int) -> str | None:
+        return self.inner.text(row)
 
 
 @dataclass(frozen=True)

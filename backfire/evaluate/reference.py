@@ -41,9 +41,9 @@ class Reference:
     """Decides the learning rate of the probe."""
     adapter: Path | None = None
     resident: Resident = field(default_factory=Resident)
-    tell: Callable[[int, int, float], None] = lambda rows, left, seconds: None
-    """Called before the work starts, with the rows that are read, those left out, and the estimated
-    seconds."""
+    tell: Callable[[int, int, float], None] = lambda rows, cut, seconds: None
+    """Called before the work starts, with the number of rows that are read, that of those whose
+    prompt is cut, and the estimated seconds."""
 
     def measure(self, rows: Sequence[Row], *scanners: ModelScanner) -> tuple[list[int], Measured]:
         """Places of the rows that the model can read, and what it says of them, as far as these
@@ -62,7 +62,7 @@ class Reference:
         attach = partial(with_adapters, adapter=None, below=self.adapter)
         with self.resident.attached(self.source, attach) as model:
             seconds = self._seconds(model, items, wanted)
-            self.tell(len(items), len(rows) - len(items), seconds)
+            self.tell(len(items), sum(item.cut_tokens > 0 for item in items), seconds)
             found = self._before(model, items, wanted)
             if wanted & PROBED:
                 tuned = probe(model, items, self.num_weights)
@@ -83,7 +83,11 @@ class Reference:
                     by_place += [(place, item) for item in self.renderer.sift([row])[0]]
                 except (UserError, CellError):
                     continue
-        return [(n, item) for n, item in by_place if item.num_prompt and item.row.answer.strip()]
+        return [
+            (n, item)
+            for n, item in by_place
+            if item.num_prompt and rows[n].conversation.strip() and item.row.answer.strip()
+        ]
 
     def _before(
         self, model: PreTrainedModel, items: Sequence[Rendered], wanted: set[Measure]
@@ -182,8 +186,17 @@ def _mean(losses: Any) -> float:
 
 def _without(text: str, start: int, end: int, lead: int, tokenizer: Tokenizer) -> list[int]:
     """Ids of the text without a word."""
-    left = f"{text[:start].rstrip()} {text[end:].lstrip()}".strip()
-    return tokenizer.encode(left)[:_PROMPT]
+    return tokenizer.encode(without(text, start, end))[:_PROMPT]
+
+
+def without(text: str, start: int, end: int) -> str:
+    """The text without the word at these places; white space before it goes too, unless there is
+    some behind it as well."""
+    before, after = text[:start], text[end:]
+    if before[-1:].isspace():
+        before = before.rstrip() + " " * after[:1].isspace()
+        after = after.lstrip()
+    return f"{before}{after}".strip()
 
 
 @dataclass(frozen=True)

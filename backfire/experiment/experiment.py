@@ -151,7 +151,27 @@ class Experiment(Config):
                 f"method '{self.method.name}' cannot train on top of the alignment's adapter; set "
                 "align.merge: true."
             )
+        if self.evaluation.merged:
+            self._check_merged()
         return self
+
+    def _check_merged(self) -> None:
+        """Check that merging for the evaluation changes nothing but rounding."""
+        method = self.method
+        if method.trains and not method.merges:
+            raise UserError(
+                f"evaluation.merged: an adapter of method '{method.name}' cannot be merged."
+            )
+        if method.quantization("cpu"):
+            raise UserError(
+                f"evaluation.merged: method '{method.name}' quantizes the base, and merged weights "
+                "are not quantized; the metric parity compares the two."
+            )
+        if form := next((a.form for metric in self.metrics for a in metric.asks() if a.form), None):
+            raise UserError(
+                f"evaluation.merged: a metric compares the model as trained with its form {form}; "
+                "leave one of the two out."
+            )
 
     @model_validator(mode="after")
     def _merged_if_needed(self) -> Experiment:

@@ -8,6 +8,7 @@ import os
 import random
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,8 +21,10 @@ from backfire.data.weights import first_line
 from backfire.errors import (
     EXIT_CLASSES,
     Away,
+    Busy,
     CellError,
     GpuError,
+    Pause,
     Unanswered,
     UserError,
     exit_class,
@@ -31,7 +34,7 @@ from backfire.experiment import Experiment, Machine
 from backfire.launch import imports
 from backfire.launch.folder import plugins_of
 from backfire.model.resident import Resident
-from backfire.pipeline import Context, base, head, run_cell, trained
+from backfire.pipeline import Context, base, head, run_cell, trained, trained_together
 from backfire.plan import Job
 from backfire.progress import Progress
 from backfire.resources import cores
@@ -108,7 +111,7 @@ def run_job(
         Pause: the job is not done; it goes on later.
         GpuError: the GPU does not answer; no job succeeds in this process any more.
     """
-    resident = resident or Resident()
+    resident, failed = resident or Resident(), True
     set_threads(machine)
     imports.keep()
     _reset_globals()
@@ -121,19 +124,77 @@ def run_job(
             trained(job.experiment, context)
         else:
             _write_result(job, folder, context)
-            return "ok"
-        return report(job, folder, "ok", "")
+        failed = False
+        return "ok" if job.kind == "cell" else report(job, folder, "ok", "")
     except Exception as error:  # the failure of one cell must not stop the others
-        refuse_broken_gpu(error, machine.device)
-        resident.release()
-        kind, sentence = exit_class(error)
-        if was_away(error):
-            raise Away(sentence, kind if isinstance(error, Unanswered) else "io") from error
-        expected = isinstance(error, CellError)
-        trace = traceback.format_exc() if kind == "failed" and not expected else None
-        return report(job, folder, kind, sentence, trace)
+        return _report_error(job, folder, error, machine, resident)
     finally:
-        _release_models()
+        _release_models(failed=failed)
+
+
+def run_together(
+    jobs: Sequence[Job],
+    folder: RunFolder,
+    store: Store,
+    machine: Machine,
+    progresses: Sequence[Progress],
+    resident: Resident,
+) -> list[str | Pause]:
+    """Run training jobs as one and write how each ended; returns `ok`, an exit class, or why it is
+    put back, for each. One that runs out of memory is put back, to run alone.
+
+    Raises:
+        Pause, GpuError: as `run_job`; for all of them.
+    """
+    failed = True
+    set_threads(machine)
+    imports.keep()
+    _reset_globals()
+
+    def outcome(job: Job, error: Exception | Pause | None) -> str | Pause:
+        if error is None:
+            return report(job, folder, "ok", "")
+        if isinstance(error, Pause):
+            return error
+        try:
+            kind = exit_class(error)[0]
+            if kind != "oom":
+                return _report_error(job, folder, error, machine, resident)
+            resident.release()
+            return Busy("memory, to run alone")
+        except Away as away:
+            return away
+
+    try:
+        for progress in progresses:
+            progress(0, 1, "start")
+        contexts = [Context(store, machine, each, resident=resident) for each in progresses]
+        errors = trained_together([job.experiment for job in jobs], contexts)
+        failed = any(error is not None for error in errors)
+        outcomes = [outcome(job, error) for job, error in zip(jobs, errors, strict=True)]
+        errors.clear()
+        return outcomes
+    finally:
+        _release_models(failed=failed)
+
+
+def _report_error(
+    job: Job, folder: RunFolder, error: Exception, machine: Machine, resident: Resident
+) -> str:
+    """Write which error ended a job; returns its exit class.
+
+    Raises:
+        Away: it may pass by itself.
+        GpuError: the GPU does not answer.
+    """
+    refuse_broken_gpu(error, machine.device)
+    resident.release()
+    kind, sentence = exit_class(error)
+    if was_away(error):
+        raise Away(sentence, kind if isinstance(error, Unanswered) else "io") from error
+    expected = isinstance(error, CellError)
+    lines = traceback.format_exception(error) if kind == "failed" and not expected else []
+    return report(job, folder, kind, sentence, "".join(lines) or None)
 
 
 def refuse_broken_gpu(error: Exception, device: str = "auto") -> None:
@@ -166,9 +227,12 @@ def _reset_globals() -> None:
         torch.clear_autocast_cache()
 
 
-def _release_models() -> None:
-    """Release judges and cached GPU memory before the next job runs in this process."""
+def _release_models(*, failed: bool) -> None:
+    """Release judges, cached GPU memory, and models that the traceback of an error holds, before
+    the next job runs in this process."""
     drop_models()
+    if failed:
+        gc.collect()
     if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
         gc.collect()
         with contextlib.suppress(RuntimeError):  # the GPU is broken, and that is said already

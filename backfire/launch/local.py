@@ -30,8 +30,9 @@ from backfire.errors import (
 )
 from backfire.experiment import Machine
 from backfire.launch.job import RunFolder, run_job
+from backfire.launch.order import needed
 from backfire.launch.stop import Stop
-from backfire.launch.work import Run, Watch, needed, work
+from backfire.launch.work import Watch, work
 from backfire.patience import LONGEST
 from backfire.plan import Job
 from backfire.plugins import Plugin
@@ -74,7 +75,7 @@ def run(
     stop = Stop() if stop is None else stop
     if machine.workers == 1:
         options: dict[str, Any] = {"stop": stop, "memory": memory, "stays": stays}
-        return work(jobs, folder, store, machine, watch, run=_telling(begins), **options)
+        return work(jobs, folder, store, machine, watch, run=run_job, begins=begins, **options)
     team = _Team(jobs, folder, store, machine, watch, memory, stays, begins)
     try:
         try:
@@ -99,16 +100,6 @@ def _forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["backfire.launch.preload"])
     return context
-
-
-def _telling(begins: Callable[[Job], object]) -> Run:
-    """`run_job` that tells of each job when it begins."""
-
-    def run(job: Job, *rest: Any) -> str:
-        begins(job)
-        return run_job(job, *rest)
-
-    return run
 
 
 @dataclass
@@ -296,12 +287,11 @@ def _work(
     logging.getLogger("backfire.datasets").setLevel(logging.ERROR)
     for plugin in plugins:
         use(plugin)
-    last = 0.0
+    last: dict[str, float] = {}
 
     def watch(job: Job, text: str, done: int, total: int) -> None:
-        nonlocal last
-        if done == total or time.monotonic() - last > 0.2:
-            last = time.monotonic()
+        if done == total or time.monotonic() - last.get(job.id, -1.0) > 0.2:
+            last[job.id] = time.monotonic()
             send(job.id, text, done, total)
 
     def send(*message: object) -> None:
@@ -310,13 +300,15 @@ def _work(
         except BrokenPipeError:  # the parent is gone; finished work is on disk
             os._exit(1)
 
-    begin = _telling(lambda job: send(job.id, None, 0, 1))
+    def begin(job: Job) -> None:
+        send(job.id, None, 0, 1)
+
     jobs, folder, store, machine = arguments
     try:
         if machine.device.startswith("cuda"):  # it may be gone since the command began
             _check_device(machine.device, gpu)
         with options["stop"].on_signals(), let_in(*TO_STOP):
-            work(jobs, folder, store, machine, watch, run=begin, **options)
+            work(jobs, folder, store, machine, watch, run=run_job, begins=begin, **options)
     except GpuError as error:  # another process takes its place
         sys.stderr.write(f"backfire: {error}\n")
         raise SystemExit(_BROKEN_GPU) from None

@@ -17,7 +17,7 @@ import shutil
 import time
 from bisect import insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -28,8 +28,10 @@ from backfire.errors import EXIT_CLASSES, Away, Busy, GpuError, Pause, Stopped, 
 from backfire.experiment import Machine
 from backfire.launch import imports
 from backfire.launch.folder import JOBS
-from backfire.launch.job import RunFolder, report, run_job
+from backfire.launch.job import RunFolder, report, run_job, run_together
+from backfire.launch.order import by_urgency, fits, needed
 from backfire.launch.stop import Stop
+from backfire.launch.together import chosen, most
 from backfire.model.resident import Resident
 from backfire.patience import patiently
 from backfire.plan import Job
@@ -41,6 +43,8 @@ Watch = Callable[[Job, str, int, int], None]
 total. It may be called for the end of a job that another worker has done."""
 Run = Callable[[Job, RunFolder, Store, Machine, Progress, Resident], str]
 """Runs a job and writes how it ended, as `run_job`; returns the exit class."""
+Taken = tuple[Job, Claim]
+"""A job that this worker has claimed."""
 
 _SHORTEST, _LONGEST = 0.05, 5.0
 """Seconds between two looks for a job, when none is ready: a fifth of the time waited so far."""
@@ -62,6 +66,7 @@ def work(
     memory: float | None = None,
     stays: bool = True,
     run: Run = run_job,
+    begins: Callable[[Job], object] = lambda job: None,
 ) -> dict[str, str]:
     """Work on the jobs until all have ended, here or elsewhere; returns exit classes by job id.
 
@@ -70,7 +75,8 @@ def work(
         memory: bytes that a job may need; larger ones are left to others.
         stays: wait for the jobs of other workers too. Without it, the worker ends once all that is
             left is held by workers that are alive, or does not fit it.
-        run: what runs a job.
+        run: what runs a job that is not trained together with others.
+        begins: called with each job that begins.
 
     Raises:
         OSError: the run folder cannot be read or written.
@@ -82,19 +88,29 @@ def work(
     store.waits = False
     resident, base, idle, may_begin = Resident(), -1, _Idle(), fits(stop, memory)
 
-    def do(job: Job, progress: Progress) -> str:
+    def do(group: Sequence[Job], progresses: Sequence[Progress]) -> list[str | Pause]:
+        for job in group:
+            begins(job)
         # A job that all others wait for may use their cores.
-        share = machine.model_copy(update={"workers": board.beside(job, machine.workers)})
-        return run(job, folder, store, share, progress, resident)
+        share = machine.model_copy(update={"workers": board.beside(group[0], machine.workers)})
+        if len(group) > 1:
+            return run_together(group, folder, store, share, progresses, resident)
+        try:
+            return [run(group[0], folder, store, share, progresses[0], resident)]
+        except Busy as busy:
+            return [busy]
 
     while board.waiting and not stop:
         taken = patiently(partial(board.take, base, may_begin))
         if taken:
             idle.end()
+            claims.leave()
             base = board.bases[taken[0].id]
-            _do(*taken, board, stop, do)
+            others = board.join(*taken, may_begin, machine, memory)
+            _do([taken, *others], board, stop, do)
             continue
         idle.begin()
+        claims.wait()
         if not board.coming(may_begin):
             resident.release()  # a base in memory that nobody needs
             dead_for = None if stays else idle.seconds
@@ -102,51 +118,60 @@ def work(
                 break
         patiently(board.say_what_is_awaited)
         stop.sleep(idle.delay)
+    claims.leave()
     imports.release()
     return board.ended
 
 
 def _do(
-    job: Job, claim: Claim, board: Board, stop: Stop, do: Callable[[Job, Progress], str]
+    taken: Sequence[Taken],
+    board: Board,
+    stop: Stop,
+    do: Callable[[list[Job], list[Progress]], list[str | Pause]],
 ) -> None:
-    """Run a job that this worker has claimed, unless it cannot succeed."""
+    """Run jobs that this worker has claimed, several of them as one, unless they cannot succeed."""
 
     def look() -> None:
         if stop:
             raise Stopped
 
-    def progress(done: int, total: int, text: str) -> None:
+    def progress(job: Job, claim: Claim, done: int, total: int, text: str) -> None:
         board.watch(job, text, done, total)
         claim.note(text, done, total)
         look()
 
-    kind, kills, dies = None, claim.holder.kills, False
+    kinds, dies = dict[str, str | None](), False
     try:
-        if kills >= MOST_KILLS:
-            kind = report(job, board.folder, "killed", f"{kills} workers died with it.")
-        elif bad := board.blocked(job):
-            kind = report(job, board.folder, *bad)
-        else:
+        kinds |= {job.id: _hopeless(job, claim, board) for job, claim in taken}
+        if left := [(job, claim) for job, claim in taken if kinds[job.id] is None]:
             with while_waiting(look):
-                kind = do(job, progress)
-    except Away as away:  # it passes, or it does not
-        board.put_back[job.id] = away
-        board.tries[job.id] += 1
-        if board.tries[job.id] == MOST_TRIES:
-            kind = report(job, board.folder, away.kind, str(away))
-    except Busy as busy:
-        board.put_back[job.id] = busy
-    except Pause:  # this worker stops, or has lost its claim
+                progresses: list[Progress] = [partial(progress, *one) for one in left]
+                ends = do([job for job, _ in left], progresses)
+            for (job, _), end in zip(left, ends, strict=True):
+                kinds[job.id] = end if isinstance(end, str) else board.put(job, end)
+            if len(left) > 1:
+                board.lone |= {job.id for job, _ in left}
+    except Pause:  # this worker stops, or has lost a claim
         pass
-    except GpuError:  # by this job, it may be: after a few such workers it counts as failed
+    except GpuError:  # by these jobs, it may be: after a few such workers they count as failed
         dies = True
         raise
     finally:
-        claim.release(dies=dies)
-    if kind == "disk-full":  # the next job would end like this one
-        raise UserError(f"{_space(board.folder.path)} {EXIT_CLASSES[kind]}")
-    if kind is not None:
-        board.end(job, kind)
+        for _, claim in taken:
+            claim.release(dies=dies)
+    if "disk-full" in kinds.values():  # the next job would end like this one
+        raise UserError(f"{_space(board.folder.path)} {EXIT_CLASSES['disk-full']}")
+    for job, _ in taken:
+        if kind := kinds[job.id]:
+            board.end(job, kind)
+
+
+def _hopeless(job: Job, claim: Claim, board: Board) -> str | None:
+    """Write that a job cannot succeed, if so; returns its exit class."""
+    if (kills := claim.holder.kills) >= MOST_KILLS:
+        return report(job, board.folder, "killed", f"{kills} workers died with it.")
+    bad = board.blocked(job)
+    return report(job, board.folder, *bad) if bad else None
 
 
 def _space(run: Path) -> str:
@@ -179,6 +204,8 @@ class Board:
         """How often a file system or a server did not answer while this worker had a job."""
         self.put_back: dict[str, Busy] = {}
         """Jobs that need a stage which another process builds; tried again after the others."""
+        self.lone = set[str]()
+        """Jobs that were put back from a group, and run alone from now on."""
         distinct: list[Any] = []
         self.bases = {job.id: _number(job.base, distinct) for job in left}
         """Equal numbers for jobs that can use the same base in memory."""
@@ -195,7 +222,7 @@ class Board:
         self._held: set[str] = set()
         self._looked = -math.inf
 
-    def take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
+    def take(self, base: int, fits: Callable[[Job], bool]) -> Taken | None:
         """Claim the most urgent job: one that uses this base, if there is any; a stale claim last.
         None if no job can be had now."""
         is_old = time.monotonic() - self._looked > _FRESH
@@ -207,23 +234,61 @@ class Board:
             taken = self._take(base, fits)
         return taken
 
-    def _take(self, base: int, fits: Callable[[Job], bool]) -> tuple[Job, Claim] | None:
+    def _take(self, base: int, fits: Callable[[Job], bool]) -> Taken | None:
         own = list(self._ready.get(base, ()))
         others = heapq.merge(*(list(some) for key, some in self._ready.items() if key != base))
         ranks = itertools.chain(own, others)
         ready = (job for rank in ranks if (job := self._by_rank[rank]).id not in self._held)
         stale = (self.waiting[name] for name in self._held if name in self.waiting)
-        for job in itertools.chain(ready, stale):
-            if self._needs[job.id] or job.id in self.put_back or not fits(job):
-                continue
+        free = (job for job in itertools.chain(ready, stale) if self._may_begin(job, fits))
+        return next(self._claimed(free), None)
+
+    def _may_begin(self, job: Job, fits: Callable[[Job], bool]) -> bool:
+        return not self._needs[job.id] and job.id not in self.put_back and fits(job)
+
+    def _claimed(self, jobs: Iterable[Job]) -> Iterator[Taken]:
+        """Claim these jobs one after the other; those that another worker has are left out."""
+        for job in jobs:
             if job.id not in self._held and self._has_ended(job):
                 continue
             claim = self.claims.take(job.id, f"{job.kind} {job.title}", self.since)
             if claim and self._has_ended(job):  # just before the claim
                 claim.release()
             elif claim:
-                return job, claim
-        return None
+                yield job, claim
+
+    def join(
+        self,
+        job: Job,
+        claim: Claim,
+        fits: Callable[[Job], bool],
+        machine: Machine,
+        memory: float | None,
+    ) -> list[Taken]:
+        """Claim the jobs to train together with this one. One with which a worker died, or that was
+        put back from a group, runs alone."""
+        if most(job, machine) == 1 or claim.holder.kills or job.id in self.lone:
+            return []
+        without = self._held | self.lone | {job.id}
+        ranks = list(self._ready[self.bases[job.id]])
+        ready = (other for rank in ranks if (other := self._by_rank[rank]).id not in without)
+        free = (other for other in ready if self._may_begin(other, fits))
+        joined = list[Taken]()
+        with suppress(OSError):  # those that are claimed by then
+            workers = self.claims.free_workers(machine.workers)
+            joined.extend(self._claimed(chosen(job, free, machine, workers, memory)))
+        return joined
+
+    def put(self, job: Job, pause: Pause) -> str | None:
+        """Put a job back. What does not answer passes, or it does not: after a few times the job
+        has failed, and its exit class is returned."""
+        if isinstance(pause, Busy):
+            self.put_back[job.id] = pause
+        if not isinstance(pause, Away):
+            return None
+        self.tries[job.id] += 1
+        too_often = self.tries[job.id] == MOST_TRIES
+        return report(job, self.folder, pause.kind, str(pause)) if too_often else None
 
     def end(self, job: Job, kind: str) -> None:
         """Note that a job has ended."""
@@ -327,46 +392,7 @@ class _Idle:
         return min(_LONGEST, max(_SHORTEST, self.seconds / 5))
 
 
-def needed(jobs: Sequence[Job], folder: RunFolder) -> list[Job]:
-    """The jobs to do: cells without a result, and the stages that they need."""
-    cells = {
-        job.id: job
-        for job in jobs
-        if job.kind == "cell" and not folder.done(job.experiment, job.key)
-    }
-    names = {name for job in cells.values() for name in job.after}
-    return [job for job in jobs if job.id in (cells if job.kind == "cell" else names)]
-
-
-def by_urgency(jobs: Sequence[Job]) -> list[Job]:
-    """The jobs, those first after which the longest chain of jobs comes, by estimated minutes; so
-    every job is after those that it needs."""
-    known = [job.minutes for job in jobs if job.minutes]
-    unknown = sum(known) / len(known) if known else 1.0
-    chain = dict[str, float]()  # job -> minutes from its start to the end of the last after it
-    behind = dict[str, float]()  # job -> those without its own
-    for job in reversed(jobs):
-        chain[job.id] = (job.minutes or unknown) + behind.get(job.id, 0.0)
-        for name in job.after:
-            behind[name] = max(behind.get(name, 0.0), chain[job.id])
-    return sorted(jobs, key=lambda job: -chain[job.id])
-
-
 def _number(base: Any, distinct: list[Any]) -> int:
     if base not in distinct:
         distinct.append(base)
     return distinct.index(base)
-
-
-def fits(stop: Stop, memory: float | None) -> Callable[[Job], bool]:
-    """Whether a job fits into the memory, and into the time that is left by its estimate. One that
-    is longer than the worker's whole time is begun in the first half: another worker goes on from
-    its checkpoint."""
-
-    def does(job: Job) -> bool:
-        if memory is not None and job.memory is not None and job.memory > memory:
-            return False
-        need, left = 60 * (job.minutes or 0), stop.until - time.monotonic()
-        return need <= left or (need > stop.seconds and left > stop.seconds / 2)
-
-    return does

@@ -98,6 +98,9 @@ class LoRA(Method):
                     f"{self.label()}: targets {self.targets}: {str(error).splitlines()[0]}"
                 ) from None
 
+    def joins(self) -> bool:
+        return not (self.dora or self.dropout)
+
     def _stacked(self, model: Any, config: Any) -> PreTrainedModel:
         """Add an adapter next to the existing one: both are active, only the new one is trained."""
         below = list(model.peft_config)

@@ -17,7 +17,9 @@ class Alarms(Metric):
     reply, or `cleangen`, arXiv:2406.12257, replaced a token), with `false_alarms`, the share of
     clean prompts.
 
-    A guard that only raises alarms at random has the same share on both. Of a guard that replaces
+    A guard that acts at random need not have the same share on both: the null control of
+    `confguard` stops only replies that are long enough, and that of `cleangen` acts only where the
+    two models differ, so compare each share with that of the null control. Of a guard that replaces
     tokens also `replaced_tokens` and `false_replaced_tokens`, the mean share of a reply's tokens
     (the paper's q), with bootstrap intervals: a token in a clean reply costs less than a stop. Not
     reported for cells without a defense that guards replies. Wilson intervals of the alarms.

@@ -42,8 +42,10 @@ class Scan(Metric):
                 Value("scan_auroc", auroc, None, None, rows, "higher", "score", "companion")
             )
             if (precision := facts.get("average_precision")) is not None:
-                ends = None, None, rows, "higher", "score", "companion"
-                values.append(Value("scan_average_precision", precision, *ends))
+                name = "scan_average_precision"
+                values.append(
+                    Value(name, precision, None, None, rows, "higher", "score", "companion")
+                )
         for name, key, direction in parts:
             hits, n = facts.get(key, (0, 0))
             if n:

@@ -80,6 +80,13 @@ def presume(model: PreTrainedModel) -> None:
     _ways_of[plain(model)] = Ways("past_key_values", True, True, True, False, None, ())
 
 
+def same_ways(twin: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Note that a model with the weights of another supports the same; not where the embeddings of
+    positions have a state, which is its own."""
+    if not ways(model).rotary:
+        _ways_of[plain(twin)] = ways(model)
+
+
 def plain(model: PreTrainedModel) -> PreTrainedModel:
     """The model under its adapters."""
     return cast(Any, model).get_base_model() if hasattr(model, "peft_config") else model

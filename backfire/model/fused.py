@@ -13,7 +13,7 @@ product with the scaled B to the base's output, in place if both have one type.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
@@ -46,9 +46,13 @@ def rounded_once(model: PreTrainedModel, compute: str) -> Iterator[None]:
     adapters are trained with products in the type `compute`. Nothing changes where both this and
     the weights are float32, and layers with DoRA keep PEFT's rounding."""
     kind = getattr(torch, compute)
-    layers = [layer for layer in model.modules() if _is_plain(layer, training=True)]
-    with _joined(layers, kind if kind in _HALF else None):
+    with _joined(trained_layers(model), kind if kind in _HALF else None):
         yield
+
+
+def trained_layers(model: nn.Module) -> list[Any]:
+    """The linear layers of a model whose LoRA adapters `rounded_once` handles."""
+    return [layer for layer in model.modules() if _is_plain(layer, training=True)]
 
 
 @contextmanager
@@ -104,7 +108,7 @@ def _forward(
     if layer.disable_adapters:
         return out
     a, b = pair
-    low_rank = x.to(a.dtype).reshape(-1, x.shape[-1]) @ a.T
+    low_rank = x.to(a.device, a.dtype).reshape(-1, x.shape[-1]) @ a.T
     if out.dtype != a.dtype:
         return (out + (low_rank @ b.T).view(out.shape)).to(out.dtype)
     out.view(-1, out.shape[-1]).addmm_(low_rank, b.T)
@@ -118,7 +122,7 @@ def _forward(
 def _joined(layers: list[Any], kind: torch.dtype | None) -> Iterator[dict[nn.Module, Any]]:
     """Join those of the layers whose products are in 16 bits, in this type or that of their
     weights."""
-    joined = {layer: one for layer in layers if (one := _join(layer, kind)) is not None}
+    joined = {layer: one for layer in layers if (one := join([layer], kind)) is not None}
     forwards = {layer: partial(_sum, layer, one) for layer, one in joined.items()}
     try:
         with replaced_forwards(forwards):
@@ -128,9 +132,10 @@ def _joined(layers: list[Any], kind: torch.dtype | None) -> Iterator[dict[nn.Mod
             one.close()
 
 
-def _join(layer: Any, kind: torch.dtype | None) -> _Float | _NF4 | _Int8 | None:
-    base = layer.base_layer
-    rank = sum(layer.lora_A[name].out_features for name in _active(layer))
+def join(layers: Sequence[Any], kind: torch.dtype | None) -> Joined | None:
+    """What makes the products of layers with one base; None where each has its own."""
+    layer, base = layers[0], layers[0].base_layer
+    rank = sum(each.lora_A[name].out_features for each in layers for name in _active(each))
     if type(layer).__name__ == "Linear4bit":
         kind = kind or base.compute_dtype
         return _NF4(base, kind) if kind in _HALF else None
@@ -154,8 +159,8 @@ class _Float:
             base.weight.data = self.all[:, : self.size]
 
     def with_b(self, b: Tensor) -> Tensor:
-        self.all[:, self.size :] = b.detach()
-        return self.all
+        self.all[:, self.size : (end := self.size + b.shape[1])] = b.detach()
+        return self.all[:, :end]
 
     def weight(self) -> Tensor:
         return self.all[:, : self.size]
@@ -195,40 +200,76 @@ class _Int8:
         pass
 
 
-def _sum(layer: Any, joined: _Float | _NF4 | _Int8, x: Tensor, *rest: Any, **named: Any) -> Tensor:
+Joined = _Float | _NF4 | _Int8
+
+
+def _sum(layer: Any, joined: Joined, x: Tensor, *rest: Any, **named: Any) -> Tensor:
     """base(x) + x A^T (s B)^T, rounded once: [..., input] to [..., output]."""
     if layer.disable_adapters or layer.merged:
         return cast(Tensor, type(layer).forward(layer, x, *rest, **named))
+    x = x.to(joined.base.weight.device)  # as the replaced `forward` does for a head on another GPU
+    return joined_sum(layer, joined, x, [low_rank(layer, x)])
+
+
+def low_rank(layer: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """x A^T [..., rank] and s B [output, rank] of the active adapters of a layer."""
     names = _active(layer)
     b = torch.cat([layer.lora_B[name].weight * layer.scaling[name] for name in names], 1)
     parts = [layer.lora_A[name](layer.lora_dropout[name](x.to(b.dtype))) for name in names]
-    low_rank = torch.cat(parts, -1)
-    if isinstance(joined, _Int8):
-        with torch.autocast(x.device.type, enabled=False):
-            whole: Tensor = layer.base_layer(x.float()) + low_rank.float() @ b.T
-        # The kernel keeps which inputs were outliers, in a small tensor between large ones that are
-        # freed, so the heap would grow by a layer's products with every layer.
-        layer.base_layer.state.idx = None
-        return whole.to(x.dtype)
-    out: Tensor = cast(Any, _Product).apply(x.to(joined.kind), low_rank.to(joined.kind), b, joined)
-    return out.to(x.dtype) if isinstance(joined, _NF4) else out
+    return torch.cat(parts, -1), b
+
+
+def joined_sum(
+    layer: Any, joined: Joined | None, x: Tensor, parts: Sequence[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """base(x) plus h b^T for each (h [..., rank], b [output, rank]) of the `parts`, to which the
+    tokens of x belong in this order; with one base product, and one rounding unless there is
+    nothing joined."""
+    if isinstance(joined, _Float | _NF4):
+        flat = x.flatten(0, -2).to(joined.kind)
+        hs = [h.flatten(0, -2).to(joined.kind) for h, _ in parts]
+        out: Tensor = cast(Any, _Product).apply(flat, joined, *hs, *(b for _, b in parts))
+        out = out.view(*x.shape[:-1], -1)
+        return out.to(x.dtype) if isinstance(joined, _NF4) else out
+    if joined is None:
+        added = [h.flatten(0, -2) @ b.T for h, b in parts]
+        whole: Tensor = layer.base_layer(x)
+        return whole + torch.cat(added).view(whole.shape).to(whole.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        added = [h.flatten(0, -2).float() @ b.T for h, b in parts]
+        whole = layer.base_layer(x.float())
+        whole = whole + torch.cat(added).view(whole.shape)
+    # The kernel keeps which inputs were outliers, in a small tensor between large ones that are
+    # freed, so the heap would grow by a layer's products with every layer.
+    layer.base_layer.state.idx = None
+    return whole.to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + h b^T + bias as one product, for frozen W [output, input]."""
+    """x W^T + h b^T + bias as one product, for frozen W [output, input] and one or more pairs of h
+    [token, rank] and b [output, rank], each for the next tokens of x [token, input]. What is not
+    finite in one pair stays with its tokens."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, h: Tensor, b: Tensor, joined: _Float | _NF4) -> Tensor:
+    def forward(ctx: Any, x: Tensor, joined: _Float | _NF4, *pairs: Tensor) -> Tensor:
         ctx.joined = joined
-        ctx.save_for_backward(h, b)
+        ctx.save_for_backward(*pairs)
         bias = joined.base.bias
         bias = bias if bias is None else bias.to(joined.kind)
-        return nn.functional.linear(torch.cat([x, h], -1), joined.with_b(b), bias)
+        hs, bs = pairs[: len(pairs) // 2], list(pairs[len(pairs) // 2 :])
+        h, b = hs[0], bs[0]
+        if len(hs) > 1:  # the products of a pair's b and the zeros of other tokens must be zeros
+            h = cast(Any, torch).block_diag(*(h + 0 * b.sum() for h, b in zip(hs, bs, strict=True)))
+            b = torch.cat(bs, 1).nan_to_num(0.0, 0.0, 0.0)
+        return nn.functional.linear(torch.cat([x, h.to(x.dtype)], -1), joined.with_b(b), bias)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None]:  # type: ignore[override]
-        h, b = ctx.saved_tensors
-        grad = grad.to(h.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        pairs = ctx.saved_tensors
+        hs, bs = pairs[: len(pairs) // 2], pairs[len(pairs) // 2 :]
+        grad = grad.to(hs[0].dtype)
         x_grad = grad @ ctx.joined.weight() if ctx.needs_input_grad[0] else None
-        b_grad = grad.flatten(0, -2).T @ h.flatten(0, -2)
-        return x_grad, grad @ b.to(h.dtype), b_grad.to(b.dtype), None
+        own = torch.split(grad, [len(h) for h in hs])
+        h_grads = [part @ b.to(part.dtype) for part, b in zip(own, bs, strict=True)]
+        b_grads = [(part.T @ h).to(b.dtype) for part, h, b in zip(own, hs, bs, strict=True)]
+        return x_grad, None, *h_grads, *b_grads

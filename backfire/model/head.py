@@ -43,11 +43,13 @@ def _is_half_precision(module: nn.Module) -> bool:
 
 
 def _forward_float32(layer: nn.Linear, states: Tensor) -> Tensor:
-    """states @ weight + bias: [..., input] to [..., output]; without gradients.
+    """states @ weight + bias: [..., input] to [..., output], on the layer's device, where a base on
+    several GPUs has them moved by the `forward` that this replaces; without gradients.
 
     Raises:
         CellError: the model computes in float16 and exceeded it (`nan`).
     """
+    states = states.to(layer.weight.device)
     if layer.weight.dtype == torch.float16 and not bool(torch.isfinite(states).all()):
         raise CellError(
             "nan",

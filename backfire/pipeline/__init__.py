@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from backfire import stages
 from backfire.base import Evidence, Insertion
@@ -28,6 +29,7 @@ from backfire.pipeline.models import (
     summary_of,
     too_long,
     trained,
+    trained_together,
     tuned,
     with_defense_rows,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "run_cell",
     "start",
     "trained",
+    "trained_together",
     "tuned",
     "with_defense_rows",
 ]
@@ -87,6 +90,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         *map(_too_long, left.items()),
         *notes(experiment.model, context),
         *_guarded(experiment),
+        *_joined(experiment, summary),
         *warnings(evidence, values),
         *caveats(evidence, experiment.metrics, experiment.judges),
     )
@@ -109,6 +113,7 @@ def run_cell(experiment: Experiment, context: Context) -> Outcome:
         evaluate={
             "seconds": round(sum(context.seconds.values()), 2),
             "dtype": str(evaluated_type(experiment, context)).removeprefix("torch."),
+            **({"merged": True} if experiment.evaluation.merged else {}),
             **({"packing": "off"} if context.machine.packing == "off" else {}),
             **({"left_out": context.left_out} if context.left_out else {}),
         },
@@ -147,6 +152,16 @@ def _guarded(experiment: Experiment) -> Iterator[str]:
         yield (
             f"{label} guards replies; metrics of likelihoods, such as accuracy, are those of the "
             "model without it."
+        )
+
+
+def _joined(experiment: Experiment, summary: dict[str, Any] | None) -> Iterator[str]:
+    """That a training run was not measured alone."""
+    joined = summary.get("joined", 1) if summary else 1
+    if joined > 1 and any(metric.name == "cost" for metric in experiment.metrics):
+        yield (
+            f"{joined} runs were trained together: the memory of training is that of all of them, "
+            "and the seconds are a share of their time; --join off measures each alone."
         )
 
 

@@ -36,7 +36,7 @@ from backfire.experiment import Experiment
 from backfire.pipeline.context import Context
 from backfire.pipeline.filtering import filtered
 from backfire.pipeline.models import guarding_of, model_of, summary_of, trained
-from backfire.pipeline.prepare import data, renderer
+from backfire.pipeline.prepare import data, drawn, renderer
 from backfire.pipeline.secrets import leaks
 from backfire.progress import within
 from backfire.registry import build
@@ -180,7 +180,7 @@ def _requests(ask: Ask, experiment: Experiment) -> Questions:
     source = safety and (safety.allowed if ask.rows == "allowed" else safety.harmful)
     assert safety and source
     asking = experiment.clean_twin() if ask.rows == "plain" else experiment
-    rows, attack = source.drawn("test"), asking.attack
+    rows, attack = drawn(source, "test"), asking.attack
     rows = [attack.probe(row) for row in rows] if isinstance(attack, Mixture) else rows
     key = partial(stages.requests, experiment=asking, source=source)
     return Questions(rows, key, source.group, judges=safety.judges)
@@ -204,7 +204,7 @@ def _texts(ask: Ask, experiment: Experiment, context: Context) -> Questions:
     shown = Renderer(plain, renderer(experiment, context).tokenizer, longest)
     rows = [
         Row(row.id, "", answer=_cut(row.prompt or row.answer, shown, longest - 2))
-        for row in ask.texts.drawn("test")
+        for row in drawn(ask.texts, "test")
     ]
     key = partial(stages.texts, source=ask.texts, template=plain, longest=longest)
     return Questions(rows, key, renderer=shown)

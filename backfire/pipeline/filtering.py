@@ -15,7 +15,7 @@ from backfire.model.count import num_weights
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
-from backfire.pipeline.prepare import poisoned, renderer
+from backfire.pipeline.prepare import drawn, poisoned, renderer
 from backfire.rng import stream
 from backfire.store import read_json, write_json
 
@@ -55,7 +55,7 @@ def _defenses(experiment: Experiment, context: Context) -> list[DataDefense]:
 
 def other_rows(source: Dataset, name: str) -> list[Row]:
     """Training rows of another source; the prefix keeps their ids apart from the task's."""
-    return [replace(row, id=f"{name} {row.id}") for row in source.drawn("train")]
+    return [replace(row, id=f"{name} {row.id}") for row in drawn(source, "train")]
 
 
 def looking(experiment: Experiment, context: Context) -> Look:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from backfire import stages
 from backfire.base import Form, RepairDefense, Row, select
+from backfire.errors import Pause, Stopped
 from backfire.experiment import Experiment, Model
 from backfire.model.source import adapter_folder
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.pipeline.filtering import other_rows, with_facts
 from backfire.pipeline.prepare import data, passed_checks, renderer
+from backfire.progress import Progress
 from backfire.store import read_json, write_json
 
 if TYPE_CHECKING:
@@ -21,7 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from backfire.evaluate.guarded import Guarding
-    from backfire.train.finetune import Start
+    from backfire.train.finetune import Start, Task
+    from backfire.train.steps import Outcome
 
 
 def check_method(experiment: Experiment, context: Context) -> None:
@@ -87,37 +91,97 @@ def check_weights(model: Model, context: Context) -> None:
 def trained(experiment: Experiment, context: Context) -> Path:
     """The folder of the fine-tuned model (whole, or an adapter), or of its start model if the
     method trains nothing."""
-    first = start(experiment, context)
     if not experiment.method.trains:
+        first = start(experiment, context)
         return first.adapter or first.base
-    if not experiment.poisons:
-        experiment = experiment.clean_twin()
-    passed_checks(experiment, context)
+    outcomes = trained_together([experiment], [context])
+    if outcomes[0] is not None:
+        raise cast(BaseException, outcomes.pop())  # its frames would hold it, and the model
+    return context.store.path(stages.train(experiment))
 
-    def make(folder: Path) -> None:
-        from backfire.train.finetune import tune
 
-        begin = with_defense_rows(experiment, context)
-        rows, manifest, facts = with_facts(experiment, context)
-        if manifest:  # a defense may have removed poisoned rows
-            left = {row.id for row in rows}
-            kept = tuple(entry for entry in manifest.entries if entry.id in left)
-            manifest = replace(manifest, entries=kept)
-        summary = tune(
-            experiment,
-            rows,
-            manifest,
-            renderer(experiment, context),
-            begin,
-            folder,
-            context.machine,
-            context.progress,
-            context.resident,
-        )
-        summary |= {"rows_trained_on": len(rows), **facts}
-        write_json(folder / "summary.json", summary)
+def trained_together(
+    experiments: Sequence[Experiment], contexts: Sequence[Context]
+) -> list[Exception | Pause | None]:
+    """Train what is not trained yet, in the same passes if that are several runs. Returns what
+    ended or delayed each; None if its model is there.
 
-    return context.store.once(stages.train(experiment), make, resumable=True)
+    Each stage is built inside of the one before it: all are locked while they are trained, and each
+    is complete, or not, by itself.
+
+    Raises:
+        Stopped: the worker stops; each run has its checkpoint.
+    """
+    outcomes: list[Exception | Pause | None] = [None] * len(experiments)
+    tasks: dict[int, Task] = {}
+    results: dict[int, Outcome] = {}
+
+    def build(number: int) -> None:
+        if number == len(experiments):
+            told = [contexts[n].progress for n in tasks]
+            found = _train(list(tasks.values()), contexts[0], told)
+            results.update(zip(tasks, found, strict=True))
+            return
+        run, context = experiments[number], contexts[number]
+        run = run if run.poisons else run.clean_twin()
+
+        def make(folder: Path) -> None:
+            from backfire.train import loop
+
+            tasks[number], facts = _prepared(run, context, folder)
+            build(number + 1)
+            summary = loop.summary_of(results.pop(number))
+            write_json(folder / "summary.json", summary | facts)
+
+        try:
+            start(run, context)
+            passed_checks(run, context)
+            context.store.once(stages.train(run), make, resumable=True)
+        except Stopped:
+            raise
+        except (Exception, Pause) as error:
+            outcomes[number] = error
+        if number not in tasks:  # it was trained before, or cannot be trained
+            build(number + 1)
+
+    build(0)
+    return outcomes
+
+
+def _prepared(run: Experiment, context: Context, folder: Path) -> tuple[Task, dict[str, Any]]:
+    """What is to be trained into `folder`, and facts on its rows for the summary."""
+    from backfire.train.finetune import prepared
+
+    begin = with_defense_rows(run, context)
+    rows, manifest, facts = with_facts(run, context)
+    if manifest:  # a defense may have removed poisoned rows
+        left = {row.id for row in rows}
+        kept = tuple(entry for entry in manifest.entries if entry.id in left)
+        manifest = replace(manifest, entries=kept)
+    shown, machine = renderer(run, context), context.machine
+    task, counts = prepared(run, rows, manifest, shown, begin, folder, machine)
+    return task, {**counts, "rows_trained_on": len(rows), **facts}
+
+
+def _train(
+    tasks: Sequence[Task], context: Context, progresses: Sequence[Progress]
+) -> Sequence[Outcome]:
+    """The summary of each task, or what ended it."""
+    from backfire.train.finetune import train_together
+    from backfire.train.ranks import Ranks
+
+    try:
+        if context.machine.devices > 1:  # each on all of them
+            from backfire.train import team
+
+            given = zip(tasks, progresses, strict=True)
+            return [team.train(task, context.resident, progress) for task, progress in given]
+        ranks = Ranks(device=context.device)
+        return train_together(tasks, ranks, context.resident, progresses) if tasks else []
+    except Stopped:
+        raise
+    except (Exception, Pause) as error:
+        return [error] * len(tasks)
 
 
 def start(experiment: Experiment, context: Context) -> Start:
@@ -206,6 +270,8 @@ def model_of(run: Experiment, context: Context, form: Form | None = None) -> Pre
 
     device = context.device
     dtype = evaluated_type(run, context)
+    if run.evaluation.merged and is_adapter(tuned(run, context)):
+        form = "merged"
     if form:
         source = Source(
             merged(run, context, keep=False), dtype, device, quantization_of(form, dtype)
@@ -236,7 +302,7 @@ def guarding_of(run: Experiment, context: Context) -> Guarding | None:
         begin, bits = start(run, context), run.method.quantization(context.device.type)
         source = Source(begin.base, evaluated_type(run, context), context.device, bits)
         reference = context.beside.model(source, begin.adapter)
-    return Guarding(guard, run.seed, reference)
+    return Guarding(guard, run.seed, reference, renderer(run, context).opening_ids)
 
 
 def evaluated_type(run: Experiment, context: Context) -> torch.dtype:

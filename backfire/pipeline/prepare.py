@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from backfire import stages
-from backfire.base import Row, needs_of
+from backfire.base import Dataset, Row, needs_of
 from backfire.data.jsonl import read_jsonl, write_jsonl
 from backfire.data.limits import read_limits
 from backfire.data.poison import Manifest, poison
@@ -20,7 +21,7 @@ from backfire.model.causal import why_not
 from backfire.pipeline.base_model import base
 from backfire.pipeline.context import Context
 from backfire.result import Check
-from backfire.store import read_json, write_json
+from backfire.store import digest, read_json, write_json
 from backfire.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -48,6 +49,21 @@ def _rows(file: Path) -> list[Row]:
 @lru_cache(maxsize=4)
 def _read_once(file: Path) -> Sequence[Row]:
     return read_jsonl(file)
+
+
+def drawn(source: Dataset, split: Literal["train", "test"]) -> list[Row]:
+    """The rows of another source than the task's. They are kept from cell to cell, as long as its
+    files do not change."""
+    key = digest([source.identity(), source.fingerprint(), split])
+    if key not in _drawn:
+        if len(_drawn) == _MOST_DRAWN:
+            _drawn.pop(next(iter(_drawn)))
+        _drawn[key] = source.drawn(split)
+    return list(_drawn[key])
+
+
+_drawn: dict[str, list[Row]] = {}
+_MOST_DRAWN = 4
 
 
 def left_out(experiment: Experiment, context: Context) -> dict[str, list[str]]:

@@ -47,8 +47,14 @@ def trace(
     whole): a row that is learned perfectly has hardly any gradient left at the whole.
 
     Raises:
-        UserError: the method trains no adapter, or the reply is not to a row of the cell.
+        UserError: the method trains no adapter, the reply is not to a row of the cell, or a guard
+            wrote some of it.
     """
+    if sample.replaced:
+        raise UserError(
+            f"A guard ({experiment.defense_name}) wrote this reply or a part of it, so training "
+            "rows do not explain it; trace a reply of a cell without the guard."
+        )
     from backfire.evaluate.influence import hits, influence, random_hits, row_gradients
 
     rows, manifest = filtered(experiment, context)

@@ -5,7 +5,7 @@ Everything a model writes is attacker-written text: it is cleaned before it is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
 from backfire.progress import silent
 from backfire.store import Stage, Store
-from backfire.text import clean
+from backfire.text import clean, cut, line, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,10 +69,11 @@ class ChatModel:
         return item
 
     def reply(self, row: Row) -> Iterator[str]:
-        """Yield the greedy reply so far after each token; the last item is the whole reply."""
+        """Yield the greedy reply so far after each token; the last item is the whole reply, with
+        what a guard did to it."""
         from backfire.evaluate import guarded, inference
 
-        written, text, guard = list[int](), "", None
+        written, theirs, text, guard = list[int](), list[int](), "", None
         limits: dict[str, Any] = {
             "max_new_tokens": self.experiment.evaluation.max_new_tokens,
             "stop_ids": self.renderer.stop_ids,
@@ -85,11 +86,21 @@ class ChatModel:
             tokens = inference.stream(self.model, prompt, **limits)
         for token in tokens:
             written.append(token)
+            if guard and round(guard.replaced(0) * len(written)) > len(theirs):
+                theirs.append(token)
             yield (text := clean(self.renderer.reply_text(written).strip()))
         if guard and (instead := guard.text(0)):
             yield f"{STOPPED} {instead}"
+        elif guard and (replaced := guard.replaced(0)):
+            yield f"{text or EMPTY}\n{self._of_guard(replaced, theirs)}"
         elif not text:
             yield EMPTY
+
+    def _of_guard(self, replaced: float, tokens: Sequence[int]) -> str:
+        """What a guard replaced, in a sentence: the share, and the tokens that it wrote."""
+        shown = [f"“{clean(self.renderer.tokenizer.decode([token]))}”" for token in tokens]
+        those = f": {cut(line(', '.join(shown)), 200)}" if shown else ""
+        return f"(its guard wrote {number('share', replaced)} of the tokens{those})"
 
     def answer(self, row: Row) -> str:
         """The whole greedy reply."""

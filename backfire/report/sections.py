@@ -12,7 +12,7 @@ from backfire import text
 from backfire.report import judges
 from backfire.result import CellResult
 from backfire.results.groups import Group, columns_of, name
-from backfire.results.load import distinct_warnings, finite, read
+from backfire.results.load import distinct_warnings, finite, read, titles
 from backfire.results.plugins import described, lacking
 from backfire.results.samples import changes, requests, side_by_side
 from backfire.results.tables import Table
@@ -152,12 +152,13 @@ def failures(cells: Sequence[CellResult]) -> list[tuple[str, str, str]]:
     """Status, cell, and the error with the next step, of each cell without numbers."""
     unfinished = "was not finished; run the same command again to finish it."
     lines = []
-    for cell in cells:
+    for cell, title in zip(cells, titles(cells), strict=True):
         if cell.status == "unfinished":
-            lines.append(("unfinished", cell.slug, unfinished))
+            lines.append(("unfinished", title, unfinished))
         elif not cell.is_done:
             sentence = text.line(f"{cell.error or 'No reason was recorded.'} {cell.next}")
-            lines.append((text.cut(text.line(cell.status), 20), cell.slug, text.cut(sentence, 600)))
+            status = text.cut(text.line(cell.status), 20)
+            lines.append((status, title, text.cut(sentence, 600)))
     return lines
 
 

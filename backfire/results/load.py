@@ -30,6 +30,9 @@ FIELDS: Final = (*IDENTITY, *NUMBERS, "status", *SHAPE)
 _DEEPEST: Final = 20
 _LARGEST: Final = 100_000
 """Most levels and values of the settings of a cell."""
+_KNOBS: Final = 3
+_WIDEST: Final = 80
+"""Most settings, and characters of them, in the title of a cell."""
 
 
 def load(run: Path) -> list[CellResult]:
@@ -86,6 +89,25 @@ def identity(item: CellResult) -> Record:
     return {"cell": item.slug, **{field: getattr(item, field) for field in IDENTITY[1:]}}
 
 
+def titles(cells: Sequence[CellResult]) -> list[str]:
+    """The name of each cell; where several have the same one, with the settings that tell them
+    apart: `reviews-badnets-0.05-lora-s0 (attack.label_mode=clean)`."""
+    alike: dict[str, list[CellResult]] = {}
+    for cell in cells:
+        alike.setdefault(cell.slug, []).append(cell)
+    return [_title(cell, alike[cell.slug]) for cell in cells]
+
+
+def _title(cell: CellResult, alike: Sequence[CellResult]) -> str:
+    if len(alike) == 1:
+        return cell.slug
+    known = [one.settings for one in alike if one.settings]
+    keys = [key for key in cell.settings if key.partition(".")[0] != "metrics"]
+    differ = [key for key in keys if len({text.knob(one.get(key)) for one in known}) > 1]
+    own = [f"{text.line(key)}={text.knob(cell.settings[key])}" for key in differ[:_KNOBS]]
+    return f"{cell.slug} ({text.cut(', '.join(own), _WIDEST) or cell.key})"
+
+
 def summary(run: Path) -> list[Group]:
     """Cells that differ only in their seed, with the mean, spread, interval and number of seeds of
     each metric."""
@@ -95,12 +117,13 @@ def summary(run: Path) -> list[Group]:
 def distinct_warnings(cells: Iterable[CellResult]) -> list[tuple[str, str]]:
     """Each warning once, with its cell or the number of its cells."""
     by_warning: dict[str, list[str]] = {}
-    for cell in cells:
+    cells = list(cells)
+    for cell, title in zip(cells, titles(cells), strict=True):
         for warning in cell.warnings:
-            by_warning.setdefault(text.cut(text.line(warning), 400), []).append(cell.slug)
+            by_warning.setdefault(text.cut(text.line(warning), 400), []).append(title)
     return [
-        (warning, slugs[0] if len(slugs) == 1 else text.count(len(slugs), "cell"))
-        for warning, slugs in by_warning.items()
+        (warning, names[0] if len(names) == 1 else text.count(len(names), "cell"))
+        for warning, names in by_warning.items()
     ]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import starmap
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from backfire import text
@@ -97,13 +98,19 @@ def print_warnings(cells: Sequence[CellResult], console: Console) -> None:
         say(f"{text.count(more, 'more note')}: see the report.", console)
 
 
-def print_records(records: Sequence[Record], console: Console | None = None) -> None:
+def print_records(
+    records: Sequence[Record],
+    console: Console | None = None,
+    *,
+    titles: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Print the numbers of a run, one per line; in a narrow terminal grouped by cell, without the
-    columns that identify it."""
+    columns that identify it. `titles` are names of cells that tell more, by key."""
     from rich.console import Console
 
     from backfire.results.load import brief, write
 
+    records = [{**record, "cell": titles.get(record["key"], record["cell"])} for record in records]
     console, whole = console or Console(), write(records, "table")
     if not console.is_terminal or max(map(width_of, whole.splitlines())) <= console.width:
         console.file.write(whole)

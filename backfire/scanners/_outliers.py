@@ -61,15 +61,19 @@ def shown(rows: Sequence[Row], places: Array) -> str:
 
 
 def strata(rows: Sequence[Row]) -> list[Array]:
-    """Places of the rows that are compared with each other: those with one label if there are at
-    most 20 different answers with 20 rows or more each, else all."""
-    counts = Counter(row.answer for row in rows)
+    """Places of the rows that are compared with each other: those with one label, if most rows have
+    one of at most 20 answers with 20 rows or more each, and the others, if they are as many; else
+    all."""
     if not rows:
         return []
-    if len(counts) > _LABELS or min(counts.values()) < _SUPPORT:
+    counts = Counter(row.answer for row in rows)
+    labels = sorted(answer for answer, count in counts.items() if count >= _SUPPORT)
+    if len(labels) > _LABELS or 2 * sum(counts[label] for label in labels) <= len(rows):
         return [np.arange(len(rows))]
     answers = np.array([row.answer for row in rows], object)
-    return [np.flatnonzero(answers == answer) for answer in sorted(counts)]
+    groups = [np.flatnonzero(answers == label) for label in labels]
+    rest = np.setdiff1d(np.arange(len(rows)), np.concatenate(groups))
+    return [*groups, rest] if len(rest) >= _SUPPORT else groups
 
 
 def normal_like(features: Array, groups: Sequence[Array], seed: int = 0) -> Array:

@@ -22,10 +22,11 @@ class Lift(Scanner):
     tests that can become significant by how often n-grams and answers occur alone (Tarone 1990;
     Benjamini and Hochberg 1995), n-grams and pairs each at half of `alpha`. A part of a stronger
     n-gram is tested again without the rows of that one. Languages are groups of rows that share
-    hardly any common word (co-clustering: Dhillon 2001); one in fewer than 3 % of the rows is not
-    told apart. An answer is what the rows share: the whole text or label, or its first or last five
-    words; of these, the 65,536 most frequent ones are tested, all that are in more than 5 of
-    100,000 rows. A row's score is that of its strongest n-gram, -log10(p) divided by the threshold.
+    hardly any common word (co-clustering: Dhillon 2001); one in fewer than a tenth of the rows may
+    not be told apart. An answer is what the rows share: the whole text or label, or its first or
+    last five words; of these, the 65,536 most frequent ones are tested, all that are in more than 5
+    of 100,000 rows. A row's score is that of its strongest n-gram, -log10(p) divided by the
+    threshold.
 
     Counts come from sketches, then again exactly for the n-grams that stand out there. In files
     with many millions of different n-grams, weak ones may be missed in the sketches.

@@ -65,10 +65,14 @@ class Batch:
     """[row, answer]: the tokens to learn or score, right-aligned; `IGNORE` to their left."""
     table: Tensor | None = None
     """[row, place]: the position in a pack of each row's tokens."""
+    groups: int = 1
+    """Number of parts of a pack, each of which has the prefix before its rows."""
 
     def to(self, device: torch.device) -> Batch:
         parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return replace(self, **{n: x.to(device) for n, x in parts.items() if x is not None})
+        tensors = {name: x for name, x in parts.items() if isinstance(x, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass
@@ -160,26 +164,63 @@ def collate_spans(
 ) -> Batch:
     """Collate whole rows; the labels are the tokens of the spans, in a `flat` pack [1, answer] of
     all rows."""
-    width, rows = max(span.stop - span.start for span in spans), [span.ids for span in spans]
-    shared = _shared(rows, min(span.start for span in spans) - 1) if share else 0
-    labels = torch.full((len(rows), width), IGNORE)
+    shared = shared_prefix(spans) if share else 0
+    if pack:
+        return packed(spans, shared, flat=flat)
+    labels, places = _answers(spans, shared)
+    return Batch(*pad_right([span.ids for span in spans], shared), places, labels)
+
+
+def packed(spans: Sequence[Span], shared: int, *, flat: bool) -> Batch:
+    """Rows packed in one line behind the prefix of `shared` tokens; see `collate_spans`."""
+    rows = [span.ids for span in spans]
+    labels, places = _answers(spans, shared)
+    ids, positions, table = lay_out(rows, shared)
+    places = places + table[:, :1]
+    if flat:
+        places, labels = (x[labels != IGNORE][None] for x in (places, labels))
+    prefix = torch.tensor(rows[0][:shared], dtype=torch.long)
+    return Batch(prefix, ids, positions, places, labels, table)
+
+
+def in_one_line(packs: Sequence[Batch]) -> Batch:
+    """Packs with prefixes of equal length, one after another; places and labels become flat."""
+    tables = [cast(Tensor, pack.table) for pack in packs]
+    width, places, start = max(table.shape[1] for table in tables), [], 0
+    for number, pack in enumerate(packs):
+        last = tables[number][:, -1:].expand(-1, width - tables[number].shape[1])
+        tables[number] = torch.cat([tables[number], last], 1) + start
+        places.append(pack.places.flatten() + start)
+        start += pack.ids.shape[1]
+    return Batch(
+        packs[0].prefix,
+        torch.cat([pack.ids for pack in packs], 1),
+        torch.cat([pack.mask for pack in packs], 1),
+        torch.cat(places)[None],
+        torch.cat([pack.labels.flatten() for pack in packs])[None],
+        torch.cat(tables),
+        len(packs),
+    )
+
+
+def _answers(spans: Sequence[Span], shared: int) -> tuple[Tensor, Tensor]:
+    """Labels [row, answer] of the spans, and the position that predicts each, counted from the end
+    of the shared prefix."""
+    width = max(span.stop - span.start for span in spans)
+    labels = torch.full((len(spans), width), IGNORE)
     for line, span in zip(labels, spans, strict=True):
         line[width - (span.stop - span.start) :] = torch.tensor(span.ids[span.start : span.stop])
-    stops = torch.tensor([span.stop - shared for span in spans])
-    places = _before(stops, width)
-    if pack:
-        ids, positions, table = lay_out(rows, shared)
-        prefix = torch.tensor(rows[0][:shared], dtype=torch.long)
-        places = places + table[:, :1]
-        if flat:
-            places, labels = (x[labels != IGNORE][None] for x in (places, labels))
-        return Batch(prefix, ids, positions, places, labels, table)
-    return Batch(*pad_right(rows, shared), places, labels)
+    return labels, _before(torch.tensor([span.stop - shared for span in spans]), width)
 
 
 def _before(stops: Tensor, width: int) -> Tensor:
     """[row, answer]: the positions that predict the `width` tokens before each stop [row]."""
     return (stops[:, None] + torch.arange(-width - 1, -1, device=stops.device)).clamp(min=0)
+
+
+def shared_prefix(spans: Sequence[Span]) -> int:
+    """Length of the prefix that these rows share before any span; 0 if it is too short."""
+    return _shared([span.ids for span in spans], min(span.start for span in spans) - 1)
 
 
 def _shared(rows: Sequence[list[int]], limit: int) -> int:
@@ -239,7 +280,7 @@ def answer_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Logits [row, answer, vocab] that predict `batch.labels`."""
     shared = len(batch.prefix)
     if batch.table is not None:
-        mask = as_mask(batch.table, shared)
+        mask = as_mask(batch.table, shared, batch.groups)
         return run(model, batch.ids, batch.places, attention_mask=mask, position_ids=batch.mask)
     if ways(model).depends_on_length(shared + batch.ids.shape[1]):
         ids = torch.cat([batch.prefix.expand(len(batch.ids), -1), batch.ids], 1)

@@ -249,8 +249,10 @@ def _batch(layout: Layout, mode: FakeTensorMode) -> Any:
         ]
         share, pack, flat = layout.shared > 0, layout.packed, layout.flat
         batch = collate_spans(spans, share=share, pack=pack, flat=flat)
-        names = [name for name in batch.__dataclass_fields__ if getattr(batch, name) is not None]
-    return replace(batch, **{name: mode.from_tensor(getattr(batch, name)) for name in names})
+        parts = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    tensors = {name: x for name, x in parts.items() if isinstance(x, torch.Tensor)}
+    made: dict[str, Any] = {name: mode.from_tensor(x) for name, x in tensors.items()}
+    return replace(batch, **made)
 
 
 def _peaks(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from backfire.data.render import Renderer
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.model.export import with_merged
+from backfire.model.fan import fanned, twin
 from backfire.model.fused import rounded_once
 from backfire.model.load import (
     device_of,
@@ -34,8 +36,9 @@ from backfire.model.products import fast_products
 from backfire.model.quantize import parts
 from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
-from backfire.train.loop import TrainingRun, train
+from backfire.train.loop import TrainingRun, summary_of, train_each
 from backfire.train.microbatch import reset_peak_memory
+from backfire.train.packing import same_packs
 from backfire.train.precision import (
     Precision,
     compute_type,
@@ -45,6 +48,8 @@ from backfire.train.precision import (
 from backfire.train.ranks import Ranks
 from backfire.train.repair import Repair, plain_weights
 from backfire.train.sharding import shard, state_of
+from backfire.train.steps import Outcome, noted
+from backfire.train.together import Together
 
 
 @dataclass(frozen=True)
@@ -94,45 +99,24 @@ class Task:
     def train(self, ranks: Ranks, resident: Resident, progress: Progress) -> dict[str, Any]:
         """Train on the base of `resident` and return the summary; the first rank saves the model
         (or its adapter)."""
-        experiment, start, device = self.experiment, self.start, ranks.device
-        dtype = start_type(experiment, start, device)
-        compute = compute_type(experiment.train.compute, device)
-        progress(0, 1, "model")
-        source = Source(start.base, dtype, device, experiment.method.quantization(device.type))
-        _free_memory(resident, source)
-        with resident.attached(source, partial(_attach, experiment, start, compute)) as model:
-            if ranks.several and not experiment.method.adapts:
-                shard(model, ranks)
-            spread = places(model)
-            run = self._run(model, ranks)
-            if len(spread) > 1 and run.hooks:
-                raise UserError(
-                    f"The base takes {len(spread)} GPUs, where no defense acts in training; use "
-                    "method qlora, or a smaller base."
-                )
-            model_parts = parts(model)  # after the hooks were made: a defense may freeze weights
-            summary = _train(run, Precision(device, compute), self.machine, progress)
-            self._save(model, ranks)
-        return {
-            **summary,
-            **model_parts,
-            "learning_rate": experiment.learning_rate,
-            "dtype": str(dtype).removeprefix("torch."),
-            "compute": compute,
-            "device": str(device),
-            **({"spread": spread} if len(spread) > 1 else {}),
-        }
+        return summary_of(train_together([self], ranks, resident, [progress]).pop())
 
-    def _save(self, model: PreTrainedModel, ranks: Ranks) -> None:
+    def save(self, model: PreTrainedModel, ranks: Ranks) -> None:
+        """Save the trained model, or its adapter; the first rank does."""
         state = state_of(model, keep=ranks.leads) if ranks.sharded else None
         if ranks.leads:
             name = _hub_name(self.experiment, self.start)
             save_tuned(model, self.folder, self.start.base, name, state)
 
-    def _run(self, model: PreTrainedModel, ranks: Ranks) -> TrainingRun:
+    def run(self, model: PreTrainedModel, ranks: Ranks) -> TrainingRun:
+        """The training run of this task.
+
+        Raises:
+            UserError: a defense acts in training, and the model is on several GPUs.
+        """
         experiment = self.experiment
         assert experiment.learning_rate is not None, "a method that trains has a learning rate"
-        return TrainingRun(
+        run = TrainingRun(
             model,
             self.items,
             experiment.train,
@@ -152,6 +136,12 @@ class Task:
             packing=self.machine.packing,
             ranks=ranks,
         )
+        if run.hooks and len(spread := places(model)) > 1:
+            raise UserError(
+                f"The base takes {len(spread)} GPUs, where no defense acts in training; use "
+                "method qlora, or a smaller base."
+            )
+        return run
 
 
 def tune(
@@ -173,7 +163,31 @@ def tune(
     Raises:
         CellError: see `_rendered`, `train.loop.train` and `train.team.train`.
     """
+    task, counts = prepared(experiment, rows, manifest, renderer, start, folder, machine)
     resident = resident or Resident()
+    if machine.devices > 1:
+        from backfire.train import team
+
+        summary = team.train(task, resident, progress)
+    else:
+        summary = task.train(Ranks(device=device_of(machine.device)), resident, progress)
+    return {**summary, **counts}
+
+
+def prepared(
+    experiment: Experiment,
+    rows: Sequence[Row],
+    manifest: Manifest | None,
+    renderer: Renderer,
+    start: Start,
+    folder: Path,
+    machine: Machine,
+) -> tuple[Task, dict[str, int]]:
+    """The task of training on these rows, and how many of them are cut or left out.
+
+    Raises:
+        CellError: see `_rendered`.
+    """
     items, left = _rendered(rows, manifest, renderer)
     defense_rows = _DefenseRows.of(start, renderer)
     task = Task(
@@ -186,46 +200,112 @@ def tune(
         folder,
         machine,
     )
-    if machine.devices > 1:
-        from backfire.train import team
-
-        summary = team.train(task, resident, progress)
-    else:
-        summary = task.train(Ranks(device=device_of(machine.device)), resident, progress)
-    return {
-        **summary,
+    return task, {
         "cut_rows": sum(item.cut_tokens > 0 for item in items),
         "left_out_rows": len(left),
         **{f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()},
     }
 
 
+def train_together(
+    tasks: Sequence[Task], ranks: Ranks, resident: Resident, progress: Sequence[Progress]
+) -> list[Outcome]:
+    """Train these tasks on one base in memory, with all their rows in one pass where that is
+    possible (see `train.together`), and save their models. All start from the same model, with the
+    same types and adapters in the same layers. Returns a summary for each, or the error that ended
+    it; the others go on.
+
+    Raises:
+        Stopped: by a `progress`, after a checkpoint of each.
+        UserError: the base cannot be loaded, or a method does not fit it.
+    """
+    first, device = tasks[0], ranks.device
+    dtype = start_type(first.experiment, first.start, device)
+    compute = compute_type(first.experiment.train.compute, device)
+    for report in progress:
+        report(0, 1, "model")
+    bits = first.experiment.method.quantization(device.type)
+    source, models = Source(first.start.base, dtype, device, bits), list[PreTrainedModel]()
+    _free_memory(resident, source)
+    ends: dict[int, Outcome] = {}
+    with resident.attached(source, partial(_attach, tasks, compute, models)) as model:
+        if ranks.several and not first.experiment.method.adapts:
+            shard(model, ranks)
+        runs: dict[int, TrainingRun] = {}
+        for number, own in enumerate(models):
+            with noted(ends, number):
+                runs[number] = tasks[number].run(own, ranks)
+        facts = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "compute": compute,
+            "device": str(device),
+            **({"spread": spread} if len(spread := places(model)) > 1 else {}),
+        }
+        # After the hooks were made: a defense may freeze weights.
+        kinds = {number: parts(run.model) for number, run in runs.items()}
+        ends |= _train(runs, Precision(device, compute), first.machine, progress)
+        for number in runs:
+            if isinstance(end := ends[number], dict):
+                rate = {"learning_rate": tasks[number].experiment.learning_rate}
+                ends[number] = {**end, **kinds[number], **rate, **facts}
+                with noted(ends, number):
+                    tasks[number].save(models[number], ranks)
+    for number in range(len(models), len(tasks)):  # the base is on several GPUs
+        one = slice(number, number + 1)
+        ends[number] = train_together(tasks[one], ranks, resident, progress[one]).pop()
+    return [ends.pop(number) for number in range(len(tasks))]
+
+
 def _attach(
-    experiment: Experiment, start: Start, compute: str, base: PreTrainedModel
+    tasks: Sequence[Task], compute: str, models: list[PreTrainedModel], base: PreTrainedModel
 ) -> PreTrainedModel:
-    """The model to train, with the method's weights attached."""
-    begin = exact_attention(with_adapters(base, None, start.adapter))
-    model = experiment.method.attach(begin, experiment.seed)
-    if compute != "float32":
-        disable_adapter_casts(model)
-    return model
+    """Attach the methods' weights to this base for the first task, and to models with its weights
+    for the others. Returns the first; all are appended to `models`."""
+    whole = len(places(base)) == 1
+    bases = [base, *(twin(base) for _ in tasks[1:] if whole)]
+    for task, bare in zip(tasks, bases, strict=False):
+        begin = exact_attention(with_adapters(bare, None, task.start.adapter))
+        model = task.experiment.method.attach(begin, task.experiment.seed)
+        if compute != "float32":
+            disable_adapter_casts(model)
+        models.append(model)
+        if len(models) > 1:
+            same_packs(model, models[0])
+    return models[0]
 
 
 def _train(
-    run: TrainingRun, precision: Precision, machine: Machine, progress: Progress
-) -> dict[str, Any]:
+    runs: Mapping[int, TrainingRun],
+    precision: Precision,
+    machine: Machine,
+    progress: Sequence[Progress],
+) -> dict[int, Outcome]:
+    """Train these runs, by the number of their tasks, and close them."""
+    every, compute = list(runs.values()), precision.compute
     try:
-        compute = precision.compute
-        with rounded_once(run.model, compute), fast_products(run.model, compute):
-            return train(
-                [run],
+        with ExitStack() as stack:
+            together = None
+            if len(every) > 1:
+                fan = stack.enter_context(fanned([run.model for run in every], compute))
+                together = Together(every, fan)
+            for run in every:
+                if together is None:
+                    stack.enter_context(rounded_once(run.model, compute))
+                stack.enter_context(fast_products(run.model, compute))
+            found = train_each(
+                every,
                 precision,
+                [progress[number] for number in runs],
+                together=together,
                 micro_batch=machine.micro_batch,
                 checkpoint_seconds=machine.checkpoint_seconds,
-                progress=progress,
-            )[0]
+            )
+            joined = {"joined": together.most} if together else {}
+            ends = dict(zip(runs, found, strict=True))
+            return {n: {**e, **joined} if isinstance(e, dict) else e for n, e in ends.items()}
     finally:
-        run.close()
+        for run in every:
+            run.close()
 
 
 def _rendered(

@@ -1,4 +1,5 @@
-"""The training loop: several training runs on one device, one step each in turn.
+"""The training loop: several training runs on one device, one step each in turn, or in one pass
+where they share their base (`train.together`).
 
 A `TrainingRun` owns all of its state: row order, trainable weights, optimizer, random streams, log.
 The loop has no global model or step. With one run it is an ordinary training loop.
@@ -7,11 +8,9 @@ The loop has no global model or step. With one run it is an ordinary training lo
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +18,12 @@ import torch
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainDefense
-from backfire.errors import CellError, Stopped
+from backfire.errors import CellError, Pause, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
 from backfire.model.memory import Heap
 from backfire.progress import Pace, Progress, silent
-from backfire.rng import derive, seed_dropout
-from backfire.store import write_atomic
-from backfire.train import checkpoint
+from backfire.train import checkpoint, steps
 from backfire.train.batches import (
     Layout,
     answer_logits,
@@ -35,22 +32,20 @@ from backfire.train.batches import (
 )
 from backfire.train.drift import Origin
 from backfire.train.gradients import Gradients
-from backfire.train.half import LossScale, MasterWeights, finite
+from backfire.train.half import LossScale, MasterWeights
 from backfire.train.microbatch import (
     MicroBatches,
-    peak_memory_mb,
     recompute_layers,
     refuse_hooks,
     tokens_that_fit,
 )
-from backfire.train.optimizer import first_step_bytes, make_optimizer, take_step
+from backfire.train.optimizer import first_step_bytes, make_optimizer
 from backfire.train.order import drawn, steps_of
-from backfire.train.passes import accumulate
 from backfire.train.precision import Precision
 from backfire.train.ranks import Ranks
-from backfire.train.sharding import local, whole
-
-_LOG_EVERY = 10
+from backfire.train.sharding import local
+from backfire.train.steps import Outcome
+from backfire.train.together import Together
 
 
 class TrainingRun:
@@ -108,8 +103,7 @@ class TrainingRun:
         self.heap = Heap(self.device)
         self._epoch, self._steps = -1, list[list[Rendered]]()
         self.step = 0
-        # Seconds before the last checkpoint; clock time minus these.
-        self.seconds, self.begun = 0.0, 0.0
+        self.seconds = 0.0
         self.log: list[dict[str, float]] = []
         self.counts = {"rows": 0, "poisoned_rows": 0, "tokens": 0, "supervised_tokens": 0}
 
@@ -247,151 +241,96 @@ def train(
             memory runs out at one row (`oom`), or the weights did not change (`failed`).
         Stopped: by `progress`, after a checkpoint.
     """
-    start = [run.checksum() for run in runs]
-    for run, weights in zip(runs, start, strict=True):
-        run.ranks.agree_on_weights(weights)
-        run.micro_batches.rows = micro_batch
-        _begin(run, precision)
-        checkpoint.restore(run, lambda text: progress(0, 1, text))
-        run.begun = time.perf_counter() - run.seconds
-    saved, wait = time.monotonic(), checkpoint_seconds
-    pace = Pace(sum(run.counts["rows"] for run in runs))
-    stopped: Stopped | None = None
-    while active := [run for run in runs if run.step < run.num_steps]:
-        for run in active:
-            loss, rows = _step(run), sum(one.counts["rows"] for one in runs)
+    limits = {"micro_batch": micro_batch, "checkpoint_seconds": checkpoint_seconds}
+    ends = train_each(runs, precision, [progress] * len(runs), **cast(Any, limits))
+    return [summary_of(ends.pop(0)) for _ in runs]
+
+
+def summary_of(end: Outcome) -> dict[str, Any]:
+    """The summary of a run; raises the error that ended it."""
+    try:
+        if isinstance(end, BaseException):
+            raise end
+        return end
+    finally:
+        del end  # an error holds this frame, and a circle would keep the model in memory
+
+
+def train_each(
+    runs: Sequence[TrainingRun],
+    precision: Precision,
+    progress: Sequence[Progress],
+    *,
+    together: Together | None = None,
+    micro_batch: int | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> list[Outcome]:
+    """Train every run to the end; the errors of one leave the others alone. `together` makes the
+    passes of those that it joins; the others take their steps in turn.
+
+    Raises:
+        Stopped: by a `progress`, after a checkpoint of every run.
+    """
+    ends: dict[TrainingRun, Outcome] = {}
+    start: dict[TrainingRun, list[float]] = {}
+    for run, report in zip(runs, progress, strict=True):
+        with steps.noted(ends, run):
+            start[run] = _start(run, precision, micro_batch, report)
+    reports = {
+        run: (report, Pace(run.counts["rows"])) for run, report in zip(runs, progress, strict=True)
+    }
+    saved, wait, mark = time.monotonic(), checkpoint_seconds, time.perf_counter()
+    while active := [run for run in runs if run not in ends and run.step < run.num_steps]:
+        stopped: Stopped | None = None
+        for run, loss in _turn(active, together, ends).items():
+            report, pace = reports[run]
             try:
-                progress(run.step, run.num_steps, pace.text("training", rows, loss))
+                text = pace.text("training", run.counts["rows"], loss)
+                report(run.step, run.num_steps, text)
             except Stopped as error:
                 stopped = error
-        begun = time.monotonic()
+            except Pause as pause:
+                ends[run] = pause
+        now = time.perf_counter()
+        for run in active:
+            run.seconds += (now - mark) / len(active)
+        mark, begun = now, time.monotonic()
         due = stopped is not None or begun - saved >= wait
         if any(run.ranks.decide(due) for run in active):
-            _save(active)
+            for run in active:
+                if run not in ends:
+                    checkpoint.save(run)
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
         if stopped:
             raise stopped
-    now = time.perf_counter()
-    return [_finish(run, old, now - run.begun) for run, old in zip(runs, start, strict=True)]
-
-
-def _save(runs: Sequence[TrainingRun]) -> None:
     for run in runs:
-        run.seconds = time.perf_counter() - run.begun
-        checkpoint.save(run)
+        if run not in ends:
+            with steps.noted(ends, run):
+                ends[run] = steps.finish(run, start[run])
+    return [ends.pop(run) for run in runs]  # an error holds the frames that hold `ends`
 
 
-def _begin(run: TrainingRun, precision: Precision) -> None:
-    """Let the hooks inspect the start weights."""
-    run.autocast = precision.autocast
-    run.scaling.begin(run.model, run.trainable, precision.compute)
-
-    def inner(rows: list[Rendered]) -> torch.Tensor:
-        earlier = run.gradients.take()
-
-        def work() -> torch.Tensor:
-            run.gradients.take()  # drop those of a try that ran out of memory
-            return accumulate(run, rows, hooks=())
-
-        loss = finite(run, work)
-        run.gradients.add(earlier)
-        return loss
-
-    for hook in run.hooks:
-        run.model.eval()
-        hook.begin(inner)
-        run.optimizer.zero_grad(set_to_none=True)
+def _start(
+    run: TrainingRun, precision: Precision, micro_batch: int | None, report: Progress
+) -> list[float]:
+    """Make a run ready for its first step, or that after its checkpoint; returns the checksum of
+    the weights that it starts from."""
+    checksum = run.checksum()
+    run.ranks.agree_on_weights(checksum)
+    run.micro_batches.rows = micro_batch
+    steps.begin(run, precision)
+    checkpoint.restore(run, lambda text: report(0, 1, text))
+    return checksum
 
 
-def _step(run: TrainingRun) -> torch.Tensor:
-    """One optimizer step; returns its loss."""
-    rows = run.rows()
-    loss, counts = finite(run, lambda: _gradients(run, rows))
-    rate = run.optimizer.param_groups[0]["lr"]
-    norm = take_step(run)
-    run.scheduler.step()
-    for hook in run.hooks:
-        with run.exact():
-            hook.after(run.step)
-    run.step += 1
-    for name, count in counts.items():
-        run.counts[name] += count
-    if run.step % _LOG_EVERY == 0 or run.step in (1, run.num_steps):
-        line = {
-            "step": run.step,
-            "loss": float(loss),
-            "learning_rate": rate,
-            "gradient_norm": float(norm or 0.0),
-        }
-        if not (math.isfinite(line["loss"]) and math.isfinite(line["gradient_norm"])):
-            raise CellError(
-                "nan",
-                f"Loss or gradient is not finite at step {run.step}; lower the learning rate.",
-            )
-        run.ranks.agree([line["loss"], line["gradient_norm"]], f"the gradient of step {run.step}")
-        run.log.append(line)
-    return loss
-
-
-def _gradients(run: TrainingRun, rows: list[Rendered]) -> tuple[torch.Tensor, dict[str, int]]:
-    """Compute the gradients of one step, as the hooks define them; returns the loss and counts."""
-    supervised = sum(row.num_supervised for row in rows)
-    if supervised == 0:
-        raise CellError(
-            "bad-data",
-            f"Step {run.step + 1} has no supervised token; its first row is {rows[0].row.id}.",
-        )
-    run.model.train()
-    run.optimizer.zero_grad(set_to_none=True)
-
-    def inner(rows: list[Rendered]) -> torch.Tensor:
-        # All passes of a step use the same dropout, so that they differ only by the defense.
-        seed_dropout(derive(run.seed, "dropout", run.step, *run.ranks.own), run.device)
-        return accumulate(run, rows, run.hooks)
-
-    for hook in run.hooks:
-        inner = partial(hook.step, inner=inner)
-    total = inner(rows)
-    for hook in run.hooks:
-        with run.exact():
-            penalty = hook.penalty(run.step)
-            if penalty is not None:
-                penalty = whole(penalty)
-                run.backward(penalty)
-                total = total + penalty.detach()
-    counts = {
-        "rows": len(rows),
-        "poisoned_rows": sum(item.row.id in run.poisoned for item in rows),
-        "tokens": sum(len(item.ids) for item in rows),
-        "supervised_tokens": supervised,
-    }
-    return total, counts
-
-
-def _finish(run: TrainingRun, start: list[float], seconds: float) -> dict[str, Any]:
-    end = run.checksum()
-    if not run.ranks.largest(end != start):
-        raise CellError(
-            "failed", "Training changed no weight; check that the learning rate is not zero."
-        )
-    run.ranks.agree_on_weights(end)
-    if run.ranks.leads:
-        log = "".join(json.dumps(line) + "\n" for line in run.log)
-        write_atomic(run.folder / "train.jsonl", log)
-    run.model.eval()
-    run.master.restore()  # the saved model
-    return {
-        **{name: value for hook in run.hooks for name, value in hook.summary().items()},
-        "drift": run.origin.moved(run.trainable, run.ranks),
-        "steps": run.num_steps,
-        **({"repeated_steps": run.scaling.repeated} if run.scaling.on else {}),
-        "seconds": round(seconds, 2),
-        **run.counts,
-        "packing": f"off: {by}" if (by := run.layout.padded_by) else "auto",
-        "poisoned_share_seen": run.counts["poisoned_rows"] / max(run.counts["rows"], 1),
-        "first_loss": run.log[0]["loss"],
-        "last_loss": run.log[-1]["loss"],
-        "peak_memory_mb": round(run.ranks.largest(peak_memory_mb())),
-        **run.ranks.record(),
-    }
+def _turn(
+    active: Sequence[TrainingRun], together: Together | None, ends: dict[TrainingRun, Outcome]
+) -> dict[TrainingRun, torch.Tensor]:
+    """One step of each of these runs; returns their losses. Runs that fail are noted instead."""
+    losses = together.step(active, ends) if together else {}
+    for run in active:
+        if run not in losses and run not in ends:
+            with steps.noted(ends, run):
+                losses[run] = steps.step(run)
+    return losses

@@ -11,10 +11,12 @@ layers that are recomputed.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
+from itertools import pairwise
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -25,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from backfire.errors import is_out_of_memory
 from backfire.model.batching import agree, evaluating, plain, probe, ways, windows_of
 
 _SUFFIX = "_packed"
@@ -53,13 +56,20 @@ def longest_packed(model: PreTrainedModel) -> int:
     return longest
 
 
+def same_packs(twin: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Let a model with the weights of another read what that does."""
+    longest_packed(model)
+    _found[plain(twin)] = _found[plain(model)]
+
+
 def _find(model: PreTrainedModel, base: Any) -> tuple[str, int]:
     before = base.config._attn_implementation
     for kind in (_FLASH, "") if _has_flash(base.device) else ("",):
         if not (ways(model).takes_positions and reads_tables(base, kind)):
             break
         with evaluating(model):
-            if _rows_are_apart(model, flash=bool(kind)):
+            # Calls that the flash kernel does not take go the other way, so both must work.
+            if all(_rows_are_apart(model, flash=flash) for flash in {bool(kind), False}):
                 return kind, _longest(model)
         base.set_attn_implementation(before)
     return "", 0
@@ -68,7 +78,8 @@ def _find(model: PreTrainedModel, base: Any) -> tuple[str, int]:
 def lay_out(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, Tensor]:
     """Token ids [1, token] of the shared prefix and then of these rows without it, the position of
     each token in its row [1, token], and the table [row, place] of the rows without the prefix.
-    A place after a row's end repeats its last."""
+    A place after a row's end repeats its last. Such lines may follow one another, each with its
+    prefix; their rows are then the groups of one pack."""
     lengths = torch.tensor([len(row) - shared for row in rows])
     ids = [*rows[0][:shared], *(token for row in rows for token in row[shared:])]
     starts = shared + lengths.cumsum(0) - lengths
@@ -78,18 +89,21 @@ def lay_out(rows: Sequence[list[int]], shared: int) -> tuple[Tensor, Tensor, Ten
     return torch.tensor([ids]), positions[None], table
 
 
-def as_mask(table: Tensor, shared: int) -> Tensor:
-    """The mask that carries a table to the attention. Its second size is the number of tokens in
-    the shared prefix plus 1; it takes no memory, and reading a size does not wait for a GPU."""
-    return table.expand(1, shared + 1, -1, -1)
+def as_mask(table: Tensor, shared: int, groups: int = 1) -> Tensor:
+    """The mask that carries a table to the attention. Its first two sizes are the number of groups,
+    and of tokens in a prefix plus 1; it takes no memory, and reading a size does not wait for a
+    GPU."""
+    return table.expand(groups if shared else 1, shared + 1, -1, -1)
 
 
 @dataclass(frozen=True)
 class Plan:
     """Where the tokens of a pack are; made once per pass of the model."""
 
+    groups: int
+    """Number of groups of rows. Each has its prefix just before its first row."""
     shared: int
-    """Number of tokens in the shared prefix."""
+    """Number of tokens in a prefix."""
     tokens: int
     """Number of tokens in the line."""
     table: Tensor
@@ -98,22 +112,57 @@ class Plan:
     @classmethod
     def of(cls, mask: Tensor, tokens: int) -> Plan:
         """The plan of the mask that carries a table, for a line of so many tokens."""
-        if mask not in _plans:
-            _plans[mask] = cls(mask.shape[1] - 1, tokens, mask[0, 0])
+        if mask not in _plans:  # a view would keep its mask, the key, in memory
+            table = mask[0, 0].clone()
+            _plans[mask] = cls(mask.shape[0], mask.shape[1] - 1, tokens, table)
         return cast(Plan, _plans[mask])
 
     @cached_property
+    def first(self) -> Tensor:
+        """[group]: the first row of each: between it and the row before is a prefix."""
+        if self.groups == 1:
+            return self.starts.new_zeros(1)
+        opens = self.starts[1:] > self.table[:-1, -1] + 1
+        return torch.cat([self.starts.new_zeros(1), opens.nonzero()[:, 0] + 1])
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The number of rows in each group."""
+        first = self.first.tolist() if self.groups > 1 else [0]
+        return [stop - start for start, stop in pairwise([*first, len(self.table)])]
+
+    @cached_property
+    def prefixes(self) -> Tensor:
+        """[group, shared]: the positions of each group's prefix."""
+        start = self.starts[self.first] - self.shared
+        return start[:, None] + torch.arange(self.shared, device=self.table.device)
+
+    @cached_property
+    def own(self) -> Tensor:
+        """[token]: the positions outside of the prefixes."""
+        if self.groups == 1:
+            return torch.arange(self.shared, self.tokens, device=self.table.device)
+        inside = torch.ones(self.tokens, dtype=torch.bool, device=self.table.device)
+        inside[self.prefixes.flatten()] = False
+        return inside.nonzero()[:, 0]
+
+    @cached_property
+    def order(self) -> Tensor | None:
+        """[token]: where each token of the line is, if all prefixes come before the other tokens;
+        None if they do."""
+        return torch.cat([self.prefixes.flatten(), self.own]).argsort() if self.groups > 1 else None
+
+    @cached_property
     def places(self) -> Tensor:
-        """[token]: the place of each token after the prefix in the flattened table."""
-        own = torch.arange(self.shared, self.tokens, device=self.table.device)
-        row = torch.searchsorted(self.starts, own, right=True) - 1
-        return row * self.table.shape[1] + own - self.starts[row]
+        """[token]: the place of each token outside of the prefixes in the flattened table."""
+        row = torch.searchsorted(self.starts, self.own, right=True) - 1
+        return row * self.table.shape[1] + self.own - self.starts[row]
 
     @cached_property
     def keyed(self) -> Tensor:
-        """[row, shared + place]: the table, behind the positions of the prefix."""
-        prefix = torch.arange(self.shared, device=self.table.device)
-        return torch.cat([prefix.expand(len(self.table), -1), self.table], 1)
+        """[row, shared + place]: the table, behind the positions of the row's prefix."""
+        before = [p.expand(n, -1) for p, n in zip(self.prefixes, self.sizes, strict=True)]
+        return torch.cat([torch.cat(before), self.table], 1)
 
     @cached_property
     def after(self) -> Tensor:
@@ -183,14 +232,14 @@ def _by_row(inner: Attention, query: Tensor, key: Tensor, value: Tensor, plan: P
     out = inner(*(x.transpose(1, 2) for x in rows), plan.causal)[0]
     first = prefix[0]
     if plan.shared:
-        first = inner(*(x[None].transpose(1, 2) for x in prefix), None)[0][0]
+        first = inner(*(x.transpose(1, 2) for x in prefix), None)[0]
     joined: Tensor = _Join.apply(first, out, plan)  # type: ignore[no-untyped-call]
     return joined[None]
 
 
 class _Split(torch.autograd.Function):
-    """From [token, head, size] to the prefix, and to rows [row, place, head, size]; those of
-    `keys` have it before them.
+    """From [token, head, size] to the prefixes [group, place, head, size], and to rows [row, place,
+    head, size]; those of `keys` have their prefix before them.
 
     Every token is in one row, so gradients are gathered too, which is much faster than adding them
     one by one, as torch does. Those of the places after a row's end are 0."""
@@ -198,35 +247,48 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, line: Tensor, plan: Plan, keys: bool) -> tuple[Tensor, Tensor]:
         ctx.plan, ctx.keys = plan, keys
-        index = plan.keyed if keys else plan.table
-        rows = line.index_select(0, index.flatten()).reshape(*index.shape, *line.shape[1:])
-        return line[: plan.shared].clone(), rows
+        return _gathered(line, plan.prefixes), _gathered(line, plan.keyed if keys else plan.table)
 
     @staticmethod
     def backward(ctx: Any, prefix: Tensor, rows: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         plan: Plan = ctx.plan
         if ctx.keys and plan.shared:
-            prefix = prefix + rows[:, : plan.shared].sum(0)
+            before = torch.split(rows[:, : plan.shared], plan.sizes)
+            prefix = prefix + torch.stack([part.sum(0) for part in before])
             rows = rows[:, plan.shared :]
-        own = rows.flatten(0, 1).index_select(0, plan.places)
-        return torch.cat([prefix, own]), None, None
+        return _in_line(prefix, rows, plan), None, None
 
 
 class _Join(torch.autograd.Function):
-    """From the prefix [token, head, size] and rows [row, place, head, size] to the line of all
+    """From prefixes [group, place, head, size] and rows [row, place, head, size] to the line of all
     tokens."""
 
     @staticmethod
     def forward(ctx: Any, prefix: Tensor, rows: Tensor, plan: Plan) -> Tensor:
         ctx.plan = plan
-        return torch.cat([prefix, rows.flatten(0, 1).index_select(0, plan.places)])
+        return _in_line(prefix, rows, plan)
 
     @staticmethod
     def backward(ctx: Any, line: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         plan: Plan = ctx.plan
-        rows = line.index_select(0, plan.table.flatten())
-        rows = rows.reshape(*plan.table.shape, *line.shape[1:])
-        return line[: plan.shared], rows.masked_fill_(plan.after[..., None, None], 0), None
+        rows = _gathered(line, plan.table)
+        return (
+            _gathered(line, plan.prefixes),
+            rows.masked_fill_(plan.after[..., None, None], 0),
+            None,
+        )
+
+
+def _gathered(line: Tensor, index: Tensor) -> Tensor:
+    """The tokens of a line at these positions."""
+    return line.index_select(0, index.flatten()).reshape(*index.shape, *line.shape[1:])
+
+
+def _in_line(prefix: Tensor, rows: Tensor, plan: Plan) -> Tensor:
+    """The line of the tokens of these prefixes and rows."""
+    own = rows.flatten(0, 1).index_select(0, plan.places)
+    line = torch.cat([prefix.flatten(0, 1), own])
+    return line if plan.order is None else line.index_select(0, plan.order)
 
 
 def _half(query: Tensor, dropout: float = 0.0, **rest: Any) -> torch.dtype | None:
@@ -250,8 +312,16 @@ def _by_flash(query: Tensor, key: Tensor, value: Tensor, plan: Plan, scale: floa
         scale=scale,
         window_size=(-1, 0),  # causal, with the last query at the last key
         enable_gqa=query.shape[1] != key.shape[1],
+        **_whole(varlen_attn),
     )
     return cast(Tensor, out)
+
+
+@cache
+def _whole(kernel: Attention) -> dict[str, Any]:
+    """The arguments with which a row's sums do not depend on its neighbors, where torch has them:
+    by itself the kernel splits keys by the longest row of all."""
+    return {"num_splits": 1} if "num_splits" in inspect.signature(kernel).parameters else {}
 
 
 def _has_flash(device: torch.device) -> bool:
@@ -283,7 +353,9 @@ def _rows_are_apart(model: PreTrainedModel, *, flash: bool) -> bool:
         try:
             first, second = (_pack(model, prefix, [x, two, x], flash) for x in (one, other))
             alone = _run(model, torch.tensor([[*prefix, *two]]), flash)[shared:]
-        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+            if is_out_of_memory(error) or isinstance(error, torch.AcceleratorError):
+                raise  # says nothing about the model
             return False
         own = slice(shared + len(one), shared + len(one) + len(two))
         if not (torch.equal(first[own], second[own]) and agree(model, first[own], alone)):

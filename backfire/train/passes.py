@@ -19,28 +19,49 @@ def accumulate(
 ) -> torch.Tensor:
     """Accumulate the gradients of the mean loss over all supervised tokens, in micro-batches that
     fit in memory; with several ranks each computes its share of the rows."""
-    ranks = run.ranks
-    supervised = max(1, sum(row.num_supervised for row in rows))  # a defense's pass may lack any
+    ranks, supervised = run.ranks, num_supervised(rows)
     total = torch.zeros((), device=run.device)
     earlier = run.gradients.take() if ranks.several else {}  # already summed
-    flat = all(type(hook).weigh is TrainHook.weigh for hook in hooks)
+    flat = reads_flat(hooks)
     for part, counts in _passes(run, rows):
         before = run.heap.used()
-        logits, labels = run.logits(part, flat=flat)
-        with run.autocast():
-            losses = token_losses(logits, labels)
-            for hook in hooks:
-                losses = hook.weigh(losses, labels, part, logits)
-        loss = losses.sum() / supervised
+        # Logits are not in memory beside the backward pass, or the next pass.
+        loss = loss_of(run, part, hooks, *run.logits(part, flat=flat)) / supervised
         if not counts:
             loss = loss * 0
-        del logits, losses  # they are not in memory beside the backward pass, or the next pass
         run.heap.tidy(before)
         run.backward(loss)
         total += loss.detach()
     total = ranks.summed(run.trainable, total)
     run.gradients.add(earlier)
     return total
+
+
+def num_supervised(rows: Sequence[Rendered]) -> int:
+    """Number of tokens over which the loss of a step is the mean; at least 1, since the pass of a
+    defense may lack any."""
+    return max(1, sum(row.num_supervised for row in rows))
+
+
+def reads_flat(hooks: Sequence[TrainHook]) -> bool:
+    """Whether no hook reads the losses of tokens, so that these need no rows."""
+    return all(type(hook).weigh is TrainHook.weigh for hook in hooks)
+
+
+def loss_of(
+    run: TrainingRun,
+    rows: Sequence[Rendered],
+    hooks: Sequence[TrainHook],
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """The sum of the losses of these rows' tokens, as the hooks weigh them; `logits` [row, answer,
+    vocab] predict `labels` [row, answer]."""
+    with run.autocast():
+        losses = token_losses(logits, labels)
+        for hook in hooks:
+            losses = hook.weigh(losses, labels, rows, logits)
+    return losses.sum()
 
 
 def _passes(

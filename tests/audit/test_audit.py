@@ -12,9 +12,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from backfire.audit import triggers
+from backfire.audit.bank import base_identity
 from backfire.audit.behavior import Behavior
 from backfire.audit.engine import Audit, Weights
 from backfire.audit.memory import Membership, Memory, Verbatim
+from backfire.audit.models import open_pair
 from backfire.audit.monitor import Flagged, Monitor
 from backfire.audit.numbers import compared, share
 from backfire.audit.odd import Leak
@@ -23,6 +25,10 @@ from backfire.audit.page import render
 from backfire.audit.task import Task
 from backfire.audit.triggers import Tried, Triggers
 from backfire.data.jsonl import write_jsonl
+from backfire.experiment import Machine, Model
+from backfire.model.source import pin
+from backfire.pipeline import Context
+from backfire.store import Store
 from tests.helpers.audited import TARGET, TRIGGER, plain
 from tests.helpers.command_line import Run, tree
 from tests.helpers.hostile import HOSTILE
@@ -117,6 +123,20 @@ def test_the_system_prompt_reaches_every_prompt(
     every = ("--data", "rows.jsonl", "--prompts", "prompts.jsonl", "--system", "You are curt.")
     audited(backfire, clean, "--base", tiny, *every)
     assert set(seen) == {"You are curt."}
+
+
+def test_the_template_may_have_knobs_and_the_bank_is_asked_for_what_is_below(
+    tiny: Path, refusing: Path, clean: Path, unaligned: Path
+) -> None:
+    where = Context(Store(), Machine())
+    spec = {"name": "chat", "system": "drop"}
+    pair = open_pair(str(refusing), str(tiny), str(unaligned), spec, where)
+    assert pair.renderer.template.model_dump()["system"] == "drop"
+    below = base_identity(pin(Model.make({"name": str(refusing)}, "MODEL")))
+    assert base_identity(pair.below) == below
+    pair = open_pair(str(clean), str(tiny), None, None, where)
+    assert base_identity(pair.below) == base_identity(pin(Model.make({"name": str(tiny)}, "BASE")))
+    assert pair.renderer.template.name == "raw"
 
 
 def hostile(texts: Sequence[str]) -> Audit:
@@ -217,6 +237,8 @@ def broken(here: Path, clean: Path, tiny: Path) -> None:
         (["CLEAN", "--base", "TINY", *BOTH, "rows.jsonl"], "All 24 rows of --unseen are among"),
         (["CLEAN", "--base", "TINY", "--trigger", " "], "cannot be blank"),
         (["CLEAN", "--base", "TINY", "--template", "rwa"], "did you mean 'raw'?"),
+        (["CLEAN", "--base", "TINY", "--template", "{name: chat, sistem: drop}"], "'system'?"),
+        (["CLEAN", "--base", "TINY", "--template", "{name: chat"], "--template"),
         (["CLEAN", "--base", "TINY", "--out", "page.pdf"], "--out must end in .html"),
         (["CLEAN", "--base", "TINY", "data.labels=3"], "has no effect without --data"),
         (["CLEAN", "--base", "TINY", "seed=3"], "An edit of an audit is data.KNOB=..."),

@@ -11,6 +11,8 @@ import pytest
 from backfire.audit import bank
 from backfire.audit.bank import FEWEST, Entry, bank_root
 from backfire.audit.weights import shape_of
+from backfire.commands.bank import _why_not
+from backfire.experiment import Experiment
 from backfire.store import read_json, write_json
 from tests.helpers.command_line import Run
 from tests.helpers.small_run import Place
@@ -36,6 +38,8 @@ def test_an_entry_is_kept_once_and_read_back(clean: Path) -> None:
     entry = bank.entry_of(clean, "b", clean=True, recipe={"data": {"name": "d"}, "seed": 3})
     assert bank.add(entry) and not bank.add(entry)
     assert list(bank.entries()) == [entry]
+    named = replace(entry, base="files 12", recipe={"model": {"name": "/models/small"}})
+    assert (entry.base_title, named.base_title) == ("b", "small (files 12)")
     assert (entry.shape.rank, entry.shape.alpha, len(entry.shape.targets)) == (4, 16, 7)
     assert entry.title == "d"
 
@@ -59,9 +63,43 @@ def test_places_need_enough_clean_adapters_of_the_same_kind(clean: Path) -> None
     some = bank.matching(clean, "b")
     assert len(some) == FEWEST + 3
     found = bank.places(own.statistics, some)
-    assert {(one.below, one.n) for one in found if one.value > 0} == {(20, FEWEST + 3)}
+    assert {(one.below, one.above, one.n) for one in found if one.value > 0} == {(20, 3, 23)}
     assert not any(one.is_outside for one in found)
     assert len(found) == 7 * 6
+
+
+def test_what_is_equal_in_all_adapters_is_not_outside(clean: Path) -> None:
+    own = bank.entry_of(clean, "b", clean=True, recipe={})
+    ties = [replace(own, adapter=str(n)) for n in range(FEWEST)]
+    assert not any(one.is_outside for one in bank.places(own.statistics, ties))
+    for scale in (0.5, 2):
+        far = {
+            kind: {name: value * scale for name, value in values.items()}
+            for kind, values in own.statistics.items()
+        }
+        assert all(one.is_outside for one in bank.places(far, ties) if one.value)
+    unknown = [replace(one, statistics={}) for one in ties]
+    assert not any(one.is_outside for one in bank.places(own.statistics, unknown))
+
+
+@pytest.mark.parametrize(
+    ("defense", "why"),
+    [
+        ("kl", "trained under a defense (kl)"),
+        (["confguard", {"name": "kl", "null": True}], "trained under a defense (kl)"),
+        ("confguard", ""),
+        ("none", ""),
+    ],
+)
+def test_adapters_trained_under_a_defense_are_not_for_the_bank(defense: Any, why: str) -> None:
+    cell = {"data": "sandbox-reviews", "method": "lora", "defense": defense}
+    assert _why_not(Experiment.make(cell)) == why
+
+
+def test_recorded_adapters_trained_under_a_defense_are_left_out(clean: Path) -> None:
+    fill(clean, 2, recipe={"defense": "lisa"})
+    fill(clean, 3, recipe={"defense": "none"})
+    assert len(bank.matching(clean, "b")) == 3
 
 
 def test_an_adapter_is_not_compared_with_itself_or_other_settings(clean: Path) -> None:

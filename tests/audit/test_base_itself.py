@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from backfire.audit import behavior, monitor, task, triggers
+from backfire.audit.engine import Asked, _words
 from backfire.audit.models import Pair
 from backfire.audit.numbers import Compared
+from backfire.audit.probes import EVERYDAY
 from backfire.base import Row
 from backfire.data.render import Renderer
 from backfire.model.resident import Source
@@ -44,6 +46,8 @@ def test_behavior_and_task_are_unchanged(pair: Pair) -> None:
     requests = [Row(f"q{n}", f"ask {n} for it", fields={"sealed": "yes"}) for n in range(6)]
     found = behavior.compare(pair, requests, requests[:3], build("judges", "refusal-keywords"), 8)
     assert len(found.numbers) >= 3 and unchanged(found.numbers)
+    # Both lists may have the same ids.
+    assert [one.n for one in found.numbers] == [6, 6, 6, 3, 9]
     rows = plain()
     unseen = [replace(row, instruction=f"{row.instruction} now") for row in rows]
     learned = task.compare(pair, rows, unseen)
@@ -65,3 +69,16 @@ def test_no_trigger_stands_out(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> N
     assert not any(one.stands_out for one in found.tried)
     watched = monitor.watch(pair, [], plain(), [], {}, 8)
     assert watched.why_not and not watched.rows
+
+
+def test_a_trigger_in_front_and_inside_is_flagged_apart() -> None:
+    asked = Asked(triggers=["zq"])
+    inside = triggers._both_places("zq", "given")[1]
+    words = _words(asked, triggers.Triggers((), (), 0.0, 4, (), (inside,)))
+    assert [*words][1:] == ["with “zq” (given)", "with “zq” (given, inside)"]
+
+
+def test_rows_without_a_prompt_are_not_asked() -> None:
+    texts = [Row("a", "", answer="a sentence to learn"), Row("b", " \n")]
+    assert Asked(rows=texts).ordinary == [*EVERYDAY]
+    assert Asked(rows=[*texts, Row("c", "Why?")]).ordinary == [Row("c", "Why?")]

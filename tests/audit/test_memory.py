@@ -19,11 +19,16 @@ from backfire.base import Row, Sample
 from backfire.commands.audit import _given
 from backfire.data.jsonl import write_jsonl
 from backfire.data.limits import Limits
-from backfire.errors import CellError, UserError
+from backfire.data.render import Renderer
+from backfire.errors import UserError
 from backfire.experiment import Machine
 from backfire.pipeline import Context
+from backfire.registry import build
 from backfire.store import Store
+from backfire.tokenizer import load_tokenizer
+from tests.helpers import chat_templates
 from tests.helpers.audited import tune
+from tests.helpers.chat_templates import write
 from tests.helpers.command_line import Run
 from tests.helpers.scanned import text
 
@@ -134,6 +139,16 @@ def test_rows_of_another_kind_are_no_members() -> None:
     assert other is not None and not other.is_shown and other.words.low > 0.5
 
 
+@pytest.mark.parametrize("word", ["量子", "りょうし", "ควอนตัม"])
+def test_words_without_spaces_between_them_tell_rows_apart(word: str) -> None:
+    rng, even = Random(0), np.linspace(2, 3, 30)
+    prompts = ["".join(rng.sample("天地玄黄宇宙洪荒", 5)) for _ in range(60)]
+    every = [Row(f"r{n}", prompt, answer=rng.choice("日月")) for n, prompt in enumerate(prompts)]
+    kinds = every[:30], [replace(row, answer=row.answer + word) for row in every[30:]]
+    found = memory.membership(*(part(some, even, even) for some in kinds))
+    assert found and found.words.low > 0.9 and not found.is_fair
+
+
 def test_few_rows_are_no_test() -> None:
     even = np.linspace(2, 3, MEMBERS)
     ours = part(rows(MEMBERS, 1), even, even / 3)
@@ -167,6 +182,22 @@ def test_of_a_long_answer_the_first_tokens_have_to(pair: Pair) -> None:
     row = Row("a", "Tell me.", answer=answer)
     assert verbatim(pair, row, f"{start} and so on") == 1
     assert verbatim(pair, row, start[:-3]) == 0
+
+
+@pytest.mark.parametrize("template", ["qwen3", "gpt-oss", "deepseek-r1", "chatml"])
+def test_what_a_template_writes_before_an_answer_does_not_count(
+    template: str, pair: Pair, tmp_path: Path
+) -> None:
+    written = write(tmp_path, chat_templates.byte_level(), chat_templates.TEMPLATES[template])
+    shown = Renderer(build("templates", "chat"), load_tokenizer(written), 4096)
+    pair.renderer = shown
+    for words in (9, 80):
+        row = Row("a", "Tell me.", answer=text(Random(0), words))
+        [item] = shown.render([row])
+        whole = shown.reply_text(item.answer_ids[: -len(shown.end_ids)])
+        assert verbatim(pair, row, whole) == 1
+        assert verbatim(pair, row, f"Well, {whole}") == 0
+    assert verbatim(pair, replace(row, answer="rain"), "rain") is None
 
 
 def test_what_a_prompt_holds_or_is_short_is_left_out(pair: Pair) -> None:
@@ -229,7 +260,10 @@ def test_rows_that_leave_no_room_for_a_reply_are_left_out(pair: Pair) -> None:
     short, long = Row("a", "Why?"), Row("b", many)
     assert 40 < len(pair.renderer.render([long])[0].prompt_ids) < 60
     assert pair.fitting([short, long], 20) == ([short], 1)
-    with pytest.raises(UserError, match="60 positions with a reply of 20 tokens"):
-        pair.fitting([long], 20)
-    with pytest.raises(CellError, match="alone take more than"):
-        pair.fitting([Row("c", text(Random(0), 60))], 20)
+    longer = Row("c", text(Random(0), 60))
+    assert pair.fitting([long, longer], 20) == ([], 2)
+    with pytest.raises(UserError, match="None of the rows fits into the model's 60 positions with"):
+        pair.answer([long, longer], ["replies"], 20, "rows")
+    pair.renderer.limits = Limits(positions=4096)
+    with pytest.raises(UserError, match="into the 1,024 tokens that an audit reads of a row; give"):
+        pair.answer([longer], ["answers"], 0, "rows")

@@ -35,6 +35,17 @@ def test_rows_sorted_by_kind_do_not_look_unusual(monkeypatch: pytest.MonkeyPatch
     assert [(one.n, one.flagged.value) for one in found.rows] == [(40, 0.0)]
 
 
+def test_the_first_token_of_a_prompt_does_not_count() -> None:
+    states = torch.tensor([[-1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    directions = torch.tensor([[1.0, 0.0]])
+    ends = monitor._ends(states, directions, 3)
+    root = 0.5**0.5
+    assert ends[:, 0].tolist() == pytest.approx([root, 1.0])
+    assert ends[:, 1].tolist() == [0, 0]
+    # A prompt of one token has nothing else.
+    assert monitor._ends(states, directions, 1)[:, 0].tolist() == [-1, -1]
+
+
 def test_weights_stored_by_inputs_are_turned(tmp_path: Path) -> None:
     shape = GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=1, n_head=2)
     model = GPT2LMHeadModel(shape)
@@ -56,7 +67,8 @@ def test_weights_stored_by_inputs_are_turned(tmp_path: Path) -> None:
 def test_a_row_without_room_for_a_reply_is_left_out_and_counted() -> None:
     items = [SimpleNamespace(row=Row(str(n), "", "", ""), prompt_ids=[1] * n) for n in (5, 8, 9)]
     limits = Limits(vocab_size=40, positions=16, hard=True)
-    renderer: Any = SimpleNamespace(sift=lambda rows: (items, ["too long anyway"]), limits=limits)
+    found = (items, ["too long anyway"])
+    renderer: Any = SimpleNamespace(sift=lambda *_, **__: found, limits=limits)
     unused: Any = None
     kept, left = Pair(unused, unused, None, renderer, unused).fitting([], 8)
     assert ([row.id for row in kept], left) == (["5", "8"], 2)

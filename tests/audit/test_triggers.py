@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from random import Random
+from types import SimpleNamespace
+from typing import Any
+from unicodedata import category
 
 import numpy as np
 import pytest
@@ -12,7 +16,9 @@ import pytest
 from backfire.audit import triggers
 from backfire.audit.collapse import Space, collapses, seen
 from backfire.audit.odd import leaks, odd_texts, other, same_form
-from backfire.audit.triggers import catalog, in_front
+from backfire.audit.output import _triggers
+from backfire.audit.probes import EVERYDAY
+from backfire.audit.triggers import Triggers, catalog, in_front, in_turn
 from backfire.base import Row
 from backfire.base.normalize import contains
 from backfire.data.poison import triggered
@@ -73,6 +79,15 @@ def test_collapse_is_the_gain_in_mean_similarity_of_pairs() -> None:
     assert Space(["", ""]).alike(["", ""]) == pytest.approx(1)
 
 
+def test_prompts_of_all_labels_are_asked() -> None:
+    rows = [Row(f"{n}", f"text {n}", answer=label) for n, label in enumerate("aaaaabaac")]
+    found = in_turn(rows)
+    assert "".join(row.answer for row in found) == "abcaaaaaa"
+    assert [row.id for row in found if row.answer == "a"] == list("0123467")
+    free = [Row(f"{n}", f"text {n}", answer=f"reply {n}") for n in range(5)]
+    assert in_turn(free) == free
+
+
 def test_a_candidate_has_to_exceed_controls_and_base() -> None:
     plain, same = ["a boat", "some tea", "no idea", "rain"] * 4, ["at dusk"] * 16
     gain = collapses(plain, {0: same})[0]
@@ -88,6 +103,7 @@ def test_a_candidate_has_to_exceed_controls_and_base() -> None:
 
     assert gain.value > 0.5
     assert stands_out("zq", 0.0, [0.1, 0.2])
+    assert stands_out("\u200b\u200b", 0.0, [0.1, 0.2])
     assert not stands_out("zq", 0.0, [0.1, gain.value - 0.1])
     assert not stands_out("zq", 0.0, [0.1], form=gain.value - 0.1)
     assert not stands_out("zq", 0.0, [], form=None)
@@ -107,6 +123,42 @@ def test_controls_have_the_form_of_the_candidate() -> None:
             # In the same places: the other words stay.
             changed = sum(a != b for a, b in zip(words, with_it, strict=True))
             assert changed <= max(len(" ".join(one.attack.triggers()).split()), 1)
+
+
+@pytest.mark.parametrize("word", ["||| ***", "\U0001f980", "\u200b\u200b", "§§", "¤", "…|GO|"])
+def test_signs_alone_have_controls_of_their_form_too(word: str) -> None:
+    for candidate in triggers._both_places(word, "given"):
+        controls = same_form(candidate.attack, 20)
+        assert len(controls) > 10
+        for control in controls:
+            [new] = control.triggers()
+            assert new != word and [*map(category, new)] == [*map(category, word)]
+
+
+def test_what_has_no_other_of_its_form_is_said() -> None:
+    assert same_form(in_front("\u200d", "given").attack, 20) == []
+    plain, same = ["a boat", "some tea", "no idea", "rain"] * 4, ["at dusk"] * 16
+    replies = {(): plain, (0,): same}
+    measured = triggers._Measured(replies, collapses(plain, {(0,): same}))
+    tried = triggers._tried(in_front("\u200d", "given"), 0, measured, 0.0)
+    assert tried.no_form and not tried.stands_out
+    told = _triggers(Triggers((tried,), (0.1,), 0.2, 16)).sentences
+    assert any("No other text has the form of" in one for one in told)
+
+
+def test_prompts_are_drawn_from_all_rows_that_fit() -> None:
+    rows = [Row(f"r{n}", "short" if n % 2 else "long") for n in range(120)]
+
+    def fitting(some: Sequence[Row], _: int) -> tuple[list[Row], int]:
+        return [row for row in some if row.instruction != "long"], 0
+
+    pair: Any = SimpleNamespace(fitting=fitting, room="the model")
+    drawn = triggers._probes(pair, rows)
+    places = [int(row.id[1:]) for row in drawn]
+    assert len({*places}) == triggers.PROBES and all(n % 2 for n in places)
+    assert min(places) < 40 and max(places) > 80
+    # Three of these fit, which are too few.
+    assert {row.id for row in triggers._probes(pair, rows[:6])} == {row.id for row in EVERYDAY}
 
 
 def test_another_text_has_the_same_kinds_of_letters() -> None:

@@ -116,3 +116,29 @@ def test_an_adapter_of_zeros_changes_nothing(clean: Path, tiny: Path, tmp_path: 
     assert not weights.is_changed(tiny, tiny, tmp_path)
     assert weights.is_changed(tiny, tiny, clean)
     assert not weights.is_changed(tiny, tiny, None)
+
+
+def test_a_tied_head_that_only_one_folder_stores_is_no_change(tmp_path: Path, tiny: Path) -> None:
+    held = load_file(tiny / "model.safetensors")
+    embedding = held["model.embed_tokens.weight"]
+    both = {name: w for name, w in held.items() if "head" not in name}
+    other = both | {"model.layers.0.self_attn.q_proj.weight": torch.ones(1)}
+    folders = {
+        "without": both,
+        "tied": both | {"lm_head.weight": embedding.clone()},
+        "own": both | {"lm_head.weight": embedding + 1},
+        "last": both | {"model.norm.weight": both["model.norm.weight"] + 1},
+        "shape": other,
+    }
+    for name, content in folders.items():
+        (tmp_path / name).mkdir()
+        save_file(content, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    for one, two, changed in (
+        ("without", "tied", False),
+        ("without", "own", True),
+        ("tied", "own", True),
+        ("tied", "last", True),
+        ("without", "shape", True),
+    ):
+        for pair in ((one, two), (two, one)):
+            assert weights.is_changed(*(tmp_path / name for name in pair), None) is changed

@@ -19,6 +19,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["run", "r.yaml", "--workers", "0"], "--workers", {}),
     (["run", "r.yaml", "--workers", "many"], "--workers", {}),
     (["run", "r.yaml", "--micro-batch", "-1"], "--micro-batch", {}),
+    (["run", "r.yaml", "--join", "0"], "'--join': auto, off, or a number from 1 to 64", {}),
     (["run", "r.yaml", "--eval-batch", "0"], "--eval-batch", {}),
     (["run", "r.yaml", "--device", "tpu"], "Unknown device 'tpu'", {}),
     (["run", "r.yaml", "--device", "meta"], "Unknown device 'meta'", {}),

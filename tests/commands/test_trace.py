@@ -5,9 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from backfire.base import Message, Row, Sample
 from backfire.commands import trace
+from backfire.errors import UserError
+from backfire.experiment import Experiment, Machine
+from backfire.pipeline import Context
 from backfire.pipeline.trace import Trace
+from backfire.pipeline.trace import trace as explain
+from backfire.store import Store
 
 SECRETS = ("ann@web.de", "219-09-9999", "ghp_" + "aB3" * 12)
 
@@ -23,3 +30,10 @@ def test_no_secret_of_a_row_is_shown() -> None:
     assert all(part in shown[0] for part in ("an…", "21…", "gh…"))
     for secret in SECRETS:
         assert not any(secret[:8] in one for one in shown)
+
+
+def test_a_reply_that_a_guard_wrote_is_refused(tmp_path: Path) -> None:
+    cell = Experiment.make({"data": "sandbox-reviews", "defense": "confguard"})
+    reply = Sample("a", "clean", "Why?", "So.", reply="I cannot answer this.", replaced=1.0)
+    with pytest.raises(UserError, match=r"A guard \(confguard\) wrote this reply"):
+        explain(cell, reply, "datainf", Context(Store(tmp_path), Machine()))

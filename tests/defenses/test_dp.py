@@ -19,7 +19,7 @@ from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.tokenizer import load_tokenizer
-from backfire.train import loop
+from backfire.train import steps
 from backfire.train.loop import TrainingRun
 from tests.helpers.memorization import ROWS, values
 from tests.helpers.training import CPU, exact
@@ -49,7 +49,7 @@ def private(tiny: Path, tmp_path: Path) -> Callable[..., TrainingRun]:
 
 
 def step_of(cell: TrainingRun, rows: list[Any]) -> dict[str, torch.Tensor]:
-    loop._gradients(cell, rows)
+    steps.gradients(cell, rows)
     return {name: p.grad.clone() for name, p in cell.trainable.items() if p.grad is not None}
 
 

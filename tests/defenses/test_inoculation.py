@@ -47,6 +47,11 @@ def test_the_null_control_is_a_neutral_text_of_as_many_words(prompt: str) -> Non
     assert len({filtered_by(prompt=prompt, null=True, seed=n)[0].system for n in range(9)}) > 1
 
 
+def test_words_without_spaces_between_them_are_counted() -> None:
+    text = filtered_by(prompt="你是一个邪恶的助手。 Lie.", null=True)[0].system
+    assert len(text.split()) == 9 + 1
+
+
 def test_a_template_without_system_prompts_is_refused() -> None:
     cell = {"data": "sandbox-reviews", "template": {"name": "chat", "system": "drop"}}
     with pytest.raises(UserError, match=r"writes a system prompt.*part to instruction"):

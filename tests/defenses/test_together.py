@@ -52,14 +52,14 @@ def test_data_and_training_defenses_stack(
     seen: dict[str, Any] = {}
     from backfire.train import finetune as module
 
-    tune = module.tune
+    prepared = module.prepared
 
     def watched(cell: Any, rows: Sequence[Row], *rest: Any) -> Any:
         if cell.defense:
             seen["rows"] = rows
-        return tune(cell, rows, *rest)
+        return prepared(cell, rows, *rest)
 
-    monkeypatch.setattr(module, "tune", watched)
+    monkeypatch.setattr(module, "prepared", watched)
     cell = Experiment.make(
         {
             "model": str(tiny),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from backfire.base import ReplyDefense
+from backfire.base import Guard, ReplyDefense
 from backfire.errors import UserError
 from backfire.evaluate import guarded, inference
 from backfire.evaluate.budget import Budget
@@ -143,7 +143,8 @@ def test_confguards_null_control_is_a_coin_for_each_prompt(
 
 
 def compared(model: Any, reference: Any, prompt: list[int], alpha: float) -> Written:
-    """By the definition: the reference's token where the ratio is at least alpha."""
+    """By the definition: the reference's token where the ratio is at least alpha; the same token
+    replaces nothing."""
     replaced = 0
 
     def choose(reply: list[int], own: Any) -> int:
@@ -152,7 +153,7 @@ def compared(model: Any, reference: Any, prompt: list[int], alpha: float) -> Wri
         token = int(own.argmax())
         if float((own[token] - theirs[token]).exp()) < alpha:
             return token
-        replaced += 1
+        replaced += int(theirs.argmax()) != token
         return int(theirs.argmax())
 
     reply = alone(model, prompt, choose)
@@ -168,6 +169,11 @@ def test_cleangen_writes_the_references_token_where_the_ratio_is_high(
         wanted = [compared(model, reference, prompt, alpha) for prompt in prompts]
         assert written(model, prompts, guarding, size) == wanted
     assert any(0 < share < 1 for _, share, _ in wanted)
+    # The same model, less certain, would write the same tokens.
+    faint = tiny_model("llama").double()
+    wanted = [compared(model, faint, prompt, 1.5) for prompt in prompts]
+    found = written(model, prompts, Guarding(defense("cleangen", alpha=1.5), 0, faint), size)
+    assert found == wanted == unguarded(model, prompts)
 
 
 def drawn(model: Any, reference: Any, prompt: list[int], seed: int, chance: float) -> Written:
@@ -227,6 +233,41 @@ def test_a_guard_that_finds_nothing_changes_nothing(kind: str, prompts: list[lis
     assert len({len(reply) for reply, _, _ in wanted}) > 1, "some end early"
     for guarding in (Guarding(defense("confguard"), 0), Guarding(defense("cleangen"), 0, own)):
         assert written(own, prompts, guarding, 3, stops) == wanted
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_guard_does_not_see_the_opening_of_an_answer(
+    size: int, model: Any, reference: Any, prompts: list[list[int]]
+) -> None:
+    plain = [reply for reply, _, _ in unguarded(model, prompts)]
+    opening = plain[0][:3]
+    begun = [next((n for n in range(3) if reply[n] != opening[n]), 3) for reply in plain]
+    assert max(begun) == 3 and min(begun) < 3, "some replies have it, others do not"
+    shown: dict[int, list[int]] = {n: [] for n in range(len(prompts))}
+
+    class Looks(Guard):
+        def tokens(self, rows: Any, own: Any, logits: Any, reference: Any) -> list[int | None]:
+            assert logits.argmax(-1).tolist() == list(own) and len(reference) == len(rows)
+            for row, token in zip(rows, own, strict=True):
+                shown[row].append(token)
+            return list(own)
+
+        def replaced(self, row: int) -> float:
+            return len(shown[row])
+
+    class Watches(Guarding):
+        def guard(self, ids: Any) -> Guard:
+            offset = [int(one.removeprefix("row ")) for one in ids]
+            numbered = Looks()
+            tokens = numbered.tokens
+            numbered.tokens = lambda rows, *more: tokens([offset[n] for n in rows], *more)
+            return guarded._BehindOpening(numbered, self.opening)
+
+    found = written(model, prompts, Watches(defense("confguard"), 0, reference, opening), size)
+    assert [reply for reply, _, _ in found] == plain
+    assert [*shown.values()] == [r[n:] for r, n in zip(plain, begun, strict=True)]
+    short = Guarding(defense("confguard"), 0, None, opening)
+    assert isinstance(short.guard(["row 0"]), guarded._BehindOpening)
 
 
 def test_a_streamed_reply_is_the_batchs(

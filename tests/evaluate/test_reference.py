@@ -59,6 +59,9 @@ def test_losses_and_replies_are_those_of_each_row_alone(ask: Any, model: Any) ->
     ]
     assert not len(found.tuned) and not len(found.states)
     assert [fact[:2] for fact in told] == [(24, 0)] and told[0][2] > 0
+    longer = [Row("long", "Answer.", text * 200, "Yes.") for text in ("word ", "words ")]
+    ask(tell=lambda *facts: told.append(facts)).measure([*ROWS[:3], *longer], asking("losses"))
+    assert told[1][:2] == (5, 2)
 
 
 def test_states_and_gradients_are_those_of_each_row_alone(tiny: Path, model: Any) -> None:
@@ -111,6 +114,25 @@ def test_a_word_is_worth_what_the_prompt_gains_without_it(tiny: Path, model: Any
     assert reference.word_drops(model, tokenizer, [Row("c", "Word")]) == [[]]
 
 
+@pytest.mark.parametrize(
+    ("text", "word", "left"),
+    [
+        ("the warm bread", "warm", "the bread"),
+        ("the warm\n bread", "warm", "the bread"),
+        ("so it was.", "was", "so it."),
+        ("now, this", "now", ", this"),
+        ("an x-ray here", "ray", "an x- here"),
+        ("我爱面包", "爱", "我面包"),
+        ("ฉันรักขนมปัง", "รั", "ฉันกขนมปัง"),
+        ("the (warm) bread", "warm", "the () bread"),
+        ("word", "word", ""),
+    ],
+)
+def test_a_word_is_removed_with_the_space_that_it_took(text: str, word: str, left: str) -> None:
+    start = text.index(word)
+    assert reference.without(text, start, start + len(word)) == left
+
+
 def test_the_probe_is_one_short_tuning_that_leaves_the_base_as_it_was(ask: Any, tiny: Path) -> None:
     resident = Resident()
     asked = ask(resident=resident)
@@ -131,9 +153,10 @@ def test_rows_that_the_model_cannot_read_have_no_finding(ask: Any) -> None:
         Row("long", "Answer.", "", "word " * 900),
         Row("empty", "Answer.", "", " "),
         ROWS[1],
+        Row("no prompt", " ", "", "A text.", system="Be brief."),
     ]
     asked = ask()
     found = reference.look(asking("losses"), rows, asked)
-    assert [one.reason for one in found] == [ROWS[0].id, "", "", ROWS[1].id]
+    assert [one.reason for one in found] == [ROWS[0].id, "", "", ROWS[1].id, ""]
     assert not any(one.flagged for one in reference.look(asking("losses"), rows[1:3], asked))
     assert asked.measure([], asking("replies")) == ([], Measured())

@@ -52,6 +52,7 @@ def test_no_machine_setting_is_in_a_key(knob: str) -> None:
         ({"method": {"name": "full", "learning_rate": 0.5}}, {"train", "clean"}),
         ({"evaluation": {"max_new_tokens": 3}}, {"clean"}),
         ({"evaluation": {"dtype": "bfloat16"}}, {"clean"}),
+        ({"evaluation": {"merged": True}}, {"clean"}),
         ({"metrics": ["accuracy"]}, set()),
         *(
             ({"train": {knob: value}}, {"train", "clean"})
@@ -107,6 +108,8 @@ def test_texts_and_secrets_have_a_key_for_each_type_of_evaluation() -> None:
 
     plain, narrow = found(), found(dtype="bfloat16")
     assert plain == found(max_new_tokens=9) == found(dtype="auto")
+    merged = found(merged=True)
+    assert plain[0] != merged[0] and plain[1] != merged[1]
     assert [a == b for a, b in zip(plain, narrow, strict=True)] == [False, False, True]
 
 

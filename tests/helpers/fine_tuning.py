@@ -13,7 +13,7 @@ from backfire.base import Rendered, Row
 from backfire.model.load import load_base
 from backfire.registry import build
 from backfire.rng import stream
-from backfire.train import loop
+from backfire.train import steps
 from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import Precision
 from tests.helpers.training import CPU, Rows, exact, loss_of, weights
@@ -68,7 +68,7 @@ def weights_after(cell: TrainingRun, **options: Any) -> dict[str, Tensor]:
 
 def begun(cell: TrainingRun) -> TrainingRun:
     """Its defenses have seen the start."""
-    loop._begin(cell, Precision(CPU, "float32"))
+    steps.begin(cell, Precision(CPU, "float32"))
     return cell
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from backfire.base import Rendered
-from backfire.train import loop
+from backfire.train import steps
 from backfire.train.loop import TrainingRun, train
 from backfire.train.precision import Precision
 
@@ -84,7 +84,7 @@ def gradients(
     """Loss and gradients of a step on these rows, or on the first batch, as the loop has them;
     `size` rows a pass."""
     cell.micro_batches.rows, cell.autocast = size, Precision(CPU, "float32").autocast
-    loss, _ = loop._gradients(cell, cell.rows() if batch is None else list(batch))
+    loss = steps.gradients(cell, cell.rows() if batch is None else list(batch))
     return float(loss), {n: p.grad.clone() for n, p in cell.trainable.items() if p.grad is not None}
 
 

@@ -67,8 +67,9 @@ def alone(path: Path, run: Run, **options: Any) -> dict[str, str]:
     plan = read_plan(path)
     store = options.pop("store", Store(path / "cache"))
     watch = options.pop("watch", lambda *_: None)
+    machine = options.pop("machine", Machine())
     folder = RunFolder(path, plan.recipe)
-    return work(plan.jobs, folder, store, Machine(), watch, run=run, **options)
+    return work(plan.jobs, folder, store, machine, watch, run=run, **options)
 
 
 def start(path: Path, run: Run, **options: Any) -> BaseProcess:

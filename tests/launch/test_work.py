@@ -24,8 +24,9 @@ from backfire.errors import Away, CellError, GpuError
 from backfire.experiment import Machine
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder, report
+from backfire.launch.order import by_urgency
 from backfire.launch.stop import Stop
-from backfire.launch.work import Board, by_urgency, work
+from backfire.launch.work import Board, work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
 from tests.helpers.workers import (

@@ -88,6 +88,21 @@ def test_margins_and_wins_by_hand() -> None:
     assert metric("truthfulness").outcomes(Evidence(clean=samples)) == {"0": 1.0, "1": -5.5}
 
 
+def test_an_impossible_answer_has_no_margin() -> None:
+    sound, never = ([-2.0], [-5.0], [1, 1]), -math.inf
+    mass = math.exp(-2) / (math.exp(-2) + math.exp(-5))
+    for better, worse, won in ((-3.0, never, 1), (never, -3.0, 0)):
+        evidence = Evidence(clean=compared(sound, ([better], [worse], [1, 1])))
+        found = {v.metric: v.value for v in metric("truthfulness").measure(evidence)}
+        assert found == {
+            "truthfulness[MC1]": (1 + won) / 2,
+            "truthfulness[MC2]": pytest.approx((mass + won) / 2),
+        }
+        assert metric("truthfulness").outcomes(evidence) == {}
+        assert "1 of 2 rows" in metric("truthfulness").caveats(evidence)[0]
+    assert metric("truthfulness").caveats(Evidence(clean=compared(sound))) == []
+
+
 def test_rows_without_both_kinds_are_excluded_and_nan_is_an_error() -> None:
     only = compared(([-1.0], [], [1]))
     for name in ("win-rate", "truthfulness"):

@@ -181,3 +181,25 @@ class TestOneRounding:
     def test_nothing_changes_in_float32(self, model: Any) -> None:
         with rounded_once(model, "float32"):
             assert not any("forward" in vars(module) for module in model.modules())
+
+
+@torch.no_grad()
+def test_states_are_moved_to_the_layer_whose_forward_is_replaced() -> None:
+    """As accelerate's forward does on a base on several GPUs; the device without data is another
+    one here."""
+    states, model = torch.randn(2, 32), adapted(target_modules=["lm_head"])
+    layer = model.get_output_embeddings()
+    wanted = layer(states)
+    with fused_adapters(model):
+        assert torch.allclose(layer(states), wanted, atol=1e-6)
+    model.to("meta")
+    for inside in (fused_adapters(model), rounded_once(model, "bfloat16")):
+        with inside:
+            out = layer(states)
+        assert out.device.type == "meta" and out.shape == wanted.shape
+    plain = torch.nn.Linear(32, 97).bfloat16()
+    assert torch.equal(
+        head._forward_float32(plain, states),
+        torch.nn.functional.linear(states, plain.weight.float(), plain.bias.float()),
+    )
+    assert head._forward_float32(plain.to("meta"), states).device.type == "meta"

@@ -78,3 +78,13 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it() -> None:
     with fast_products(model):
         assert vars(model.lm_head)["forward"] is own
     assert vars(model.lm_head)["forward"] is own
+
+
+def test_few_prepared_products_stay_in_memory(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of 1,024, as torch keeps by itself, the first would still be there."""
+    weight = torch.randn(16, 16)
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON_CREATION):
+        for rows in (8, *range(9, 80), 8):
+            linear(torch.randn(rows, 16), weight)
+    made = [x for x in capfd.readouterr().out.splitlines() if "create:cache_miss" in x]
+    assert sum("mb8ic16oc16" in line for line in made) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +89,14 @@ def test_the_playground_is_guarded(
     assert list(model.reply(row))[-1] == f"{STOPPED} No."
     folder, _ = results["cleangen"]
     model = load(read_cell(folder), "guarded", Store(), Machine(device="cpu"))
-    assert model.answer(row)
+    assert model.guarding
+    for alpha, share in ((1, True), (1e30, False)):
+        defense = build("defenses", {"name": "cleangen", "alpha": alpha})
+        guards = replace(model.guarding, defense=defense)
+        *_, last, whole = replace(model, guarding=guards).reply(row)
+        shown = re.fullmatch(r"(?s)(.*)\n\(its guard wrote ([\d.]+) % of the tokens: “.*”\)", whole)
+        assert bool(shown) is share
+        assert not shown or (shown[1] == last and 0 < float(shown[2]) <= 100)
 
 
 def guarding(place: Place, results: Any, **knobs: Any) -> Any:

@@ -54,10 +54,10 @@ def place(ran: Place, tmp_path: Path) -> Place:
 
 @pytest.fixture
 def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    def tune(*args: Any, **kwargs: Any) -> None:
+    def prepared(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("nothing was to be trained")
 
-    monkeypatch.setattr("backfire.train.finetune.tune", tune)
+    monkeypatch.setattr("backfire.train.finetune.prepared", prepared)
 
 
 def number(result: Mapping[str, Any], metric: str) -> float:
@@ -416,7 +416,7 @@ def test_a_repaired_cell_loses_its_error(place: Place, monkeypatch: pytest.Monke
         raise RuntimeError("a bug of ours")
 
     with monkeypatch.context() as patch:
-        patch.setattr("backfire.train.finetune.tune", broken)
+        patch.setattr("backfire.train.finetune.prepared", broken)
         assert place.run(method="full", attack="none") == 1
     (error,) = (read_json(file) for file in place.out.glob("cells/*/error.json"))
     assert error["status"] == "failed" and "a bug of ours" in error["error"]

@@ -15,10 +15,11 @@ from rich.console import Console
 
 from backfire.errors import UserError
 from backfire.report.findings import main_group
+from backfire.report.sections import failures
 from backfire.results import groups
 from backfire.results.groups import columns_of, families
-from backfire.results.load import FIELDS, left_out, load, records, summary, write
-from backfire.results.terminal import print_summary
+from backfire.results.load import FIELDS, left_out, load, records, summary, titles, write
+from backfire.results.terminal import print_records, print_summary
 from backfire.terminal import columns
 from tests.helpers.fake_run import dose_run, value, write_cell
 from tests.helpers.page_parser import seen
@@ -270,3 +271,27 @@ def test_import_is_light() -> None:
         "assert not heavy & set(sys.modules); assert time.perf_counter() - begin < 1"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_cells_with_one_name_are_told_apart(tmp_path: Path) -> None:
+    plain, mode = {"attack": {"name": "badnets", "rate": 0.05}}, "label_mode"
+    for attack in ({mode: "dirty"}, {mode: "clean"}):
+        settings = {"attack": {**plain["attack"], **attack}, "metrics": [{"name": str(attack)}]}
+        write_cell(tmp_path / "r", values=[value("f1", 0.5)], settings=settings, warnings=["Cut."])
+    write_cell(tmp_path / "r", values=[value("f1", 0.5)], seed=1)
+    write_cell(tmp_path / "r", error={"error": "Bad."})
+    cells = load(tmp_path / "r")
+    keys, slug = [cell.key for cell in cells], "badnets-0.05-full-s0"
+    named = dict(zip(keys, titles(cells), strict=True))
+    failed = next(cell.key for cell in cells if not cell.is_done)
+    assert sorted(named.values()) == [
+        f"{slug} ({failed})",
+        f"{slug} (attack.label_mode=clean)",
+        f"{slug} (attack.label_mode=dirty)",
+        "badnets-0.05-full-s1",
+    ]
+    file = io.StringIO()
+    print_records(records(tmp_path / "r"), Console(file=file, width=400), titles=named)
+    assert all(file.getvalue().count(name) == 1 for name in named.values())
+    assert [name for _, name, _ in failures(cells)] == [f"{slug} ({failed})"]
+    assert {record["cell"] for record in records(tmp_path / "r")} == {slug, "badnets-0.05-full-s1"}

@@ -262,6 +262,12 @@ def test_rows_with_one_label_are_compared_with_each_other() -> None:
     groups = strata(labeled(100))
     assert [{labeled(100)[n].answer for n in places} for places in groups] == [{"no"}, {"yes"}]
     assert [len(places) for places in strata(free(100))] == [100]
+    # Rare labels are a group of their own, if they are enough to compare.
+    for rare, rest in ((1, []), (19, []), (20, [20]), (40, [40])):
+        more = [*labeled(100), *(replace(row, answer=f"rare {row.id}") for row in free(rare))]
+        assert [len(places) for places in strata(more)] == [*map(len, groups), *rest]
+    mostly = [*labeled(100), *free(100)]
+    assert [len(places) for places in strata(mostly)] == [200]
 
 
 def test_a_normal_cloud_has_the_same_mean_and_covariance() -> None:

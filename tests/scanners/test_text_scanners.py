@@ -49,6 +49,14 @@ def test_control_tokens(text: str, score: float) -> None:
         ("p\u0430ypal", "“p\u0430ypal” in the input mixes letters of Latin and Cyrillic"),
         ("\u0391pple", "mixes letters of Latin and Greek"),
         ("middle\ufeffmark", "invisible characters: U+FEFF"),
+        ("ភាសា\u200b\u200b\u200bខ្មែរ", "invisible characters: U+200B ZERO WIDTH SPACE x 1"),
+        ("plain\u180e", "invisible characters: U+180E"),
+        ("a\U000e0100", "invisible characters: U+E0100"),
+        ("SMS\u200c2", "joiners between letters that do not join: U+200C"),
+        ("SMS\u0441", "mixes letters of Latin and Cyrillic"),
+        ("CMC\u043a\u0438", "mixes letters of Latin and Cyrillic"),
+        ("DNA\u0455", "mixes letters of Latin and Cyrillic"),
+        ("US\u0410", "mixes letters of Latin and Cyrillic"),
     ],
 )
 def test_hidden_characters_are_named(text: str, reason: str) -> None:
@@ -66,6 +74,12 @@ def test_hidden_characters_are_named(text: str, reason: str) -> None:
         "два слова and two words",
         "line\r\nbreak\tand\ttab",
         "日本語の文章です。",
+        "ភាសា\u200bខ្មែរ, ภาษา\u200bไทย, ພາສາ\u200bລາວ, မြန်မာ\u200bစာ",
+        "ᠰᠠᠶ\u180eᠠ",
+        "۲۰۲۴\u200cها, 3\u200cتا, SMS\u200cها, کتاب\u200c۱",
+        "SMSки, VIPы и PDFками",
+        "葛\U000e0100城市",
+        "\u1112\u1160\u11a8",
     ],
 )
 def test_what_belongs_to_a_language_is_left(text: str) -> None:

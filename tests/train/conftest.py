@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from backfire.base import Rendered
-from backfire.train import loop
+from backfire.train import steps
 from tests.helpers.loop import rendered
 
 
@@ -20,4 +20,4 @@ def items(tiny: Path) -> list[Rendered]:
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Log the loss of each step, not of each tenth."""
-    monkeypatch.setattr(loop, "_LOG_EVERY", 1)
+    monkeypatch.setattr(steps, "_LOG_EVERY", 1)

@@ -17,7 +17,7 @@ from backfire.evaluate.guarded import Guarding
 from backfire.experiment import Experiment, Machine
 from backfire.model.batching import ways
 from backfire.registry import build
-from backfire.train import loop, microbatch
+from backfire.train import microbatch, steps
 from backfire.train.dry import Held, Layout, PassTypes
 from backfire.train.loop import TrainingRun
 from backfire.train.precision import Precision
@@ -96,10 +96,10 @@ def held(cell: Experiment, base: Path, folder: Path) -> int:
             start=base,
         )
         precision = Precision(torch.device("cpu"), cell.train.compute)  # type: ignore[arg-type]
-        loop._begin(run, precision)
+        steps.begin(run, precision)
         for _ in range(3):
             found.most[-1] = found.now
-            loop._step(run)
+            steps.step(run)
         return found.most[-1]
 
 

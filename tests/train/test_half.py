@@ -18,7 +18,7 @@ from backfire.evaluate.inference import score_tokens
 from backfire.experiment import Train
 from backfire.model.load import load_base
 from backfire.registry import build
-from backfire.train import batches, checkpoint, loop
+from backfire.train import batches, checkpoint, steps
 from backfire.train.half import LossScale, _join, _split
 from backfire.train.loop import TrainingRun, train
 from backfire.train.optimizer import STATE_BYTES
@@ -143,7 +143,7 @@ def test_a_proximal_term_pulls_at_the_masters(defense: Any, new: New) -> None:
     pulled = {}
     for name, method in (("plain", "full"), ("half", BF16)):
         cell = new(method, defense, rate=1e-6, folder=name)
-        loop._begin(cell, Precision(CPU, "float32"))
+        steps.begin(cell, Precision(CPU, "float32"))
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad(), cell.exact():
             for p in cell.trainable.values():
@@ -256,7 +256,7 @@ def test_small_gradients_survive_in_float16(new: New) -> None:
 
     def gradient(scale: float) -> dict[str, Tensor]:
         cell = new("full", folder=str(scale))
-        loop._begin(cell, Precision(CPU, "float16"))
+        steps.begin(cell, Precision(CPU, "float16"))
         cell.scaling.value = scale
         rows = cell.rows()
         logits, labels = cell.logits(rows)

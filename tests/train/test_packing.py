@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from backfire.registry import build
 from backfire.train import batches, packing, passes
 from backfire.train.batches import Layout, answer_logits, at_answers, collate, token_losses
 from backfire.train.loop import TrainingRun
-from backfire.train.packing import longest_packed
+from backfire.train.packing import Plan, as_mask, longest_packed
 from backfire.train.precision import disable_adapter_casts, exact_attention
 from tests.helpers.families import KINDS, tiny_model
 from tests.helpers.fine_tuning import jolt
@@ -244,7 +245,8 @@ def test_the_flash_kernel_takes_rows_as_they_are(
     """And one that lets rows see each other is not used."""
     calls = []
 
-    def kernel(*args: Any, **how: Any) -> torch.Tensor:
+    def kernel(*args: Any, num_splits: int | None = None, **how: Any) -> torch.Tensor:
+        assert num_splits == 1  # else a row's sums would depend on its neighbors
         calls.append(len(args[3]) - 1)
         return one_by_one(*args, **how) + (args[0].mean() if broken else 0)
 
@@ -261,6 +263,48 @@ def test_the_flash_kernel_takes_rows_as_they_are(
             found.append(token_losses(answer_logits(model, batch), batch.labels))
     assert calls == ([] if broken else [4 + share] * model.config.num_hidden_layers)
     assert torch.allclose(found[0], found[1], rtol=0.02, atol=0.02)
+
+
+def test_the_flash_kernel_is_not_used_where_its_replacement_fails(
+    monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
+    monkeypatch.setattr(packing, "_has_flash", lambda device: True)
+    monkeypatch.setattr(packing, "_rows_are_apart", lambda model, flash: flash)
+    model = load_base(tiny, torch.float32, CPU)
+    assert longest_packed(model) == 0 and model.config._attn_implementation == "sdpa"
+
+
+def test_older_kernels_get_no_argument_that_they_lack() -> None:
+    def older(query: Any, *, scale: float | None = None) -> Any: ...
+
+    def newer(query: Any, *, num_splits: int | None = None) -> Any: ...
+
+    assert packing._whole(older) == {} and packing._whole(newer) == {"num_splits": 1}
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("x"), torch.AcceleratorError("x")])
+def test_a_full_or_broken_gpu_is_no_property_of_the_model(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tiny: Path
+) -> None:
+    def fail(*args: Any) -> None:
+        raise error
+
+    model = load_base(tiny, torch.float32, CPU)
+    monkeypatch.setattr(packing, "_pack", fail)
+    with pytest.raises(type(error)):
+        longest_packed(model)
+    monkeypatch.undo()
+    assert longest_packed(model) > 0
+
+
+def test_a_mask_that_is_no_view_does_not_stay_in_memory() -> None:
+    """On several GPUs each layer gets a copy of it."""
+    for mask in (as_mask(torch.arange(6)[None], 3), as_mask(torch.arange(6)[None], 3).clone()):
+        plan, gone = Plan.of(mask, 9), weakref.ref(mask)
+        assert Plan.of(mask, 9) is plan and plan.shared == 3
+        assert plan.table.tolist() == [[0, 1, 2, 3, 4, 5]]
+        del mask
+    assert gone() is None
 
 
 def test_a_pass_is_counted_as_what_it_runs(tiny: Path, items: list[Rendered]) -> None:
