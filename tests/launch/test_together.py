@@ -63,8 +63,13 @@ def one(text: str = "", **known: Any) -> Job:
 )
 def test_lora_runs_join_unless_something_else_acts_in_a_step(text: str, joins: bool) -> None:
     assert can_join(one(text), GPU) == joins
-    options = [{"join": "off"}, {"packing": "off"}, {"recompute": True}, {"devices": 2}]
-    assert not any(can_join(one(text), Machine(**options)) for options in options)
+    options: list[dict[str, Any]] = [
+        {"join": "off"},
+        {"packing": "off"},
+        {"recompute": True},
+        {"devices": 2},
+    ]
+    assert not any(can_join(one(text), Machine(**some)) for some in options)
     assert most(one(text, tokens=1.0), GPU) == (8 if joins else 1)
 
 
