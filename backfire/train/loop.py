@@ -296,10 +296,10 @@ def train_each(
             run.seconds += (now - mark) / len(active)
         mark, begun = now, time.monotonic()
         due = stopped is not None or begun - saved >= wait
-        if any(run.ranks.decide(due) for run in active):
-            for run in active:
-                if run not in ends:
-                    checkpoint.save(run)
+        left = [run for run in active if run not in ends]  # other ranks do not wait for the others
+        if any(run.ranks.decide(due) for run in left):
+            for run in left:
+                checkpoint.save(run)
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
         if stopped:
