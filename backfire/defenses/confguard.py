@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-@register("confguard")
+@register("confguard", version=2)
 class ConfGuard(ReplyDefense):
     """Stops a reply whose tokens are all too certain for too long, as those of a memorized target
     are (ConfGuard, Wang et al. 2025, arXiv:2508.01365).
