@@ -214,8 +214,9 @@ _WORDS = 1023
 
 
 def _hash(data: torch.Tensor) -> int:
-    """A hash of the tensor's bits; about as fast as reading it. Numbers that trade places within
-    8 KB are not seen in a tensor of more."""
+    """A hash of the tensor's bits; about as fast as reading it. In a tensor of more than 8 KB it
+    misses what XOR misses within 8 KB: numbers that trade places, and as many changes of sign as
+    make an even number of words."""
     import torch
 
     if not data.numel():
