@@ -138,7 +138,7 @@ def test_a_run_with_the_option(tiny: Path, tmp_path: Path) -> None:
         "metrics": ["accuracy", "cost"],
     }
     alone, together = Place(tmp_path / "alone", tiny), Place(tmp_path / "together", tiny)
-    assert alone.run(**knobs) == together.run({"join": "4"}, **knobs) == 0
+    assert alone.run({"join": "off"}, **knobs) == together.run({"join": "4"}, **knobs) == 0
     first, second = (
         {file.parent.name: read_json(file) for file in place.out.glob("cells/*/result.json")}
         for place in (alone, together)
