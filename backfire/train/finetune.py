@@ -307,7 +307,7 @@ def _train(
                 micro_batch=machine.micro_batch,
                 checkpoint_seconds=machine.checkpoint_seconds,
             )
-            joined = {"joined": together.most} if together else {}
+            joined = {"joined": together.most} if together and together.most > 1 else {}
             ends = dict(zip(runs, found, strict=True))
             return {n: {**e, **joined} if isinstance(e, dict) else e for n, e in ends.items()}
     finally:

@@ -143,7 +143,10 @@ class Together:
 
 
 def joins(run: TrainingRun) -> bool:
-    """Whether a run may have its steps in one pass with others: it does not once its loss has a
-    scale, its layers are recomputed, its rows are padded, or a hook defines the step."""
+    """Whether a run may have its steps in one pass with others: not if more than LoRA's weights are
+    trained, its loss has a scale, its layers are recomputed, its rows are padded, or a hook defines
+    the step."""
     alone = run.ranks.several or run.scaling.on or run.recompute or not run.layout.longest_packed
-    return not alone and all(type(hook).step is TrainHook.step for hook in run.hooks)
+    if alone or not all(".lora_" in name for name in run.trainable):
+        return False
+    return all(type(hook).step is TrainHook.step for hook in run.hooks)

@@ -12,7 +12,7 @@ from tests.helpers.training import close, exact
 
 pytestmark = pytest.mark.slow
 
-JOINED = ["kl", "lisa", "ewc", "asft", "constrained-sft", "freeze"]
+JOINED = ["kl", "lisa", "ewc", "asft", "constrained-sft", "freeze", "abl"]
 
 
 @pytest.mark.parametrize("defense", JOINED)
