@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel
@@ -244,12 +244,11 @@ def train_together(
         # After the hooks were made: a defense may freeze weights.
         kinds = {number: parts(run.model) for number, run in runs.items()}
         ends |= _train(runs, Precision(device, compute), first.machine, progress)
-        for number in runs:
-            if isinstance(end := ends[number], dict):
-                rate = {"learning_rate": tasks[number].experiment.learning_rate}
-                ends[number] = {**end, **kinds[number], **rate, **facts}
-                with noted(ends, number):
-                    tasks[number].save(models[number], ranks)
+        for number in [number for number in runs if isinstance(ends[number], dict)]:
+            rate = {"learning_rate": tasks[number].experiment.learning_rate}
+            cast(dict[str, Any], ends[number]).update({**kinds[number], **rate, **facts})
+            with noted(ends, number):
+                tasks[number].save(models[number], ranks)
     for number in range(len(models), len(tasks)):  # the base is on several GPUs
         one = slice(number, number + 1)
         ends[number] = train_together(tasks[one], ranks, resident, progress[one]).pop()
@@ -299,7 +298,7 @@ def _train(
                 if together is None:
                     stack.enter_context(rounded_once(run.model, compute))
                 stack.enter_context(fast_products(run.model, compute))
-            found = train_each(
+            ends = train_each(
                 every,
                 precision,
                 [progress[number] for number in runs],
@@ -308,8 +307,9 @@ def _train(
                 checkpoint_seconds=machine.checkpoint_seconds,
             )
             joined = {"joined": together.most} if together and together.most > 1 else {}
-            ends = dict(zip(runs, found, strict=True))
-            return {n: {**e, **joined} if isinstance(e, dict) else e for n, e in ends.items()}
+            for place in [n for n, end in enumerate(ends) if isinstance(end, dict)]:
+                cast(dict[str, Any], ends[place]).update(joined)
+            return {number: ends.pop(0) for number in runs}  # see `loop.summary_of`
     finally:
         for run in every:
             run.close()
