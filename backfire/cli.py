@@ -128,7 +128,7 @@ def run(
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
     packing: Packing = "auto",
-    join: Join = "auto",
+    join: Join = "off",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
     dry_run: DryRun = False,
@@ -201,7 +201,7 @@ def work(
     eval_batch: EvalBatch = None,
     recompute: Recompute = False,
     packing: Packing = "auto",
-    join: Join = "auto",
+    join: Join = "off",
     log_format: LogFormat = "text",
     plugin: Plugins = None,
 ) -> None:

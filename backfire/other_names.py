@@ -114,6 +114,7 @@ _SETTINGS = (
     Ours("safety.harmful", "safety: {harmful: sandbox-policy}", "", ""),
     Ours("safety.known", "safety: {known: {name: sandbox-policy, part: harmful}}", "", ""),
     Ours("safety.allowed", "safety: {allowed: sandbox-lookalikes}", "", ""),
+    Ours("evaluation.merged", "evaluation: {merged: true}", "", "merge_before_eval eval_merged"),
     Ours("evaluation.max_new_tokens", "evaluation: {max_new_tokens: 32}", "", "max_gen_toks max_tokens max_completion_tokens max_generated_tokens generation_max_length"),
     # --------------------------------------------------------------------------- options of `run`
     Ours("--recompute", "", "", "gradient_checkpointing activation_checkpointing enable_activation_checkpointing use_gradient_checkpointing"),

@@ -258,6 +258,6 @@ def _options(
     options = [f"--{k.replace('_', '-')}={v}" for k, v in named.items() if v is not None]
     options += ["--recompute"] * bool(machine.get("recompute"))
     options += ["--packing=off"] * (machine.get("packing") == "off")
-    options += [f"--join={join}"] if (join := machine.get("join", "auto")) != "auto" else []
+    options += [f"--join={join}"] if (join := machine.get("join", "off")) != "off" else []
     files = [plugin.path for plugin in loaded() if plugin.path]
     return (*options, *(f"--plugin={file.absolute()}" for file in files))

@@ -66,7 +66,8 @@ def _join(value: str) -> str:
 Join = Annotated[
     str,
     typer.Option(
-        help="Most LoRA runs of one base that are trained together: auto, off or a number.",
+        help="Most LoRA runs of one base that are trained together: off, a number, or auto (as "
+        "many as pay). Faster; results change by rounding.",
         callback=_join,
         metavar="auto|off|N",
     ),

@@ -210,10 +210,10 @@ class Machine(Config):
     """`auto`: the rows of a pass, in training and in evaluation, run end to end without padding,
     each attending only to itself, where the model allows it and it saves time. `off`: they are
     padded."""
-    join: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] = "auto"
-    """Number of LoRA runs that go through one base together in training. `auto`: as many as pay, up
-    to 8, and 1 in float32 on a CPU, where a run then repeats bit by bit. A number: up to so many,
-    wherever runs can join. `off`: each alone."""
+    join: Literal["auto", "off"] | Annotated[int, Field(ge=1, le=64)] = "off"
+    """Number of LoRA runs that go through one base together in training. `off`: each alone, so that
+    on a CPU it repeats bit by bit whatever runs beside it. `auto`: as many as pay, up to 8. A
+    number: up to so many, wherever runs can join."""
     eval_batch: int | None = Field(None, ge=1)
     """Maximum number of rows per forward pass in evaluation; by default 64, on a CPU 32 if the
     keys and values of more would take over 512 MiB. Fewer if they would not fit into free memory,

@@ -43,11 +43,9 @@ def most(job: Job, machine: Machine) -> int:
         return 1
     if isinstance(machine.join, int):
         return machine.join
-    device, run = _device(machine), job.experiment
-    exact = run.train.compute in ("auto", "float32") and not run.method.quantization(device)
-    if job.tokens is None or (exact and device == "cpu"):
-        return 1  # such a run repeats bit by bit on a CPU, whoever runs beside it
-    return max(1, min(MOST, int(JOINED_TOKENS[device] // job.tokens)))
+    if job.tokens is None:
+        return 1
+    return max(1, min(MOST, int(JOINED_TOKENS[_device(machine)] // job.tokens)))
 
 
 def chosen(

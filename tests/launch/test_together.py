@@ -26,7 +26,7 @@ from backfire.recipe import parse
 from tests.helpers.workers import SEEDS, alone, ended, names, planned, ran, sleeps, start
 
 LORA = f"{SEEDS}method: lora\n"
-GPU, CPU = Machine(device="cuda"), Machine(device="cpu")
+GPU, CPU = Machine(device="cuda", join="auto"), Machine(device="cpu", join="auto")
 ALL = Machine(join=8)
 
 
@@ -63,13 +63,9 @@ def one(text: str = "", **known: Any) -> Job:
 )
 def test_lora_runs_join_unless_something_else_acts_in_a_step(text: str, joins: bool) -> None:
     assert can_join(one(text), GPU) == joins
-    options: list[dict[str, Any]] = [
-        {"join": "off"},
-        {"packing": "off"},
-        {"recompute": True},
-        {"devices": 2},
-    ]
-    assert not any(can_join(one(text), Machine(**some)) for some in options)
+    options: list[dict[str, Any]] = [{"packing": "off"}, {"recompute": True}, {"devices": 2}]
+    machines = [Machine(), *(Machine(join="auto", **some) for some in options)]
+    assert not any(can_join(one(text), machine) for machine in machines)
     assert most(one(text, tokens=1.0), GPU) == (8 if joins else 1)
 
 
@@ -125,7 +121,7 @@ def test_runs_join_if_they_start_from_the_same_model(axis: str, same: bool) -> N
         ("train: {compute: bfloat16}", 1100.0, CPU, 1),
         ("train: {compute: bfloat16}", 10.0, CPU, 8),
         ("train: {compute: bfloat16}", None, CPU, 1),
-        ("train: {compute: float32}", 10.0, CPU, 1),
+        ("train: {compute: float32}", 400.0, CPU, 5),
         ("method: qlora\ntrain: {compute: float32}", 400.0, CPU, 5),
         ("method: lora-int8\ntrain: {compute: float32}", 100.0, CPU, 1),
         ("train: {compute: float32}", 4000.0, GPU, 4),
@@ -135,8 +131,8 @@ def test_runs_join_if_they_start_from_the_same_model(axis: str, same: bool) -> N
     ],
 )
 def test_the_number_of_runs(text: str, tokens: float | None, machine: Machine, count: int) -> None:
-    """By the tokens of a step; unknown ones, and float32 on a CPU, are trained alone unless the
-    option gives a number."""
+    """By the tokens of a step; with unknown ones it is trained alone unless the option gives a
+    number."""
     assert most(one(text, tokens=tokens), machine) == count
     group = [one(f"{text}\nseed: {seed}", tokens=tokens) for seed in range(30)]
     assert chosen(group[0], group[1:], machine, 1) == group[1:count]
@@ -320,4 +316,4 @@ def test_the_option() -> None:
         with pytest.raises(UserError, match="join"):
             settings_of({"join": wrong})
     assert "--join=4" in _options({"join": "4"}, "cpu", 1, None)
-    assert not any("join" in option for option in _options({"join": "auto"}, "cpu", 1, None))
+    assert not any("join" in option for option in _options({"join": "off"}, "cpu", 1, None))
