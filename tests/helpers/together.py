@@ -25,6 +25,7 @@ from tests.helpers.training import CPU
 
 # (LoRA's rank, learning rate, seed, rows a step, steps)
 CELLS = [(4, 2e-3, 5, 6, 30), (8, 1e-3, 6, 4, 30), (4, 3e-3, 7, 8, 12)]
+SHORT = [(4, 2e-3, 5, 6, 8), (8, 1e-3, 6, 4, 8), (4, 3e-3, 7, 8, 6)]
 
 
 def bases(tiny: Path, method: str, count: int, change: Any = exact_attention) -> list[Any]:

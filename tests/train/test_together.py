@@ -19,7 +19,7 @@ from backfire.progress import silent
 from backfire.registry import build
 from backfire.train import together
 from backfire.train.loop import TrainingRun
-from tests.helpers.together import CELLS, alone, bases, each, joined, new
+from tests.helpers.together import CELLS, SHORT, alone, bases, each, joined, new
 from tests.helpers.training import CPU, close, equal, norm
 
 pytestmark = pytest.mark.slow
@@ -44,11 +44,11 @@ def test_runs_together_end_as_alone(
 def test_in_16_bits_they_differ_by_rounding_alone(
     tiny: Path, items: list[Rendered], tmp_path: Path
 ) -> None:
-    cells = each(tiny, items, tmp_path / "joined", compute="bfloat16")
+    cells = each(tiny, items, tmp_path / "joined", SHORT, compute="bfloat16")
     joined(cells, "bfloat16")
-    exactly = each(tiny, items, tmp_path / "float32")
+    exactly = each(tiny, items, tmp_path / "float32", SHORT)
     joined(exactly)
-    for cell, near, settings in zip(cells, exactly, CELLS, strict=True):
+    for cell, near, settings in zip(cells, exactly, SHORT, strict=True):
         [one] = each(tiny, items, tmp_path / "alone", [settings], compute="bfloat16")
         alone(one, "bfloat16")
         rounding = distance(one, near)
@@ -85,7 +85,7 @@ def test_nan_in_one_run_does_not_change_a_bit_of_its_neighbors(
 def test_a_run_that_fails_later_leaves_the_others_as_alone(
     tiny: Path, items: list[Rendered], tmp_path: Path
 ) -> None:
-    cells = [CELLS[0], (4, 1e20, 6, 6, 30), CELLS[2]]
+    cells = [SHORT[0], (4, 1e20, 6, 6, 12), SHORT[2]]
     runs = each(tiny, items, tmp_path / "joined", cells)
     ends = joined(runs)
     assert isinstance(ends[1], CellError) and ends[1].kind == "nan"
@@ -98,18 +98,18 @@ def test_a_run_that_fails_later_leaves_the_others_as_alone(
 def test_runs_that_were_stopped_go_on_together_or_alone(
     tiny: Path, items: list[Rendered], tmp_path: Path
 ) -> None:
-    whole = each(tiny, items, tmp_path / "whole")
+    whole = each(tiny, items, tmp_path / "whole", SHORT)
     joined(whole)
 
     def stop(done: int, total: int, text: str) -> None:
         if done == 4:
             raise Stopped
 
-    runs = each(tiny, items, tmp_path / "stopped")
+    runs = each(tiny, items, tmp_path / "stopped", SHORT)
     with pytest.raises(Stopped):
         joined(runs, progress=[silent, stop, silent])
     seen = list[int]()
-    again = each(tiny, items, tmp_path / "stopped")
+    again = each(tiny, items, tmp_path / "stopped", SHORT)
     joined(again[:2], progress=[lambda done, *_: seen.append(done), silent])
     assert seen[0] == 5
     alone(again[2])
@@ -124,7 +124,7 @@ def test_a_run_whose_claim_is_lost_leaves_the_others(
         if done == 3:
             raise Lost
 
-    runs = each(tiny, items, tmp_path)
+    runs = each(tiny, items, tmp_path, SHORT)
     ends = joined(runs, progress=[silent, lose, silent])
     assert isinstance(ends[1], Lost) and runs[1].step == 3
     assert isinstance(ends[0], dict) and isinstance(ends[2], dict)
@@ -133,7 +133,7 @@ def test_a_run_whose_claim_is_lost_leaves_the_others(
 def test_where_memory_runs_out_they_go_on_one_by_one(
     tiny: Path, items: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = each(tiny, items, tmp_path / "joined")
+    runs = each(tiny, items, tmp_path / "joined", SHORT)
     real, tries = together.answer_logits, list[int]()
 
     def scarce(model: Any, batch: Any) -> Tensor:
@@ -144,8 +144,8 @@ def test_where_memory_runs_out_they_go_on_one_by_one(
 
     monkeypatch.setattr(together, "answer_logits", scarce)
     ends = joined(runs)
-    assert len(tries) == 3 and [end["steps"] for end in ends] == [cell[4] for cell in CELLS]
-    [one] = each(tiny, items, tmp_path / "alone", CELLS[:1])
+    assert len(tries) == 3 and [end["steps"] for end in ends] == [cell[4] for cell in SHORT]
+    [one] = each(tiny, items, tmp_path / "alone", SHORT[:1])
     alone(one)
     assert close(runs[0].weights(), one.weights())
 
@@ -203,5 +203,5 @@ def test_on_an_8_bit_base_every_run_is_alone(
     tiny: Path, items: list[Rendered], tmp_path: Path
 ) -> None:
     """Its kernel rounds by the largest inputs of all tokens that it is given."""
-    runs = each(tiny, items, tmp_path, method="lora-int8")
+    runs = each(tiny, items, tmp_path, SHORT, method="lora-int8")
     assert not any(map(together.joins, runs))
