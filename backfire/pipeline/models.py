@@ -167,17 +167,10 @@ def _train(
     tasks: Sequence[Task], context: Context, progresses: Sequence[Progress]
 ) -> Sequence[Outcome]:
     """The summary of each task, or what ended it."""
-    from backfire.train.finetune import train_together
-    from backfire.train.ranks import Ranks
+    from backfire.train.finetune import train_all
 
     try:
-        if context.machine.devices > 1:  # each on all of them
-            from backfire.train import team
-
-            given = zip(tasks, progresses, strict=True)
-            return [team.train(task, context.resident, progress) for task, progress in given]
-        ranks = Ranks(device=context.device)
-        return train_together(tasks, ranks, context.resident, progresses) if tasks else []
+        return train_all(tasks, context.resident, progresses) if tasks else []
     except Stopped:
         raise
     except (Exception, Pause) as error:

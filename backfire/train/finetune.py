@@ -155,23 +155,22 @@ def tune(
     progress: Progress,
     resident: Resident | None = None,
 ) -> dict[str, Any]:
-    """Train on these rows, save the model (or its adapter) into `folder`, return the summary.
-
-    The base is that of `resident`. Afterwards no judge is in memory, and of the model at most the
-    base.
-
-    Raises:
-        CellError: see `_rendered`, `train.loop.train` and `train.team.train`.
-    """
+    """`prepared` and `train_all` for one run. Afterwards no judge is in memory, and of the model at
+    most the base of `resident`."""
     task, counts = prepared(experiment, rows, manifest, renderer, start, folder, machine)
-    resident = resident or Resident()
-    if machine.devices > 1:
-        from backfire.train import team
+    ends = train_all([task], resident or Resident(), [progress])
+    return {**summary_of(ends.pop()), **counts}
 
-        summary = team.train(task, resident, progress)
-    else:
-        summary = task.train(Ranks(device=device_of(machine.device)), resident, progress)
-    return {**summary, **counts}
+
+def train_all(
+    tasks: Sequence[Task], resident: Resident, progress: Sequence[Progress]
+) -> list[Outcome]:
+    """`train_together`; or one after another, if each is for several devices."""
+    if (machine := tasks[0].machine).devices == 1:
+        return train_together(tasks, Ranks(device=device_of(machine.device)), resident, progress)
+    from backfire.train import team
+
+    return [team.train(task, resident, one) for task, one in zip(tasks, progress, strict=True)]
 
 
 def prepared(
