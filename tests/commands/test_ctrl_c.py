@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from backfire import cli
@@ -94,12 +95,14 @@ def ctrl_c(process: subprocess.Popen[str]) -> None:
     os.killpg(process.pid, signal.SIGINT)
 
 
-def is_there(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
+def left_of(group: int) -> list[psutil.Process]:
+    """The group's processes that have not ended. (One that nobody waits for has ended, too.)"""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.NoSuchProcess, ProcessLookupError, PermissionError):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
 
 
 @pytest.mark.slow
@@ -128,9 +131,9 @@ def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(here: Path, tiny
     checkpoints = here.glob("cache/train/*.partial/checkpoints/*/done.json")
     assert len({file.parents[2] for file in checkpoints}) == 2
     end = time.monotonic() + 20  # the server of workers ends when it sees that the command has
-    while is_there(process.pid) and time.monotonic() < end:
+    while left_of(process.pid) and time.monotonic() < end:
         time.sleep(0.05)
-    assert not is_there(process.pid)
+    assert left_of(process.pid) == []
 
 
 @pytest.mark.slow
