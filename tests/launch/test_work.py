@@ -22,11 +22,12 @@ from backfire import claims
 from backfire.claims import Claims
 from backfire.errors import Away, CellError, GpuError
 from backfire.experiment import Machine
+from backfire.launch.board import Board
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder, report
 from backfire.launch.order import by_urgency
 from backfire.launch.stop import Stop
-from backfire.launch.work import Board, work
+from backfire.launch.work import work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
 from tests.helpers.workers import (
