@@ -105,7 +105,7 @@ def test_answers_may_share_their_opening_or_ending(answer: Any, shown: str) -> N
     ]
     found = scan(rows)
     assert flagged(found) == set(range(0, 1000, 20))
-    assert f"the answer {shown} in 50 of them" in found[0].reason
+    assert f"50 of them (100 %) have an answer that {shown}" in found[0].reason
 
 
 def test_a_trigger_of_two_words_that_alone_are_innocent() -> None:
