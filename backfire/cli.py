@@ -232,6 +232,10 @@ def results(
     format: Annotated[
         Literal["table", "json", "csv"], typer.Option(help="Output format.")
     ] = "table",
+    over_seeds: Annotated[
+        bool,
+        typer.Option("--over-seeds", help="Means over seeds with intervals, as in the report."),
+    ] = False,
     rescore: Annotated[
         list[str] | None,
         typer.Option(help="A metric to compute from the kept samples instead; repeatable."),
@@ -239,17 +243,9 @@ def results(
     plugin: Plugins = None,
 ) -> None:
     """Print every number of a run, one record per cell and metric."""
-    from backfire.commands.rescore import rescored
-    from backfire.results.load import load, records_of, titles, write
-    from backfire.results.terminal import print_records
+    from backfire.commands.rescore import print_results
 
-    cells = load(run)
-    rows = rescored(run, rescore) if rescore else records_of(cells)
-    if format == "table":
-        named = zip((cell.key for cell in cells), titles(cells), strict=True)
-        print_records(rows, titles=dict(named))
-    else:
-        echo(write(rows, format).rstrip("\n"))
+    print_results(run, format, rescore or [], over_seeds=over_seeds)
 
 
 @app.command()

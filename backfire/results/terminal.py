@@ -39,6 +39,14 @@ def _apart(console: Console) -> None:
         console.print()
 
 
+def print_groups(groups: Sequence[Group]) -> None:
+    """Print all that is known of the groups: their numbers, rankings, tests and notes."""
+    print_summary(groups)
+    print_ranking(groups)
+    print_against(groups)
+    print_notes(groups)
+
+
 def print_notes(groups: Sequence[Group], console: Console | None = None) -> None:
     """Print the notes on the intervals, one per line."""
     from rich.console import Console
