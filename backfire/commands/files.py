@@ -80,13 +80,13 @@ def _poison_cell(data: str, attack: str, edits: Sequence[str], seed: int | None)
         head = key.partition(".")[0]
         if key == "data":
             raise UserError(
-                f"The data is already {data}; an edit can only set its knobs, as in data.rows=9."
+                f"The data is already {data}; an edit can only change settings, as in data.rows=9."
             )
         if key == "seed" and seed is not None:
             raise UserError("The seed is given twice: as --seed and as seed=.")
         if head not in ("data", "attack", "seed"):
             if key in of_data and key not in of_attack:
-                raise UserError(f"'{key}' is a knob of the data: write data.{key}=...")
+                raise UserError(f"'{key}' is a setting of the data: write data.{key}=...")
             key = f"attack.{key}"
         set_key(settings, key, value)
     return Experiment.make({"seed": seed or 0, **settings}, where="poison")

@@ -35,7 +35,7 @@ class Scan(DataDefense):
     """
 
     scanner: str | dict[str, Any] = Field("lift", examples=["repetition"])
-    """The scanner, by its name or as {name: ..., knob: value}."""
+    """The scanner, by its name or as {name: ..., setting: value}."""
     remove: float | None = Field(None, gt=0, lt=1)
     """Share of the rows to remove, 0 to 1, those with the highest scores; by default, the flagged
     ones. Rows without a score stay."""
