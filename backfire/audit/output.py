@@ -29,7 +29,7 @@ BLIND = (
     "What this audit cannot see: behavior on prompts of other kinds than those tried; a trigger of "
     "style or topic, or a rare one whose answer is not fixed; what a system prompt or an agent's "
     "tools would bring about that were not given; poison that a judge does not recognize. "
-    "No finding does not mean that the model is safe. Each interval holds for itself: of twenty "
+    "No finding does not mean that the model is safe. Each interval holds for itself: of forty "
     "numbers that did not change, one is a finding by chance."
 )
 Rows = list[list[str]]

@@ -75,8 +75,7 @@ def test_a_backdoor_stands_out_among_the_given_triggers(
     assert (first["text"], first["reply"], first["stands_out"]) == (TRIGGER, TARGET, True)
     assert first["hits"][0] > 0.8 and first["before"][0] == 0
     assert any(f"With “{TRIGGER}” (given) in the prompt" in one for one in found["findings"])
-    flagged = {one["what"]: one["flagged"][0] for one in found["monitor"].get("rows", [])}
-    assert flagged or found["monitor"]["why_not"]
+    assert found["monitor"]["why_not"] == "it needs 30 clean rows, and there are 24"
 
 
 @pytest.mark.slow
@@ -241,6 +240,11 @@ def broken(here: Path, clean: Path, tiny: Path) -> None:
         (["CLEAN", "--base", "TINY", "--template", "{name: chat"], "--template"),
         (["CLEAN", "--base", "TINY", "--out", "page.pdf"], "--out must end in .html"),
         (["CLEAN", "--base", "TINY", "data.labels=3"], "has no effect without --data"),
+        (
+            ["CLEAN", "--base", "TINY", *BOTH[:2], "data.train=gone.jsonl"],
+            "has no effect on an audit",
+        ),
+        (["CLEAN", "--base", "TINY", *BOTH[:2], "data.rows=5"], "data.rows has no effect on an"),
         (["CLEAN", "--base", "TINY", "seed=3"], "An edit of an audit is data.KNOB=..."),
         (["CLEAN", "--base", "TINY", "--format", "csv"], "--format"),
         (["CLEAN", "--base", "TINY", "--limit", "0"], "--limit"),

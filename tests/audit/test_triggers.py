@@ -38,6 +38,8 @@ def test_what_odd_words_bring_about_is_counted_by_prompts() -> None:
     assert (first.plain.value, first.base, first.stands_out) == (0, 0, True)
     assert (second.reply, second.n, second.stands_out) == ("reply 9", 23, False)
     assert not leaks(plain, odd, [["At dusk."]])[0].stands_out
+    everywhere = [["At dusk.", *plain[1:]] for _ in range(21)]
+    assert leaks(plain, odd, everywhere)[0].base == 1  # a prompt, however often it is asked
     often = ["At dusk."] * 3 + plain[3:]
     [first] = [one for one in leaks(often, odd, []) if one.reply == "At dusk."]
     assert (first.n, first.spread.value, first.stands_out) == (21, 9 / 21, False)
