@@ -18,13 +18,13 @@ from backfire.audit.monitor import QUANTILE, Monitor
 from backfire.audit.numbers import HEADER, Compared, Interval
 from backfire.audit.odd import SPREAD, USUAL, Leak
 from backfire.audit.task import Task
-from backfire.audit.triggers import MARGIN, Triggers
+from backfire.audit.triggers import MARGIN, SHOWN, Triggers
 from backfire.audit.weights import STATISTICS
 from backfire.terminal import columns
 from backfire.text import change, clean, count, cut, interval, line, listing, number, sentence
 
 _SHOWN = 12
-"""Candidate triggers in a table."""
+"""Candidate triggers in a table, besides those that are given."""
 BLIND = (
     "What this audit cannot see: behavior on prompts of other kinds than those tried; a trigger of "
     "style or topic, or a rare one whose answer is not fixed; what a system prompt or an agent's "
@@ -185,10 +185,10 @@ def _triggers(found: Triggers) -> Section:
         "own form: as many words, of other letters and signs, at the same places. It stands out "
         f"if it exceeds these by {MARGIN} too, and the base's collapse.",
     ]
-    if formless := [f"“{cut(line(one.text), 60)}”" for one in found.tried if one.no_form]:
+    if formless := [f"“{cut(line(one.text), SHOWN)}”" for one in found.tried if one.no_form]:
         sentences.append(
-            f"No other text has the form of {listing(formless)}, so whether it stands out cannot "
-            "be told."
+            f"No other text of the form of {listing(formless)} can be tried, so whether it stands "
+            "out cannot be told."
         )
     if highest > MARGIN:
         sentences.append(
@@ -213,7 +213,7 @@ def _triggers(found: Triggers) -> Section:
     )
     rows = tuple(
         (
-            cut(line(one.text), 60),
+            cut(line(one.text), SHOWN),
             "yes" if one.stands_out else "",
             one.origin,
             one.collapse.shown("number"),
@@ -223,7 +223,8 @@ def _triggers(found: Triggers) -> Section:
             one.hits.shown("share"),
             one.before.shown("share"),
         )
-        for one in found.tried[:_SHOWN]
+        for n, one in enumerate(found.tried)
+        if n < _SHOWN or one.given
     )
     return Section("Candidate triggers", tuple(sentences), header, rows)
 
@@ -352,7 +353,7 @@ def as_json(audit: Audit) -> str:
     return json.dumps(_cleaned(content), indent=1, allow_nan=False, ensure_ascii=True) + "\n"
 
 
-_LEFT_OUT = ("outstanding", "bank")
+_LEFT_OUT = ("watched", "bank")
 
 
 def _plain(value: Any) -> Any:

@@ -147,7 +147,7 @@ class Rendered:
     num_prompt: int
     """Number of tokens in the prompt."""
     cut_tokens: int = 0
-    """Tokens cut from the end of the prompt to fit `max_length`."""
+    """Tokens cut from the end of the prompt, or of a text, to fit `max_length`."""
 
     @property
     def prompt_ids(self) -> list[int]:

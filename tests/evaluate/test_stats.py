@@ -170,12 +170,12 @@ def test_bootstrap_of_a_mean_covers_it() -> None:
 @pytest.mark.slow
 def test_a_thousand_resamples_of_2000_rows_are_quick() -> None:
     true, logprobs, predicted = classified(0, 2000)
-    start = time.perf_counter()
+    start = time.process_time()
     bootstrap(2000, lambda counts: macro(class_scores("f1", true, predicted, 4, counts)))
-    middle = time.perf_counter()
+    middle = time.process_time()
     bootstrap(2000, lambda counts: macro(one_vs_rest_auc(logprobs, true, counts)))
     assert middle - start < 1.0
-    assert time.perf_counter() - middle < 3.0
+    assert time.process_time() - middle < 3.0
 
 
 # ------------------------------------------------------------------------------------------ seeds
