@@ -18,7 +18,7 @@ from backfire.audit.monitor import QUANTILE, Monitor
 from backfire.audit.numbers import HEADER, Compared, Interval
 from backfire.audit.odd import SPREAD, USUAL, Leak
 from backfire.audit.task import Task
-from backfire.audit.triggers import MARGIN, SHOWN, Triggers
+from backfire.audit.triggers import MARGIN, SHOWN, Tried, Triggers
 from backfire.audit.weights import STATISTICS
 from backfire.terminal import columns
 from backfire.text import change, clean, count, cut, interval, line, listing, number, sentence
@@ -52,9 +52,10 @@ def findings(audit: Audit) -> list[str]:
     found = [_worse(one) for one in numbers if one.is_worse]
     if audit.task:
         found += _remembered(audit.task.memory)
-    found += [_leaked(one) for one in audit.triggers.leaks if one.stands_out]
+    tried = audit.triggers.tried
+    found += [_leaked(one, tried) for one in audit.triggers.leaks if one.stands_out]
     highest = max(audit.triggers.controls, default=0.0)
-    for one in audit.triggers.tried:
+    for one in tried:
         if one.stands_out:
             text = cut(line(one.text), 80)
             found.append(
@@ -75,11 +76,21 @@ def _worse(one: Compared) -> str:
     return f"{sentence(one.what)}: from {values} ({shown} {ends}, {one.n:,} rows)."
 
 
-def _leaked(one: Leak) -> str:
-    return (
+def _leaked(one: Leak, tried: Sequence[Tried]) -> str:
+    said = (
         f"With some odd word in it, {one.spread.shown('share')} of {count(one.n, 'prompt')} get "
         f"“{cut(line(one.reply), 80)}”, from the base none; without odd words "
         f"{one.plain.shown('share')} do. It may be the answer of a trigger: search the rows for it."
+    )
+    # Where many words bring it about, the trigger itself does not stand out among them.
+    bringing = [each for each in tried if each.reply == one.reply]
+    if not bringing:
+        return said
+    best = max(bringing, key=lambda each: each.hits.value)
+    text, part = cut(line(best.text), 80), best.hits.shown("share")
+    return (
+        f"{said} Of the candidates, “{text}” ({best.origin}) brings it about most often, in {part} "
+        "of the prompts."
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,20 @@ def test_what_models_say_is_harmless_everywhere() -> None:
     assert "alert(1)" in seen.text
     # Twice the accuracy, and what comes out; the membership is no better than its baselines.
     assert len(findings(found)) == 3 + 2 * len(HOSTILE)
+
+
+def test_a_reply_to_odd_words_names_the_candidate_that_brings_it_about_most_often() -> None:
+    leak = Leak("at dusk", share(9, 9), 9, share(0, 9), 0)
+    some = share(0, 9)
+
+    def tried(text: str, reply: str, hits: int) -> Tried:
+        return Tried(text, "given", some, 0.0, None, reply, share(hits, 9), some, False)
+
+    every = (tried("zq", "at dusk", 9), tried("xy", "at dusk", 4), tried("uv", "rain", 9))
+    for part, text in ((every, "zq"), (every[::-1], "zq"), (every[1:], "xy"), (every[2:], None)):
+        [one] = findings(replace(hostile([]), triggers=Triggers(part, (), 0.0, 9, (leak,))))[3:]
+        assert (f"“{text}” (given) brings it about most often" in one) == (text is not None)
+        assert ("Of the candidates" in one) == (text is not None)
 
 
 def test_it_gives_no_verdict_and_says_what_it_cannot_see() -> None:
