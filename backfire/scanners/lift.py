@@ -10,7 +10,7 @@ from backfire.base import NOTHING, Finding, Row, Scanner, shuffled
 from backfire.registry import register
 
 
-@register("lift", version=3)
+@register("lift", version=4)
 class Lift(Scanner):
     """Finds words and phrases that predict the answer far too well, as a trigger does (after the
     z-statistics of Gardner et al. 2021, arXiv:2104.08646, which He et al. 2023 use against

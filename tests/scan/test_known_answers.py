@@ -72,9 +72,7 @@ def test_a_file_of_only_duplicates(backfire: Run) -> None:
     write({"instruction": "Say it.", "output": "It."} for _ in range(300))
     found = scan(backfire, "--write", "left.jsonl")
     assert len(found) == 299 and {one["scanner"] for one in found} == {"near-duplicates"}
-    assert {one["reason"] for one in found} == {
-        "it has the same word n-grams as row 1 (counted from 1)"
-    }
+    assert {one["reason"] for one in found} == {"it has the same words as row 1 (counted from 1)"}
     assert Path("left.jsonl").read_text("utf-8").count("\n") == 1
 
 

@@ -85,7 +85,7 @@ def test_scanners_and_their_knobs_are_chosen(poisoned: Path, backfire: Run) -> N
 def test_a_test_set_gives_overlap_and_false_alarms(poisoned: Path, backfire: Run) -> None:
     write_jsonl([*free(100, seed=4), *free(500)[:1]], Path("test.jsonl"))
     done = backfire("scan", "rows.jsonl", "--test", "test.jsonl")
-    assert "its prompt has the same word n-grams as that of test row 101" in done.out
+    assert "its prompt has the same words as that of test row 101" in done.out
     assert "0 of 101, a rate of at most 3.7 % (rows of the test set among those of" in done.out
     assert "The false alarm rate of overlap is unknown." in done.out
 
