@@ -205,6 +205,9 @@ def test_what_rows_say_is_harmless_everywhere(
         (["rows.jsonl", "--remove", "many", "--write", "c.jsonl"], "as in 5% (got many)"),
         (["rows.jsonl", "--write", "c.jsonl"], "Nothing to remove: no row is flagged"),
         (["rows.jsonl", "--top", "0"], "--top"),
+        (["rows.jsonl", "--limit", "9"], "--limit has no effect without --model."),
+        (["rows.jsonl", "--template", "raw"], "--template has no effect without --model."),
+        (["rows.jsonl", "--device", "auto"], "--device has no effect without --model."),
         (["rows.jsonl", "--format", "xml"], "--format"),
     ],
 )
