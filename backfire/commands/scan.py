@@ -23,6 +23,9 @@ from backfire.scan.source import open_rows
 from backfire.text import count
 from backfire.yaml12 import read_yaml
 
+_LIMIT = 2000
+"""Most rows that a model reads by default."""
+
 
 def start(
     data: str,
@@ -36,9 +39,9 @@ def start(
     write: Path | None,
     top: int,
     model: str | None = None,
-    limit: int = 2000,
+    limit: int | None = None,
     template: str | None = None,
-    device: str = "auto",
+    device: str | None = None,
 ) -> list[str]:
     """Scan the rows, print what is found, and write the page and the rows that are left; returns
     one sentence for each written file."""
@@ -46,13 +49,14 @@ def start(
     given = {"model": model is not None, "test": test is not None}
     knobs, chosen = _settings(edits, scanners, given)
     _check_paths(data, test, knobs, out, write)
-    if template and model is None:
-        raise UserError("--template has no effect without --model.")
+    of_model = {"--limit": limit, "--template": template, "--device": device}
+    if model is None and (idle := [name for name, value in of_model.items() if value is not None]):
+        raise UserError(f"{idle[0]} has no effect without --model.")
     layout = build("templates", read_yaml(template, "--template")) if template else None
-    place = None if model is None else find_model(model, device)
+    place = None if model is None else find_model(model, device or "auto")
     source = open_rows(_spec(data, knobs, test))
     others = None if test is None else open_rows(_spec(test, knobs, test), "test")
-    asked = asked_of(*place, limit, layout) if place else None
+    asked = asked_of(*place, limit or _LIMIT, layout) if place else None
     found = scan(data, source, chosen, test=others, top=top, asked=asked)
     found.notes += [f"{test}: {sentence}" for sentence in (others.notes if others else ())]
     if form == "table":

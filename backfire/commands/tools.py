@@ -86,13 +86,19 @@ def scan(
         ),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, help="Most rows that the model reads, drawn at random.")
-    ] = 2000,
+        int | None,
+        typer.Option(
+            min=1, help="Most rows that the model reads, drawn at random.", show_default="2000"
+        ),
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(help="A template by name, or {name: ..., ...}; the model's own, or raw."),
     ] = None,
-    device: Device = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of the model: auto, cpu, cuda or cuda:N.", show_default="auto"),
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Find rows that may be poisoned or should not be learned, each with a reason to check."""

@@ -32,6 +32,7 @@ class Lift(Scanner):
     with many millions of different n-grams, weak ones may be missed in the sketches.
     """
 
+    needs_prompt: ClassVar[bool] = True
     blind: ClassVar[str] = (
         "triggers of style, syntax or paraphrase, poison without a trigger, a trigger that is in "
         "fewer rows than the test needs, a language as the trigger, and answers that share neither "

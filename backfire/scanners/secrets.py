@@ -22,6 +22,7 @@ class Secrets(Scanner):
     is shown beyond its first two characters.
     """
 
+    reads_worse: ClassVar[bool] = True
     blind: ClassVar[str] = (
         "names, addresses, dates of birth, and numbers and passwords without a known form"
     )

@@ -311,6 +311,7 @@ def test_trace_ranks_the_training_rows(
     found = json.loads(output.out)
     rows = found["rows"]
     assert found["num_rows"] == len(rows) == 60 and found["poisoned_rows"] == 6
+    assert found["strength"] == 0.3
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     best = sum(row["poisoned"] for row in rows[:6])
     assert found["precision_at_k"] == best / 6 and sum(row["poisoned"] for row in rows) == 6

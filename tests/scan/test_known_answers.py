@@ -150,7 +150,7 @@ def test_rows_that_have_all_the_same(trigger: str, answers: tuple[str, ...], bac
         for n in range(500)
     )
     assert scan(backfire) == []
-    says = "One label has at least 90 % of the rows." in backfire("scan", "rows.jsonl").out
+    says = "One answer has at least 90 % of the rows." in backfire("scan", "rows.jsonl").out
     assert says == (len(answers) == 1)
 
 
