@@ -121,10 +121,7 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     page, groups = write_report(out, cells), group(cells)
     if all(cell.is_done for cell in cells):
         has_finished(out)
-    terminal.print_summary(groups)
-    terminal.print_ranking(groups)
-    terminal.print_against(groups)
-    terminal.print_notes(groups)
+    terminal.print_groups(groups)
     terminal.print_warnings(cells, console)
     bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
     if bad:

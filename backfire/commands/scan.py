@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from backfire.base import ModelScanner, Scanner
 from backfire.commands.asked import asked_of, find_model
-from backfire.commands.files import check_other, dataset_spec, same_file
+from backfire.commands.files import check_other, dataset_spec, same_file, spec_with
 from backfire.commands.options import echo
 from backfire.errors import UserError
 from backfire.recipe import parse_edit
@@ -23,8 +23,6 @@ from backfire.scan.source import open_rows
 from backfire.text import count
 from backfire.yaml12 import read_yaml
 
-_IDLE = ("train", "test", "hub", "rows", "test_rows", "seed", "group", "test_share")
-"""Knobs of files and hub sets that do not matter here: the data is named, and read as a whole."""
 _LIMIT = 2000
 """Most rows that a model reads by default."""
 
@@ -171,10 +169,8 @@ def _lacking(name: str, given: Mapping[str, bool]) -> str:
 
 
 def _spec(data: str, knobs: dict[str, Any], test: str | None) -> dict[str, Any]:
-    spec = {**dataset_spec(data), **knobs}
+    spec = spec_with(data, knobs, "a scan")
     is_split = test is not None and "hub" in dataset_spec(test)
     if spec["name"] == "files" and "test_split" in knobs and not is_split:
         raise UserError("data.test_split has no effect without a hub set in --test.")
-    if spec["name"] == "files" and (idle := [knob for knob in knobs if knob in _IDLE]):
-        raise UserError(f"data.{idle[0]} has no effect on a scan, which reads all rows.")
     return spec

@@ -195,6 +195,9 @@ def test_show_explains_a_component_and_prints_a_recipe(backfire: Run) -> None:
     assert "method 'none'" in backfire("show", "none").out
     shown = parse("tour", backfire("show", "tour").out)
     assert shown.cells == load("tour").cells
+    defense, _, recipe = backfire("show", "lisa").out.partition("recipe 'lisa'\n\n")
+    assert "defense 'lisa'" in defense and "\nNull control: " in defense  # not indented
+    assert parse("lisa", recipe).cells == load("lisa").cells
 
 
 def test_schema_accepts_the_shipped_recipes_keys(backfire: Run, here: Path) -> None:

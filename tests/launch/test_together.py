@@ -23,6 +23,7 @@ from backfire.launch.stop import Stop
 from backfire.launch.together import alike, can_join, chosen, most
 from backfire.plan import Job, jobs
 from backfire.recipe import parse
+from tests.helpers.patience import LONG, until
 from tests.helpers.workers import SEEDS, alone, ended, names, planned, ran, sleeps, start
 
 LORA = f"{SEEDS}method: lora\n"
@@ -219,12 +220,12 @@ def test_a_worker_claims_a_group(tmp_path: Path, joint: Any) -> None:
 
 
 def test_two_workers_share_the_jobs(tmp_path: Path, joint: Any) -> None:
-    joint(lambda job: time.sleep(0.5))
+    joint(lambda job: until(lambda: len(groups(tmp_path)) == 2))
     found = planned(tmp_path, LORA.replace(", 4, 5, 6, 7", ""))
     machine = Machine(join=8, workers=2)
     workers = [start(tmp_path, sleeps(tmp_path), machine=machine) for _ in range(2)]
     for worker in workers:
-        worker.join(20)
+        worker.join(LONG)
         assert worker.exitcode == 0
     assert sorted(map(len, groups(tmp_path))) == [2, 2]
     assert sorted(itertools.chain(*groups(tmp_path))) == sorted(train_ids(found))
@@ -287,7 +288,7 @@ def test_jobs_with_which_a_worker_died_run_alone(tmp_path: Path, joint: Any) -> 
     found = planned(tmp_path, LORA)
     joint(lambda job: os.kill(os.getpid(), signal.SIGKILL))
     worker = start(tmp_path, sleeps(tmp_path), machine=ALL)
-    worker.join(20)
+    worker.join(LONG)
     assert worker.exitcode == -signal.SIGKILL
     assert Claims(tmp_path).names() == set(train_ids(found))
     assert alone(tmp_path, sleeps(tmp_path), machine=ALL) == {job.id: "ok" for job in found}
@@ -301,7 +302,7 @@ def test_a_gpu_that_breaks_leaves_all_claims(tmp_path: Path, joint: Any) -> None
     found = planned(tmp_path, LORA)
     joint(breaks)
     worker = start(tmp_path, sleeps(tmp_path), machine=ALL)
-    worker.join(20)
+    worker.join(LONG)
     assert worker.exitcode == 1
     assert {one.job for one in Claims(tmp_path).holders() if one.is_stale} == {*train_ids(found)}
 

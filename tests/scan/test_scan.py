@@ -87,7 +87,7 @@ def test_a_test_set_gives_overlap_and_false_alarms(poisoned: Path, backfire: Run
     done = backfire("scan", "rows.jsonl", "--test", "test.jsonl")
     assert "its prompt has the same words as that of test row 101" in done.out
     assert "0 of 101, a rate of at most 3.7 % (rows of the test set among those of" in done.out
-    assert "No rate of false alarms is known here for overlap." in done.out
+    assert "The false alarm rate of overlap is unknown." in done.out
 
 
 ODD: list[Any] = [

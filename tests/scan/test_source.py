@@ -157,7 +157,7 @@ def test_notes_of_json_and_csv_go_to_stderr(
     )
     assert "b.jsonl: 1 bad row left out" in said
     assert "secrets 30 100.00 % 9 of 9, a rate of at most 100" in said
-    assert "Not visible to these scanners" in said
+    assert "What each scanner cannot see" in said
     assert "9 of " in said and "findings are listed; --top changes that." in said
     assert KEY not in done.err + done.out
     assert "bad row" not in done.out
