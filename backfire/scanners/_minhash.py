@@ -136,8 +136,9 @@ class Earlier:
         numbers, counts = np.unique(self._numbers[bands, slots][same], return_counts=True)
         best = int(np.argmax(counts))
         number = int(numbers[best])
-        has_same_words = int(self._words_of[number % _RECENT]) == keys.words
-        return Like(number, float(np.sqrt(counts[best] / BANDS)), has_same_words)
+        if int(self._words_of[number % _RECENT]) == keys.words:
+            return Like(number, 1.0, has_same_words=True)  # whatever overwrote some of its bands
+        return Like(number, float(np.sqrt(counts[best] / BANDS)), has_same_words=False)
 
     def add(self, keys: Keys, number: int) -> None:
         slots, short = self._places(keys.bands)
