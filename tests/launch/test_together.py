@@ -112,6 +112,16 @@ def test_runs_join_if_they_start_from_the_same_model(axis: str, same: bool) -> N
     assert alike(first, second) is same and alike(first, first)
 
 
+@pytest.mark.parametrize(
+    ("one_has", "other_has", "same"),
+    [(10, 20, True), (20, 10, True), (10, 21, False), (21, 10, False), (10, None, True)],
+)
+def test_runs_join_if_none_waits_long_for_the_other(
+    one_has: int, other_has: int | None, same: bool
+) -> None:
+    assert alike(one(steps=one_has), one("seed: 1", steps=other_has)) is same
+
+
 # ----------------------------------------------------------------------------------------- how many
 
 
@@ -158,6 +168,7 @@ def test_runs_that_would_not_fit_are_left() -> None:
     assert chosen(first, others, GPU, 1, 7.5e9) == others[:2]
     assert chosen(first, others, Machine(device="cuda", join=4), 1, 7.5e9) == others[:3], "forced"
     others[0] = replace(others[0], tokens=16000.0)
+    assert chosen(first, others, Machine(device="cuda", join=2), 1) == others[1:2], "in no pass"
     assert chosen(first, others, GPU, 1) == others[1:], "the long one is left"
 
 
