@@ -37,6 +37,9 @@ class Scanner(Component):
     """What it cannot see, in one sentence."""
     needs_test: ClassVar[bool] = False
     """Whether it compares rows with those of a test set, and finds nothing without one."""
+    in_text: ClassVar[bool] = False
+    """Whether a flag can be checked by reading: what its reason names is in the text, such as a key
+    or a copy of another row."""
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         """Yield one finding for each row, in order. `test` are the rows of a test set, if given.

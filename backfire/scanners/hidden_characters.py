@@ -75,6 +75,7 @@ class HiddenCharacters(Scanner):
     """
 
     blind: ClassVar[str] = "look-alikes that fill a whole word, and unusual but visible characters"
+    in_text: ClassVar[bool] = True
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         return (_finding(row) for row in rows)
