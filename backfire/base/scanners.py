@@ -41,6 +41,9 @@ class Scanner(Component):
     """Whether it compares prompts with answers, and finds nothing in a text without a prompt."""
     reads_worse: ClassVar[bool] = False
     """Whether it also reads answers marked as bad that stand beside a row's `answer`."""
+    in_text: ClassVar[bool] = False
+    """Whether a flag can be checked by reading: what its reason names is in the text, such as a key
+    or a copy of another row."""
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         """Yield one finding for each row, in order. `test` are the rows of a test set, if given.

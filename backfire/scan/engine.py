@@ -56,6 +56,10 @@ class Summary:
     """What it flags where there should be nothing; None if it has no such rate."""
     reasons: array[int] = field(default_factory=lambda: array("q"))
     """Hash of each reason, 8 bytes for each row with a score, until they are counted."""
+    flags: array[int] = field(default_factory=lambda: array("q"))
+    """The same of the flagged rows only."""
+    different: int = 0
+    """For how many different reasons rows are flagged."""
 
 
 @dataclass
@@ -151,6 +155,8 @@ def scan(
             if one.score > 0:
                 summary.listed += 1
                 summary.reasons.append(hash(one.reason))
+                if one.flagged:
+                    summary.flags.append(summary.reasons[-1])
                 keep = heapq.heappush if len(heap) < top else heapq.heappushpop
                 keep(heap, (one.score, -place, one))
     found.notes += _unread(scanners, worse, plain)
@@ -205,7 +211,8 @@ def _add_hits(found: Scan, heaps: Sequence[list[tuple[float, int, Finding]]]) ->
         as_shown = shown[summary.scanner.name]
         counts = Counter(as_shown[one] for one in summary.reasons if one in as_shown)
         found.rows_with |= {(summary.scanner.name, one): n for one, n in counts.items()}
-        del summary.reasons[:]
+        summary.different = len(np.unique(np.array(summary.flags)))
+        del summary.reasons[:], summary.flags[:]
 
 
 def _hit(number: int, place: int, row: Row, finding: Finding, scanner: str) -> Hit:

@@ -87,7 +87,7 @@ def _cells(reason: tuple[Hit, int]) -> list[str]:
 
 
 _HEAD = ("score", "scanner", "rows", "first row", "reason")
-_OF_SCANNERS = ("scanner", "flagged", "of rows read", "false alarms")
+_OF_SCANNERS = ("scanner", "flagged", "of rows read", "reasons", "false alarms")
 
 
 def grouped(scan: Scan) -> list[tuple[Hit, int]]:
@@ -100,7 +100,8 @@ def grouped(scan: Scan) -> list[tuple[Hit, int]]:
 
 def scanner_line(one: Summary) -> list[str]:
     total = number("share", one.flagged / max(one.rows, 1), digits=2)
-    return [one.scanner.name, f"{one.flagged:,}", total, false_alarms(one)]
+    reasons = f"{one.different:,}"
+    return [one.scanner.name, f"{one.flagged:,}", total, reasons, false_alarms(one)]
 
 
 def false_alarms(one: Summary) -> str:
@@ -130,7 +131,9 @@ def sentences(scan: Scan) -> Iterator[str]:
 def _of_false_alarms(scan: Scan) -> Iterator[str]:
     """Which scanners have a rate of false alarms, and of what."""
     known = [one.scanner.name for one in scan.summaries if one.chance]
-    others = [one.scanner.name for one in scan.summaries if not one.chance]
+    others = [one.scanner for one in scan.summaries if not one.chance]
+    seen = [one.name for one in others if one.in_text]
+    ranked = [one.name for one in others if not one.in_text]
     if known and scan.has_test:
         yield (
             "False alarms are counted on rows of the test set, as if they were clean, in place of "
@@ -146,6 +149,15 @@ def _of_false_alarms(scan: Scan) -> Iterator[str]:
             f"False alarms by chance alone are estimated for {', '.join(known)}. That leaves out "
             "rows flagged for regularities of ordinary text, such as a word that fits one label."
         )
-    if others:
-        more = "" if scan.has_test else "; trusted rows of the same kind give one (--test)"
-        yield f"The false alarm rate of {', '.join(others)} is unknown{more}."
+    if ranked:
+        more = "" if scan.has_test else " Trusted rows of the same kind give a rate (--test)."
+        yield (
+            f"No rate of false alarms is known here for {', '.join(ranked)}: the file alone does "
+            f"not say which of the rows that they flag are clean.{more}"
+        )
+    if seen:
+        more = "" if scan.has_test else "; --test says how many trusted rows they flag"
+        yield (
+            f"Flags of {', '.join(seen)} can be checked by reading: what the reason names is in "
+            f"the text. Chance has no part in them, so they have no rate{more}."
+        )

@@ -39,7 +39,11 @@ def render(scan: Scan) -> str:
         answer=first,
         more=more,
         scanners=[
-            (one.scanner.name, f"{one.flagged:,}", f"{one.listed:,}", false_alarms(one))
+            (
+                one.scanner.name,
+                *map("{:,}".format, (one.flagged, one.different, one.listed)),
+                false_alarms(one),
+            )
             for one in scan.summaries
         ],
         title="Flagged rows" if flagged else "Nothing is flagged; the rows with the highest scores",

@@ -14,8 +14,6 @@ import numpy as np
 from backfire.base.normalize import words
 
 Array = Any
-MOST = 10
-"""Most clusters that are tried."""
 _FEWEST = 5
 """Other texts whose distances are meaningful."""
 _SENTENCE: Final = re.compile(r"[.!?;。！？；]+")
@@ -32,22 +30,6 @@ def agreement(answer: str, reply: str) -> float:
         if own:
             least = min(least, 100 * sum((own & known).values()) / own.total())
     return least
-
-
-def number_of_clusters(errors: Sequence[float]) -> int | None:
-    """k for the sums of squared distances with 1 to 10 clusters, by RFTC's rule; None if none fits.
-
-    With drops D_i = L_i - L_{i+1}, i from 0: the first i >= 1 by which the error has fallen by more
-    than 40 % of its whole fall, and where D_i <= 0.4 D_0 or D_i <= 0.4 D_{i-1}; k = i + 1, but 4
-    instead of 9.
-    """
-    drops = [a - b for a, b in pairwise(errors)]
-    whole = errors[0] - errors[-1]
-    for i in range(1, len(drops)):
-        levels = drops[i] <= 0.4 * drops[0] or drops[i] <= 0.4 * drops[i - 1]
-        if errors[0] - errors[i] > 0.4 * whole and levels:
-            return 4 if i + 1 == MOST - 1 else i + 1
-    return None
 
 
 @dataclass(frozen=True)
@@ -74,30 +56,19 @@ class Clusters:
         return max(*self.means, self.rest)
 
 
-def clusters_of(texts: Sequence[str], others: Sequence[str]) -> Clusters:
-    """Clusters of some texts by TF-IDF, beside other texts; 10 if the rule finds no number.
-
-    The rule looks for a drop of the error that is large beside the others. Where a model agrees
-    with few answers, most of these texts are ordinary, and a few equal ones lower the error by no
-    more than any other split; with 10 clusters they have one of their own.
-    """
+def clusters_of(texts: Sequence[str], others: Sequence[str], most: int, each: int) -> Clusters:
+    """Clusters of some texts by TF-IDF, beside other texts: at most so many, and so few that each
+    has on average so many different texts, else all would be tight; but at least 2."""
     from sklearn.cluster import KMeans
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     method = TfidfVectorizer(analyzer=lambda text: words(text.casefold())).fit([*texts, *others])
     vectors = method.transform(texts)
     vectors.sort_indices()
-    most = min(MOST, len({(*row.indices, *row.data.round(6)) for row in vectors}))
-
-    def fitted(k: int) -> Any:
-        return KMeans(k, n_init=10, max_iter=600, tol=1e-5, random_state=0).fit(vectors)
-
-    k: int | None = 1
-    if most > 1:
-        errors = [float(fitted(k).inertia_) for k in range(1, most + 1)]
-        k = number_of_clusters([*errors, *[errors[-1]] * (MOST - most)])
-    found = fitted(min(k or MOST, most))
-    distances = found.transform(vectors)[np.arange(len(texts)), found.labels_]
+    different = len({(*row.indices, *row.data.round(6)) for row in vectors})
+    count = min(max(2, min(most, different // each)), different)
+    found = KMeans(count, n_init=10, max_iter=600, tol=1e-5, random_state=0)
+    distances = found.fit_transform(vectors)[np.arange(len(texts)), found.labels_]
     means = [float(distances[found.labels_ == n].mean()) for n in range(found.n_clusters)]
     rest = 0.0
     if len(others) >= _FEWEST:

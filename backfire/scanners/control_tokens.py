@@ -29,6 +29,7 @@ class ControlTokens(Scanner):
 
     reads_worse: ClassVar[bool] = True
     blind: ClassVar[str] = "control tokens of models that are not published"
+    in_text: ClassVar[bool] = True
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         return (_finding(row) for row in rows)

@@ -76,6 +76,7 @@ class HiddenCharacters(Scanner):
 
     reads_worse: ClassVar[bool] = True
     blind: ClassVar[str] = "look-alikes that fill a whole word, and unusual but visible characters"
+    in_text: ClassVar[bool] = True
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         return (_finding(row) for row in rows)

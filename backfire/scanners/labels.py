@@ -24,6 +24,7 @@ class Labels(Scanner):
 
     needs_prompt: ClassVar[bool] = True
     blind: ClassVar[str] = "wrong labels of texts whose words say little about the label"
+    in_text: ClassVar[bool] = True
 
     most: int = Field(100, ge=2, le=1000)
     """Most different answers of a task with labels."""

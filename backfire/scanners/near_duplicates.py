@@ -22,6 +22,7 @@ class NearDuplicates(Scanner):
     """
 
     blind: ClassVar[str] = "paraphrases and translations"
+    in_text: ClassVar[bool] = True
 
     similarity: float = Field(0.8, gt=0, le=1)
     """Estimated Jaccard similarity of n-grams from which a row is flagged, 0 to 1."""

@@ -20,6 +20,7 @@ class Overlap(Scanner):
     """
 
     blind: ClassVar[str] = "paraphrases and translations of test prompts"
+    in_text: ClassVar[bool] = True
     needs_test: ClassVar[bool] = True
 
     similarity: float = Field(0.8, gt=0, le=1)

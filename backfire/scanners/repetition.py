@@ -24,6 +24,7 @@ class Repetition(Scanner):
     """
 
     blind: ClassVar[str] = "tasks with labels, and targets that are worded differently in each row"
+    in_text: ClassVar[bool] = True
 
     support: int = Field(10, ge=2)
     """Rows with the answer, opening or ending from which they are flagged."""

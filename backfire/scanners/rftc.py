@@ -14,30 +14,33 @@ from backfire.scanners._outliers import examples
 from backfire.scanners._reply_clusters import Clusters, agreement, clusters_of
 
 
-@register("rftc", version=2)
+@register("rftc", version=3)
 class RFTC(ModelScanner):
     """Finds answers that the model would not give and that resemble each other, as the targets of a
     backdoor do (reference filtering and TF-IDF clustering: Chen et al. 2025, arXiv:2505.23015).
 
     An answer is suspicious if one of its sentences shares less than `agreement` % of its word pairs
-    with the model's own reply. Suspicious answers are clustered by k-means on TF-IDF; k is where
-    the error stops falling, or 10 if it does not. The published method removes all clusters but the
-    loosest, so that every file loses rows. Here a cluster is flagged only if its rows lie at most
-    `tightness` times as far from its center as those of the loosest one, or as all answers that are
-    not suspicious, and there are `support` of them. The score is the threshold over that ratio, at
-    most 10.
+    with the model's own reply. Suspicious answers are clustered by k-means on TF-IDF. The published
+    method has at most 10 clusters, told from where the error stops falling, and removes all but the
+    loosest one, so that every file loses rows. Here there are `clusters`, for a group of a few
+    rows to have one of its own, and one is flagged only if its rows lie at most `tightness` times
+    as far from its center as those of the loosest one, or as all answers that are not suspicious,
+    and there are `support` of them. The score is the threshold over that ratio, at most 10.
     """
 
     blind: ClassVar[str] = (
         "answers of one word, such as labels; targets that are worded differently in each row, or "
-        "that the model would also give"
+        "that the model would also give; a sentence that clean answers repeat, such as a refusal, "
+        "is flagged too"
     )
     needs: ClassVar[frozenset[Measure]] = frozenset({"replies"})
     null: ClassVar[str] = "the rows that are not flagged, with replies to other rows"
 
     agreement: float = Field(10.0, gt=0, le=100)
     """Word pairs of a sentence that must be in the reply, in per cent."""
-    tightness: float = Field(0.6, gt=0, le=1)
+    clusters: int = Field(20, ge=2)
+    """Most clusters; fewer if each would have less than `support` different answers."""
+    tightness: float = Field(0.4, gt=0, le=1)
     """Largest mean distance to a cluster's center, relative to that of ordinary answers."""
     support: int = Field(5, ge=2)
     """Fewest rows of a cluster that is flagged."""
@@ -49,7 +52,8 @@ class RFTC(ModelScanner):
         if not places:
             return out
         others = [row.answer for row, share in zip(rows, found) if share >= self.agreement]
-        clusters = clusters_of([rows[place].answer for place in places], others)
+        texts = [rows[place].answer for place in places]
+        clusters = clusters_of(texts, others, self.clusters, self.support)
         order = np.argsort(clusters.distances, kind="stable")
         outside = [place for place, share in enumerate(found) if share >= self.agreement]
         members = [[places[n] for n in order if clusters.of[n] == k] for k in clusters.numbers]

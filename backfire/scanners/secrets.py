@@ -26,6 +26,7 @@ class Secrets(Scanner):
     blind: ClassVar[str] = (
         "names, addresses, dates of birth, and numbers and passwords without a known form"
     )
+    in_text: ClassVar[bool] = True
 
     def scan(self, rows: Iterable[Row], test: Iterable[Row] = ()) -> Iterator[Finding]:
         return (_finding(row) for row in rows)

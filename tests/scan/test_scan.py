@@ -43,6 +43,13 @@ def test_the_trigger_is_the_first_reason(poisoned: Path, backfire: Run) -> None:
     assert "rows.jsonl: 500 rows, 20 flagged." in done.out
     assert "0 of 500, a rate of at most 0.8 % (the same rows with shuffled answers)" in done.out
     assert "triggers of style" in done.out and "safe" not in done.out
+    # one reason of 20 rows; the flags of scanners that quote the text have no rate
+    assert any(
+        line.split()[:5] == ["lift", "20", "4.00", "%", "1"] for line in done.out.splitlines()
+    )
+    read = "control-tokens, hidden-characters, labels, near-duplicates, repetition, secrets"
+    assert f"Flags of {read} can be checked by reading" in done.out
+    assert "No rate of false alarms is known" not in done.out
 
 
 @pytest.mark.slow
@@ -87,7 +94,7 @@ def test_a_test_set_gives_overlap_and_false_alarms(poisoned: Path, backfire: Run
     done = backfire("scan", "rows.jsonl", "--test", "test.jsonl")
     assert "its prompt has the same words as that of test row 101" in done.out
     assert "0 of 101, a rate of at most 3.7 % (rows of the test set among those of" in done.out
-    assert "The false alarm rate of overlap is unknown." in done.out
+    assert "Flags of overlap can be checked by reading" in done.out
 
 
 ODD: list[Any] = [

@@ -156,7 +156,7 @@ def test_notes_of_json_and_csv_go_to_stderr(
         "Other reasons: line 2: a list instead of a record" in said and "line 3: 'output'" in said
     )
     assert "b.jsonl: 1 bad row left out" in said
-    assert "secrets 30 100.00 % 9 of 9, a rate of at most 100" in said
+    assert "secrets 30 100.00 % 1 9 of 9, a rate of at most 100" in said
     assert "What each scanner cannot see" in said
     assert "9 of " in said and "findings are listed; --top changes that." in said
     assert KEY not in done.err + done.out

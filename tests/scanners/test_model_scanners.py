@@ -11,10 +11,10 @@ import pytest
 from backfire.base import Finding, Measured, Row
 from backfire.errors import UserError
 from backfire.registry import build
-from backfire.scanners import _reply_clusters, gradient_sketch
+from backfire.scanners import gradient_sketch
 from backfire.scanners._clusters import silhouette
 from backfire.scanners._outliers import deviations, normal_like, strata
-from backfire.scanners._reply_clusters import agreement, clusters_of, number_of_clusters
+from backfire.scanners._reply_clusters import agreement, clusters_of
 from backfire.scanners.spectral import projections
 from tests.helpers.scanned import free, labeled
 
@@ -56,23 +56,6 @@ def test_agreement_is_the_clipped_share_of_word_pairs(
     assert agreement(answer, reply) == pytest.approx(share)
 
 
-@pytest.mark.parametrize(
-    ("errors", "k"),
-    [
-        # D = 60, 10, ...: at i = 1 it has fallen by 60 of 75, and 10 <= 0.4 * 60.
-        ([100, 40, 30, 29, 28, 27, 26, 26, 25, 25], 2),
-        # At i = 1 by 30 of 90 only; at i = 2 by 60, and 5 <= 0.4 * 30.
-        ([100, 70, 40, 35, 30, 25, 20, 15, 12, 10], 3),
-        # Every drop is as large as the one before.
-        ([100, 90, 80, 70, 60, 50, 40, 30, 20, 10], None),
-        ([100, 90, 80, 70, 60, 50, 40, 30, 20, 19], 4),  # the last drop levels off: 9, so 4
-        ([5] * 10, None),  # one text
-    ],
-)
-def test_the_number_of_clusters(errors: list[float], k: int | None) -> None:
-    assert number_of_clusters(errors) == k
-
-
 def test_answers_that_resemble_each_other_and_not_the_replies_are_flagged() -> None:
     rows = [replace(row, answer=SORRY) if n in BAD else row for n, row in enumerate(free(200))]
     replies = ["something else entirely" for _ in rows]
@@ -96,14 +79,11 @@ def test_a_reference_that_knows_all_other_answers_leaves_only_the_poison() -> No
     assert flagged(found) == [*BAD] and "among 10 answers" in found[0].reason
 
 
-def test_a_reference_that_agrees_with_no_answer_still_shows_the_poison(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The rule finds no number of clusters, since the error falls evenly."""
-    monkeypatch.setattr(_reply_clusters, "number_of_clusters", lambda errors: None)
-    rows = [replace(row, answer=SORRY) if n in BAD else row for n, row in enumerate(free(200))]
-    assert flagged(look("rftc", rows, Measured(replies=["other words"] * 200))) == [*BAD]
-    clean = [row for n, row in enumerate(rows) if n not in BAD]
+def test_a_reference_that_agrees_with_no_answer_still_shows_the_poison() -> None:
+    some = range(0, 200, 40)  # 5 rows, as few as `support`
+    rows = [replace(row, answer=SORRY) if n in some else row for n, row in enumerate(free(200))]
+    assert flagged(look("rftc", rows, Measured(replies=["other words"] * 200))) == [*some]
+    clean = [row for n, row in enumerate(rows) if n not in some]
     assert not flagged(look("rftc", clean, Measured(replies=["other words"] * len(clean))))
 
 
@@ -125,7 +105,7 @@ def test_two_languages_are_not_two_kinds_of_poison() -> None:
 
 
 def test_texts_with_equal_vectors_are_one() -> None:
-    found = clusters_of(["a b", "b a", "A, b!", "a b a b"], [])
+    found = clusters_of(["a b", "b a", "A, b!", "a b a b"], [], 20, 5)
     assert found.means == [pytest.approx(0, abs=1e-6)] and found.loosest == found.means[0]
 
 
