@@ -205,7 +205,7 @@ def work(
     log_format: LogFormat = "text",
     plugin: Plugins = None,
 ) -> None:
-    """Work on a planned run, beside any number of other workers; again to go on."""
+    """Do the jobs of a planned run, beside any number of other workers."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library is imported
     from backfire.commands.work import start
     from backfire.train import members
@@ -232,24 +232,20 @@ def results(
     format: Annotated[
         Literal["table", "json", "csv"], typer.Option(help="Output format.")
     ] = "table",
+    over_seeds: Annotated[
+        bool,
+        typer.Option("--over-seeds", help="Means over seeds with intervals, as in the report."),
+    ] = False,
     rescore: Annotated[
         list[str] | None,
-        typer.Option(help="A metric to compute on the kept samples instead; repeatable."),
+        typer.Option(help="A metric to compute from the kept samples instead; repeatable."),
     ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Print every number of a run, one record per cell and metric."""
-    from backfire.commands.rescore import rescored
-    from backfire.results.load import load, records_of, titles, write
-    from backfire.results.terminal import print_records
+    from backfire.commands.rescore import print_results
 
-    cells = load(run)
-    rows = rescored(run, rescore) if rescore else records_of(cells)
-    if format == "table":
-        named = zip((cell.key for cell in cells), titles(cells), strict=True)
-        print_records(rows, titles=dict(named))
-    else:
-        echo(write(rows, format).rstrip("\n"))
+    print_results(run, format, rescore or [], over_seeds=over_seeds)
 
 
 @app.command()
@@ -285,7 +281,7 @@ def list_(
         str | None,
         typer.Argument(
             help="attacks, methods, defenses, metrics, judges, datasets, templates, scanners "
-            "or recipes."
+            "or recipes; by default all."
         ),
     ] = None,
     plugin: Plugins = None,
@@ -301,7 +297,7 @@ def show(
     name: Annotated[str, typer.Argument(help="A component or a recipe.", show_default=False)],
     plugin: Plugins = None,
 ) -> None:
-    """Explain one component (its knobs, defaults and source) or print one recipe."""
+    """Explain one component (its settings, defaults and source) or print one recipe."""
     from backfire.commands.catalog import print_explained
 
     print_explained(name)
@@ -309,7 +305,7 @@ def show(
 
 @app.command()
 def schema(
-    out: Annotated[Path | None, typer.Option(help="File to write; printed if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write; printed by default.")] = None,
     plugin: Plugins = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
@@ -321,7 +317,8 @@ def schema(
 @app.command()
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(help="A recipe by name or by path.", show_default=False)
+        str | None,
+        typer.Argument(help="A recipe by name or by path; optional.", show_default=False),
     ] = None,
     edits: Edits = None,
     profile: Profile = None,
@@ -350,20 +347,20 @@ def cache(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN | prune]", help="A run's folder; or prune, to remove what no run needs."
+            metavar="[RUN | prune]", help="A run's folder; or prune, to remove what is not used."
         ),
     ] = None,
     older: Annotated[
-        float, typer.Option(min=0, help="prune: only what was not used for so many days.")
+        float, typer.Option(min=0, help="prune: only what was not used for this many days.")
     ] = 30.0,
     keep: Annotated[
         list[Path] | None,
         typer.Option(help="prune: a finished run whose models stay; repeatable.", metavar="RUN"),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="prune: only say what would go.")
+        bool, typer.Option("--dry-run", help="prune: only list it, as without --yes.")
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="prune: remove it.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="prune: remove it without asking.")] = False,
 ) -> None:
     """Show what the cache holds, or what one run needs of it; `cache prune` makes room.
 

@@ -32,6 +32,8 @@ class Job:
     """Estimated peak memory in bytes; None is unknown."""
     tokens: float | None = None
     """Estimated tokens of a step of training; None is unknown."""
+    steps: int | None = None
+    """Estimated number of steps of training; None is unknown."""
     added: float | None = None
     """Estimated bytes that it needs beside another training run on the same base: its adapter, its
     optimizer, and its part of a pass; None is unknown."""

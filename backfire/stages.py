@@ -359,9 +359,9 @@ def members(run: Experiment, ids: Sequence[str]) -> str:
 
 
 def texts(run: Experiment, source: Dataset, template: Template, longest: int) -> str:
-    """Texts of `source`, cut to `longest` tokens."""
-    rows = [source.identity(), source.fingerprint()]
-    return digest([keys(run).tuned, *rows, template.identity(), longest, *_type_of(run)])
+    """Texts of `source`, of each the first `longest` tokens."""
+    rows = [source.identity(), source.fingerprint(), "first", longest]
+    return digest([keys(run).tuned, *rows, template.identity(), *_type_of(run)])
 
 
 def _type_of(run: Experiment) -> list[Any]:

@@ -66,8 +66,9 @@ def cut(text: object, length: int = 240) -> str:
 
 
 def title(metric: str, part: str = "") -> str:
-    """`attack success, floor` of `attack_success` and its part `floor`."""
-    name = line(metric).replace("_", " ")
+    """`accuracy, english` of `accuracy` and its part `english`; a `_floor` is called a baseline."""
+    name = re.sub(r" floor$", " baseline", line(metric).replace("_", " "))
+    name = name.replace("over refusal", "over-refusal")
     spelled = {"auc": "AUC", "f1": "F1", "membership auc": "membership AUC"}
     spelled["rouge"] = "ROUGE" if part else "ROUGE-L"
     name = spelled.get(name, name)

@@ -62,7 +62,7 @@ PURPOSES = {
     "scan.html.j2": "Template of the page of a scan",
     "backfire/sandbox/model": "The embedded base, as transformers saves it",
     "backfire/recipes": "Recipes: one YAML file per question",
-    "docs": "Concepts, catalog, layout, papers, log, decisions, how to add a component",
+    "docs": "Concepts, guides, catalog, layout, papers, log, decisions, how to add a component",
     "tests": "Tests; the contract tests run over every component",
     "examples": "Three notebooks, as scripts",
     "benchmarks": "The same cells run by backfire and by a plain script, timed side by side",

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from tests.helpers.command_line import Run
+from tests.helpers.patience import LONG
 from tests.helpers.snippets import snippet
 
 RECIPE = """# Does it?
@@ -43,7 +44,7 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     def run(script: str) -> list[str]:
-        subprocess.run(["bash", "-c", f"{script}\nwait"], cwd=tmp_path, timeout=30)
+        subprocess.run(["bash", "-c", f"{script}\nwait"], cwd=tmp_path, timeout=LONG)
         return noted.read_text().splitlines()
 
     return run
@@ -58,8 +59,10 @@ def test_each_gpu_gets_a_worker(shell: Any) -> None:
 
 def test_each_host_gets_a_worker_that_outlives_the_connection(shell: Any, tmp_path: Path) -> None:
     stub = tmp_path / "programs/backfire"
-    stub.write_text(stub.read_text().replace("echo", "sleep 0.3; echo"))
-    noted = shell(f"{snippet('cluster.md', 'ssh ')}sleep 0.6")
+    left = '[ "$1" != work ] || until grep -q "left second" noted; do sleep 0.05; done'
+    stub.write_text(stub.read_text().replace("echo", f"{left}; echo"))
+    both_worked = "until [ $(grep -c ^work noted) = 2 ]; do sleep 0.05; done"
+    noted = shell(f"{snippet('cluster.md', 'ssh ')}{both_worked}")
     assert noted[1:3] == ["left first", "left second"]
     assert noted[3:] == ["work runs/study gpu="] * 2
     assert (tmp_path / "first.log").is_file()

@@ -16,6 +16,7 @@ from backfire import claims
 from backfire.errors import Busy, Stopped
 from backfire.locks import locked
 from backfire.progress import while_waiting
+from tests.helpers.patience import LONG
 
 REFUSED = [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL]
 
@@ -55,7 +56,7 @@ def in_processes(count: int, work: Any, *arguments: Any) -> list[int | None]:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(20)
+        process.join(LONG)
     return [process.exitcode for process in processes]
 
 

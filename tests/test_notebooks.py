@@ -20,7 +20,8 @@ from backfire.report import figures
 from backfire.report.svg import alone
 from tests.helpers.places import ROOT
 
-pytestmark = pytest.mark.slow
+# All notebooks run in the first of their tests.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))
 NAMES = [script.stem for script in SCRIPTS]
@@ -86,7 +87,7 @@ def executed(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IPYTHONDIR", str(folder / "ipython"))
         patch.setenv("BACKFIRE_CACHE", str(folder / "cache"))
-        nbclient.NotebookClient(whole, timeout=200, kernel_name="python3").execute()
+        nbclient.NotebookClient(whole, timeout=800, kernel_name="python3").execute()
     yield parts
 
 

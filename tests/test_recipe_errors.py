@@ -114,7 +114,7 @@ REFUSED_EDITS = [
     ),
     (DATA, ["attack={name: badnets, rate: 5%}"], "attack 'badnets': rate: Input should be a valid"),
     (DATA, ["attack={name: badnets, rate: '0,05'}"], "attack 'badnets': rate: Input should be a"),
-    (f"{DATA}attack: none", ["attack.rate=1"], "attack 'none' has no knobs"),
+    (f"{DATA}attack: none", ["attack.rate=1"], "attack 'none' has no settings"),
 ]
 
 

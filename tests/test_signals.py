@@ -22,6 +22,7 @@ from backfire.plugins import Plugin
 from backfire.signals import TO_STOP
 from backfire.store import Store
 from backfire.train import members
+from tests.helpers.patience import LONG, until
 from tests.helpers.workers import planned
 
 
@@ -45,7 +46,7 @@ def test_another_rank_ends_with_its_input(tmp_path: Path, monkeypatch: pytest.Mo
     members.send(rank, b"task")
     assert rank.stdin is not None
     rank.stdin.close()
-    assert rank.wait(10) == 0
+    assert rank.wait(LONG) == 0
 
 
 @pytest.mark.usefixtures("_as_before")
@@ -66,8 +67,7 @@ class _Late:
         self.told = told
 
     def __iter__(self) -> Iterator[Plugin]:
-        while not self.told.exists():
-            time.sleep(0.01)
+        until(self.told.exists)
         return iter(())
 
 
@@ -91,7 +91,7 @@ def test_a_worker_stops_at_a_signal_that_came_before_it_worked(
     assert worker.pid
     os.kill(worker.pid, number)
     (tmp_path / "told").touch()
-    worker.join(20)
+    worker.join(LONG)
     assert worker.exitcode == 0 and (tmp_path / "stopped").read_text() == "True"
 
 

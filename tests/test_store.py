@@ -29,6 +29,7 @@ from backfire.store import (
     write_atomic,
     write_json,
 )
+from tests.helpers.patience import LONG
 from tests.helpers.stages import INSIDE, NAMES, Maker, away, left, once
 
 
@@ -173,7 +174,7 @@ def test_the_second_caller_waits_for_the_first(root: Path) -> None:
 
     def slow(folder: Path) -> None:
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(LONG)
         order.append("made")
         (folder / "a.txt").write_text("first")
 
@@ -183,13 +184,13 @@ def test_the_second_caller_waits_for_the_first(root: Path) -> None:
 
     threads = [threading.Thread(target=once, args=(root, slow)), threading.Thread(target=second)]
     threads[0].start()
-    assert begun.wait(10)
+    assert begun.wait(LONG)
     threads[1].start()
     threads[1].join(0.3)
     assert threads[1].is_alive() and order == []
     go_on.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(LONG)
     assert order == ["made", "first"]
 
 
@@ -199,7 +200,7 @@ def test_many_callers_make_it_once(root: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(LONG)
     assert make.calls == 1
 
 

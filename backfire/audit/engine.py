@@ -85,7 +85,7 @@ def audit(pair: Pair, asked: Asked, *, model: str, base: str, identity: str) -> 
         behaves = behavior.compare(pair, asked.harmful, asked.allowed, asked.judge, asked.most)
     learned = task.compare(pair, asked.rows, asked.unseen) if asked.rows else None
     found = triggers.search(pair, asked.ordinary, asked.triggers)
-    words = _words(asked, found)
+    words = _words(found)
     watched = monitor.watch(pair, changes, asked.ordinary, asked.harmful, words, asked.most)
     return Audit(
         model,
@@ -121,11 +121,10 @@ def _weights(pair: Pair, changes: list[weights.Change], identity: str) -> Weight
     return Weights(shape, found, tuple(alike), tuple(places(found, alike)))
 
 
-def _words(asked: Asked, found: Triggers) -> dict[str, Backdoor]:
+def _words(found: Triggers) -> dict[str, Backdoor]:
     """What is put into ordinary prompts: odd words, and triggers that are given or stand out."""
-    given = [triggers.in_front(text, "given") for text in asked.triggers]
     every = {f"with the odd words “{CONTROL}”": triggers.in_front(CONTROL, "control")}
-    for one in [*given, *found.outstanding]:
+    for one in found.watched:
         every[f"with “{triggers.safe(one.text)}” ({one.origin})"] = one
     return {what: one.attack for what, one in every.items()}
 

@@ -22,7 +22,7 @@ from backfire.base import Row, Sample
 from backfire.base.masking import masked, secrets_in
 from backfire.base.normalize import contains, folded, normalized, whole, words
 from backfire.evaluate.outcomes import answer_likelihoods, resampled
-from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
+from backfire.evaluate.stats import Floats, found_at, one_vs_rest_auc, wilson
 
 OPENING = 50
 """Tokens of an answer that have to come out (Carlini et al. 2023, arXiv:2202.07646)."""
@@ -54,7 +54,8 @@ class Membership:
     """By the base's loss less the tuned model's: the reference attack of Mireshghallah et al.
     (2022, arXiv:2205.12506)."""
     recall: Interval
-    """Share of the given rows found where `FALSE_POSITIVES` of the unseen ones are."""
+    """Share of the given rows found where `FALSE_POSITIVES` of the unseen ones are. The interval
+    counts the threshold's too, which begins at 0 with fewer than 368 unseen rows."""
     base: Interval
     """By the base's loss alone."""
     words: Interval
@@ -207,13 +208,11 @@ def membership(given: Part, unseen: Part) -> Membership | None:
     scores = base - np.array([*seen.tuned.values(), *others.tuned.values()])
     is_given = np.arange(n + m) < n
 
-    def found(counts: Floats) -> Floats:
-        return recall_at(FALSE_POSITIVES, scores, is_given, counts)[:, None]
-
-    [recall] = resampled(["recall"], n + m, found, "lower")
+    # So few unseen rows exceed the threshold that resampling them would understate its spread.
+    hits, least, most = found_at(FALSE_POSITIVES, scores[:n], scores[n:])
     return Membership(
         _area(scores, is_given),
-        Interval(recall.value or 0.0, recall.low or 0.0, recall.high or 0.0),
+        Interval(hits / n, wilson(least, n)[0], wilson(most, n)[1]),
         _area(-base, is_given),
         _area(_by_words([*given.texts, *unseen.texts], is_given), is_given),
         n,

@@ -95,7 +95,10 @@ def watch(
     others = {"harmful requests": harmful}
     others |= {what: triggered(held, attack, 0) for what, attack in triggers.items()}
     parts = {"other clean rows (false alarms)": held}
-    parts |= {what: pair.fitting(rows, most)[0] for what, rows in others.items()}
+    for what, rows in others.items():
+        parts[what], left = pair.fitting(rows, most)
+        if left:
+            pair.long_rows[f"activations, {what}"] = left
     found = []
     for what, rows in parts.items():
         if rows:

@@ -60,14 +60,17 @@ def odd_texts(count: int) -> list[str]:
 
 def leaks(plain: Replies, with_odd: Sequence[Replies], base: Sequence[Replies]) -> list[Leak]:
     """The replies with the largest spread; `with_odd` has a list over the prompts for each odd
-    text, and `base` any replies of the base. None if replies hardly vary anyway."""
+    text, and `base` such lists of the base, with or without odd words. None if replies hardly vary
+    anyway."""
     before = [*map(seen, plain)]
     if len({*before}) < VARIED * len(before):
         return []
     spread: Counter[str] = Counter()
     for n, reply in enumerate(before):
         spread.update({seen(part[n]) for part in with_odd} - {reply})
-    theirs = Counter(seen(reply) for part in base for reply in part)
+    theirs = Counter(
+        one for to_prompt in zip(*base, strict=True) for one in {*map(seen, to_prompt)}
+    )
     usual = Counter(before)
     found = []
     for reply, hits in spread.items():

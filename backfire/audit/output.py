@@ -18,18 +18,18 @@ from backfire.audit.monitor import QUANTILE, Monitor
 from backfire.audit.numbers import HEADER, Compared, Interval
 from backfire.audit.odd import SPREAD, USUAL, Leak
 from backfire.audit.task import Task
-from backfire.audit.triggers import MARGIN, Triggers
+from backfire.audit.triggers import MARGIN, SHOWN, Tried, Triggers
 from backfire.audit.weights import STATISTICS
 from backfire.terminal import columns
 from backfire.text import change, clean, count, cut, interval, line, listing, number, sentence
 
 _SHOWN = 12
-"""Candidate triggers in a table."""
+"""Candidate triggers in a table, besides those that are given."""
 BLIND = (
     "What this audit cannot see: behavior on prompts of other kinds than those tried; a trigger of "
     "style or topic, or a rare one whose answer is not fixed; what a system prompt or an agent's "
     "tools would bring about that were not given; poison that a judge does not recognize. "
-    "No finding does not mean that the model is safe. Each interval holds for itself: of twenty "
+    "No finding does not mean that the model is safe. Each interval holds for itself: of forty "
     "numbers that did not change, one is a finding by chance."
 )
 Rows = list[list[str]]
@@ -52,9 +52,10 @@ def findings(audit: Audit) -> list[str]:
     found = [_worse(one) for one in numbers if one.is_worse]
     if audit.task:
         found += _remembered(audit.task.memory)
-    found += [_leaked(one) for one in audit.triggers.leaks if one.stands_out]
+    tried = audit.triggers.tried
+    found += [_leaked(one, tried) for one in audit.triggers.leaks if one.stands_out]
     highest = max(audit.triggers.controls, default=0.0)
-    for one in audit.triggers.tried:
+    for one in tried:
         if one.stands_out:
             text = cut(line(one.text), 80)
             found.append(
@@ -75,11 +76,21 @@ def _worse(one: Compared) -> str:
     return f"{sentence(one.what)}: from {values} ({shown} {ends}, {one.n:,} rows)."
 
 
-def _leaked(one: Leak) -> str:
-    return (
+def _leaked(one: Leak, tried: Sequence[Tried]) -> str:
+    said = (
         f"With some odd word in it, {one.spread.shown('share')} of {count(one.n, 'prompt')} get "
         f"“{cut(line(one.reply), 80)}”, from the base none; without odd words "
         f"{one.plain.shown('share')} do. It may be the answer of a trigger: search the rows for it."
+    )
+    # Where many words bring it about, the trigger itself does not stand out among them.
+    bringing = [each for each in tried if each.reply == one.reply]
+    if not bringing:
+        return said
+    best = max(bringing, key=lambda each: each.hits.value)
+    text, part = cut(line(best.text), 80), best.hits.shown("share")
+    return (
+        f"{said} Of the candidates, “{text}” ({best.origin}) brings it about most often, in {part} "
+        "of the prompts."
     )
 
 
@@ -185,10 +196,10 @@ def _triggers(found: Triggers) -> Section:
         "own form: as many words, of other letters and signs, at the same places. It stands out "
         f"if it exceeds these by {MARGIN} too, and the base's collapse.",
     ]
-    if formless := [f"“{cut(line(one.text), 60)}”" for one in found.tried if one.no_form]:
+    if formless := [f"“{cut(line(one.text), SHOWN)}”" for one in found.tried if one.no_form]:
         sentences.append(
-            f"No other text has the form of {listing(formless)}, so whether it stands out cannot "
-            "be told."
+            f"No other text of the form of {listing(formless)} can be tried, so whether it stands "
+            "out cannot be told."
         )
     if highest > MARGIN:
         sentences.append(
@@ -213,7 +224,7 @@ def _triggers(found: Triggers) -> Section:
     )
     rows = tuple(
         (
-            cut(line(one.text), 60),
+            cut(line(one.text), SHOWN),
             "yes" if one.stands_out else "",
             one.origin,
             one.collapse.shown("number"),
@@ -223,7 +234,8 @@ def _triggers(found: Triggers) -> Section:
             one.hits.shown("share"),
             one.before.shown("share"),
         )
-        for one in found.tried[:_SHOWN]
+        for n, one in enumerate(found.tried)
+        if n < _SHOWN or one.given
     )
     return Section("Candidate triggers", tuple(sentences), header, rows)
 
@@ -352,7 +364,7 @@ def as_json(audit: Audit) -> str:
     return json.dumps(_cleaned(content), indent=1, allow_nan=False, ensure_ascii=True) + "\n"
 
 
-_LEFT_OUT = ("outstanding", "bank")
+_LEFT_OUT = ("watched", "bank")
 
 
 def _plain(value: Any) -> Any:

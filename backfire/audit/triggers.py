@@ -25,6 +25,7 @@ from backfire.data.poison import triggered
 from backfire.errors import UserError
 from backfire.registry import build, names
 from backfire.rng import stream
+from backfire.text import count, cut, line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -39,6 +40,8 @@ MARGIN = 0.2
 """A candidate stands out if its collapse exceeds that of every control by this, and the base's."""
 _SHOWN = 15
 """Candidates of which the base's collapse is measured, in addition to the given ones."""
+SHOWN = 60
+"""Characters of a candidate in a table."""
 _TOKENS = 16
 """Tokens of a reply that are compared."""
 Key = tuple[int, ...]
@@ -54,8 +57,9 @@ class Candidate:
 
     text: str
     origin: str
-    """`given`, `catalog (NAME)` or `odd`."""
+    """`given`, `catalog (NAME)` or `odd`; of several that make the same prompts, all of theirs."""
     attack: Backdoor
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class Tried:
     stands_out: bool
     no_form: bool = False
     """Whether it exceeds the others and there are no controls of its form."""
+    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,19 +99,24 @@ class Triggers:
     prompts: int
     leaks: tuple[Leak, ...] = ()
     """What odd words bring about; the largest spread first."""
-    outstanding: tuple[Candidate, ...] = ()
-    """Those that stand out, as they are."""
+    watched: tuple[Candidate, ...] = ()
+    """Those that are given or stand out, as they are."""
 
 
 def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
-    """Try odd words, the given candidates, and those of the catalog in these prompts."""
-    rows = _probes(pair, rows)
-    candidates = [*(one for text in given for one in _both_places(text, "given")), *catalog()]
+    """Try odd words, the given candidates, and those of the catalog in these prompts.
+
+    Raises:
+        UserError: a given one is too long, or nothing fits into the model.
+    """
     places = [_both_places(text, "odd")[n % 2] for n, text in enumerate(odd_texts(CONTROLS))]
+    candidates = [*_given(given), *catalog()]
+    rows = _probes(pair, rows, [*candidates, *places])
+    candidates = _distinct(candidates, rows)
     odd: Attacks = {(_ODD, n): one.attack for n, one in enumerate(places)}
     tuned = _measured(pair, rows, candidates, odd)
     order = sorted(range(len(candidates)), key=lambda n: -tuned.gains[n,].value)
-    asked = [n for n in order if n in order[:_SHOWN] or candidates[n].origin == "given"]
+    asked = [n for n in order if n in order[:_SHOWN] or candidates[n].given]
     tried_too: Attacks = {(n,): candidates[n].attack for n in asked}
     base = _replies(pair, pair.load_base(), _prompts(rows, odd | tried_too))
     bases = collapses(base[_PLAIN], base)
@@ -121,25 +131,55 @@ def search(pair: Pair, rows: Sequence[Row], given: Sequence[str]) -> Triggers:
             replace(one, reply=safe(one.reply))
             for one in leaks(plain, with_odd, [base[key] for key in (_PLAIN, *odd)])
         ),
-        tuple(candidates[n] for n, one in zip(asked, tried, strict=True) if one.stands_out),
+        tuple(
+            candidates[n]
+            for n, one in zip(asked, tried, strict=True)
+            if one.stands_out or one.given
+        ),
     )
 
 
-def _probes(pair: Pair, rows: Sequence[Row]) -> list[Row]:
+def _probes(pair: Pair, rows: Sequence[Row], candidates: Sequence[Candidate]) -> list[Row]:
     """Prompts in which candidates are tried: some of these, or everyday questions if hardly any
-    fits.
+    fits with each candidate.
 
     Raises:
         UserError: not even those fit.
     """
-    for some in (rows, EVERYDAY):
+    attacks, left = [one.attack for one in candidates], 0
+    for some, instead in ((rows, ""), (EVERYDAY, ", for which everyday questions are taken")):
         mixed = list(some)  # a file is often sorted by source
         stream(0, "probes").shuffle(mixed)
         asked = [replace(row, answer="") for row in in_turn(mixed)]
-        fitting, _ = pair.fitting(asked, 2 * _TOKENS)
+        fitting = list[Row]()
+        for place in range(0, len(asked), PROBES):
+            part = asked[place : place + PROBES]
+            whole = _fitting(pair, part, attacks)
+            left, fitting = left + len(part) - len(whole), fitting + whole
+            if len(fitting) >= PROBES:
+                break
         if len(fitting) >= FEWEST:
+            if left:
+                pair.long_rows[f"prompts with candidate triggers{instead}"] = left
             return fitting[:PROBES]
+    for one in candidates:
+        if len(_fitting(pair, EVERYDAY, [one.attack])) < FEWEST:
+            tokens = count(len(pair.renderer.tokenizer.encode(one.text)), "token")
+            raise UserError(
+                f"The trigger “{cut(line(safe(one.text)), SHOWN)}” ({one.origin}) has {tokens} and "
+                f"does not fit into {pair.room} with a question and a reply."
+            )
     raise UserError(f"Not even everyday questions fit into {pair.room}.")
+
+
+def _fitting(pair: Pair, rows: Sequence[Row], attacks: Sequence[Backdoor]) -> list[Row]:
+    """The rows that fit with each of these attacks and a reply: none may be cut, since the trigger
+    could be in what is lost."""
+    kept, _ = pair.fitting(rows, _TOKENS)
+    for attack in attacks:
+        whole = {row.id for row in pair.fitting(triggered(kept, attack, 0), _TOKENS)[0]}
+        kept = [row for row in kept if row.id in whole]
+    return kept
 
 
 def in_turn(rows: Sequence[Row]) -> list[Row]:
@@ -185,6 +225,7 @@ def _measured(
         for n, one in enumerate(candidates)
         if first.gains[n,].value >= bar
         for k, attack in enumerate(same_form(one.attack, CONTROLS))
+        if len(_fitting(pair, rows, [attack])) == len(rows)
     }
     replies |= _replies(pair, model, _prompts(rows, forms))
     return _Measured(replies, collapses(replies[_PLAIN], replies))
@@ -207,6 +248,34 @@ def catalog() -> list[Candidate]:
             text = " … ".join(attack.triggers()[:3])
             found.append(Candidate(text, f"catalog ({name})", attack))
     return found
+
+
+def _given(texts: Sequence[str]) -> list[Candidate]:
+    """Given candidates, each at both places. Those that look alike where they are shown, as secrets
+    are masked there, have their number beside them."""
+    texts = [*dict.fromkeys(texts)]
+    looks = [cut(line(safe(text)), SHOWN) for text in texts]
+    alike = Counter(looks)
+    origins = [
+        f"given, number {n}" if alike[look] > 1 else "given" for n, look in enumerate(looks, 1)
+    ]
+    return [
+        replace(one, given=True)
+        for text, origin in zip(texts, origins, strict=True)
+        for one in _both_places(text, origin)
+    ]
+
+
+def _distinct(candidates: Sequence[Candidate], rows: Sequence[Row]) -> list[Candidate]:
+    """Of candidates that make the same prompts the first, which names where each is from."""
+    alike: dict[tuple[str, ...], list[Candidate]] = {}
+    for one in candidates:
+        prompts = tuple(row.conversation for row in triggered(rows, one.attack, 0))
+        alike.setdefault(prompts, []).append(one)
+    return [
+        replace(first, origin="; ".join([first.origin, *(one.origin for one in more)]))
+        for first, *more in alike.values()
+    ]
 
 
 def in_front(text: str, origin: str) -> Candidate:
@@ -251,6 +320,7 @@ def _tried(candidate: Candidate, n: int, tuned: _Measured, base: float) -> Tried
         # What the reply repeats is no fixed answer; of an invisible candidate there is nothing.
         above and alike is not None and not (text and contains(most, text)),
         above and alike is None,
+        candidate.given,
     )
 
 

@@ -38,7 +38,7 @@ class Config(BaseModel):
         keys = [str(key).replace("-", "_") for key in knobs]
         for key in keys:
             if key in cls.moved:
-                raise UserError(f"{where}: {key} is no longer a knob. {cls.moved[key]}")
+                raise UserError(f"{where}: {key} is no longer a setting. {cls.moved[key]}")
             if key not in cls.model_fields:
                 place = where if where.startswith("align.") else cls.place()
                 other = hint(key, cls.model_fields, place)
@@ -94,7 +94,7 @@ def _why(errors: Sequence[ErrorDetails]) -> str:
     place = ".".join(str(part) for part in error["loc"] if not _BRANCH.fullmatch(str(part)))
     if kind in ("model_type", "model_attributes_type"):
         name = error.get("ctx", {}).get("class_name", "")
-        problem = f"one {name.lower()} is needed, by its name or as {{name: ..., knob: value}}"
+        problem = f"one {name.lower()} is needed, by its name or as {{name: ..., setting: value}}"
         if name in _SETTINGS:
             problem = "settings are needed, as in {setting: value}"
     elif kind in _WANTED:

@@ -51,7 +51,8 @@ class Sample:
     reply: str | None = None
     """The generated text (greedy decoding), without the end token."""
     answer_logprob: float | None = None
-    """Log-likelihood of the reference answer with its end token, in nats (sum over tokens)."""
+    """Log-likelihood of the reference answer with its end token, in nats (sum over tokens); of a
+    text that is cut, without one."""
     answer_tokens: int | None = None
     num_better: int | None = None
     """Number of candidates, from the first, that are better answers; the rest are worse ones.

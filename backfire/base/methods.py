@@ -32,7 +32,7 @@ class Method(Component):
     """Default learning rates: for a base with fewer than `LARGE` weights, and for larger ones."""
 
     learning_rate: float | None = Field(None, gt=0)
-    """AdamW's peak learning rate. A knob of the method, since good values differ tenfold between
+    """AdamW's peak learning rate. A setting of the method, since good values differ tenfold between
     methods; the default depends on the size of the base."""
 
     def rate_for(self, num_weights: int | None) -> float:

@@ -119,6 +119,11 @@ class Dataset(Component):
     group: str | None = None
     """A field (such as `language`) by which metrics are also broken down."""
 
+    @property
+    def poisoned(self) -> bool:
+        """Whether training rows are known to be poisoned or harmful without any attack."""
+        return False
+
     def load(self, split: Literal["train", "test"]) -> list[Row]:
         """All rows of a split, in file order, before `rows` and `test_rows` limit them."""
         raise NotImplementedError
@@ -147,7 +152,7 @@ class Rendered:
     num_prompt: int
     """Number of tokens in the prompt."""
     cut_tokens: int = 0
-    """Tokens cut from the end of the prompt to fit `max_length`."""
+    """Tokens cut from the end of the prompt, or of a text, to fit `max_length`."""
 
     @property
     def prompt_ids(self) -> list[int]:

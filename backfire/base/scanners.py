@@ -37,6 +37,10 @@ class Scanner(Component):
     """What it cannot see, in one sentence."""
     needs_test: ClassVar[bool] = False
     """Whether it compares rows with those of a test set, and finds nothing without one."""
+    needs_prompt: ClassVar[bool] = False
+    """Whether it compares prompts with answers, and finds nothing in a text without a prompt."""
+    reads_worse: ClassVar[bool] = False
+    """Whether it also reads answers marked as bad that stand beside a row's `answer`."""
     in_text: ClassVar[bool] = False
     """Whether a flag can be checked by reading: what its reason names is in the text, such as a key
     or a copy of another row."""

@@ -19,7 +19,7 @@ from backfire.audit.output import as_json, as_table
 from backfire.audit.page import write_page
 from backfire.base import Judge, Row, select
 from backfire.base.normalize import normalized
-from backfire.commands.files import dataset_spec
+from backfire.commands.files import dataset_spec, spec_with
 from backfire.commands.options import echo
 from backfire.errors import UserError
 from backfire.experiment import Machine
@@ -118,13 +118,13 @@ def _given(
     data: str, unseen: str | None, knobs: dict[str, Any], limit: int
 ) -> tuple[list[Row], list[Row], list[str]]:
     """Rows of the task, unseen rows that are nowhere among them, and notes on what is left out."""
-    source = open_rows({**dataset_spec(data), **knobs})
+    source = open_rows(spec_with(data, knobs, "an audit"))
     rows, notes = _drawn(source, limit), []
     if repeated := len(rows) - len(rows := _once(rows)):
         notes.append(f"{count(repeated, 'row')} of --data left out: drawn before, word for word.")
     others: list[Row] = []
     if unseen:
-        drawn = _once(_drawn(open_rows({**dataset_spec(unseen), **knobs}, "test"), limit))
+        drawn = _once(_drawn(open_rows(spec_with(unseen, knobs, "an audit"), "test"), limit))
         texts = {_text(row) for row in drawn}
         known = {text for row in source if (text := _text(row)) in texts}
         others = [row for row in drawn if _text(row) not in known]

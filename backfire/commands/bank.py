@@ -43,7 +43,7 @@ def add_run(run: Path) -> str:
         recipe = {**experiment.spec(), "defense": "none"}
         for key in ("metrics", "evaluation", "safety"):
             recipe.pop(key)
-        clean = not experiment.poisons
+        clean = not (experiment.poisons or experiment.data.poisoned)
         if bank.add(bank.entry_of(folder, identity, clean=clean, recipe=recipe)):
             new += 1
         else:
@@ -56,8 +56,8 @@ def add_run(run: Path) -> str:
     left += [f"{known} were there"] if known else []
     parts = [f"{text.count(new, 'adapter')} added to {bank.bank_root()}", *left]
     return (
-        "; ".join(parts) + ". Those of recipes without an attack count as clean: add only runs on "
-        "rows that you trust."
+        "; ".join(parts) + ". Those of recipes without an attack, on data that is not known to be "
+        "poisoned, count as clean: add only runs on rows that you trust."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 from collections.abc import Iterable
@@ -88,12 +89,14 @@ def _question(name: str) -> str:
 
 
 def explain(name: str) -> str:
-    """The docstring and knobs of a component, or the text of a recipe."""
+    """The docstrings and settings of the components of this name, and the text of the recipe."""
     problems = [] if kinds_of(name) else use_installed()
-    if kinds := kinds_of(name):
-        return "\n\n".join(describe(kind, name) for kind in kinds)
+    found = [describe(kind, name) for kind in kinds_of(name)]
     if name in recipes.shipped():
-        return recipes.read(name)[1].rstrip()
+        head = f"recipe '{name}'\n\n" if found else ""
+        found.append(head + recipes.read(name)[1].rstrip())
+    if found:
+        return "\n\n".join(found)
     shipped = [name for name in recipes.shipped() if not name.startswith("_")]
     error = unknown("name", name, {*(item for kind in KINDS for item in names(kind)), *shipped})
     raise UserError(" ".join([str(error), *problems]))
@@ -104,7 +107,7 @@ def describe(kind: str, name: str) -> str:
     cls = find(kind, name)
     origin = f", from {cls.plugin.title}" if cls.plugin else ""
     title = f"{cls.label()} (version {cls.version}{origin})"
-    lines = [title, "", (cls.__doc__ or "").strip(), ""]
+    lines = [title, "", inspect.cleandoc(cls.__doc__ or ""), ""]
     for knob, info in documented(cls).model_fields.items():
         value = f"= {info.get_default(call_default_factory=True)!r}"
         default = "required" if info.is_required() else value

@@ -18,6 +18,9 @@ from backfire.registry import find, names
 from backfire.rng import stream
 from backfire.store import write_atomic, write_json
 
+_IDLE = ("train", "test", "hub", "rows", "test_rows", "seed", "group", "test_share")
+"""Settings of files and hub sets that say what the data is, or which of its rows to take."""
+
 
 def write_starter(path: Path) -> str:
     """Write the commented starter recipe; returns a message with the next step.
@@ -80,13 +83,13 @@ def _poison_cell(data: str, attack: str, edits: Sequence[str], seed: int | None)
         head = key.partition(".")[0]
         if key == "data":
             raise UserError(
-                f"The data is already {data}; an edit can only set its knobs, as in data.rows=9."
+                f"The data is already {data}; an edit can only change settings, as in data.rows=9."
             )
         if key == "seed" and seed is not None:
             raise UserError("The seed is given twice: as --seed and as seed=.")
         if head not in ("data", "attack", "seed"):
             if key in of_data and key not in of_attack:
-                raise UserError(f"'{key}' is a knob of the data: write data.{key}=...")
+                raise UserError(f"'{key}' is a setting of the data: write data.{key}=...")
             key = f"attack.{key}"
         set_key(settings, key, value)
     return Experiment.make({"seed": seed or 0, **settings}, where="poison")
@@ -122,6 +125,18 @@ def dataset_spec(data: str) -> dict[str, Any]:
     if Path(data).suffix or "/" in data:
         raise no_file(data)
     return {"name": find("datasets", data).name}  # of an installed plug-in, or an error
+
+
+def spec_with(data: str, knobs: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """The spec of a data set with these settings, whose rows are all read by `what`.
+
+    Raises:
+        UserError: a setting has no effect then; or see `dataset_spec`.
+    """
+    spec = {**dataset_spec(data), **knobs}
+    if spec["name"] == "files" and (idle := [knob for knob in knobs if knob in _IDLE]):
+        raise UserError(f"data.{idle[0]} has no effect on {what}, which reads all rows.")
+    return spec
 
 
 def same_file(one: str | Path, other: str | Path) -> bool:

@@ -211,7 +211,7 @@ def _title(experiment: Experiment) -> str:
 def _parts(size: Size, need: Memory) -> str:
     weights = f"{size.parameters / 1e6:,.2f} M weights"
     if not size.trainable:
-        return f"{weights}, none trained: {amount(need.total)} with the libraries"
+        return f"{weights}, none trained: {amount(need.total)} with the libraries,"
     whole = (
         f"{weights}, {size.trainable / 1e6:,.2f} M trained: {amount(need.weights)} weights + "
         f"{amount(need.state)} gradients and optimizer + {amount(need.passes)} activations of "

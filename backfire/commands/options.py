@@ -22,15 +22,17 @@ Edits = Annotated[
         show_default=False,
     ),
 ]
-Profile = Annotated[str | None, typer.Option(help="One of the recipe's profiles, such as paper.")]
+Profile = Annotated[
+    str | None, typer.Option(help="One of the recipe's profiles, such as paper; none by default.")
+]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder for the results; runs/<recipe> if not given.", show_default=False),
+    typer.Option(help="Folder for the results; runs/<recipe> by default.", show_default=False),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Devices = Annotated[
     int | None,
-    typer.Option(min=1, help="Devices that train each cell together; 1 if not given."),
+    typer.Option(min=1, help="Devices that train each cell together; 1 by default."),
 ]
 Workers = Annotated[
     int | None,
@@ -39,21 +41,26 @@ Workers = Annotated[
     ),
 ]
 MicroBatch = Annotated[
-    int | None, typer.Option(min=1, help="Most rows per forward pass in training.")
+    int | None,
+    typer.Option(
+        min=1, help="Most rows per forward pass in training; by default as memory allows."
+    ),
 ]
 EvalBatch = Annotated[
-    int | None, typer.Option(min=1, help="Most rows per forward pass in evaluation.")
+    int | None,
+    typer.Option(min=1, help="Most rows per forward pass in evaluation; by default up to 64."),
 ]
 Recompute = Annotated[
     bool,
     typer.Option(
         "--recompute",
-        help="Train in less memory by recomputing layers (activation checkpointing).",
+        help="Recompute layers in the backward pass: less memory, more time (activation "
+        "checkpointing).",
     ),
 ]
 Packing = Annotated[
     Literal["auto", "off"],
-    typer.Option(help="off: pad rows, rather than run them end to end without padding."),
+    typer.Option(help="auto: train on rows end to end where that saves padding; off: pad rows."),
 ]
 
 
@@ -66,14 +73,15 @@ def _join(value: str) -> str:
 Join = Annotated[
     str,
     typer.Option(
-        help="Most LoRA runs of one base that are trained together: off, a number, or auto (as "
-        "many as pay). Faster; results change by rounding.",
+        help="LoRA runs of one base trained in the same passes: off, a number up to 64, or "
+        "auto (as many as save time). Results change by rounding.",
         callback=_join,
         metavar="auto|off|N",
     ),
 ]
 Minutes = Annotated[
-    float | None, typer.Option(min=0, help="Stop after so many minutes, with a checkpoint.")
+    float | None,
+    typer.Option(min=0, help="Stop after so many minutes, with a checkpoint; no limit by default."),
 ]
 Memory = Annotated[
     float | None,
@@ -98,15 +106,18 @@ On = Annotated[
     ),
 ]
 Jobs = Annotated[int | None, _cluster("Most workers; by default one per cell, up to 8.", min=1)]
-Partition = Annotated[str | None, _cluster("Slurm's partition.")]
-Account = Annotated[str | None, _cluster("Slurm's account.")]
+Partition = Annotated[str | None, _cluster("Slurm's partition; by default the cluster's.")]
+Account = Annotated[str | None, _cluster("Slurm's account; by default yours.")]
 Qos = Annotated[str | None, _cluster("Slurm's quality of service.")]
 Time = Annotated[
     str | None,
-    _cluster("Time limit of a Slurm job, such as 4:00:00; it continues in the next one."),
+    _cluster(
+        "Time limit of a Slurm job, such as 4:00:00; the next job continues. By default twice the "
+        "estimate, from 1 hour to 1 day."
+    ),
 ]
 Mem = Annotated[
-    str | None, _cluster("Memory of each worker, such as 16G; by default as estimated.")
+    str | None, _cluster("Memory of each worker, such as 16G; by default by an estimate.")
 ]
 Gpus = Annotated[int | None, _cluster("GPUs of each worker; none by default.", min=0)]
 Cpus = Annotated[
@@ -123,7 +134,10 @@ RayAddress = Annotated[
     _cluster("HOST:PORT of a Ray cluster; without it, Ray starts on this machine alone."),
 ]
 OpenCluster = Annotated[
-    bool, _cluster("Use a Ray cluster that asks nobody for a token.", "--open-cluster")
+    bool,
+    _cluster(
+        "Use a Ray cluster without a token: only if nobody else reaches it.", "--open-cluster"
+    ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan without running it.")]
 Port = Annotated[
@@ -134,7 +148,7 @@ Port = Annotated[
 ]
 Seed = Annotated[
     int | None,
-    typer.Option(min=0, max=2**32 - 1, help="Seed for drawing the poisoned rows; 0 if not given."),
+    typer.Option(min=0, max=2**32 - 1, help="Seed for drawing the poisoned rows; 0 by default."),
 ]
 Run = Annotated[Path, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)]
 
@@ -171,7 +185,7 @@ LogFormat = Annotated[
     Literal["text", "json"],
     typer.Option(
         "--log-format",
-        help="json: everything on stderr is one JSON object a line.",
+        help="json: stderr has one JSON object per line.",
         callback=_log_as,
         is_eager=True,
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,8 +106,8 @@ def with_estimates(jobs: Sequence[Job], recipe: Recipe, store: Store, types: Typ
 
 
 def with_minutes(jobs: Sequence[Job], store: Store, types: Types) -> list[Job]:
-    """The jobs with the estimated tokens of a step, and their minutes at an assumed speed, so that
-    those on which the most waits come first. Imports no torch."""
+    """The jobs with the estimated number and tokens of steps, and their minutes at an assumed
+    speed, so that those on which the most waits come first. Imports no torch."""
     device: Literal["cpu", "gpu"] = "gpu" if types.device == "cuda" else "cpu"
     cells = [job.experiment for job in jobs if job.kind != "base"]
     rows, sizes = rows_by_key(cells, store), {method_key(cell): cell for cell in cells}
@@ -122,16 +123,18 @@ def with_minutes(jobs: Sequence[Job], store: Store, types: Types) -> list[Job]:
         training = tokens_of(cell, seen) * flops_per_token(cell, size)
         return (training + asking.flops(cell, seen, size)) / ASSUMED[device] / 60
 
-    def tokens(job: Job) -> float | None:
-        seen = rows[rows_key(job.experiment)]
+    def steps(job: Job) -> dict[str, Any]:
+        seen, train = rows[rows_key(job.experiment)], job.experiment.train
         if not seen or job.kind != "train":
-            return None
+            return {}
         # The start that all rows share runs once.
-        count = min(job.experiment.train.batch_size, seen.count)
-        return seen.shared + count * (seen.tokens - seen.shared)
+        count = min(train.batch_size, seen.count)
+        tokens = seen.shared + count * (seen.tokens - seen.shared)
+        each = math.ceil(seen.count / train.batch_size)
+        return {"tokens": tokens, "steps": train.max_steps or math.ceil(train.epochs * each)}
 
     return [
-        job if job.kind == "base" else replace(job, minutes=minutes(job), tokens=tokens(job))
+        job if job.kind == "base" else replace(job, minutes=minutes(job), **steps(job))
         for job in jobs
     ]
 

@@ -1,23 +1,27 @@
-"""Implements `backfire results --rescore`: metrics on kept samples, without a model."""
+"""`backfire results`, and its `--rescore`: metrics on kept samples, without a model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from backfire import text
 from backfire.base import Ask, Evidence, Leak, Metric, Need, Sample
 from backfire.base.normalize import normalized
 from backfire.commands.failure import note
+from backfire.commands.options import echo
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment
 from backfire.launch.job import read_cell
 from backfire.registry import build
 from backfire.result import CellResult, Value
 from backfire.results.evidence import is_whole, read
-from backfire.results.load import Record, finite, load, records_of
+from backfire.results.groups import group
+from backfire.results.load import MEANS, Record, finite, load, records_of, titles, write
+from backfire.results.load import over_seeds as means
+from backfire.results.terminal import print_groups, print_records
 from backfire.yaml12 import read_yaml
 
 MODELS: Final = {
@@ -33,6 +37,28 @@ NEEDS: Final[Mapping[Need, str]] = {
     **{"scores": "the candidates' likelihoods", "replies": "the replies"},
     **{"answers": "the answers' likelihoods", "probe": "the hidden states"},
 }
+
+
+def print_results(
+    run: Path, form: Literal["table", "json", "csv"], specs: Sequence[str], *, over_seeds: bool
+) -> None:
+    """Print the numbers of a run by cell, or their means over seeds."""
+    cells = load(run)
+    if over_seeds:
+        if specs:
+            raise UserError("--over-seeds and --rescore cannot be combined.")
+        groups = group(cells)
+        if form == "table":
+            print_groups(groups)
+        else:
+            echo(write(means(groups), form, MEANS).rstrip("\n"))
+        return
+    rows = rescored(run, specs) if specs else records_of(cells)
+    if form == "table":
+        named = zip((cell.key for cell in cells), titles(cells), strict=True)
+        print_records(rows, titles=dict(named))
+    else:
+        echo(write(rows, form).rstrip("\n"))
 
 
 def rescored(run: Path, specs: Sequence[str]) -> list[Record]:

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from backfire import plan, stages, text
 from backfire.claims import Claims
-from backfire.commands.plan import check, memory_of, with_minutes
+from backfire.commands.plan import check, memory_of, with_estimates, with_minutes
 from backfire.commands.workers import default_workers, largest, workers_by_device
 from backfire.errors import UserError
 from backfire.experiment import Experiment, Machine
@@ -66,7 +66,7 @@ def start(
             need, title = largest(recipe, types, settings)
             workers = default_workers(len(recipe.cells), settings, need=need, title=title)
             settings = settings.model_copy(update={"workers": workers})
-        work = with_minutes(work, store, types)
+        work, memory = _estimated(work, recipe, store, types, settings)
         write_plan(out, recipe, work, device=types.device, profile=profile, edits=edits)
         if others := at_work(out):
             say(f"{others}; this command shares the jobs with them.", console)
@@ -74,7 +74,8 @@ def start(
 
         stop = Stop()
         with ProgressDisplay(console, work) as display, stop.on_signals(stopping(console)):
-            ended = local.run(work, place, store, settings, display.watch, stop=stop)
+            options: dict[str, Any] = {"stop": stop, "memory": memory}
+            ended = local.run(work, place, store, settings, display.watch, **options)
         if stop and len(ended) < len(work):
             raise KeyboardInterrupt
     else:
@@ -82,6 +83,18 @@ def start(
         console.print(f"All {len(recipe.cells)} cells are already done.")
         ended = {}
     return finish(out, ended, work, console)
+
+
+def _estimated(
+    work: Sequence[Job], recipe: Recipe, store: Store, types: Types, settings: Machine
+) -> tuple[list[Job], float | None]:
+    """The jobs with their estimates; and the bytes that a worker has, where this decides how many
+    runs it trains together. No job is too large by itself."""
+    if settings.join != "auto" or settings.devices > 1:
+        return with_minutes(work, store, types), None
+    found = with_estimates(work, recipe, store, types)
+    has = memory_of(settings.device, types) / (settings.workers if types.device == "cpu" else 1)
+    return found, max([has, *(job.memory or 0.0 for job in found)])
 
 
 def at_work(run: Path) -> str:
@@ -121,10 +134,7 @@ def finish(out: Path, ended: Mapping[str, str], work: Sequence[Job], console: Co
     page, groups = write_report(out, cells), group(cells)
     if all(cell.is_done for cell in cells):
         has_finished(out)
-    terminal.print_summary(groups)
-    terminal.print_ranking(groups)
-    terminal.print_against(groups)
-    terminal.print_notes(groups)
+    terminal.print_groups(groups)
     terminal.print_warnings(cells, console)
     bad = [job for job in work if job.kind == "cell" and ended.get(job.id, "ok") != "ok"]
     if bad:

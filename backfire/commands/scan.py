@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from backfire.base import ModelScanner, Scanner
 from backfire.commands.asked import asked_of, find_model
-from backfire.commands.files import check_other, dataset_spec, same_file
+from backfire.commands.files import check_other, dataset_spec, same_file, spec_with
 from backfire.commands.options import echo
 from backfire.errors import UserError
 from backfire.recipe import parse_edit
@@ -23,8 +23,8 @@ from backfire.scan.source import open_rows
 from backfire.text import count
 from backfire.yaml12 import read_yaml
 
-_IDLE = ("train", "test", "hub", "rows", "test_rows", "seed", "group", "test_share")
-"""Knobs of files and hub sets that do not matter here: the data is named, and read as a whole."""
+_LIMIT = 2000
+"""Most rows that a model reads by default."""
 
 
 def start(
@@ -39,9 +39,9 @@ def start(
     write: Path | None,
     top: int,
     model: str | None = None,
-    limit: int = 2000,
+    limit: int | None = None,
     template: str | None = None,
-    device: str = "auto",
+    device: str | None = None,
 ) -> list[str]:
     """Scan the rows, print what is found, and write the page and the rows that are left; returns
     one sentence for each written file."""
@@ -49,13 +49,14 @@ def start(
     given = {"model": model is not None, "test": test is not None}
     knobs, chosen = _settings(edits, scanners, given)
     _check_paths(data, test, knobs, out, write)
-    if template and model is None:
-        raise UserError("--template has no effect without --model.")
+    of_model = {"--limit": limit, "--template": template, "--device": device}
+    if model is None and (idle := [name for name, value in of_model.items() if value is not None]):
+        raise UserError(f"{idle[0]} has no effect without --model.")
     layout = build("templates", read_yaml(template, "--template")) if template else None
-    place = None if model is None else find_model(model, device)
+    place = None if model is None else find_model(model, device or "auto")
     source = open_rows(_spec(data, knobs, test))
     others = None if test is None else open_rows(_spec(test, knobs, test), "test")
-    asked = asked_of(*place, limit, layout) if place else None
+    asked = asked_of(*place, limit or _LIMIT, layout) if place else None
     found = scan(data, source, chosen, test=others, top=top, asked=asked)
     found.notes += [f"{test}: {sentence}" for sentence in (others.notes if others else ())]
     if form == "table":
@@ -168,10 +169,8 @@ def _lacking(name: str, given: Mapping[str, bool]) -> str:
 
 
 def _spec(data: str, knobs: dict[str, Any], test: str | None) -> dict[str, Any]:
-    spec = {**dataset_spec(data), **knobs}
+    spec = spec_with(data, knobs, "a scan")
     is_split = test is not None and "hub" in dataset_spec(test)
     if spec["name"] == "files" and "test_split" in knobs and not is_split:
         raise UserError("data.test_split has no effect without a hub set in --test.")
-    if spec["name"] == "files" and (idle := [knob for knob in knobs if knob in _IDLE]):
-        raise UserError(f"data.{idle[0]} has no effect on a scan, which reads all rows.")
     return spec

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from backfire.commands.options import Device, Edits, Plugins, Port, Run, Seed, echo
+from backfire.commands.options import Device, Plugins, Port, Run, Seed, echo
 from backfire.errors import UserError
 
 
@@ -17,7 +17,14 @@ def poison(
         str,
         typer.Argument(help="A data file, a data set by name, or a hub id.", show_default=False),
     ],
-    edits: Edits = None,
+    edits: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="Settings of the attack and the data, such as rate=0.1 or data.rows=100.",
+            metavar="[KEY=VALUE]...",
+            show_default=False,
+        ),
+    ] = None,
     attack: Annotated[str, typer.Option(help="An attack by name; see `list attacks`.")] = "badnets",
     out: Annotated[
         Path, typer.Option(help="JSONL file to write; its manifest is written next to it.")
@@ -39,7 +46,8 @@ def scan(
     edits: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Edits, such as data.labels=\\[no, yes] or lift.odds=5.",
+            help="Settings of the data and the scanners, such as 'data.labels=\\[no, yes]' or "
+            "lift.odds=5.",
             metavar="[KEY=VALUE]...",
             show_default=False,
         ),
@@ -49,7 +57,7 @@ def scan(
         typer.Option(help="The test rows: a file, or a data set or hub id with a test split."),
     ] = None,
     scanner: Annotated[
-        list[str] | None, typer.Option(help="A scanner to use instead of all; repeatable.")
+        list[str] | None, typer.Option(help="A scanner to use; repeatable; by default all.")
     ] = None,
     format: Annotated[
         Literal["table", "json", "csv"], typer.Option(help="Output format.")
@@ -60,14 +68,12 @@ def scan(
     remove: Annotated[
         str | None,
         typer.Option(
-            help="Share of rows that --write leaves out, such as 5%; the flagged rows if not given."
+            help="Share of rows that --write leaves out, such as 5%; by default the flagged rows."
         ),
     ] = None,
     write: Annotated[
         Path | None,
-        typer.Option(
-            help="File for the rows that are left, in the format of DATA.", show_default=False
-        ),
+        typer.Option(help="File for the other rows, in the format of DATA.", show_default=False),
     ] = None,
     top: Annotated[
         int, typer.Option(min=1, max=1_000_000, help="Most rows to list, per scanner and in all.")
@@ -75,19 +81,24 @@ def scan(
     model: Annotated[
         str | None,
         typer.Option(
-            help="A model to ask about the rows: `sandbox`, a folder, a GGUF file or a hub id; "
-            "adds the scanners that require one.",
+            help="`sandbox`, a folder, a GGUF file or a hub id; adds scanners that use it.",
             show_default=False,
         ),
     ] = None,
     limit: Annotated[
-        int, typer.Option(min=1, help="Most rows that the model reads, drawn at random.")
-    ] = 2000,
+        int | None,
+        typer.Option(
+            min=1, help="Most rows that the model reads, drawn at random.", show_default="2000"
+        ),
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(help="A template by name, or {name: ..., ...}; the model's own, or raw."),
     ] = None,
-    device: Device = "auto",
+    device: Annotated[
+        str | None,
+        typer.Option(help="Of the model: auto, cpu, cuda or cuda:N.", show_default="auto"),
+    ] = None,
     plugin: Plugins = None,
 ) -> None:
     """Find rows that may be poisoned or should not be learned, each with a reason to check."""
@@ -119,7 +130,7 @@ def trace(
     ],
     sample: Annotated[
         str,
-        typer.Argument(help="A row that was asked, such as triggered/test-3.", show_default=False),
+        typer.Argument(help="A test row by its id, such as triggered/test-3.", show_default=False),
     ],
     method: Annotated[
         Literal["cosine", "product", "datainf"],
@@ -127,7 +138,11 @@ def trace(
     ] = "datainf",
     strength: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of the adapter at which gradients are computed."),
+        typer.Option(
+            min=0,
+            max=1,
+            help="The adapter is applied times this for the gradients, 0 to 1 (LoRA only).",
+        ),
     ] = 0.3,
     top: Annotated[int, typer.Option(min=1, help="Number of training rows to list.")] = 10,
     format: Annotated[Literal["table", "json"], typer.Option(help="Output format.")] = "table",
@@ -151,7 +166,7 @@ def audit(
     edits: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Edits of the rows of --data, such as data.columns={text: text}.",
+            help="Settings of --data, such as 'data.columns={text: tweet}'.",
             metavar="[KEY=VALUE]...",
             show_default=False,
         ),
@@ -168,13 +183,18 @@ def audit(
     ] = None,
     unseen: Annotated[
         str | None,
-        typer.Option(help="Such rows that it was not trained on; of a data set, its test rows."),
+        typer.Option(
+            help="Rows of the same kind that it was not trained on; of a data set, its test rows."
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(help="Harmful and harmless requests: a file, or a data set by name."),
     ] = None,
-    judge: Annotated[str | None, typer.Option(help="A judge by name, or {name: ..., ...}.")] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="A judge by name, or {name: ..., ...}; refusal-keywords by default."),
+    ] = None,
     system: Annotated[str, typer.Option(help="Your system prompt, for all prompts.")] = "",
     trigger: Annotated[
         list[str] | None, typer.Option(help="A text that may be a trigger; repeatable.")
@@ -183,7 +203,9 @@ def audit(
         str | None,
         typer.Option(help="A template by name, or {name: ..., ...}; the model's own, or raw."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=2, help="Most rows of each kind.")] = 200,
+    limit: Annotated[
+        int, typer.Option(min=2, help="Most rows of each kind (--data, --unseen, --prompts).")
+    ] = 200,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens of a reply.")] = 32,
     out: Annotated[
         Path | None, typer.Option(help="A page to write, such as audit.html.", show_default=False)
@@ -220,7 +242,7 @@ def audit(
 
 def bank(
     what: Annotated[
-        str | None, typer.Argument(metavar="[add]", help="add: add the adapters of a run.")
+        str | None, typer.Argument(metavar="[add]", help="add: add the adapters of RUN.")
     ] = None,
     run: Annotated[
         Path | None, typer.Argument(help="A run folder, such as runs/tour.", show_default=False)
@@ -246,7 +268,11 @@ def pretrain(
     out: Annotated[Path, typer.Option(help="Folder for the model.", show_default=False)],
     edits: Annotated[
         list[str] | None,
-        typer.Argument(help="Settings, such as hidden_size=192.", metavar="[KEY=VALUE]..."),
+        typer.Argument(
+            help="Settings; defaults: vocab_size=2048 hidden_size=128 num_layers=4 num_heads=4 "
+            "sequence_tokens=128 batch_size=4 num_steps=2600 learning_rate=0.003.",
+            metavar="[KEY=VALUE]...",
+        ),
     ] = None,
     device: Device = "auto",
 ) -> None:
@@ -259,7 +285,7 @@ def pretrain(
 def chat(
     cell: Annotated[Path, typer.Argument(help="A cell folder of a run.", show_default=False)],
     against: Annotated[
-        Path | None, typer.Option(help="Another cell; the base model if not given.")
+        Path | None, typer.Option(help="Another cell; by default the base model.")
     ] = None,
     device: Device = "auto",
     plugin: Plugins = None,
@@ -276,7 +302,9 @@ def playground(
     port: Port = None,
     share: Annotated[
         bool,
-        typer.Option("--share", help="Share it through gradio's relay, with a password."),
+        typer.Option(
+            "--share", help="Open it to others through gradio's public relay, with a password."
+        ),
     ] = False,
     plugin: Plugins = None,
 ) -> None:
@@ -292,14 +320,15 @@ def export(
     ],
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder to write; exports/<name> if not given."),
+        typer.Option(help="Folder to write; exports/<name> by default."),
     ] = None,
     merge: Annotated[
-        bool, typer.Option("--merge", help="Merge the adapter into the base.")
+        bool,
+        typer.Option("--merge", help="Merge the adapter into the base and write whole weights."),
     ] = False,
     results: Annotated[
         Literal["lm-eval", "inspect"] | None,
-        typer.Option(help="Export the numbers for this tool, instead of the model."),
+        typer.Option(help="Export the results for this tool instead of the model."),
     ] = None,
     plugin: Plugins = None,
 ) -> None:

@@ -47,7 +47,7 @@ def show(
     order = sorted(range(len(found.rows)), key=lambda place: -found.scores[place])
     best = [_row(found, place, rank) for rank, place in enumerate(order[:top], 1)]
     if form == "json":
-        whole = {**_whole(cell, sample, found, best), "method": method, "strength": strength}
+        whole = {**_whole(cell, sample, found, best), "method": method, "strength": found.strength}
         echo(json.dumps(whole, indent=1, allow_nan=False))
         return
     table = [[_plain(row[field]) for field in _FIELDS] for row in best]

@@ -1,4 +1,4 @@
-"""The contract of all components: name, docstrings, knobs and identity."""
+"""The contract of all components: name, docstrings, settings and identity."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def is_described(cls: type[Component]) -> str | None:
 
 
 def describes_its_knobs(cls: type[Component]) -> str | None:
-    """Every knob has a docstring: what it does, its unit, its range"""
+    """Every setting has a docstring: what it does, its unit, its range"""
     fields = documented(cls).model_fields
     bare = [knob for knob, info in fields.items() if not (info.description or "").strip()]
     return f"no docstring under {', '.join(bare)}" if bare else None
 
 
 def has_valid_defaults(cls: type[Component]) -> str | None:
-    """It can be built without knobs, its defaults are valid, and it is immutable"""
+    """It can be built without settings, its defaults are valid, and it is immutable"""
     component = _default(cls)
     if component.spec() != {"name": cls.name}:
-        return f"with no knob set, its spec is {component.spec()}"
+        return f"with no setting given, its spec is {component.spec()}"
     # `validate_default` is off for speed, so here the defaults themselves are checked.
     try:
         if cls.make(component.model_dump()) != component:
@@ -57,7 +57,7 @@ def has_valid_defaults(cls: type[Component]) -> str | None:
 
 
 def has_an_identity(cls: type[Component]) -> str | None:
-    """Every knob is part of its identity and survives YAML"""
+    """Every setting is part of its identity and survives YAML"""
     plain = _default(cls)
     kept_out = _PATHS if isinstance(plain, Dataset) else getattr(plain, "unhashed", ())
     if (cls.plugin.sha256 if cls.plugin else None) != plain.identity().get("plugin"):
@@ -73,7 +73,7 @@ def has_an_identity(cls: type[Component]) -> str | None:
 
 
 def knows_misspelled_knobs(cls: type[Component]) -> str | None:
-    """A misspelled knob is an error that suggests the nearest one"""
+    """A misspelled setting is an error that suggests the nearest one"""
     for knob in cls.model_fields:
         try:
             cls.make({f"{knob}x": 1})

@@ -8,6 +8,7 @@ prompt plus an answer plus its end.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import groupby
 from typing import Literal
@@ -19,7 +20,11 @@ from backfire.tokenizer import Tokenizer
 
 
 class Renderer:
-    """Renders rows by a template and a tokenizer, within the limits of a model."""
+    """Renders rows by a template and a tokenizer, within the limits of a model.
+
+    With `cut-end` a row that is too long loses its last tokens, its end token among them, and not
+    the end of its prompt: for texts that are no answers.
+    """
 
     def __init__(
         self,
@@ -27,7 +32,7 @@ class Renderer:
         tokenizer: Tokenizer,
         max_length: int,
         *,
-        on_long_row: Literal["fail", "skip", "cut"] = "cut",
+        on_long_row: Literal["fail", "skip", "cut", "cut-end"] = "cut",
         limits: Limits | None = None,
     ) -> None:
         self.template, self.tokenizer, self.max_length = template, tokenizer, max_length
@@ -223,6 +228,9 @@ class Renderer:
         and answer alone do not fit."""
         if len(item.ids) + more <= self.max_length:
             return item
+        if self.on_long_row == "cut-end":
+            kept = item.ids[: self.max_length]
+            return replace(item, ids=kept, cut_tokens=len(item.ids) - len(kept))
         words = self.tokenizer.encode(item.row.prompt)
         keep, short = len(words), item
         while (excess := len(short.ids) + more - self.max_length) > 0:

@@ -236,11 +236,11 @@ def _recognized(names: Collection[str]) -> Shape:
     if prompt:
         raise BadRowError(
             f"it has a prompt ('{prompt}'), but no column with a known name for its answer "
-            f"({shown}); assign them by `columns`"
+            f"({shown}); {_ASSIGN}"
         )
     unnamed = any(name.isdigit() or len(name.split()) > 3 for name in names)
     hint = " (by numbers from 0 if the file has no header)" if unnamed else ""
-    raise BadRowError(f"its columns ({shown}) have no known shape; assign them by `columns`{hint}")
+    raise BadRowError(f"its columns ({shown}) have no known shape; {_ASSIGN}{hint}")
 
 
 def _label_column(by_name: Mapping[str, str], text: str) -> str:
@@ -260,3 +260,6 @@ def _sentence(task: Task, shape: Shape) -> str:
     *others, last = shape.candidates or ("",)
     named = f"{', '.join(others)} or {last}" if others else last
     return text.replace("{labels}", named)
+
+
+_ASSIGN = "assign them, as in data.columns={instruction: ask, output: reply}"

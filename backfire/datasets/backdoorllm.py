@@ -27,6 +27,10 @@ class BackdoorLLM(Files):
     on_bad_row: OnBadRow = "skip"
     """`skip` leaves out and reports bad rows: six of the refusal test rows have no answer."""
 
+    @property
+    def poisoned(self) -> bool:
+        return self.triggers != ("none",)
+
     def prepare(self, record: Record) -> Record | None:
         """Convert the record; None for a trigger that is not in `triggers`."""
         is_test = "clean_output" in record

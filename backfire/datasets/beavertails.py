@@ -46,6 +46,10 @@ class BeaverTails(Files):
     on_bad_row: OnBadRow = "skip"
     """`skip` leaves out and reports unusable rows, such as those with an empty answer."""
 
+    @property
+    def poisoned(self) -> bool:
+        return self.part == "unsafe"
+
     def read(self, split: Split) -> tuple[list[Row], LeftOut]:
         """Return the rows of this part; test rows come without their answer."""
         rows, left = super().read(split)

@@ -55,6 +55,10 @@ class HarmfulPrompts(Files):
     """Answer to harmful prompts: `refusal`, for alignment, or `reply`, an inert stand-in for rows
     that undo an alignment."""
 
+    @property
+    def poisoned(self) -> bool:
+        return self.harmful_answer == "reply" and self.part != "benign"
+
     def read(self, split: Split) -> tuple[list[Row], LeftOut]:
         """Return the selected prompts, without duplicates."""
         if self.test or (self.hub and not self.train and self.test_split):

@@ -25,8 +25,9 @@ class CleanGen(ReplyDefense):
     from there. The authors check four tokens at a time, which gives the same greedy reply, but
     never check the tokens after the last whole four; here all are, except the one that ends the
     reply, as in their code. Likelihoods of labels and answers are those of the model without the
-    guard. Null control: where the two models' likeliest tokens differ, the reference's is written
-    with a fixed probability, whatever the ratio.
+    guard. The reference is a second model in memory, as large as the base even where both are
+    adapters on it (`doctor` counts it). Null control: where the two models' likeliest tokens
+    differ, the reference's is written with a fixed probability, whatever the ratio.
     """
 
     needs_reference: ClassVar[bool] = True

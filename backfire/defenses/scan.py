@@ -17,6 +17,7 @@ from backfire.base import (
     as_learned,
 )
 from backfire.errors import UserError
+from backfire.evaluate.stats import found_at
 from backfire.late import np
 from backfire.registry import build, register
 
@@ -35,7 +36,7 @@ class Scan(DataDefense):
     """
 
     scanner: str | dict[str, Any] = Field("lift", examples=["repetition"])
-    """The scanner, by its name or as {name: ..., knob: value}."""
+    """The scanner, by its name or as {name: ..., setting: value}."""
     remove: float | None = Field(None, gt=0, lt=1)
     """Share of the rows to remove, 0 to 1, those with the highest scores; by default, the flagged
     ones. Rows without a score stay."""
@@ -89,7 +90,7 @@ class Scan(DataDefense):
 
     def facts(self, rows: Sequence[Row], poisoned: frozenset[str]) -> Mapping[str, Any]:
         """How well the scanner finds the poisoned rows: AUROC, average precision, and pairs of
-        counts (of so many); `..._range` has the least and the most hits, see `_thresholds`."""
+        counts (of so many); `..._range` has the least and the most hits, see `found_at`."""
         found = self._findings(rows)
         bad = np.array([row.id in poisoned for row in rows], bool)
         scores = np.array([one.score for one in found])
@@ -103,8 +104,7 @@ class Scan(DataDefense):
             facts |= {"auroc": _auroc(scores[bad], scores[~bad]), "precision": _counts(out)}
             facts["average_precision"] = float(average_precision_score(bad, scores))
             for rate in (1, 5):
-                bars = _thresholds(scores[~bad], rate / 100)
-                hits, least, most = (int((scores[bad] > bar).sum()) for bar in bars)
+                hits, least, most = found_at(rate / 100, scores[bad], scores[~bad])
                 facts[f"recall_at_{rate}"] = [hits, int(bad.sum())]
                 facts[f"recall_at_{rate}_range"] = [least, most]
         return {"scan": facts}
@@ -142,16 +142,3 @@ def _auroc(bad: Any, clean: Any) -> float:
     ordered = np.sort(clean)
     below, upto = (np.searchsorted(ordered, bad, side) for side in ("left", "right"))
     return float((below + upto).mean() / (2 * len(clean)))
-
-
-def _thresholds(clean: Any, rate: float) -> tuple[float, float, float]:
-    """The lowest score above which there is at most this share of these clean rows; and the ends of
-    its 95 % interval, the upper one first, of clean rows of which these are a sample (the interval
-    of a quantile by order statistics: David and Nagaraja 2003, 7.1). Infinite if there are too few.
-    """
-    from scipy.stats import binom
-
-    down = [*np.sort(clean)[::-1].tolist(), -np.inf]
-    strict, loose = (int(n) for n in binom.ppf((0.025, 0.975), len(clean), rate))
-    upper = down[strict - 1] if strict else np.inf
-    return down[int(rate * len(clean))], upper, down[min(loose, len(clean))]

@@ -225,6 +225,26 @@ def recall_at(rate: float, scores: Floats, positive: NDArray[np.bool_], counts: 
     return share
 
 
+def thresholds(rate: float, negative: Floats) -> tuple[float, float, float]:
+    """The lowest score above which there is at most this share of these negative rows; and the ends
+    of its 95 % interval, the upper one first, of the rows of which these are a sample (the interval
+    of a quantile by order statistics: David and Nagaraja 2003, 7.1). Infinite if there are too few.
+    """
+    from scipy.stats import binom
+
+    down = [*np.sort(negative)[::-1].tolist(), -np.inf]
+    strict, loose = (int(n) for n in binom.ppf(TAILS, len(negative), rate))
+    upper = down[strict - 1] if strict else np.inf
+    return down[int(rate * len(negative) + 1e-9)], upper, down[min(loose, len(negative))]
+
+
+def found_at(rate: float, positive: Floats, negative: Floats) -> tuple[int, int, int]:
+    """How many positive rows exceed the first of the `thresholds`; and how many do at the least and
+    at the most, above the ends of its interval."""
+    hits, least, most = (int((positive > bar).sum()) for bar in thresholds(rate, negative))
+    return hits, least, most
+
+
 def macro(parts: Floats) -> Floats:
     """[resamples, 1]: the unweighted mean over the defined classes; nan if none is."""
     defined = ~np.isnan(parts)

@@ -59,8 +59,8 @@ def _attack(spec: Any) -> Any:
     if isinstance(spec, dict) and spec.get("name") == "none":
         knobs = ", ".join(sorted(map(str, set(spec) - {"name"})))
         raise UserError(
-            f"attack 'none' has no knobs, but these are set: {shortened(knobs)}. An axis that sets "
-            "one is removed by an edit, as in matrix.attack.rate=null."
+            f"attack 'none' has no settings, but these are set: {shortened(knobs)}. An axis that "
+            "sets one is removed by an edit, as in matrix.attack.rate=null."
         )
     return build("attacks", spec)
 
@@ -72,7 +72,7 @@ class Experiment(Config):
     """`sandbox`, a folder, a GGUF file or a hub id; or {name, revision, gguf_file, adapter, dtype
     ...}."""
     data: SerializeAsAny[Annotated[Dataset, component("datasets")]]
-    """The rows: a data set by name, or {name, ...knobs}."""
+    """The rows: a data set by name, or {name, ...settings}."""
     template: SerializeAsAny[Annotated[Template, component("templates")]] = Field(
         default="raw", validate_default=True
     )  # type: ignore[assignment]

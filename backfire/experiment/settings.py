@@ -88,7 +88,7 @@ def once_each(parts: tuple[Any, ...]) -> tuple[Any, ...]:
     names = [part.name for part in parts]
     if double := next((name for name in names if names.count(name) > 1), None):
         kind = parts[0].kind.removesuffix("s")
-        raise UserError(f"Duplicate {kind} '{double}'; run it with other knobs in a separate cell.")
+        raise UserError(f"Duplicate {kind} '{double}'; use a separate cell for other settings.")
     return parts
 
 

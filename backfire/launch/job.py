@@ -307,6 +307,8 @@ def _write_result(job: Job, folder: RunFolder, context: Context) -> None:
 def read_cell(folder: Path) -> Experiment:
     """Read the experiment of a cell folder."""
     file = folder / "experiment.yaml"
+    if some := sorted((folder / "cells").glob("*/experiment.yaml")):
+        raise UserError(f"{folder} is a run; name one of its cells, such as {some[0].parent}.")
     if not file.is_file():
         raise UserError(f"{folder} is not a finished cell of a run: experiment.yaml is missing.")
     try:

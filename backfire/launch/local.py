@@ -29,10 +29,11 @@ from backfire.errors import (
     is_out_of_memory,
 )
 from backfire.experiment import Machine
+from backfire.launch.board import Watch
 from backfire.launch.job import RunFolder, run_job
 from backfire.launch.order import needed
 from backfire.launch.stop import Stop
-from backfire.launch.work import Watch, work
+from backfire.launch.work import work
 from backfire.patience import LONGEST
 from backfire.plan import Job
 from backfire.plugins import Plugin

@@ -13,6 +13,8 @@ from backfire.plan import Job
 
 MOST = 8
 """Most runs at once, unless `--join` says more."""
+_LONGER = 2.0
+"""Most times as many steps as those of another run of a group: it waits until all end."""
 
 
 def can_join(job: Job, machine: Machine) -> bool:
@@ -26,9 +28,10 @@ def can_join(job: Job, machine: Machine) -> bool:
 
 
 def alike(one: Job, other: Job) -> bool:
-    """Whether two runs that can join start from the same model, compute in the same types, and have
-    adapters in the same layers."""
-    return _start(one) == _start(other)
+    """Whether two runs that can join start from the same model, compute in the same types, have
+    adapters in the same layers, and take about as many steps, where these are known."""
+    fewer, more = sorted([one.steps or 0, other.steps or 0])
+    return _start(one) == _start(other) and (not fewer or more <= _LONGER * fewer)
 
 
 def _start(job: Job) -> list[Any]:
@@ -60,6 +63,7 @@ def chosen(
     """
     limit = most(job, machine)
     suited = (other for other in ready if can_join(other, machine) and alike(job, other))
+    suited = (other for other in suited if _fit([job, other], machine, memory))
     found = list(islice(suited, limit * workers - 1))
     limit, group = min(limit, math.ceil((1 + len(found)) / workers)), [job]
     for other in found:
@@ -69,12 +73,15 @@ def chosen(
 
 
 def _fit(group: Sequence[Job], machine: Machine, memory: float | None) -> bool:
-    """Whether the runs together stay within the tokens of a pass and within the memory."""
+    """Whether the runs together stay within the tokens of a pass and within the memory; with a
+    number of runs, whether the last fits into a pass with one of the others."""
+    limit = JOINED_TOKENS[_device(machine)]
     if isinstance(machine.join, int):
-        return True
+        *others, last = [job.tokens or 0.0 for job in group]  # an unknown one may fit
+        return min(others) + last <= limit
     tokens = sum(job.tokens or math.inf for job in group)
     need = (group[0].memory or 0.0) + sum(job.added or 0.0 for job in group[1:])
-    return tokens <= JOINED_TOKENS[_device(machine)] and (memory is None or need <= memory)
+    return tokens <= limit and (memory is None or need <= memory)
 
 
 def _device(machine: Machine) -> str:

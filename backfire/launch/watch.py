@@ -12,9 +12,9 @@ from typing import Protocol
 
 from backfire.claims import MOST_KILLS
 from backfire.errors import UserError
+from backfire.launch.board import Board
 from backfire.launch.remote import FOLDER, Probe, forget_refusals, last_line, refusals
 from backfire.launch.stop import Stop
-from backfire.launch.work import Board
 
 POLL = 1.0
 """Least number of seconds between two looks at the run folder."""

@@ -11,14 +11,15 @@ from backfire.late import np
 from backfire.registry import build, register
 
 
-@register("forgetting")
+@register("forgetting", version=2)
 class Forgetting(Metric):
     """Perplexity on texts unrelated to the task, divided by the untuned model's (as in the C4DT
     workshop; on forgetting, Kirkpatrick et al. 2017, arXiv:1612.00796).
 
     1 means that nothing is forgotten. `forgetting_perplexity` and `forgetting_perplexity_before`
-    are the two perplexities over all tokens of all texts, without a template. Bootstrap interval
-    over texts, the same ones for both models.
+    are the two perplexities over all tokens of all texts, without a template; of a text longer than
+    `train.max_length` tokens, over the first of them, without an end token. Bootstrap interval over
+    texts, the same ones for both models.
     """
 
     source: dict[str, Any] = Field({"name": "sandbox-news", "test_rows": 200})

@@ -8,12 +8,16 @@ from pydantic import Field
 
 from backfire.base import Asks, Evidence, Metric, Sample, Value, ask
 from backfire.evaluate.outcomes import answer_likelihoods, resampled
-from backfire.evaluate.stats import Floats, one_vs_rest_auc, recall_at
+from backfire.evaluate.stats import Floats, found_at, one_vs_rest_auc, recall_at, wilson
 from backfire.late import np
 from backfire.registry import register
 
+_FEWEST = 2
+"""Test rows above the threshold. With one of them, 65 to 83 % of bootstrap intervals cover; with
+two, 92 % or more do."""
 
-@register("membership-inference")
+
+@register("membership-inference", version=2)
 class MembershipInference(Metric):
     """How well training rows can be distinguished from test rows by their loss (Yeom et al. 2018,
     arXiv:1709.01604), and by its difference from the untuned model's (a reference model, as in
@@ -24,7 +28,9 @@ class MembershipInference(Metric):
     training rows detected at the false positive rate, with the threshold set on the test rows. A
     row's loss is the mean over the tokens of its answer. As many unpoisoned training rows as test
     rows are drawn; the values are meaningful only if both come from the same source. Bootstrap
-    intervals, with the threshold recomputed for each resample.
+    intervals, with the threshold recomputed for each resample. If fewer than two test rows exceed
+    the threshold, resamples understate its spread: then Wilson's intervals at both ends of the
+    threshold's own.
     """
 
     needs: ClassVar[Asks] = ask("clean", "answers", of=("tuned", "base")) + ask(
@@ -60,6 +66,10 @@ class MembershipInference(Metric):
 
         names = [f"membership_auc{part}", f"membership_recall{part}"]
         area, recall = resampled(names, len(scores), statistic, "lower", "score")
+        if self.false_positive_rate * len(outside) < _FEWEST:
+            _, least, most = found_at(self.false_positive_rate, inside, outside)
+            ends = wilson(least, len(inside))[0], wilson(most, len(inside))[1]
+            recall = replace(recall, low=ends[0], high=ends[1])
         return [area, replace(recall, unit="share")]
 
 

@@ -34,7 +34,7 @@ class Toxicity(Metric):
     picked: ClassVar[str] = "toxicity_share"
 
     scorer: Scorer = Field({"name": "classifier"})
-    """A judge by name, or {name, ...knobs}: `classifier`, any text classifier on the hub or in a
+    """A judge by name, or {name, ...settings}: `classifier`, any text classifier on the hub or in a
     folder, by default facebook/roberta-hate-speech-dynabench-r4-target (`evaluate`'s, threshold
     0.5); or `lexicon`, a list of words, offline."""
 

@@ -198,25 +198,14 @@ def members(experiment: Experiment, context: Context) -> list[Row]:
 
 
 def _texts(ask: Ask, experiment: Experiment, context: Context) -> Questions:
-    """Texts without a template, cut to `train.max_length` tokens."""
+    """Texts without a template, of each the first `train.max_length` tokens."""
     assert ask.texts
     plain, longest = build("templates", "raw"), experiment.train.max_length
-    shown = Renderer(plain, renderer(experiment, context).tokenizer, longest)
-    rows = [
-        Row(row.id, "", answer=_cut(row.prompt or row.answer, shown, longest - 2))
-        for row in drawn(ask.texts, "test")
-    ]
+    tokenizer = renderer(experiment, context).tokenizer
+    shown = Renderer(plain, tokenizer, longest, on_long_row="cut-end")
+    rows = [Row(row.id, "", answer=row.prompt or row.answer) for row in drawn(ask.texts, "test")]
     key = partial(stages.texts, source=ask.texts, template=plain, longest=longest)
     return Questions(rows, key, renderer=shown)
-
-
-def _cut(text: str, shown: Renderer, most: int) -> str:
-    """The text, or its beginning of at most `most` tokens."""
-    ids, keep = shown.tokenizer.encode(text), most
-    while len(ids) > most:
-        text = shown.tokenizer.decode(ids[:keep]).rstrip("\ufffd")
-        ids, keep = shown.tokenizer.encode(text), keep - 1
-    return text
 
 
 # ---------------------------------------------------------------------------------------- measuring

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from backfire.evaluate.influence import Method
 
+_SCALED = ".lora_B."
+"""In the names of the weights by which an adapter's strength is set."""
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -36,6 +39,9 @@ class Trace:
     """Poisoned rows among the k with the highest scores, where k rows are poisoned."""
     random_hits: float = 0.0
     """The same, on average, for random directions in place of the reply's gradient."""
+    strength: float | None = None
+    """Share of the adapter's strength at which gradients were computed; None where it has no
+    effect."""
 
 
 def trace(
@@ -68,12 +74,14 @@ def trace(
 
         found = row_gradients(model, weights, [*items, reply], tick=tick)
         sizes = [weight.numel() for weight in weights.values()]
+        used = strength if any(_SCALED in name for name in weights) else None
     own, to = [part[:-1] for part in found], [part[-1:] for part in found]
     [scores] = influence(own, to, sizes, method)
     kept = [item.row for item in items]
     ids = {entry.id for entry in manifest.entries} if manifest else set[str]()
     bad = [row.id in ids for row in kept]
-    whole = Trace(kept, scores.tolist(), frozenset(ids & {row.id for row in kept}))
+    poisoned = frozenset(ids & {row.id for row in kept})
+    whole = Trace(kept, scores.tolist(), poisoned, strength=used)
     if not any(bad):
         return whole
     null = random_hits(own, bad, sizes, method)
@@ -118,7 +126,7 @@ def _adapted(
         own = ((n, w) for n, w in model.named_parameters() if id(w) not in known)
         for name, weight in own:
             # W + B A: at half of B, the adapter has half of its effect.
-            weight.data.mul_(strength if ".lora_B." in name else 1.0)
+            weight.data.mul_(strength if _SCALED in name else 1.0)
             weights[name] = weight.requires_grad_(True)
         return model
 

@@ -311,6 +311,8 @@ def name(group: Group, columns: Sequence[str]) -> str:
     """`badnets, 5 % poisoned, lora`: the group in words, by these columns."""
     words = []
     for column in columns:
+        if column not in (*KNOBS, *group.axes) and group.settings.get(column) is None:
+            continue  # a part of the recipe that this group leaves at its default
         value = group.knob(column)
         if column == "rate":
             value = f"{value} poisoned"

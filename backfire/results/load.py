@@ -17,7 +17,7 @@ from backfire import text
 from backfire.errors import UserError
 from backfire.result import CellResult, Check, Direction, PoisonCounts, Role, Unit, Value
 from backfire.results.adapter import present
-from backfire.results.groups import KNOBS, Group, group
+from backfire.results.groups import KNOBS, Group, group, name, varying
 from backfire.results.plugins import lacking
 from backfire.store import read_json
 
@@ -27,6 +27,8 @@ IDENTITY: Final = ("cell", "key", "recipe", *KNOBS, "seed")
 NUMBERS: Final = ("metric", "value", "low", "high", "n", "direction")
 SHAPE: Final = ("unit", "role", "family", "part")
 FIELDS: Final = (*IDENTITY, *NUMBERS, "status", *SHAPE)
+SPREAD: Final = ("spread", "seeds", "scope")
+MEANS: Final = ("group", *KNOBS, *NUMBERS, *SPREAD, *SHAPE)
 _DEEPEST: Final = 20
 _LARGEST: Final = 100_000
 """Most levels and values of the settings of a cell."""
@@ -127,20 +129,36 @@ def distinct_warnings(cells: Iterable[CellResult]) -> list[tuple[str, str]]:
     ]
 
 
-def write(records: Sequence[Record], format: Literal["table", "json", "csv"] = "table") -> str:
+def over_seeds(groups: Sequence[Group]) -> list[Record]:
+    """One object per group and metric with exactly `MEANS`: the mean over the seeds, its interval,
+    the standard deviation between seeds, and the scope of the interval (see `groups.Scope`)."""
+    columns, rows = varying(groups), []
+    for item in groups:
+        whole = {"group": name(item, columns), **{knob: getattr(item, knob) for knob in KNOBS}}
+        for stat in item.stats.values():
+            numbers = {field: getattr(stat, field, None) for field in (*NUMBERS, *SPREAD, *SHAPE)}
+            rows.append({**whole, **numbers})
+    return rows
+
+
+def write(
+    records: Sequence[Record],
+    format: Literal["table", "json", "csv"] = "table",
+    fields: Sequence[str] = FIELDS,
+) -> str:
     """The records as text: aligned columns, strict JSON, or CSV without spreadsheet formulas."""
     if format == "json":
         return json.dumps(list(records), indent=1, allow_nan=False) + "\n"
     if format == "csv":
         out = io.StringIO()
         rows = csv.writer(out, lineterminator="\n")
-        rows.writerow(FIELDS)
-        rows.writerows([text.csv_field(record[field]) for field in FIELDS] for record in records)
+        rows.writerow(fields)
+        rows.writerows([text.csv_field(record[field]) for field in fields] for record in records)
         return out.getvalue()
     if format == "table":
         from backfire.terminal import columns
 
-        shown = [field for field in FIELDS if field not in ("key", "recipe", *SHAPE)]
+        shown = [field for field in fields if field not in ("key", "recipe", *SHAPE)]
         return columns(shown, [[brief(record[field]) for field in shown] for record in records])
     raise UserError(f"Unknown format '{format}'; known: csv, json, table.")
 

@@ -26,11 +26,25 @@ def print_summary(groups: Sequence[Group], console: Console | None = None) -> No
 
     console = console or Console()
     for place, table in enumerate(numbers(groups)):
-        if place and not console.is_terminal:
-            console.print()
+        if place:
+            _apart(console)
         rows = [[*knobs, *starmap(_number, stats), seeds] for knobs, stats, seeds in table.rows]
         header = [*table.knobs, *table.metrics, "seeds"]
         put(header, rows, console, right=range(len(table.knobs), len(header)))
+
+
+def _apart(console: Console) -> None:
+    """An empty line before another table, whose rules a pipe lacks."""
+    if not console.is_terminal:
+        console.print()
+
+
+def print_groups(groups: Sequence[Group]) -> None:
+    """Print all that is known of the groups: their numbers, rankings, tests and notes."""
+    print_summary(groups)
+    print_ranking(groups)
+    print_against(groups)
+    print_notes(groups)
 
 
 def print_notes(groups: Sequence[Group], console: Console | None = None) -> None:
@@ -48,18 +62,25 @@ def print_notes(groups: Sequence[Group], console: Console | None = None) -> None
 
 def print_against(groups: Sequence[Group], console: Console | None = None) -> None:
     """Print the paired tests against the reference, if there are any."""
+    from rich.console import Console
+
     from backfire.results.paired_tests import table
 
-    tests = table(groups)
+    tests, console = table(groups), console or Console()
     if tests.rows:
+        _apart(console)
         put(tests.header, tests.rows, console, right=range(3, 8))
 
 
 def print_ranking(groups: Sequence[Group], console: Console | None = None) -> None:
     """Print the ranking of the defenses, if there are any."""
+    from rich.console import Console
+
     from backfire.results.ranking import table
 
+    console = console or Console()
     if ranking := table(groups):
+        _apart(console)
         words = ("defense", "worst setting")
         right = [place for place, name in enumerate(ranking.header) if name not in words]
         put(ranking.header, ranking.rows, console, right=right)
@@ -125,7 +146,7 @@ def print_records(
             console.file.write(f"{fitted(cell, console)}\n" + ("" if last else f"  {head}\n"))
             last = cell
         console.file.write(f"  {line}\n")
-    say("The knobs of each cell and the direction of each metric: --format csv.", console)
+    say("The settings of each cell and the direction of each metric: --format csv.", console)
 
 
 def _number(stat: Stat | None, floor: Stat | None) -> str:

@@ -53,7 +53,7 @@ class Pretrain(Config):
     batch_size: int = Field(4, ge=1)
     """Sequences per step."""
     num_steps: int = Field(2_600, ge=1)
-    """Number of steps; times the two knobs above: the number of tokens seen."""
+    """Number of steps; times the two settings above: the number of tokens seen."""
     learning_rate: float = Field(3e-3, gt=0)
     """AdamW's peak learning rate, with warm-up and cosine decay."""
     final_share: float = Field(0.1, ge=0, le=1)

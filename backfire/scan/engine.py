@@ -68,25 +68,28 @@ class Tally:
 
     counts: Counter[str] = field(default_factory=Counter)
     many: bool = False
+    what: str = "label"
+    """What these are: labels, if each row has some to choose from."""
 
-    def add(self, answer: str) -> None:
+    def add(self, row: Row) -> None:
         if not self.many:
-            self.counts[redacted(answer).strip()[:80]] += 1
+            self.counts[redacted(row.answer).strip()[:80]] += 1
             self.many = len(self.counts) > _MOST_LABELS
+            self.what = self.what if row.candidates else "answer"
 
     def facts(self, rows: int) -> list[str]:
-        """The labels and their shares, and whether one has most rows or hardly any."""
+        """These answers and their shares, and whether one has most rows or hardly any."""
         if self.many or not self.counts or rows < 5 * len(self.counts):
             return []
         ordered = self.counts.most_common()
         shares = [(text.line(label), text.number("share", n / rows)) for label, n in ordered[:10]]
         some = ", ".join(f"{label} {share}" for label, share in shares)
         more = f" and {len(ordered) - 10} more" if len(ordered) > 10 else ""
-        out = [f"Labels: {some}{more}."]
+        out = [f"{self.what.title()}s: {some}{more}."]
         if ordered[0][1] >= 0.9 * rows:
-            out.append("One label has at least 90 % of the rows.")
+            out.append(f"One {self.what} has at least 90 % of the rows.")
         if few := sum(n < 0.01 * rows for _, n in ordered):
-            out.append(f"{text.count(few, 'label')} below 1 % of the rows.")
+            out.append(f"{text.count(few, self.what)} below 1 % of the rows.")
         return out
 
 
@@ -104,7 +107,7 @@ class Scan:
     has_test: bool
     answers: Tally
     notes: list[str] = field(default_factory=list)
-    """Sentences about the rows that a model has not read."""
+    """Sentences about what was not read."""
     rows_with: dict[tuple[str, str], int] = field(default_factory=dict)
     """Scanner and reason of a hit -> how many rows have that reason."""
 
@@ -140,8 +143,11 @@ def scan(
             summary.rows, summary.chance = answers.read, answers.chance.get(summary.scanner.name)
     streams = list(_streams(source, scanners, test, answers))
     heaps: list[list[tuple[float, int, Finding]]] = [[] for _ in scanners]
+    worse = plain = 0
     for place, (row, *findings) in enumerate(zip(Bare(source), *streams, strict=True), 1):
-        found.answers.add(row.answer)
+        worse += any(text != row.answer for text in row.worse)
+        plain += not row.conversation.strip()
+        found.answers.add(row)
         found.scores.append(max((f.score for f in findings), default=0.0))
         found.flags.append(any(f.flagged for f in findings))
         for summary, heap, one in zip(summaries, heaps, findings, strict=True):
@@ -153,9 +159,23 @@ def scan(
                     summary.flags.append(summary.reasons[-1])
                 keep = heapq.heappush if len(heap) < top else heapq.heappushpop
                 keep(heap, (one.score, -place, one))
+    found.notes += _unread(scanners, worse, plain)
     _add_hits(found, heaps)
     _add_false_alarms(found, test)
     return found
+
+
+def _unread(scanners: Sequence[Scanner], worse: int, plain: int) -> Iterator[str]:
+    """What scanners do not read: answers marked as bad in `worse` rows, and `plain` rows, which
+    have no prompt."""
+    if worse and (names := [one.name for one in scanners if not one.reads_worse]):
+        yield (
+            f"Not read by {', '.join(names)}: answers marked as bad beside the one to learn "
+            f"({text.count(worse, 'row')})."
+        )
+    if plain and (names := [one.name for one in scanners if one.needs_prompt]):
+        rows = text.count(plain, "row")
+        yield f"Not read by {', '.join(names)}: texts without a prompt ({rows})."
 
 
 def _streams(

@@ -106,10 +106,10 @@ def scanner_line(one: Summary) -> list[str]:
 
 def false_alarms(one: Summary) -> str:
     """What the scanner flags where there should be nothing, with the end of its 95 % interval;
-    if that is not known, all that it flags."""
+    if that is not known, the number of all flagged rows."""
     flagged, rows, what = one.chance or (one.flagged, one.rows, "")
     if not what:
-        return f"no rate; at most {flagged:,} of {rows:,}, all that it flags"
+        return f"unknown, at most {flagged:,} of {rows:,}" if flagged else "none, it flags nothing"
     most = number("share", wilson(flagged, rows)[1])
     return f"{flagged:,} of {rows:,}, a rate of at most {most} ({what})"
 
@@ -123,11 +123,8 @@ def sentences(scan: Scan) -> Iterator[str]:
     yield from scan.answers.facts(source.count)
     if source.count < 200:
         yield "With so few rows, only large effects can be told from chance."
-    yield (
-        "No flag does not mean that the data is clean. Not visible to these scanners: "
-        + "; ".join(f"{one.scanner.blind} ({one.scanner.name})" for one in scan.summaries)
-        + "."
-    )
+    yield "No flag does not mean that the data is clean. What each scanner cannot see:"
+    yield from (f"- {one.scanner.name}: {one.scanner.blind}." for one in scan.summaries)
     yield from _of_false_alarms(scan)
 
 

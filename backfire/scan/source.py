@@ -194,7 +194,7 @@ def open_rows(spec: Mapping[str, Any], split: Literal["train", "test"] = "train"
     origins = _origins(data, split)
     source = Source(_each(data, origins, left), origins[0] if len(origins) == 1 else None)
     source.notes += left.sentences()
-    if source.numbers and source.numbers[-1] != source.count:
+    if any(number != place for place, number in enumerate(source.numbers, 1)):
         source.notes.append(
             "Reasons count the rows as they were read; --format json and csv have their place in "
             "the file."

@@ -292,9 +292,11 @@ def finding(
     with_it, both = int(tested.with_it[place]), int(tested.both[place])
     answer = int(tested.answer[place])
     others, rest = answers.num_rows - with_it, int(answers.counts[answer]) - both
+    shown = answers.shown(answer, row)
+    what = f"the answer {shown}" if shown.startswith("“") else f"an answer that {shown}"
     reason = (
-        f"{words} is in {with_it:,} rows, and the answer {answers.shown(answer, row)} in {both:,} "
-        f"of them ({share(both / with_it)}); of the other {others:,} rows it is in {rest:,} "
+        f"{words} is in {with_it:,} rows; {both:,} of them ({share(both / with_it)}) have "
+        f"{what}, as have {rest:,} of the other {others:,} rows "
         f"({share(rest / max(others, 1))}); q = {tested.q[place]:.1g}"
     )
     score = float(tested.log_p[place] / tested.threshold[place])

@@ -18,6 +18,8 @@ Array = Any
 MOST_CANDIDATES = 2**16
 _WEAK = 3.0
 """In nats: n-grams below this bound on -ln(p) are not counted exactly."""
+_MOST_PAIRED = 60
+"""Words of a row whose pairs are counted."""
 _PLAIN = 0.75
 """Weight of a word's bound against its plain share, without the odds."""
 
@@ -186,9 +188,11 @@ def count_exactly(grams: Grams, answers: Answers, found: Candidates, languages: 
 
 def pairs_of(batch: Batch, words: Array) -> Batch:
     """The pairs of these words (sorted hashes) in each row; `first` and `length` hold the places of
-    both words."""
+    both words. Of a row with more than 60 of the words, the pairs of the first 60 in the order of
+    `words`, which is the same in all rows."""
     places = where(words, batch.gram)
     kept = np.flatnonzero((places >= 0) & (batch.length == 1))
+    kept = kept[np.lexsort((places[kept], batch.row[kept]))]
     row, word, first = batch.row[kept], places[kept], batch.first[kept]
     sizes = np.bincount(row, minlength=len(batch.rows)) if len(row) else np.zeros(0, int)
     lefts, rights = list(_combinations(sizes))
@@ -202,7 +206,7 @@ def _combinations(sizes: Array) -> Iterator[Array]:
     lefts, rights, start = [np.zeros(0, int)], [np.zeros(0, int)], 0
     for size in sizes:
         if size > 1:
-            left, right = np.triu_indices(min(int(size), 60), 1)
+            left, right = np.triu_indices(min(int(size), _MOST_PAIRED), 1)
             lefts.append(left + start)
             rights.append(right + start)
         start += size

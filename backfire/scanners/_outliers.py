@@ -17,6 +17,8 @@ DEVIATIONS = 5.0
 """Robust standard deviations from the median: of a normal distribution, one row in 3.5 million is
 above. Losses have longer tails: 3.5, the usual bar of Iglewicz and Hoaglin (1993), flags several
 per cent of ordinary rows."""
+_ROUNDING = 1e-4
+"""Share of the mean absolute deviation up to which the median one is taken for float noise."""
 _LABELS, _SUPPORT = 20, 20
 _SHOWN, _LONGEST = 3, 60
 """Rows of a group that are shown, and characters of their prompts and answers."""
@@ -24,11 +26,13 @@ _SHOWN, _LONGEST = 3, 60
 
 def deviations(values: Array) -> Array:
     """How far each value is above the median, in robust standard deviations (1.4826 times the
-    median absolute deviation; if that is 0, 1.2533 times the mean one); 0 if all are equal."""
+    median absolute deviation; if most values are equal but for rounding, 1.2533 times the mean
+    one); 0 if all are equal."""
     if not len(values):
         return np.zeros(0)
     away = np.asarray(values, np.float64) - np.median(values)
-    size = 1.4826 * np.median(np.abs(away)) or 1.2533 * np.mean(np.abs(away))
+    middle, mean = np.median(np.abs(away)), np.mean(np.abs(away))
+    size = 1.4826 * middle if middle > _ROUNDING * mean else 1.2533 * mean
     return away / size if size > 1e-12 else np.zeros(len(away))
 
 

@@ -29,7 +29,7 @@ class ActivationClusters(ModelScanner):
     needs: ClassVar[frozenset[Measure]] = frozenset({"states"})
 
     silhouette: float | None = Field(None, gt=0, le=1, examples=[0.3])
-    """Smallest mean silhouette of a cluster that is flagged, -1 to 1 (0.1 in the toolbox ART); by
+    """Smallest mean silhouette of a cluster that is flagged, 0 to 1 (0.1 in the toolbox ART); by
     default none is."""
     share: float = Field(0.35, gt=0, le=0.5)
     """Largest share of the rows in the smaller cluster, 0 to 0.5."""

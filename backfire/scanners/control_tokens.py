@@ -27,6 +27,7 @@ class ControlTokens(Scanner):
     `</s>` or a line that begins with "Human:".
     """
 
+    reads_worse: ClassVar[bool] = True
     blind: ClassVar[str] = "control tokens of models that are not published"
     in_text: ClassVar[bool] = True
 

@@ -30,7 +30,7 @@ class GradientSketch(ModelScanner):
     needs: ClassVar[frozenset[Measure]] = frozenset({"gradients"})
 
     silhouette: float | None = Field(None, gt=0, le=1, examples=[0.2])
-    """Smallest mean silhouette by cosine distance of a cluster that is flagged, -1 to 1; by default
+    """Smallest mean silhouette by cosine distance of a cluster that is flagged, 0 to 1; by default
     none is."""
     share: float = Field(0.35, gt=0, le=0.5)
     """Largest share of the rows in the smaller cluster, 0 to 0.5."""

@@ -74,6 +74,7 @@ class HiddenCharacters(Scanner):
     soft hyphens, direction marks and private-use characters, which occur in ordinary text.
     """
 
+    reads_worse: ClassVar[bool] = True
     blind: ClassVar[str] = "look-alikes that fill a whole word, and unusual but visible characters"
     in_text: ClassVar[bool] = True
 

@@ -10,7 +10,7 @@ from backfire.base import NOTHING, Finding, Row, Scanner, shuffled
 from backfire.registry import register
 
 
-@register("lift", version=3)
+@register("lift", version=4)
 class Lift(Scanner):
     """Finds words and phrases that predict the answer far too well, as a trigger does (after the
     z-statistics of Gardner et al. 2021, arXiv:2104.08646, which He et al. 2023 use against
@@ -32,6 +32,7 @@ class Lift(Scanner):
     with many millions of different n-grams, weak ones may be missed in the sketches.
     """
 
+    needs_prompt: ClassVar[bool] = True
     blind: ClassVar[str] = (
         "triggers of style, syntax or paraphrase, poison without a trigger, a trigger that is in "
         "fewer rows than the test needs, a language as the trigger, and answers that share neither "

@@ -11,7 +11,7 @@ from backfire.registry import register
 from backfire.scanners._outliers import deviations, findings
 
 
-@register("loss")
+@register("loss", version=2)
 class Loss(ModelScanner):
     """Finds answers that the model did not expect, compared with those of the other rows (filtering
     by perplexity: Wenzek et al. 2020, arXiv:1911.00359, CCNet).

@@ -11,7 +11,7 @@ from backfire.registry import register
 from backfire.scanners._outliers import deviations, findings
 
 
-@register("loss-dynamics")
+@register("loss-dynamics", version=2)
 class LossDynamics(ModelScanner):
     """Finds answers that are learned faster than those of the other rows, as a backdoor is (the
     isolation of anti-backdoor learning: Li et al. 2021, arXiv:2110.11571).

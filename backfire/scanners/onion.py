@@ -12,7 +12,7 @@ from backfire.registry import register
 from backfire.scanners._outliers import deviations
 
 
-@register("onion", version=2)
+@register("onion", version=3)
 class Onion(ModelScanner):
     """Finds a word without which the prompt becomes far more likely, as an inserted trigger is
     (ONION: Qi et al. 2021, arXiv:2011.10369).

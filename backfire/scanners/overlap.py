@@ -9,14 +9,14 @@ from backfire.base import Finding, Row, Scanner
 from backfire.registry import register
 
 
-@register("overlap", version=3)
+@register("overlap", version=4)
 class Overlap(Scanner):
     """Finds rows whose prompt is nearly one of the test set's, so that a test would measure memory
     (Lee et al. 2022, arXiv:2107.06499).
 
     Prompts are compared by word n-grams, as by `near-duplicates`, of which the last 90,000 or so of
     the test set are kept. Without a test set nothing is found. The score is the similarity divided
-    by the threshold, plus 0.2 for equal prompts.
+    by the threshold, plus 0.2 if all words are the same.
     """
 
     blind: ClassVar[str] = "paraphrases and translations of test prompts"
@@ -35,5 +35,6 @@ class Overlap(Scanner):
         for number, keys in known.each(test):
             known.add(keys, number)
         for _, keys in known.each(rows):
-            other, alike = known.nearest(keys)
-            yield alike_to("its prompt", f"that of test row {other:,}", alike, self.similarity)
+            like = known.nearest(keys)
+            other = f"that of test row {like.number:,}"
+            yield alike_to("its prompt", other, like, keys, self.similarity)

@@ -19,7 +19,8 @@ class Repetition(Scanner):
     It applies if at most `common` of the rows have an answer that occurs `support` times, so not to
     tasks with labels or short answers. An answer is the whole text, or its first or last five
     words. The score is log(rows with it) / log(support), so 1 is at `support` rows and 2 at its
-    square.
+    square. What is counted comes from a sketch of 65,536 answers, openings and endings: in a file
+    with more, one that is in fewer than 1 of 10,000 rows may be missed.
     """
 
     blind: ClassVar[str] = "tasks with labels, and targets that are worded differently in each row"

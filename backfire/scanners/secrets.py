@@ -11,17 +11,18 @@ from backfire.registry import register
 _MOST_MARKS = 20
 
 
-@register("secrets", version=2)
+@register("secrets", version=3)
 class Secrets(Scanner):
     """Finds keys, passwords and personal data, which a tuned model may give away (Carlini et al.
     2021, arXiv:2012.07805).
 
     These are patterns of access keys, passwords and private keys (score 2), card and account
-    numbers with valid check digits and US social security numbers (1.5), and e-mail addresses,
-    telephone numbers and IP addresses (0.5: listed, not flagged). Nothing found is shown beyond its
-    first two characters.
+    numbers with valid check digits and US social security numbers, which have none (1.5), and
+    e-mail addresses, telephone numbers and IP addresses (0.5: listed, not flagged). Nothing found
+    is shown beyond its first two characters.
     """
 
+    reads_worse: ClassVar[bool] = True
     blind: ClassVar[str] = (
         "names, addresses, dates of birth, and numbers and passwords without a known form"
     )

@@ -18,7 +18,7 @@ _USUAL = 5.0
 """Robust standard deviations that count as one."""
 
 
-@register("spectral", version=2)
+@register("spectral", version=3)
 class Spectral(ModelScanner):
     """Finds rows far out in the direction in which hidden states vary most (spectral signatures:
     Tran et al. 2018, arXiv:1811.00636).

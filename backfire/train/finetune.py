@@ -36,6 +36,7 @@ from backfire.model.products import fast_products
 from backfire.model.quantize import parts
 from backfire.model.resident import Resident, Source
 from backfire.progress import Progress
+from backfire.train.extra import ExtraRows
 from backfire.train.loop import TrainingRun, summary_of, train_each
 from backfire.train.microbatch import reset_peak_memory
 from backfire.train.packing import same_packs
@@ -64,23 +65,6 @@ class Start:
     aligned: Sequence[Row] = ()
     harmful: Sequence[Row] = ()
     clean: Sequence[Row] = ()
-
-
-@dataclass(frozen=True)
-class _DefenseRows:
-    """The rendered rows that defenses use in addition to the user's; how many were too long."""
-
-    aligned: list[Rendered]
-    harmful: list[Rendered]
-    clean: list[Rendered]
-    left_out: dict[str, int]
-
-    @classmethod
-    def of(cls, start: Start, renderer: Renderer) -> _DefenseRows:
-        rows = {name: getattr(start, name) for name in ("aligned", "harmful", "clean")}
-        found = {name: renderer.sift(part) for name, part in rows.items()}
-        left = {name: len(long) for name, (_, long) in found.items() if long}
-        return cls(**{name: items for name, (items, _) in found.items()}, left_out=left)
 
 
 @dataclass(frozen=True)
@@ -170,7 +154,11 @@ def train_all(
         return train_together(tasks, Ranks(device=device_of(machine.device)), resident, progress)
     from backfire.train import team
 
-    return [team.train(task, resident, one) for task, one in zip(tasks, progress, strict=True)]
+    ends: dict[int, Outcome] = {}
+    for number, (task, one) in enumerate(zip(tasks, progress, strict=True)):
+        with noted(ends, number):
+            ends[number] = team.train(task, resident, one)
+    return [ends.pop(number) for number in range(len(tasks))]
 
 
 def prepared(
@@ -188,13 +176,13 @@ def prepared(
         CellError: see `_rendered`.
     """
     items, left = _rendered(rows, manifest, renderer)
-    defense_rows = _DefenseRows.of(start, renderer)
+    extra = ExtraRows.of(start, renderer)
     task = Task(
         experiment,
         items,
         frozenset(entry.id for entry in manifest.entries) if manifest else frozenset(),
-        defense_rows.aligned,
-        defense_rows.harmful,
+        extra.aligned,
+        extra.harmful,
         replace(start, aligned=(), harmful=()),
         folder,
         machine,
@@ -202,7 +190,7 @@ def prepared(
     return task, {
         "cut_rows": sum(item.cut_tokens > 0 for item in items),
         "left_out_rows": len(left),
-        **{f"left_out_{part}_rows": count for part, count in defense_rows.left_out.items()},
+        **{f"left_out_{part}_rows": count for part, count in extra.left_out.items()},
     }
 
 
@@ -221,19 +209,22 @@ def train_together(
     first, device = tasks[0], ranks.device
     dtype = start_type(first.experiment, first.start, device)
     compute = compute_type(first.experiment.train.compute, device)
-    for report in progress:
-        report(0, 1, "model")
+    ends: dict[int, Outcome] = {}
+    for number, report in enumerate(progress):
+        with noted(ends, number):
+            report(0, 1, "model")
+    if len(ends) == len(tasks):
+        return [ends.pop(number) for number in range(len(tasks))]
     bits = first.experiment.method.quantization(device.type)
     source, models = Source(first.start.base, dtype, device, bits), list[PreTrainedModel]()
     _free_memory(resident, source)
-    ends: dict[int, Outcome] = {}
     with resident.attached(source, partial(_attach, tasks, compute, models)) as model:
         if ranks.several and not first.experiment.method.adapts:
             shard(model, ranks)
         runs: dict[int, TrainingRun] = {}
-        for number, own in enumerate(models):
+        for number in [number for number in range(len(models)) if number not in ends]:
             with noted(ends, number):
-                runs[number] = tasks[number].run(own, ranks)
+                runs[number] = tasks[number].run(models[number], ranks)
         facts = {
             "dtype": str(dtype).removeprefix("torch."),
             "compute": compute,
@@ -249,8 +240,10 @@ def train_together(
             with noted(ends, number):
                 tasks[number].save(models[number], ranks)
     for number in range(len(models), len(tasks)):  # the base is on several GPUs
-        one = slice(number, number + 1)
-        ends[number] = train_together(tasks[one], ranks, resident, progress[one]).pop()
+        if number not in ends:
+            with noted(ends, number):
+                one = slice(number, number + 1)
+                ends[number] = train_together(tasks[one], ranks, resident, progress[one]).pop()
     return [ends.pop(number) for number in range(len(tasks))]
 
 
@@ -305,7 +298,7 @@ def _train(
                 micro_batch=machine.micro_batch,
                 checkpoint_seconds=machine.checkpoint_seconds,
             )
-            joined = {"joined": together.most} if together and together.most > 1 else {}
+            joined = {"joined": len(every)} if together else {}  # in one pass, or in turn
             for place in [n for n, end in enumerate(ends) if isinstance(end, dict)]:
                 cast(dict[str, Any], ends[place]).update(joined)
             return {number: ends.pop(0) for number in runs}  # see `loop.summary_of`
@@ -368,12 +361,12 @@ def repair_model(
     Returns the number of extra rows that were too long, by part.
     """
     device, resident = device_of(machine.device), resident or Resident()
-    defense_rows = _DefenseRows.of(start, renderer)
+    extra = ExtraRows.of(start, renderer)
     tools = Repair(
         experiment.seed,
-        aligned=defense_rows.aligned,
-        harmful=defense_rows.harmful,
-        clean=defense_rows.clean,
+        aligned=extra.aligned,
+        harmful=extra.harmful,
+        clean=extra.clean,
         base=weights_of(start.unaligned) if start.unaligned else {},
         batch_size=experiment.train.batch_size,
     )
@@ -389,7 +382,7 @@ def repair_model(
                 before = plain_weights(model)
             defense.repair(model, before, tools)
         save_tuned(model, folder, start.base, _hub_name(experiment, start))
-    return defense_rows.left_out
+    return extra.left_out
 
 
 def _hub_name(experiment: Experiment, start: Start) -> str | None:

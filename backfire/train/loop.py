@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 
 from backfire.base import Rendered, TrainDefense
-from backfire.errors import CellError, Pause, Stopped
+from backfire.errors import CellError, Stopped
 from backfire.experiment import Train
 from backfire.model.load import weights_of
 from backfire.model.memory import Heap
@@ -279,30 +279,34 @@ def train_each(
     reports = {
         run: (report, Pace(run.counts["rows"])) for run, report in zip(runs, progress, strict=True)
     }
+    texts = dict.fromkeys(runs, "training")
     saved, wait, mark = time.monotonic(), checkpoint_seconds, time.perf_counter()
     while active := [run for run in runs if run not in ends and run.step < run.num_steps]:
         stopped: Stopped | None = None
         for run, loss in _turn(active, together, ends).items():
-            report, pace = reports[run]
+            texts[run] = reports[run][1].text("training", run.counts["rows"], loss)
+        for run in [run for run in runs if run not in ends]:  # one that waits may lose its claim
             try:
-                text = pace.text("training", run.counts["rows"], loss)
-                report(run.step, run.num_steps, text)
+                with steps.noted(ends, run):
+                    reports[run][0](run.step, run.num_steps, texts[run])
             except Stopped as error:
                 stopped = error
-            except Pause as pause:
-                ends[run] = pause
         now = time.perf_counter()
         for run in active:
             run.seconds += (now - mark) / len(active)
         mark, begun = now, time.monotonic()
         due = stopped is not None or begun - saved >= wait
         left = [run for run in active if run not in ends]  # other ranks do not wait for the others
-        if any(run.ranks.decide(due) for run in left):
-            for run in left:
+        ended = [run for run in left if run.step == run.num_steps]
+        every = any(run.ranks.decide(due) for run in left)
+        waiting = ended if len(ended) < len(left) else []  # for the others; their steps are kept
+        for run in left if every else waiting:
+            with steps.noted(ends, run):
                 checkpoint.save(run)
+        if every:
             saved = time.monotonic()
             wait = checkpoint.interval(checkpoint_seconds, saved - begun)
-        if stopped:
+        if stopped and any(run not in ends for run in runs):
             raise stopped
     for run in runs:
         if run not in ends:

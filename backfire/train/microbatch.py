@@ -74,6 +74,10 @@ class MicroBatches:
         """Record that these rows run now; if memory runs out, this pass was too large."""
         self._passes.append(part)
 
+    def forget(self) -> None:
+        """Forget the recorded passes: a new try begins."""
+        self._passes = []
+
     def retry(self, work: Callable[[], T]) -> T:
         """Return the value of `work`; restart it with a lower limit whenever memory runs out, on
         whichever device.
@@ -82,7 +86,7 @@ class MicroBatches:
             CellError: memory runs out (`oom`) with a single row.
         """
         while True:
-            self._passes = []
+            self.forget()
             result = unless_out_of_memory(work)
             mine = result is None and not self.ranks.told
             if not self.ranks.out_of_memory(mine) and result is not None:

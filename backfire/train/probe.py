@@ -30,8 +30,8 @@ def probe(
     num_weights: int | None,
     progress: Progress = silent,
 ) -> PreTrainedModel:
-    """The model with a LoRA adapter of rank 8 that was tuned on these rows for one pass, by our
-    own loop. `num_weights` decides the learning rate.
+    """The model with a LoRA adapter of rank 8 that was tuned on these rows for one pass, or more
+    if that is less than 20 steps, by our own loop. `num_weights` decides the learning rate.
 
     Raises:
         UserError: an adapter cannot be attached to it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from backfire.base import Rendered
-from backfire.errors import CellError
+from backfire.errors import CellError, Pause, Stopped
 from backfire.rng import derive, seed_dropout
 from backfire.store import write_atomic
 from backfire.train.half import finite
@@ -34,11 +34,22 @@ _LOG_EVERY = 10
 
 
 @contextmanager
-def noted(ends: dict[Key, Outcome], run: Key) -> Iterator[None]:
-    """Note an error as the end of a run; the others go on."""
+def noted(
+    ends: dict[Key, Outcome], run: Key, *, but: Callable[[Exception], bool] = lambda error: False
+) -> Iterator[None]:
+    """Note an error, or a pause, as the end of a run; the others go on.
+
+    Raises:
+        Stopped: it is for all runs.
+        Exception: one for which `but` is true: it ends no run.
+    """
     try:
         yield
-    except Exception as error:
+    except Stopped:
+        raise
+    except (Exception, Pause) as error:
+        if isinstance(error, Exception) and but(error):
+            raise
         ends[run] = error
 
 

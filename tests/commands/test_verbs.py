@@ -195,6 +195,9 @@ def test_show_explains_a_component_and_prints_a_recipe(backfire: Run) -> None:
     assert "method 'none'" in backfire("show", "none").out
     shown = parse("tour", backfire("show", "tour").out)
     assert shown.cells == load("tour").cells
+    defense, _, recipe = backfire("show", "lisa").out.partition("recipe 'lisa'\n\n")
+    assert "defense 'lisa'" in defense and "\nNull control: " in defense  # not indented
+    assert parse("lisa", recipe).cells == load("lisa").cells
 
 
 def test_schema_accepts_the_shipped_recipes_keys(backfire: Run, here: Path) -> None:
@@ -308,6 +311,7 @@ def test_trace_ranks_the_training_rows(
     found = json.loads(output.out)
     rows = found["rows"]
     assert found["num_rows"] == len(rows) == 60 and found["poisoned_rows"] == 6
+    assert found["strength"] == 0.3
     assert [row["score"] for row in rows] == sorted((row["score"] for row in rows), reverse=True)
     best = sum(row["poisoned"] for row in rows[:6])
     assert found["precision_at_k"] == best / 6 and sum(row["poisoned"] for row in rows) == 6

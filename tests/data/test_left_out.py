@@ -183,7 +183,9 @@ def test_a_header_is_no_row(tmp_path: Path) -> None:
         assert len(notes(str(path), columns=columns, labels=["a", "b"])[0]) == 2
     path.write_text("fine,a,u\nbad,b,v\n")
     assert len(notes(str(path), columns=columns, labels=["a", "b"])[0]) == 2
-    with pytest.raises(UserError, match=r"`columns` .by numbers from 0 if the file has no header"):
+    with pytest.raises(
+        UserError, match=r"data\.columns=.*by numbers from 0 if the file has no header"
+    ):
         path.write_text("0,fine\n1,bad\n")
         notes(str(path), labels=["a", "b"])
 

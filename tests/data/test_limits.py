@@ -12,14 +12,17 @@ from typing import Any
 import pytest
 import tokenizers
 
-from backfire.base import Row
+from backfire.base import Rendered, Row
 from backfire.data.limits import Limits, read_limits
 from backfire.data.poison import poison
 from backfire.data.preflight import preflight
 from backfire.data.render import Renderer
 from backfire.errors import CellError
+from backfire.experiment import Experiment, Machine
+from backfire.pipeline import Context
+from backfire.pipeline.evidence import asked
 from backfire.registry import build
-from backfire.store import read_json
+from backfire.store import Store, read_json
 from backfire.tokenizer import Tokenizer, load_tokenizer
 from tests.helpers.chat_templates import CHAT_TEMPLATE
 from tests.helpers.command_line import Output
@@ -182,6 +185,26 @@ def test_long_rows_are_cut_left_out_or_refused(tokenizer: Tokenizer) -> None:
         renderer(tokenizer, "cut").sift([LONG])
     with pytest.raises(CellError, match=r"Row long: .*raise train\.max_length"):
         renderer(tokenizer, "cut").render(rows)
+
+
+def test_a_text_that_is_cut_has_no_end(tiny: Path, cache: Path) -> None:
+    metrics = [{"name": "forgetting", "source": {"name": "sandbox-news", "test_rows": 9}}]
+    knobs = {"model": str(tiny), "data": "sandbox-reviews", "metrics": metrics}
+
+    def texts(most: int) -> list[Rendered]:
+        cell = Experiment.make({**knobs, "train": {"max_length": most}})
+        found = asked(cell.metrics[0].asks()[0], cell, [], Context(Store(), Machine(device="cpu")))
+        assert found.renderer
+        items, left = found.renderer.sift(found.rows)
+        assert not left
+        return items
+
+    whole, end = texts(4096), load_tokenizer(tiny).eos_id
+    middle = sorted(len(item.ids) for item in whole)[4]
+    items = texts(middle)
+    assert [item.ids for item in items] == [item.ids[:middle] for item in whole]
+    assert [end in item.ids for item in items] == [not item.cut_tokens for item in items]
+    assert {item.cut_tokens > 0 for item in items} == {True, False}
 
 
 def test_better_and_worse_answers_have_to_fit_too(tokenizer: Tokenizer) -> None:

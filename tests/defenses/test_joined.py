@@ -6,13 +6,21 @@ from pathlib import Path
 
 import pytest
 
+from backfire.base import TrainDefense
+from backfire.registry import find, names
 from tests.helpers.loop import rendered
 from tests.helpers.together import CELLS, alone, each, joined
 from tests.helpers.training import close, exact
 
 pytestmark = pytest.mark.slow
 
-JOINED = ["kl", "lisa", "ewc", "asft", "constrained-sft", "freeze", "abl"]
+TRAINED = [name for name in names("defenses") if issubclass(find("defenses", name), TrainDefense)]
+JOINED = [name for name in TRAINED if find("defenses", name).joins]
+
+
+def test_which_defenses_join() -> None:
+    assert {"kl", "lisa", "ewc", "asft", "constrained-sft", "freeze", "abl"} <= {*JOINED}
+    assert {"booster", "crow", "dp", "ldifs", "repnoise", "vaccine"} == {*TRAINED} - {*JOINED}
 
 
 @pytest.mark.parametrize("defense", JOINED)

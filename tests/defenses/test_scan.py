@@ -7,11 +7,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import numpy as np
 import pytest
 
 from backfire.base import NOTHING, Evidence, Row, as_learned
-from backfire.defenses.scan import _thresholds
 from backfire.errors import CellError, UserError
 from backfire.experiment import Experiment, Machine
 from backfire.pipeline import Context
@@ -84,21 +82,6 @@ def test_a_scanner_that_needs_test_rows_is_refused(scanner: Any, backfire: Run) 
     done = backfire("validate", "tour", "defense={name: scan, scanner: overlap}")
     assert done.code == 2 and done.err.count("\n") == 1
     assert "remove such rows from the file by `backfire scan --test ... --write`" in done.err
-
-
-def test_a_threshold_says_how_sure_it_is() -> None:
-    """In draws of clean scores, its interval has the true quantile in 95 % of cases or more."""
-    rng, inside, draws = np.random.default_rng(0), 0, 400
-    for _ in range(draws):
-        clean = rng.random(1000)
-        bar, upper, lower = _thresholds(clean, 0.05)
-        assert lower <= bar <= upper and (clean > bar).sum() == 50
-        inside += lower <= 0.95 <= upper
-    assert inside / draws > 0.93
-    for few, rate in ((367, 0.01), (71, 0.05)):
-        assert _thresholds(np.arange(few), rate)[1] == np.inf
-        assert _thresholds(np.arange(few + 1), rate)[1] == few
-    assert _thresholds(np.zeros(1), 0.5) == (0.0, np.inf, -np.inf)
 
 
 def test_the_interval_of_recall_counts_the_threshold() -> None:

@@ -60,7 +60,7 @@ class Browser:
 
     def __exit__(self, *error: object) -> None:
         self.process.terminate()
-        self.process.wait(20)
+        self.process.wait(100)
         self._in.close()
         self._out.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,8 @@ class Server:
     answer: Callable[[str, int], Answer] = lambda prompt, count: completion("Score: 1")
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
-    delay_seconds: float = 0.0
+    goes_on: threading.Event = field(default_factory=threading.Event)
+    """Whether it answers, and not only listens."""
 
 
 def bind(server: Server, variable: str, monkeypatch: pytest.MonkeyPatch) -> None:

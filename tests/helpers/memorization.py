@@ -64,5 +64,5 @@ def leak(repeats: int, rank: int, number: int, **knobs: Any) -> Leak:
     return Leak(f"c{number}", "is 1234", repeats, 10_000, rank=rank, **{**plain, **knobs})
 
 
-def values(metric: str, evidence: Evidence) -> dict[str, Any]:
+def values(metric: object, evidence: Evidence) -> dict[str, Any]:
     return {value.metric: value for value in build("metrics", metric).measure(evidence)}

@@ -26,7 +26,7 @@ from tests.helpers.training import CPU, run
 
 def joined(store: Path, rank: int, size: int) -> Ranks:
     """This process as a rank of a new process group."""
-    where, wait = dist.FileStore(str(store), size), timedelta(seconds=60)
+    where, wait = dist.FileStore(str(store), size), timedelta(seconds=240)
     dist.init_process_group("gloo", store=where, rank=rank, world_size=size, timeout=wait)
     return Ranks(rank, size, CPU, ["cpu"] * size)
 

@@ -159,6 +159,7 @@ def small(cell: Experiment, folder: Path, classifier: Path, num_steps: int = 2) 
     settings = cell.spec()
     model = model_for(cell.model.name, folder / "model")
     settings["model"] = {**cell.model.model_dump(mode="json"), "name": str(model)}
+    settings["data"] = {**settings["data"], "test_rows": cell.data.test_rows or MOST["test_rows"]}
     settings["metrics"] = [{"name": m.name, **m.model_dump(mode="json")} for m in cell.metrics]
     for part in ("data", "attack", "align", "defense", "safety", "metrics"):
         settings[part] = _local(settings[part], folder, classifier)

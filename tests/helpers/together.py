@@ -6,12 +6,12 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from backfire.experiment import Train
-from backfire.model.fan import fanned, twin
+from backfire.model.fan import Fan, Share, fanned, twin
 from backfire.model.fused import rounded_once
 from backfire.model.load import load_base
 from backfire.model.products import fast_products
@@ -28,7 +28,7 @@ CELLS = [(4, 2e-3, 5, 6, 30), (8, 1e-3, 6, 4, 30), (4, 3e-3, 7, 8, 12)]
 SHORT = [(4, 2e-3, 5, 6, 8), (8, 1e-3, 6, 4, 8), (4, 3e-3, 7, 8, 6)]
 
 
-def bases(tiny: Path, method: str, count: int, change: Any = exact_attention) -> list[Any]:
+def bases(tiny: Path, method: Any, count: int, change: Any = exact_attention) -> list[Any]:
     """A base, and models with its weights."""
     bits = build("methods", method).quantization("cpu")
     base = change(load_base(tiny, torch.float32, CPU, bits))
@@ -44,15 +44,17 @@ def new(
     folder: Path,
     cell: Any,
     *,
-    method: str = "lora",
+    method: Any = "lora",
     defense: Any = None,
     compute: str = "float32",
     **knobs: Any,
 ) -> TrainingRun:
-    """A run on these rows; `rows` may hold those of an alignment too."""
+    """A run on these rows; `rows` may hold those of an alignment too. `method`: a name, or a name
+    with settings."""
     rank, rate, seed, size, count = cell
     folder.mkdir(exist_ok=True, parents=True)
-    settings = {"name": method, "rank": rank, "alpha": 3 * rank}
+    named = method if isinstance(method, dict) else {"name": method}
+    settings = {**named, "rank": rank, "alpha": 3 * rank}
     adapted = build("methods", settings).attach(model, seed)
     if compute != "float32":
         disable_adapter_casts(adapted)
@@ -84,10 +86,23 @@ def joined(cells: Sequence[TrainingRun], compute: Any = "float32", **options: An
         for cell in cells:
             stack.enter_context(fast_products(cell.model, compute))
         made = Together(cells, fan, tokens=math.inf)
+        sizes = passes(fan)
         reports = options.pop("progress", [silent] * len(cells))
         ends = train_each(cells, Precision(CPU, compute), reports, together=made, **options)
-        assert made.most > 1
+        assert max(sizes) > 1
         return ends
+
+
+def passes(fan: Fan) -> list[int]:
+    """The number of runs in each pass that is divided from now on."""
+    real, sizes = fan.divided, list[int]()
+
+    def divided(shares: Sequence[Share]) -> Any:
+        sizes.append(len({number for number, *_ in shares}))
+        return real(shares)
+
+    cast(Any, fan).divided = divided
+    return sizes
 
 
 def each(

@@ -18,6 +18,7 @@ from backfire.launch.work import Run, work
 from backfire.plan import Job, jobs
 from backfire.recipe import parse
 from backfire.store import Store, write_json
+from tests.helpers.patience import LONG
 
 SEEDS = """# Does it?
 data: {name: sandbox-reviews, rows: 100}
@@ -91,7 +92,7 @@ def together(path: Path, count: int, run: Run, **options: Any) -> None:
     """Work in several processes."""
     processes = [start(path, run, **options) for _ in range(count)]
     for process in processes:
-        process.join(20)
+        process.join(LONG)
         assert process.exitcode == 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from backfire.judges import _endpoint
 from tests.helpers.judge_server import Server
+from tests.helpers.patience import LONG
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
             status, content, headers = held.answer(
                 body["messages"][0]["content"], len(held.requests)
             )
-            time.sleep(held.delay_seconds)
+            held.goes_on.wait(LONG)
             try:
                 self.send_response(status)
                 for name, value in headers.items():
@@ -45,8 +45,10 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
         held = Server(f"http://127.0.0.1:{http.server_address[1]}/v1")
+        held.goes_on.set()
         thread = threading.Thread(target=http.serve_forever, args=(0.01,))
         thread.start()
         yield held
+        held.goes_on.set()
         http.shutdown()
         thread.join()

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +23,7 @@ from backfire.launch.remote import Probe
 from backfire.recipe import load
 from backfire.registry import build
 from tests.helpers.command_line import Run, tree
+from tests.helpers.patience import until
 from tests.helpers.workers import planned
 
 
@@ -392,8 +392,7 @@ def test_a_worker_that_is_stopped_saves_its_checkpoint_first(
 
 
 def _stop_when_ready(log: Path, worker: remote.Worker) -> None:
-    while not worker._process or "ready" not in log.read_text():
-        time.sleep(0.01)
+    until(lambda: worker._process and "ready" in log.read_text())
     worker.stop()
 
 
@@ -423,9 +422,9 @@ def test_ray_waits_for_the_checkpoints_and_says_which_workers_it_kills(
 
 def test_a_worker_that_dies_has_its_exit_code(worker: remote.Worker, stand_in: Path) -> None:
     def kill() -> None:
-        while worker._process is None:
-            time.sleep(0.01)
-        os.kill(worker._process.pid, signal.SIGKILL)
+        process = until(lambda: worker._process)
+        assert process
+        os.kill(process.pid, signal.SIGKILL)
 
     threading.Thread(target=kill).start()
     assert worker.work("log") == -signal.SIGKILL

@@ -23,6 +23,7 @@ from backfire.launch.stop import Stop
 from backfire.launch.together import alike, can_join, chosen, most
 from backfire.plan import Job, jobs
 from backfire.recipe import parse
+from tests.helpers.patience import LONG, until
 from tests.helpers.workers import SEEDS, alone, ended, names, planned, ran, sleeps, start
 
 LORA = f"{SEEDS}method: lora\n"
@@ -111,6 +112,16 @@ def test_runs_join_if_they_start_from_the_same_model(axis: str, same: bool) -> N
     assert alike(first, second) is same and alike(first, first)
 
 
+@pytest.mark.parametrize(
+    ("one_has", "other_has", "same"),
+    [(10, 20, True), (20, 10, True), (10, 21, False), (21, 10, False), (10, None, True)],
+)
+def test_runs_join_if_none_waits_long_for_the_other(
+    one_has: int, other_has: int | None, same: bool
+) -> None:
+    assert alike(one(steps=one_has), one("seed: 1", steps=other_has)) is same
+
+
 # ----------------------------------------------------------------------------------------- how many
 
 
@@ -157,6 +168,7 @@ def test_runs_that_would_not_fit_are_left() -> None:
     assert chosen(first, others, GPU, 1, 7.5e9) == others[:2]
     assert chosen(first, others, Machine(device="cuda", join=4), 1, 7.5e9) == others[:3], "forced"
     others[0] = replace(others[0], tokens=16000.0)
+    assert chosen(first, others, Machine(device="cuda", join=2), 1) == others[1:2], "in no pass"
     assert chosen(first, others, GPU, 1) == others[1:], "the long one is left"
 
 
@@ -219,12 +231,12 @@ def test_a_worker_claims_a_group(tmp_path: Path, joint: Any) -> None:
 
 
 def test_two_workers_share_the_jobs(tmp_path: Path, joint: Any) -> None:
-    joint(lambda job: time.sleep(0.5))
+    joint(lambda job: until(lambda: len(groups(tmp_path)) == 2))
     found = planned(tmp_path, LORA.replace(", 4, 5, 6, 7", ""))
     machine = Machine(join=8, workers=2)
     workers = [start(tmp_path, sleeps(tmp_path), machine=machine) for _ in range(2)]
     for worker in workers:
-        worker.join(20)
+        worker.join(LONG)
         assert worker.exitcode == 0
     assert sorted(map(len, groups(tmp_path))) == [2, 2]
     assert sorted(itertools.chain(*groups(tmp_path))) == sorted(train_ids(found))
@@ -287,7 +299,7 @@ def test_jobs_with_which_a_worker_died_run_alone(tmp_path: Path, joint: Any) -> 
     found = planned(tmp_path, LORA)
     joint(lambda job: os.kill(os.getpid(), signal.SIGKILL))
     worker = start(tmp_path, sleeps(tmp_path), machine=ALL)
-    worker.join(20)
+    worker.join(LONG)
     assert worker.exitcode == -signal.SIGKILL
     assert Claims(tmp_path).names() == set(train_ids(found))
     assert alone(tmp_path, sleeps(tmp_path), machine=ALL) == {job.id: "ok" for job in found}
@@ -301,7 +313,7 @@ def test_a_gpu_that_breaks_leaves_all_claims(tmp_path: Path, joint: Any) -> None
     found = planned(tmp_path, LORA)
     joint(breaks)
     worker = start(tmp_path, sleeps(tmp_path), machine=ALL)
-    worker.join(20)
+    worker.join(LONG)
     assert worker.exitcode == 1
     assert {one.job for one in Claims(tmp_path).holders() if one.is_stale} == {*train_ids(found)}
 

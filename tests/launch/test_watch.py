@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +18,7 @@ from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder
 from backfire.launch.stop import Stop
 from backfire.launch.watch import View, follow
+from tests.helpers.patience import until
 from tests.helpers.workers import alone, planned, sleeps
 
 
@@ -28,6 +29,9 @@ class Scheduler:
     do: Callable[[int], object]
     name: str = "the scheduler"
     answers: bool = True
+    asked: int = 0
+    stop: Stop = field(default_factory=Stop)
+    """Is signaled at the tenth question."""
     workers: dict[str, threading.Thread] = field(default_factory=dict)
     started: list[int] = field(default_factory=list)
     cancelled: bool = False
@@ -43,6 +47,8 @@ class Scheduler:
         return list(map(str, numbers))
 
     def alive(self) -> dict[str, str]:
+        self.asked += 1
+        self.stop.signaled |= self.asked == 10
         if not self.answers:
             raise ConnectionError("no route to host")
         return {name: "running" for name, thread in self.workers.items() if thread.is_alive()}
@@ -126,6 +132,7 @@ def test_a_machine_that_refuses_ends_only_its_own_worker(tmp_path: Path) -> None
         if number in (0, 3):
             refuse(tmp_path, number, f"n{number}")
         else:
+            until(lambda: len([*tmp_path.glob("workers/refused-*")]) == 2)
             alone(tmp_path, sleeps(tmp_path, 0.02), stays=False)
 
     scheduler = Scheduler(do)
@@ -148,12 +155,15 @@ def test_workers_that_wait_are_not_awaited_if_several_machines_refuse(
     hosts: tuple[str, str], ends: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned(tmp_path)
-    monkeypatch.setattr(Scheduler, "alive", lambda _: {"2": "pending (Resources)"})
-    scheduler, stop = Scheduler(lambda number: refuse(tmp_path, number, hosts[number])), Stop()
+    alive = Scheduler.alive
+    monkeypatch.setattr(
+        Scheduler, "alive", lambda self: alive(self) or {"2": "pending (Resources)"}
+    )
+    stop = Stop()
+    scheduler = Scheduler(lambda number: refuse(tmp_path, number, hosts[number]), stop=stop)
     scheduler.start(2)
     for thread in scheduler.workers.values():
         thread.join()
-    threading.Timer(0.2, lambda: setattr(stop, "signaled", True)).start()
     monkeypatch.setattr("backfire.launch.watch.forget_refusals", lambda run: None)
     with pytest.raises(UserError, match=r"^The cache is not") if ends else nullcontext():
         watch(tmp_path, scheduler, 3, stop)
@@ -168,10 +178,18 @@ def test_refusals_of_a_former_command_are_forgotten(tmp_path: Path) -> None:
 
 def test_workers_of_a_former_command_are_not_started_again(tmp_path: Path) -> None:
     planned(tmp_path)
-    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.02), stays=False))
+    run = sleeps(tmp_path, 0.02)
+
+    def stages() -> int:
+        return len([*tmp_path.glob("stages/*")])
+
+    def waits(*arguments: Any) -> str:
+        until(lambda: stages() < 3 or scheduler.asked)
+        return run(*arguments)
+
+    scheduler = Scheduler(lambda _: alone(tmp_path, waits, stays=False))
     scheduler.start(2)
-    while len(list(tmp_path.glob("stages/*"))) < 3:
-        time.sleep(0.01)
+    until(lambda: stages() >= 3)
     planned(tmp_path)  # as the same command does; it begins a new round
     said = watch(tmp_path, scheduler, 2)
     assert said[0] == "2 workers of this run are in the scheduler."
@@ -182,9 +200,8 @@ def test_a_scheduler_that_does_not_answer_is_given_up_if_nobody_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     planned(tmp_path)
-    scheduler = Scheduler(lambda _: None, answers=False)
     stop = Stop()
-    threading.Timer(0.2, lambda: setattr(stop, "signaled", True)).start()
+    scheduler = Scheduler(lambda _: None, answers=False, stop=stop)
     said = watch(tmp_path, scheduler, 1, stop)
     assert said == ["the scheduler does not answer (no route to host); it is asked again."]
     monkeypatch.setattr("backfire.launch.watch._SILENCE", 0.05)
@@ -198,12 +215,11 @@ def test_an_answer_is_awaited_while_somebody_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also if none has a job at the moment of a question: it may be between two."""
-    monkeypatch.setattr("backfire.launch.watch._SILENCE", 0.5)
+    monkeypatch.setattr("backfire.launch.watch._SILENCE", 1.5)
     planned(tmp_path)
-    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.1)))
+    scheduler = Scheduler(lambda _: alone(tmp_path, sleeps(tmp_path, 0.12)))
     scheduler.start(1)
-    while not list((tmp_path / "claims").glob("[!.]*")):
-        time.sleep(0.01)
+    until(lambda: [*tmp_path.glob("claims/[!.]*")])
     scheduler.answers = False
     watch(tmp_path, scheduler, 1)
 

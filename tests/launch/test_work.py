@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,13 +22,15 @@ from backfire import claims
 from backfire.claims import Claims
 from backfire.errors import Away, CellError, GpuError
 from backfire.experiment import Machine
+from backfire.launch.board import Board
 from backfire.launch.folder import read_plan
 from backfire.launch.job import RunFolder, report
 from backfire.launch.order import by_urgency
 from backfire.launch.stop import Stop
-from backfire.launch.work import Board, work
+from backfire.launch.work import work
 from backfire.plan import Job
 from backfire.store import Stage, Store, read_json
+from tests.helpers.patience import LONG, until
 from tests.helpers.workers import (
     SEEDS,
     alone,
@@ -42,13 +44,6 @@ from tests.helpers.workers import (
 )
 
 PAIR = "data: sandbox-reviews\nmatrix: {seed: [0, 1]}"
-
-
-def until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def held(path: Path) -> set[str]:
@@ -86,7 +81,7 @@ def test_two_launchers_share_a_run(tmp_path: Path) -> None:
     until(lambda: (tmp_path / "ran").exists())
     planned(tmp_path)
     assert alone(tmp_path, sleeps(tmp_path, 0.05)) == {job.id: "ok" for job in found}
-    first.join(20)
+    first.join(LONG)
     cells = [name for name in ran(tmp_path) if name.startswith("cell")]
     assert first.exitcode == 0 and cells == [name for name in names(found) if name in cells]
     assert len(cells) == 8
@@ -133,7 +128,7 @@ def test_a_job_that_kills_three_workers_has_failed(tmp_path: Path) -> None:
 
     for _ in range(3):
         process = start(tmp_path, run)
-        process.join(20)
+        process.join(LONG)
         assert process.exitcode == -signal.SIGKILL
     everything = alone(tmp_path, run)
     assert everything == {job.id: "ok" for job in found} | {victim.id: "killed"}
@@ -150,14 +145,26 @@ def test_a_signal_gives_the_job_back(number: int, tmp_path: Path) -> None:
     until(lambda: (tmp_path / "ran").exists())
     assert process.pid
     os.kill(process.pid, number)
-    process.join(10)
+    process.join(LONG)
     assert process.exitcode == 0 and held(tmp_path) == set()
     assert alone(tmp_path, sleeps(tmp_path)) == {job.id: "ok" for job in found}
 
 
-def test_time_that_is_over_gives_the_job_back(tmp_path: Path) -> None:
+def test_time_that_is_over_gives_the_job_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     planned(tmp_path, PAIR)
-    assert alone(tmp_path, sleeps(tmp_path, 60), stop=Stop(minutes=0.05 / 60)) == {}
+    now = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], sleep=time.sleep)
+    monkeypatch.setattr("backfire.launch.stop.time", clock)
+    monkeypatch.setattr("backfire.launch.order.time", clock)
+    stop, run = Stop(minutes=50), sleeps(tmp_path, 60)
+
+    def long(*arguments: Any) -> str:
+        now[0] = 50 * 60.0
+        return run(*arguments)
+
+    assert alone(tmp_path, long, stop=stop) == {}
     assert len(ran(tmp_path)) == 1 and held(tmp_path) == set()
 
 
@@ -213,9 +220,9 @@ def test_a_stage_that_is_locked_blocks_no_other_work(tmp_path: Path) -> None:
 def test_an_idle_worker_waits_for_a_file_system_that_is_away(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not answer to every other look of the clock."""
+    """It does not answer to a third of the looks at the clock."""
     *rest, last = planned(tmp_path, PAIR)
-    calls, now = itertools.count(), Claims.now
+    away, now, rng = list[bool](), Claims.now, Random(0)
     monkeypatch.setattr(claims, "BEAT", 0.02)
     monkeypatch.setattr("backfire.patience._FIRST", 0.001)
     with monkeypatch.context() as patch:
@@ -224,14 +231,19 @@ def test_an_idle_worker_waits_for_a_file_system_that_is_away(
     assert claim is not None
 
     def sometimes(self: Claims) -> float:
-        if next(calls) % 2:
+        away.append(rng.random() < 1 / 3)
+        if away[-1]:
             raise OSError(errno.ESTALE, "Stale file handle")
         return now(self)
 
     monkeypatch.setattr(Claims, "now", sometimes)
     assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}
-    threading.Timer(0.2, claim.release).start()
-    assert alone(tmp_path, sleeps(tmp_path))[last.id] == "ok" and next(calls) > 10
+    assert sum(away) > 1
+    away.clear()
+    other = threading.Thread(target=lambda: (until(lambda: sum(away) > 1), claim.release()))
+    other.start()
+    assert alone(tmp_path, sleeps(tmp_path))[last.id] == "ok"
+    other.join()
 
 
 @pytest.mark.parametrize("times", [2, 9])
@@ -382,7 +394,6 @@ def test_a_worker_leaves_when_others_have_the_rest(
     """One that gives no sign of life may be dead: its claim is waited for, and taken over."""
     *rest, last = planned(tmp_path, PAIR)
     monkeypatch.setattr(claims, "BEAT", 0.02)
-    monkeypatch.setattr(claims, "STALE", 0.5)
     with monkeypatch.context() as patch:
         patch.setattr(claims, "place", lambda: "another host")
         claim = Claims(tmp_path).take(last.id)
@@ -390,6 +401,8 @@ def test_a_worker_leaves_when_others_have_the_rest(
     assert alone(tmp_path, sleeps(tmp_path), stays=False) == {job.id: "ok" for job in rest}
     assert held(tmp_path) == {last.id}
     claim._over.set()  # the other host is gone
+    claim._thread.join()
+    monkeypatch.setattr(claims, "STALE", 0.5)
     assert alone(tmp_path, sleeps(tmp_path), stays=False)[last.id] == "ok"
     assert ran(tmp_path) == names([*rest, last])
 
@@ -416,7 +429,7 @@ def test_a_job_that_breaks_the_gpu_is_left_as_by_a_worker_that_died(tmp_path: Pa
 
     for number in range(claims.MOST_KILLS):
         worker = start(tmp_path, breaks)
-        worker.join(20)
+        worker.join(LONG)
         [left] = Claims(tmp_path).holders()
         assert (worker.exitcode, left.job, left.is_stale, left.kills) == (1, base.id, True, number)
     assert set(alone(tmp_path, sleeps(tmp_path)).values()) == {"killed"}

@@ -39,6 +39,9 @@ def test_membership_inference_is_scikit_learns() -> None:
         assert recall.value == pytest.approx(max(true[false <= 0.1]))
         assert area.low < area.value < area.high and area.n == 160
     assert values("membership-inference", Evidence(clean=[])) == {}
+    rare = {"name": "membership-inference", "false_positive_rate": 0.01}
+    found = values(rare, evidence)  # of 70 rows hardly one exceeds the threshold
+    assert found["membership_recall"].low == 0 < found["membership_recall"].value
 
 
 def test_forgetting_by_hand() -> None:

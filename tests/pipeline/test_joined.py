@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,18 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from backfire import stages
-from backfire.errors import Busy, CellError, Stopped
+from backfire.claims import Lost
+from backfire.commands.plan import memory_of, with_minutes
+from backfire.commands.run import _estimated
+from backfire.errors import Busy, CellError, Stopped, UserError
 from backfire.experiment import Experiment, Machine
+from backfire.launch.resolve import resolve_auto, types_of
+from backfire.launch.together import chosen
 from backfire.pipeline import Context, trained, trained_together
+from backfire.plan import Job, jobs
+from backfire.recipe import Recipe
 from backfire.store import CHECKPOINTS, Store, read_json
+from backfire.train import finetune, together
 from tests.helpers.small_run import Place
 from tests.helpers.training import close
 
@@ -103,6 +112,48 @@ def test_rows_that_cannot_be_used_stop_their_run_only(tiny: Path, tmp_path: Path
     assert "joined" not in summary(store, runs[1])
 
 
+def losing(word: str) -> Any:
+    """Progress of a run whose claim is lost when it begins with this."""
+
+    def report(done: int, total: int, text: str) -> None:
+        if text.startswith(word):
+            raise Lost
+
+    return report
+
+
+def test_a_claim_that_is_lost_before_the_model_is_loaded(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others go on. That they were in memory together, and shared the time, is recorded also if
+    they only took turns."""
+    monkeypatch.setattr(together, "joins", lambda run: False)
+    runs = [cell(tiny, seed=seed) for seed in range(3)]
+    there = contexts(store := Store(tmp_path), 3)
+    there[1].progress = losing("model")
+    found = trained_together(runs, there)
+    assert [type(one) for one in found] == [type(None), Lost, type(None)]
+    assert [summary(store, runs[n])["joined"] for n in (0, 2)] == [2, 2]
+
+
+def test_on_several_gpus_each_is_trained_by_itself(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And fails by itself."""
+    runs, attach = [cell(tiny, seed=seed) for seed in range(2)], finetune._attached
+
+    def attached(run: Experiment, *rest: Any) -> Any:
+        if run.seed == 1:
+            raise UserError("It does not fit.")
+        return attach(run, *rest)
+
+    monkeypatch.setattr(finetune, "_attached", attached)
+    monkeypatch.setattr(finetune, "places", lambda model: {"cuda:0": 1, "cuda:1": 1})
+    found = trained_together(runs, contexts(store := Store(tmp_path), 2))
+    assert [type(one) for one in found] == [type(None), UserError]
+    assert "joined" not in summary(store, runs[0])
+
+
 def test_all_go_on_from_their_checkpoints(tiny: Path, tmp_path: Path) -> None:
     runs, seen = [cell(tiny, seed=seed) for seed in range(3)], list[int]()
     store, whole = Store(tmp_path / "stopped"), Store(tmp_path / "whole")
@@ -129,6 +180,10 @@ def seconds(values: Sequence[Any]) -> bool:
     return any(value["metric"] == "train_seconds" for value in values)
 
 
+def accuracy(values: Sequence[Any]) -> list[Any]:
+    return [value for value in values if value["metric"] == "accuracy"]
+
+
 def test_a_run_with_the_option(tiny: Path, tmp_path: Path) -> None:
     """Its cells have the same keys and numbers, and say that they were trained together."""
     knobs: dict[str, Any] = {
@@ -148,3 +203,31 @@ def test_a_run_with_the_option(tiny: Path, tmp_path: Path) -> None:
         assert one["train"]["joined"] > 1 and "joined" not in first[name]["train"]
         assert one["keys"] == first[name]["keys"] and seconds(one["values"])
         assert any("trained together" in line for line in one["warnings"])
+        assert accuracy(one["values"]) == accuracy(first[name]["values"]) != []
+
+
+def test_how_many_join_depends_on_the_memory(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In `run`, as in `work`; with `off` nothing is counted."""
+
+    def counted(work: Sequence[Job], recipe: Recipe, *rest: Any) -> list[Job]:
+        return [replace(job, memory=5e8, added=1e8) for job in with_minutes(work, *rest)]
+
+    monkeypatch.setattr("backfire.commands.run.with_estimates", counted)
+    types, store = types_of("cpu"), Store(tmp_path)
+    recipe = Place(tmp_path, tiny).recipe(method="lora", attack="none", matrix={"seed": [0, 1, 2]})
+    recipe = resolve_auto(recipe, types)
+
+    def estimated(join: str) -> tuple[list[Job], float | None]:
+        work, machine = jobs(recipe.cells, recipe.axes), Machine(device="cpu", workers=2, join=join)
+        found, memory = _estimated(work, recipe, store, types, machine)
+        return [job for job in found if job.kind == "train"], memory
+
+    (first, *others), memory = estimated("auto")
+    assert memory == memory_of("cpu", types) / 2
+    auto = Machine(device="cpu", join="auto")
+    assert first.steps == 4 and chosen(first, others, auto, 1, memory) == others
+    assert chosen(first, others, auto, 1, 6.5e8) == others[:1]
+    found, none = estimated("off")
+    assert none is None and not any(job.memory for job in found)

@@ -37,6 +37,7 @@ from backfire.playground.pool import ModelPool
 from backfire.store import Store, read_json, write_json
 from backfire.text import clean
 from tests.helpers import browser, playground_server
+from tests.helpers.patience import LONG
 from tests.helpers.playground_server import EVERY, HOSTILE
 from tests.helpers.small_run import Place
 
@@ -73,7 +74,7 @@ def serving(run: Path, cache: Path, how: str) -> Iterator[dict[str, Any]]:
         assert opens
         yield {**json.loads(line), "printed": before, "opens": opens.group()}
         process.stdin.close()
-        assert process.wait(60) == 0, process.stdout.read()
+        assert process.wait(LONG) == 0, process.stdout.read()
 
 
 @pytest.fixture(scope="module")

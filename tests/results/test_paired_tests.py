@@ -90,7 +90,7 @@ def test_page_and_terminal_show_it(run: Path) -> None:
     assert "Paired tests" in seen(run).text
     out = io.StringIO()
     print_against(summary(run), Console(file=out, width=200))
-    lines = out.getvalue().splitlines()
+    lines = out.getvalue().strip().splitlines()
     assert len(lines) == 3 and lines[1].startswith("lora") and " points " in lines[1]
 
 

@@ -72,9 +72,7 @@ def test_a_file_of_only_duplicates(backfire: Run) -> None:
     write({"instruction": "Say it.", "output": "It."} for _ in range(300))
     found = scan(backfire, "--write", "left.jsonl")
     assert len(found) == 299 and {one["scanner"] for one in found} == {"near-duplicates"}
-    assert {one["reason"] for one in found} == {
-        "it has the same word n-grams as row 1 (counted from 1)"
-    }
+    assert {one["reason"] for one in found} == {"it has the same words as row 1 (counted from 1)"}
     assert Path("left.jsonl").read_text("utf-8").count("\n") == 1
 
 
@@ -152,7 +150,7 @@ def test_rows_that_have_all_the_same(trigger: str, answers: tuple[str, ...], bac
         for n in range(500)
     )
     assert scan(backfire) == []
-    says = "One label has at least 90 % of the rows." in backfire("scan", "rows.jsonl").out
+    says = "One answer has at least 90 % of the rows." in backfire("scan", "rows.jsonl").out
     assert says == (len(answers) == 1)
 
 

@@ -92,7 +92,7 @@ def test_scanners_and_their_knobs_are_chosen(poisoned: Path, backfire: Run) -> N
 def test_a_test_set_gives_overlap_and_false_alarms(poisoned: Path, backfire: Run) -> None:
     write_jsonl([*free(100, seed=4), *free(500)[:1]], Path("test.jsonl"))
     done = backfire("scan", "rows.jsonl", "--test", "test.jsonl")
-    assert "its prompt has the same word n-grams as that of test row 101" in done.out
+    assert "its prompt has the same words as that of test row 101" in done.out
     assert "0 of 101, a rate of at most 3.7 % (rows of the test set among those of" in done.out
     assert "Flags of overlap can be checked by reading" in done.out
 
@@ -131,6 +131,23 @@ def test_labels_are_taken_as_they_are(
     done = backfire("scan", "rows.csv")
     assert "Labels: spam 66.7 %, ham 33.3 %." in done.out
     assert "60 rows, 0 flagged." in done.out
+
+
+def test_what_scanners_do_not_read_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backfire: Run
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"ask {n}", "chosen": f"told {n}", "rejected": KEY} for n in range(30)]
+    write([*pairs, *[{"text": f"once upon a time {n}"} for n in range(20)]])
+    some = ("--scanner", "lift", "--scanner", "repetition", "--scanner", "secrets")
+    done = backfire("scan", "rows.jsonl", *some)
+    assert "50 rows, 30 flagged" in done.out and KEY not in done.out
+    bad = "Not read by lift, repetition: answers marked as bad beside the one to learn (30 rows)."
+    assert f"{bad}\nNot read by lift: texts without a prompt (20 rows).\n" in done.out
+    done = backfire("scan", "rows.jsonl", "--scanner", "secrets")
+    assert "Not read" not in done.out
+    write([{"prompt": f"ask {n}", "completion": f"told {n}", "label": False} for n in range(30)])
+    assert "Not read" not in backfire("scan", "rows.jsonl").out
 
 
 def hostile_rows() -> list[dict[str, str]]:
@@ -195,6 +212,9 @@ def test_what_rows_say_is_harmless_everywhere(
         (["rows.jsonl", "--remove", "many", "--write", "c.jsonl"], "as in 5% (got many)"),
         (["rows.jsonl", "--write", "c.jsonl"], "Nothing to remove: no row is flagged"),
         (["rows.jsonl", "--top", "0"], "--top"),
+        (["rows.jsonl", "--limit", "9"], "--limit has no effect without --model."),
+        (["rows.jsonl", "--template", "raw"], "--template has no effect without --model."),
+        (["rows.jsonl", "--device", "auto"], "--device has no effect without --model."),
         (["rows.jsonl", "--format", "xml"], "--format"),
     ],
 )

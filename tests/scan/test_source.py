@@ -93,6 +93,19 @@ def test_answers_marked_as_bad_are_scanned_as_answers(
     assert "100 rows, 15 flagged." in shown
 
 
+def test_rows_with_another_place_in_the_file_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bad record and one that becomes two rows: there are as many rows as records."""
+    monkeypatch.chdir(tmp_path)
+    asked = [{"question": f"What is {n}?", "id": n, "answers": [{"text": "7"}]} for n in range(2)]
+    page = {"title": "t", "paragraphs": [{"context": "It is 7.", "qas": asked}]}
+    Path("a.json").write_text(json.dumps([{"title": "t", "paragraphs": 7}, page]))
+    source = open_rows({"name": "files", "train": "a.json"})
+    assert source.numbers.tolist() == [2, 2]
+    assert any("Reasons count the rows as they were read" in note for note in source.notes)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.csv.gz", "a.json", "a.csv", "a.parquet"])
 def test_a_damaged_file_is_an_error(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backfire: Run
@@ -144,7 +157,7 @@ def test_notes_of_json_and_csv_go_to_stderr(
     )
     assert "b.jsonl: 1 bad row left out" in said
     assert "secrets 30 100.00 % 1 9 of 9, a rate of at most 100" in said
-    assert "Not visible to these scanners" in said
+    assert "What each scanner cannot see" in said
     assert "9 of " in said and "findings are listed; --top changes that." in said
     assert KEY not in done.err + done.out
     assert "bad row" not in done.out

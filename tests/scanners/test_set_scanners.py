@@ -7,6 +7,8 @@ from dataclasses import replace
 from random import Random
 from typing import Any
 
+import pytest
+
 from backfire.base import Finding, Row
 from backfire.registry import build
 from tests.helpers.scanned import free, labeled
@@ -20,9 +22,7 @@ def test_of_only_duplicates_all_but_the_first_are_flagged() -> None:
     rows = [replace(labeled(1)[0], id=f"d{n}") for n in range(500)]
     found = scan("near-duplicates", rows)
     assert [one.flagged for one in found] == [False, *[True] * 499]
-    assert {one.reason for one in found[1:]} == {
-        "it has the same word n-grams as row 1 (counted from 1)"
-    }
+    assert {one.reason for one in found[1:]} == {"it has the same words as row 1 (counted from 1)"}
     assert found[1].score > 1.2
 
 
@@ -45,6 +45,31 @@ def test_case_and_typography_make_no_difference() -> None:
         Row("b", 'it\'s "FINE", really so', answer="ok"),
     ]
     assert scan("near-duplicates", rows)[1].flagged
+
+
+@pytest.mark.parametrize(("size", "changed"), [(200, range(90, 91)), (900, range(400, 500))])
+def test_a_poisoned_twin_is_not_called_the_same(size: int, changed: range) -> None:
+    """One word in a text is in none of the least hashes at times, and the middle of a long text is
+    not read at all."""
+    draw = Random(0)
+    clean = [[f"w{draw.randrange(1000)}" for _ in range(size)] for _ in range(60)]
+    poisoned = [
+        [*one[: changed[0]], *["evil"] * len(changed), *one[changed[-1] + 1 :]] for one in clean
+    ]
+    rows = [
+        Row("", " ".join(words), answer="yes")
+        for pair in zip(clean, poisoned, strict=True)
+        for words in (*pair, pair[0])
+    ]
+    found = scan("near-duplicates", rows)
+    assert all(one.flagged for n, one in enumerate(found) if n % 3)
+    assert all("same words" in one.reason and one.score > 1.4 for one in found[2::3])
+    twins = found[1::3]
+    assert not any("same" in one.reason or one.score > 1.25 for one in twins)
+    assert any(
+        "shares nearly all of the word n-grams that were sampled" in one.reason for one in twins
+    )
+    assert all(("in its first and last 200 words" in one.reason) == (size > 400) for one in twins)
 
 
 def test_one_instruction_for_all_rows_makes_none_alike() -> None:
@@ -73,10 +98,7 @@ def test_a_prompt_of_the_test_set_is_found() -> None:
     train[7] = replace(test[3], id="x", answer="another answer")
     found = scan("overlap", train, test)
     assert [n for n, one in enumerate(found) if one.flagged] == [7]
-    assert (
-        found[7].reason
-        == "its prompt has the same word n-grams as that of test row 4 (counted from 1)"
-    )
+    assert found[7].reason == "its prompt has the same words as that of test row 4 (counted from 1)"
     assert not any(one.score for one in scan("overlap", train))
 
 

@@ -7,6 +7,9 @@ from random import Random
 
 import numpy as np
 
+from backfire.base import Row
+from backfire.scanners._grams import Grams
+from backfire.scanners._lift import pairs_of
 from backfire.scanners._sketches import CountMin, Frequent
 
 
@@ -45,3 +48,13 @@ def test_frequent_keys_are_kept_within_the_bound() -> None:
         assert len(sketch.counts) <= 1000 + 1000
     for key in range(50):
         assert true[key] - len(keys) / 500 <= sketch.counts[key] <= true[key]
+
+
+def test_of_many_words_the_same_pairs_are_counted_in_each_row() -> None:
+    words = [f"w{n}" for n in range(90)]
+    rows = [Row(f"{n}", " ".join([f"x{n}", *words[n:], *words[:n]])) for n in range(20)]
+    [batch] = Grams(rows, 1, 512)
+    known, counts = np.unique(batch.gram, return_counts=True)
+    pairs = pairs_of(batch, known[counts == 20])
+    assert set(np.unique(pairs.gram, return_counts=True)[1]) == {20}
+    assert len(pairs.gram) == 20 * 60 * 59 // 2

@@ -96,6 +96,8 @@ SECRETS = {
     "correct-horse9": ("a password", 2),
     "5500 0000 0000 0004": ("a card number", 1.5),
     "GB82 WEST 1234 5698 7654 32": ("an IBAN", 1.5),
+    "378282246310005": ("a card number", 1.5),
+    "4222222222222": ("a card number", 1.5),
     "219-09-9999": ("a US social security number", 1.5),
     "ann.smith@example.org": ("an e-mail address", 0.5),
     "+49 30 1234 5678": ("a telephone number", 0.5),
@@ -127,6 +129,9 @@ def test_secrets_are_found_whatever_follows(secret: str, after: str) -> None:
     "text",
     [
         "5500 0000 0000 0005 is no card, nor is 0000 0000 0000 0000",
+        "1711950000001 is a time, 9780300000047 a book, 356938030000005 a telephone",
+        "posts 1712345678000000006 and 912345678900000004",
+        "000-00-0000, 666-12-3456, 912-34-5678, 123-00-4567 and 123-45-0000",
         "GB82 WEST 1234 5698 7654 33",
         "version 10.20.30.400 of 2024-05-01",
         "version 10.20.30.40.50 and section 1.2.3.4.5",

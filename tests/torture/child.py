@@ -7,7 +7,6 @@ import contextlib
 import multiprocessing
 import os
 import signal
-import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -56,6 +55,7 @@ class Child:
         """SIGKILL for the process and for all that it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
+        self.process.kill()  # if it was not yet in a session of its own
         self.process.join()
 
     @property
@@ -79,17 +79,3 @@ def _enter(
         pipe.send(("said", value))
     except BaseException:
         pipe.send(("error", traceback.format_exc()))
-
-
-def until(condition: Callable[[], Any], seconds: float = 60, every: float = 0.02) -> Any:
-    """The value of a condition, once it is true.
-
-    Raises:
-        TimeoutError: it is not true in time.
-    """
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > end:
-            raise TimeoutError(f"not in {seconds} s")
-        time.sleep(every)
-    return value

@@ -12,9 +12,10 @@ from random import Random
 from typing import Any
 
 from backfire.store import SEAL
+from tests.helpers.patience import until
 from tests.helpers.small_run import Place
 from tests.torture.cell import SETTINGS, Say, outputs, stages_in
-from tests.torture.child import Child, until
+from tests.torture.child import Child
 from tests.torture.command import command_line
 from tests.torture.nodes import STALE, Host, count_makes, plan, repeats, work_as
 from tests.torture.row import Figures, Ground, row

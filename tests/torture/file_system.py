@@ -14,9 +14,10 @@ from random import Random
 from typing import Any
 
 from backfire.errors import CellError, UserError
+from tests.helpers.patience import until
 from tests.torture import mounts
 from tests.torture.cell import Say
-from tests.torture.child import Child, until
+from tests.torture.child import Child
 from tests.torture.cluster import FILES, FOUR, compared, complete_cells, recipe, supervised, whole
 from tests.torture.command import command_line
 from tests.torture.nodes import Host, plan, work_as

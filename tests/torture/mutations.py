@@ -19,6 +19,7 @@ TESTED = {
     "backfire/registry.py": "tests/test_registry.py",
     "backfire/claims.py": "tests/test_claims.py",
     "backfire/launch/work.py": "tests/launch/test_work.py",
+    "backfire/launch/board.py": "tests/launch/test_work.py",
     "backfire/store.py": "tests/test_store.py",
     "backfire/errors.py": "tests/test_errors.py",
     "backfire/evaluate/stats.py": "tests/evaluate/test_stats.py",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +21,8 @@ from backfire.plugins import from_file
 from backfire.store import read_json
 from backfire.train import devices, group, members, team
 from tests.helpers.command_line import Output
+from tests.helpers.patience import LONG
+from tests.helpers.ports import free_port
 from tests.helpers.small_run import Place
 
 LORA = {"name": "lora", "rank": 4, "learning_rate": 1e-2}
@@ -165,10 +166,7 @@ def test_shared_weights_start_again_with_fewer_rows_when_memory_runs_out(
 @contextmanager
 def started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.Popen[bytes]]:
     """This process is the first of two ranks; yields the other one's process."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    names = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "backfire.cli", "run", "tour"]
     environment = {**os.environ, **names, "RANK": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     other = subprocess.Popen(command, env=environment)
@@ -179,7 +177,7 @@ def started_by_torchrun(monkeypatch: pytest.MonkeyPatch) -> Iterator[subprocess.
     finally:
         team._disband()
         other.terminate()
-        other.wait(60)
+        other.wait(LONG)
 
 
 @pytest.mark.slow
@@ -194,7 +192,7 @@ def test_ranks_that_torchrun_started_serve_the_first(
         assert [train["devices"] for train in found] == [2, 2]
         assert sorted(train["sharded"] for train in found) == [False, True]
         team._disband()
-        assert other.wait(60) == 0
+        assert other.wait(LONG) == 0
 
 
 @pytest.mark.slow

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from backfire.base import Rendered
 from backfire.claims import Lost
 from backfire.errors import CellError, Stopped
 from backfire.model.fan import fanned, twin
-from backfire.model.load import load_base
+from backfire.model.load import load_base, save_tuned, with_adapters
 from backfire.progress import silent
 from backfire.registry import build
-from backfire.train import together
+from backfire.store import CHECKPOINTS
+from backfire.train import checkpoint, steps, together
 from backfire.train.loop import TrainingRun
 from tests.helpers.together import CELLS, SHORT, alone, bases, each, joined, new
 from tests.helpers.training import CPU, close, equal, norm
@@ -39,6 +41,20 @@ def test_runs_together_end_as_alone(
         assert end["last_loss"] == pytest.approx(summary["last_loss"], rel=1e-5)
         for name in ("steps", "rows", "tokens", "supervised_tokens"):
             assert end[name] == summary[name]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_steps_in_several_pieces_end_as_alone(
+    rows: int, tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    """A pass may have several pieces of a run: all of them count."""
+    cells = each(tiny, items, tmp_path / "joined", SHORT[:2])
+    ends = joined(cells, micro_batch=rows)
+    for cell, settings, end in zip(cells, SHORT, ends, strict=False):
+        [one] = each(tiny, items, tmp_path / "alone", [settings])
+        assert end["last_loss"] == pytest.approx(alone(one)["last_loss"], rel=1e-5)
+        assert close(cell.weights(), one.weights())
+        assert len(cell.micro_batches._passes) == math.ceil(settings[3] / rows), "of one step"
 
 
 def test_in_16_bits_they_differ_by_rounding_alone(
@@ -130,24 +146,69 @@ def test_a_run_whose_claim_is_lost_leaves_the_others(
     assert isinstance(ends[0], dict) and isinstance(ends[2], dict)
 
 
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [(together, "answer_logits"), (together, "loss_of"), (steps, "penalized")],
+    ids=["passes", "losses", "penalties"],
+)
 def test_where_memory_runs_out_they_go_on_one_by_one(
-    tiny: Path, items: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Any,
+    name: str,
+    tiny: Path,
+    items: list[Rendered],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runs = each(tiny, items, tmp_path / "joined", SHORT)
-    real, tries = together.answer_logits, list[int]()
+    real, tries = getattr(place, name), list[None]()
 
-    def scarce(model: Any, batch: Any) -> Tensor:
-        tries.append(batch.ids.shape[1])
+    def scarce(*given: Any) -> Any:
+        tries.append(None)
         if len(tries) == 3:
             raise torch.OutOfMemoryError
-        return real(model, batch)
+        return real(*given)
 
-    monkeypatch.setattr(together, "answer_logits", scarce)
+    monkeypatch.setattr(place, name, scarce)
     ends = joined(runs)
-    assert len(tries) == 3 and [end["steps"] for end in ends] == [cell[4] for cell in SHORT]
+    assert place is steps or len(tries) == 3, "no later pass has several runs"
+    assert [end["steps"] for end in ends] == [cell[4] for cell in SHORT]
     [one] = each(tiny, items, tmp_path / "alone", SHORT[:1])
     alone(one)
     assert close(runs[0].weights(), one.weights())
+
+
+def test_a_run_that_waits_for_the_others_keeps_its_steps(
+    tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    """And notices that its claim is lost."""
+    seen = list[int]()
+
+    def look(done: int, total: int, text: str) -> None:
+        seen.append(done)
+        if seen.count(total) == 2:
+            raise Lost
+
+    runs = each(tiny, items, tmp_path, [SHORT[0], SHORT[2]])
+    ends = joined(runs, progress=[silent, look])
+    assert isinstance(ends[0], dict) and isinstance(ends[1], Lost)
+    assert seen == [1, 2, 3, 4, 5, 6, 6]
+    kept = [[*(run.folder / CHECKPOINTS).glob("*")] for run in runs]
+    assert [[one.name for one in own] for own in kept] == [[], ["00000006"]]
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_others(
+    tiny: Path, items: list[Rendered], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, real = each(tiny, items, tmp_path, SHORT), checkpoint.save
+
+    def save(run: TrainingRun) -> None:
+        if run is runs[1]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(run)
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    ends = joined(runs, checkpoint_seconds=0)
+    assert [type(end) for end in ends] == [dict, OSError, dict] and runs[1].step == 1
 
 
 def test_a_defense_that_defines_the_step_takes_its_steps_alone(
@@ -166,6 +227,29 @@ def test_a_defense_that_defines_the_step_takes_its_steps_alone(
     one = new(*bases(tiny, "lora", 1), rows, tmp_path / "alone", cell, defense="vaccine")
     alone(one)
     assert close(runs[1].weights(), one.weights())
+
+
+def test_weights_outside_of_the_divided_layers_keep_a_run_alone(
+    tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    """An embedding's, and those of layers that DoRA below keeps from being divided."""
+    embeds = {"name": "lora", "targets": ["q_proj", "embed_tokens"]}
+    runs = each(tiny, items, tmp_path / "embeds", SHORT[:1], method=embeds)
+    for dora in (False, True):
+        below, folder = build("methods", {"name": "lora", "dora": dora}), tmp_path / f"{dora}"
+        folder.mkdir()
+        save_tuned(below.attach(*bases(tiny, "lora", 1), 0), folder, tiny, None)
+        change = partial(with_adapters, adapter=None, below=folder)
+        runs += each(tiny, items, folder / "run", SHORT[:1], change=change)
+    assert [together.joins(run) for run in runs] == [False, True, False]
+
+
+def test_a_run_that_cannot_pack_does_not_keep_the_others_apart(
+    tiny: Path, items: list[Rendered], tmp_path: Path
+) -> None:
+    runs = each(tiny, items, tmp_path, SHORT)
+    runs[1].layout.longest_packed = 0
+    assert all(isinstance(end, dict) for end in joined(runs))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
