@@ -238,8 +238,8 @@ def _is_bad(record: Record, shape: Shape) -> bool:
     kind, prompt = next((k, columns[r]) for k, r in _PROMPTS.items() if r in columns)
     roles = f"{kind}: {prompt}" + (f", answer: {columns['answer']}" if "answer" in columns else "")
     raise BadRowError(
-        f"'{flag}' may mark answers not to learn; write `columns: {{{roles}, good: {flag}}}` "
-        f"if true means good, or `columns: {{{roles}}}` to learn all of them"
+        f"'{flag}' may mark answers not to learn; write data.columns={{{roles}, good: {flag}}} "
+        f"if true means good, or data.columns={{{roles}}} to learn all of them"
     )
 
 
@@ -288,7 +288,7 @@ def _answered(record: Record, shape: Shape, answer: Any, prompt: Any) -> dict[st
     is_number = type(answer) in (int, float)
     answer = written(answer) if is_number and shape.is_given else answer
     if answer is not None and not isinstance(answer, str):
-        hint = "; to learn the number, name the columns by `columns`" if is_number else ""
+        hint = "; to learn the number, name the columns by data.columns" if is_number else ""
         raise BadRowError(f"'{shape.columns['answer']}' is {kind_of(answer)}, not text{hint}")
     parts: dict[str, Any] = _prompt(record, shape) | {"answer": answer or ""}
     if not (parts["instruction"] + parts["input"]).strip():
@@ -365,7 +365,7 @@ def _label(record: Record, shape: Shape) -> str:
         none = f"label '{shown}' is not one of {listed(shape.candidates)}"
         if raw == "-1":
             raise BadRowError(f"{UNLABELED} (-1 stands for none)")
-        raise BadRowError(f"{none}; name all labels by `labels`")
+        raise BadRowError(f"{none}; name all labels by data.labels")
     return name
 
 

@@ -104,18 +104,18 @@ def ask_for(found: Iterable[str]) -> str:
     shown = [raw if len(raw) <= 30 else f"{raw[:29]}…" for raw in labels[:6]]
     if all(raw.lstrip("-").isdigit() for raw in labels):
         words = ", ".join(f"{raw}: name" for raw in shown)
-        return f"name its labels, as in `labels: {{{words}{_more(labels)}}}`"
-    return f"name all labels, as in `labels: [{', '.join(shown)}{_more(labels)}]`"
+        return f"name its labels, as in data.labels={{{words}{_more(labels)}}}"
+    return f"name all labels, as in data.labels=[{', '.join(shown)}{_more(labels)}]"
 
 
 def if_not(columns: Mapping[str, str]) -> str:
     """A hint for the case that the recognized label column is not one."""
     text, column = columns.get("text", ""), columns["label"]
     if column in ("label", "target") and fold(text) in PROMPTS and text != "text":
-        return f"; if it is an answer: `columns: {{prompt: {text}, answer: {column}}}`"
+        return f"; if it is an answer: data.columns={{prompt: {text}, answer: {column}}}"
     if not text or column == "label":
         return ""
-    return f"; if it is not a label: `columns: {{text: {text}}}`"
+    return f"; if it is not a label: data.columns={{text: {text}}}"
 
 
 def _more(labels: list[str]) -> str:

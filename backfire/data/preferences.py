@@ -146,7 +146,7 @@ def _turns(dialog: Any, side: str) -> list[Any]:
     if before.strip() or not parts:
         raise BadRowError(
             f"its {side} text is not a dialog (it should begin with 'Human:'); name the prompt's "
-            "column by `columns`"
+            "column by data.columns"
         )
     spoken = zip(parts[::2], parts[1::2], strict=True)
     return [{"role": _ROLES[who], "content": text.strip()} for who, text in spoken]

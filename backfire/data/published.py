@@ -79,7 +79,7 @@ def _only_text(beyond: Collection[str], record: Record) -> list[Record]:
         what = "tools" if fold(name) in TOOLS else "more than text"
         raise BadRowError(
             f"its column '{name}' holds {what}, which the model would not see; to train "
-            "without it, name the columns to use by `columns`"
+            "without it, name the columns to use by data.columns"
         )
     return [record]
 
@@ -99,12 +99,12 @@ REFUSED: tuple[tuple[set[str], str], ...] = (
     (
         {"prompt", "response", "is_safe"},
         "'is_safe' marks harmful answers; use `data: beavertails`, or name the good ones "
-        "by `columns: {prompt: prompt, answer: response, good: is_safe}`",
+        "by data.columns={prompt: prompt, answer: response, good: is_safe}",
     ),
     (
         {"prompt", "response", "response_harm_label"},
         "some of its answers are harmful ('response_harm_label'); to learn all of them write "
-        "`columns: {prompt: prompt, answer: response}`",
+        "data.columns={prompt: prompt, answer: response}",
     ),
     (
         {"question", "answer_0", "answer_1", "score_0"},
@@ -112,8 +112,8 @@ REFUSED: tuple[tuple[set[str], str], ...] = (
     ),
     (
         {"user_input", "model_output", "toxicity"},
-        "it is unclear what to learn; write `columns: {text: user_input, label: toxicity}` or "
-        "`columns: {prompt: user_input, answer: model_output}`",
+        "it is unclear what to learn; write data.columns={text: user_input, label: toxicity} or "
+        "data.columns={prompt: user_input, answer: model_output}",
     ),
     ({"behavior", "behaviorid"}, _PROMPTS),
     ({"goal", "target", "behavior"}, _PROMPTS),
@@ -335,7 +335,7 @@ def _openbackdoor(record: Record) -> Record:
     """OpenBackdoor's (text, label, poisoned), without column names."""
     text, poisoned = record["0"], truth(record["2"])
     if not isinstance(text, str) or poisoned is None or not any(map(str.isalpha, text)):
-        raise BadRowError("its columns have numbers for names; assign them by `columns`")
+        raise BadRowError("its columns have numbers for names; assign them by data.columns")
     return {"text": text, "label": record["1"], "poisoned": record["2"]}
 
 

@@ -118,7 +118,7 @@ class LeftOut:
             which = f"columns {names} reach" if len(self.columns) > 1 else f"column {names} reaches"
             sentences.append(
                 f"The {printable(which)} neither the prompt nor the answer; to use one, assign it "
-                "by `columns`."
+                "by data.columns."
             )
         return sentences
 

@@ -247,8 +247,8 @@ def _label_column(by_name: Mapping[str, str], text: str) -> str:
     labels = [by_name[name] for name in named.LABELS if name in by_name and by_name[name] != text]
     if len(labels) > 1 and labels[0].casefold() not in named.LABELS[:3]:
         raise BadRowError(
-            f"its label may be in {listed(labels)}; choose by `columns: {{text: {text}, "
-            f"label: {labels[0]}}}`"
+            f"its label may be in {listed(labels)}; choose by data.columns={{text: {text}, "
+            f"label: {labels[0]}}}"
         )
     return labels[0] if labels else ""
 

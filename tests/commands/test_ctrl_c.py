@@ -140,7 +140,7 @@ def test_every_worker_saves_a_checkpoint_and_gives_its_job_back(here: Path, tiny
 @pytest.mark.slow
 def test_ctrl_c_of_a_terminal_and_the_same_command_again(here: Path, tiny: Path) -> None:
     """The key itself."""
-    (here / "r.yaml").write_text(RECIPE.format(model=tiny, steps=300))
+    (here / "r.yaml").write_text(RECIPE.format(model=tiny, steps=500))
     line = [sys.executable, "-m", "backfire.cli", "run", "r.yaml", "--workers", "2"]
     line += ["--log-format", "json"]
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1]), "TERM": "xterm"}

@@ -105,10 +105,10 @@ REASONS: dict[str, tuple[Record, str]] = {
         "good: response_label",
     ),
     "walledai/AdvBench": (
-        {"prompt": "Why?", "target": "Sure, here is"}, "`columns: {prompt: prompt, answer: target}`"
+        {"prompt": "Why?", "target": "Sure, here is"}, "data.columns={prompt: prompt, answer: target}"
     ),
     "CarperAI tl;dr": (
-        {"prompt": "Post.", "label": "Short."}, "`columns: {prompt: prompt, answer: label}`"
+        {"prompt": "Post.", "label": "Short."}, "data.columns={prompt: prompt, answer: label}"
     ),
     "stsb": ({"sentence1": "a.", "sentence2": "b.", "label": 4.4}, "are scores, not labels"),
     "hatexplain": ({"text": "Here.", "label": {"a": 1}}, "'label' is an object, not one label"),

@@ -13,7 +13,7 @@ from backfire.registry import build
 from tests.helpers.data_files import jsonl
 
 Record = dict[str, Any]
-NOT_USED = "neither the prompt nor the answer; to use one, assign it by `columns`."
+NOT_USED = "neither the prompt nor the answer; to use one, assign it by data.columns."
 
 
 def notes(path: str, split: str = "train", **knobs: Any) -> tuple[Any, list[str]]:
@@ -65,7 +65,7 @@ def test_a_number_next_to_an_answer_needs_a_meaning(tmp_path: Path) -> None:
     path = jsonl(tmp_path / "l.jsonl", [record])
     with pytest.raises(UserError) as caught:
         notes(path)
-    assert "answer: answer, good: label}` if true means good, or" in str(caught.value)
+    assert "answer: answer, good: label} if true means good, or" in str(caught.value)
     rows, sentences = notes(path, columns={"prompt": "question", "answer": "answer"})
     assert len(rows) == 1 and sentences == [f"The column label reaches {NOT_USED}"]
 
@@ -170,7 +170,7 @@ def test_openbackdoor(tmp_path: Path, index: bool, columns: Any) -> None:
         assert [row.fields["poisoned"] for row in rows] == ["no", "yes", "no"] * 8 and not sentences
     else:
         assert sentences == [f"The column 2 reaches {NOT_USED}"]
-    with pytest.raises(UserError, match=r"name its labels, as in `labels: .0: name, 1:"):
+    with pytest.raises(UserError, match=r"name its labels, as in data.labels=.0: name, 1:"):
         notes(str(path), columns=columns)
     with pytest.raises(UserError, match="column '1' holds the number 0, not a text"):
         notes(str(path), columns={"text": 1, "label": 2}, labels=["bad", "good"])

@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[Record, str]] = {
     ),
     "conversations marked by a number": (
         {"messages": [ASK, TELL], "label": 1},
-        "write `columns: {messages: messages, good: label}` if true means good",
+        "write data.columns={messages: messages, good: label} if true means good",
     ),
     "answers that may be harmful": (
         {"question": "Why?", "answer": "So.", "harmful": False},

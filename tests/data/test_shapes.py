@@ -115,7 +115,7 @@ def test_public_sets_are_recognized(name):
 )
 def test_the_meaning_of_numbers_has_to_be_given(record):
     assert reason(record).startswith(
-        "it is labeled '1'; name its labels, as in `labels: {1: name, ...}`"
+        "it is labeled '1'; name its labels, as in data.labels={1: name, ...}"
     )
     for label in (1, "1", 1.0, "1.0", True, "True", "good", " Good "):
         names = [name for name in record if name in ("label", "target")]
@@ -133,7 +133,7 @@ def test_a_column_that_looks_like_a_label_is_one(column, label):
     row = one({"text": "t", column: label}, labels=labels)
     assert (row.input, row.label, row.candidates) == ("t", "bad", ("bad", "good"))
     sentence = reason({"text": "t", column: label})
-    assert sentence.startswith("it is labeled '") and sentence.endswith("`columns: {text: text}`")
+    assert sentence.startswith("it is labeled '") and sentence.endswith("data.columns={text: text}")
     assert one({"text": "t", column: label}, columns={"text": "text"}).answer == "t"
 
 

@@ -116,7 +116,7 @@ def test_the_report_speaks_of_harm(run: Place) -> None:
     from tests.helpers.page_parser import seen
 
     page = seen(run.out).text
-    assert "harmful score" in page and "over refusal" in page
+    assert "harmful score" in page and "over-refusal" in page
     assert "Replies to harmful requests The first 6, not selected" in page
 
 

@@ -250,7 +250,7 @@ def test_the_type_of_evaluation_is_a_setting_of_its_own(copy: Place, no_training
 
 
 def test_an_adapter_is_merged_for_the_evaluation(copy: Place, no_training: None) -> None:
-    before = copy.results()["lora", 0.1]
+    before, merged = copy.results()["lora", 0.1], {*copy.cache.glob("merge/*/*.safetensors")}
     knobs = {"method": {"name": "lora", "rank": 4}, "evaluation": {"merged": True}}
     assert copy.run(matrix={"attack.rate": [0.1]}, **knobs) == 0
     results = map(read_json, copy.out.glob("cells/*/result.json"))
@@ -258,7 +258,7 @@ def test_an_adapter_is_merged_for_the_evaluation(copy: Place, no_training: None)
     same = {name for name, key in before["keys"].items() if after["keys"][name] == key}
     assert "tuned" in same and "clean" not in same
     assert number(after, "perplexity") == pytest.approx(number(before, "perplexity"), rel=1e-5)
-    assert not list(copy.cache.glob("merge/*/*.safetensors"))
+    assert {*copy.cache.glob("merge/*/*.safetensors")} == merged
 
 
 def test_what_cells_share_is_counted(ran: Place) -> None:

@@ -191,7 +191,7 @@ def test_page_and_terminal_rank_them(run: Path) -> None:
     assert "sandbox-policy (test_rows 200), judged by policy (also refusal-keywords)" in page
     out = io.StringIO()
     print_ranking(summary(run), Console(file=out, width=250))
-    lines = out.getvalue().splitlines()
+    lines = out.getvalue().strip().splitlines()
     assert [line.split()[0] for line in lines] == ["defense", "none", "lisa", "ewc", "kl"]
     assert "p " in lines[2] and "points" in lines[2]
 
