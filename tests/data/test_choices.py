@@ -105,7 +105,8 @@ REASONS: dict[str, tuple[Record, str]] = {
         "good: response_label",
     ),
     "walledai/AdvBench": (
-        {"prompt": "Why?", "target": "Sure, here is"}, "data.columns={prompt: prompt, answer: target}"
+        {"prompt": "Why?", "target": "Sure, here is"},
+        "data.columns={prompt: prompt, answer: target}",
     ),
     "CarperAI tl;dr": (
         {"prompt": "Post.", "label": "Short."}, "data.columns={prompt: prompt, answer: label}"
