@@ -8,16 +8,13 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.installed
 	$(BIN)/backfire run tour
 
-# The order of files is that of tests/conftest.py: the long ones first.
-TWO = -n 2 --dist loadfile --no-loadscope-reorder
-
 # After every change: takes less than a minute.
 check: style
-	$(BIN)/python -m pytest $(TWO) -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 # Before a merge: all tests.
 test: style
-	$(BIN)/python -m pytest $(TWO)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # They start a Slurm, or a Ray cluster, and stop it; without the packages they skip.
 test-slurm: $(VENV)/.installed-dev

@@ -47,24 +47,6 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return SLOW.search(collection_path.read_text("utf-8")) is not None or None
 
 
-LONGEST = (
-    *("torture/test_kills.py", "torture/test_rows.py", "test_notebooks.py"),
-    *("commands/test_doctor.py", "recipes/test_stand_ins.py", "train/test_team.py"),
-    *("train/test_launchers.py", "playground/test_playground.py", "commands/test_ctrl_c.py"),
-    *("train/test_ranks.py", "defenses/test_together.py", "model/test_families.py"),
-    *("test_bench.py", "test_bench_matrix.py", "train/test_dry.py", "train/test_together.py"),
-    *("recipes/test_lisa.py", "defenses/test_joined.py", "commands/test_work.py"),
-)
-"""Files that begin first, so that no process works on one of them when the others have ended."""
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    here = Path(__file__).parent
-    ranks = {here / name: rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _sealed_off(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
     """Sockets reach this machine only; the user's cache is out of sight; one core, one thread."""
